@@ -1,0 +1,112 @@
+"""Causal attention with grouped keys, rotary positions, optional qk-norm and sliding window.
+
+    o_i = sum_j softmax_j(q_i . k_j / sqrt(D)) v_j,   j <= i, same segment, i - j < window
+
+The cache of a windowed layer holds window - 1 tokens, that of a full layer `max_length`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hybrid_jax.config import ModelConfig
+from hybrid_jax.layers.linear import Linear, RMSNorm
+from hybrid_jax.layers.rope import rope_frequencies, rotate
+
+
+class KVCache(NamedTuple):
+    """Keys and values [B, S, Hkv, D] seen so far, their positions and segments [B, S] (segment -1: empty
+    slot) and the next slot to write (a windowed cache shifts instead: newest token last)."""
+
+    k: jax.Array
+    v: jax.Array
+    positions: jax.Array
+    segment_ids: jax.Array
+    next_slot: jax.Array
+
+
+def attention_mask(q_positions, q_segments, k_positions, k_segments, window=None):
+    """[B, T, S] True where a query may see a key: same segment, not later, nearer than `window`."""
+    distance = q_positions[:, :, None] - k_positions[:, None, :]
+    mask = (distance >= 0) & (q_segments[:, :, None] == k_segments[:, None, :])
+    return mask if window is None else mask & (distance < window)
+
+
+def empty_cache(batch, length, kv_heads, head_dim, dtype) -> KVCache:
+    zeros = jnp.zeros((batch, length, kv_heads, head_dim), dtype)
+    slots = jnp.zeros((batch, length), jnp.int32)
+    return KVCache(zeros, zeros, slots, slots - 1, jnp.zeros((), jnp.int32))
+
+
+def extend_window(cache: KVCache, new: KVCache) -> tuple[KVCache, KVCache]:
+    """A windowed cache: what the new queries may see, and the cache afterwards."""
+    seen = KVCache(*(jnp.concatenate([a.astype(b.dtype), b], axis=1) for a, b in zip(cache[:4], new[:4])), cache.next_slot)
+    length = cache.k.shape[1]
+    kept = KVCache(*(a[:, a.shape[1] - length :] for a in seen[:4]), cache.next_slot + new.k.shape[1])
+    return seen, kept
+
+
+def extend_full(cache: KVCache, new: KVCache) -> KVCache:
+    """A full cache with the new tokens written at `next_slot`."""
+    written = (
+        jax.lax.dynamic_update_slice_in_dim(a, b.astype(a.dtype), cache.next_slot, axis=1)
+        for a, b in zip(cache[:4], new[:4])
+    )
+    return KVCache(*written, cache.next_slot + new.k.shape[1])
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with the source family's options.
+
+    Args:
+      window: keys a query sees, itself included; None for all.
+    """
+
+    def __init__(self, config: ModelConfig, window: int | None = None, *, rngs, dtype=jnp.float32):
+        hid, H, Hkv, D = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+        kw = dict(std=config.initializer_range, rngs=rngs, dtype=dtype)
+        self.q_proj = Linear(hid, H * D, bias=config.qkv_bias, axes=("embed", "heads"), **kw)
+        self.k_proj = Linear(hid, Hkv * D, bias=config.qkv_bias, axes=("embed", "kv_heads"), **kw)
+        self.v_proj = Linear(hid, Hkv * D, bias=config.qkv_bias, axes=("embed", "kv_heads"), **kw)
+        self.o_proj = Linear(H * D, hid, bias=config.o_bias, axes=("heads", "embed"), **kw)
+        self.q_norm = RMSNorm(D, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
+        self.k_norm = RMSNorm(D, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
+        self.config, self.window = config, window
+
+    def project(self, x, positions):
+        """q [B,T,H,D], k and v [B,T,Hkv,D], normed and rotated."""
+        c = self.config
+        B, T, _ = x.shape
+        q = self.q_proj(x).reshape(B, T, c.num_heads, c.head_dim)
+        k = self.k_proj(x).reshape(B, T, c.num_kv_heads, c.head_dim)
+        v = self.v_proj(x).reshape(B, T, c.num_kv_heads, c.head_dim)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        inv_freq, factor = rope_frequencies(c.rope, c.head_dim, c.max_position_embeddings)
+        q, k = rotate(q, positions, inv_freq, factor), rotate(k, positions, inv_freq, factor)
+        if c.query_scaling is not None:
+            beta, context = c.query_scaling
+            scale = 1 + beta * jnp.log1p(jnp.floor(positions / context))
+            q = q * scale[..., None, None].astype(q.dtype)
+        return q, k, v
+
+    def __call__(self, x, *, positions, segment_ids, state: KVCache | None = None):
+        """x [B,T,hidden] -> (y [B,T,hidden], state). With a state, its tokens come before x."""
+        B, T, _ = x.shape
+        q, k, v = self.project(x, positions)
+        seen = KVCache(k, v, positions, segment_ids, jnp.zeros((), jnp.int32))
+        if state is not None and self.window is not None:
+            seen, state = extend_window(state, seen)
+        elif state is not None:
+            seen = state = extend_full(state, seen)
+        mask = attention_mask(positions, segment_ids, seen.positions, seen.segment_ids, self.window)
+        o = jax.nn.dot_product_attention(q, seen.k.astype(q.dtype), seen.v.astype(q.dtype), mask=mask[:, None])
+        return self.o_proj(o.reshape(B, T, -1)), state
+
+    def init_state(self, batch: int, max_length: int, dtype=jnp.float32) -> KVCache:
+        length = max_length if self.window is None else self.window - 1
+        return empty_cache(batch, length, self.config.num_kv_heads, self.config.head_dim, dtype)

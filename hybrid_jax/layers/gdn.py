@@ -1,0 +1,95 @@
+"""The Gated DeltaNet mixer (arXiv 2412.06464), parameters named as in hybrid-model-factory."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hybrid_jax.config import ModelConfig
+from hybrid_jax.layers.linear import Linear, RMSNorm
+from hybrid_jax.layers.recurrent import (
+    ShortConv,
+    init_a_log,
+    init_dt_bias,
+    l2_normalize,
+    log_decay,
+    repeat_heads,
+    scan_or_step,
+)
+from kernels_pallas import gated_delta_rule, gated_delta_rule_step
+
+
+class GDNState(NamedTuple):
+    """S [B,H,D,D] float32 and the conv tails [B,W-1,heads*D] of q, k, v."""
+
+    S: jax.Array
+    q_conv: jax.Array | None
+    k_conv: jax.Array | None
+    v_conv: jax.Array | None
+
+
+class GatedDeltaNet(nnx.Module):
+    """q, k, v = SiLU(conv(proj x)); q, k L2-normalised; beta = sigmoid(b_proj x), twice that if
+    `allow_neg_eigval`; the gated delta rule; o = RMSNorm(o) SiLU(g_proj x)."""
+
+    def __init__(self, config: ModelConfig, *, rngs, dtype=jnp.float32):
+        hid, H, Hkv, D, gdn = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.gdn
+        linear = functools.partial(Linear, rngs=rngs, dtype=dtype)
+
+        def conv(dim, axis):
+            if not gdn.use_short_conv:
+                return None
+            return ShortConv(dim, gdn.conv_size, bias=gdn.conv_bias, axes=(axis,), rngs=rngs, dtype=dtype)
+
+        self.q_proj = linear(hid, H * D, axes=("embed", "heads"))
+        self.k_proj = linear(hid, Hkv * D, axes=("embed", "kv_heads"))
+        self.v_proj = linear(hid, Hkv * D, axes=("embed", "kv_heads"))
+        self.q_conv1d, self.k_conv1d, self.v_conv1d = conv(H * D, "heads"), conv(Hkv * D, "kv_heads"), conv(Hkv * D, "kv_heads")
+        self.gk_proj = linear(hid, H, axes=("embed", "heads"))
+        self.b_proj = linear(hid, H, axes=("embed", "heads"))
+        self.A_log = init_a_log(rngs, H, dtype)
+        self.dt_bias = init_dt_bias(rngs, H, dtype)
+        self.g_proj = linear(hid, H * D, axes=("embed", "heads")) if gdn.use_gate else None
+        self.o_norm = RMSNorm(D, eps=gdn.norm_eps, dtype=dtype)
+        self.o_proj = linear(H * D, hid, axes=("heads", "embed"))
+        self.config = config
+
+    def __call__(self, x, *, positions, segment_ids, state: GDNState | None = None):
+        """x [B,T,hidden] -> (y [B,T,hidden], state)."""
+        del positions
+        B, T, _ = x.shape
+        H, D = self.config.num_heads, self.config.head_dim
+        s = GDNState(*[None] * 4) if state is None else state
+
+        def mixed(proj, conv, tail):
+            if conv is None:
+                return jax.nn.silu(proj(x)), None
+            return conv(proj(x), segment_ids=segment_ids, state=tail)
+
+        q, q_conv = mixed(self.q_proj, self.q_conv1d, s.q_conv)
+        k, k_conv = mixed(self.k_proj, self.k_conv1d, s.k_conv)
+        v, v_conv = mixed(self.v_proj, self.v_conv1d, s.v_conv)
+        q, k, v = (repeat_heads(a.reshape(B, T, -1, D), H) for a in (q, k, v))
+        q, k = (l2_normalize(a, eps_outside=False) for a in (q, k))
+        beta = jax.nn.sigmoid(self.b_proj(x).astype(jnp.float32))
+        if self.config.gdn.allow_neg_eigval:
+            beta = 2 * beta
+        g = log_decay(self.gk_proj(x), self.A_log[...], self.dt_bias[...])
+        o, S = scan_or_step(
+            gated_delta_rule, gated_delta_rule_step, (q, k, v, g, beta),
+            state=None if state is None else s.S, segment_ids=segment_ids,
+        )
+        o = self.o_norm(o).reshape(B, T, H * D)
+        if self.g_proj is not None:
+            o = o * jax.nn.silu(self.g_proj(x))
+        return self.o_proj(o), GDNState(S, q_conv, k_conv, v_conv)
+
+    def init_state(self, batch: int, max_length: int, dtype=jnp.float32) -> GDNState:
+        del max_length
+        H, D = self.config.num_heads, self.config.head_dim
+        convs = (c and c.init_state(batch, dtype) for c in (self.q_conv1d, self.k_conv1d, self.v_conv1d))
+        return GDNState(jnp.zeros((batch, H, D, D), jnp.float32), *convs)

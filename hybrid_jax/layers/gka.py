@@ -1,0 +1,102 @@
+"""The Gated KalmaNet mixer (arXiv 2511.21016), parameters named as in hybrid-model-factory."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hybrid_jax.config import ModelConfig
+from hybrid_jax.layers.linear import Linear, RMSNorm
+from hybrid_jax.layers.recurrent import (
+    ShortConv,
+    init_a_log,
+    init_dt_bias,
+    l2_normalize,
+    log_decay,
+    repeat_heads,
+    scan_or_step,
+)
+from kernels_pallas import gated_kalmanet, gated_kalmanet_step
+
+
+class GKAState(NamedTuple):
+    """h_kk, h_kv [B,H,D,D] float32 and the conv tails [B,W-1,heads*D] of q, k, v."""
+
+    h_kk: jax.Array
+    h_kv: jax.Array
+    q_conv: jax.Array
+    k_conv: jax.Array
+    v_conv: jax.Array | None
+
+
+class GatedKalmaNet(nnx.Module):
+    """q, k, v = SiLU(conv(proj x)); q, k L2-normalised; k, v times (beta + 1e-6); the GKA recurrence with
+    alpha = sigmoid(alpha_proj x) and g = -exp(A_log) softplus(a_proj x + dt_bias); o = RMSNorm(o) SiLU(g_proj x)."""
+
+    def __init__(self, config: ModelConfig, *, rngs, dtype=jnp.float32):
+        hid, H, Hkv, D, gka = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.gka
+        linear = functools.partial(Linear, rngs=rngs, dtype=dtype)
+        conv = functools.partial(ShortConv, size=gka.conv_size, rngs=rngs, dtype=dtype)
+        self.q_proj = linear(hid, H * D, axes=("embed", "heads"))
+        self.k_proj = linear(hid, Hkv * D, axes=("embed", "kv_heads"))
+        self.v_proj = linear(hid, Hkv * D, axes=("embed", "kv_heads"))
+        self.q_conv1d = conv(H * D, axes=("heads",))
+        self.k_conv1d = conv(Hkv * D, axes=("kv_heads",))
+        self.v_conv1d = conv(Hkv * D, axes=("kv_heads",)) if gka.use_v_conv else None
+        if gka.use_forgetting_gate:
+            self.a_proj = linear(hid, H, axes=("embed", "heads"))
+            self.A_log = init_a_log(rngs, H, dtype)
+            self.dt_bias = init_dt_bias(rngs, H, dtype)
+        self.b_proj = linear(hid, H, bias=True, axes=("embed", "heads")) if gka.use_beta_gate else None
+        self.alpha_proj = linear(hid, H, bias=True, axes=("embed", "heads")) if gka.use_alpha_connection else None
+        self.g_proj = linear(hid, H * D, axes=("embed", "heads")) if gka.use_gate else None
+        self.o_norm = RMSNorm(D, eps=gka.norm_eps, dtype=dtype)
+        self.o_proj = linear(H * D, hid, axes=("heads", "embed"))
+        self.config = config
+
+    def __call__(self, x, *, positions, segment_ids, state: GKAState | None = None):
+        """x [B,T,hidden] -> (y [B,T,hidden], state)."""
+        del positions
+        c, gka = self.config, self.config.gka
+        B, T, _ = x.shape
+        H, D = c.num_heads, c.head_dim
+        s = GKAState(*[None] * 5) if state is None else state
+        q, q_conv = self.q_conv1d(self.q_proj(x), segment_ids=segment_ids, state=s.q_conv)
+        k, k_conv = self.k_conv1d(self.k_proj(x), segment_ids=segment_ids, state=s.k_conv)
+        v, v_conv = self.v_proj(x), None
+        if self.v_conv1d is not None:
+            v, v_conv = self.v_conv1d(v, segment_ids=segment_ids, state=s.v_conv)
+        else:
+            v = jax.nn.silu(v)
+        q, k, v = (repeat_heads(a.reshape(B, T, -1, D), H) for a in (q, k, v))
+        q, k = (l2_normalize(a, eps_outside=True) for a in (q, k))
+        if self.b_proj is not None:
+            beta = jax.nn.sigmoid(self.b_proj(x))[..., None] + 1e-6
+            k, v = beta * k, beta * v
+        ones = jnp.ones((B, T, H), jnp.float32)
+        alpha = ones if self.alpha_proj is None else jax.nn.sigmoid(self.alpha_proj(x).astype(jnp.float32))
+        g = 0 * ones
+        if gka.use_forgetting_gate:
+            g = log_decay(self.a_proj(x), self.A_log[...], self.dt_bias[...])
+        scale = D**-0.5 if gka.gla_rescale else 1.0
+        o, (h_kk, h_kv) = scan_or_step(
+            functools.partial(gated_kalmanet, scale=scale, bp_lambda=gka.bp_lambda, chunk_size=gka.chunk_size),
+            functools.partial(gated_kalmanet_step, scale=scale),
+            (q, k, v, alpha, g), gka.ridge_strength, gka.num_iter,
+            state=None if state is None else (s.h_kk, s.h_kv), segment_ids=segment_ids,
+        )
+        o = self.o_norm(o).reshape(B, T, H * D)
+        if self.g_proj is not None:
+            o = o * jax.nn.silu(self.g_proj(x))
+        return self.o_proj(o), GKAState(h_kk, h_kv, q_conv, k_conv, v_conv)
+
+    def init_state(self, batch: int, max_length: int, dtype=jnp.float32) -> GKAState:
+        del max_length
+        H, D = self.config.num_heads, self.config.head_dim
+        zeros = jnp.zeros((batch, H, D, D), jnp.float32)
+        convs = (c and c.init_state(batch, dtype) for c in (self.q_conv1d, self.k_conv1d, self.v_conv1d))
+        return GKAState(zeros, zeros, *convs)

@@ -1,0 +1,68 @@
+"""Linear maps, embeddings and norms, with parameters named as in Hugging Face checkpoints."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class Linear(nnx.Module):
+    """y = x W + b. Parameters: `kernel` [in, out] (a checkpoint's `weight` transposed) and `bias` [out].
+
+    Args:
+      axes: logical names of the kernel's two axes, for sharding.
+      std: standard deviation of the normal initialiser; None draws as torch's `nn.Linear` does,
+        uniform in +-1/sqrt(in), bias included.
+    """
+
+    def __init__(self, din, dout, *, bias=False, axes=("embed", "heads"), std=None, rngs, dtype=jnp.float32):
+        bound = 1.0 / math.sqrt(din)
+        key = rngs.params()
+        if std is None:
+            kernel = jax.random.uniform(key, (din, dout), dtype, -bound, bound)
+        else:
+            kernel = std * jax.random.normal(key, (din, dout), dtype)
+        self.kernel = nnx.Param(kernel, axes=axes)
+        if bias:
+            value = jax.random.uniform(rngs.params(), (dout,), dtype, -bound, bound) if std is None else jnp.zeros(dout, dtype)
+            self.bias = nnx.Param(value, axes=(axes[1],))
+        else:
+            self.bias = None
+
+    def __call__(self, x):
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """Token embedding; `embedding` [vocab, hidden]. `attend` is the tied output head."""
+
+    def __init__(self, vocab, hidden, *, std, rngs, dtype=jnp.float32):
+        self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (vocab, hidden), dtype), axes=("vocab", "embed"))
+
+    def __call__(self, ids, dtype):
+        return self.embedding[...][ids].astype(dtype)
+
+    def attend(self, x):
+        return x @ self.embedding[...].astype(x.dtype).T
+
+
+def rms_norm(x, weight, eps):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32; returned in x's dtype."""
+    f = x.astype(jnp.float32)
+    f = f * jax.lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True) + eps)
+    return (f * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """`rms_norm` with a learned weight [dim]."""
+
+    def __init__(self, dim, *, eps, dtype=jnp.float32):
+        self.weight = nnx.Param(jnp.ones(dim, dtype), axes=("norm",))
+        self.eps = eps
+
+    def __call__(self, x):
+        return rms_norm(x, self.weight[...], self.eps)

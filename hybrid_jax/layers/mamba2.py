@@ -1,0 +1,74 @@
+"""The Mamba-2 mixer (arXiv 2405.21060) in the shape of grouped attention, named as in hybrid-model-factory."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hybrid_jax.config import ModelConfig
+from hybrid_jax.layers.linear import Linear, RMSNorm, rms_norm
+from hybrid_jax.layers.recurrent import ShortConv, init_a_log, init_dt_bias, repeat_heads, scan_or_step
+from kernels_pallas import ssd, ssd_step
+
+QK_NORM_EPS = 1e-6
+
+
+class Mamba2State(NamedTuple):
+    """S [B,H,D,D] float32 and the conv tail [B,W-1,(H+2Hkv)*D] of x, B, C."""
+
+    S: jax.Array
+    conv: jax.Array
+
+
+class Mamba2(nnx.Module):
+    """z, x, B, C, dt = in_proj(u); C, B normed if the source norms q, k; xBC = SiLU(conv(xBC));
+    SSD with D skip; out_proj(RMSNorm per kv group of y SiLU(z))."""
+
+    def __init__(self, config: ModelConfig, *, rngs, dtype=jnp.float32):
+        hid, H, Hkv, D, m = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.mamba2
+        self.in_proj = Linear(hid, 2 * (H + Hkv) * D + H, axes=("embed", "heads"), rngs=rngs, dtype=dtype)
+        self.conv1d = ShortConv((H + 2 * Hkv) * D, m.conv_size, bias=True, rngs=rngs, dtype=dtype)
+        self.A_log = init_a_log(rngs, H, dtype)
+        self.dt_bias = init_dt_bias(rngs, H, dtype)
+        self.D = nnx.Param(jnp.ones(H, dtype), axes=("heads",))
+        self.B_norm = RMSNorm(D, eps=QK_NORM_EPS, dtype=dtype) if config.qk_norm else None
+        self.C_norm = RMSNorm(D, eps=QK_NORM_EPS, dtype=dtype) if config.qk_norm else None
+        self.norm = RMSNorm(H * D, eps=m.norm_eps, dtype=dtype)
+        self.out_proj = Linear(H * D, hid, axes=("heads", "embed"), rngs=rngs, dtype=dtype)
+        self.config = config
+
+    def __call__(self, x, *, positions, segment_ids, state: Mamba2State | None = None):
+        """x [B,T,hidden] -> (y [B,T,hidden], state)."""
+        del positions
+        c = self.config
+        batch, T, _ = x.shape
+        H, Hkv, D = c.num_heads, c.num_kv_heads, c.head_dim
+        sizes = (H * D, Hkv * D, Hkv * D, H * D)
+        z, v, B, C, dt = jnp.split(self.in_proj(x), [sum(sizes[: i + 1]) for i in range(4)], axis=-1)
+        if self.C_norm is not None:
+            C = self.C_norm(C.reshape(batch, T, H, D)).reshape(C.shape)
+            B = self.B_norm(B.reshape(batch, T, Hkv, D)).reshape(B.shape)
+        vBC = jnp.concatenate([v, B, C], axis=-1)
+        vBC, conv = self.conv1d(vBC, segment_ids=segment_ids, state=state and state.conv)
+        v, B, C = jnp.split(vBC, [Hkv * D, 2 * Hkv * D], axis=-1)
+        v, B, C = (repeat_heads(a.reshape(batch, T, -1, D), H) for a in (v, B, C))
+        dt = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))
+        a = -jnp.exp(self.A_log[...].astype(jnp.float32))
+        # a and d belong to heads, not tokens: they are bound here, so that op and step take the same arrays
+        skip = self.D[...]
+        y, S = scan_or_step(
+            lambda v, dt, B, C, **kw: ssd(v, dt, a, B, C, skip, **kw),
+            lambda v, dt, B, C, **kw: ssd_step(v, dt, a, B, C, skip, **kw),
+            (v, dt, B, C), state=state and state.S, segment_ids=segment_ids, chunk_size=c.mamba2.chunk_size,
+        )
+        y = (y.reshape(batch, T, H * D) * jax.nn.silu(z)).reshape(batch, T, Hkv, -1)
+        y = rms_norm(y, self.norm.weight[...].reshape(Hkv, -1), c.mamba2.norm_eps)
+        return self.out_proj(y.reshape(batch, T, H * D)), Mamba2State(S, conv)
+
+    def init_state(self, batch: int, max_length: int, dtype=jnp.float32) -> Mamba2State:
+        del max_length
+        H, D = self.config.num_heads, self.config.head_dim
+        return Mamba2State(jnp.zeros((batch, H, D, D), jnp.float32), self.conv1d.init_state(batch, dtype))

@@ -1,0 +1,84 @@
+"""What the recurrent mixers share: heads, L2 norm, decay parameters, output gate and the conv of q, k, v."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kernels_pallas import short_conv, short_conv_step
+
+
+def l2_normalize(x, *, eps=1e-6, eps_outside: bool):
+    """x / (|x| + eps), or x / sqrt(|x|^2 + eps) if not `eps_outside`; a zero vector has gradient 0 / finite.
+
+    In float32, returned in x's dtype.
+    """
+    f = x.astype(jnp.float32)
+    square = jnp.sum(f * f, axis=-1, keepdims=True)
+    if not eps_outside:
+        return (f * jax.lax.rsqrt(square + eps)).astype(x.dtype)
+    positive = square > 0
+    norm = jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
+    return (f / (norm + eps)).astype(x.dtype)
+
+
+def repeat_heads(x, num_heads):
+    """[..., Hkv, D] -> [..., H, D], each head repeated in place (`repeat_interleave`)."""
+    return jnp.repeat(x, num_heads // x.shape[-2], axis=-2)
+
+
+def init_a_log(rngs, num_heads, dtype=jnp.float32):
+    """A_log = log U(0, 16), away from log 0."""
+    a = jax.random.uniform(rngs.params(), (num_heads,), dtype, minval=1e-4, maxval=16.0)
+    return nnx.Param(jnp.log(a), axes=("heads",))
+
+
+def init_dt_bias(rngs, num_heads, dtype=jnp.float32, low=1e-3, high=0.1, floor=1e-4):
+    """softplus^-1(dt), dt log-uniform in [low, high] and at least `floor` (Mamba-2's initialisation)."""
+    u = jax.random.uniform(rngs.params(), (num_heads,), dtype)
+    dt = jnp.maximum(jnp.exp(u * (math.log(high) - math.log(low)) + math.log(low)), floor)
+    return nnx.Param(dt + jnp.log(-jnp.expm1(-dt)), axes=("heads",))
+
+
+def log_decay(dt, a_log, dt_bias):
+    """g = -exp(A_log) softplus(dt + dt_bias), in float32; dt [B,T,H]."""
+    f32 = jnp.float32
+    return -jnp.exp(a_log.astype(f32)) * jax.nn.softplus(dt.astype(f32) + dt_bias.astype(f32))
+
+
+class ShortConv(nnx.Module):
+    """Causal depthwise conv + SiLU: `kernel` [D, W] (a checkpoint's `weight` [D, 1, W]), optional `bias` [D].
+
+    Initialised as torch's `Conv1d`: uniform in +-1/sqrt(W).
+    """
+
+    def __init__(self, dim, size, *, bias=False, axes=("heads",), rngs, dtype=jnp.float32):
+        bound = 1.0 / math.sqrt(size)
+        self.kernel = nnx.Param(jax.random.uniform(rngs.params(), (dim, size), dtype, -bound, bound), axes=(*axes, None))
+        self.bias = nnx.Param(jax.random.uniform(rngs.params(), (dim,), dtype, -bound, bound), axes=axes) if bias else None
+
+    def __call__(self, x, *, segment_ids, state=None):
+        """x [B,T,D] -> (y, state [B,W-1,D]); one token with a state takes the step."""
+        bias = None if self.bias is None else self.bias[...]
+        if state is not None and x.shape[1] == 1:
+            y, state = short_conv_step(x[:, 0], self.kernel[...], bias, state=state)
+            return y[:, None], state
+        return short_conv(x, self.kernel[...], bias, initial_state=state, segment_ids=segment_ids)
+
+    def init_state(self, batch, dtype):
+        dim, size = self.kernel.shape
+        return jnp.zeros((batch, size - 1, dim), dtype)
+
+
+def scan_or_step(op, step, arrays, *options, state, segment_ids, **keywords):
+    """Runs `op` over [B,T,...] arrays, or `step` when a single token continues a state.
+
+    `keywords` go to `op` alone (chunking and the like), `options` to both.
+    """
+    if state is not None and arrays[0].shape[1] == 1:
+        o, state = step(*(x[:, 0] for x in arrays), *options, state=state)
+        return o[:, None], state
+    return op(*arrays, *options, initial_state=state, segment_ids=segment_ids, **keywords)

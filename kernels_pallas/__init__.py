@@ -1,0 +1,27 @@
+"""Recurrent sequence-mixing operations for JAX: one public door each.
+
+Layout everywhere: q, k [B,T,H,K]; v, o [B,T,H,V]; per-head scalars [B,T,H]; states [B,H,K,V] float32.
+Decays are logs (<= 0). `segment_ids` [B,T] packs several sequences in a row: a state is reset where the
+id changes, and `initial_state` belongs to the first segment of a row.
+
+Every operation takes `implementation=None | "reference" | "xla"`: the reference is the recurrence
+token by token, `xla` its chunked form; None picks the fastest that the backend has.
+"""
+
+from kernels_pallas.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
+from kernels_pallas.gated_kalmanet import gated_kalmanet, gated_kalmanet_step
+from kernels_pallas.linear_attention import linear_attention, linear_attention_step, ssd, ssd_step
+from kernels_pallas.short_conv import short_conv, short_conv_step
+
+__all__ = [
+    "gated_delta_rule",
+    "gated_delta_rule_step",
+    "gated_kalmanet",
+    "gated_kalmanet_step",
+    "linear_attention",
+    "linear_attention_step",
+    "short_conv",
+    "short_conv_step",
+    "ssd",
+    "ssd_step",
+]

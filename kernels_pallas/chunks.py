@@ -1,0 +1,117 @@
+"""The chunked view of a decaying recurrence, shared by every operation with a scalar decay per head.
+
+For a chunk of C tokens with log decays g, a = cumsum(g) inside it and H0 the state at its start:
+
+    mask   M[t, i] = e^{a_t - a_i}  for i <= t in the same segment, else 0
+    reach  e^{a_t}                  where t still sees H0, else 0
+    keep   e^{a_C - a_i}            where i still counts in the state at the chunk's end, else 0
+    total  e^{a_C}                  if H0 survives the chunk, else 0
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class ChunkDecay(NamedTuple):
+    """mask [N,B,H,C,C], reach [N,B,H,C], keep [N,B,H,C], total [N,B,H]."""
+
+    mask: jax.Array
+    reach: jax.Array
+    keep: jax.Array
+    total: jax.Array
+
+
+def num_chunks(T: int, chunk_size: int) -> int:
+    return -(-T // chunk_size)
+
+
+def to_chunks(x: jax.Array, chunk_size: int) -> jax.Array:
+    """[B,T,H,...] -> [N,B,H,C,...], T padded with zeros to a multiple of the chunk."""
+    B, T, H, *rest = x.shape
+    N = num_chunks(T, chunk_size)
+    x = jnp.pad(x, ((0, 0), (0, N * chunk_size - T)) + ((0, 0),) * (x.ndim - 2))
+    x = x.reshape(B, N, chunk_size, H, *rest)
+    return jnp.moveaxis(jnp.moveaxis(x, 1, 0), 3, 2)
+
+
+def from_chunks(x: jax.Array, T: int) -> jax.Array:
+    """[N,B,H,C,D] -> [B,T,H,D]."""
+    N, B, H, C, D = x.shape
+    return x.transpose(1, 0, 3, 2, 4).reshape(B, N * C, H, D)[:, :T]
+
+
+def chunk_segments(segments: jax.Array, chunk_size: int) -> tuple[jax.Array, jax.Array]:
+    """Segment numbers [N,B,C], padding counted to the last, and those carried into each chunk [N,B]."""
+    B, T = segments.shape
+    N = num_chunks(T, chunk_size)
+    padded = jnp.pad(segments, ((0, 0), (0, N * chunk_size - T)), mode="edge")
+    chunks = padded.reshape(B, N, chunk_size).transpose(1, 0, 2)
+    carried = jnp.concatenate([jnp.zeros((1, B), chunks.dtype), chunks[:-1, :, -1]])
+    return chunks, carried
+
+
+def _differences(g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(coarse, fine) cumulative sums of g whose differences are exact to g's own rounding.
+
+    A float32 cumsum over a chunk of strong decays reaches thousands, where one ulp is 1e-4: too coarse
+    for the differences of its neighbours. The part of g on a grid of 1/64 adds up without rounding;
+    what remains stays small.
+    """
+    coarse = jax.lax.stop_gradient(jnp.round(g * 64) / 64)
+    return jnp.cumsum(coarse, axis=-1), jnp.cumsum(g - coarse, axis=-1)
+
+
+def chunk_decay(log_decay: jax.Array, segments: jax.Array, chunk_size: int, dtype) -> ChunkDecay:
+    """The decays of every chunk, from log_decay [B,T,H] and segment numbers [B,T]."""
+    g = to_chunks(log_decay.astype(dtype), chunk_size)
+    seg, carried = chunk_segments(segments, chunk_size)
+    seg, carried = seg[:, :, None], carried[:, :, None, None]
+    coarse, fine = _differences(g)
+
+    def difference(later, earlier):
+        return (later[0] - earlier[0]) + (later[1] - earlier[1])
+
+    def masked_exp(x, where):  # masked before exp: no overflow, and no 0 * inf in its gradient
+        return jnp.where(where, jnp.exp(jnp.where(where, x, 0.0)), 0.0)
+
+    rows, cols = (coarse[..., :, None], fine[..., :, None]), (coarse[..., None, :], fine[..., None, :])
+    causal = jnp.tril(jnp.ones((chunk_size, chunk_size), bool))
+    last = (coarse[..., -1:], fine[..., -1:])
+    return ChunkDecay(
+        mask=masked_exp(difference(rows, cols), causal & (seg[..., :, None] == seg[..., None, :])),
+        reach=masked_exp(coarse + fine, seg == carried),
+        keep=masked_exp(difference(last, (coarse, fine)), seg == seg[..., -1:]),
+        total=masked_exp(coarse[..., -1] + fine[..., -1], (seg[..., -1:] == carried)[..., 0]),
+    )
+
+
+def matmul(equation: str, *operands: jax.Array, dtype) -> jax.Array:
+    """einsum that accumulates in `dtype`; float32 operands are multiplied exactly, bf16 ones as they are."""
+    low = all(x.dtype == jnp.bfloat16 for x in operands)
+    precision = jax.lax.Precision.DEFAULT if low else jax.lax.Precision.HIGHEST
+    return jnp.einsum(equation, *operands, preferred_element_type=dtype, precision=precision)
+
+
+def chunk_states(k: jax.Array, v: jax.Array, decay: ChunkDecay, initial: jax.Array):
+    """States before each chunk [N,B,H,K,V] and after the last [B,H,K,V], for S <- total S + (K keep)' V."""
+    dtype = initial.dtype
+    local = matmul("nbhck,nbhcv->nbhkv", (k * decay.keep[..., None]).astype(k.dtype), v, dtype=dtype)
+
+    def step(state, chunk):
+        total, update = chunk
+        return total[..., None, None] * state + update, state
+
+    final, before = jax.lax.scan(step, initial, (decay.total, local))
+    return before, final
+
+
+def chunk_outputs(q: jax.Array, k: jax.Array, v: jax.Array, decay: ChunkDecay, before: jax.Array) -> jax.Array:
+    """(Q reach) H0 + ((Q K') M) V, [N,B,H,C,V]."""
+    dtype = before.dtype
+    across = matmul("nbhck,nbhkv->nbhcv", (q * decay.reach[..., None]).astype(q.dtype), before.astype(q.dtype), dtype=dtype)
+    scores = matmul("nbhck,nbhik->nbhci", q, k, dtype=dtype) * decay.mask
+    return across + matmul("nbhci,nbhiv->nbhcv", scores.astype(v.dtype), v, dtype=dtype)

@@ -1,0 +1,64 @@
+"""The gated delta rule of Gated DeltaNet.
+
+    S_t = e^{g_t} (I - beta_t k_t k_t') S_{t-1} + beta_t k_t v_t',     o_t = scale * q_t' S_t
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from kernels_pallas.arguments import accumulator, check_shapes, dims_of, pick_implementation, segment_index
+from kernels_pallas.gated_delta_rule.chunked import gated_delta_rule_chunked
+from kernels_pallas.gated_delta_rule.reference import gated_delta_rule_reference, gated_delta_rule_update
+
+__all__ = ["gated_delta_rule", "gated_delta_rule_step"]
+
+IMPLEMENTATIONS = {"reference": gated_delta_rule_reference, "xla": gated_delta_rule_chunked}
+
+
+def gated_delta_rule(
+    q, k, v, log_decay, beta, *, scale=None, initial_state=None, segment_ids=None, chunk_size=None, implementation=None
+):
+    """The gated delta rule (arXiv 2412.06464, equation 10).
+
+    The keys should be L2-normalised; with beta in [0, 2] the update is then a contraction.
+
+    Args:
+      q, k: [B, T, H, K].
+      v: [B, T, H, V].
+      log_decay: [B, T, H], <= 0.
+      beta: [B, T, H], in [0, 2].
+      scale: multiplies q; default K^-0.5.
+      initial_state: [B, H, K, V], or None for zeros.
+      segment_ids: [B, T] int, or None.
+      chunk_size: tokens a chunk, a power of two (default 64); the reference ignores it.
+      implementation: "reference", "xla" or None.
+
+    Returns:
+      o [B, T, H, V] in v's dtype and the final state [B, H, K, V] in float32.
+
+    Raises:
+      ValueError: a shape does not fit the others, or the chunk is not a power of two.
+    """
+    d = dims_of("gated_delta_rule", q, v)
+    check_shapes(
+        "gated_delta_rule", d, k=(k, "B T H K"), v=(v, "B T H V"), log_decay=(log_decay, "B T H"),
+        beta=(beta, "B T H"), initial_state=(initial_state, "B H K V"), segment_ids=(segment_ids, "B T"),
+    )
+    chunk_size = chunk_size or 64
+    if chunk_size & (chunk_size - 1):
+        raise ValueError(f"gated_delta_rule: chunk_size must be a power of two, got {chunk_size}")
+    dtype = accumulator(q, k, v, log_decay, beta)
+    state = jnp.zeros((d["B"], d["H"], d["K"], d["V"]), dtype) if initial_state is None else initial_state.astype(dtype)
+    scale = d["K"] ** -0.5 if scale is None else scale
+    run = pick_implementation(implementation, IMPLEMENTATIONS)
+    return run(q, k, v, log_decay, beta, state, segment_index(segment_ids, d["B"], d["T"]), scale, chunk_size)
+
+
+def gated_delta_rule_step(q, k, v, log_decay, beta, *, state, scale=None):
+    """One token: q, k [B,H,K], v [B,H,V], log_decay, beta [B,H], state [B,H,K,V] -> (o [B,H,V], state)."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    dtype = accumulator(q, k, v, log_decay, beta)
+    arrays = [x.astype(dtype) for x in (q, k, v, log_decay, beta)]
+    o, state = gated_delta_rule_update(*arrays, state.astype(dtype), scale)
+    return o.astype(v.dtype), state

@@ -1,0 +1,75 @@
+"""Gated KalmaNet: two decayed states and a ridge-regression solve at every token.
+
+    H_t = e^{g_t} H_{t-1} + k_t k_t'        S_t = e^{g_t} S_{t-1} + k_t v_t'
+    x_t ~ (H_t + lambda_t I)^-1 q_t         lambda_t = ridge_strength * |H_t|_F
+    o_t = scale * S_t' (q_t + alpha_t (x_t - q_t))
+
+The gradient treats x as the exact solution (implicit differentiation).
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from kernels_pallas.arguments import accumulator, check_shapes, dims_of, pick_implementation, segment_index
+from kernels_pallas.gated_kalmanet.chunked import gated_kalmanet_chunked
+from kernels_pallas.gated_kalmanet.reference import gated_kalmanet_reference, gated_kalmanet_update
+
+__all__ = ["gated_kalmanet", "gated_kalmanet_step"]
+
+IMPLEMENTATIONS = {"reference": gated_kalmanet_reference, "xla": gated_kalmanet_chunked}
+
+
+def gated_kalmanet(
+    q, k, v, alpha, log_decay, ridge_strength=0.02, num_iter=30, *, bp_lambda=True, scale=None,
+    initial_state=None, segment_ids=None, chunk_size=None, implementation=None,
+):
+    """The Gated KalmaNet recurrence (arXiv 2511.21016, section 4), solved by Chebyshev iteration.
+
+    Args:
+      q, k: [B, T, H, K], L2-normalised (k already times its beta gate).
+      v: [B, T, H, V] (already times beta).
+      alpha: [B, T, H], in [0, 1]: 1 uses the solution, 0 the query itself.
+      log_decay: [B, T, H], <= 0, of both states.
+      ridge_strength: lambda over the Frobenius norm of H; bounds the condition number by 1 + 1/it.
+      num_iter: Chebyshev iterations; 0 skips the solve. A compute/quality dial at inference.
+      bp_lambda: whether lambda is differentiated through H.
+      scale: multiplies the output; default K^-0.5.
+      initial_state: (h_kk [B, H, K, K], h_kv [B, H, K, V]), or None for zeros.
+      segment_ids: [B, T] int, or None.
+      chunk_size: tokens a chunk (default 64); the reference ignores it.
+      implementation: "reference", "xla" or None.
+
+    Returns:
+      o [B, T, H, V] in v's dtype and (h_kk, h_kv) in float32.
+
+    Raises:
+      ValueError: a shape does not fit the others.
+    """
+    d = dims_of("gated_kalmanet", q, v)
+    h_kk, h_kv = (None, None) if initial_state is None else initial_state
+    check_shapes(
+        "gated_kalmanet", d, k=(k, "B T H K"), v=(v, "B T H V"), alpha=(alpha, "B T H"),
+        log_decay=(log_decay, "B T H"), h_kk=(h_kk, "B H K K"), h_kv=(h_kv, "B H K V"), segment_ids=(segment_ids, "B T"),
+    )
+    dtype = accumulator(q, k, v, alpha, log_decay)
+    h_kk = jnp.zeros((d["B"], d["H"], d["K"], d["K"]), dtype) if h_kk is None else h_kk.astype(dtype)
+    h_kv = jnp.zeros((d["B"], d["H"], d["K"], d["V"]), dtype) if h_kv is None else h_kv.astype(dtype)
+    scale = d["K"] ** -0.5 if scale is None else scale
+    run = pick_implementation(implementation, IMPLEMENTATIONS)
+    segments = segment_index(segment_ids, d["B"], d["T"])
+    return run(
+        q, k, v, alpha, log_decay, (h_kk, h_kv), segments, scale, chunk_size or 64, ridge_strength, num_iter, bp_lambda
+    )
+
+
+def gated_kalmanet_step(
+    q, k, v, alpha, log_decay, ridge_strength=0.02, num_iter=30, *, state, bp_lambda=True, scale=None
+):
+    """One token: q, k [B,H,K], v [B,H,V], alpha, log_decay [B,H], state (h_kk, h_kv) -> (o [B,H,V], state)."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    dtype = accumulator(q, k, v, alpha, log_decay)
+    arrays = [x.astype(dtype) for x in (q, k, v, alpha, log_decay)]
+    state = tuple(s.astype(dtype) for s in state)
+    o, state = gated_kalmanet_update(*arrays, state, scale, ridge_strength, num_iter, bp_lambda)
+    return o.astype(v.dtype), state

@@ -1,0 +1,41 @@
+"""Chebyshev iteration for (H + lambda I) x = q, H positive semi-definite with eigenvalues up to |H|_F."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def chebyshev(matvec, q, norm, ridge_strength, num_iter):
+    """x ~ (H + lambda I)^-1 q on the interval [lambda, lambda + F], F = |H|_F, lambda = ridge_strength F.
+
+        s = 2 / (2 lambda + F),   r = (F / (2 lambda + F) / 2)^2,   omega_0 = 2
+        omega <- 1 / (1 - r omega),   x <- omega (x - s ((H + lambda I) x - q)) - (omega - 1) x_prev
+
+    r does not depend on F, so the omegas are the same for every token.
+
+    Args:
+      matvec: x -> H x, rows [..., K].
+      q: [..., K].
+      norm: F [...]; where it is 0 (an empty state) x is 0.
+    """
+    alive = norm > 0
+    F = jnp.where(alive, norm, 1.0)[..., None]
+    s = 1.0 / (F * (ridge_strength + 0.5))
+    r = (0.25 / (ridge_strength + 0.5)) ** 2
+
+    def iterate(_, carry):
+        x, previous, omega = carry
+        omega = 1.0 / (1.0 - r * omega)
+        residual = matvec(x) + ridge_strength * F * x - q
+        return omega * (x - s * residual) - (omega - 1.0) * previous, x, omega
+
+    q = q * alive[..., None]
+    x, _, _ = jax.lax.fori_loop(0, num_iter, iterate, (s * q, jnp.zeros_like(q), jnp.asarray(2.0, q.dtype)))
+    return x
+
+
+def safe_sqrt(x):
+    """sqrt with gradient 0 at 0 (an empty state has no norm to differentiate)."""
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)

@@ -1,0 +1,85 @@
+"""The chunked form: every token of a chunk solves its own system at once, by matmuls with shared factors.
+
+With H0 the state at the chunk's start and rows X (one per token),
+
+    (H_t x_t) = e^{a_t} H0 x_t + sum_{i<=t} e^{a_t - a_i} k_i (k_i' x_t)  =  (X e^a) H0 + ((X K') M) K
+    |H_t|_F^2 = e^{2 a_t} |H0|^2 + 2 e^{a_t} (M (k_i' H0 k_i))_t + (M (K K')^2 M')_tt
+
+Each term of the norm is non-negative: nothing cancels under strong decay.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.chunks import ChunkDecay, chunk_decay, chunk_outputs, chunk_states, from_chunks, matmul, to_chunks
+from kernels_pallas.gated_kalmanet.chebyshev import chebyshev, safe_sqrt
+
+
+def chunk_matvec(x, k, decay: ChunkDecay, before):
+    """H_t x_t for every row; x, k [N,B,H,C,K], before [N,B,H,K,K]."""
+    scores = matmul("nbhck,nbhik->nbhci", x, k, dtype=x.dtype) * decay.mask
+    across = matmul("nbhck,nbhkj->nbhcj", x * decay.reach[..., None], before, dtype=x.dtype)
+    return across + matmul("nbhci,nbhik->nbhck", scores, k, dtype=x.dtype)
+
+
+def chunk_norms(k, decay: ChunkDecay, before):
+    """|H_t|_F, [N,B,H,C]."""
+    dtype = before.dtype
+    h0 = jnp.sum(before * before, axis=(-2, -1))[..., None]
+    quadratic = jnp.sum(matmul("nbhck,nbhkj->nbhcj", k, before, dtype=dtype) * k, axis=-1)
+    gram = matmul("nbhck,nbhik->nbhci", k, k, dtype=dtype) ** 2
+    inside = jnp.sum(matmul("nbhci,nbhij->nbhcj", decay.mask, gram, dtype=dtype) * decay.mask, axis=-1)
+    cross = matmul("nbhci,nbhi->nbhc", decay.mask, quadratic, dtype=dtype)
+    return safe_sqrt(decay.reach**2 * h0 + 2 * decay.reach * cross + inside)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def chunk_solve(q, k, decay, before, ridge_strength, num_iter, bp_lambda):
+    """x_t ~ (H_t + lambda_t I)^-1 q_t for every row; the gradient is the implicit one."""
+    matvec = functools.partial(chunk_matvec, k=k, decay=decay, before=before)
+    return chebyshev(matvec, q, chunk_norms(k, decay, before), ridge_strength, num_iter)
+
+
+def _solve_fwd(q, k, decay, before, ridge_strength, num_iter, bp_lambda):
+    x = chunk_solve(q, k, decay, before, ridge_strength, num_iter, bp_lambda)
+    return x, (x, k, decay, before)
+
+
+def _solve_bwd(ridge_strength, num_iter, bp_lambda, residuals, dx):
+    """Differentiate the residual r = (H + lambda I) x - q at fixed x: w = (H + lambda I)^-1 dx, then pull -w back."""
+    x, k, decay, before = residuals
+    w = chunk_solve(dx, k, decay, before, ridge_strength, num_iter, bp_lambda)
+
+    def applied(k, decay, before):
+        symmetric = 0.5 * (before + jnp.swapaxes(before, -1, -2))
+        norms = chunk_norms(k, decay, before)
+        ridge = ridge_strength * (norms if bp_lambda else jax.lax.stop_gradient(norms))
+        return chunk_matvec(x, k, decay, symmetric) + ridge[..., None] * x
+
+    _, pull = jax.vjp(applied, k, decay, before)
+    return (w, *pull(-w))
+
+
+chunk_solve.defvjp(_solve_fwd, _solve_bwd)
+
+
+def gated_kalmanet_chunked(
+    q, k, v, alpha, log_decay, state, segments, scale, chunk_size, ridge_strength, num_iter, bp_lambda
+):
+    T, (h_kk, h_kv) = q.shape[1], state
+    dtype = h_kk.dtype
+    decay = chunk_decay(log_decay, segments, chunk_size, dtype)
+    qc, kc, vc = (to_chunks(x, chunk_size) for x in (q, k, v))
+    kk_before, kk_final = chunk_states(kc, kc, decay, h_kk)
+    kv_before, kv_final = chunk_states(kc, vc, decay, h_kv)
+    query = qc
+    if num_iter:
+        exact = qc.astype(dtype)
+        x = chunk_solve(exact, kc.astype(dtype), decay, kk_before, ridge_strength, num_iter, bp_lambda)
+        query = (exact + to_chunks(alpha.astype(dtype), chunk_size)[..., None] * (x - exact)).astype(qc.dtype)
+    o = scale * chunk_outputs(query, kc, vc, decay, kv_before)
+    return from_chunks(o, T).astype(v.dtype), (kk_final, kv_final)

@@ -1,0 +1,66 @@
+"""The recurrence, token by token, with the solve on explicit matrices."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.gated_kalmanet.chebyshev import chebyshev, safe_sqrt
+from kernels_pallas.linear_attention.reference import linear_attention_update, scan_tokens
+
+
+def _frobenius(H):
+    return safe_sqrt(jnp.sum(H * H, axis=(-2, -1)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def ridge_solve(H, q, ridge_strength, num_iter, bp_lambda):
+    """x ~ (H + ridge_strength |H|_F I)^-1 q; H [B,H,K,K], q [B,H,K]; implicit gradient."""
+    matvec = functools.partial(jnp.einsum, "bhij,bhj->bhi", H, precision="highest")
+    return chebyshev(matvec, q, _frobenius(H), ridge_strength, num_iter)
+
+
+def _solve_fwd(H, q, ridge_strength, num_iter, bp_lambda):
+    x = ridge_solve(H, q, ridge_strength, num_iter, bp_lambda)
+    return x, (H, x)
+
+
+def _solve_bwd(ridge_strength, num_iter, bp_lambda, residuals, dx):
+    """w = (H + lambda)^-1 dx;  dq = w;  dH = -(w x' + x w') / 2;  dlambda = -w'x."""
+    H, x = residuals
+    w = ridge_solve(H, dx, ridge_strength, num_iter, bp_lambda)
+    outer = w[..., :, None] * x[..., None, :]
+    dH = -0.5 * (outer + jnp.swapaxes(outer, -1, -2))
+    if bp_lambda:
+        _, pull = jax.vjp(_frobenius, H)
+        dH = dH + pull(-ridge_strength * jnp.sum(w * x, axis=-1))[0]
+    return dH, w
+
+
+ridge_solve.defvjp(_solve_fwd, _solve_bwd)
+
+
+def gated_kalmanet_update(q, k, v, alpha, g, state, scale, ridge_strength, num_iter, bp_lambda):
+    """One token; q, k [B,H,K], v [B,H,V], alpha, g [B,H], state (h_kk, h_kv)."""
+    h_kk, h_kv = state
+    h_kk = jnp.exp(g)[..., None, None] * h_kk + k[..., :, None] * k[..., None, :]
+    if num_iter:
+        x = ridge_solve(h_kk, q, ridge_strength, num_iter, bp_lambda)
+        q = q + alpha[..., None] * (x - q)
+    o, h_kv = linear_attention_update(q, k, v, g, h_kv, scale)
+    return o, (h_kk, h_kv)
+
+
+def gated_kalmanet_reference(
+    q, k, v, alpha, log_decay, state, segments, scale, chunk_size, ridge_strength, num_iter, bp_lambda
+):
+    del chunk_size
+    arrays = [x.astype(state[0].dtype) for x in (q, k, v, alpha, log_decay)]
+
+    def update(*args):
+        return gated_kalmanet_update(*args, scale, ridge_strength, num_iter, bp_lambda)
+
+    o, state = scan_tokens(update, arrays, segments, state)
+    return o.astype(v.dtype), state

@@ -1,0 +1,39 @@
+"""The recurrence, token by token."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def linear_attention_update(q, k, v, g, S, scale):
+    """One token of S <- e^g S + k v', o = scale q'S; q, k [B,H,K], v [B,H,V], g [B,H], S [B,H,K,V]."""
+    S = jnp.exp(g)[..., None, None] * S + k[..., :, None] * v[..., None, :]
+    return scale * jnp.einsum("bhk,bhkv->bhv", q, S, precision="highest"), S
+
+
+def scan_tokens(update, arrays, segments, state):
+    """Runs `update(*tokens, state) -> (o, state)` over time, resetting the state where a segment begins.
+
+    Args:
+      arrays: each [B, T, ...].
+      segments: [B, T] segment numbers, 0 first.
+      state: a pytree of [B, ...].
+    """
+    begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+
+    def step(state, token):
+        begin, *xs = token
+        state = jax.tree.map(lambda s: jnp.where(begin.reshape(-1, *(1,) * (s.ndim - 1)), 0, s), state)
+        o, state = update(*xs, state)
+        return state, o
+
+    state, o = jax.lax.scan(step, state, tuple(jnp.moveaxis(x, 1, 0) for x in (begins, *arrays)))
+    return jnp.moveaxis(o, 0, 1), state
+
+
+def linear_attention_reference(q, k, v, log_decay, state, segments, scale, chunk_size):
+    del chunk_size
+    arrays = [x.astype(state.dtype) for x in (q, k, v, log_decay)]
+    o, state = scan_tokens(lambda q, k, v, g, S: linear_attention_update(q, k, v, g, S, scale), arrays, segments, state)
+    return o.astype(v.dtype), state

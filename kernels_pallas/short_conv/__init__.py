@@ -1,0 +1,64 @@
+"""Causal depthwise convolution over a few tokens, with its activation.
+
+    y_t = act(sum_j w_j x_{t - W + 1 + j} + b)
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.arguments import check_shapes, pick_implementation, segment_index
+from kernels_pallas.short_conv.chunked import short_conv_shifted
+from kernels_pallas.short_conv.reference import short_conv_reference, short_conv_update
+
+__all__ = ["short_conv", "short_conv_step"]
+
+IMPLEMENTATIONS = {"reference": short_conv_reference, "xla": short_conv_shifted}
+ACTIVATIONS = {"silu": jax.nn.silu, None: lambda x: x}
+
+
+def _activation(name):
+    if name not in ACTIVATIONS:
+        raise ValueError(f"short_conv: unknown activation {name!r}; have 'silu' and None")
+    return ACTIVATIONS[name]
+
+
+def short_conv(x, weight, bias=None, activation="silu", *, initial_state=None, segment_ids=None, implementation=None):
+    """Causal depthwise convolution (torch's `Conv1d(groups=D)` with W - 1 zeros on the left).
+
+    Args:
+      x: [B, T, D].
+      weight: [D, W]; the last column meets the current token.
+      bias: [D], or None.
+      activation: "silu" or None.
+      initial_state: [B, W - 1, D], the tokens before x (oldest first), or None for zeros.
+      segment_ids: [B, T] int, or None; a token sees its own segment only.
+      implementation: "reference", "xla" or None.
+
+    Returns:
+      y [B, T, D] and the state [B, W - 1, D], both in x's dtype; inputs of earlier segments are 0 in it.
+
+    Raises:
+      ValueError: a shape does not fit the others, or the activation is unknown.
+    """
+    if x.ndim != 3 or weight.ndim != 2 or x.shape[1] == 0:
+        raise ValueError(f"short_conv: x must be [B, T, D] with T > 0, weight [D, W]; got {x.shape}, {weight.shape}")
+    B, T, D = x.shape
+    W = weight.shape[1]
+    check_shapes(
+        "short_conv", dict(B=B, T=T, D=D, W=W, P=W - 1), weight=(weight, "D W"), bias=(bias, "D"),
+        initial_state=(initial_state, "B P D"), segment_ids=(segment_ids, "B T"),
+    )
+    state = jnp.zeros((B, W - 1, D), x.dtype) if initial_state is None else initial_state.astype(x.dtype)
+    bias = jnp.zeros(D, weight.dtype) if bias is None else bias
+    run = pick_implementation(implementation, IMPLEMENTATIONS)
+    y, state = run(x, weight, bias, state, segment_index(segment_ids, B, T))
+    return _activation(activation)(y).astype(x.dtype), state
+
+
+def short_conv_step(x, weight, bias=None, activation="silu", *, state):
+    """One token: x [B,D], state [B,W-1,D] -> (y [B,D], state)."""
+    bias = jnp.zeros(x.shape[-1], weight.dtype) if bias is None else bias
+    y, state = short_conv_update(x, weight, bias, state.astype(x.dtype))
+    return _activation(activation)(y).astype(x.dtype), state
