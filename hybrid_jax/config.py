@@ -218,9 +218,7 @@ class GDNConfig:
 class Mamba2Config:
     """Mamba-2 options, named as in hybrid-model-factory's `mamba2_config`."""
 
-    conv_size: int = 4
-    norm_eps: float = 1e-5
-    chunk_size: int = 64
+    use_qk_norm: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +233,7 @@ class BMojoConfig:
     """B'MOJO-F: one softmax over a window of keys and a window of fading keys made by a mixer."""
 
     window_size: int = 2048
-    ssm_mixer: str = "gka"
+    ssm_mixer: str = "mamba2"
     tie_attn_weights: bool = True
 
 
@@ -259,8 +257,11 @@ MIXER_CONFIGS = {
 }
 
 # What hybrid-model-factory's dicts repeat from the model, and options that must have one value.
-_REPEATED = {"hidden_size", "head_dim", "num_q_heads", "num_k_heads", "num_v_heads", "num_heads", "layer_idx"}
-_FIXED = {"kv_proj_rank": None, "kv_learnable_residual": False, "solver_type": "chebyshev"}
+_REPEATED = {
+    "hidden_size", "head_dim", "num_q_heads", "num_k_heads", "num_v_heads", "num_heads", "num_key_value_heads",
+    "rms_norm_eps", "d_model", "d_inner", "d_xb", "intermediate_size", "hidden_act", "n_layer", "ssm_cfg",
+}  # fmt: skip
+_FIXED = {"kv_proj_rank": None, "kv_learnable_residual": False, "solver_type": "chebyshev", "use_pos_emb": False}
 
 
 def mixer_config_from_dict(key: str, values: Mapping[str, Any]):

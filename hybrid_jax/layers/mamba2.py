@@ -13,7 +13,7 @@ from hybrid_jax.layers.linear import Linear, RMSNorm, rms_norm
 from hybrid_jax.layers.recurrent import ShortConv, init_a_log, init_dt_bias, repeat_heads, scan_or_step
 from kernels_pallas import ssd, ssd_step
 
-QK_NORM_EPS = 1e-6
+CONV_SIZE, NORM_EPS, QK_NORM_EPS = 4, 1e-5, 1e-6
 
 
 class Mamba2State(NamedTuple):
@@ -25,18 +25,19 @@ class Mamba2State(NamedTuple):
 
 class Mamba2(nnx.Module):
     """z, x, B, C, dt = in_proj(u); C, B normed if the source norms q, k; xBC = SiLU(conv(xBC));
-    SSD with D skip; out_proj(RMSNorm per kv group of y SiLU(z))."""
+    SSD with D skip; out_proj(RMSNorm per head of y SiLU(z))."""
 
     def __init__(self, config: ModelConfig, *, rngs, dtype=jnp.float32):
-        hid, H, Hkv, D, m = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.mamba2
+        hid, H, Hkv, D = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+        normed = config.qk_norm and config.mamba2.use_qk_norm
         self.in_proj = Linear(hid, 2 * (H + Hkv) * D + H, axes=("embed", "heads"), rngs=rngs, dtype=dtype)
-        self.conv1d = ShortConv((H + 2 * Hkv) * D, m.conv_size, bias=True, rngs=rngs, dtype=dtype)
+        self.conv1d = ShortConv((H + 2 * Hkv) * D, CONV_SIZE, bias=True, rngs=rngs, dtype=dtype)
         self.A_log = init_a_log(rngs, H, dtype)
         self.dt_bias = init_dt_bias(rngs, H, dtype)
         self.D = nnx.Param(jnp.ones(H, dtype), axes=("heads",))
-        self.B_norm = RMSNorm(D, eps=QK_NORM_EPS, dtype=dtype) if config.qk_norm else None
-        self.C_norm = RMSNorm(D, eps=QK_NORM_EPS, dtype=dtype) if config.qk_norm else None
-        self.norm = RMSNorm(H * D, eps=m.norm_eps, dtype=dtype)
+        self.B_norm = RMSNorm(D, eps=QK_NORM_EPS, dtype=dtype) if normed else None
+        self.C_norm = RMSNorm(D, eps=QK_NORM_EPS, dtype=dtype) if normed else None
+        self.norm = RMSNorm(H * D, eps=NORM_EPS, dtype=dtype)
         self.out_proj = Linear(H * D, hid, axes=("heads", "embed"), rngs=rngs, dtype=dtype)
         self.config = config
 
@@ -62,10 +63,10 @@ class Mamba2(nnx.Module):
         y, S = scan_or_step(
             lambda v, dt, B, C, **kw: ssd(v, dt, a, B, C, skip, **kw),
             lambda v, dt, B, C, **kw: ssd_step(v, dt, a, B, C, skip, **kw),
-            (v, dt, B, C), state=state and state.S, segment_ids=segment_ids, chunk_size=c.mamba2.chunk_size,
+            (v, dt, B, C), state=state and state.S, segment_ids=segment_ids,
         )
-        y = (y.reshape(batch, T, H * D) * jax.nn.silu(z)).reshape(batch, T, Hkv, -1)
-        y = rms_norm(y, self.norm.weight[...].reshape(Hkv, -1), c.mamba2.norm_eps)
+        y = y * jax.nn.silu(z).reshape(y.shape)
+        y = rms_norm(y, self.norm.weight[...].reshape(H, D), NORM_EPS)
         return self.out_proj(y.reshape(batch, T, H * D)), Mamba2State(S, conv)
 
     def init_state(self, batch: int, max_length: int, dtype=jnp.float32) -> Mamba2State:

@@ -1,0 +1,39 @@
+"""`train` and `prime`: run an experiment config."""
+
+from __future__ import annotations
+
+import argparse
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+
+def load_config(arguments: list[str]) -> ConfigDict:
+    """Reads `--config=FILE` and its `--config.a.b=value` overrides.
+
+    Raises:
+      ValueError: no such file, no such field, or a value of another type.
+    """
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    try:
+        values(["hybrid-jax", *arguments])
+        config = values.config
+    except (flags.Error, AttributeError, KeyError, TypeError, OSError) as e:
+        raise ValueError(f"{e}") from None
+    if config is None:
+        raise ValueError("give a config: --config=configs/NAME.py")
+    return config
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    parser.epilog = "Fields of the config are overridden by --config.a.b=value."
+    parser.add_argument("--workdir", required=True, help="everything the run writes goes here; the same one resumes it")
+    parser.add_argument("--config", required=True, metavar="FILE", help="an ml_collections config, e.g. configs/prime_tiny_gka.py")
+
+
+def run(args: argparse.Namespace, overrides: list[str]):
+    from hybrid_jax.experiment import run_experiment
+
+    out = run_experiment(load_config([f"--config={args.config}", *overrides]), args.workdir)
+    print(f"model: {out}")

@@ -1,0 +1,125 @@
+"""Decoders -> Hugging Face directories, written beside and renamed when whole."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from hybrid_jax.convert.load import INDEX, SINGLE
+from hybrid_jax.convert.names import hf_tensors
+from hybrid_jax.families import config_to_hf
+from hybrid_jax.model import Decoder
+from hybrid_jax.parameters import split_model
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "tokenizer.model", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+
+
+def check_new_directory(path: str | pathlib.Path) -> pathlib.Path:
+    """Checks, before any work, that `path` can become a new directory; leaves nothing behind.
+
+    Raises:
+      FileExistsError: something is there already.
+      PermissionError, NotADirectoryError: its parent can not be written.
+    """
+    path = pathlib.Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists already and is not empty; choose another output directory or remove it")
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise NotADirectoryError(f"can not write {path}: {parent} is a file")
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as e:
+        raise PermissionError(f"can not write {path}: {parent} is not writable ({e.strerror})") from None
+    return path
+
+
+@contextlib.contextmanager
+def new_directory(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
+    """A directory to fill, which becomes `path` if the block ends well and vanishes if not."""
+    path = check_new_directory(path)
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    work = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
+    try:
+        work.chmod(0o755)
+        yield work
+        if path.exists():
+            path.rmdir()
+        os.rename(work, path)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _hf_items(model: Decoder) -> Iterator[tuple[str, np.ndarray]]:
+    _, parameters = split_model(model)
+    for name, value in parameters.items():
+        value = np.asarray(jax.device_get(value))
+        for t in hf_tensors(name, model.config):
+            yield t.name, np.ascontiguousarray(t.to_hf(value if t.expert is None else value[t.expert]))
+
+
+def _write_weights(model: Decoder, directory: pathlib.Path, max_shard_bytes: int):
+    shards: list[list[str]] = []
+    pending: dict[str, np.ndarray] = {}
+    total = size = 0
+
+    def flush():
+        shards.append(list(pending))
+        save_file(pending, directory / f"{len(shards)}.part", metadata={"format": "pt"})
+        pending.clear()
+
+    for name, value in _hf_items(model):
+        if pending and size + value.nbytes > max_shard_bytes:
+            flush()
+            size = 0
+        pending[name] = value
+        size += value.nbytes
+        total += value.nbytes
+    flush()
+    if len(shards) == 1:
+        (directory / "1.part").rename(directory / SINGLE)
+        return
+    weight_map = {}
+    for i, names in enumerate(shards, start=1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        (directory / f"{i}.part").rename(directory / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def save_model(model: Decoder, path, *, tokenizer_from=None, max_shard_bytes: int = 5_000_000_000):
+    """Writes a model as a Hugging Face directory: a source family's layout, or hybrid-model-factory's.
+
+    Args:
+      model: any decoder; its parameters keep their dtype.
+      path: a directory that does not exist yet, or is empty.
+      tokenizer_from: a directory whose tokenizer files are copied byte for byte.
+      max_shard_bytes: larger models are written in several files with an index.
+
+    Raises:
+      FileExistsError, PermissionError, NotADirectoryError: `path` can not be made; nothing is left behind.
+    """
+    with new_directory(path) as directory:
+        _write_weights(model, directory, max_shard_bytes)
+        dtype = str(model.embed_tokens.embedding[...].dtype)
+        (directory / "config.json").write_text(json.dumps(config_to_hf(model.config, dtype), indent=2) + "\n")
+        for name in TOKENIZER_FILES:
+            if tokenizer_from and (pathlib.Path(tokenizer_from) / name).is_file():
+                shutil.copyfile(pathlib.Path(tokenizer_from) / name, directory / name)

@@ -1,0 +1,92 @@
+"""Data: text and synthetic rows, mixed and batched by grain.
+
+The global order of batches depends on the seed and the step alone; the iterator's state is in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import grain
+import numpy as np
+from tokenizers import Tokenizer
+
+from hybrid_jax.data.packing import PackedRows, tokenize
+from hybrid_jax.data.synthetic import Induction, KeyValueRetrieval
+from hybrid_jax.data.text import load_documents, split_documents
+from hybrid_jax.data.tokenizer import ASK, PAIRS, SPECIAL_TOKENS, end_of_text_id, load_tokenizer
+
+__all__ = ["Corpus", "load_corpus", "load_tokenizer", "training_batches"]
+
+HELD_OUT_SEED = 987_654_321
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Tokenised text, its held-out part, and what the synthetic tasks need of the tokenizer."""
+
+    tokenizer: Tokenizer
+    train: tuple[np.ndarray, np.ndarray]
+    held_out: tuple[np.ndarray, np.ndarray]
+    held_out_bytes: int
+    markers: tuple[int, int]
+    vocab: tuple[int, int]
+
+    def retrieval(self, length: int, seed: int, **options) -> KeyValueRetrieval:
+        return KeyValueRetrieval(length, self.vocab, *self.markers, seed=seed, **options)
+
+    def source(self, name: str, length: int, seed: int):
+        """Training rows of one kind: `text`, `retrieval` or `induction`.
+
+        Raises:
+          ValueError: no source has that name.
+        """
+        sources = {
+            "text": lambda: PackedRows(*self.train, length),
+            "retrieval": lambda: self.retrieval(length, seed),
+            "induction": lambda: Induction(length, self.vocab, seed=seed),
+        }
+        if name not in sources:
+            raise ValueError(f"unknown data source {name!r} in data.mix; have {', '.join(sources)}")
+        return sources[name]()
+
+    def held_out_rows(self, length: int) -> PackedRows:
+        return PackedRows(*self.held_out, length)
+
+
+def load_corpus(text: str, tokenizer: Tokenizer, eos_token_id=None) -> Corpus:
+    """Reads, splits and tokenises `text` (see `load_documents`)."""
+    train, held_out = split_documents(load_documents(text))
+    end = end_of_text_id(tokenizer, eos_token_id)
+    markers = [tokenizer.token_to_id(t) for t in (PAIRS, ASK)]
+    if None in markers:  # a foreign tokenizer: any two ids serve as markers, the first two ordinary ones
+        markers = [1, 2]
+    return Corpus(
+        tokenizer=tokenizer,
+        train=tokenize(train, tokenizer, end),
+        held_out=tokenize(held_out, tokenizer, end),
+        held_out_bytes=sum(len(d.text.encode()) for d in held_out),
+        markers=tuple(markers),
+        vocab=(len(SPECIAL_TOKENS), tokenizer.get_vocab_size()),
+    )
+
+
+def training_batches(corpus: Corpus, mix: Mapping[str, float], *, batch_size: int, length: int, seed: int):
+    """An endless, checkpointable iterator of batches {input_ids, segment_ids, loss_weights} [B, length].
+
+    Args:
+      mix: source name -> share of the rows; shares need not sum to one, zeros are left out.
+
+    Raises:
+      ValueError: an unknown source, or no positive share.
+    """
+    shares = {name: share for name, share in sorted(mix.items()) if share}
+    if not shares or min(shares.values()) < 0:
+        raise ValueError(f"data.mix needs at least one positive share and no negative one, got {dict(mix)}")
+    parts = [
+        grain.MapDataset.source(corpus.source(name, length, seed)).shuffle(seed=seed + n).repeat()
+        for n, name in enumerate(shares)
+    ]
+    mixed = grain.MapDataset.mix(parts, weights=list(shares.values()))
+    return iter(mixed.batch(batch_size, drop_remainder=True).to_iter_dataset(grain.ReadOptions(num_threads=1)))

@@ -1,0 +1,105 @@
+"""Synthetic recall tasks, every row a pure function of (seed, index).
+
+Rows have the form of `packing.py`; blocks of one row are separate segments. Only the answers are weighed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+
+def _join(blocks: list[tuple[np.ndarray, np.ndarray]], length: int) -> dict[str, np.ndarray]:
+    ids = np.zeros(length, np.int32)
+    segments = np.zeros(length, np.int32)
+    weights = np.zeros(length, np.float32)
+    at = 0
+    for n, (block, weight) in enumerate(blocks, start=1):
+        end = at + len(block)
+        ids[at:end], segments[at:end], weights[at:end] = block, n, weight
+        at = end
+    return {"input_ids": ids, "segment_ids": segments, "loss_weights": weights}
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyValueRetrieval:
+    """`<pairs> k1 v1 ... kn vn <ask> k5 v5 k2 v2 ...`: every key is asked once, in another order.
+
+    Keys of a block are distinct; keys and values are drawn from all ordinary tokens.
+
+    Args:
+      length: tokens a row.
+      vocab: (first, last + 1) ids to draw from.
+      pairs_id, ask_id: the two markers.
+      min_pairs, max_pairs: pairs a block, drawn evenly.
+      seed: with the row's index, decides the row.
+    """
+
+    length: int
+    vocab: tuple[int, int]
+    pairs_id: int
+    ask_id: int
+    min_pairs: int = 4
+    max_pairs: int = 24
+    seed: int = 0
+    rows: int = 1 << 20
+
+    def __post_init__(self):
+        if self.length < 4 * self.max_pairs + 2:
+            raise ValueError(
+                f"key-value retrieval of {self.max_pairs} pairs needs rows of {4 * self.max_pairs + 2} tokens, "
+                f"got {self.length}; lower max_pairs or raise the row length"
+            )
+
+    def __len__(self):
+        return self.rows
+
+    def block(self, rng) -> tuple[np.ndarray, np.ndarray]:
+        n = int(rng.integers(self.min_pairs, self.max_pairs + 1))
+        keys = rng.choice(np.arange(*self.vocab), n, replace=False)
+        values = rng.integers(*self.vocab, n)
+        order = rng.permutation(n)
+        told = np.stack([keys, values], 1).reshape(-1)
+        asked = np.stack([keys[order], values[order]], 1).reshape(-1)
+        ids = np.concatenate([[self.pairs_id], told, [self.ask_id], asked])
+        weights = np.zeros(len(ids), np.float32)
+        weights[2 * n + 3 :: 2] = 1
+        return ids, weights
+
+    def __getitem__(self, i) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng([self.seed, 1, int(i)])
+        blocks, left = [], self.length
+        while True:
+            block = self.block(rng)
+            if len(block[0]) > left:
+                return _join(blocks, self.length) if blocks else self[int(i) + self.rows]
+            blocks.append(block)
+            left -= len(block[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Induction:
+    """Random tokens said twice: the second time every token follows from the first."""
+
+    length: int
+    vocab: tuple[int, int]
+    min_period: int = 8
+    max_period: int = 48
+    seed: int = 0
+    rows: int = 1 << 20
+
+    def __len__(self):
+        return self.rows
+
+    def __getitem__(self, i) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng([self.seed, 2, int(i)])
+        blocks, left = [], self.length
+        while left >= 2 * self.max_period:
+            period = int(rng.integers(self.min_period, self.max_period + 1))
+            once = rng.integers(*self.vocab, period)
+            weights = np.zeros(2 * period, np.float32)
+            weights[period + 1 :] = 1
+            blocks.append((np.concatenate([once, once]), weights))
+            left -= 2 * period
+        return _join(blocks, self.length)

@@ -1,0 +1,62 @@
+"""Tokenizers: reading a model's `tokenizer.json`, and training a byte-level BPE of our own."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+END_OF_TEXT, PAIRS, ASK = "<|endoftext|>", "<|pairs|>", "<|ask|>"
+SPECIAL_TOKENS = (END_OF_TEXT, PAIRS, ASK)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE with `SPECIAL_TOKENS` as ids 0, 1, 2."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: pathlib.Path, max_length: int):
+    """Writes tokenizer.json and the tokenizer_config.json by which transformers loads it."""
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_TEXT,
+        "pad_token": END_OF_TEXT,
+        "additional_special_tokens": [PAIRS, ASK],
+        "model_max_length": max_length,
+        "clean_up_tokenization_spaces": False,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
+    """The tokenizer of a model directory.
+
+    Raises:
+      FileNotFoundError: the directory has no tokenizer.json.
+    """
+    path = pathlib.Path(directory) / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no tokenizer.json in {directory}; give a model directory that has its tokenizer")
+    return Tokenizer.from_file(str(path))
+
+
+def end_of_text_id(tokenizer: Tokenizer, eos_token_id=None) -> int:
+    """The id that ends a document: the model's own if it names one."""
+    if isinstance(eos_token_id, (list, tuple)):
+        eos_token_id = eos_token_id[0]
+    if eos_token_id is None:
+        eos_token_id = tokenizer.token_to_id(END_OF_TEXT)
+    if eos_token_id is None:
+        raise ValueError(f"the tokenizer has no {END_OF_TEXT} token and the model's config names no eos_token_id")
+    return eos_token_id

@@ -1,0 +1,52 @@
+"""What is measured: negative log-likelihood of held-out text, and recall of key-value pairs."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybrid_jax.data import HELD_OUT_SEED, Corpus
+from hybrid_jax.model import Decoder
+from hybrid_jax.parameters import join_model, split_model
+from hybrid_jax.train.objectives import token_losses
+
+BATCH = 8
+
+
+def _weighted_sums(model: Decoder, rows) -> tuple[float, float, float]:
+    """Sums over rows of weight * loss, weight * (argmax is right), weight."""
+    structure, parameters = split_model(model)
+
+    @jax.jit
+    def sums(parameters, batch):
+        ids = batch["input_ids"]
+        logits = join_model(structure, parameters)(ids, batch["segment_ids"])
+        weights = batch["loss_weights"][:, 1:]
+        right = jnp.argmax(logits[:, :-1], -1) == ids[:, 1:]
+        return jnp.stack([jnp.sum(token_losses(logits, ids) * weights), jnp.sum(right * weights), jnp.sum(weights)])
+
+    total = np.zeros(3)
+    rows = list(rows)
+    for i in range(0, len(rows), BATCH):
+        part = rows[i : i + BATCH]
+        batch = {k: np.stack([r[k] for r in part]) for k in part[0]}
+        short = BATCH - len(part)  # rows of weight 0 keep the batch's shape
+        batch = {k: np.pad(v, ((0, short), (0, 0))) for k, v in batch.items()}
+        total += np.asarray(sums(parameters, batch), np.float64)
+    return tuple(total)
+
+
+def text_loss(model: Decoder, corpus: Corpus, seq_len: int, rows: int) -> float:
+    """Mean loss in nats a token on `rows` evenly spaced rows of the held-out text."""
+    held_out = corpus.held_out_rows(seq_len)
+    chosen = np.unique(np.linspace(0, len(held_out) - 1, min(rows, len(held_out))).astype(int))
+    loss, _, weight = _weighted_sums(model, (held_out[i] for i in chosen))
+    return loss / weight
+
+
+def retrieval_loss_and_accuracy(model: Decoder, corpus: Corpus, seq_len: int, rows: int, pairs: int = 16):
+    """Mean loss (nats) and accuracy of the values asked for, blocks of exactly `pairs` pairs."""
+    task = corpus.retrieval(seq_len, HELD_OUT_SEED, min_pairs=pairs, max_pairs=pairs)
+    loss, right, weight = _weighted_sums(model, (task[i] for i in range(rows)))
+    return loss / weight, right / weight

@@ -1,0 +1,165 @@
+"""An experiment: a config's phases run from a source to an exported model, each stage resumable.
+
+A working directory holds
+
+    config.json       what is being run; another config in the same directory is refused
+    stages/NN_NAME/   a Hugging Face directory of each finished stage, 00_initial first
+    checkpoints/NAME/ of the phase under way
+    metrics.jsonl, tensorboard/
+    model/            the outcome
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from hybrid_jax.convert import check_new_directory, load_model, new_directory, read_model_config, save_model
+from hybrid_jax.data import load_corpus, load_tokenizer
+from hybrid_jax.data.text import load_documents, split_documents
+from hybrid_jax.data.tokenizer import save_tokenizer, train_tokenizer
+from hybrid_jax.families import config_from_hf
+from hybrid_jax.model import Decoder
+from hybrid_jax.priming.initialize import initialize_hybrid
+from hybrid_jax.priming.select import choose_pattern
+from hybrid_jax.priming.fuse import fuse, unfuse
+from hybrid_jax.train import MetricWriter, Phase, train_phase
+
+KEYS = {"source", "model", "pattern", "select", "mixers", "schedule", "phases", "data", "seed"}
+
+
+def _check(config: ConfigDict) -> list[tuple[str, Phase]]:
+    """The phases in order, after everything that can be checked without work.
+
+    Raises:
+      ValueError: an unknown key, a phase that is not there, or a bad value in one.
+    """
+    unknown = sorted(set(config) - KEYS)
+    if unknown:
+        raise ValueError(f"the config has the unknown key {unknown[0]!r}; known: {', '.join(sorted(KEYS))}")
+    if bool(config.get("source")) == bool(config.get("model")):
+        raise ValueError("the config needs either 'source' (a Hugging Face directory) or 'model' (a new model's config.json)")
+    missing = [name for name in config.schedule if name not in config.phases]
+    if missing:
+        raise ValueError(f"config.schedule names {missing[0]!r}, config.phases has {', '.join(config.phases) or 'none'}")
+    return [(name, Phase.from_config(name, config.phases[name])) for name in config.schedule]
+
+
+def _claim(workdir: pathlib.Path, config: ConfigDict):
+    """Makes the working directory this config's, or checks that it is already.
+
+    Raises:
+      ValueError: it belongs to another config.
+    """
+    text = json.dumps(config.to_dict(), indent=2, sort_keys=True, default=list)
+    record = workdir / "config.json"
+    if record.exists():
+        if json.loads(record.read_text()) != json.loads(text):
+            raise ValueError(
+                f"{workdir} holds a run of another config (compare {record}); choose another --workdir, or remove it"
+            )
+        return
+    check_new_directory(workdir)
+    with new_directory(workdir) as directory:
+        (directory / "config.json").write_text(text + "\n")
+
+
+def _new_source(config: ConfigDict, directory: pathlib.Path):
+    """A randomly initialised model with a tokenizer of its own, trained on the experiment's text."""
+    model_config = config_from_hf(config.model.to_dict())
+    train, _ = split_documents(load_documents(config.data.text))
+    tokenizer = train_tokenizer((d.text for d in train), model_config.vocab_size)
+    if tokenizer.get_vocab_size() != model_config.vocab_size:
+        raise ValueError(
+            f"the text yields a vocabulary of {tokenizer.get_vocab_size()}, model.vocab_size is {model_config.vocab_size}"
+        )
+    with new_directory(directory) as d:
+        model = Decoder(model_config, rngs=nnx.Rngs(config.seed))
+        save_model(model, d / "model")
+        for file in (d / "model").iterdir():
+            file.rename(d / file.name)
+        (d / "model").rmdir()
+        save_tokenizer(tokenizer, d, model_config.max_position_embeddings)
+
+
+def _with_mixer_options(model: Decoder, options: ConfigDict) -> Decoder:
+    """The model with the config's `mixers` (swa_config and the like) in place of its own."""
+    from hybrid_jax.families import config_to_hf
+
+    changed = {**config_to_hf(model.config), **options.to_dict()}
+    model.config = config_from_hf(changed)
+    return model
+
+
+def stage_path(workdir: pathlib.Path, number: int, name: str) -> pathlib.Path:
+    return workdir / "stages" / f"{number:02d}_{name}"
+
+
+def run_experiment(config: ConfigDict, workdir: str | pathlib.Path) -> pathlib.Path:
+    """Runs a config, or what is left of it.
+
+    Args:
+      config: `source` or `model`; `pattern`, `select`, `mixers` for a hybrid; `schedule` (names, in order) and
+        `phases` (by name, see `Phase`); `data` with `text` and `mix`; `seed`.
+      workdir: where everything goes.
+
+    Returns:
+      The directory of the exported model.
+
+    Raises:
+      ValueError, FileNotFoundError, PermissionError, FileExistsError: bad input, before any work.
+      Stopped: asked to stop; state saved.
+    """
+    workdir, phases = pathlib.Path(workdir), _check(config)
+    if config.get("source"):
+        read_model_config(config.source)
+    else:
+        config_from_hf(config.model.to_dict())
+    _claim(workdir, config)
+    out = workdir / "model"
+    if out.exists():
+        print(f"done already: {out}")
+        return out
+
+    initial = stage_path(workdir, 0, "initial")
+    if config.get("model") and not initial.exists():
+        _new_source(config, initial)
+    source = pathlib.Path(config.get("source") or initial)
+    corpus = load_corpus(config.data.text, load_tokenizer(source), read_model_config(source).extra.get("eos_token_id"))
+    if not initial.exists():
+        model = _with_mixer_options(load_model(source, dtype=jnp.float32), config.get("mixers", ConfigDict()))
+        pattern = choose_pattern(model, config.get("pattern", ""), config.get("select"), corpus, workdir)
+        save_model(initialize_hybrid(model, pattern, seed=config.seed), initial, tokenizer_from=source)
+
+    writer = MetricWriter(workdir)
+    before = initial
+    for number, (name, phase) in enumerate(phases, start=1):
+        stage = stage_path(workdir, number, name)
+        checkpoints = workdir / "checkpoints" / name
+        if not stage.exists():
+            model = _in_form(load_model(before, dtype=jnp.float32), phase.form, source, config)
+            model = train_phase(
+                model, name, phase, corpus, config.data.mix.to_dict(), seed=config.seed + number,
+                directory=checkpoints, writer=writer,
+            )
+            save_model(model, stage, tokenizer_from=source)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        before = stage
+    writer.close()
+    save_model(unfuse(load_model(before)), out, tokenizer_from=source)
+    return out
+
+
+def _in_form(model: Decoder, form: str, source: pathlib.Path, config: ConfigDict) -> Decoder:
+    """The model as a phase wants it: teachers come from the source, and go."""
+    if form == "unfused":
+        return unfuse(model)
+    if form == "fused" and not model.config.is_fused:
+        teacher = load_model(source, dtype=jnp.float32)
+        return fuse(model, teacher)
+    return model

@@ -1,0 +1,6 @@
+"""Qwen2 and Qwen2.5: biases on q, k, v (arXiv 2407.10671)."""
+
+from hybrid_jax.families.base import Family
+from hybrid_jax.families.qwen3 import _window
+
+QWEN2 = Family("qwen2", "Qwen2ForCausalLM", lambda hf: {"qkv_bias": True}, _window)

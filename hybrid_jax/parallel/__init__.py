@@ -1,0 +1,1 @@
+"""Device meshes: logical axes to mesh axes."""

@@ -1,0 +1,56 @@
+"""A model as (structure, named arrays): the form in which it is trained, saved and converted.
+
+Names follow the module tree, which follows Hugging Face checkpoints: `layers.3.gka.q_proj.kernel`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import jax
+from flax import nnx
+
+from hybrid_jax.model import Decoder
+
+Parameters = dict[str, jax.Array]
+
+
+def split_model(model: Decoder) -> tuple[nnx.GraphDef, Parameters]:
+    """The model's structure and its parameters by name."""
+    structure, state = nnx.split(model)
+    return structure, {".".join(map(str, path)): value[...] for path, value in nnx.to_flat_state(state)}
+
+
+def join_model(structure: nnx.GraphDef, parameters: Mapping[str, jax.Array]) -> Decoder:
+    """The inverse of `split_model`; works under jit."""
+    paths = {tuple(int(p) if p.isdigit() else p for p in name.split(".")): v for name, v in parameters.items()}
+    return nnx.merge(structure, nnx.from_flat_state(paths))
+
+
+def logical_axes(model: Decoder) -> dict[str, tuple[str | None, ...]]:
+    """The logical axis names of every parameter, for sharding."""
+    _, state = nnx.split(model)
+    return {".".join(map(str, path)): value.axes for path, value in nnx.to_flat_state(state)}
+
+
+def select_names(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
+    """The names in which some pattern (a regular expression) is found; `all` finds every one.
+
+    Raises:
+      ValueError: a pattern finds no parameter.
+    """
+    names, chosen = list(names), set()
+    for pattern in patterns:
+        found = set(names) if pattern == "all" else {n for n in names if re.search(pattern, n)}
+        if not found:
+            raise ValueError(
+                f"the pattern {pattern!r} matches no parameter; parameters are called like {names[0]!r}, {names[-1]!r}"
+            )
+        chosen |= found
+    return chosen
+
+
+def count(parameters: Mapping[str, jax.Array]) -> int:
+    """Number of scalars."""
+    return sum(v.size for v in parameters.values())

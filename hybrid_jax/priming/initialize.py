@@ -1,0 +1,107 @@
+"""Stage 0: a hybrid from a Transformer's weights (arXiv 2605.08301, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from flax import nnx
+
+from hybrid_jax.config import ATTENTION, PARAMETER_KEYS, ModelConfig
+from hybrid_jax.model import Decoder
+from hybrid_jax.parameters import Parameters, join_model, split_model
+
+
+def _repeat_columns(kernel, groups: int, head_dim: int):
+    """[hid, Hkv*D] -> [hid, H*D], every head's columns repeated in place."""
+    hid = kernel.shape[0]
+    return jnp.repeat(kernel.reshape(hid, -1, head_dim), groups, axis=1).reshape(hid, -1)
+
+
+def _gate(source: Parameters, config: ModelConfig):
+    """g = (o_proj' + repeated v_proj) / 2, as a kernel [hid, H*D]."""
+    groups = config.num_heads // config.num_kv_heads
+    v = _repeat_columns(source["v_proj.kernel"], groups, config.head_dim)
+    return 0.5 * (source["o_proj.kernel"].T + v)
+
+
+def _from_projections(source: Parameters, fresh: Parameters, config: ModelConfig) -> Parameters:
+    """GKA and GDN: q, k, v, o copied (biases where both have them); the output gate from o and v."""
+    copied = {n: source[n] for n in fresh if n in source and n.split(".")[0] in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    if "g_proj.kernel" in fresh:
+        copied["g_proj.kernel"] = _gate(source, config)
+    return copied
+
+
+def _mamba2(source: Parameters, fresh: Parameters, config: ModelConfig) -> Parameters:
+    """in_proj columns z, x = v, B = k, C = q, and dt afresh; out_proj = o; C_norm, B_norm = q_norm, k_norm."""
+    parts = [_gate(source, config), *(source[f"{p}_proj.kernel"] for p in "vkq")]
+    width = sum(p.shape[1] for p in parts)
+    copied = {
+        "in_proj.kernel": jnp.concatenate([*parts, fresh["in_proj.kernel"][:, width:]], axis=1),
+        "out_proj.kernel": source["o_proj.kernel"],
+    }
+    if "C_norm.weight" in fresh:
+        copied |= {"C_norm.weight": source["q_norm.weight"], "B_norm.weight": source["k_norm.weight"]}
+    return copied
+
+
+def _attention(source: Parameters, fresh: Parameters, config: ModelConfig) -> Parameters:
+    """Everything copied."""
+    return {n: source[n] for n in fresh}
+
+
+def _bmojo(source: Parameters, fresh: Parameters, config: ModelConfig) -> Parameters:
+    """The attention part copied, to both sets if untied (`q_proj_`), and the mixer as by itself."""
+    kind = config.bmojo.ssm_mixer
+    prefix = PARAMETER_KEYS[kind] + "."
+    mixer = {n.removeprefix(prefix): v for n, v in fresh.items() if n.startswith(prefix)}
+    copied = {prefix + n: v for n, v in RECIPES[kind](source, mixer, config).items()}
+    for name in fresh:
+        if name.startswith("bmojo_attn."):
+            module, leaf = name.removeprefix("bmojo_attn.").split(".")
+            copied[name] = source[f"{module.rstrip('_')}.{leaf}"]
+    return copied
+
+
+# Mixer kind -> (attention's parameters, the mixer's fresh ones, config) -> those that attention gives.
+RECIPES: dict[str, Callable[[Parameters, Parameters, ModelConfig], Parameters]] = {
+    ATTENTION: _attention,
+    "swa": _attention,
+    "gka": _from_projections,
+    "gdn": _from_projections,
+    "mamba2": _mamba2,
+    "bmojo": _bmojo,
+}
+
+
+def initialize_hybrid(model: Decoder, pattern: str, *, seed: int = 0) -> Decoder:
+    """The hybrid that `pattern` describes, its mixers initialised from the model's attention.
+
+    What attention does not give (decays, gates of the update, convs) starts afresh from `seed`. Layers that
+    the pattern leaves as they are keep their weights, whatever they are.
+
+    Raises:
+      ValueError: the pattern is invalid, or a layer that would be converted is not attention.
+    """
+    config = model.config.with_pattern(pattern)
+    _, have = split_model(model)
+    dtype = have["embed_tokens.embedding"].dtype
+    hybrid = Decoder(config, rngs=nnx.Rngs(seed), dtype=dtype, compute_dtype=model.compute_dtype)
+    structure, fresh = split_model(hybrid)
+    result = {name: have.get(name, value) for name, value in fresh.items()}
+    for i, layer in enumerate(config.layers):
+        own = {name.removeprefix(f"layers.{i}."): v for name, v in have.items() if name.startswith(f"layers.{i}.")}
+        source = {n.removeprefix("self_attn."): v for n, v in own.items() if n.startswith("self_attn.")}
+        for kind in layer.kinds:
+            prefix = f"layers.{i}.{PARAMETER_KEYS[kind]}."
+            wanted = {n.removeprefix(prefix): v for n, v in fresh.items() if n.startswith(prefix)}
+            if all(prefix + n in have for n in wanted):
+                continue
+            if not source:
+                raise ValueError(
+                    f"layer {i} is {model.config.layers[i].symbol!r}: only attention can become {layer.symbol!r}"
+                )
+            copied = RECIPES[kind](source, wanted, config)
+            result |= {prefix + n: v.astype(dtype) for n, v in copied.items()}
+    return join_model(structure, result)

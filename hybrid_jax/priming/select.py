@@ -1,0 +1,86 @@
+"""Which layers to convert: the paper's ranking with a cheap score.
+
+One attention layer at a time is replaced by sliding-window attention with the same weights, and the loss
+it costs is measured (arXiv 2605.08301, section 3.1, scores long-context benchmarks; here: mean
+negative log-likelihood on held-out text and on key-value retrieval). The layers that cost least are converted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+
+from hybrid_jax.config import ATTENTION, MixerSpec, SWAConfig, format_pattern, parse_pattern
+from hybrid_jax.data import Corpus
+from hybrid_jax.model import Decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """How to choose a pattern.
+
+    Args:
+      mixer: symbol of the mixer that replaces attention.
+      fraction: of the layers to convert.
+      window: of the sliding-window attention that stands in for a mixer while scoring.
+      rows, seq_len: held-out rows of each kind to score on.
+    """
+
+    mixer: str = "GKA"
+    fraction: float = 0.5
+    window: int = 16
+    rows: int = 16
+    seq_len: int = 256
+
+    def __post_init__(self):
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"select.fraction must lie in (0, 1], got {self.fraction}")
+        if parse_pattern(self.mixer)[0].kind == ATTENTION:
+            raise ValueError(f"select.mixer must be a mixer, got {self.mixer!r}")
+
+
+def score_layers(model: Decoder, corpus: Corpus, selection: Selection) -> list[float]:
+    """What replacing each layer by SWA costs: rise of the mean loss (text + retrieval), in nats a token."""
+    from hybrid_jax.evaluate.measures import retrieval_loss_and_accuracy, text_loss
+    from hybrid_jax.priming.initialize import initialize_hybrid
+
+    config = dataclasses.replace(model.config, swa=SWAConfig(selection.window))
+    model.config = config
+
+    def loss(candidate):
+        text = text_loss(candidate, corpus, selection.seq_len, selection.rows)
+        return text + retrieval_loss_and_accuracy(candidate, corpus, selection.seq_len, selection.rows)[0]
+
+    whole = loss(model)
+    scores = []
+    for i in range(config.num_layers):
+        symbols = list(config.layers)
+        symbols[i] = MixerSpec("swa")
+        scores.append(loss(initialize_hybrid(model, format_pattern(symbols))) - whole)
+        print(f"select: layer {i} as SWA({selection.window}) costs {scores[-1]:+.4f} nats", flush=True)
+    return scores
+
+
+def pattern_from_scores(scores: list[float], mixer: str, fraction: float) -> str:
+    """Converts the cheapest `fraction` of the layers; ties go to the earlier layer."""
+    cheapest = sorted(range(len(scores)), key=lambda i: (scores[i], i))[: round(fraction * len(scores))]
+    return "-".join(mixer if i in cheapest else "*" for i in range(len(scores)))
+
+
+def choose_pattern(model: Decoder, pattern: str, select, corpus: Corpus, workdir: pathlib.Path) -> str:
+    """The config's pattern; without one, the selection's; without both, the model as it is.
+
+    A selection is kept in `selection.json`.
+    """
+    if pattern:
+        return pattern
+    if not select:
+        return model.config.pattern
+    selection = Selection(**select)
+    scores = score_layers(model, corpus, selection)
+    pattern = pattern_from_scores(scores, selection.mixer, selection.fraction)
+    record = {"pattern": pattern, "scores": scores, **dataclasses.asdict(selection)}
+    (workdir / "selection.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(f"select: {pattern}", flush=True)
+    return pattern

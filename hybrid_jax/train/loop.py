@@ -1,0 +1,127 @@
+"""The one loop that runs every phase of every method."""
+
+from __future__ import annotations
+
+import pathlib
+import signal
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from hybrid_jax.data import Corpus, training_batches
+from hybrid_jax.model import Decoder
+from hybrid_jax.parameters import count, join_model, select_names, split_model
+from hybrid_jax.train.checkpoint import Checkpoints, TrainState
+from hybrid_jax.train.metrics import MetricWriter, progress_bar
+from hybrid_jax.train.objectives import OBJECTIVES
+from hybrid_jax.train.optimizer import learning_rate_schedule, make_optimizer
+from hybrid_jax.train.phase import Phase
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved its state; the same command resumes it."""
+
+
+class _StopRequest:
+    """Turns SIGINT and SIGTERM into a flag for the time of a phase."""
+
+    def __enter__(self):
+        self.asked, self.previous = False, {}
+        if threading.current_thread() is threading.main_thread():
+            for s in (signal.SIGINT, signal.SIGTERM):
+                self.previous[s] = signal.signal(s, self._ask)
+        return self
+
+    def _ask(self, *_):
+        self.asked = True
+
+    def __exit__(self, *_):
+        for s, handler in self.previous.items():
+            signal.signal(s, handler)
+
+
+def make_step(structure, phase: Phase):
+    """The jitted step: (trainable, optimizer state), frozen, batch -> the next state, metrics.
+
+    Frozen parameters have neither gradients nor optimizer state.
+    """
+    objective, optimizer = OBJECTIVES[phase.objective], make_optimizer(phase)
+
+    def loss_fn(trainable, frozen, batch):
+        return objective(join_model(structure, {**trainable, **frozen}), batch)
+
+    def step(state: TrainState, frozen, batch):
+        (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.trainable, frozen, batch)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trainable)
+        metrics["grad_norm"] = optax.global_norm(grads)
+        return TrainState(optax.apply_updates(state.trainable, updates), optimizer_state), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def train_phase(
+    model: Decoder, name: str, phase: Phase, corpus: Corpus, mix: dict, *, seed: int, directory: pathlib.Path,
+    writer: MetricWriter,
+) -> Decoder:
+    """Runs a phase from its start or its newest checkpoint.
+
+    Args:
+      model: the model in the phase's form.
+      directory: where this phase's checkpoints live.
+
+    Returns:
+      The trained model.
+
+    Raises:
+      Stopped: on SIGINT or SIGTERM, after saving.
+      FloatingPointError: the loss is not finite; names the step.
+      ValueError: a pattern of `phase.trainable` matches nothing.
+    """
+    model.compute_dtype = jnp.dtype(phase.compute_dtype)
+    structure, parameters = split_model(model)
+    trainable_names = select_names(parameters, phase.trainable)
+    # copies: the step donates its state, and the caller's model must stay whole
+    trainable = {n: jnp.array(p, copy=True) for n, p in parameters.items() if n in trainable_names}
+    frozen = {n: p for n, p in parameters.items() if n not in trainable_names}
+    state = TrainState(trainable, make_optimizer(phase).init(trainable))
+    print(
+        f"{name}: {phase.objective}, {phase.steps} steps of {phase.tokens_per_step:,} tokens; "
+        f"training {count(trainable):,} of {count(parameters):,} parameters", flush=True,
+    )
+    batches = training_batches(corpus, mix, batch_size=phase.batch_size, length=phase.seq_len, seed=seed)
+    checkpoints = Checkpoints(directory)
+    done = checkpoints.latest() or 0
+    if done:
+        state, data_state = checkpoints.restore(done, state)
+        batches.set_state(data_state)
+        print(f"{name}: resumed at step {done}", flush=True)
+    step_fn, schedule = make_step(structure, phase), learning_rate_schedule(phase)
+    begun, begun_at = time.perf_counter(), done
+    with _StopRequest() as stop, progress_bar(name, phase.steps, done) as bar:
+        while done < phase.steps:
+            state, metrics = step_fn(state, frozen, next(batches))
+            done += 1
+            bar.update()
+            last = done == phase.steps
+            if done % phase.log_every == 0 or last or done == 1:
+                values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+                if not np.isfinite(values["loss"]):
+                    raise FloatingPointError(
+                        f"{name}: the loss is {values['loss']} at step {done}; the last checkpoint is step "
+                        f"{checkpoints.latest()}. Lower phase.learning_rate, or look at the data of this step"
+                    )
+                speed = (done - begun_at) * phase.tokens_per_step / (time.perf_counter() - begun)
+                values |= {"learning_rate": float(schedule(done - 1)), "tokens_per_second": speed}
+                writer.write(name, done, values)
+                bar.set_postfix_str(f"loss {values['loss']:.4f}, {speed:,.0f} tok/s")
+            if done % phase.checkpoint_every == 0 or last or stop.asked:
+                checkpoints.save(done, state, batches.get_state())
+            if stop.asked and not last:
+                checkpoints.close()
+                raise Stopped(f"{name}: stopped and saved at step {done} of {phase.steps}; the same command resumes")
+    checkpoints.close()
+    return join_model(structure, {**state.trainable, **frozen})

@@ -1,0 +1,76 @@
+"""Objectives: small functions (model, batch) -> (loss, metrics).
+
+A batch has `input_ids`, `segment_ids` [B,T] and `loss_weights` [B,T], the weight of predicting a token
+from those before it in its row.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hybrid_jax.model import Decoder, LayerOutputs
+
+
+def token_losses(logits, input_ids):
+    """-log p(token t | before t) in nats, [B, T-1] for t = 1 ... T-1; softmax in float32."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1].astype(jnp.float32), input_ids[:, 1:])
+
+
+def next_token(model: Decoder, batch):
+    """Weighted mean next-token cross-entropy."""
+    losses = token_losses(model(batch["input_ids"], batch["segment_ids"]), batch["input_ids"])
+    weights = batch["loss_weights"][:, 1:]
+    loss = jnp.sum(losses * weights) / jnp.maximum(jnp.sum(weights), 1.0)
+    return loss, {"loss": loss}
+
+
+def _mse(a, b):
+    """Mean over every element, in float32; `b` is the teacher and takes no gradient."""
+    return jnp.mean(jnp.square(a.astype(jnp.float32) - jax.lax.stop_gradient(b).astype(jnp.float32)))
+
+
+def _compare(field):
+    return lambda teacher, student: _mse(getattr(student, field), getattr(teacher, field))
+
+
+def _residuals(teacher: LayerOutputs, student: LayerOutputs):
+    return _compare("mixer")(teacher, student) + _compare("mlp")(teacher, student)
+
+
+# hybrid-model-factory's `hybrid_lw_distill_target`: (teacher, student) outputs of a layer -> its loss.
+ALIGN_TARGETS = {
+    "decoder": _compare("hidden"),
+    "mixer": _compare("mixer"),
+    "residuals": _residuals,
+    "all": lambda t, s: _residuals(t, s) + _compare("hidden")(t, s),
+    "none": lambda t, s: jnp.zeros(()),
+}
+
+
+def align(model: Decoder, batch, *, target: str, pre_lm_head: bool = True):
+    """Stage 1 of Priming (arXiv 2605.08301): the student stream imitates the teacher's.
+
+    loss = sum over layers of target(layer) / number of layers + MSE(final normed states) if `pre_lm_head`.
+    Metrics hold every layer's mixer error, `mixer_mse/N`, whatever the target.
+    """
+    streams = model.two_streams(batch["input_ids"], batch["segment_ids"])
+    compare = ALIGN_TARGETS[target]
+    loss = sum(compare(t, s) for t, s in streams.layers) / len(streams.layers)
+    final = _mse(streams.student, streams.teacher)
+    if pre_lm_head:
+        loss = loss + final
+    metrics = {"loss": loss, "pre_lm_head_mse": final}
+    for i, (teacher, student) in enumerate(streams.layers):
+        if not model.layers[i].spec.shared:
+            metrics[f"mixer_mse/{i:02d}"] = _compare("mixer")(teacher, student)
+    return loss, metrics
+
+
+OBJECTIVES = {
+    "next_token": next_token,
+    **{f"align_{target}": functools.partial(align, target=target) for target in ALIGN_TARGETS},
+}
