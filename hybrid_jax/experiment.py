@@ -19,11 +19,11 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from hybrid_jax.convert import check_new_directory, load_model, new_directory, read_model_config, save_model
+from hybrid_jax.convert import check_new_directory, load_model, new_directory, read_model_config, save_model, write_model
 from hybrid_jax.data import load_corpus, load_tokenizer
 from hybrid_jax.data.text import load_documents, split_documents
 from hybrid_jax.data.tokenizer import save_tokenizer, train_tokenizer
-from hybrid_jax.families import config_from_hf
+from hybrid_jax.families import config_from_hf, config_to_hf
 from hybrid_jax.model import Decoder
 from hybrid_jax.priming.initialize import initialize_hybrid
 from hybrid_jax.priming.select import choose_pattern
@@ -79,18 +79,12 @@ def _new_source(config: ConfigDict, directory: pathlib.Path):
             f"the text yields a vocabulary of {tokenizer.get_vocab_size()}, model.vocab_size is {model_config.vocab_size}"
         )
     with new_directory(directory) as d:
-        model = Decoder(model_config, rngs=nnx.Rngs(config.seed))
-        save_model(model, d / "model")
-        for file in (d / "model").iterdir():
-            file.rename(d / file.name)
-        (d / "model").rmdir()
+        write_model(Decoder(model_config, rngs=nnx.Rngs(config.seed)), d)
         save_tokenizer(tokenizer, d, model_config.max_position_embeddings)
 
 
 def _with_mixer_options(model: Decoder, options: ConfigDict) -> Decoder:
     """The model with the config's `mixers` (swa_config and the like) in place of its own."""
-    from hybrid_jax.families import config_to_hf
-
     changed = {**config_to_hf(model.config), **options.to_dict()}
     model.config = config_from_hf(changed)
     return model

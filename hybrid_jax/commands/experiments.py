@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--config", required=True, metavar="FILE", help="an ml_collections config, e.g. configs/prime_tiny_gka.py")
 
 
-def run(args: argparse.Namespace, overrides: list[str]):
+def run(args: argparse.Namespace):
     from hybrid_jax.experiment import run_experiment
 
-    out = run_experiment(load_config([f"--config={args.config}", *overrides]), args.workdir)
+    out = run_experiment(load_config([f"--config={args.config}", *args.overrides]), args.workdir)
     print(f"model: {out}")

@@ -19,6 +19,7 @@ from hybrid_jax.families import config_from_hf
 from hybrid_jax.model import Decoder, abstract_decoder
 from hybrid_jax.parallel.sharding import place
 from hybrid_jax.parameters import join_model, logical_axes
+from hybrid_jax.priming.initialize import initialize_hybrid
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _IGNORED = ("rotary_emb.inv_freq",)
@@ -150,6 +151,4 @@ def load_model(path, pattern: str | None = None, dtype=None, mesh=None, *, seed:
     model = join_model(structure, parameters)
     if pattern is None:
         return model
-    from hybrid_jax.priming.initialize import initialize_hybrid
-
     return initialize_hybrid(model, pattern, seed=seed)

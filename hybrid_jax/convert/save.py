@@ -104,6 +104,16 @@ def _write_weights(model: Decoder, directory: pathlib.Path, max_shard_bytes: int
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def write_model(model: Decoder, directory: pathlib.Path, *, tokenizer_from=None, max_shard_bytes: int = 5_000_000_000):
+    """Writes a model's files into a directory that exists; see `save_model`."""
+    _write_weights(model, directory, max_shard_bytes)
+    dtype = str(model.embed_tokens.embedding[...].dtype)
+    (directory / "config.json").write_text(json.dumps(config_to_hf(model.config, dtype), indent=2) + "\n")
+    for name in TOKENIZER_FILES:
+        if tokenizer_from and (pathlib.Path(tokenizer_from) / name).is_file():
+            shutil.copyfile(pathlib.Path(tokenizer_from) / name, directory / name)
+
+
 def save_model(model: Decoder, path, *, tokenizer_from=None, max_shard_bytes: int = 5_000_000_000):
     """Writes a model as a Hugging Face directory: a source family's layout, or hybrid-model-factory's.
 
@@ -117,9 +127,4 @@ def save_model(model: Decoder, path, *, tokenizer_from=None, max_shard_bytes: in
       FileExistsError, PermissionError, NotADirectoryError: `path` can not be made; nothing is left behind.
     """
     with new_directory(path) as directory:
-        _write_weights(model, directory, max_shard_bytes)
-        dtype = str(model.embed_tokens.embedding[...].dtype)
-        (directory / "config.json").write_text(json.dumps(config_to_hf(model.config, dtype), indent=2) + "\n")
-        for name in TOKENIZER_FILES:
-            if tokenizer_from and (pathlib.Path(tokenizer_from) / name).is_file():
-                shutil.copyfile(pathlib.Path(tokenizer_from) / name, directory / name)
+        write_model(model, directory, tokenizer_from=tokenizer_from, max_shard_bytes=max_shard_bytes)

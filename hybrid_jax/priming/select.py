@@ -13,7 +13,9 @@ import pathlib
 
 from hybrid_jax.config import ATTENTION, MixerSpec, SWAConfig, format_pattern, parse_pattern
 from hybrid_jax.data import Corpus
+from hybrid_jax.evaluate.measures import retrieval_loss_and_accuracy, text_loss
 from hybrid_jax.model import Decoder
+from hybrid_jax.priming.initialize import initialize_hybrid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +44,6 @@ class Selection:
 
 def score_layers(model: Decoder, corpus: Corpus, selection: Selection) -> list[float]:
     """What replacing each layer by SWA costs: rise of the mean loss (text + retrieval), in nats a token."""
-    from hybrid_jax.evaluate.measures import retrieval_loss_and_accuracy, text_loss
-    from hybrid_jax.priming.initialize import initialize_hybrid
-
     config = dataclasses.replace(model.config, swa=SWAConfig(selection.window))
     model.config = config
 

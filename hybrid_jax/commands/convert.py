@@ -1,0 +1,22 @@
+"""`convert SRC OUT [--pattern P]`."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    parser.add_argument("source", help="a Hugging Face directory, or a hybrid one")
+    parser.add_argument("out", help="the directory to make")
+    parser.add_argument("--pattern", help="one symbol a layer, e.g. '*-GKA-*-GKA'; without it the model is copied")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the parameters; default: the source's")
+    parser.add_argument("--seed", type=int, default=0, help="of what the pattern initialises afresh")
+
+
+def run(args: argparse.Namespace):
+    from hybrid_jax.convert import check_new_directory, load_model, save_model
+
+    check_new_directory(args.out)
+    model = load_model(args.source, pattern=args.pattern, dtype=args.dtype, seed=args.seed)
+    save_model(model, args.out, tokenizer_from=args.source)
+    print(f"{args.out}: {model.config.family}, {model.config.pattern}")

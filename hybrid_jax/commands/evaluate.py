@@ -1,0 +1,119 @@
+"""`evaluate`: measures models and every stage of runs, prints one table, writes report.md and a picture."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    parser.add_argument("--model", action="append", default=[], metavar="NAME=DIR", help="a model; may be repeated")
+    parser.add_argument("--run", action="append", default=[], metavar="NAME=DIR", help="a run: every stage of it; may be repeated")
+    parser.add_argument("--out", help="directory for report.md, recovery.png and results.json; results there are reused")
+    parser.add_argument("--text", default="stdlib", help="'stdlib', a .jsonl file, a text file or a folder")
+    parser.add_argument("--seq-len", type=int, default=256, help="tokens a row")
+    parser.add_argument("--rows", type=int, default=128, help="rows of held-out text; a quarter as many of retrieval")
+    parser.add_argument("--prompt", help="also show how the first model and each run's outcome continue this")
+
+
+def _named(text: str) -> tuple[str, pathlib.Path]:
+    name, _, path = text.partition("=")
+    if not path:
+        raise ValueError(f"expected NAME=DIR, got {text!r}")
+    return name, pathlib.Path(path)
+
+
+def _to_measure(args) -> list[tuple[str, pathlib.Path, str, int]]:
+    """(name, directory, run, stage) of every row."""
+    found = [(name, path, "", 0) for name, path in map(_named, args.model)]
+    for run, path in map(_named, args.run):
+        stages = sorted((path / "stages").glob("[0-9]*_*"))
+        if not stages:
+            raise FileNotFoundError(f"{path} is not a run: it has no stages")
+        found += [(f"{run} {s.name.partition('_')[2]}", s, run, i) for i, s in enumerate(stages)]
+    if not found:
+        raise ValueError("give at least one --model NAME=DIR or --run NAME=DIR")
+    return found
+
+
+def _fingerprint(path: pathlib.Path, args) -> list:
+    """What a result depends on: the weights' files and the settings."""
+    files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in path.glob("*.safetensors"))
+    return json.loads(json.dumps([str(path.absolute()), files, args.text, args.seq_len, args.rows]))
+
+
+def _write(path: pathlib.Path, text: str):
+    work = path.with_name(f".{path.name}.{os.getpid()}")
+    work.write_text(text)
+    work.rename(path)
+
+
+def _continuations(args, rows) -> str:
+    import jax.numpy as jnp
+
+    from hybrid_jax.convert import load_model
+    from hybrid_jax.data import load_tokenizer
+    from hybrid_jax.generate import generate
+
+    last = {r.run: r for r in rows}  # a run's rows come in order: the last one stays
+    parts = []
+    for row in last.values():
+        tokenizer = load_tokenizer(row.path)
+        model = load_model(row.path, dtype=jnp.float32)
+        (new,) = generate(model, [tokenizer.encode(args.prompt, add_special_tokens=False).ids], max_new_tokens=64)
+        parts.append(f"**{row.name}**\n\n```python\n{args.prompt}{tokenizer.decode(new)}\n```")
+    return "\n\n".join(parts)
+
+
+def run(args: argparse.Namespace):
+    import jax.numpy as jnp
+    from rich.console import Console
+    from rich.table import Table
+    from tqdm import tqdm
+
+    from hybrid_jax.convert import load_model
+    from hybrid_jax.data import load_corpus, load_tokenizer
+    from hybrid_jax.evaluate.measures import retrieval_loss_and_accuracy, text_loss
+    from hybrid_jax.evaluate.report import HEADER, Row, draw_recovery, markdown_table, table_cells
+
+    todo = _to_measure(args)
+    out = pathlib.Path(args.out) if args.out else None
+    known = {}
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        if (out / "results.json").exists():
+            known = {r["row"]["path"]: r for r in json.loads((out / "results.json").read_text())}
+    records, corpus = [], None
+    for name, path, group, stage in tqdm(todo, desc="evaluate", unit="model"):
+        fingerprint = _fingerprint(path, args)
+        old = known.get(str(path))
+        if old and old["fingerprint"] == fingerprint:
+            row = Row(**{**old["row"], "name": name, "run": group, "stage": stage})
+        else:
+            model = load_model(path, dtype=jnp.float32)
+            corpus = corpus or load_corpus(args.text, load_tokenizer(path), model.config.extra.get("eos_token_id"))
+            loss = text_loss(model, corpus, args.seq_len, args.rows)
+            accuracy = retrieval_loss_and_accuracy(model, corpus, args.seq_len, max(args.rows // 4, 1))[1]
+            row = Row(name, str(path), model.config.pattern, loss, accuracy, group, stage)
+        records.append({"row": dataclasses.asdict(row), "fingerprint": fingerprint})
+        if out is not None:
+            _write(out / "results.json", json.dumps(records, indent=2) + "\n")
+    rows = [Row(**r["row"]) for r in records]
+
+    table = Table(*HEADER)
+    for cells in table_cells(rows):
+        table.add_row(*cells)
+    Console(width=None if Console().is_terminal else 120).print(table)
+    if args.prompt:
+        text = _continuations(args, rows)
+        print(text)
+    if out is not None:
+        draw_recovery(rows, out / "recovery.png")
+        parts = ["# Recovery", markdown_table(rows), "![recovery](recovery.png)"]
+        if args.prompt:
+            parts += ["## Continuations (greedy)", text]
+        _write(out / "report.md", "\n\n".join(parts) + "\n")
+        print(f"report: {out / 'report.md'}")

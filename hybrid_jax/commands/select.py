@@ -1,0 +1,28 @@
+"""`select SRC`: rank the layers by what replacing each costs."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    parser.add_argument("source", help="a Hugging Face directory with its tokenizer")
+    parser.add_argument("--mixer", default="GKA", help="symbol of the mixer in the printed pattern")
+    parser.add_argument("--fraction", type=float, default=0.5, help="of the layers to convert")
+    parser.add_argument("--window", type=int, default=16, help="of the sliding-window attention used to score")
+    parser.add_argument("--rows", type=int, default=16, help="held-out rows of text and of retrieval")
+    parser.add_argument("--seq-len", type=int, default=256, help="tokens a row")
+    parser.add_argument("--text", default="stdlib", help="'stdlib', a .jsonl file, a text file or a folder")
+
+
+def run(args: argparse.Namespace):
+    import jax.numpy as jnp
+
+    from hybrid_jax.convert import load_model
+    from hybrid_jax.data import load_corpus, load_tokenizer
+    from hybrid_jax.priming.select import Selection, pattern_from_scores, score_layers
+
+    selection = Selection(args.mixer, args.fraction, args.window, args.rows, args.seq_len)
+    model = load_model(args.source, dtype=jnp.float32)
+    corpus = load_corpus(args.text, load_tokenizer(args.source), model.config.extra.get("eos_token_id"))
+    print(pattern_from_scores(score_layers(model, corpus, selection), args.mixer, args.fraction))

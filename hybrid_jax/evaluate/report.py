@@ -1,0 +1,72 @@
+"""The table of an evaluation, as text and Markdown, and the picture of a recovery."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One model's measures; `run` groups the stages of one hybrid, `stage` numbers them from 0."""
+
+    name: str
+    path: str
+    pattern: str
+    text_loss: float
+    retrieval_accuracy: float
+    run: str = ""
+    stage: int = 0
+
+
+def recovered(row: Row, rows: Sequence[Row]) -> float | None:
+    """The share of the loss that stage 0 lost on held-out text and `row` has won back; None for a source."""
+    sources = [r for r in rows if not r.run]
+    starts = [r for r in rows if r.run == row.run and r.stage == 0]
+    if not row.run or not sources or not starts or row.stage == 0:
+        return None
+    return (starts[0].text_loss - row.text_loss) / (starts[0].text_loss - sources[0].text_loss)
+
+
+HEADER = ("model", "pattern", "held-out loss (nats/token)", "lost loss recovered", "retrieval, 16 pairs")
+
+
+def table_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    cells = []
+    for row in rows:
+        share = recovered(row, rows)
+        cells.append((
+            row.name, row.pattern, f"{row.text_loss:.3f}", "–" if share is None else f"{100 * share:.1f} %",
+            f"{100 * row.retrieval_accuracy:.1f} %",
+        ))  # fmt: skip
+    return cells
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    lines = [HEADER, tuple("---" for _ in HEADER), *table_cells(rows)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def draw_recovery(rows: Sequence[Row], path: pathlib.Path):
+    """Held-out loss and retrieval accuracy over the stages, a line a run, the source as a dashed line."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    runs = list(dict.fromkeys(r.run for r in rows if r.run))
+    measures = (("text_loss", "held-out loss (nats/token)", 1), ("retrieval_accuracy", "retrieval of 16 pairs (%)", 100))
+    for axis, (field, label, factor) in zip(axes, measures, strict=True):
+        for source in (r for r in rows if not r.run):
+            axis.axhline(factor * getattr(source, field), color="black", linestyle="--", label=source.name)
+        for run in runs:
+            stages = sorted((r for r in rows if r.run == run), key=lambda r: r.stage)
+            names = [r.name.removeprefix(run).strip() for r in stages]
+            axis.plot(names, [factor * getattr(r, field) for r in stages], marker="o", label=run)
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,43 @@
+"""Shared by all tests: where the golden data lives, tiny models, relative errors."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pathlib
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from hybrid_jax.config import BMojoConfig, GKAConfig, ModelConfig, SWAConfig, parse_pattern
+from hybrid_jax.model import Decoder
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden():
+    return GOLDEN
+
+
+def relative_error(got, want):
+    """|got - want| / |want| (norms), or |got| where want is 0."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    return np.linalg.norm(got - want) / (np.linalg.norm(want) or 1.0)
+
+
+def tiny_config(pattern, **changes) -> ModelConfig:
+    """A Qwen3 of odd sizes: head_dim != hidden / heads, two query heads a key head, windows of 6."""
+    layers = parse_pattern(pattern)
+    values = dict(
+        family="qwen3", vocab_size=61, hidden_size=24, intermediate_size=40, num_heads=4, num_kv_heads=2, head_dim=8,
+        layers=layers, qk_norm=True, swa=SWAConfig(6), bmojo=BMojoConfig(4, "gka"), gka=GKAConfig(chunk_size=16),
+        initializer_range=0.2, max_position_embeddings=256,
+    )  # fmt: skip
+    return ModelConfig(**{**values, **changes})
+
+
+def tiny_model(pattern, seed=0, **changes) -> Decoder:
+    return Decoder(tiny_config(pattern, **changes), rngs=nnx.Rngs(seed))
