@@ -12,17 +12,13 @@ from hybrid_jax.model import Decoder
 from hybrid_jax.parameters import Parameters, join_model, split_model
 
 
-def _repeat_columns(kernel, groups: int, head_dim: int):
-    """[hid, Hkv*D] -> [hid, H*D], every head's columns repeated in place."""
-    hid = kernel.shape[0]
-    return jnp.repeat(kernel.reshape(hid, -1, head_dim), groups, axis=1).reshape(hid, -1)
-
-
 def _gate(source: Parameters, config: ModelConfig):
-    """g = (o_proj' + repeated v_proj) / 2, as a kernel [hid, H*D]."""
+    """g = (o_proj' + v_proj, each column repeated in place) / 2, as a kernel [hid, H*D].
+
+    The reference repeats rows of `v_proj.weight` one by one, not head by head; so do we.
+    """
     groups = config.num_heads // config.num_kv_heads
-    v = _repeat_columns(source["v_proj.kernel"], groups, config.head_dim)
-    return 0.5 * (source["o_proj.kernel"].T + v)
+    return 0.5 * (source["o_proj.kernel"].T + jnp.repeat(source["v_proj.kernel"], groups, axis=1))
 
 
 def _from_projections(source: Parameters, fresh: Parameters, config: ModelConfig) -> Parameters:

@@ -1,0 +1,120 @@
+"""Logits equal transformers' own classes on random models, odd configurations included."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+
+from hybrid_jax import load_model, save_model
+from tests.conftest import relative_error
+
+BASE = dict(
+    vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
+    max_position_embeddings=256, rms_norm_eps=1e-5, initializer_range=0.2,
+)  # fmt: skip
+LLAMA3_ROPE = dict(
+    rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)  # fmt: skip
+YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64)
+MINISTRAL3_ROPE = {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+                   "original_max_position_embeddings": 16}  # fmt: skip
+CASES = {
+    "qwen3": ("Qwen3", dict(head_dim=16)),
+    "qwen3 tied, biased, MHA, odd head_dim": ("Qwen3", dict(head_dim=10, tie_word_embeddings=True, attention_bias=True, num_key_value_heads=6)),
+    "qwen3 yarn": ("Qwen3", dict(head_dim=16, rope_parameters=YARN)),
+    "qwen3 linear rope": ("Qwen3", dict(head_dim=8, rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=4.0))),
+    "qwen3 some layers windowed": ("Qwen3", dict(head_dim=16, use_sliding_window=True, sliding_window=9, max_window_layers=1)),
+    "qwen2": ("Qwen2", dict(tie_word_embeddings=True)),
+    "qwen2 one key head, windowed": ("Qwen2", dict(num_key_value_heads=1, use_sliding_window=True, sliding_window=7, max_window_layers=2)),
+    "llama3 rope": ("Llama", dict(rope_parameters=LLAMA3_ROPE)),
+    "llama biases, GQA 8": ("Llama", dict(attention_bias=True, mlp_bias=True, num_attention_heads=8, num_key_value_heads=1, head_dim=12)),
+    "mistral windowed": ("Mistral", dict(sliding_window=11, head_dim=14)),
+    "mistral without window": ("Mistral", dict(sliding_window=None)),
+    "ministral alternating": ("Ministral", dict(sliding_window=8, head_dim=8, layer_types=["full_attention", "sliding_attention", "full_attention"])),
+    "ministral3 yarn, scaled queries": ("Ministral3", dict(head_dim=16, rope_parameters=MINISTRAL3_ROPE)),
+    "qwen3 moe": ("Qwen3Moe", dict(head_dim=16, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=True)),
+}  # fmt: skip
+
+
+def make(case):
+    torch.manual_seed(0)
+    name, changes = CASES[case]
+    config = getattr(transformers, f"{name}Config")(**{**BASE, **changes})
+    config._attn_implementation = "eager"
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    with torch.no_grad():  # norms and biases away from their trivial initial values
+        for n, p in model.named_parameters():
+            if "norm" in n or "bias" in n:
+                p.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+def run(model, ids):
+    return nnx.jit(lambda m, x: m(x))(model, jnp.asarray(ids))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_transformers(case, tmp_path):
+    theirs = make(case)
+    theirs.save_pretrained(tmp_path / "hf")
+    ids = np.random.default_rng(0).integers(0, 97, (2, 70))
+    with torch.no_grad():
+        want = theirs(torch.from_numpy(ids)).logits.numpy()
+    error = relative_error(run(load_model(tmp_path / "hf"), ids), want)
+    print(f"PARITY {case}: {error:.1e}")
+    assert error < 1e-4
+
+
+@pytest.mark.parametrize("case", ["qwen3", "qwen3 tied, biased, MHA, odd head_dim", "llama3 rope", "ministral alternating", "qwen3 moe"])
+def test_our_export_is_loaded_by_transformers_with_the_same_bits(case, tmp_path):
+    theirs = make(case)
+    theirs.save_pretrained(tmp_path / "hf")
+    save_model(load_model(tmp_path / "hf"), tmp_path / "ours")
+    again = type(theirs).from_pretrained(tmp_path / "ours", dtype=torch.float32, attn_implementation="eager")
+    for (name, a), (_, b) in zip(theirs.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.equal(theirs(ids).logits, again.eval()(ids).logits)
+
+
+def test_sharded_checkpoints_load_and_are_written(tmp_path):
+    theirs = make("qwen3")
+    theirs.save_pretrained(tmp_path / "hf", max_shard_size="40KB")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 3
+    model = load_model(tmp_path / "hf")
+    save_model(model, tmp_path / "ours", max_shard_bytes=50_000)
+    index = json.loads((tmp_path / "ours" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 3
+    ids = np.arange(30)[None]
+    assert np.array_equal(run(model, ids), run(load_model(tmp_path / "ours"), ids))
+    assert type(theirs).from_pretrained(tmp_path / "ours") is not None
+
+
+def test_both_rope_schemas_are_read_and_written(tmp_path):
+    theirs = make("llama3 rope")
+    theirs.save_pretrained(tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    config = json.loads(path.read_text())
+    new = load_model(tmp_path / "hf").config
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = rope
+    path.write_text(json.dumps(config))
+    old = load_model(tmp_path / "hf")
+    assert old.config.rope == new.rope
+    save_model(old, tmp_path / "ours")
+    written = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert written["rope_theta"] == 500000.0 and written["rope_scaling"]["rope_type"] == "llama3"
+    assert written["rope_parameters"]["rope_theta"] == 500000.0
+
+
+def test_bfloat16_checkpoints_keep_their_dtype_and_can_be_cast(tmp_path):
+    make("qwen3").to(torch.bfloat16).save_pretrained(tmp_path / "hf")
+    assert load_model(tmp_path / "hf").norm.weight[...].dtype == jnp.bfloat16
+    assert load_model(tmp_path / "hf", dtype="float32").norm.weight[...].dtype == jnp.float32
