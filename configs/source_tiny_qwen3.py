@@ -1,6 +1,6 @@
 """Trains the small Qwen3 that the quickstart primes (shipped as tests/../data: see its card).
 
-    python -m hybrid_jax train --config=configs/source_tiny_qwen3.py --workdir=runs/source_tiny_qwen3
+python -m hybrid_jax train --config=configs/source_tiny_qwen3.py --workdir=runs/source_tiny_qwen3
 """
 
 from ml_collections import ConfigDict
@@ -37,10 +37,12 @@ def get_config() -> ConfigDict:
         "log_every": 10,
         "checkpoint_every": 100,
     }
-    return ConfigDict({
-        "model": model,
-        "schedule": ("pretrain",),
-        "phases": {"pretrain": pretrain},
-        "data": {"text": "stdlib", "mix": {"text": 0.7, "retrieval": 0.2, "induction": 0.1}},
-        "seed": 0,
-    })
+    return ConfigDict(
+        {
+            "model": model,
+            "schedule": ("pretrain",),
+            "phases": {"pretrain": pretrain},
+            "data": {"text": "stdlib", "mix": {"text": 0.7, "retrieval": 0.2, "induction": 0.1}},
+            "seed": 0,
+        }
+    )

@@ -175,9 +175,7 @@ class RopeConfig:
 
     def __post_init__(self):
         if self.kind not in ("default", "linear", "llama3", "yarn"):
-            raise ValueError(
-                f"rope_type {self.kind!r} is not supported; supported: default, linear, llama3, yarn"
-            )
+            raise ValueError(f"rope_type {self.kind!r} is not supported; supported: default, linear, llama3, yarn")
 
     def option(self, name: str, default=None):
         return dict(self.options).get(name, default)
@@ -333,8 +331,7 @@ class ModelConfig:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"num_attention_heads ({self.num_heads}) must be a multiple of "
-                f"num_key_value_heads ({self.num_kv_heads})"
+                f"num_attention_heads ({self.num_heads}) must be a multiple of num_key_value_heads ({self.num_kv_heads})"
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
@@ -342,15 +339,12 @@ class ModelConfig:
         object.__setattr__(self, "attention_windows", tuple(windows))
         if len(self.attention_windows) != len(self.layers):
             raise ValueError(
-                f"attention_windows has {len(self.attention_windows)} entries, the model has "
-                f"{len(self.layers)} layers"
+                f"attention_windows has {len(self.attention_windows)} entries, the model has {len(self.layers)} layers"
             )
         if self.swa.window_size < 1 or self.bmojo.window_size < 1:
             raise ValueError("window_size must be at least 1")
         if self.bmojo.ssm_mixer not in ("gka", "gdn", "mamba2"):
-            raise ValueError(
-                f"bmojo_config.ssm_mixer is {self.bmojo.ssm_mixer!r}; expected gka, gdn or mamba2"
-            )
+            raise ValueError(f"bmojo_config.ssm_mixer is {self.bmojo.ssm_mixer!r}; expected gka, gdn or mamba2")
         if not self.gka.use_forgetting_gate_kk and self.gka.num_iter:
             raise ValueError("gka_config.use_forgetting_gate_kk = false is not supported")
         for i, layer in enumerate(self.layers):
@@ -360,9 +354,7 @@ class ModelConfig:
             if layer.attention_heads:
                 wrong = [h for h in layer.attention_heads if h >= self.num_heads]
                 if wrong:
-                    raise ValueError(
-                        f"layer {i}: {layer.symbol!r} keeps head {wrong[0]}, the model has {self.num_heads}"
-                    )
+                    raise ValueError(f"layer {i}: {layer.symbol!r} keeps head {wrong[0]}, the model has {self.num_heads}")
                 raise NotImplementedError(f"layer {i}: head-level hybrids ({layer.symbol!r}) are not built yet")
 
     @property

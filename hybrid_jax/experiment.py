@@ -19,15 +19,16 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
+from hybrid_jax.config import MIXER_CONFIGS, ModelConfig
 from hybrid_jax.convert import check_new_directory, load_model, new_directory, read_model_config, save_model, write_model
 from hybrid_jax.data import load_corpus, load_tokenizer
 from hybrid_jax.data.text import load_documents, split_documents
 from hybrid_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from hybrid_jax.families import config_from_hf, config_to_hf
 from hybrid_jax.model import Decoder
-from hybrid_jax.priming.initialize import initialize_hybrid
-from hybrid_jax.priming.select import choose_pattern
 from hybrid_jax.priming.fuse import fuse, unfuse
+from hybrid_jax.priming.initialize import initialize_hybrid
+from hybrid_jax.priming.select import Selection, choose_pattern
 from hybrid_jax.train import MetricWriter, Phase, train_phase
 
 KEYS = {"source", "model", "pattern", "select", "mixers", "schedule", "phases", "data", "seed"}
@@ -60,9 +61,7 @@ def _claim(workdir: pathlib.Path, config: ConfigDict):
     record = workdir / "config.json"
     if record.exists():
         if json.loads(record.read_text()) != json.loads(text):
-            raise ValueError(
-                f"{workdir} holds a run of another config (compare {record}); choose another --workdir, or remove it"
-            )
+            raise ValueError(f"{workdir} holds a run of another config (compare {record}); choose another --workdir, or remove it")
         return
     check_new_directory(workdir)
     with new_directory(workdir) as directory:
@@ -83,11 +82,12 @@ def _new_source(config: ConfigDict, directory: pathlib.Path):
         save_tokenizer(tokenizer, d, model_config.max_position_embeddings)
 
 
-def _with_mixer_options(model: Decoder, options: ConfigDict) -> Decoder:
-    """The model with the config's `mixers` (swa_config and the like) in place of its own."""
-    changed = {**config_to_hf(model.config), **options.to_dict()}
-    model.config = config_from_hf(changed)
-    return model
+def _with_mixer_options(model_config: ModelConfig, options: dict) -> ModelConfig:
+    """The model with the experiment's `mixers` (swa_config and the like) in place of its own."""
+    unknown = sorted(set(options) - set(MIXER_CONFIGS))
+    if unknown:
+        raise ValueError(f"config.mixers has the unknown key {unknown[0]!r}; known: {', '.join(MIXER_CONFIGS)}")
+    return config_from_hf({**config_to_hf(model_config), **options})
 
 
 def stage_path(workdir: pathlib.Path, number: int, name: str) -> pathlib.Path:
@@ -110,10 +110,13 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path) -> pathlib.P
       Stopped: asked to stop; state saved.
     """
     workdir, phases = pathlib.Path(workdir), _check(config)
-    if config.get("source"):
-        read_model_config(config.source)
-    else:
-        config_from_hf(config.model.to_dict())
+    source_config = read_model_config(config.source) if config.get("source") else config_from_hf(config.model.to_dict())
+    mixers = config.get("mixers", ConfigDict()).to_dict()
+    with_options = _with_mixer_options(source_config, mixers)
+    if config.get("pattern"):
+        with_options.with_pattern(config.pattern)
+    if config.get("select"):
+        Selection(**config.select)
     _claim(workdir, config)
     out = workdir / "model"
     if out.exists():
@@ -126,7 +129,8 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path) -> pathlib.P
     source = pathlib.Path(config.get("source") or initial)
     corpus = load_corpus(config.data.text, load_tokenizer(source), read_model_config(source).extra.get("eos_token_id"))
     if not initial.exists():
-        model = _with_mixer_options(load_model(source, dtype=jnp.float32), config.get("mixers", ConfigDict()))
+        model = load_model(source, dtype=jnp.float32)
+        model.config = _with_mixer_options(model.config, mixers)
         pattern = choose_pattern(model, config.get("pattern", ""), config.get("select"), corpus, workdir)
         save_model(initialize_hybrid(model, pattern, seed=config.seed), initial, tokenizer_from=source)
 
@@ -138,8 +142,14 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path) -> pathlib.P
         if not stage.exists():
             model = _in_form(load_model(before, dtype=jnp.float32), phase.form, source, config)
             model = train_phase(
-                model, name, phase, corpus, config.data.mix.to_dict(), seed=config.seed + number,
-                directory=checkpoints, writer=writer,
+                model,
+                name,
+                phase,
+                corpus,
+                config.data.mix.to_dict(),
+                seed=config.seed + number,
+                directory=checkpoints,
+                writer=writer,
             )
             save_model(model, stage, tokenizer_from=source)
         shutil.rmtree(checkpoints, ignore_errors=True)

@@ -52,9 +52,7 @@ class Layer(nnx.Module):
 
     def run(self, kind, hidden, *, positions, segment_ids, state=None) -> tuple[LayerOutputs, Any]:
         """The layer with its mixer of `kind`."""
-        mixed, state = self.mixer(kind)(
-            self.input_layernorm(hidden), positions=positions, segment_ids=segment_ids, state=state
-        )
+        mixed, state = self.mixer(kind)(self.input_layernorm(hidden), positions=positions, segment_ids=segment_ids, state=state)
         hidden = hidden + mixed
         out = self.mlp(self.post_attention_layernorm(hidden))
         return LayerOutputs(mixed, out, hidden + out), state
@@ -129,9 +127,7 @@ class Decoder(nnx.Module):
 
     def init_state(self, batch: int, max_length: int):
         """Empty caches and recurrent states for generating up to `max_length` tokens a row."""
-        return tuple(
-            layer.mixer(layer.spec.kind).init_state(batch, max_length, self.compute_dtype) for layer in self.layers
-        )
+        return tuple(layer.mixer(layer.spec.kind).init_state(batch, max_length, self.compute_dtype) for layer in self.layers)
 
 
 def abstract_decoder(config: ModelConfig, dtype=jnp.float32, compute_dtype=None) -> Decoder:

@@ -32,10 +32,21 @@ def tiny_config(pattern, **changes) -> ModelConfig:
     """A Qwen3 of odd sizes: head_dim != hidden / heads, two query heads a key head, windows of 6."""
     layers = parse_pattern(pattern)
     values = dict(
-        family="qwen3", vocab_size=61, hidden_size=24, intermediate_size=40, num_heads=4, num_kv_heads=2, head_dim=8,
-        layers=layers, qk_norm=True, swa=SWAConfig(6), bmojo=BMojoConfig(4, "gka"), gka=GKAConfig(chunk_size=16),
-        initializer_range=0.2, max_position_embeddings=256,
-    )  # fmt: skip
+        family="qwen3",
+        vocab_size=61,
+        hidden_size=24,
+        intermediate_size=40,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        layers=layers,
+        qk_norm=True,
+        swa=SWAConfig(6),
+        bmojo=BMojoConfig(4, "gka"),
+        gka=GKAConfig(chunk_size=16),
+        initializer_range=0.2,
+        max_position_embeddings=256,
+    )
     return ModelConfig(**{**values, **changes})
 
 

@@ -23,10 +23,24 @@ def test_symbols_say_who_teaches_whom():
 
 @pytest.mark.parametrize(
     "pattern, layer, symbol",
-    [("*-GKB", 1, "GKB"), ("*-", 1, ""), ("gka", 0, "gka"), ("*-*-**", 2, "**"), ("GKA>GKA", 0, "GKA>GKA"), ("*>GKA", 0, "*>GKA"),
-     ("GDN[]", 0, "GDN[]"), ("GDN[3,,4]", 0, "GDN[3,,4]"), ("GDN[4,3]", 0, "GDN[4,3]"), ("GDN[3,3]", 0, "GDN[3,3]"),
-     ("*[1]", 0, "*[1]"), ("SWA[1]", 0, "SWA[1]"), ("GKA-GKA*DA", 1, "GKA*DA"), ("GDN>", 0, "GDN>"), ("GDN>*DA", 0, "GDN>*DA")],
-)  # fmt: skip
+    [
+        ("*-GKB", 1, "GKB"),
+        ("*-", 1, ""),
+        ("gka", 0, "gka"),
+        ("*-*-**", 2, "**"),
+        ("GKA>GKA", 0, "GKA>GKA"),
+        ("*>GKA", 0, "*>GKA"),
+        ("GDN[]", 0, "GDN[]"),
+        ("GDN[3,,4]", 0, "GDN[3,,4]"),
+        ("GDN[4,3]", 0, "GDN[4,3]"),
+        ("GDN[3,3]", 0, "GDN[3,3]"),
+        ("*[1]", 0, "*[1]"),
+        ("SWA[1]", 0, "SWA[1]"),
+        ("GKA-GKA*DA", 1, "GKA*DA"),
+        ("GDN>", 0, "GDN>"),
+        ("GDN>*DA", 0, "GDN>*DA"),
+    ],
+)
 def test_an_invalid_symbol_is_refused_naming_layer_and_symbol(pattern, layer, symbol):
     with pytest.raises(ValueError) as e:
         parse_pattern(pattern)
@@ -55,9 +69,13 @@ def test_fusing_and_unfusing_are_inverse():
 
 @pytest.mark.parametrize(
     "changes, word",
-    [(dict(num_kv_heads=3), "num_key_value_heads"), (dict(head_dim=7), "head_dim"), (dict(vocab_size=0), "vocab_size"),
-     (dict(attention_windows=(None,) * 3), "attention_windows")],
-)  # fmt: skip
+    [
+        (dict(num_kv_heads=3), "num_key_value_heads"),
+        (dict(head_dim=7), "head_dim"),
+        (dict(vocab_size=0), "vocab_size"),
+        (dict(attention_windows=(None,) * 3), "attention_windows"),
+    ],
+)
 def test_an_impossible_model_is_refused_by_name(changes, word):
     with pytest.raises(ValueError, match=word):
         tiny_config("*-GKA", **changes)

@@ -27,7 +27,12 @@ def run(args: argparse.Namespace):
     eos = end_of_text_id(tokenizer, model.config.extra.get("eos_token_id"))
     ids = tokenizer.encode(args.prompt, add_special_tokens=False).ids
     (new,) = generate(
-        model, [ids], max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p,
-        eos_id=eos, seed=args.seed,
-    )  # fmt: skip
+        model,
+        [ids],
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        eos_id=eos,
+        seed=args.seed,
+    )
     print(args.prompt + tokenizer.decode(new))

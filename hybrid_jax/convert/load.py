@@ -81,8 +81,8 @@ class TensorFiles(contextlib.ExitStack):
                 raise ValueError(f"{path / shard} is truncated or not a safetensors file ({e}); download it again") from None
             self.files.update(dict.fromkeys(file.keys(), file))
 
-    def keys(self):
-        return self.files.keys()
+    def __iter__(self):
+        return iter(self.files)
 
     def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """One tensor, checked against the shape that the config implies."""
@@ -99,10 +99,12 @@ def _hf_shape(tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _check_names(files: TensorFiles, wanted: set[str], config: ModelConfig):
     ignored = set() if not config.tie_embeddings else {"lm_head.weight"}
-    have = {n for n in files.keys() if n not in ignored and not n.endswith(_IGNORED)}
+    have = {n for n in files if n not in ignored and not n.endswith(_IGNORED)}
     missing, extra = sorted(wanted - have), sorted(have - wanted)
     if missing or extra:
-        parts = [f"{len(names)} {word}, the first {names[0]}" for names, word in ((missing, "missing"), (extra, "unexpected")) if names]
+        parts = [
+            f"{len(names)} {word}, the first {names[0]}" for names, word in ((missing, "missing"), (extra, "unexpected")) if names
+        ]
         raise ValueError(
             f"{files.path}: the tensors do not fit config.json ({config.family}, pattern {config.pattern}): {'; '.join(parts)}"
         )

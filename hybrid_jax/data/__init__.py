@@ -85,8 +85,7 @@ def training_batches(corpus: Corpus, mix: Mapping[str, float], *, batch_size: in
     if not shares or min(shares.values()) < 0:
         raise ValueError(f"data.mix needs at least one positive share and no negative one, got {dict(mix)}")
     parts = [
-        grain.MapDataset.source(corpus.source(name, length, seed)).shuffle(seed=seed + n).repeat()
-        for n, name in enumerate(shares)
+        grain.MapDataset.source(corpus.source(name, length, seed)).shuffle(seed=seed + n).repeat() for n, name in enumerate(shares)
     ]
     mixed = grain.MapDataset.mix(parts, weights=list(shares.values()))
     return iter(mixed.batch(batch_size, drop_remainder=True).to_iter_dataset(grain.ReadOptions(num_threads=1)))

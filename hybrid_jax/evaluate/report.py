@@ -41,10 +41,15 @@ def table_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     cells = []
     for row in rows:
         share = recovered(row, rows)
-        cells.append((
-            row.name, row.pattern, f"{row.text_loss:.3f}", "–" if share is None else f"{100 * share:.1f} %",
-            f"{100 * row.retrieval_accuracy:.1f} %",
-        ))  # fmt: skip
+        cells.append(
+            (
+                row.name,
+                row.pattern,
+                f"{row.text_loss:.3f}",
+                "–" if share is None else f"{100 * share:.1f} %",
+                f"{100 * row.retrieval_accuracy:.1f} %",
+            )
+        )
     return cells
 
 

@@ -88,7 +88,9 @@ def read_config(family: Family, hf: Mapping[str, Any]) -> ModelConfig:
       ValueError: a key is missing, unsupported or contradictory.
     """
     hf = {**_DEFAULTS, **family.defaults, **hf}
-    missing = [k for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads") if k not in hf]
+    missing = [
+        k for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads") if k not in hf
+    ]
     if missing:
         raise ValueError(f"config.json of a {family.model_type} lacks {', '.join(missing)}")
     if hf.get("hidden_act", "silu") != "silu":

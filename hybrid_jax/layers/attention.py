@@ -44,7 +44,9 @@ def empty_cache(batch, length, kv_heads, head_dim, dtype) -> KVCache:
 
 def extend_window(cache: KVCache, new: KVCache) -> tuple[KVCache, KVCache]:
     """A windowed cache: what the new queries may see, and the cache afterwards."""
-    seen = KVCache(*(jnp.concatenate([a.astype(b.dtype), b], axis=1) for a, b in zip(cache[:4], new[:4])), cache.next_slot)
+    seen = KVCache(
+        *(jnp.concatenate([a.astype(b.dtype), b], axis=1) for a, b in zip(cache[:4], new[:4], strict=True)), cache.next_slot
+    )
     length = cache.k.shape[1]
     kept = KVCache(*(a[:, a.shape[1] - length :] for a in seen[:4]), cache.next_slot + new.k.shape[1])
     return seen, kept
@@ -54,7 +56,7 @@ def extend_full(cache: KVCache, new: KVCache) -> KVCache:
     """A full cache with the new tokens written at `next_slot`."""
     written = (
         jax.lax.dynamic_update_slice_in_dim(a, b.astype(a.dtype), cache.next_slot, axis=1)
-        for a, b in zip(cache[:4], new[:4])
+        for a, b in zip(cache[:4], new[:4], strict=True)
     )
     return KVCache(*written, cache.next_slot + new.k.shape[1])
 

@@ -76,9 +76,7 @@ class BMojoF(nnx.Module):
         """x [B,T,hidden] -> (y [B,T,hidden], state)."""
         c, W = self.config, self.config.bmojo.window_size
         B, T, _ = x.shape
-        f, mixer_state = getattr(self, self.mixer_key)(
-            x, positions=positions, segment_ids=segment_ids, state=state and state.mixer
-        )
+        f, mixer_state = getattr(self, self.mixer_key)(x, positions=positions, segment_ids=segment_ids, state=state and state.mixer)
         q, k, v = self.bmojo_attn.project(x, positions)
         fading_q, fading_k, fading_v = self.bmojo_attn.project_fading(x, f, positions)
         zero = jnp.zeros((), jnp.int32)

@@ -80,8 +80,11 @@ class GatedDeltaNet(nnx.Module):
             beta = 2 * beta
         g = log_decay(self.gk_proj(x), self.A_log[...], self.dt_bias[...])
         o, S = scan_or_step(
-            gated_delta_rule, gated_delta_rule_step, (q, k, v, g, beta),
-            state=None if state is None else s.S, segment_ids=segment_ids,
+            gated_delta_rule,
+            gated_delta_rule_step,
+            (q, k, v, g, beta),
+            state=None if state is None else s.S,
+            segment_ids=segment_ids,
         )
         o = self.o_norm(o).reshape(B, T, H * D)
         if self.g_proj is not None:

@@ -86,8 +86,11 @@ class GatedKalmaNet(nnx.Module):
         o, (h_kk, h_kv) = scan_or_step(
             functools.partial(gated_kalmanet, scale=scale, bp_lambda=gka.bp_lambda, chunk_size=gka.chunk_size),
             functools.partial(gated_kalmanet_step, scale=scale),
-            (q, k, v, alpha, g), gka.ridge_strength, gka.num_iter,
-            state=None if state is None else (s.h_kk, s.h_kv), segment_ids=segment_ids,
+            (q, k, v, alpha, g),
+            gka.ridge_strength,
+            gka.num_iter,
+            state=None if state is None else (s.h_kk, s.h_kv),
+            segment_ids=segment_ids,
         )
         o = self.o_norm(o).reshape(B, T, H * D)
         if self.g_proj is not None:

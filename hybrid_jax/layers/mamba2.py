@@ -63,7 +63,9 @@ class Mamba2(nnx.Module):
         y, S = scan_or_step(
             lambda v, dt, B, C, **kw: ssd(v, dt, a, B, C, skip, **kw),
             lambda v, dt, B, C, **kw: ssd_step(v, dt, a, B, C, skip, **kw),
-            (v, dt, B, C), state=state and state.S, segment_ids=segment_ids,
+            (v, dt, B, C),
+            state=state and state.S,
+            segment_ids=segment_ids,
         )
         y = y * jax.nn.silu(z).reshape(y.shape)
         y = rms_norm(y, self.norm.weight[...].reshape(H, D), NORM_EPS)

@@ -55,8 +55,12 @@ class MoE(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs, dtype=jnp.float32):
         self.moe = config.moe
         self.gate = Linear(
-            config.hidden_size, config.moe.num_experts, axes=("embed", None),
-            std=config.initializer_range, rngs=rngs, dtype=dtype,
+            config.hidden_size,
+            config.moe.num_experts,
+            axes=("embed", None),
+            std=config.initializer_range,
+            rngs=rngs,
+            dtype=dtype,
         )
         self.experts = Experts(config, rngs=rngs, dtype=dtype)
 

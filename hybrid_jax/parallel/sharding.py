@@ -17,7 +17,7 @@ RULES: dict[str, str] = {
 
 
 def parameter_sharding(mesh: Mesh, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:
-    """Where a parameter lives.
+    """Where a parameter lives. The compiler propagates shardings from there (GSPMD), whatever axis types `mesh` has.
 
     Raises:
       ValueError: a mesh axis does not divide the dimension; names both.
@@ -32,7 +32,7 @@ def parameter_sharding(mesh: Mesh, name: str, shape: tuple[int, ...], axes: tupl
                 f"choose a mesh whose {mesh_axis!r} divides it"
             )
         spec.append(mesh_axis if parts > 1 else None)
-    return NamedSharding(mesh, PartitionSpec(*spec))
+    return NamedSharding(Mesh(mesh.devices, mesh.axis_names), PartitionSpec(*spec))
 
 
 def place(mesh: Mesh | None, name: str, value, axes) -> jax.Array:

@@ -95,9 +95,7 @@ def initialize_hybrid(model: Decoder, pattern: str, *, seed: int = 0) -> Decoder
             if all(prefix + n in have for n in wanted):
                 continue
             if not source:
-                raise ValueError(
-                    f"layer {i} is {model.config.layers[i].symbol!r}: only attention can become {layer.symbol!r}"
-                )
+                raise ValueError(f"layer {i} is {model.config.layers[i].symbol!r}: only attention can become {layer.symbol!r}")
             copied = RECIPES[kind](source, wanted, config)
             result |= {prefix + n: v.astype(dtype) for n, v in copied.items()}
     return join_model(structure, result)

@@ -15,6 +15,7 @@ from hybrid_jax.config import ATTENTION, MixerSpec, SWAConfig, format_pattern, p
 from hybrid_jax.data import Corpus
 from hybrid_jax.evaluate.measures import retrieval_loss_and_accuracy, text_loss
 from hybrid_jax.model import Decoder
+from hybrid_jax.parameters import join_model, split_model
 from hybrid_jax.priming.initialize import initialize_hybrid
 
 
@@ -45,6 +46,7 @@ class Selection:
 def score_layers(model: Decoder, corpus: Corpus, selection: Selection) -> list[float]:
     """What replacing each layer by SWA costs: rise of the mean loss (text + retrieval), in nats a token."""
     config = dataclasses.replace(model.config, swa=SWAConfig(selection.window))
+    model = join_model(*split_model(model))  # the caller's model keeps its own window
     model.config = config
 
     def loss(candidate):

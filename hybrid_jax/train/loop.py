@@ -57,14 +57,21 @@ def make_step(structure, phase: Phase):
     def step(state: TrainState, frozen, batch):
         (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.trainable, frozen, batch)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trainable)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         return TrainState(optax.apply_updates(state.trainable, updates), optimizer_state), metrics
 
     return jax.jit(step, donate_argnums=0)
 
 
 def train_phase(
-    model: Decoder, name: str, phase: Phase, corpus: Corpus, mix: dict, *, seed: int, directory: pathlib.Path,
+    model: Decoder,
+    name: str,
+    phase: Phase,
+    corpus: Corpus,
+    mix: dict,
+    *,
+    seed: int,
+    directory: pathlib.Path,
     writer: MetricWriter,
 ) -> Decoder:
     """Runs a phase from its start or its newest checkpoint.
@@ -90,7 +97,8 @@ def train_phase(
     state = TrainState(trainable, make_optimizer(phase).init(trainable))
     print(
         f"{name}: {phase.objective}, {phase.steps} steps of {phase.tokens_per_step:,} tokens; "
-        f"training {count(trainable):,} of {count(parameters):,} parameters", flush=True,
+        f"training {count(trainable):,} of {count(parameters):,} parameters",
+        flush=True,
     )
     batches = training_batches(corpus, mix, batch_size=phase.batch_size, length=phase.seq_len, seed=seed)
     checkpoints = Checkpoints(directory)

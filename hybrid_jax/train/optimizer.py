@@ -48,7 +48,12 @@ def make_optimizer(phase: Phase) -> optax.GradientTransformation:
             return jax.tree_util.tree_map_with_path(one, parameters)
 
         update = contrib.muon(
-            schedule, weight_decay=phase.weight_decay, weight_decay_mask=decayed, adam_b1=phase.beta1,
-            adam_b2=phase.beta2, muon_weight_dimension_numbers=matrices, consistent_rms=0.2,
+            schedule,
+            weight_decay=phase.weight_decay,
+            weight_decay_mask=decayed,
+            adam_b1=phase.beta1,
+            adam_b2=phase.beta2,
+            muon_weight_dimension_numbers=matrices,
+            consistent_rms=0.2,
         )
     return optax.chain(optax.clip_by_global_norm(phase.clip), update)

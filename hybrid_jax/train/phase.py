@@ -52,8 +52,11 @@ class Phase:
 
     def __post_init__(self):
         for name, allowed in (
-            ("objective", OBJECTIVES), ("schedule", SCHEDULES), ("optimizer", OPTIMIZERS),
-            ("form", ("fused", "unfused", "as_is")), ("compute_dtype", ("float32", "bfloat16")),
+            ("objective", OBJECTIVES),
+            ("schedule", SCHEDULES),
+            ("optimizer", OPTIMIZERS),
+            ("form", ("fused", "unfused", "as_is")),
+            ("compute_dtype", ("float32", "bfloat16")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"phase.{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")

@@ -1,6 +1,6 @@
 """The gated delta rule of Gated DeltaNet.
 
-    S_t = e^{g_t} (I - beta_t k_t k_t') S_{t-1} + beta_t k_t v_t',     o_t = scale * q_t' S_t
+S_t = e^{g_t} (I - beta_t k_t k_t') S_{t-1} + beta_t k_t v_t',     o_t = scale * q_t' S_t
 """
 
 from __future__ import annotations
@@ -42,8 +42,14 @@ def gated_delta_rule(
     """
     d = dims_of("gated_delta_rule", q, v)
     check_shapes(
-        "gated_delta_rule", d, k=(k, "B T H K"), v=(v, "B T H V"), log_decay=(log_decay, "B T H"),
-        beta=(beta, "B T H"), initial_state=(initial_state, "B H K V"), segment_ids=(segment_ids, "B T"),
+        "gated_delta_rule",
+        d,
+        k=(k, "B T H K"),
+        v=(v, "B T H V"),
+        log_decay=(log_decay, "B T H"),
+        beta=(beta, "B T H"),
+        initial_state=(initial_state, "B H K V"),
+        segment_ids=(segment_ids, "B T"),
     )
     chunk_size = chunk_size or 64
     if chunk_size & (chunk_size - 1):

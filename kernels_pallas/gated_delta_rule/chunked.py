@@ -1,8 +1,8 @@
 """The chunked (WY) form of the gated delta rule.
 
-    A  = (I + tril(beta K K' M, -1))^-1        U = A (beta V)        W = A (beta e^a K)
-    V' = U - W H0
-    O  = scale [(Q e^a) H0 + ((Q K') M) V'],   H1 = e^{a_C} H0 + (K e^{a_C - a})' V'
+A  = (I + tril(beta K K' M, -1))^-1        U = A (beta V)        W = A (beta e^a K)
+V' = U - W H0
+O  = scale [(Q e^a) H0 + ((Q K') M) V'],   H1 = e^{a_C} H0 + (K e^{a_C - a})' V'
 """
 
 from __future__ import annotations

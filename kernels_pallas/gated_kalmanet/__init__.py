@@ -21,8 +21,20 @@ IMPLEMENTATIONS = {"reference": gated_kalmanet_reference, "xla": gated_kalmanet_
 
 
 def gated_kalmanet(
-    q, k, v, alpha, log_decay, ridge_strength=0.02, num_iter=30, *, bp_lambda=True, scale=None,
-    initial_state=None, segment_ids=None, chunk_size=None, implementation=None,
+    q,
+    k,
+    v,
+    alpha,
+    log_decay,
+    ridge_strength=0.02,
+    num_iter=30,
+    *,
+    bp_lambda=True,
+    scale=None,
+    initial_state=None,
+    segment_ids=None,
+    chunk_size=None,
+    implementation=None,
 ):
     """The Gated KalmaNet recurrence (arXiv 2511.21016, section 4), solved by Chebyshev iteration.
 
@@ -49,8 +61,15 @@ def gated_kalmanet(
     d = dims_of("gated_kalmanet", q, v)
     h_kk, h_kv = (None, None) if initial_state is None else initial_state
     check_shapes(
-        "gated_kalmanet", d, k=(k, "B T H K"), v=(v, "B T H V"), alpha=(alpha, "B T H"),
-        log_decay=(log_decay, "B T H"), h_kk=(h_kk, "B H K K"), h_kv=(h_kv, "B H K V"), segment_ids=(segment_ids, "B T"),
+        "gated_kalmanet",
+        d,
+        k=(k, "B T H K"),
+        v=(v, "B T H V"),
+        alpha=(alpha, "B T H"),
+        log_decay=(log_decay, "B T H"),
+        h_kk=(h_kk, "B H K K"),
+        h_kv=(h_kv, "B H K V"),
+        segment_ids=(segment_ids, "B T"),
     )
     dtype = accumulator(q, k, v, alpha, log_decay)
     h_kk = jnp.zeros((d["B"], d["H"], d["K"], d["K"]), dtype) if h_kk is None else h_kk.astype(dtype)
@@ -58,14 +77,10 @@ def gated_kalmanet(
     scale = d["K"] ** -0.5 if scale is None else scale
     run = pick_implementation(implementation, IMPLEMENTATIONS)
     segments = segment_index(segment_ids, d["B"], d["T"])
-    return run(
-        q, k, v, alpha, log_decay, (h_kk, h_kv), segments, scale, chunk_size or 64, ridge_strength, num_iter, bp_lambda
-    )
+    return run(q, k, v, alpha, log_decay, (h_kk, h_kv), segments, scale, chunk_size or 64, ridge_strength, num_iter, bp_lambda)
 
 
-def gated_kalmanet_step(
-    q, k, v, alpha, log_decay, ridge_strength=0.02, num_iter=30, *, state, bp_lambda=True, scale=None
-):
+def gated_kalmanet_step(q, k, v, alpha, log_decay, ridge_strength=0.02, num_iter=30, *, state, bp_lambda=True, scale=None):
     """One token: q, k [B,H,K], v [B,H,V], alpha, log_decay [B,H], state (h_kk, h_kv) -> (o [B,H,V], state)."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = accumulator(q, k, v, alpha, log_decay)

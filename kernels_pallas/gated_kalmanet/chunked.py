@@ -67,9 +67,7 @@ def _solve_bwd(ridge_strength, num_iter, bp_lambda, residuals, dx):
 chunk_solve.defvjp(_solve_fwd, _solve_bwd)
 
 
-def gated_kalmanet_chunked(
-    q, k, v, alpha, log_decay, state, segments, scale, chunk_size, ridge_strength, num_iter, bp_lambda
-):
+def gated_kalmanet_chunked(q, k, v, alpha, log_decay, state, segments, scale, chunk_size, ridge_strength, num_iter, bp_lambda):
     T, (h_kk, h_kv) = q.shape[1], state
     dtype = h_kk.dtype
     decay = chunk_decay(log_decay, segments, chunk_size, dtype)

@@ -53,9 +53,7 @@ def gated_kalmanet_update(q, k, v, alpha, g, state, scale, ridge_strength, num_i
     return o, (h_kk, h_kv)
 
 
-def gated_kalmanet_reference(
-    q, k, v, alpha, log_decay, state, segments, scale, chunk_size, ridge_strength, num_iter, bp_lambda
-):
+def gated_kalmanet_reference(q, k, v, alpha, log_decay, state, segments, scale, chunk_size, ridge_strength, num_iter, bp_lambda):
     del chunk_size
     arrays = [x.astype(state[0].dtype) for x in (q, k, v, alpha, log_decay)]
 

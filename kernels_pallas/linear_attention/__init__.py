@@ -1,25 +1,23 @@
 """Linear attention with a scalar decay per head, and Mamba-2's SSD on top of it.
 
-    S_t = e^{g_t} S_{t-1} + k_t v_t',     o_t = scale * q_t' S_t
+S_t = e^{g_t} S_{t-1} + k_t v_t',     o_t = scale * q_t' S_t
 """
 
 from __future__ import annotations
+
+import jax.numpy as jnp
 
 from kernels_pallas.arguments import accumulator, check_shapes, dims_of, pick_implementation, segment_index
 from kernels_pallas.linear_attention.chunked import linear_attention_chunked
 from kernels_pallas.linear_attention.reference import linear_attention_reference, linear_attention_update
 from kernels_pallas.linear_attention.ssd import ssd, ssd_step
 
-import jax.numpy as jnp
-
 __all__ = ["linear_attention", "linear_attention_step", "ssd", "ssd_step"]
 
 IMPLEMENTATIONS = {"reference": linear_attention_reference, "xla": linear_attention_chunked}
 
 
-def linear_attention(
-    q, k, v, log_decay, *, scale=None, initial_state=None, segment_ids=None, chunk_size=None, implementation=None
-):
+def linear_attention(q, k, v, log_decay, *, scale=None, initial_state=None, segment_ids=None, chunk_size=None, implementation=None):
     """Scalar-decay linear attention ("simple GLA", arXiv 2312.06635; SSD, arXiv 2405.21060).
 
     Args:
@@ -40,8 +38,13 @@ def linear_attention(
     """
     d = dims_of("linear_attention", q, v)
     check_shapes(
-        "linear_attention", d, k=(k, "B T H K"), v=(v, "B T H V"), log_decay=(log_decay, "B T H"),
-        initial_state=(initial_state, "B H K V"), segment_ids=(segment_ids, "B T"),
+        "linear_attention",
+        d,
+        k=(k, "B T H K"),
+        v=(v, "B T H V"),
+        log_decay=(log_decay, "B T H"),
+        initial_state=(initial_state, "B H K V"),
+        segment_ids=(segment_ids, "B T"),
     )
     dtype = accumulator(q, k, v, log_decay)
     state = jnp.zeros((d["B"], d["H"], d["K"], d["V"]), dtype) if initial_state is None else initial_state.astype(dtype)

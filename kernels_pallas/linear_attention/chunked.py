@@ -1,6 +1,6 @@
 """The chunked form: matmuls inside a chunk, a scan of states across chunks.
 
-    O = scale [(Q e^a) H0 + ((Q K') M) V],     H1 = e^{a_C} H0 + (K e^{a_C - a})' V
+O = scale [(Q e^a) H0 + ((Q K') M) V],     H1 = e^{a_C} H0 + (K e^{a_C - a})' V
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Mamba-2's state-space duality (arXiv 2405.21060, section 6) as scalar-decay linear attention.
 
-    h_t = e^{a dt_t} h_{t-1} + dt_t b_t x_t',     y_t = c_t' h_t + d x_t
+h_t = e^{a dt_t} h_{t-1} + dt_t b_t x_t',     y_t = c_t' h_t + d x_t
 """
 
 from __future__ import annotations
@@ -38,8 +38,15 @@ def ssd(x, dt, a, b, c, d=None, *, initial_state=None, segment_ids=None, chunk_s
     dt = dt.astype(jnp.promote_types(dt.dtype, jnp.float32))
     v = (x * dt[..., None]).astype(x.dtype)
     y, state = linear_attention(
-        c, b, v, dt * a, scale=1.0, initial_state=initial_state, segment_ids=segment_ids,
-        chunk_size=chunk_size, implementation=implementation,
+        c,
+        b,
+        v,
+        dt * a,
+        scale=1.0,
+        initial_state=initial_state,
+        segment_ids=segment_ids,
+        chunk_size=chunk_size,
+        implementation=implementation,
     )
     return (y if d is None else y + (d[:, None] * x).astype(y.dtype)), state
 

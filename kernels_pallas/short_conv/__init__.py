@@ -1,6 +1,6 @@
 """Causal depthwise convolution over a few tokens, with its activation.
 
-    y_t = act(sum_j w_j x_{t - W + 1 + j} + b)
+y_t = act(sum_j w_j x_{t - W + 1 + j} + b)
 """
 
 from __future__ import annotations
@@ -47,8 +47,12 @@ def short_conv(x, weight, bias=None, activation="silu", *, initial_state=None, s
     B, T, D = x.shape
     W = weight.shape[1]
     check_shapes(
-        "short_conv", dict(B=B, T=T, D=D, W=W, P=W - 1), weight=(weight, "D W"), bias=(bias, "D"),
-        initial_state=(initial_state, "B P D"), segment_ids=(segment_ids, "B T"),
+        "short_conv",
+        dict(B=B, T=T, D=D, W=W, P=W - 1),
+        weight=(weight, "D W"),
+        bias=(bias, "D"),
+        initial_state=(initial_state, "B P D"),
+        segment_ids=(segment_ids, "B T"),
     )
     state = jnp.zeros((B, W - 1, D), x.dtype) if initial_state is None else initial_state.astype(x.dtype)
     bias = jnp.zeros(D, weight.dtype) if bias is None else bias

@@ -65,9 +65,12 @@ def test_fused_models_give_both_streams_and_every_stage_1_loss(name):
     assert relative_error(model.head(streams.student), z["student_logits"]) < 1e-4
     mixer, mlp, decoder = (z[f"mse_per_layer_{k}"] for k in ("mixer", "mlp", "decoder"))
     want = {
-        "decoder": decoder.mean(), "mixer": mixer.mean(), "residuals": (mixer + mlp).mean(),
-        "all": (mixer + mlp + decoder).mean(), "none": 0.0,
-    }  # fmt: skip
+        "decoder": decoder.mean(),
+        "mixer": mixer.mean(),
+        "residuals": (mixer + mlp).mean(),
+        "all": (mixer + mlp + decoder).mean(),
+        "none": 0.0,
+    }
     assert set(want) == set(ALIGN_TARGETS)
     for target, value in want.items():
         alone, _ = align(model, batch, target=target, pre_lm_head=False)

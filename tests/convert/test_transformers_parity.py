@@ -13,32 +13,63 @@ from hybrid_jax import load_model, save_model
 from tests.conftest import relative_error
 
 BASE = dict(
-    vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
-    max_position_embeddings=256, rms_norm_eps=1e-5, initializer_range=0.2,
-)  # fmt: skip
+    vocab_size=97,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    rms_norm_eps=1e-5,
+    initializer_range=0.2,
+)
 LLAMA3_ROPE = dict(
-    rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    rope_type="llama3",
+    rope_theta=500000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
     original_max_position_embeddings=32,
-)  # fmt: skip
+)
 YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64)
-MINISTRAL3_ROPE = {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
-                   "original_max_position_embeddings": 16}  # fmt: skip
+MINISTRAL3_ROPE = {
+    **YARN,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+    "original_max_position_embeddings": 16,
+}
 CASES = {
     "qwen3": ("Qwen3", dict(head_dim=16)),
-    "qwen3 tied, biased, MHA, odd head_dim": ("Qwen3", dict(head_dim=10, tie_word_embeddings=True, attention_bias=True, num_key_value_heads=6)),
+    "qwen3 tied, biased, MHA, odd head_dim": (
+        "Qwen3",
+        dict(head_dim=10, tie_word_embeddings=True, attention_bias=True, num_key_value_heads=6),
+    ),
     "qwen3 yarn": ("Qwen3", dict(head_dim=16, rope_parameters=YARN)),
     "qwen3 linear rope": ("Qwen3", dict(head_dim=8, rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=4.0))),
     "qwen3 some layers windowed": ("Qwen3", dict(head_dim=16, use_sliding_window=True, sliding_window=9, max_window_layers=1)),
     "qwen2": ("Qwen2", dict(tie_word_embeddings=True)),
-    "qwen2 one key head, windowed": ("Qwen2", dict(num_key_value_heads=1, use_sliding_window=True, sliding_window=7, max_window_layers=2)),
+    "qwen2 one key head, windowed": (
+        "Qwen2",
+        dict(num_key_value_heads=1, use_sliding_window=True, sliding_window=7, max_window_layers=2),
+    ),
     "llama3 rope": ("Llama", dict(rope_parameters=LLAMA3_ROPE)),
-    "llama biases, GQA 8": ("Llama", dict(attention_bias=True, mlp_bias=True, num_attention_heads=8, num_key_value_heads=1, head_dim=12)),
+    "llama biases, GQA 8": (
+        "Llama",
+        dict(attention_bias=True, mlp_bias=True, num_attention_heads=8, num_key_value_heads=1, head_dim=12),
+    ),
     "mistral windowed": ("Mistral", dict(sliding_window=11, head_dim=14)),
     "mistral without window": ("Mistral", dict(sliding_window=None)),
-    "ministral alternating": ("Ministral", dict(sliding_window=8, head_dim=8, layer_types=["full_attention", "sliding_attention", "full_attention"])),
+    "ministral alternating": (
+        "Ministral",
+        dict(sliding_window=8, head_dim=8, layer_types=["full_attention", "sliding_attention", "full_attention"]),
+    ),
     "ministral3 yarn, scaled queries": ("Ministral3", dict(head_dim=16, rope_parameters=MINISTRAL3_ROPE)),
-    "qwen3 moe": ("Qwen3Moe", dict(head_dim=16, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=True)),
-}  # fmt: skip
+    "qwen3 moe": (
+        "Qwen3Moe",
+        dict(head_dim=16, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=True),
+    ),
+}
 
 
 def make(case):
@@ -70,7 +101,9 @@ def test_logits_equal_transformers(case, tmp_path):
     assert error < 1e-4
 
 
-@pytest.mark.parametrize("case", ["qwen3", "qwen3 tied, biased, MHA, odd head_dim", "llama3 rope", "ministral alternating", "qwen3 moe"])
+@pytest.mark.parametrize(
+    "case", ["qwen3", "qwen3 tied, biased, MHA, odd head_dim", "llama3 rope", "ministral alternating", "qwen3 moe"]
+)
 def test_our_export_is_loaded_by_transformers_with_the_same_bits(case, tmp_path):
     theirs = make(case)
     theirs.save_pretrained(tmp_path / "hf")

@@ -30,8 +30,15 @@ def options(z):
 
 @pytest.mark.parametrize("implementation, chunk_size", [("reference", None), ("xla", 16), ("xla", 64)])
 @pytest.mark.parametrize(
-    "name", ["gla_weak_decay", "gla_strong_decay_no_init", "gdn_weak_decay", "gdn_strong_decay_no_init",
-             "gka_30iter", "gka_10iter_strong_decay"],
+    "name",
+    [
+        "gla_weak_decay",
+        "gla_strong_decay_no_init",
+        "gdn_weak_decay",
+        "gdn_strong_decay_no_init",
+        "gka_30iter",
+        "gka_10iter_strong_decay",
+    ],
 )
 def test_output_state_and_gradients_equal_the_reference_kernels(name, chunk_size, implementation):
     z = load(name)
@@ -66,15 +73,20 @@ def test_packed_segments_equal_the_reference_kernels(implementation):
     names = ["q", "k", "v", "log_decay", "beta"]
     bounds = z["cu_seqlens"]
     ids = np.repeat(np.arange(1, len(bounds)), np.diff(bounds))[None]
-    for i, (a, b) in enumerate(zip(bounds[:-1], bounds[1:])):
+    for i, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         o, state = kernels_pallas.gated_delta_rule(
-            *(jnp.asarray(z[n][:, a:b]) for n in names), scale=float(z["scale"]),
-            initial_state=jnp.asarray(z["initial_state"][i : i + 1]), implementation=implementation,
+            *(jnp.asarray(z[n][:, a:b]) for n in names),
+            scale=float(z["scale"]),
+            initial_state=jnp.asarray(z["initial_state"][i : i + 1]),
+            implementation=implementation,
         )
         assert relative_error(o, z["o"][:, a:b]) < 1e-5
         assert relative_error(state, z["final_state"][i : i + 1]) < 1e-5
     o, _ = kernels_pallas.gated_delta_rule(
-        *(jnp.asarray(z[n]) for n in names), scale=float(z["scale"]), segment_ids=jnp.asarray(ids),
-        initial_state=jnp.asarray(z["initial_state"][:1]), implementation=implementation,
+        *(jnp.asarray(z[n]) for n in names),
+        scale=float(z["scale"]),
+        segment_ids=jnp.asarray(ids),
+        initial_state=jnp.asarray(z["initial_state"][:1]),
+        implementation=implementation,
     )
     assert relative_error(o[:, : bounds[1]], z["o"][:, : bounds[1]]) < 1e-5

@@ -32,8 +32,12 @@ def make_inputs(op, T, seed=0, strength=0.3, dtype=np.float32, beta_max=2.0):
         "gated_delta_rule": lambda: qkv | dict(beta=rng.uniform(0, beta_max, (B, T, H))),
         "gated_kalmanet": lambda: qkv | dict(alpha=rng.uniform(0, 1, (B, T, H))),
         "ssd": lambda: dict(
-            x=normal(B, T, H, V), dt=rng.uniform(0, strength, (B, T, H)), a=-rng.uniform(0.5, 2, H), b=unit(B, T, 1, K),
-            c=unit(B, T, 1, K), d=normal(H),
+            x=normal(B, T, H, V),
+            dt=rng.uniform(0, strength, (B, T, H)),
+            a=-rng.uniform(0.5, 2, H),
+            b=unit(B, T, 1, K),
+            c=unit(B, T, 1, K),
+            d=normal(H),
         ),
         "short_conv": lambda: dict(x=normal(B, T, 6), weight=normal(6, 4), bias=normal(6)),
     }[op]()
@@ -170,8 +174,12 @@ def test_gradients_equal_float64_differences_of_the_recurrence(op):
     arguments = {**inputs, "initial_state": state}
 
     def objective(implementation, arguments):
-        o, end = run(op, {n: x for n, x in arguments.items() if n != "initial_state"}, implementation,
-                     initial_state=arguments["initial_state"])  # fmt: skip
+        o, end = run(
+            op,
+            {n: x for n, x in arguments.items() if n != "initial_state"},
+            implementation,
+            initial_state=arguments["initial_state"],
+        )
         return jnp.sum(jnp.sin(o)) + sum(jnp.sum(jnp.cos(s)) for s in jax.tree.leaves(end))
 
     got = jax.grad(functools.partial(objective, "xla"))(arguments)
@@ -221,7 +229,9 @@ def test_the_recurrence_is_the_formula(op):
 
 @pytest.mark.parametrize("op", STATEFUL)
 def test_bfloat16_inputs_stay_within_a_percent_and_keep_float32_states(op):
-    inputs = {n: x.astype(jnp.bfloat16) if x.ndim == 4 or op == "short_conv" else x for n, x in make_inputs(op, 40, beta_max=1).items()}
+    inputs = {
+        n: x.astype(jnp.bfloat16) if x.ndim == 4 or op == "short_conv" else x for n, x in make_inputs(op, 40, beta_max=1).items()
+    }
     o, state = run(op, inputs, chunk=16)
     assert o.dtype == jnp.bfloat16
     if op != "short_conv":
@@ -231,10 +241,14 @@ def test_bfloat16_inputs_stay_within_a_percent_and_keep_float32_states(op):
 
 def test_empty_states_and_zero_keys_have_finite_gradients():
     """Zero keys make H = 0: no norm to divide by, nor to differentiate."""
+
+    def outputs(implementation, inputs):
+        return run("gated_kalmanet", inputs, implementation)[0]
+
     inputs = make_inputs("gated_kalmanet", 6)
     inputs["k"] = inputs["k"] * 0
     for implementation in ("reference", "xla"):
-        o, pull = jax.vjp(lambda x: run("gated_kalmanet", x, implementation)[0], inputs)
+        o, pull = jax.vjp(functools.partial(outputs, implementation), inputs)
         assert np.isfinite(o).all()
         assert all(np.isfinite(g).all() for g in jax.tree.leaves(pull(jnp.ones_like(o))))
 

@@ -101,9 +101,13 @@ def test_gdn_options_keep_decoding_equal(options):
 
 @pytest.mark.parametrize(
     "options",
-    [dict(use_v_conv=False, use_gate=False), dict(use_alpha_connection=False, use_beta_gate=False), dict(use_forgetting_gate=False),
-     dict(gla_rescale=False, num_iter=0)],
-)  # fmt: skip
+    [
+        dict(use_v_conv=False, use_gate=False),
+        dict(use_alpha_connection=False, use_beta_gate=False),
+        dict(use_forgetting_gate=False),
+        dict(gla_rescale=False, num_iter=0),
+    ],
+)
 def test_gka_options_keep_decoding_equal(options):
     from hybrid_jax.config import GKAConfig
 

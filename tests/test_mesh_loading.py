@@ -1,0 +1,38 @@
+"""Loading straight into a sharding, on eight CPU devices in a process of its own."""
+
+import os
+import subprocess
+import sys
+
+from hybrid_jax import save_model
+from tests.conftest import tiny_model
+
+PROGRAM = """
+import sys
+import jax
+import numpy as np
+from hybrid_jax import load_model
+mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"))
+sharded, whole = load_model(sys.argv[1], mesh=mesh), load_model(sys.argv[1])
+kernel = sharded.layers[1].gka.q_proj.kernel[...]
+assert kernel.sharding.spec == jax.sharding.PartitionSpec("fsdp", "tensor"), kernel.sharding
+assert kernel.addressable_shards[0].data.shape == (6, 16)
+ids = np.arange(12)[None]
+assert np.allclose(sharded(ids), whole(ids), atol=1e-4)
+try:
+    load_model(sys.argv[1], mesh=jax.make_mesh((5,), ("fsdp",), devices=jax.devices()[:5]))
+except ValueError as e:
+    assert "'fsdp' of size 5 does not divide 'embed'" in str(e), e
+else:
+    raise AssertionError("a mesh that does not divide was accepted")
+print("passed")
+"""
+
+
+def test_parameters_are_read_straight_into_their_sharding(tmp_path):
+    save_model(tiny_model("*-GKA", vocab_size=62), tmp_path / "model")
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "model")], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "passed" in done.stdout, done.stderr[-2000:]

@@ -1,0 +1,273 @@
+"""Phases, the optimizer, the loop: what trains, what resumes, what stops."""
+
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from hybrid_jax import load_model
+from hybrid_jax.experiment import run_experiment
+from hybrid_jax.parameters import select_names, split_model
+from hybrid_jax.train import MetricWriter, Phase, Stopped, read_metrics, train_phase
+from hybrid_jax.train.checkpoint import TrainState
+from hybrid_jax.train.loop import make_step
+from hybrid_jax.train.optimizer import decayed, learning_rate_schedule, make_optimizer
+from tests.conftest import tiny_model
+from tests.data.test_data import corpus  # noqa: F401 (a fixture)
+
+MIX = {"text": 1.0}
+
+
+def phase(**changes):
+    return Phase(
+        **{
+            **dict(objective="next_token", steps=6, batch_size=2, seq_len=16, log_every=1, checkpoint_every=2, learning_rate=1e-2),
+            **changes,
+        }
+    )
+
+
+def model_for(corpus):  # noqa: F811
+    return tiny_model("*-GKA", vocab_size=corpus.tokenizer.get_vocab_size())
+
+
+def train(corpus, directory, model=None, **changes):  # noqa: F811
+    writer = MetricWriter(directory)
+    try:
+        return train_phase(
+            model or model_for(corpus),
+            "p",
+            phase(**changes),
+            corpus,
+            MIX,
+            seed=0,
+            directory=directory / "checkpoints",
+            writer=writer,
+        )
+    finally:
+        writer.close()
+
+
+def arrays(model):
+    return {n: np.asarray(v) for n, v in split_model(model)[1].items()}
+
+
+def losses(directory):
+    return {r["step"]: r["loss"] for r in read_metrics(directory)}
+
+
+def test_training_lowers_the_loss_and_leaves_frozen_parameters_alone(corpus, tmp_path):  # noqa: F811
+    before = model_for(corpus)
+    start = arrays(before)
+    after = arrays(train(corpus, tmp_path, before, steps=30, trainable=(r"\.gka\.",)))
+    assert np.mean(list(losses(tmp_path).values())[-5:]) < losses(tmp_path)[1]
+    for name in start:
+        assert np.array_equal(start[name], after[name]) == (".gka." not in name), name
+    assert all(np.array_equal(start[n], v) for n, v in arrays(before).items()), "the caller's model must stay whole"
+
+
+def test_frozen_parameters_hold_no_optimizer_state(corpus):  # noqa: F811
+    structure, parameters = split_model(model_for(corpus))
+    names = select_names(parameters, [r"\.gka\."])
+    optimizer = make_optimizer(phase(trainable=(r"\.gka\.",)))
+    state = optimizer.init({n: parameters[n] for n in names})
+    moments = sum(x.size for x in jax.tree.leaves(state) if x.ndim)
+    assert moments == 2 * sum(parameters[n].size for n in names)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_stopped_run_resumes_bit_exactly(corpus, tmp_path, monkeypatch, optimizer):  # noqa: F811
+    whole = arrays(train(corpus, tmp_path / "whole", optimizer=optimizer))
+    import hybrid_jax.train.loop as loop
+
+    steps = {"n": 0}
+    real = loop.training_batches
+
+    class Interrupting:
+        def __init__(self, stream):
+            self.stream = stream
+
+        def __next__(self):
+            steps["n"] += 1
+            if steps["n"] == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return next(self.stream)
+
+        def __getattr__(self, name):
+            return getattr(self.stream, name)
+
+    monkeypatch.setattr(loop, "training_batches", lambda *a, **k: Interrupting(real(*a, **k)))
+    with pytest.raises(Stopped, match="step 4 of 6"):
+        train(corpus, tmp_path / "parts", optimizer=optimizer)
+    monkeypatch.setattr(loop, "training_batches", real)
+    parts = arrays(train(corpus, tmp_path / "parts", optimizer=optimizer))
+    assert all(np.array_equal(whole[n], parts[n]) for n in whole)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_loss_that_is_not_finite_ends_the_phase_with_its_step(corpus, tmp_path):  # noqa: F811
+    model = model_for(corpus)
+    model.norm.weight[...] = model.norm.weight[...] * jnp.nan
+    with pytest.raises(FloatingPointError, match="step 1"):
+        train(corpus, tmp_path, model)
+
+
+def test_a_pattern_that_matches_nothing_is_refused(corpus, tmp_path):  # noqa: F811
+    with pytest.raises(ValueError, match="'gdn' matches no parameter"):
+        train(corpus, tmp_path, trainable=("gdn",))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(objective="mse"), "objective"),
+        (dict(steps=0), "steps"),
+        (dict(warmup_steps=9), "warmup_steps"),
+        (dict(optimizer="sgd"), "adamw, muon"),
+        (dict(objective="align_mixer"), "form = 'fused'"),
+        (dict(stepz=1), "unknown key 'stepz'"),
+        (dict(schedule="exp"), "constant, cosine, linear"),
+    ],
+)
+def test_bad_phases_are_refused_by_name(changes, words):
+    with pytest.raises(ValueError, match="phase 'p'") as e:
+        Phase.from_config("p", {"objective": "next_token", "steps": 5, **changes})
+    assert words in str(e.value)
+
+
+def test_schedules_warm_up_and_end_where_they_should():
+    cosine = learning_rate_schedule(phase(steps=100, warmup_steps=10, learning_rate=1.0, final_fraction=0.1))
+    assert np.isclose(cosine(0), 0.1) and np.isclose(cosine(9), 1.0) and np.isclose(cosine(100), 0.1)
+    linear = learning_rate_schedule(phase(steps=10, schedule="linear", learning_rate=1.0))
+    assert np.isclose(linear(0), 1.0) and np.isclose(linear(5), 0.5) and np.isclose(linear(10), 0.0)
+
+
+def test_norms_biases_and_decay_parameters_are_not_decayed():
+    flags = decayed(split_model(tiny_model("M2-GKA-*"))[1])
+    assert not any(flags[n] for n in flags if n.endswith(("norm.weight", "layernorm.weight", "bias", "A_log", ".D")))
+    assert flags["layers.0.mamba.in_proj.kernel"] and flags["layers.2.self_attn.q_proj.kernel"]
+
+
+def test_alignment_moves_the_student_towards_the_teacher():
+    from hybrid_jax.priming.fuse import fuse
+    from hybrid_jax.priming.initialize import initialize_hybrid
+
+    source = tiny_model("*-*-*")
+    fused = fuse(initialize_hybrid(source, "*-GKA-*"), source)
+    structure, parameters = split_model(fused)
+    trainable = {n: parameters[n] for n in select_names(parameters, [r"\.gka\."])}
+    frozen = {n: v for n, v in parameters.items() if n not in trainable}
+    ids = np.random.default_rng(0).integers(0, 61, (2, 16)).astype(np.int32)
+    batch = {"input_ids": ids, "segment_ids": np.ones_like(ids), "loss_weights": np.ones(ids.shape, np.float32)}
+    for objective in ("align_decoder", "align_mixer", "align_residuals", "align_all", "align_none"):
+        p = phase(objective=objective, form="fused", steps=25)
+        step = make_step(structure, p)
+        state = TrainState({n: jnp.array(v) for n, v in trainable.items()}, make_optimizer(p).init(trainable))
+        seen = []
+        for _ in range(25):
+            state, metrics = step(state, frozen, batch)
+            seen.append(float(metrics["loss"]))
+        assert seen[-1] < 0.7 * seen[0], objective
+        assert "mixer_mse/01" in metrics and "mixer_mse/00" not in metrics
+
+
+def experiment(path, **changes):
+    align = dict(form="fused", objective="align_mixer", trainable=(r"\.gka\.",), steps=2, batch_size=2, seq_len=32, log_every=1)
+    final = dict(form="unfused", objective="next_token", steps=2, batch_size=2, seq_len=32, log_every=1)
+    return ConfigDict(
+        {
+            "source": str(path),
+            "pattern": "*-GKA",
+            "schedule": ("align", "train"),
+            "phases": {"align": align, "train": final},
+            "data": {"text": "", "mix": {"text": 1.0}},
+            "seed": 0,
+            **changes,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def made_source(tmp_path_factory):
+    """A run that makes a source from nothing; (its model directory, its text)."""
+    folder = tmp_path_factory.mktemp("source")
+    (folder / "text").mkdir()
+    for i in range(30):
+        (folder / "text" / f"file{i}.py").write_text("def f(x):\n    return x + 1\n" * 20)
+    model = dict(
+        model_type="qwen3",
+        vocab_size=270,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        tie_word_embeddings=True,
+        eos_token_id=0,
+    )
+    pretrain = dict(objective="next_token", steps=2, batch_size=2, seq_len=32)
+    config = ConfigDict(
+        {
+            "model": model,
+            "schedule": ("pretrain",),
+            "phases": {"pretrain": pretrain},
+            "data": {"text": str(folder / "text"), "mix": {"text": 1.0}},
+            "seed": 0,
+        }
+    )
+    return run_experiment(config, folder / "run"), str(folder / "text")
+
+
+def test_an_experiment_makes_every_stage_and_a_second_run_reuses_all(made_source, tmp_path):
+    source, text = made_source
+    config = experiment(source)
+    config.data.text = text
+    out = run_experiment(config, tmp_path / "run")
+    stages = sorted(p.name for p in (tmp_path / "run" / "stages").iterdir())
+    assert stages == ["00_initial", "01_align", "02_train"]
+    assert load_model(tmp_path / "run" / "stages" / "01_align").config.pattern == "*DA-GKA*"
+    assert load_model(out).config.pattern == "*-GKA"
+    assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    written = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.safetensors")}
+    assert run_experiment(config, tmp_path / "run") == out
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.safetensors")} == written
+    with pytest.raises(ValueError, match="another config"):
+        run_experiment(experiment(source, seed=1), tmp_path / "run")
+
+
+def test_an_experiment_can_select_its_layers(made_source, tmp_path):
+    source, text = made_source
+    config = experiment(source, pattern="", select=dict(mixer="GKA", fraction=0.5, window=2, rows=2, seq_len=128))
+    config.data.text = text
+    out = run_experiment(config, tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "selection.json").read_text())
+    assert load_model(out).config.pattern == record["pattern"]
+    assert sorted(record["pattern"].split("-")) == ["*", "GKA"] and len(record["scores"]) == 2
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(pattern="*-GKB"), "layer 1"),
+        (dict(schedule=("align", "sft")), "'sft'"),
+        (dict(sourc="x"), "unknown key 'sourc'"),
+        (dict(pattern="*-*-*"), "3 symbols"),
+        (dict(source="/nowhere"), "no model directory at /nowhere"),
+        (dict(mixers={"gka_config": {"iterations": 3}}), "iterations"),
+    ],
+)
+def test_a_bad_experiment_is_refused_before_anything_is_written(made_source, tmp_path, changes, words):
+    source, text = made_source
+    config = experiment(source, **changes)
+    config.data.text = text
+    with pytest.raises((ValueError, FileNotFoundError)) as e:
+        run_experiment(config, tmp_path / "run")
+    assert words in str(e.value)
+    assert not (tmp_path / "run").exists()
