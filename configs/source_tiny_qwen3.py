@@ -1,6 +1,10 @@
-"""Trains the small Qwen3 that the quickstart primes (shipped as tests/../data: see its card).
+"""Trains the small Qwen3 that the quickstart primes: 6.6 M parameters, 8 layers, its own BPE of 4,096 tokens.
 
-python -m hybrid_jax train --config=configs/source_tiny_qwen3.py --workdir=runs/source_tiny_qwen3
+    python -m hybrid_jax train --config=configs/source_tiny_qwen3.py --workdir=runs/source_tiny_qwen3
+    python -m hybrid_jax export runs/source_tiny_qwen3 OUT --dtype bfloat16
+
+Under an hour on two cores: rows of 128 tokens first, then of 256. Text is the standard library of the Python
+that runs it, 5 % of the files held out. The outcome, with what to expect of it, is launch/tiny_qwen3.
 """
 
 from ml_collections import ConfigDict
@@ -23,26 +27,32 @@ def get_config() -> ConfigDict:
         "eos_token_id": 0,
         "pad_token_id": 0,
     }
-    pretrain = {
+    short = {
         "objective": "next_token",
-        "steps": 1200,
-        "batch_size": 16,
-        "seq_len": 256,
+        "steps": 450,
+        "batch_size": 32,
+        "seq_len": 128,
         "optimizer": "muon",
         "learning_rate": 4e-3,
         "warmup_steps": 50,
         "schedule": "linear",
-        "final_fraction": 0.02,
+        "final_fraction": 0.6,
         "weight_decay": 0.05,
         "log_every": 10,
         "checkpoint_every": 100,
     }
-    return ConfigDict(
-        {
-            "model": model,
-            "schedule": ("pretrain",),
-            "phases": {"pretrain": pretrain},
-            "data": {"text": "stdlib", "mix": {"text": 0.7, "retrieval": 0.2, "induction": 0.1}},
-            "seed": 0,
-        }
-    )
+    full = short | {
+        "steps": 500,
+        "batch_size": 16,
+        "seq_len": 256,
+        "learning_rate": 2.4e-3,
+        "warmup_steps": 20,
+        "final_fraction": 0.02,
+    }
+    return ConfigDict({
+        "model": model,
+        "schedule": ("short", "full"),
+        "phases": {"short": short, "full": full},
+        "data": {"text": "stdlib", "mix": {"text": 0.6, "retrieval": 0.25, "induction": 0.15}},
+        "seed": 0,
+    })

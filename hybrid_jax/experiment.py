@@ -146,7 +146,7 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path) -> pathlib.P
                 name,
                 phase,
                 corpus,
-                config.data.mix.to_dict(),
+                dict(phase.mix) or config.data.mix.to_dict(),
                 seed=config.seed + number,
                 directory=checkpoints,
                 writer=writer,

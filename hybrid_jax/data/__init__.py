@@ -20,6 +20,8 @@ from hybrid_jax.data.tokenizer import ASK, PAIRS, SPECIAL_TOKENS, end_of_text_id
 __all__ = ["Corpus", "load_corpus", "load_tokenizer", "training_batches"]
 
 HELD_OUT_SEED = 987_654_321
+# Synthetic tasks draw from so many token ids, the first ordinary ones (a byte-level BPE's single bytes).
+NUM_SYMBOLS = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +33,10 @@ class Corpus:
     held_out: tuple[np.ndarray, np.ndarray]
     held_out_bytes: int
     markers: tuple[int, int]
-    vocab: tuple[int, int]
+    symbols: tuple[int, int]
 
     def retrieval(self, length: int, seed: int, **options) -> KeyValueRetrieval:
-        return KeyValueRetrieval(length, self.vocab, *self.markers, seed=seed, **options)
+        return KeyValueRetrieval(length, self.symbols, *self.markers, seed=seed, **options)
 
     def source(self, name: str, length: int, seed: int):
         """Training rows of one kind: `text`, `retrieval` or `induction`.
@@ -45,7 +47,7 @@ class Corpus:
         sources = {
             "text": lambda: PackedRows(*self.train, length),
             "retrieval": lambda: self.retrieval(length, seed),
-            "induction": lambda: Induction(length, self.vocab, seed=seed),
+            "induction": lambda: Induction(length, self.symbols, seed=seed),
         }
         if name not in sources:
             raise ValueError(f"unknown data source {name!r} in data.mix; have {', '.join(sources)}")
@@ -68,7 +70,7 @@ def load_corpus(text: str, tokenizer: Tokenizer, eos_token_id=None) -> Corpus:
         held_out=tokenize(held_out, tokenizer, end),
         held_out_bytes=sum(len(d.text.encode()) for d in held_out),
         markers=tuple(markers),
-        vocab=(len(SPECIAL_TOKENS), tokenizer.get_vocab_size()),
+        symbols=(len(SPECIAL_TOKENS), min(len(SPECIAL_TOKENS) + NUM_SYMBOLS, tokenizer.get_vocab_size())),
     )
 
 

@@ -26,22 +26,22 @@ def _join(blocks: list[tuple[np.ndarray, np.ndarray]], length: int) -> dict[str,
 class KeyValueRetrieval:
     """`<pairs> k1 v1 ... kn vn <ask> k5 v5 k2 v2 ...`: every key is asked once, in another order.
 
-    Keys of a block are distinct; keys and values are drawn from all ordinary tokens.
+    Keys of a block are distinct; values may repeat.
 
     Args:
       length: tokens a row.
-      vocab: (first, last + 1) ids to draw from.
+      symbols: (first, last + 1) ids to draw from.
       pairs_id, ask_id: the two markers.
       min_pairs, max_pairs: pairs a block, drawn evenly.
       seed: with the row's index, decides the row.
     """
 
     length: int
-    vocab: tuple[int, int]
+    symbols: tuple[int, int]
     pairs_id: int
     ask_id: int
-    min_pairs: int = 4
-    max_pairs: int = 24
+    min_pairs: int = 2
+    max_pairs: int = 20
     seed: int = 0
     rows: int = 1 << 20
 
@@ -57,8 +57,8 @@ class KeyValueRetrieval:
 
     def block(self, rng) -> tuple[np.ndarray, np.ndarray]:
         n = int(rng.integers(self.min_pairs, self.max_pairs + 1))
-        keys = rng.choice(np.arange(*self.vocab), n, replace=False)
-        values = rng.integers(*self.vocab, n)
+        keys = rng.choice(np.arange(*self.symbols), n, replace=False)
+        values = rng.integers(*self.symbols, n)
         order = rng.permutation(n)
         told = np.stack([keys, values], 1).reshape(-1)
         asked = np.stack([keys[order], values[order]], 1).reshape(-1)
@@ -83,8 +83,8 @@ class Induction:
     """Random tokens said twice: the second time every token follows from the first."""
 
     length: int
-    vocab: tuple[int, int]
-    min_period: int = 8
+    symbols: tuple[int, int]
+    min_period: int = 4
     max_period: int = 48
     seed: int = 0
     rows: int = 1 << 20
@@ -97,7 +97,7 @@ class Induction:
         blocks, left = [], self.length
         while left >= 2 * self.max_period:
             period = int(rng.integers(self.min_period, self.max_period + 1))
-            once = rng.integers(*self.vocab, period)
+            once = rng.integers(*self.symbols, period)
             weights = np.zeros(2 * period, np.float32)
             weights[period + 1 :] = 1
             blocks.append((np.concatenate([once, once]), weights))

@@ -28,6 +28,7 @@ class Phase:
       weight_decay: on matrices alone (never norms, biases, A_log, dt_bias, D).
       clip: global gradient norm.
       compute_dtype: of activations.
+      mix: source name -> share of the rows (see `hybrid_jax.data`); empty takes the experiment's `data.mix`.
       log_every, checkpoint_every: steps.
     """
 
@@ -47,6 +48,7 @@ class Phase:
     weight_decay: float = 0.0
     clip: float = 1.0
     compute_dtype: str = "float32"
+    mix: Mapping[str, float] = dataclasses.field(default_factory=dict)
     log_every: int = 10
     checkpoint_every: int = 200
 
