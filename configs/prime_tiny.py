@@ -48,7 +48,8 @@ def get_config(mixer: str = "GKA") -> ConfigDict:
             "source": "launch/tiny_qwen3",
             "pattern": "",
             "select": {"mixer": mixer, "fraction": 0.5, "window": 16, "rows": 16, "seq_len": 256},
-            "mixers": {"swa_config": {"window_size": 64}},
+            # the window's keys and values take as many bytes as GKA's two states: 64 x 2 x 4 x 32 = 2 x 8 x 32 x 32
+            "mixers": {"swa_config": {"window_size": 64}, "gka_config": {"num_iter": 10, "chunk_size": 32}},
             "schedule": ("align", "train"),
             "phases": {"align": align, "train": train},
             "data": {"text": "stdlib", "mix": {"text": 0.7, "retrieval": 0.2, "induction": 0.1}},

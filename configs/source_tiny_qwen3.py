@@ -49,10 +49,12 @@ def get_config() -> ConfigDict:
         "warmup_steps": 20,
         "final_fraction": 0.02,
     }
-    return ConfigDict({
-        "model": model,
-        "schedule": ("short", "full"),
-        "phases": {"short": short, "full": full},
-        "data": {"text": "stdlib", "mix": {"text": 0.6, "retrieval": 0.25, "induction": 0.15}},
-        "seed": 0,
-    })
+    return ConfigDict(
+        {
+            "model": model,
+            "schedule": ("short", "full"),
+            "phases": {"short": short, "full": full},
+            "data": {"text": "stdlib", "mix": {"text": 0.6, "retrieval": 0.25, "induction": 0.15}},
+            "seed": 0,
+        }
+    )

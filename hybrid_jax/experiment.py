@@ -20,15 +20,24 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from hybrid_jax.config import MIXER_CONFIGS, ModelConfig
-from hybrid_jax.convert import check_new_directory, load_model, new_directory, read_model_config, save_model, write_model
+from hybrid_jax.convert import (
+    check_model_directory,
+    check_new_directory,
+    load_model,
+    new_directory,
+    read_model_config,
+    save_model,
+    write_model,
+)
 from hybrid_jax.data import load_corpus, load_tokenizer
 from hybrid_jax.data.text import load_documents, split_documents
 from hybrid_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from hybrid_jax.families import config_from_hf, config_to_hf
 from hybrid_jax.model import Decoder
+from hybrid_jax.parameters import parameter_names, select_names
 from hybrid_jax.priming.fuse import fuse, unfuse
 from hybrid_jax.priming.initialize import initialize_hybrid
-from hybrid_jax.priming.select import Selection, choose_pattern
+from hybrid_jax.priming.select import Selection, choose_pattern, pattern_from_scores
 from hybrid_jax.train import MetricWriter, Phase, train_phase
 
 KEYS = {"source", "model", "pattern", "select", "mixers", "schedule", "phases", "data", "seed"}
@@ -49,6 +58,25 @@ def _check(config: ConfigDict) -> list[tuple[str, Phase]]:
     if missing:
         raise ValueError(f"config.schedule names {missing[0]!r}, config.phases has {', '.join(config.phases) or 'none'}")
     return [(name, Phase.from_config(name, config.phases[name])) for name in config.schedule]
+
+
+def _check_phases_fit(model_config: ModelConfig, config: ConfigDict, phases: list[tuple[str, Phase]]):
+    """Checks the pattern, or how to select one, and that every phase finds the parameters it wants to train.
+
+    Raises:
+      ValueError: the pattern is invalid, or a phase's pattern of names matches nothing; names the phase.
+    """
+    pattern = config.get("pattern")
+    if not pattern and config.get("select"):
+        selection = Selection(**config.select)
+        pattern = pattern_from_scores([0.0] * model_config.num_layers, selection.mixer, selection.fraction)
+    hybrid = model_config.with_pattern(pattern) if pattern else model_config
+    for name, phase in phases:
+        form = {"fused": hybrid.fused, "unfused": hybrid.unfused, "as_is": lambda: hybrid}[phase.form]()
+        try:
+            select_names(parameter_names(form), phase.trainable)
+        except ValueError as e:
+            raise ValueError(f"phase {name!r}: {e}") from None
 
 
 def _claim(workdir: pathlib.Path, config: ConfigDict):
@@ -110,13 +138,12 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path) -> pathlib.P
       Stopped: asked to stop; state saved.
     """
     workdir, phases = pathlib.Path(workdir), _check(config)
-    source_config = read_model_config(config.source) if config.get("source") else config_from_hf(config.model.to_dict())
+    source_config = check_model_directory(config.source) if config.get("source") else config_from_hf(config.model.to_dict())
     mixers = config.get("mixers", ConfigDict()).to_dict()
-    with_options = _with_mixer_options(source_config, mixers)
-    if config.get("pattern"):
-        with_options.with_pattern(config.pattern)
-    if config.get("select"):
-        Selection(**config.select)
+    _check_phases_fit(_with_mixer_options(source_config, mixers), config, phases)
+    load_documents(config.data.text)
+    if config.get("source"):
+        load_tokenizer(config.source)
     _claim(workdir, config)
     out = workdir / "model"
     if out.exists():

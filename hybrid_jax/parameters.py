@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 import jax
 from flax import nnx
 
-from hybrid_jax.model import Decoder
+from hybrid_jax.config import ModelConfig
+from hybrid_jax.model import Decoder, abstract_decoder
 
 Parameters = dict[str, jax.Array]
 
@@ -26,6 +27,12 @@ def join_model(structure: nnx.GraphDef, parameters: Mapping[str, jax.Array]) -> 
     """The inverse of `split_model`; works under jit."""
     paths = {tuple(int(p) if p.isdigit() else p for p in name.split(".")): v for name, v in parameters.items()}
     return nnx.merge(structure, nnx.from_flat_state(paths))
+
+
+def parameter_names(config: ModelConfig) -> list[str]:
+    """The names of a model's parameters, without making it."""
+    _, state = nnx.split(abstract_decoder(config))
+    return [".".join(map(str, path)) for path, _ in nnx.to_flat_state(state)]
 
 
 def logical_axes(model: Decoder) -> dict[str, tuple[str | None, ...]]:

@@ -10,8 +10,9 @@ token by token, `xla` its chunked form; None picks the fastest that the backend 
 
 from kernels_pallas.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 from kernels_pallas.gated_kalmanet import gated_kalmanet, gated_kalmanet_step
-from kernels_pallas.linear_attention import linear_attention, linear_attention_step, ssd, ssd_step
+from kernels_pallas.linear_attention import linear_attention, linear_attention_step
 from kernels_pallas.short_conv import short_conv, short_conv_step
+from kernels_pallas.ssd import ssd, ssd_step
 
 __all__ = [
     "gated_delta_rule",

@@ -7,7 +7,11 @@ source "$(dirname "$0")/environment.sh"
 make_environment requirements.txt
 export JAX_PLATFORMS=cpu
 runs=${RUNS:-runs/quickstart}
-hybrid() { python -m hybrid_jax "$@"; }
+hybrid() {
+  local begin=$SECONDS
+  python -m hybrid_jax "$@"
+  echo "-- $1: $((SECONDS - begin)) s"
+}
 
 hybrid prime --config=configs/prime_tiny.py:GKA --workdir="$runs/gka"
 pattern=$(python -c "import json, sys; print(json.load(open(sys.argv[1]))['pattern'].replace('GKA', 'SWA'))" "$runs/gka/selection.json")

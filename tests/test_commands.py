@@ -118,6 +118,16 @@ def test_contradictions_in_a_hybrid_config_are_refused(tmp_path, capsys):
     assert "(300, 64)" in fails(capsys, "convert", tmp_path / "source", tmp_path / "out")
 
 
+def test_priming_a_damaged_source_is_refused_before_anything_is_written(source, tmp_path, capsys):
+    shard = sorted(source.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    run = ["prime", "--config=configs/prime_tiny.py:GKA", "--workdir", tmp_path / "run", f"--config.source={source}"]
+    assert "truncated" in fails(capsys, *run)
+    shard.unlink()
+    assert "missing" in fails(capsys, *run)
+    assert only_source(tmp_path)
+
+
 def test_bad_experiment_arguments_are_refused(tmp_path, capsys):
     assert "nothing.py" in fails(capsys, "prime", "--config=nothing.py", "--workdir", tmp_path / "run")
     bad = "--config.phases.align.stepz=3"

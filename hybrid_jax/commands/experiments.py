@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import pathlib
+import sys
+from unittest import mock
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -14,16 +17,19 @@ def load_config(arguments: list[str]) -> ConfigDict:
     Raises:
       ValueError: no such file, no such field, or a value of another type.
     """
+    file = next((a.removeprefix("--config=").partition(":")[0] for a in arguments if a.startswith("--config=")), "")
+    if not pathlib.Path(file).is_file():
+        raise ValueError(f"no config file at {file!r}; configs/ has examples")
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values)
+    argv = ["hybrid-jax", *arguments]
     try:
-        values(["hybrid-jax", *arguments])
-        config = values.config
+        with mock.patch.object(sys, "argv", argv):  # where config_flags looks for the overrides
+            values(argv)
+        return values.config
     except (flags.Error, AttributeError, KeyError, TypeError, OSError) as e:
-        raise ValueError(f"{e}") from None
-    if config is None:
-        raise ValueError("give a config: --config=configs/NAME.py")
-    return config
+        # an error inside the config file comes with its whole traceback; its last line says it
+        raise ValueError(str(e).strip().splitlines()[-1] if "Traceback" in str(e) else str(e)) from None
 
 
 def add_arguments(parser: argparse.ArgumentParser):

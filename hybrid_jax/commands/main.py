@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         module.run(args)
     except EXPECTED as e:
-        print(f"hybrid-jax {args.command}: {e}", file=sys.stderr)
+        print(f"hybrid-jax {args.command}: {' '.join(str(e).split())}", file=sys.stderr)
         return 1
     except Exception as e:
         if type(e).__name__ != "Stopped":

@@ -18,7 +18,7 @@ from hybrid_jax.convert.names import hf_tensors
 from hybrid_jax.families import config_from_hf
 from hybrid_jax.model import Decoder, abstract_decoder
 from hybrid_jax.parallel.sharding import place
-from hybrid_jax.parameters import join_model, logical_axes
+from hybrid_jax.parameters import join_model, logical_axes, parameter_names
 from hybrid_jax.priming.initialize import initialize_hybrid
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -108,6 +108,18 @@ def _check_names(files: TensorFiles, wanted: set[str], config: ModelConfig):
         raise ValueError(
             f"{files.path}: the tensors do not fit config.json ({config.family}, pattern {config.pattern}): {'; '.join(parts)}"
         )
+
+
+def check_model_directory(path: str | pathlib.Path) -> ModelConfig:
+    """Checks a directory without reading its weights: config.json, every shard, every tensor's name.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_model`.
+    """
+    config = read_model_config(path)
+    with TensorFiles(pathlib.Path(path)) as files:
+        _check_names(files, {t.name for name in parameter_names(config) for t in hf_tensors(name, config)}, config)
+    return config
 
 
 def read_parameters(path, config: ModelConfig, dtype=None, mesh=None) -> Iterator[tuple[str, jax.Array]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,18 +16,19 @@ from hybrid_jax.train.objectives import token_losses
 BATCH = 8
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _batch_sums(structure, parameters, batch):
+    """[sum of weight * loss, sum of weight * (argmax is right), sum of weight]."""
+    ids = batch["input_ids"]
+    logits = join_model(structure, parameters)(ids, batch["segment_ids"])
+    weights = batch["loss_weights"][:, 1:]
+    right = jnp.argmax(logits[:, :-1], -1) == ids[:, 1:]
+    return jnp.stack([jnp.sum(token_losses(logits, ids) * weights), jnp.sum(right * weights), jnp.sum(weights)])
+
+
 def _weighted_sums(model: Decoder, rows) -> tuple[float, float, float]:
-    """Sums over rows of weight * loss, weight * (argmax is right), weight."""
+    """`_batch_sums` over all rows, in float64."""
     structure, parameters = split_model(model)
-
-    @jax.jit
-    def sums(parameters, batch):
-        ids = batch["input_ids"]
-        logits = join_model(structure, parameters)(ids, batch["segment_ids"])
-        weights = batch["loss_weights"][:, 1:]
-        right = jnp.argmax(logits[:, :-1], -1) == ids[:, 1:]
-        return jnp.stack([jnp.sum(token_losses(logits, ids) * weights), jnp.sum(right * weights), jnp.sum(weights)])
-
     total = np.zeros(3)
     rows = list(rows)
     for i in range(0, len(rows), BATCH):
@@ -33,7 +36,7 @@ def _weighted_sums(model: Decoder, rows) -> tuple[float, float, float]:
         batch = {k: np.stack([r[k] for r in part]) for k in part[0]}
         short = BATCH - len(part)  # rows of weight 0 keep the batch's shape
         batch = {k: np.pad(v, ((0, short), (0, 0))) for k, v in batch.items()}
-        total += np.asarray(sums(parameters, batch), np.float64)
+        total += np.asarray(_batch_sums(structure, parameters, batch), np.float64)
     return tuple(total)
 
 

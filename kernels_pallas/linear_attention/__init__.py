@@ -1,4 +1,4 @@
-"""Linear attention with a scalar decay per head, and Mamba-2's SSD on top of it.
+"""Linear attention with a scalar decay per head.
 
 S_t = e^{g_t} S_{t-1} + k_t v_t',     o_t = scale * q_t' S_t
 """
@@ -10,9 +10,8 @@ import jax.numpy as jnp
 from kernels_pallas.arguments import accumulator, check_shapes, dims_of, pick_implementation, segment_index
 from kernels_pallas.linear_attention.chunked import linear_attention_chunked
 from kernels_pallas.linear_attention.reference import linear_attention_reference, linear_attention_update
-from kernels_pallas.linear_attention.ssd import ssd, ssd_step
 
-__all__ = ["linear_attention", "linear_attention_step", "ssd", "ssd_step"]
+__all__ = ["linear_attention", "linear_attention_step"]
 
 IMPLEMENTATIONS = {"reference": linear_attention_reference, "xla": linear_attention_chunked}
 

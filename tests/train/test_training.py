@@ -261,12 +261,14 @@ def test_an_experiment_can_select_its_layers(made_source, tmp_path):
         (dict(pattern="*-*-*"), "3 symbols"),
         (dict(source="/nowhere"), "no model directory at /nowhere"),
         (dict(mixers={"gka_config": {"iterations": 3}}), "iterations"),
+        (dict(pattern="*-GDN"), "phase 'align'"),
+        (dict(data={"text": "/nowhere", "mix": {}}), "no text at '/nowhere'"),
     ],
 )
 def test_a_bad_experiment_is_refused_before_anything_is_written(made_source, tmp_path, changes, words):
     source, text = made_source
     config = experiment(source, **changes)
-    config.data.text = text
+    config.data.text = config.data.text or text
     with pytest.raises((ValueError, FileNotFoundError)) as e:
         run_experiment(config, tmp_path / "run")
     assert words in str(e.value)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from kernels_pallas.linear_attention import linear_attention, linear_attention_step
+
 
 def _repeat_groups(op, x, num_heads):
     groups = x.shape[-2]
@@ -32,8 +34,6 @@ def ssd(x, dt, a, b, c, d=None, *, initial_state=None, segment_ids=None, chunk_s
     Raises:
       ValueError: a shape does not fit the others.
     """
-    from kernels_pallas.linear_attention import linear_attention
-
     b, c = (_repeat_groups("ssd", m, x.shape[2]) for m in (b, c))
     dt = dt.astype(jnp.promote_types(dt.dtype, jnp.float32))
     v = (x * dt[..., None]).astype(x.dtype)
@@ -53,8 +53,6 @@ def ssd(x, dt, a, b, c, d=None, *, initial_state=None, segment_ids=None, chunk_s
 
 def ssd_step(x, dt, a, b, c, d=None, *, state):
     """One token: x [B,H,P], dt [B,H], b and c [B,G,N], state [B,H,N,P] -> (y [B,H,P], state)."""
-    from kernels_pallas.linear_attention import linear_attention_step
-
     b, c = (_repeat_groups("ssd_step", m, x.shape[1]) for m in (b, c))
     dt = dt.astype(jnp.promote_types(dt.dtype, jnp.float32))
     y, state = linear_attention_step(c, b, (x * dt[..., None]).astype(x.dtype), dt * a, state=state, scale=1.0)
