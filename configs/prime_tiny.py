@@ -6,8 +6,8 @@ The word after the colon is the mixer's symbol: GKA, GDN, M2 or SWA. `./launch/q
 GKA and SWA and prints what to expect.
 
 Stages as in Priming (arXiv 2605.08301): select half of the layers by what sliding-window attention in their
-place costs, initialise the mixers from attention, align (only the mixers train, every stream's final state
-and every layer's mixer output against the teacher's), post-train (next token; all train).
+place costs, initialise the mixers from attention, align (only the mixers train, towards the teacher's layer outputs
+and final state), post-train (next token; all train).
 The numbers are ours, chosen for 2 cores; the paper's recipes are 10,000 times larger.
 """
 
@@ -21,12 +21,13 @@ def get_config(mixer: str = "GKA") -> ConfigDict:
         raise ValueError(f"prime_tiny knows {', '.join(PARAMETER_KEYS)}, got {mixer!r}")
     align = {
         "form": "fused",
-        "objective": "align_mixer",
+        "objective": "align_decoder",
         "trainable": (rf"\.{PARAMETER_KEYS[mixer]}\.",),
-        "steps": 110,
+        "steps": 80,
         "batch_size": 8,
         "seq_len": 256,
-        "learning_rate": 4e-3,
+        "optimizer": "adamw",
+        "learning_rate": 5e-3,
         "schedule": "cosine",
         "final_fraction": 0.1,
         "warmup_steps": 10,
@@ -35,9 +36,10 @@ def get_config(mixer: str = "GKA") -> ConfigDict:
         "form": "unfused",
         "objective": "next_token",
         "trainable": ("all",),
-        "steps": 110,
+        "steps": 80,
         "batch_size": 8,
         "seq_len": 256,
+        "optimizer": "adamw",
         "learning_rate": 1e-3,
         "schedule": "cosine",
         "final_fraction": 0.05,

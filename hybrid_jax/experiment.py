@@ -11,6 +11,7 @@ A working directory holds
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import shutil
@@ -54,6 +55,9 @@ def _check(config: ConfigDict) -> list[tuple[str, Phase]]:
         raise ValueError(f"the config has the unknown key {unknown[0]!r}; known: {', '.join(sorted(KEYS))}")
     if bool(config.get("source")) == bool(config.get("model")):
         raise ValueError("the config needs either 'source' (a Hugging Face directory) or 'model' (a new model's config.json)")
+    absent = [key for key in ("schedule", "phases", "data", "seed") if key not in config]
+    if absent or not {"text", "mix"} <= set(config.data):
+        raise ValueError(f"the config lacks {absent[0] if absent else 'data.text or data.mix'}; configs/ has whole examples")
     missing = [name for name in config.schedule if name not in config.phases]
     if missing:
         raise ValueError(f"config.schedule names {missing[0]!r}, config.phases has {', '.join(config.phases) or 'none'}")
@@ -161,32 +165,24 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path) -> pathlib.P
         pattern = choose_pattern(model, config.get("pattern", ""), config.get("select"), corpus, workdir)
         save_model(initialize_hybrid(model, pattern, seed=config.seed), initial, tokenizer_from=source)
 
-    writer = MetricWriter(workdir)
     before = initial
-    for number, (name, phase) in enumerate(phases, start=1):
-        stage = stage_path(workdir, number, name)
-        checkpoints = workdir / "checkpoints" / name
-        if not stage.exists():
-            model = _in_form(load_model(before, dtype=jnp.float32), phase.form, source, config)
-            model = train_phase(
-                model,
-                name,
-                phase,
-                corpus,
-                dict(phase.mix) or config.data.mix.to_dict(),
-                seed=config.seed + number,
-                directory=checkpoints,
-                writer=writer,
-            )
-            save_model(model, stage, tokenizer_from=source)
-        shutil.rmtree(checkpoints, ignore_errors=True)
-        before = stage
-    writer.close()
+    with contextlib.closing(MetricWriter(workdir)) as writer:
+        for number, (name, phase) in enumerate(phases, start=1):
+            stage = stage_path(workdir, number, name)
+            checkpoints = workdir / "checkpoints" / name
+            if not stage.exists():
+                model = _in_form(load_model(before, dtype=jnp.float32), phase.form, source)
+                mix = dict(phase.mix) or config.data.mix.to_dict()
+                seed = config.seed + number
+                model = train_phase(model, name, phase, corpus, mix, seed=seed, directory=checkpoints, writer=writer)
+                save_model(model, stage, tokenizer_from=source)
+            shutil.rmtree(checkpoints, ignore_errors=True)
+            before = stage
     save_model(unfuse(load_model(before)), out, tokenizer_from=source)
     return out
 
 
-def _in_form(model: Decoder, form: str, source: pathlib.Path, config: ConfigDict) -> Decoder:
+def _in_form(model: Decoder, form: str, source: pathlib.Path) -> Decoder:
     """The model as a phase wants it: teachers come from the source, and go."""
     if form == "unfused":
         return unfuse(model)

@@ -38,7 +38,7 @@ class Corpus:
     def retrieval(self, length: int, seed: int, **options) -> KeyValueRetrieval:
         return KeyValueRetrieval(length, self.symbols, *self.markers, seed=seed, **options)
 
-    def source(self, name: str, length: int, seed: int):
+    def source(self, name: str, length: int, seed: int, answer_weight: float = 1.0):
         """Training rows of one kind: `text`, `retrieval` or `induction`.
 
         Raises:
@@ -46,8 +46,8 @@ class Corpus:
         """
         sources = {
             "text": lambda: PackedRows(*self.train, length),
-            "retrieval": lambda: self.retrieval(length, seed),
-            "induction": lambda: Induction(length, self.symbols, seed=seed),
+            "retrieval": lambda: self.retrieval(length, seed, weight=answer_weight),
+            "induction": lambda: Induction(length, self.symbols, seed=seed, weight=answer_weight),
         }
         if name not in sources:
             raise ValueError(f"unknown data source {name!r} in data.mix; have {', '.join(sources)}")
@@ -74,10 +74,11 @@ def load_corpus(text: str, tokenizer: Tokenizer, eos_token_id=None) -> Corpus:
     )
 
 
-def training_batches(corpus: Corpus, mix: Mapping[str, float], *, batch_size: int, length: int, seed: int):
+def training_batches(corpus: Corpus, mix: Mapping[str, float], *, batch_size: int, length: int, seed: int, answer_weight: float = 1.0):
     """An endless, checkpointable iterator of batches {input_ids, segment_ids, loss_weights} [B, length].
 
     Args:
+      answer_weight: weight of the answers of synthetic rows.
       mix: source name -> share of the rows; shares need not sum to one, zeros are left out.
 
     Raises:
@@ -87,7 +88,7 @@ def training_batches(corpus: Corpus, mix: Mapping[str, float], *, batch_size: in
     if not shares or min(shares.values()) < 0:
         raise ValueError(f"data.mix needs at least one positive share and no negative one, got {dict(mix)}")
     parts = [
-        grain.MapDataset.source(corpus.source(name, length, seed)).shuffle(seed=seed + n).repeat() for n, name in enumerate(shares)
+        grain.MapDataset.source(corpus.source(name, length, seed, answer_weight)).shuffle(seed=seed + n).repeat() for n, name in enumerate(shares)
     ]
     mixed = grain.MapDataset.mix(parts, weights=list(shares.values()))
     return iter(mixed.batch(batch_size, drop_remainder=True).to_iter_dataset(grain.ReadOptions(num_threads=1)))

@@ -34,6 +34,7 @@ class KeyValueRetrieval:
       pairs_id, ask_id: the two markers.
       min_pairs, max_pairs: pairs a block, drawn evenly.
       seed: with the row's index, decides the row.
+      weight: of an answer in the loss.
     """
 
     length: int
@@ -43,6 +44,7 @@ class KeyValueRetrieval:
     min_pairs: int = 2
     max_pairs: int = 20
     seed: int = 0
+    weight: float = 1.0
     rows: int = 1 << 20
 
     def __post_init__(self):
@@ -64,7 +66,7 @@ class KeyValueRetrieval:
         asked = np.stack([keys[order], values[order]], 1).reshape(-1)
         ids = np.concatenate([[self.pairs_id], told, [self.ask_id], asked])
         weights = np.zeros(len(ids), np.float32)
-        weights[2 * n + 3 :: 2] = 1
+        weights[2 * n + 3 :: 2] = self.weight
         return ids, weights
 
     def __getitem__(self, i) -> dict[str, np.ndarray]:
@@ -87,6 +89,7 @@ class Induction:
     min_period: int = 4
     max_period: int = 48
     seed: int = 0
+    weight: float = 1.0
     rows: int = 1 << 20
 
     def __len__(self):
@@ -99,7 +102,7 @@ class Induction:
             period = int(rng.integers(self.min_period, self.max_period + 1))
             once = rng.integers(*self.symbols, period)
             weights = np.zeros(2 * period, np.float32)
-            weights[period + 1 :] = 1
+            weights[period + 1 :] = self.weight
             blocks.append((np.concatenate([once, once]), weights))
             left -= 2 * period
         return _join(blocks, self.length)

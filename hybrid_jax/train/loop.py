@@ -100,7 +100,8 @@ def train_phase(
         f"training {count(trainable):,} of {count(parameters):,} parameters",
         flush=True,
     )
-    batches = training_batches(corpus, mix, batch_size=phase.batch_size, length=phase.seq_len, seed=seed)
+    rows = dict(batch_size=phase.batch_size, length=phase.seq_len, answer_weight=phase.answer_weight)
+    batches = training_batches(corpus, mix, seed=seed, **rows)
     checkpoints = Checkpoints(directory)
     done = checkpoints.latest() or 0
     if done:

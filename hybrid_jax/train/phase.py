@@ -29,6 +29,7 @@ class Phase:
       clip: global gradient norm.
       compute_dtype: of activations.
       mix: source name -> share of the rows (see `hybrid_jax.data`); empty takes the experiment's `data.mix`.
+      answer_weight: weight of a synthetic task's answer, against 1 for a token of text.
       log_every, checkpoint_every: steps.
     """
 
@@ -49,6 +50,7 @@ class Phase:
     clip: float = 1.0
     compute_dtype: str = "float32"
     mix: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    answer_weight: float = 1.0
     log_every: int = 10
     checkpoint_every: int = 200
 
