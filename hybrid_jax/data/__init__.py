@@ -74,7 +74,9 @@ def load_corpus(text: str, tokenizer: Tokenizer, eos_token_id=None) -> Corpus:
     )
 
 
-def training_batches(corpus: Corpus, mix: Mapping[str, float], *, batch_size: int, length: int, seed: int, answer_weight: float = 1.0):
+def training_batches(
+    corpus: Corpus, mix: Mapping[str, float], *, batch_size: int, length: int, seed: int, answer_weight: float = 1.0
+):
     """An endless, checkpointable iterator of batches {input_ids, segment_ids, loss_weights} [B, length].
 
     Args:
@@ -87,8 +89,7 @@ def training_batches(corpus: Corpus, mix: Mapping[str, float], *, batch_size: in
     shares = {name: share for name, share in sorted(mix.items()) if share}
     if not shares or min(shares.values()) < 0:
         raise ValueError(f"data.mix needs at least one positive share and no negative one, got {dict(mix)}")
-    parts = [
-        grain.MapDataset.source(corpus.source(name, length, seed, answer_weight)).shuffle(seed=seed + n).repeat() for n, name in enumerate(shares)
-    ]
+    sources = [corpus.source(name, length, seed, answer_weight) for name in shares]
+    parts = [grain.MapDataset.source(source).shuffle(seed=seed + n).repeat() for n, source in enumerate(sources)]
     mixed = grain.MapDataset.mix(parts, weights=list(shares.values()))
     return iter(mixed.batch(batch_size, drop_remainder=True).to_iter_dataset(grain.ReadOptions(num_threads=1)))
