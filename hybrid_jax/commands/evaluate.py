@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--text", default="stdlib", help="'stdlib', a .jsonl file, a text file or a folder")
     parser.add_argument("--seq-len", type=int, default=256, help="tokens a row")
     parser.add_argument("--rows", type=int, default=128, help="rows of held-out text; a quarter as many of retrieval")
-    parser.add_argument("--prompt", help="also show how the first model and each run's outcome continue this")
+    parser.add_argument("--prompt", help="also show how each model and each run's outcome continue this")
 
 
 def _named(text: str) -> tuple[str, pathlib.Path]:
@@ -58,7 +58,7 @@ def _continuations(args, rows) -> str:
     from hybrid_jax.data import load_tokenizer
     from hybrid_jax.generate import generate
 
-    last = {r.run: r for r in rows}  # a run's rows come in order: the last one stays
+    last = {r.run or r.name: r for r in rows}  # a run's rows come in order: the last one stays
     parts = []
     for row in last.values():
         tokenizer = load_tokenizer(row.path)
