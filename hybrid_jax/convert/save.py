@@ -81,7 +81,9 @@ def _write_weights(model: Decoder, directory: pathlib.Path, max_shard_bytes: int
 
     def flush():
         shards.append(list(pending))
-        save_file(pending, directory / f"{len(shards)}.part", metadata={"format": "pt"})
+        part = directory / f"{len(shards)}.part"
+        save_file(pending, part, metadata={"format": "pt"})
+        part.chmod(0o644)  # safetensors writes files that only their owner may read
         pending.clear()
 
     for name, value in _hf_items(model):
