@@ -11,6 +11,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+NOTHING_LOST = 0.02  # nats a token
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -26,12 +28,16 @@ class Row:
 
 
 def recovered(row: Row, rows: Sequence[Row]) -> float | None:
-    """The share of the loss that stage 0 lost on held-out text and `row` has won back; None for a source."""
+    """The share of the loss that stage 0 lost on held-out text and `row` has won back.
+
+    None for a source, and where stage 0 lost less than `NOTHING_LOST`: there is nothing to win back.
+    """
     sources = [r for r in rows if not r.run]
     starts = [r for r in rows if r.run == row.run and r.stage == 0]
     if not row.run or not sources or not starts or row.stage == 0:
         return None
-    return (starts[0].text_loss - row.text_loss) / (starts[0].text_loss - sources[0].text_loss)
+    lost = starts[0].text_loss - sources[0].text_loss
+    return None if lost < NOTHING_LOST else (starts[0].text_loss - row.text_loss) / lost
 
 
 HEADER = ("model", "pattern", "held-out loss (nats/token)", "lost loss recovered", "retrieval, 16 pairs")
