@@ -23,4 +23,4 @@ def test_nothing_is_recovered_where_nothing_was_lost_nor_by_a_source_nor_by_stag
 
 def test_the_table_has_a_line_a_model():
     lines = markdown_table(ROWS).splitlines()
-    assert len(lines) == 2 + len(ROWS) and "95.0 %" in lines[4] and "90.0 %" in lines[4]
+    assert len(lines) == 2 + len(ROWS) and "95.0 %" in lines[4] and "90.0 %" in lines[4] and "`*-GKA`" in lines[4]

@@ -60,7 +60,8 @@ def table_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    lines = [HEADER, tuple("---" for _ in HEADER), *table_cells(rows)]
+    code = [(name, f"`{pattern}`", *rest) for name, pattern, *rest in table_cells(rows)]  # a bare * is emphasis
+    lines = [HEADER, tuple("---" for _ in HEADER), *code]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
