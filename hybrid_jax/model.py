@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybrid_jax.config import ATTENTION, PARAMETER_KEYS, ModelConfig
+from hybrid_jax.config import PARAMETER_KEYS, ModelConfig
 from hybrid_jax.layers import MLP, Embedding, Linear, MoE, RMSNorm, make_mixer
 
 
@@ -135,4 +135,4 @@ def abstract_decoder(config: ModelConfig, dtype=jnp.float32, compute_dtype=None)
     return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, compute_dtype=compute_dtype))
 
 
-__all__ = ["ATTENTION", "Decoder", "LayerOutputs", "TwoStreams", "abstract_decoder", "positions_of"]
+__all__ = ["Decoder", "LayerOutputs", "TwoStreams", "abstract_decoder", "positions_of"]
