@@ -30,8 +30,8 @@ from hybrid_jax.convert import (
     save_model,
     write_model,
 )
-from hybrid_jax.data import load_corpus, load_tokenizer
-from hybrid_jax.data.text import load_documents, split_documents
+from hybrid_jax.data import load_documents, load_tokenizer, make_corpus
+from hybrid_jax.data.text import Document, split_documents
 from hybrid_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from hybrid_jax.families import config_from_hf, config_to_hf
 from hybrid_jax.model import Decoder
@@ -100,10 +100,10 @@ def _claim(workdir: pathlib.Path, config: ConfigDict):
         (directory / "config.json").write_text(text + "\n")
 
 
-def _new_source(config: ConfigDict, directory: pathlib.Path):
+def _new_source(config: ConfigDict, documents: list[Document], directory: pathlib.Path):
     """A randomly initialised model with a tokenizer of its own, trained on the experiment's text."""
     model_config = config_from_hf(config.model.to_dict())
-    train, _ = split_documents(load_documents(config.data.text))
+    train, _ = split_documents(documents)
     tokenizer = train_tokenizer((d.text for d in train), model_config.vocab_size)
     if tokenizer.get_vocab_size() != model_config.vocab_size:
         raise ValueError(
@@ -145,7 +145,7 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path) -> pathlib.P
     source_config = check_model_directory(config.source) if config.get("source") else config_from_hf(config.model.to_dict())
     mixers = config.get("mixers", ConfigDict()).to_dict()
     _check_phases_fit(_with_mixer_options(source_config, mixers), config, phases)
-    load_documents(config.data.text)
+    documents = load_documents(config.data.text)
     if config.get("source"):
         load_tokenizer(config.source)
     _claim(workdir, config)
@@ -156,9 +156,9 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path) -> pathlib.P
 
     initial = stage_path(workdir, 0, "initial")
     if config.get("model") and not initial.exists():
-        _new_source(config, initial)
+        _new_source(config, documents, initial)
     source = pathlib.Path(config.get("source") or initial)
-    corpus = load_corpus(config.data.text, load_tokenizer(source), read_model_config(source).extra.get("eos_token_id"))
+    corpus = make_corpus(documents, load_tokenizer(source), read_model_config(source).extra.get("eos_token_id"))
     if not initial.exists():
         model = load_model(source, dtype=jnp.float32)
         model.config = _with_mixer_options(model.config, mixers)

@@ -19,4 +19,4 @@ hybrid prime --config=configs/prime_tiny.py:SWA --workdir="$runs/swa" --config.p
 [ -d "$runs/hybrid" ] || hybrid export "$runs/gka" "$runs/hybrid"
 hybrid evaluate --model source=launch/tiny_qwen3 --run "GKA=$runs/gka" --run "SWA=$runs/swa" --out "$runs" \
   --prompt $'def read_file(path, encoding="utf-8"):\n    """'
-echo "hybrid model: $runs/hybrid"
+echo "hybrid model: $runs/hybrid; $SECONDS s in all"

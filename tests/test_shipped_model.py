@@ -6,7 +6,7 @@ import torch
 import transformers
 
 from hybrid_jax import load_model
-from hybrid_jax.data import load_corpus, load_tokenizer
+from hybrid_jax.data import load_documents, load_tokenizer, make_corpus
 from hybrid_jax.evaluate.measures import retrieval_loss_and_accuracy, text_loss
 from tests.conftest import GOLDEN, relative_error
 
@@ -20,7 +20,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def corpus():
-    return load_corpus("stdlib", load_tokenizer(SOURCE), 0)
+    return make_corpus(load_documents("stdlib"), load_tokenizer(SOURCE), 0)
 
 
 def test_it_is_a_qwen3_of_the_promised_size(model):

@@ -6,6 +6,8 @@ import argparse
 import importlib
 import sys
 
+from hybrid_jax.train import Stopped
+
 # Command -> (module with `add_arguments` and `run`, what it does).
 COMMANDS = {
     "convert": ("convert", "a Transformer directory into a hybrid one (stage 0), or a copy"),
@@ -36,9 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     except EXPECTED as e:
         print(f"hybrid-jax {args.command}: {' '.join(str(e).split())}", file=sys.stderr)
         return 1
-    except Exception as e:
-        if type(e).__name__ != "Stopped":
-            raise
+    except Stopped as e:
         print(f"hybrid-jax {args.command}: {e}", file=sys.stderr)
         return 3
     return 0

@@ -14,10 +14,10 @@ from tokenizers import Tokenizer
 
 from hybrid_jax.data.packing import PackedRows, tokenize
 from hybrid_jax.data.synthetic import Induction, KeyValueRetrieval
-from hybrid_jax.data.text import load_documents, split_documents
+from hybrid_jax.data.text import Document, load_documents, split_documents
 from hybrid_jax.data.tokenizer import ASK, PAIRS, SPECIAL_TOKENS, end_of_text_id, load_tokenizer
 
-__all__ = ["Corpus", "load_corpus", "load_tokenizer", "training_batches"]
+__all__ = ["Corpus", "load_documents", "load_tokenizer", "make_corpus", "training_batches"]
 
 HELD_OUT_SEED = 987_654_321
 # Synthetic tasks draw from so many token ids, the first ordinary ones (a byte-level BPE's single bytes).
@@ -57,9 +57,9 @@ class Corpus:
         return PackedRows(*self.held_out, length)
 
 
-def load_corpus(text: str, tokenizer: Tokenizer, eos_token_id=None) -> Corpus:
-    """Reads, splits and tokenises `text` (see `load_documents`)."""
-    train, held_out = split_documents(load_documents(text))
+def make_corpus(documents: list[Document], tokenizer: Tokenizer, eos_token_id=None) -> Corpus:
+    """Splits and tokenises documents (see `load_documents`)."""
+    train, held_out = split_documents(documents)
     end = end_of_text_id(tokenizer, eos_token_id)
     markers = [tokenizer.token_to_id(t) for t in (PAIRS, ASK)]
     if None in markers:  # a foreign tokenizer: any two ids serve as markers, the first two ordinary ones

@@ -29,9 +29,9 @@ class KVCache(NamedTuple):
     next_slot: jax.Array
 
 
-def attention_mask(q_positions, q_segments, k_positions, k_segments, window=None):
-    """[B, T, S] True where a query may see a key: same segment, not later, nearer than `window`."""
-    distance = q_positions[:, :, None] - k_positions[:, None, :]
+def attention_mask(q_positions, q_segments, k_positions, k_segments, window=None, nearest=0):
+    """[B, T, S] True where a query may see a key: same segment, and 0 <= distance - nearest < window."""
+    distance = q_positions[:, :, None] - k_positions[:, None, :] - nearest
     mask = (distance >= 0) & (q_segments[:, :, None] == k_segments[:, None, :])
     return mask if window is None else mask & (distance < window)
 

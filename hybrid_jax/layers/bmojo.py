@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hybrid_jax.config import PARAMETER_KEYS, ModelConfig
-from hybrid_jax.layers.attention import Attention, KVCache, empty_cache, extend_window
+from hybrid_jax.layers.attention import Attention, KVCache, attention_mask, empty_cache, extend_window
 from hybrid_jax.layers.gdn import GatedDeltaNet
 from hybrid_jax.layers.gka import GatedKalmaNet
 from hybrid_jax.layers.linear import Linear, RMSNorm
@@ -92,9 +92,7 @@ class BMojoF(nnx.Module):
 
         def scores(q, keys: KVCache, nearest):
             s = jnp.einsum("bthgd,bshd->bhgts", q.reshape(groups), keys.k, preferred_element_type=jnp.float32)
-            distance = positions[:, :, None] - keys.positions[:, None, :]
-            seen = (distance >= nearest) & (distance < nearest + W)
-            seen &= segment_ids[:, :, None] == keys.segment_ids[:, None, :]
+            seen = attention_mask(positions, segment_ids, keys.positions, keys.segment_ids, W, nearest)
             return jnp.where(seen[:, None, None], s * c.head_dim**-0.5, -jnp.inf)
 
         both = jnp.concatenate([scores(q, context, 0), scores(fading_q, fading, W)], axis=-1)

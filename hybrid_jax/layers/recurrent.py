@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kernels_pallas import short_conv, short_conv_step
+from kernels_pallas.gated_kalmanet.chebyshev import safe_sqrt
 
 
 def l2_normalize(x, *, eps=1e-6, eps_outside: bool):
@@ -20,9 +21,7 @@ def l2_normalize(x, *, eps=1e-6, eps_outside: bool):
     square = jnp.sum(f * f, axis=-1, keepdims=True)
     if not eps_outside:
         return (f * jax.lax.rsqrt(square + eps)).astype(x.dtype)
-    positive = square > 0
-    norm = jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
-    return (f / (norm + eps)).astype(x.dtype)
+    return (f / (safe_sqrt(square) + eps)).astype(x.dtype)
 
 
 def repeat_heads(x, num_heads):

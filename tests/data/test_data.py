@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from hybrid_jax.data import Corpus, load_corpus, training_batches
+from hybrid_jax.data import Corpus, make_corpus, training_batches
 from hybrid_jax.data.packing import PackedRows
 from hybrid_jax.data.synthetic import Induction, KeyValueRetrieval
 from hybrid_jax.data.text import Document, is_held_out, load_documents, split_documents
@@ -20,7 +20,7 @@ def corpus(tmp_path_factory) -> Corpus:
     for i in range(40):
         (folder / f"file{i}.py").write_text(TEXT + f"# file {i}\n" * i)
     tokenizer = train_tokenizer([TEXT], 300)
-    return load_corpus(str(folder), tokenizer)
+    return make_corpus(load_documents(str(folder)), tokenizer)
 
 
 def test_the_standard_library_is_real_text_and_splits_without_overlap():
