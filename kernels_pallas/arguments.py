@@ -7,22 +7,32 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-NOT_BUILT = ("pallas_tpu", "pallas_gpu")
+BEST = {"tpu": "pallas_tpu"}  # by backend; every other one: "xla"
 
 
-def pick_implementation(name: str | None, table: Mapping[str, Callable]) -> Callable:
-    """The implementation called `name`; None means `xla`.
+def backend() -> str:
+    """The backend a program is traced for: that of the mesh in context (`jax.set_mesh`), else JAX's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        return jax.default_backend()
+    return "tpu" if device.device_kind.startswith("TPU") else "cpu" if device.device_kind == "cpu" else "gpu"
+
+
+def pick_implementation(op: str, name: str | None, table: Mapping[str, Callable], *arrays: jax.Array) -> Callable:
+    """The implementation called `name`; None means the best one for the backend and the inputs' dtypes.
 
     Raises:
-      ValueError: no implementation has that name.
-      NotImplementedError: it has a place in the plan but no code yet.
+      ValueError: no implementation has that name, or it can not compute in float64.
     """
-    name = name or "xla"
-    if name in table:
-        return table[name]
-    if name in NOT_BUILT:
-        raise NotImplementedError(f"implementation={name!r} is not built yet; have {', '.join(table)}")
-    raise ValueError(f"unknown implementation {name!r}; have {', '.join(table)}")
+    double = any(x.dtype == jnp.float64 for x in arrays)
+    if name is None:
+        name = BEST.get(backend(), "xla")
+        name = name if name in table and not double else "xla"
+    if name not in table:
+        raise ValueError(f"{op}: unknown implementation {name!r}; have {', '.join(table)}")
+    if double and name.startswith("pallas"):
+        raise ValueError(f"{op}: {name} has no float64; cast the inputs, or use 'xla' or 'reference'")
+    return table[name]
 
 
 def check_shapes(op: str, dims: dict[str, int], **arrays: tuple[jax.Array | None, str]):
@@ -58,9 +68,9 @@ def accumulator(*arrays) -> jnp.dtype:
     return jnp.result_type(jnp.float32, *(a.dtype for a in arrays))
 
 
-def segment_index(segment_ids: jax.Array | None, B: int, T: int) -> jax.Array:
-    """[B,T] number of id changes up to each token: 0 for a row's first segment, rising."""
+def segment_index(segment_ids: jax.Array | None) -> jax.Array | None:
+    """[B,T] number of id changes up to each token: 0 for a row's first segment, rising; None stays None."""
     if segment_ids is None:
-        return jnp.zeros((B, T), jnp.int32)
+        return None
     change = segment_ids[:, 1:] != segment_ids[:, :-1]
     return jnp.pad(jnp.cumsum(change, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+CHUNK = 64  # tokens a chunk where nothing else is asked for
+
 
 class ChunkDecay(NamedTuple):
     """mask [N,B,H,C,C], reach [N,B,H,C], keep [N,B,H,C], total [N,B,H]."""
@@ -54,7 +56,7 @@ def chunk_segments(segments: jax.Array, chunk_size: int) -> tuple[jax.Array, jax
     return chunks, carried
 
 
-def _differences(g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def cumulative(g: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(coarse, fine) cumulative sums of g whose differences are exact to g's own rounding.
 
     A float32 cumsum over a chunk of strong decays reaches thousands, where one ulp is 1e-4: too coarse
@@ -65,12 +67,10 @@ def _differences(g: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.cumsum(coarse, axis=-1), jnp.cumsum(g - coarse, axis=-1)
 
 
-def chunk_decay(log_decay: jax.Array, segments: jax.Array, chunk_size: int, dtype) -> ChunkDecay:
-    """The decays of every chunk, from log_decay [B,T,H] and segment numbers [B,T]."""
+def chunk_decay(log_decay: jax.Array, segments: jax.Array | None, chunk_size: int, dtype) -> ChunkDecay:
+    """The decays of every chunk, from log_decay [B,T,H] and segment numbers [B,T] (None: one segment)."""
     g = to_chunks(log_decay.astype(dtype), chunk_size)
-    seg, carried = chunk_segments(segments, chunk_size)
-    seg, carried = seg[:, :, None], carried[:, :, None, None]
-    coarse, fine = _differences(g)
+    coarse, fine = cumulative(g)
 
     def difference(later, earlier):
         return (later[0] - earlier[0]) + (later[1] - earlier[1])
@@ -79,13 +79,19 @@ def chunk_decay(log_decay: jax.Array, segments: jax.Array, chunk_size: int, dtyp
         return jnp.where(where, jnp.exp(jnp.where(where, x, 0.0)), 0.0)
 
     rows, cols = (coarse[..., :, None], fine[..., :, None]), (coarse[..., None, :], fine[..., None, :])
-    causal = jnp.tril(jnp.ones((chunk_size, chunk_size), bool))
+    inside = jnp.tril(jnp.ones((chunk_size, chunk_size), bool))
+    sees_start = survives = through = True
+    if segments is not None:
+        seg, carried = chunk_segments(segments, chunk_size)
+        seg, carried = seg[:, :, None], carried[:, :, None, None]
+        inside &= seg[..., :, None] == seg[..., None, :]
+        sees_start, survives, through = seg == carried, seg == seg[..., -1:], (seg[..., -1:] == carried)[..., 0]
     last = (coarse[..., -1:], fine[..., -1:])
     return ChunkDecay(
-        mask=masked_exp(difference(rows, cols), causal & (seg[..., :, None] == seg[..., None, :])),
-        reach=masked_exp(coarse + fine, seg == carried),
-        keep=masked_exp(difference(last, (coarse, fine)), seg == seg[..., -1:]),
-        total=masked_exp(coarse[..., -1] + fine[..., -1], (seg[..., -1:] == carried)[..., 0]),
+        mask=masked_exp(difference(rows, cols), inside),
+        reach=masked_exp(coarse + fine, sees_start),
+        keep=masked_exp(difference(last, (coarse, fine)), survives),
+        total=masked_exp(coarse[..., -1] + fine[..., -1], through),
     )
 
 

@@ -32,7 +32,7 @@ def gated_delta_rule(
       initial_state: [B, H, K, V], or None for zeros.
       segment_ids: [B, T] int, or None.
       chunk_size: tokens a chunk, a power of two (default 64); the reference ignores it.
-      implementation: "reference", "xla" or None.
+      implementation: "reference", "xla", "pallas_tpu" or None (the best the backend has).
 
     Returns:
       o [B, T, H, V] in v's dtype and the final state [B, H, K, V] in float32.
@@ -51,14 +51,14 @@ def gated_delta_rule(
         initial_state=(initial_state, "B H K V"),
         segment_ids=(segment_ids, "B T"),
     )
-    chunk_size = chunk_size or 64
+    chunk_size = chunk_size
     if chunk_size & (chunk_size - 1):
         raise ValueError(f"gated_delta_rule: chunk_size must be a power of two, got {chunk_size}")
     dtype = accumulator(q, k, v, log_decay, beta)
     state = jnp.zeros((d["B"], d["H"], d["K"], d["V"]), dtype) if initial_state is None else initial_state.astype(dtype)
     scale = d["K"] ** -0.5 if scale is None else scale
-    run = pick_implementation(implementation, IMPLEMENTATIONS)
-    return run(q, k, v, log_decay, beta, state, segment_index(segment_ids, d["B"], d["T"]), scale, chunk_size)
+    run = pick_implementation("gated_delta_rule", implementation, IMPLEMENTATIONS, q, k, v)
+    return run(q, k, v, log_decay, beta, state, segment_index(segment_ids), scale, chunk_size)
 
 
 def gated_delta_rule_step(q, k, v, log_decay, beta, *, state, scale=None):

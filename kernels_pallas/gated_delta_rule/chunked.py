@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.chunks import chunk_decay, chunk_outputs, from_chunks, matmul, to_chunks
+from kernels_pallas.chunks import CHUNK, chunk_decay, chunk_outputs, from_chunks, matmul, to_chunks
 
 
 def unit_lower_inverse(L: jax.Array) -> jax.Array:
@@ -33,6 +33,9 @@ def unit_lower_inverse(L: jax.Array) -> jax.Array:
 
 
 def gated_delta_rule_chunked(q, k, v, log_decay, beta, state, segments, scale, chunk_size):
+    chunk_size = chunk_size or CHUNK
+    if chunk_size & (chunk_size - 1):
+        raise ValueError(f"gated_delta_rule: chunk_size must be a power of two, got {chunk_size}")
     T, dtype, low = q.shape[1], state.dtype, k.dtype
     decay = chunk_decay(log_decay, segments, chunk_size, dtype)
     qc, kc, vc = (to_chunks(x, chunk_size) for x in (q, k, v))

@@ -50,7 +50,7 @@ def gated_kalmanet(
       initial_state: (h_kk [B, H, K, K], h_kv [B, H, K, V]), or None for zeros.
       segment_ids: [B, T] int, or None.
       chunk_size: tokens a chunk (default 64); the reference ignores it.
-      implementation: "reference", "xla" or None.
+      implementation: "reference", "xla", "pallas_tpu" or None (the best the backend has).
 
     Returns:
       o [B, T, H, V] in v's dtype and (h_kk, h_kv) in float32.
@@ -75,9 +75,9 @@ def gated_kalmanet(
     h_kk = jnp.zeros((d["B"], d["H"], d["K"], d["K"]), dtype) if h_kk is None else h_kk.astype(dtype)
     h_kv = jnp.zeros((d["B"], d["H"], d["K"], d["V"]), dtype) if h_kv is None else h_kv.astype(dtype)
     scale = d["K"] ** -0.5 if scale is None else scale
-    run = pick_implementation(implementation, IMPLEMENTATIONS)
-    segments = segment_index(segment_ids, d["B"], d["T"])
-    return run(q, k, v, alpha, log_decay, (h_kk, h_kv), segments, scale, chunk_size or 64, ridge_strength, num_iter, bp_lambda)
+    run = pick_implementation("gated_kalmanet", implementation, IMPLEMENTATIONS, q, k, v)
+    segments = segment_index(segment_ids)
+    return run(q, k, v, alpha, log_decay, (h_kk, h_kv), segments, scale, chunk_size, ridge_strength, num_iter, bp_lambda)
 
 
 def gated_kalmanet_step(q, k, v, alpha, log_decay, ridge_strength=0.02, num_iter=30, *, state, bp_lambda=True, scale=None):

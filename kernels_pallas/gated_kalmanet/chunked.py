@@ -15,7 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.chunks import ChunkDecay, chunk_decay, chunk_outputs, chunk_states, from_chunks, matmul, to_chunks
+from kernels_pallas.chunks import CHUNK, ChunkDecay, chunk_decay, chunk_outputs, chunk_states, from_chunks, matmul, to_chunks
 from kernels_pallas.gated_kalmanet.chebyshev import chebyshev, safe_sqrt
 
 
@@ -68,7 +68,7 @@ chunk_solve.defvjp(_solve_fwd, _solve_bwd)
 
 
 def gated_kalmanet_chunked(q, k, v, alpha, log_decay, state, segments, scale, chunk_size, ridge_strength, num_iter, bp_lambda):
-    T, (h_kk, h_kv) = q.shape[1], state
+    T, (h_kk, h_kv), chunk_size = q.shape[1], state, chunk_size or CHUNK
     dtype = h_kk.dtype
     decay = chunk_decay(log_decay, segments, chunk_size, dtype)
     qc, kc, vc = (to_chunks(x, chunk_size) for x in (q, k, v))

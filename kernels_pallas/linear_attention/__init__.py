@@ -10,10 +10,15 @@ import jax.numpy as jnp
 from kernels_pallas.arguments import accumulator, check_shapes, dims_of, pick_implementation, segment_index
 from kernels_pallas.linear_attention.chunked import linear_attention_chunked
 from kernels_pallas.linear_attention.reference import linear_attention_reference, linear_attention_update
+from kernels_pallas.linear_attention.tpu import linear_attention_tpu
 
 __all__ = ["linear_attention", "linear_attention_step"]
 
-IMPLEMENTATIONS = {"reference": linear_attention_reference, "xla": linear_attention_chunked}
+IMPLEMENTATIONS = {
+    "reference": linear_attention_reference,
+    "xla": linear_attention_chunked,
+    "pallas_tpu": linear_attention_tpu,
+}
 
 
 def linear_attention(q, k, v, log_decay, *, scale=None, initial_state=None, segment_ids=None, chunk_size=None, implementation=None):
@@ -27,7 +32,7 @@ def linear_attention(q, k, v, log_decay, *, scale=None, initial_state=None, segm
       initial_state: [B, H, K, V], or None for zeros.
       segment_ids: [B, T] int, or None.
       chunk_size: tokens a chunk (default 64); the reference ignores it.
-      implementation: "reference", "xla" or None.
+      implementation: "reference", "xla", "pallas_tpu" or None (the best the backend has).
 
     Returns:
       o [B, T, H, V] in v's dtype and the final state [B, H, K, V] in float32.
@@ -48,8 +53,8 @@ def linear_attention(q, k, v, log_decay, *, scale=None, initial_state=None, segm
     dtype = accumulator(q, k, v, log_decay)
     state = jnp.zeros((d["B"], d["H"], d["K"], d["V"]), dtype) if initial_state is None else initial_state.astype(dtype)
     scale = d["K"] ** -0.5 if scale is None else scale
-    run = pick_implementation(implementation, IMPLEMENTATIONS)
-    return run(q, k, v, log_decay, state, segment_index(segment_ids, d["B"], d["T"]), scale, chunk_size or 64)
+    run = pick_implementation("linear_attention", implementation, IMPLEMENTATIONS, q, k, v)
+    return run(q, k, v, log_decay, state, segment_index(segment_ids), scale, chunk_size)
 
 
 def linear_attention_step(q, k, v, log_decay, *, state, scale=None):

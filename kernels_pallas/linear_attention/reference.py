@@ -17,10 +17,11 @@ def scan_tokens(update, arrays, segments, state):
 
     Args:
       arrays: each [B, T, ...].
-      segments: [B, T] segment numbers, 0 first.
+      segments: [B, T] segment numbers, 0 first; None: one segment.
       state: a pytree of [B, ...].
     """
-    begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+    B, T = arrays[0].shape[:2]
+    begins = jnp.zeros((B, T), bool) if segments is None else jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
 
     def step(state, token):
         begin, *xs = token

@@ -34,7 +34,7 @@ def short_conv(x, weight, bias=None, activation="silu", *, initial_state=None, s
       activation: "silu" or None.
       initial_state: [B, W - 1, D], the tokens before x (oldest first), or None for zeros.
       segment_ids: [B, T] int, or None; a token sees its own segment only.
-      implementation: "reference", "xla" or None.
+      implementation: "reference", "xla", "pallas_tpu" or None (the best the backend has).
 
     Returns:
       y [B, T, D] and the state [B, W - 1, D], both in x's dtype; inputs of earlier segments are 0 in it.
@@ -56,8 +56,8 @@ def short_conv(x, weight, bias=None, activation="silu", *, initial_state=None, s
     )
     state = jnp.zeros((B, W - 1, D), x.dtype) if initial_state is None else initial_state.astype(x.dtype)
     bias = jnp.zeros(D, weight.dtype) if bias is None else bias
-    run = pick_implementation(implementation, IMPLEMENTATIONS)
-    y, state = run(x, weight, bias, state, segment_index(segment_ids, B, T))
+    run = pick_implementation("short_conv", implementation, IMPLEMENTATIONS, x)
+    y, state = run(x, weight, bias, state, segment_index(segment_ids))
     return _activation(activation)(y).astype(x.dtype), state
 
 

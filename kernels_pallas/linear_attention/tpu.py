@@ -1,0 +1,221 @@
+"""Pallas kernels for TPU: one sweep over the chunks forward, one backward, the state in VMEM.
+
+Forward, a chunk of C rows (letters of `chunks.py`):
+
+    O = scale [reach (Q H0) + ((Q K') M) V],     H1 = total H0 + (keep K)' V
+
+Backward, from the last chunk to the first, with dH the gradient of the state at the chunk's end:
+
+    dQ = reach (dO H0') + ((dO V') M) K          dK = keep (V dH') + ((dO V') M)' Q
+    dV = ((Q K') M)' dO + keep (K dH)            dH <- total dH + (reach Q)' dO
+
+and the gradient of the cumulative decays a: what each term multiplies, e^{a_t - a_i} adding to row t and
+taking from row i. The diagonal, where the two cancel, is left out, so strong decays lose nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas import mosaic
+from kernels_pallas.mosaic import NT, TN, Decay, Grid, dot, each, head_slices, iota, row_sum, store_heads
+
+HEADS = 8  # at most this many heads a grid step
+
+
+def _decays(rows_ref, heads, packed):
+    rows = rows_ref[0, 0, 0]
+    return mosaic.decays(rows, rows.T, heads, 2 * heads if packed else None)
+
+
+def _forward_kernel(q, k, v, rows, initial, o, final, *rest, heads, scale, packed):
+    state = rest[-1]
+    first, last = pl.program_id(2) == 0, pl.program_id(2) == pl.num_programs(2) - 1
+
+    @pl.when(first)
+    def _():
+        state[...] = initial[0]
+
+    Q, K, V = (head_slices(x, heads) for x in (q, k, v))
+    decay = _decays(rows, heads, packed)
+    H0 = [state[h] for h in range(heads)]
+    low = each(lambda h: h.astype(k.dtype), H0)
+    if len(rest) > 1:
+        for h in range(heads):
+            rest[0][0, 0, h] = low[h]
+    store_heads(o, each(lambda x: scale * x, read(Q, K, V, low, decay)))
+    for h, H1 in enumerate(write(K, V, H0, decay)):
+        state[h] = H1
+
+    @pl.when(last)
+    def _():
+        final[0] = state[...]
+
+
+def read(Q, K, V, H0, decay: list[Decay]) -> list[jax.Array]:
+    """reach (Q H0) + ((Q K') M) V for every head, float32."""
+    scores = each(lambda q, k, d: (dot(q, k, NT) * d.mask).astype(k.dtype), Q, K, decay)
+    across = each(lambda q, h, d: d.reach * dot(q, h), Q, H0, decay)
+    return each(lambda a, s, v: a + dot(s, v), across, scores, V)
+
+
+def write(K, V, H0, decay: list[Decay]) -> list[jax.Array]:
+    """total H0 + (keep K)' V for every head, float32."""
+    update = each(lambda k, v, d: dot((k * d.keep).astype(k.dtype), v, TN), K, V, decay)
+    return each(lambda h, u, d: d.total * h + u, H0, update, decay)
+
+
+def read_write_backward(Q, K, V, H0, dO, dH, decay: list[Decay]):
+    """The gradients of `read` and `write` for every head.
+
+    Args:
+      dO: cotangents of `read`, in Q's dtype.
+      dH: those of `write`'s states, float32.
+
+    Returns:
+      dQ, dK, dV, dH0 in float32, and da as a column [C,1] and a row [1,C] to be added.
+    """
+    C, low = Q[0].shape[0], K[0].dtype
+    scores = each(lambda q, k, d: dot(q, k, NT) * d.mask, Q, K, decay)
+    dscores = each(lambda o, v: dot(o, v, NT), dO, V)
+    strict = iota((C, C), 0) > iota((C, C), 1)
+    E = each(lambda s, ds: jnp.where(strict, s * ds, 0.0), scores, dscores)
+    dscores = each(lambda ds, d: (ds * d.mask).astype(low), dscores, decay)
+    dHl = each(lambda h: h.astype(low), dH)
+    across = each(lambda o, h, d: d.reach * dot(o, h, NT), dO, H0, decay)
+    kept = each(lambda v, h, d: d.keep * dot(v, h, NT), V, dHl, decay)
+    dV = each(lambda s, o, k, h, d: dot(s.astype(low), o, TN) + d.keep * dot(k, h), scores, dO, K, dHl, decay)
+    dQ = each(lambda a, ds, k: a + dot(ds, k), across, dscores, K)
+    dK = each(lambda a, ds, q: a + dot(ds, q, TN), kept, dscores, Q)
+    dH0 = each(lambda h, q, o, d: d.total * h + dot((d.reach * q).astype(low), o, TN), dH, Q, dO, decay)
+    kept = each(lambda a, k: row_sum(a * k), kept, K)
+    column = each(lambda e, a, q, b: row_sum(e) + row_sum(a * q) - b, E, across, Q, kept)
+    end = iota((1, C), 1) == C - 1
+
+    def row(e, b, h, h0, d):
+        at_end = jnp.sum(b, axis=0, keepdims=True) + d.total * jnp.sum(row_sum(h * h0), axis=0, keepdims=True)
+        return jnp.where(end, at_end, 0.0) - jnp.sum(e, axis=0, keepdims=True)
+
+    return dQ, dK, dV, dH0, column, each(row, E, kept, dH, H0, decay)
+
+
+def _backward_kernel(q, k, v, rows, before, do, dfinal, dq, dk, dv, da, dinitial, state, *, heads, scale, packed):
+    first, last = pl.program_id(2) == 0, pl.program_id(2) == pl.num_programs(2) - 1
+
+    @pl.when(first)
+    def _():
+        state[...] = dfinal[0]
+
+    Q, K, V, dO = (head_slices(x, heads) for x in (q, k, v, do))
+    dO = each(lambda x: (scale * x.astype(jnp.float32)).astype(k.dtype), dO)
+    H0, dH = [before[0, 0, h] for h in range(heads)], [state[h] for h in range(heads)]
+    dQ, dK, dV, dH0, column, row = read_write_backward(Q, K, V, H0, dO, dH, _decays(rows, heads, packed))
+    for ref, value in ((dq, dQ), (dk, dK), (dv, dV)):
+        store_heads(ref, value)
+    mosaic.store_rows(da, column, row)
+    for h in range(heads):
+        state[h] = dH0[h]
+
+    @pl.when(last)
+    def _():
+        dinitial[0] = state[...]
+
+
+def _grid(q, k, v, chunk_size, **options) -> Grid:
+    """The grid of arrays [B,T,H,*], K and V padded to whole lanes."""
+    B, T, H, K = q.shape
+    K, V = -(-K // mosaic.LANES) * mosaic.LANES, -(-v.shape[-1] // mosaic.LANES) * mosaic.LANES
+    C = mosaic.chunk_of(chunk_size)
+    heads = mosaic.heads_a_step(H, HEADS, max(K, V), k.dtype)
+    return Grid(B, -(-T // C) * C, H, K, V, C, heads, **options)
+
+
+def linear_attention_tpu(q, k, v, log_decay, state, segments, scale, chunk_size):
+    low = mosaic.operand_dtype(q, k, v)
+    o, final = _linear_attention(*(x.astype(low) for x in (q, k, v)), log_decay, state, segments, scale, chunk_size)
+    return o.astype(v.dtype), final
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _linear_attention(q, k, v, log_decay, state, segments, scale, chunk_size):
+    return _run_forward(q, k, v, log_decay, state, segments, scale, chunk_size, save=False)[0]
+
+
+def _run_forward(q, k, v, log_decay, state, segments, scale, chunk_size, save):
+    (_, T, H, _), (K, V) = q.shape, state.shape[2:]
+    grid = _grid(q, k, v, chunk_size)
+    rows = mosaic.chunk_rows(log_decay, segments, grid.C, grid.heads)
+    outputs = [
+        (grid.tokens_shape(grid.V, v.dtype), grid.tokens(grid.V)),
+        (grid.state_shape(grid.K, grid.V), grid.state(grid.K, grid.V)),
+    ]
+    if save:
+        outputs.append((grid.states_shape(grid.K, grid.V, k.dtype), grid.states(grid.K, grid.V)))
+    o, final, *saved = mosaic.run(
+        functools.partial(_forward_kernel, heads=grid.heads, scale=scale, packed=segments is not None),
+        grid,
+        "linear_attention_forward",
+        [
+            (mosaic.flat_tokens(q, grid.C), grid.tokens(grid.K)),
+            (mosaic.flat_tokens(k, grid.C), grid.tokens(grid.K)),
+            (mosaic.flat_tokens(v, grid.C), grid.tokens(grid.V)),
+            (rows, grid.rows(rows.shape[3])),
+            (mosaic.pad_state(state), grid.state(grid.K, grid.V)),
+        ],
+        outputs,
+        [pltpu.VMEM((grid.heads, grid.K, grid.V), jnp.float32)],
+    )
+    return (mosaic.head_tokens(o, T, H, V), final[:, :, :K, :V]), saved
+
+
+def _vjp_forward(q, k, v, log_decay, state, segments, scale, chunk_size):
+    out, (before,) = _run_forward(q, k, v, log_decay, state, segments, scale, chunk_size, save=True)
+    return out, (q, k, v, log_decay, segments, before)
+
+
+def _vjp_backward(scale, chunk_size, saved, cotangents):
+    q, k, v, log_decay, segments, before = saved
+    do, dfinal = cotangents
+    (_, T, H, K), V = q.shape, v.shape[-1]
+    grid = _grid(q, k, v, chunk_size, reverse=True)
+    rows = mosaic.chunk_rows(log_decay, segments, grid.C, grid.heads)
+    R = mosaic.row_count(grid.heads)
+    keys, values, state = grid.tokens(grid.K), grid.tokens(grid.V), grid.state(grid.K, grid.V)
+    dq, dk, dv, da, dinitial = mosaic.run(
+        functools.partial(_backward_kernel, heads=grid.heads, scale=scale, packed=segments is not None),
+        grid,
+        "linear_attention_backward",
+        [
+            (mosaic.flat_tokens(q, grid.C), keys),
+            (mosaic.flat_tokens(k, grid.C), keys),
+            (mosaic.flat_tokens(v, grid.C), values),
+            (rows, grid.rows(rows.shape[3])),
+            (before, grid.states(grid.K, grid.V)),
+            (mosaic.flat_tokens(do, grid.C), values),
+            (mosaic.pad_state(dfinal), state),
+        ],
+        [
+            (grid.tokens_shape(grid.K, q.dtype), keys),
+            (grid.tokens_shape(grid.K, k.dtype), keys),
+            (grid.tokens_shape(grid.V, v.dtype), values),
+            (grid.rows_shape(R), grid.rows(R)),
+            (grid.state_shape(grid.K, grid.V), state),
+        ],
+        [pltpu.VMEM((grid.heads, grid.K, grid.V), jnp.float32)],
+    )
+    return (
+        mosaic.head_tokens(dq, T, H, K),
+        mosaic.head_tokens(dk, T, H, K),
+        mosaic.head_tokens(dv, T, H, V),
+        mosaic.decay_gradient(da, grid.heads, T).astype(log_decay.dtype),
+        dinitial[:, :, :K, :V],
+        None,
+    )
+
+
+_linear_attention.defvjp(_vjp_forward, _vjp_backward)

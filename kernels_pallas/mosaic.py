@@ -1,0 +1,288 @@
+"""What the TPU kernels share: the layout of a grid step, products, the decays of a chunk.
+
+A grid step takes one chunk of C tokens of several heads. Arrays come as [B, T, H*D], so that a head is a
+slice of whole lanes; the scalars of a chunk come as rows [R, C], and one transpose makes them columns.
+Each stage of a kernel is done for all heads before the next stage begins (`each`): the matmuls of one head
+wait for one another, those of several heads fill the matrix units.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas.arguments import backend
+from kernels_pallas.chunks import chunk_segments, cumulative
+
+LANES = 128
+NN = (((1,), (0,)), ((), ()))  # a b
+NT = (((1,), (1,)), ((), ()))  # a b'
+TN = (((0,), (0,)), ((), ()))  # a' b
+VMEM_LIMIT = 48 << 20
+
+
+class Grid(NamedTuple):
+    """How one operation is cut into grid steps: B x (H / heads) x (T / C), time innermost and in order.
+
+    K and V are multiples of 128, T one of C. `reverse` walks the chunks from the last to the first.
+    """
+
+    B: int
+    T: int
+    H: int
+    K: int
+    V: int
+    C: int
+    heads: int
+    reverse: bool = False
+
+    @property
+    def N(self) -> int:
+        return self.T // self.C
+
+    def _chunk(self, n):
+        return self.N - 1 - n if self.reverse else n
+
+    def tokens(self, D: int) -> pl.BlockSpec:
+        """[B, T, H*D] -> [1, C, heads*D]."""
+        return pl.BlockSpec((1, self.C, self.heads * D), lambda b, h, n: (b, self._chunk(n), h))
+
+    def rows(self, R: int) -> pl.BlockSpec:
+        """[B, H/heads, N, R, C] -> [1, 1, 1, R, C]."""
+        return pl.BlockSpec((1, 1, 1, R, self.C), lambda b, h, n: (b, h, self._chunk(n), 0, 0))
+
+    def state(self, K: int, V: int) -> pl.BlockSpec:
+        """[B, H, K, V] -> [1, heads, K, V], the same for every chunk."""
+        return pl.BlockSpec((1, self.heads, K, V), lambda b, h, n: (b, h, 0, 0))
+
+    def states(self, K: int, V: int) -> pl.BlockSpec:
+        """[B, N, H, K, V] -> [1, 1, heads, K, V]: one state a chunk."""
+        return pl.BlockSpec((1, 1, self.heads, K, V), lambda b, h, n: (b, self._chunk(n), h, 0, 0))
+
+    def tokens_shape(self, D: int, dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((self.B, self.T, self.H * D), dtype)
+
+    def rows_shape(self, R: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((self.B, self.H // self.heads, self.N, R, self.C), jnp.float32)
+
+    def state_shape(self, K: int, V: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((self.B, self.H, K, V), jnp.float32)
+
+    def states_shape(self, K: int, V: int, dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((self.B, self.N, self.H, K, V), dtype)
+
+
+def run(kernel: Callable, grid: Grid, name: str, inputs: Sequence, outputs: Sequence, scratch: Sequence, flops: int = 0):
+    """The Pallas call of a kernel; interpreted where the program is not for a TPU.
+
+    Args:
+      inputs: (array, BlockSpec) pairs.
+      outputs: (ShapeDtypeStruct, BlockSpec) pairs.
+      flops: of all grid steps, for XLA's cost analysis.
+    """
+    arrays, in_specs = zip(*inputs, strict=True)
+    shapes, out_specs = zip(*outputs, strict=True)
+    bytes_accessed = sum(x.size * x.dtype.itemsize for x in (*arrays, *shapes))
+    return pl.pallas_call(
+        kernel,
+        grid=(grid.B, grid.H // grid.heads, grid.N),
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=shapes,
+        scratch_shapes=scratch,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+        ),
+        cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=bytes_accessed, transcendentals=0),
+        interpret=backend() != "tpu",
+        name=name,
+    )(*arrays)
+
+
+def heads_a_step(H: int, limit: int, D: int, dtype) -> int:
+    """The largest divisor of H up to `limit` heads of 128 dims in bf16, fewer where heads are larger."""
+    limit = max(1, limit * LANES * 2 // (D * jnp.dtype(dtype).itemsize))
+    return max(n for n in range(1, min(H, limit) + 1) if H % n == 0)
+
+
+def chunk_of(chunk_size: int | None) -> int:
+    """The chunk of the TPU kernels: 128 rows fill the lanes of a chunk's square matrices.
+
+    Raises:
+      ValueError: another chunk was asked for.
+    """
+    if chunk_size not in (None, LANES):
+        raise ValueError(f"the TPU kernels work in chunks of {LANES} tokens, got chunk_size={chunk_size}; leave it None")
+    return LANES
+
+
+def operand_dtype(*arrays: jax.Array) -> jnp.dtype:
+    """bf16 where all arrays are, else float32."""
+    return jnp.dtype(jnp.bfloat16 if all(x.dtype == jnp.bfloat16 for x in arrays) else jnp.float32)
+
+
+def row_count(n: int) -> int:
+    """Rows of a block that holds n of them."""
+    return -(-n // 8) * 8
+
+
+def pad_axis(x: jax.Array, axis: int, multiple: int) -> jax.Array:
+    """x padded with zeros at the end of an axis to a multiple."""
+    extra = -x.shape[axis] % multiple
+    if not extra:
+        return x
+    width = [(0, 0)] * x.ndim
+    width[axis] = (0, extra)
+    return jnp.pad(x, width)
+
+
+def flat_tokens(x: jax.Array, C: int) -> jax.Array:
+    """[B,T,H,D] -> [B,T',H*D'], D padded to whole lanes and T to whole chunks."""
+    x = pad_axis(pad_axis(x, 3, LANES), 1, C)
+    return x.reshape(*x.shape[:2], -1)
+
+
+def head_tokens(x: jax.Array, T: int, H: int, D: int) -> jax.Array:
+    """The inverse of `flat_tokens`."""
+    return x.reshape(*x.shape[:2], H, -1)[:, :T, :, :D]
+
+
+def pad_state(state: jax.Array) -> jax.Array:
+    """[B,H,K,V] with K and V padded to whole lanes, float32."""
+    return pad_axis(pad_axis(state.astype(jnp.float32), 2, LANES), 3, LANES)
+
+
+def chunk_rows(log_decay: jax.Array, segments: jax.Array | None, C: int, heads: int, *scalars: jax.Array) -> jax.Array:
+    """The scalars of every grid step, [B, H/heads, N, R, C] float32.
+
+    Rows: for each head the coarse and the fine cumulative sum of its log decay inside the chunk (see
+    `chunks.cumulative`), then `heads` rows of each further scalar [B,T,H], then, where there are segments,
+    each token's segment number and the one carried into the chunk; zeros up to a multiple of 8.
+    """
+    B, T, H = log_decay.shape
+
+    def rows(x):  # [B,T,H] -> [B, H/heads, N, heads, C]
+        x = pad_axis(x.astype(jnp.float32), 1, C)
+        return x.reshape(B, -1, C, H // heads, heads).transpose(0, 3, 1, 4, 2)
+
+    coarse, fine = cumulative(rows(log_decay))
+    parts = [jnp.stack([coarse, fine], axis=4).reshape(*coarse.shape[:3], 2 * heads, C), *map(rows, scalars)]
+    if segments is not None:
+        chunks, carried = chunk_segments(segments, C)
+        both = jnp.stack([chunks, jnp.broadcast_to(carried[..., None], chunks.shape)], axis=2)  # [N,B,2,C]
+        both = both.transpose(1, 0, 2, 3)[:, None].astype(jnp.float32)
+        parts.append(jnp.broadcast_to(both, (B, H // heads, *both.shape[2:])))
+    return pad_axis(jnp.concatenate(parts, axis=3), 3, 8)
+
+
+def from_rows(rows: jax.Array, heads: int, T: int, kind: int = 0) -> jax.Array:
+    """The kind-th group of `heads` rows of [B, H/heads, N, R, C], as [B,T,H]."""
+    rows = rows[:, :, :, kind * heads : (kind + 1) * heads]
+    B, G, N, _, C = rows.shape
+    return rows.transpose(0, 2, 4, 1, 3).reshape(B, N * C, G * heads)[:, :T]
+
+
+def decay_gradient(da: jax.Array, heads: int, T: int) -> jax.Array:
+    """Gradient of the log decays [B,T,H] from that of their cumulative sums inside chunks (rows 0..heads)."""
+    return from_rows(jnp.flip(jnp.cumsum(jnp.flip(da, -1), axis=-1), -1), heads, T)
+
+
+def each(f: Callable, *heads: Sequence) -> list:
+    """[f(head 0's), f(head 1's), ...]: one stage of every head."""
+    return [f(*args) for args in zip(*heads, strict=True)]
+
+
+def head_slices(ref, heads: int) -> list[jax.Array]:
+    """A block [1, C, heads*D] as `heads` arrays [C, D]."""
+    D = ref.shape[2] // heads
+    return [ref[0, :, h * D : (h + 1) * D] for h in range(heads)]
+
+
+def store_heads(ref, values: Sequence[jax.Array]) -> None:
+    D = ref.shape[2] // len(values)
+    for h, value in enumerate(values):
+        ref[0, :, h * D : (h + 1) * D] = value.astype(ref.dtype)
+
+
+def as_rows(columns: Sequence[jax.Array]) -> jax.Array:
+    """Columns [C, 1] as the first rows of [128, C]."""
+    C = columns[0].shape[0]
+    lane = iota((C, LANES), 1)
+    table = functools.reduce(lambda t, c: jnp.where(lane == c[0], c[1], t), enumerate(columns), jnp.zeros((C, LANES), jnp.float32))
+    return table.T
+
+
+def store_rows(ref, columns: Sequence[jax.Array], rows: Sequence[jax.Array] = ()) -> None:
+    """Columns [C, 1] as the first rows of a block [1, 1, 1, R, C], the rows [1, C] added to the first of them."""
+    R = ref.shape[3]
+    ref[0, 0, 0] = as_rows(columns)[:R]
+    for n, row in enumerate(rows):
+        ref[0, 0, 0, n : n + 1, :] += row
+
+
+def dot(a: jax.Array, b: jax.Array, dims=NN) -> jax.Array:
+    """A product that accumulates in float32: bf16 operands in one pass, float32 ones exactly."""
+    precision = jax.lax.Precision.DEFAULT if a.dtype == b.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """float32 as the sum of two bf16 numbers (16 bits of mantissa)."""
+    high = x.astype(jnp.bfloat16)
+    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
+def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
+    return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+
+
+def row_sum(x: jax.Array) -> jax.Array:
+    """[C, D] -> [C, 1]."""
+    return jnp.sum(x, axis=1, keepdims=True)
+
+
+class Decay(NamedTuple):
+    """One head's decays in a chunk (see `chunks.py`): mask [C,C], reach [C,1], keep [C,1], total [1,1]."""
+
+    mask: jax.Array
+    reach: jax.Array
+    keep: jax.Array
+    total: jax.Array
+
+
+def decays(rows: jax.Array, cols: jax.Array, heads: int, segments: int | None) -> list[Decay]:
+    """Every head's decays from `chunk_rows`.
+
+    Args:
+      rows, cols: [R, C] and its transpose.
+      segments: the row of each token's segment (the next one: the segment carried in), or None.
+    """
+    C = rows.shape[1]
+    end = slice(C - 1, C)
+    where = iota((C, C), 0) >= iota((C, C), 1)
+    sees_start = survives = through = None
+    if segments is not None:
+        seg_row, seg_col = rows[segments : segments + 1], cols[:, segments : segments + 1]
+        carried = rows[segments + 1 : segments + 2, :1]
+        where &= seg_col == seg_row
+        sees_start, survives, through = seg_col == carried, seg_col == seg_row[:, end], seg_row[:, end] == carried
+
+    def masked_exp(x, where):  # masked before exp: no overflow
+        return jnp.exp(x) if where is None else jnp.where(where, jnp.exp(jnp.where(where, x, 0.0)), 0.0)
+
+    def decay(head):
+        c, f = slice(2 * head, 2 * head + 1), slice(2 * head + 1, 2 * head + 2)
+        return Decay(
+            mask=masked_exp((cols[:, c] - rows[c]) + (cols[:, f] - rows[f]), where),
+            reach=masked_exp(cols[:, c] + cols[:, f], sees_start),
+            keep=masked_exp((rows[c, end] - cols[:, c]) + (rows[f, end] - cols[:, f]), survives),
+            total=masked_exp(rows[c, end] + rows[f, end], through),
+        )
+
+    return [decay(h) for h in range(heads)]
