@@ -122,6 +122,14 @@ def chunk_of(chunk_size: int | None) -> int:
     return LANES
 
 
+def grid_of(q: jax.Array, v: jax.Array, chunk_size: int | None, heads: int, reverse: bool = False) -> Grid:
+    """The grid of q [B,T,H,K] and v [B,T,H,V], with at most `heads` heads a step."""
+    B, T, H, K = q.shape
+    C = chunk_of(chunk_size)
+    K, V = -(-K // LANES) * LANES, -(-v.shape[-1] // LANES) * LANES
+    return Grid(B, -(-T // C) * C, H, K, V, C, heads_a_step(H, heads, max(K, V), q.dtype), reverse)
+
+
 def operand_dtype(*arrays: jax.Array) -> jnp.dtype:
     """bf16 where all arrays are, else float32."""
     return jnp.dtype(jnp.bfloat16 if all(x.dtype == jnp.bfloat16 for x in arrays) else jnp.float32)

@@ -10,10 +10,15 @@ import jax.numpy as jnp
 from kernels_pallas.arguments import accumulator, check_shapes, dims_of, pick_implementation, segment_index
 from kernels_pallas.gated_delta_rule.chunked import gated_delta_rule_chunked
 from kernels_pallas.gated_delta_rule.reference import gated_delta_rule_reference, gated_delta_rule_update
+from kernels_pallas.gated_delta_rule.tpu import gated_delta_rule_tpu
 
 __all__ = ["gated_delta_rule", "gated_delta_rule_step"]
 
-IMPLEMENTATIONS = {"reference": gated_delta_rule_reference, "xla": gated_delta_rule_chunked}
+IMPLEMENTATIONS = {
+    "reference": gated_delta_rule_reference,
+    "xla": gated_delta_rule_chunked,
+    "pallas_tpu": gated_delta_rule_tpu,
+}
 
 
 def gated_delta_rule(
@@ -51,9 +56,6 @@ def gated_delta_rule(
         initial_state=(initial_state, "B H K V"),
         segment_ids=(segment_ids, "B T"),
     )
-    chunk_size = chunk_size
-    if chunk_size & (chunk_size - 1):
-        raise ValueError(f"gated_delta_rule: chunk_size must be a power of two, got {chunk_size}")
     dtype = accumulator(q, k, v, log_decay, beta)
     state = jnp.zeros((d["B"], d["H"], d["K"], d["V"]), dtype) if initial_state is None else initial_state.astype(dtype)
     scale = d["K"] ** -0.5 if scale is None else scale

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import mosaic
-from kernels_pallas.mosaic import NT, TN, Decay, Grid, dot, each, head_slices, iota, row_sum, store_heads
+from kernels_pallas.mosaic import NT, TN, Decay, dot, each, head_slices, iota, row_sum, store_heads
 
 HEADS = 8  # at most this many heads a grid step
 
@@ -126,15 +126,6 @@ def _backward_kernel(q, k, v, rows, before, do, dfinal, dq, dk, dv, da, dinitial
         dinitial[0] = state[...]
 
 
-def _grid(q, k, v, chunk_size, **options) -> Grid:
-    """The grid of arrays [B,T,H,*], K and V padded to whole lanes."""
-    B, T, H, K = q.shape
-    K, V = -(-K // mosaic.LANES) * mosaic.LANES, -(-v.shape[-1] // mosaic.LANES) * mosaic.LANES
-    C = mosaic.chunk_of(chunk_size)
-    heads = mosaic.heads_a_step(H, HEADS, max(K, V), k.dtype)
-    return Grid(B, -(-T // C) * C, H, K, V, C, heads, **options)
-
-
 def linear_attention_tpu(q, k, v, log_decay, state, segments, scale, chunk_size):
     low = mosaic.operand_dtype(q, k, v)
     o, final = _linear_attention(*(x.astype(low) for x in (q, k, v)), log_decay, state, segments, scale, chunk_size)
@@ -148,7 +139,7 @@ def _linear_attention(q, k, v, log_decay, state, segments, scale, chunk_size):
 
 def _run_forward(q, k, v, log_decay, state, segments, scale, chunk_size, save):
     (_, T, H, _), (K, V) = q.shape, state.shape[2:]
-    grid = _grid(q, k, v, chunk_size)
+    grid = mosaic.grid_of(q, v, chunk_size, HEADS)
     rows = mosaic.chunk_rows(log_decay, segments, grid.C, grid.heads)
     outputs = [
         (grid.tokens_shape(grid.V, v.dtype), grid.tokens(grid.V)),
@@ -182,7 +173,7 @@ def _vjp_backward(scale, chunk_size, saved, cotangents):
     q, k, v, log_decay, segments, before = saved
     do, dfinal = cotangents
     (_, T, H, K), V = q.shape, v.shape[-1]
-    grid = _grid(q, k, v, chunk_size, reverse=True)
+    grid = mosaic.grid_of(q, v, chunk_size, HEADS, reverse=True)
     rows = mosaic.chunk_rows(log_decay, segments, grid.C, grid.heads)
     R = mosaic.row_count(grid.heads)
     keys, values, state = grid.tokens(grid.K), grid.tokens(grid.V), grid.state(grid.K, grid.V)

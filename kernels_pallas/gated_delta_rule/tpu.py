@@ -1,0 +1,272 @@
+"""Pallas kernels for TPU: one sweep over the chunks forward, one backward, the state in VMEM.
+
+Forward, a chunk of C rows:
+
+    L = tril(beta K K' M, -1)      A = (I + L)^-1      R = beta (V - reach (K H0))      U = A R
+
+and then linear attention's read and write with U for V. A, U and the state before each chunk are kept for
+the backward sweep, which is linear attention's for Q, K, U, and from its dU:
+
+    dR = A' dU       dL = -tril(dR U', -1)       (because U = A R: no further products with A)
+    dV = beta dR     dK += dG K + dG' K - beta reach (dR H0'),   dG = beta dL M
+    dbeta = rows of dR (V - reach K H0) + dL K K' M              dH -= (beta reach K)' dR
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas import mosaic
+from kernels_pallas.linear_attention.tpu import read, read_write_backward, write
+from kernels_pallas.mosaic import NT, TN, dot, each, head_slices, iota, row_sum, split, store_heads
+
+HEADS = 8  # at most this many heads a grid step
+BLOCK = 16  # rows of the diagonal blocks that are inverted by substitution
+
+
+def _diagonal_inverse(L: list[jax.Array]) -> list[jax.Array]:
+    """(I + D)^-1, D the 16 x 16 diagonal blocks of each L [C,C]: forward substitution in float32.
+
+    The blocks of a head lie side by side in [16, C], so that one step serves all of them: with E_j the
+    j-th column of every block spread over its block, X <- X - E_j (row j of X).
+    """
+    C = L[0].shape[0]
+    same = (iota((C, C), 0) // BLOCK) == (iota((C, C), 1) // BLOCK)
+
+    def side_by_side(l):
+        l = jnp.where(same, l, 0.0)
+        return sum(l[b : b + BLOCK] for b in range(BLOCK, C, BLOCK)) + l[:BLOCK]
+
+    packed = each(side_by_side, L)
+    row, lane = iota((BLOCK, C), 0), iota((BLOCK, C), 1)
+    in_block = lane & (BLOCK - 1)
+    X = [jnp.where(row == in_block, 1.0, 0.0)] * len(L)
+    for j in range(BLOCK - 1):
+        column = each(lambda l, at=lane - in_block + j: jnp.take_along_axis(l, at, axis=1), packed)
+        X = each(lambda x, e, j=j: x - e * x[j : j + 1], X, column)
+    return each(lambda x: jnp.where(same, jnp.concatenate([x] * (C // BLOCK), axis=0), 0.0), X)
+
+
+def unit_lower_inverse(L: list[jax.Array], low) -> list[jax.Array]:
+    """(I + L)^-1 of strictly lower triangular L [C,C], float32.
+
+    Diagonal blocks by substitution; then doubling, [[A, 0], [B, D]]^-1 = [[A^-1, 0], [-D^-1 B A^-1, D^-1]], of
+    whose products only the rows of the second block are computed. In bf16 a Newton step with the residual of
+    L's two bf16 parts, X + X (I - (I + L) X), takes back what the single passes lost.
+    """
+    C = L[0].shape[0]
+    X = _diagonal_inverse(L)
+    lower = each(lambda l: l.astype(low), L)
+    size = BLOCK
+    while size < C:
+        starts = range(size, C, 2 * size)
+        shift = size.bit_length() - 1
+        block = iota((C // 2, C), 0) >> shift
+        left = (iota((C // 2, C), 1) >> shift) == 2 * block  # the columns of A in the row of D
+
+        def corner(x, l, starts=starts, size=size, left=left):
+            second = jnp.concatenate([x[b : b + size] for b in starts], axis=0).astype(low)
+            return jnp.where(left, dot(second, l), 0.0).astype(low)
+
+        product = each(corner, X, lower)
+        product = each(lambda p, x: dot(p, x.astype(low)), product, X)
+
+        def put(x, p, starts=starts, size=size):
+            blocks = [(x[b - size : b], x[b : b + size] - p[n * size : (n + 1) * size]) for n, b in enumerate(starts)]
+            return jnp.concatenate([b for pair in blocks for b in pair], axis=0)
+
+        X = each(put, X, product)
+        size *= 2
+    if low == jnp.float32:
+        return X
+    identity = jnp.where(iota((C, C), 0) == iota((C, C), 1), 1.0, 0.0)
+    X = each(lambda x: x.astype(low), X)
+
+    def residual(l, x):
+        high, rest = split(l)
+        return (identity - x.astype(jnp.float32) - (dot(high, x) + dot(rest, x))).astype(low)
+
+    correction = each(residual, L, X)
+    return each(lambda x, r: x.astype(jnp.float32) + dot(x, r), X, correction)
+
+
+def _scalars(rows_ref, heads, packed):
+    """Every head's decays, and its beta [C,1]."""
+    rows = rows_ref[0, 0, 0]
+    cols = rows.T
+    beta = [cols[:, n : n + 1] for n in range(2 * heads, 3 * heads)]
+    return mosaic.decays(rows, cols, heads, 3 * heads if packed else None), beta
+
+
+def _forward_kernel(q, k, v, rows, initial, o, final, *rest, heads, scale, packed):
+    *saved, state = rest
+    first, last = pl.program_id(2) == 0, pl.program_id(2) == pl.num_programs(2) - 1
+
+    @pl.when(first)
+    def _():
+        state[...] = initial[0]
+
+    low = k.dtype
+    Q, K, V = (head_slices(x, heads) for x in (q, k, v))
+    decay, beta = _scalars(rows, heads, packed)
+    H0 = [state[h] for h in range(heads)]
+    H0_low = each(lambda h: h.astype(low), H0)
+    C = K[0].shape[0]
+    strict = iota((C, C), 0) > iota((C, C), 1)
+    L = each(lambda k, d, b: jnp.where(strict, b * dot(k, k, NT) * d.mask, 0.0), K, decay, beta)
+    R = each(lambda k, v, h, d, b: (b * (v - d.reach * dot(k, h))).astype(low), K, V, H0_low, decay, beta)
+    A = each(lambda a: a.astype(low), unit_lower_inverse(L, low))
+    U = each(lambda a, r: dot(a, r).astype(low), A, R)
+    if saved:
+        before, inverse, update = saved
+        for h in range(heads):
+            before[0, 0, h] = H0_low[h]
+        store_heads(inverse, A)
+        store_heads(update, U)
+    store_heads(o, each(lambda x: scale * x, read(Q, K, U, H0_low, decay)))
+    for h, H1 in enumerate(write(K, U, H0, decay)):
+        state[h] = H1
+
+    @pl.when(last)
+    def _():
+        final[0] = state[...]
+
+
+def _backward_kernel(
+    q, k, v, rows, before, inverse, update, do, dfinal, dq, dk, dv, dscalars, dinitial, state, *, heads, scale, packed
+):
+    first, last = pl.program_id(2) == 0, pl.program_id(2) == pl.num_programs(2) - 1
+
+    @pl.when(first)
+    def _():
+        state[...] = dfinal[0]
+
+    low = k.dtype
+    Q, K, V, A, U, dO = (head_slices(x, heads) for x in (q, k, v, inverse, update, do))
+    decay, beta = _scalars(rows, heads, packed)
+    dO = each(lambda x: (scale * x.astype(jnp.float32)).astype(low), dO)
+    H0, dH = [before[0, 0, h] for h in range(heads)], [state[h] for h in range(heads)]
+    dQ, dK, dU, dH0, column, row = read_write_backward(Q, K, U, H0, dO, dH, decay)
+    store_heads(dq, dQ)
+
+    dR = each(lambda a, u: dot(a, u.astype(low), TN), A, dU)
+    store_heads(dv, each(lambda b, r: b * r, beta, dR))
+    dR_low = each(lambda r: r.astype(low), dR)
+    C = K[0].shape[0]
+    strict = iota((C, C), 0) > iota((C, C), 1)
+    dL = each(lambda r, u: jnp.where(strict, -dot(r, u, NT), 0.0), dR_low, U)
+    G = each(lambda k, d: dot(k, k, NT) * d.mask, K, decay)
+    across = each(lambda r, h, d: d.reach * dot(r, h, NT), dR_low, H0, decay)
+    E = each(jnp.multiply, dL, G)
+    dG = each(lambda l, b, d: (b * l * d.mask).astype(low), dL, beta, decay)
+    dK = each(lambda a, g, k, x, b: a + dot(g, k) + dot(g, k, TN) - b * x, dK, dG, K, across, beta)
+    store_heads(dk, dK)
+    across = each(lambda x, k: row_sum(x * k), across, K)
+    erow = each(row_sum, E)
+    dbeta = each(lambda r, v, x, e: row_sum(r * v) - x + e, dR, V, across, erow)
+    column = each(lambda c, e, x, b: c + b * (e - x), column, erow, across, beta)
+    row = each(lambda r, e, b: r - jnp.sum(b * e, axis=0, keepdims=True), row, E, beta)
+    mosaic.store_rows(dscalars, [*column, *dbeta], row)
+    for h in range(heads):
+        state[h] = dH0[h] - dot((beta[h] * decay[h].reach * K[h]).astype(low), dR_low[h], TN)
+
+    @pl.when(last)
+    def _():
+        dinitial[0] = state[...]
+
+
+def gated_delta_rule_tpu(q, k, v, log_decay, beta, state, segments, scale, chunk_size):
+    low = mosaic.operand_dtype(q, k, v)
+    arrays = (x.astype(low) for x in (q, k, v))
+    o, final = _gated_delta_rule(*arrays, log_decay, beta, state, segments, scale, chunk_size)
+    return o.astype(v.dtype), final
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def _gated_delta_rule(q, k, v, log_decay, beta, state, segments, scale, chunk_size):
+    return _run_forward(q, k, v, log_decay, beta, state, segments, scale, chunk_size, save=False)[0]
+
+
+def _run_forward(q, k, v, log_decay, beta, state, segments, scale, chunk_size, save):
+    (_, T, H, _), (K, V) = q.shape, state.shape[2:]
+    grid = mosaic.grid_of(q, v, chunk_size, HEADS)
+    rows = mosaic.chunk_rows(log_decay, segments, grid.C, grid.heads, beta)
+    keys, values, carried = grid.tokens(grid.K), grid.tokens(grid.V), grid.state(grid.K, grid.V)
+    outputs = [(grid.tokens_shape(grid.V, v.dtype), values), (grid.state_shape(grid.K, grid.V), carried)]
+    if save:
+        outputs += [
+            (grid.states_shape(grid.K, grid.V, k.dtype), grid.states(grid.K, grid.V)),
+            (grid.tokens_shape(grid.C, k.dtype), grid.tokens(grid.C)),
+            (grid.tokens_shape(grid.V, k.dtype), values),
+        ]
+    o, final, *saved = mosaic.run(
+        functools.partial(_forward_kernel, heads=grid.heads, scale=scale, packed=segments is not None),
+        grid,
+        "gated_delta_rule_forward",
+        [
+            (mosaic.flat_tokens(q, grid.C), keys),
+            (mosaic.flat_tokens(k, grid.C), keys),
+            (mosaic.flat_tokens(v, grid.C), values),
+            (rows, grid.rows(rows.shape[3])),
+            (mosaic.pad_state(state), carried),
+        ],
+        outputs,
+        [pltpu.VMEM((grid.heads, grid.K, grid.V), jnp.float32)],
+    )
+    return (mosaic.head_tokens(o, T, H, V), final[:, :, :K, :V]), saved
+
+
+def _vjp_forward(q, k, v, log_decay, beta, state, segments, scale, chunk_size):
+    out, saved = _run_forward(q, k, v, log_decay, beta, state, segments, scale, chunk_size, save=True)
+    return out, (q, k, v, log_decay, beta, segments, saved)
+
+
+def _vjp_backward(scale, chunk_size, residuals, cotangents):
+    q, k, v, log_decay, beta, segments, (before, inverse, update) = residuals
+    do, dfinal = cotangents
+    (_, T, H, K), V = q.shape, v.shape[-1]
+    grid = mosaic.grid_of(q, v, chunk_size, HEADS, reverse=True)
+    rows = mosaic.chunk_rows(log_decay, segments, grid.C, grid.heads, beta)
+    R = mosaic.row_count(2 * grid.heads)
+    keys, values, carried = grid.tokens(grid.K), grid.tokens(grid.V), grid.state(grid.K, grid.V)
+    dq, dk, dv, dscalars, dinitial = mosaic.run(
+        functools.partial(_backward_kernel, heads=grid.heads, scale=scale, packed=segments is not None),
+        grid,
+        "gated_delta_rule_backward",
+        [
+            (mosaic.flat_tokens(q, grid.C), keys),
+            (mosaic.flat_tokens(k, grid.C), keys),
+            (mosaic.flat_tokens(v, grid.C), values),
+            (rows, grid.rows(rows.shape[3])),
+            (before, grid.states(grid.K, grid.V)),
+            (inverse, grid.tokens(grid.C)),
+            (update, values),
+            (mosaic.flat_tokens(do, grid.C), values),
+            (mosaic.pad_state(dfinal), carried),
+        ],
+        [
+            (grid.tokens_shape(grid.K, q.dtype), keys),
+            (grid.tokens_shape(grid.K, k.dtype), keys),
+            (grid.tokens_shape(grid.V, v.dtype), values),
+            (grid.rows_shape(R), grid.rows(R)),
+            (grid.state_shape(grid.K, grid.V), carried),
+        ],
+        [pltpu.VMEM((grid.heads, grid.K, grid.V), jnp.float32)],
+    )
+    return (
+        mosaic.head_tokens(dq, T, H, K),
+        mosaic.head_tokens(dk, T, H, K),
+        mosaic.head_tokens(dv, T, H, V),
+        mosaic.decay_gradient(dscalars, grid.heads, T).astype(log_decay.dtype),
+        mosaic.from_rows(dscalars, grid.heads, T, kind=1).astype(beta.dtype),
+        dinitial[:, :, :K, :V],
+        None,
+    )
+
+
+_gated_delta_rule.defvjp(_vjp_forward, _vjp_backward)
