@@ -212,10 +212,11 @@ def head_slices(ref, heads: int) -> list[jax.Array]:
     return [ref[0, :, h * D : (h + 1) * D] for h in range(heads)]
 
 
-def store_heads(ref, values: Sequence[jax.Array]) -> None:
+def store_heads(ref, values: Sequence[jax.Array], scale: float = 1.0) -> None:
+    """scale times arrays [C, D] into a block [1, C, heads*D]."""
     D = ref.shape[2] // len(values)
     for h, value in enumerate(values):
-        ref[0, :, h * D : (h + 1) * D] = value.astype(ref.dtype)
+        ref[0, :, h * D : (h + 1) * D] = (value if scale == 1.0 else scale * value).astype(ref.dtype)
 
 
 def as_rows(columns: Sequence[jax.Array]) -> jax.Array:
@@ -226,12 +227,22 @@ def as_rows(columns: Sequence[jax.Array]) -> jax.Array:
     return table.T
 
 
-def store_rows(ref, columns: Sequence[jax.Array], rows: Sequence[jax.Array] = ()) -> None:
-    """Columns [C, 1] as the first rows of a block [1, 1, 1, R, C], the rows [1, C] added to the first of them."""
-    R = ref.shape[3]
-    ref[0, 0, 0] = as_rows(columns)[:R]
-    for n, row in enumerate(rows):
-        ref[0, 0, 0, n : n + 1, :] += row
+def as_columns(rows: Sequence[jax.Array]) -> list[jax.Array]:
+    """Rows [1, C] as columns [C, 1]."""
+    C, n = rows[0].shape[1], len(rows)
+    table = (
+        jnp.concatenate([*rows, jnp.zeros((row_count(n) - n, C), jnp.float32)], axis=0) if n % 8 else jnp.concatenate(rows, axis=0)
+    )
+    cols = table.T
+    return [cols[:, i : i + 1] for i in range(n)]
+
+
+def store_rows(ref, columns: Sequence[jax.Array], rows: Sequence[jax.Array] = (), scale: float = 1.0) -> None:
+    """scale times columns [C, 1], the first of them plus rows [1, C], as the rows of a block [1, 1, 1, R, C]."""
+    table = as_rows(columns)[: ref.shape[3]]
+    if rows:
+        table += jnp.concatenate([*rows, jnp.zeros((ref.shape[3] - len(rows), table.shape[1]), jnp.float32)], axis=0)
+    ref[0, 0, 0] = scale * table
 
 
 def dot(a: jax.Array, b: jax.Array, dims=NN) -> jax.Array:
@@ -240,10 +251,17 @@ def dot(a: jax.Array, b: jax.Array, dims=NN) -> jax.Array:
     return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """float32 as the sum of two bf16 numbers (16 bits of mantissa)."""
-    high = x.astype(jnp.bfloat16)
-    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+def parts(x: jax.Array, low, precise: bool = True) -> tuple[jax.Array, ...]:
+    """x as a sum of parts in the operands' dtype `low`: itself, two bf16 numbers (16 bits), or, not `precise`, its rounding."""
+    if x.dtype == low:
+        return (x,)
+    high = x.astype(low)
+    return (high, (x - high.astype(jnp.float32)).astype(low)) if precise else (high,)
+
+
+def dot_parts(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...], dims=NN) -> jax.Array:
+    """The product of two sums of parts, less the product of the two second parts."""
+    return functools.reduce(jnp.add, [dot(x, y, dims) for i, x in enumerate(a) for j, y in enumerate(b) if i + j < 2])
 
 
 def iota(shape: tuple[int, ...], axis: int) -> jax.Array:

@@ -23,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import mosaic
 from kernels_pallas.linear_attention.tpu import read, read_write_backward, write
-from kernels_pallas.mosaic import NT, TN, dot, each, head_slices, iota, row_sum, split, store_heads
+from kernels_pallas.mosaic import NT, TN, dot, dot_parts, each, head_slices, iota, parts, row_sum, store_heads
 
 HEADS = 8  # at most this many heads a grid step
 BLOCK = 16  # rows of the diagonal blocks that are inverted by substitution
@@ -88,8 +88,7 @@ def unit_lower_inverse(L: list[jax.Array], low) -> list[jax.Array]:
     X = each(lambda x: x.astype(low), X)
 
     def residual(l, x):
-        high, rest = split(l)
-        return (identity - x.astype(jnp.float32) - (dot(high, x) + dot(rest, x))).astype(low)
+        return (identity - x.astype(jnp.float32) - dot_parts(parts(l, low), (x,))).astype(low)
 
     correction = each(residual, L, X)
     return each(lambda x, r: x.astype(jnp.float32) + dot(x, r), X, correction)
@@ -128,7 +127,7 @@ def _forward_kernel(q, k, v, rows, initial, o, final, *rest, heads, scale, packe
             before[0, 0, h] = H0_low[h]
         store_heads(inverse, A)
         store_heads(update, U)
-    store_heads(o, each(lambda x: scale * x, read(Q, K, U, H0_low, decay)))
+    store_heads(o, read(Q, K, U, H0_low, decay), scale)
     for h, H1 in enumerate(write(K, U, H0, decay)):
         state[h] = H1
 
@@ -144,18 +143,17 @@ def _backward_kernel(
 
     @pl.when(first)
     def _():
-        state[...] = dfinal[0]
+        state[...] = dfinal[0] / scale
 
     low = k.dtype
     Q, K, V, A, U, dO = (head_slices(x, heads) for x in (q, k, v, inverse, update, do))
     decay, beta = _scalars(rows, heads, packed)
-    dO = each(lambda x: (scale * x.astype(jnp.float32)).astype(low), dO)
     H0, dH = [before[0, 0, h] for h in range(heads)], [state[h] for h in range(heads)]
-    dQ, dK, dU, dH0, column, row = read_write_backward(Q, K, U, H0, dO, dH, decay)
-    store_heads(dq, dQ)
+    dQ, dK, dU, dH0, column, row = read_write_backward(Q, K, U, H0, dO, dH, decay, low)
+    store_heads(dq, dQ, scale)
 
     dR = each(lambda a, u: dot(a, u.astype(low), TN), A, dU)
-    store_heads(dv, each(lambda b, r: b * r, beta, dR))
+    store_heads(dv, each(lambda b, r: b * r, beta, dR), scale)
     dR_low = each(lambda r: r.astype(low), dR)
     C = K[0].shape[0]
     strict = iota((C, C), 0) > iota((C, C), 1)
@@ -165,19 +163,19 @@ def _backward_kernel(
     E = each(jnp.multiply, dL, G)
     dG = each(lambda l, b, d: (b * l * d.mask).astype(low), dL, beta, decay)
     dK = each(lambda a, g, k, x, b: a + dot(g, k) + dot(g, k, TN) - b * x, dK, dG, K, across, beta)
-    store_heads(dk, dK)
+    store_heads(dk, dK, scale)
     across = each(lambda x, k: row_sum(x * k), across, K)
     erow = each(row_sum, E)
     dbeta = each(lambda r, v, x, e: row_sum(r * v) - x + e, dR, V, across, erow)
     column = each(lambda c, e, x, b: c + b * (e - x), column, erow, across, beta)
     row = each(lambda r, e, b: r - jnp.sum(b * e, axis=0, keepdims=True), row, E, beta)
-    mosaic.store_rows(dscalars, [*column, *dbeta], row)
+    mosaic.store_rows(dscalars, [*column, *dbeta], row, scale)
     for h in range(heads):
         state[h] = dH0[h] - dot((beta[h] * decay[h].reach * K[h]).astype(low), dR_low[h], TN)
 
     @pl.when(last)
     def _():
-        dinitial[0] = state[...]
+        dinitial[0] = scale * state[...]
 
 
 def gated_delta_rule_tpu(q, k, v, log_decay, beta, state, segments, scale, chunk_size):

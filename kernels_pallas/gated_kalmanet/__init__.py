@@ -14,10 +14,16 @@ import jax.numpy as jnp
 from kernels_pallas.arguments import accumulator, check_shapes, dims_of, pick_implementation, segment_index
 from kernels_pallas.gated_kalmanet.chunked import gated_kalmanet_chunked
 from kernels_pallas.gated_kalmanet.reference import gated_kalmanet_reference, gated_kalmanet_update
+from kernels_pallas.gated_kalmanet.tpu import gated_kalmanet_tpu
 
 __all__ = ["gated_kalmanet", "gated_kalmanet_step"]
 
-IMPLEMENTATIONS = {"reference": gated_kalmanet_reference, "xla": gated_kalmanet_chunked}
+IMPLEMENTATIONS = {
+    "reference": gated_kalmanet_reference,
+    "xla": gated_kalmanet_chunked,
+    "pallas_tpu": gated_kalmanet_tpu,
+}
+PRECISIONS = ("fast", "accurate")
 
 
 def gated_kalmanet(
@@ -30,6 +36,7 @@ def gated_kalmanet(
     num_iter=30,
     *,
     bp_lambda=True,
+    precision="fast",
     scale=None,
     initial_state=None,
     segment_ids=None,
@@ -46,6 +53,8 @@ def gated_kalmanet(
       ridge_strength: lambda over the Frobenius norm of H; bounds the condition number by 1 + 1/it.
       num_iter: Chebyshev iterations; 0 skips the solve. A compute/quality dial at inference.
       bp_lambda: whether lambda is differentiated through H.
+      precision: "fast" (an output in v's dtype; the TPU kernel solves to 2e-3 of float64 from bf16 inputs) or
+        "accurate" (an output in float32, to 2e-5). The other implementations solve in float32 in both.
       scale: multiplies the output; default K^-0.5.
       initial_state: (h_kk [B, H, K, K], h_kv [B, H, K, V]), or None for zeros.
       segment_ids: [B, T] int, or None.
@@ -53,7 +62,7 @@ def gated_kalmanet(
       implementation: "reference", "xla", "pallas_tpu" or None (the best the backend has).
 
     Returns:
-      o [B, T, H, V] in v's dtype and (h_kk, h_kv) in float32.
+      o [B, T, H, V] in v's dtype (float32 if accurate) and (h_kk, h_kv) in float32.
 
     Raises:
       ValueError: a shape does not fit the others.
@@ -71,13 +80,16 @@ def gated_kalmanet(
         h_kv=(h_kv, "B H K V"),
         segment_ids=(segment_ids, "B T"),
     )
+    if precision not in PRECISIONS:
+        raise ValueError(f"gated_kalmanet: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     dtype = accumulator(q, k, v, alpha, log_decay)
     h_kk = jnp.zeros((d["B"], d["H"], d["K"], d["K"]), dtype) if h_kk is None else h_kk.astype(dtype)
     h_kv = jnp.zeros((d["B"], d["H"], d["K"], d["V"]), dtype) if h_kv is None else h_kv.astype(dtype)
     scale = d["K"] ** -0.5 if scale is None else scale
     run = pick_implementation("gated_kalmanet", implementation, IMPLEMENTATIONS, q, k, v)
     segments = segment_index(segment_ids)
-    return run(q, k, v, alpha, log_decay, (h_kk, h_kv), segments, scale, chunk_size, ridge_strength, num_iter, bp_lambda)
+    options = (scale, chunk_size, ridge_strength, num_iter, bp_lambda, precision)
+    return run(q, k, v, alpha, log_decay, (h_kk, h_kv), segments, *options)
 
 
 def gated_kalmanet_step(q, k, v, alpha, log_decay, ridge_strength=0.02, num_iter=30, *, state, bp_lambda=True, scale=None):

@@ -67,17 +67,17 @@ def _solve_bwd(ridge_strength, num_iter, bp_lambda, residuals, dx):
 chunk_solve.defvjp(_solve_fwd, _solve_bwd)
 
 
-def gated_kalmanet_chunked(q, k, v, alpha, log_decay, state, segments, scale, chunk_size, ridge_strength, num_iter, bp_lambda):
+def gated_kalmanet_chunked(
+    q, k, v, alpha, log_decay, state, segments, scale, chunk_size, ridge_strength, num_iter, bp_lambda, precision
+):
     T, (h_kk, h_kv), chunk_size = q.shape[1], state, chunk_size or CHUNK
     dtype = h_kk.dtype
     decay = chunk_decay(log_decay, segments, chunk_size, dtype)
-    qc, kc, vc = (to_chunks(x, chunk_size) for x in (q, k, v))
+    qc, kc, vc = (to_chunks(x.astype(dtype), chunk_size) for x in (q, k, v))  # in bf16 x and H would lose what S'x needs
     kk_before, kk_final = chunk_states(kc, kc, decay, h_kk)
     kv_before, kv_final = chunk_states(kc, vc, decay, h_kv)
-    query = qc
     if num_iter:
-        exact = qc.astype(dtype)
-        x = chunk_solve(exact, kc.astype(dtype), decay, kk_before, ridge_strength, num_iter, bp_lambda)
-        query = (exact + to_chunks(alpha.astype(dtype), chunk_size)[..., None] * (x - exact)).astype(qc.dtype)
-    o = scale * chunk_outputs(query, kc, vc, decay, kv_before)
-    return from_chunks(o, T).astype(v.dtype), (kk_final, kv_final)
+        x = chunk_solve(qc, kc, decay, kk_before, ridge_strength, num_iter, bp_lambda)
+        qc = qc + to_chunks(alpha.astype(dtype), chunk_size)[..., None] * (x - qc)
+    o = scale * chunk_outputs(qc, kc, vc, decay, kv_before)
+    return from_chunks(o, T).astype(v.dtype if precision == "fast" else dtype), (kk_final, kv_final)

@@ -53,7 +53,9 @@ def gated_kalmanet_update(q, k, v, alpha, g, state, scale, ridge_strength, num_i
     return o, (h_kk, h_kv)
 
 
-def gated_kalmanet_reference(q, k, v, alpha, log_decay, state, segments, scale, chunk_size, ridge_strength, num_iter, bp_lambda):
+def gated_kalmanet_reference(
+    q, k, v, alpha, log_decay, state, segments, scale, chunk_size, ridge_strength, num_iter, bp_lambda, precision
+):
     del chunk_size
     arrays = [x.astype(state[0].dtype) for x in (q, k, v, alpha, log_decay)]
 
@@ -61,4 +63,4 @@ def gated_kalmanet_reference(q, k, v, alpha, log_decay, state, segments, scale, 
         return gated_kalmanet_update(*args, scale, ridge_strength, num_iter, bp_lambda)
 
     o, state = scan_tokens(update, arrays, segments, state)
-    return o.astype(v.dtype), state
+    return o.astype(v.dtype if precision == "fast" else o.dtype), state

@@ -11,6 +11,7 @@ Backward, from the last chunk to the first, with dH the gradient of the state at
 
 and the gradient of the cumulative decays a: what each term multiplies, e^{a_t - a_i} adding to row t and
 taking from row i. The diagonal, where the two cancel, is left out, so strong decays lose nothing.
+dO is not multiplied by the scale, which would round it: all gradients are, and dH at the end is divided.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import mosaic
-from kernels_pallas.mosaic import NT, TN, Decay, dot, each, head_slices, iota, row_sum, store_heads
+from kernels_pallas.mosaic import NT, TN, Decay, dot, dot_parts, each, head_slices, iota, parts, row_sum, store_heads
 
 HEADS = 8  # at most this many heads a grid step
 
@@ -48,7 +49,7 @@ def _forward_kernel(q, k, v, rows, initial, o, final, *rest, heads, scale, packe
     if len(rest) > 1:
         for h in range(heads):
             rest[0][0, 0, h] = low[h]
-    store_heads(o, each(lambda x: scale * x, read(Q, K, V, low, decay)))
+    store_heads(o, read(Q, K, V, low, decay), scale)
     for h, H1 in enumerate(write(K, V, H0, decay)):
         state[h] = H1
 
@@ -70,29 +71,34 @@ def write(K, V, H0, decay: list[Decay]) -> list[jax.Array]:
     return each(lambda h, u, d: d.total * h + u, H0, update, decay)
 
 
-def read_write_backward(Q, K, V, H0, dO, dH, decay: list[Decay]):
+def read_write_backward(Q, K, V, H0, dO, dH, decay: list[Decay], low, precise=False):
     """The gradients of `read` and `write` for every head.
 
     Args:
-      dO: cotangents of `read`, in Q's dtype.
+      Q, K, V, H0: in `low`, or in float32, which is then used in two parts.
+      dO: cotangents of `read`, likewise.
       dH: those of `write`'s states, float32.
+      precise: whether what is made here and multiplied again keeps two parts.
 
     Returns:
       dQ, dK, dV, dH0 in float32, and da as a column [C,1] and a row [1,C] to be added.
     """
-    C, low = Q[0].shape[0], K[0].dtype
-    scores = each(lambda q, k, d: dot(q, k, NT) * d.mask, Q, K, decay)
-    dscores = each(lambda o, v: dot(o, v, NT), dO, V)
+    C = Q[0].shape[0]
+    Q2, K2, V2, H2, O2 = (each(lambda x: parts(x, low), xs) for xs in (Q, K, V, H0, dO))
+    scores = each(lambda q, k, d: dot_parts(q, k, NT) * d.mask, Q2, K2, decay)
+    dscores = each(lambda o, v: dot_parts(o, v, NT), O2, V2)
     strict = iota((C, C), 0) > iota((C, C), 1)
     E = each(lambda s, ds: jnp.where(strict, s * ds, 0.0), scores, dscores)
-    dscores = each(lambda ds, d: (ds * d.mask).astype(low), dscores, decay)
-    dHl = each(lambda h: h.astype(low), dH)
-    across = each(lambda o, h, d: d.reach * dot(o, h, NT), dO, H0, decay)
-    kept = each(lambda v, h, d: d.keep * dot(v, h, NT), V, dHl, decay)
-    dV = each(lambda s, o, k, h, d: dot(s.astype(low), o, TN) + d.keep * dot(k, h), scores, dO, K, dHl, decay)
-    dQ = each(lambda a, ds, k: a + dot(ds, k), across, dscores, K)
-    dK = each(lambda a, ds, q: a + dot(ds, q, TN), kept, dscores, Q)
-    dH0 = each(lambda h, q, o, d: d.total * h + dot((d.reach * q).astype(low), o, TN), dH, Q, dO, decay)
+    dscores = each(lambda ds, d: parts(ds * d.mask, low, precise), dscores, decay)
+    scores = each(lambda s: parts(s, low, precise), scores)
+    dH2 = each(lambda h: parts(h, low, precise), dH)
+    across = each(lambda o, h, d: d.reach * dot_parts(o, h, NT), O2, H2, decay)
+    kept = each(lambda v, h, d: d.keep * dot_parts(v, h, NT), V2, dH2, decay)
+    dV = each(lambda s, o, k, h, d: dot_parts(s, o, TN) + d.keep * dot_parts(k, h), scores, O2, K2, dH2, decay)
+    dQ = each(lambda a, ds, k: a + dot_parts(ds, k), across, dscores, K2)
+    dK = each(lambda a, ds, q: a + dot_parts(ds, q, TN), kept, dscores, Q2)
+    reached = each(lambda q, d: parts(d.reach * q, low, precise), Q, decay)
+    dH0 = each(lambda h, q, o, d: d.total * h + dot_parts(q, o, TN), dH, reached, O2, decay)
     kept = each(lambda a, k: row_sum(a * k), kept, K)
     column = each(lambda e, a, q, b: row_sum(e) + row_sum(a * q) - b, E, across, Q, kept)
     end = iota((1, C), 1) == C - 1
@@ -109,21 +115,20 @@ def _backward_kernel(q, k, v, rows, before, do, dfinal, dq, dk, dv, da, dinitial
 
     @pl.when(first)
     def _():
-        state[...] = dfinal[0]
+        state[...] = dfinal[0] / scale
 
     Q, K, V, dO = (head_slices(x, heads) for x in (q, k, v, do))
-    dO = each(lambda x: (scale * x.astype(jnp.float32)).astype(k.dtype), dO)
     H0, dH = [before[0, 0, h] for h in range(heads)], [state[h] for h in range(heads)]
-    dQ, dK, dV, dH0, column, row = read_write_backward(Q, K, V, H0, dO, dH, _decays(rows, heads, packed))
-    for ref, value in ((dq, dQ), (dk, dK), (dv, dV)):
-        store_heads(ref, value)
-    mosaic.store_rows(da, column, row)
+    dQ, dK, dV, dH0, column, row = read_write_backward(Q, K, V, H0, dO, dH, _decays(rows, heads, packed), k.dtype)
+    for ref, values in ((dq, dQ), (dk, dK), (dv, dV)):
+        store_heads(ref, values, scale)
+    mosaic.store_rows(da, column, row, scale)
     for h in range(heads):
         state[h] = dH0[h]
 
     @pl.when(last)
     def _():
-        dinitial[0] = state[...]
+        dinitial[0] = scale * state[...]
 
 
 def linear_attention_tpu(q, k, v, log_decay, state, segments, scale, chunk_size):

@@ -1,0 +1,412 @@
+"""Pallas kernels for TPU: decays, norms, the solve and the readout of a chunk in one grid step.
+
+The solve is the iteration of `chebyshev.py` written with the residual r = q - (H + lambda I) x and the step d:
+
+    r <- r - (H + lambda I) d,      d <- (omega - 1) d + s omega r,      x <- x + d
+
+In exact arithmetic it is the same polynomial. In bf16 it is much better: d is rounded to bf16 before it is used
+AND before it is added to x, so r stays the residual of x and what the rounding changed is corrected by the
+iterations that follow. What remains are the roundings of the matrix, H0 and (d K') M, whose effect shrinks
+with d: `careful` iterations carry those two in two bf16 parts each (5 passes of the matrix unit an
+iteration), the later ones in one (3 passes).
+
+Everything is scaled by s, row by row: s lambda is one constant, s reach and s M are made once a chunk.
+
+The gradient is the implicit one (`chunked.py`): w = (H + lambda I)^-1 dx by the same solve; then H x, as linear
+attention with q = x, k = v = K, pulls -w back, and lambda's share goes through |H|_F.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas import mosaic
+from kernels_pallas.linear_attention.tpu import read_write_backward
+from kernels_pallas.mosaic import NT, TN, dot, dot_parts, each, head_slices, iota, parts, row_sum, store_heads
+
+HEADS = 4  # at most this many heads a grid step
+CAREFUL = {"fast": 6, "accurate": 30}  # iterations with two-part operands, by `precision`
+UNROLL = 2
+
+
+def coefficients(ridge_strength: float, num_iter: int) -> np.ndarray:
+    """[num_iter, 2] float32: omega - 1 and omega of every iteration (they do not depend on H)."""
+    r, omega, rows = (0.25 / (ridge_strength + 0.5)) ** 2, 2.0, []
+    for _ in range(num_iter):
+        omega = 1.0 / (1.0 - r * omega)
+        rows.append((omega - 1.0, omega))
+    return np.asarray(rows, np.float32).reshape(num_iter, 2)
+
+
+def squared_norms(K, H0, decay, low) -> list[jax.Array]:
+    """|H_t|_F^2 as columns [C,1]: reach^2 |H0|^2 + 2 reach (M u)_t + (M (K K')^2 M')_tt, u_i = k_i' H0 k_i."""
+    u = mosaic.as_rows(each(lambda k, h: row_sum(dot_parts((k,), parts(h, low)) * k), K, H0))
+    u = [u[n : n + 1] for n in range(len(K))]
+    squares = each(lambda k: dot(k, k, NT) ** 2, K)
+    inside = each(lambda g, d: dot_parts(parts(d.mask, low), parts(g, low)), squares, decay)
+    start = each(lambda h: jnp.sum(row_sum(h * h), axis=0, keepdims=True), H0)
+    return each(lambda i, u, h, d: row_sum(d.mask * (i + 2 * d.reach * u)) + d.reach**2 * h, inside, u, start, decay)
+
+
+def _scales(squared, ridge_strength):
+    """s = 2 / (2 lambda + F) over 2 as columns [C,1]; 0 where the state is empty, so that x is 0 there."""
+    return each(lambda n: jnp.where(n > 0, jax.lax.rsqrt(jnp.where(n > 0, n, 1.0)), 0.0) / (ridge_strength + 0.5), squared)
+
+
+def solve(rhs, K, H0, decay, s, omegas, scratch, low, ridge_strength, num_iter, careful) -> list[jax.Array]:
+    """x = (H + lambda I)^-1 rhs for every head by `num_iter` iterations; rhs [C,K] float32.
+
+    Args:
+      H0: float32, symmetric.
+      s: columns [C,1] from `_scales`.
+      omegas: SMEM reference of `coefficients`.
+      scratch: (x, r, d) VMEM references [heads, C, K].
+    """
+    xs, rs, ds = scratch
+    heads = range(len(K))
+    ridge = ridge_strength / (ridge_strength + 0.5)  # s lambda
+    mask = each(lambda d, s: d.mask * s, decay, s)
+    reach = each(lambda d, s: d.reach * s, decay, s)
+    H = each(lambda h: parts(h, low), H0)
+    for h in heads:
+        rs[h] = start = s[h] * rhs[h]
+        ds[h] = step = start.astype(low)
+        xs[h] = step.astype(jnp.float32)
+
+    def iterate(n, exact):
+        d = [ds[h] for h in heads]
+        scores = each(lambda d, k, m: dot(d, k, NT) * m, d, K, mask)
+        scores = each(lambda x: parts(x, low, exact), scores)
+        across = each(lambda d, h, g: g * dot_parts((d,), h if exact else h[:1]), d, H, reach)
+        inside = each(lambda x, k: dot_parts(x, (k,)), scores, K)
+        wide = each(lambda d: d.astype(jnp.float32), d)
+        r = each(lambda h, a, i, d: rs[h] - (a + i + ridge * d), heads, across, inside, wide)
+        step = each(lambda d, r: (omegas[n, 0] * d + omegas[n, 1] * r).astype(low), wide, r)
+        for h in heads:
+            rs[h], ds[h], xs[h] = r[h], step[h], xs[h] + step[h].astype(jnp.float32)
+
+    def sweep(first, last, exact):
+        whole = (last - first) // UNROLL
+
+        def body(m, carry):
+            for i in range(UNROLL):
+                iterate(first + m * UNROLL + i, exact)
+            return carry
+
+        if whole:
+            jax.lax.fori_loop(0, whole, body, 0)
+        for n in range(first + whole * UNROLL, last):
+            iterate(n, exact)
+
+    sweep(0, min(careful, num_iter), True)
+    sweep(min(careful, num_iter), num_iter, False)
+    return [xs[h] for h in heads]
+
+
+def _scalars(rows_ref, heads, packed):
+    """Every head's decays, and its alpha [C,1]."""
+    rows = rows_ref[0, 0, 0]
+    cols = rows.T
+    alpha = [cols[:, n : n + 1] for n in range(2 * heads, 3 * heads)]
+    return mosaic.decays(rows, cols, heads, 3 * heads if packed else None), alpha
+
+
+def _blend(Q, X, alpha) -> list[jax.Array]:
+    """q + alpha (x - q), float32."""
+    return each(lambda q, x, a: q + a * (x - q), Q, X, alpha)
+
+
+def _read(query, K, V, S0, decay, low) -> list[jax.Array]:
+    """Linear attention's read with a float32 query: x is large where H is small, and S'x cancels."""
+    query = each(lambda q: parts(q, low), query)
+    scores = each(lambda q, k, d: parts(dot_parts(q, (k,), NT) * d.mask, low), query, K, decay)
+    across = each(lambda q, s, d: d.reach * dot_parts(q, parts(s, low)), query, S0, decay)
+    return each(lambda a, s, v: a + dot_parts(s, (v,)), across, scores, V)
+
+
+def _write(K, V, H0, decay, low) -> list[jax.Array]:
+    """Linear attention's write, keep V in two parts: an error of H is an error of every later x."""
+    update = each(lambda k, v, d: dot_parts((k,), parts(d.keep * v, low), TN), K, V, decay)
+    return each(lambda h, u, d: d.total * h + u, H0, update, decay)
+
+
+def _forward_kernel(
+    omegas,
+    q,
+    k,
+    v,
+    rows,
+    initial_kk,
+    initial_kv,
+    o,
+    final_kk,
+    final_kv,
+    *rest,
+    heads,
+    scale,
+    packed,
+    ridge_strength,
+    num_iter,
+    careful,
+):
+    *saved, kk, kv, xs, rs, ds = rest
+    first, last = pl.program_id(2) == 0, pl.program_id(2) == pl.num_programs(2) - 1
+
+    @pl.when(first)
+    def _():
+        kk[...], kv[...] = initial_kk[0], initial_kv[0]
+
+    low = k.dtype
+    Q, K, V = (head_slices(x, heads) for x in (q, k, v))
+    decay, alpha = _scalars(rows, heads, packed)
+    H0, S0 = [kk[h] for h in range(heads)], [kv[h] for h in range(heads)]
+    query = rhs = each(lambda x: x.astype(jnp.float32), Q)
+    if num_iter:
+        squared = squared_norms(K, H0, decay, low)
+        s = _scales(squared, ridge_strength)
+        X = solve(rhs, K, H0, decay, s, omegas, (xs, rs, ds), low, ridge_strength, num_iter, careful)
+        query = _blend(rhs, X, alpha)
+    if saved:
+        kk_before, kv_before, solution, norms = saved
+        for h in range(heads):
+            kk_before[0, 0, h], kv_before[0, 0, h] = H0[h], S0[h]
+        store_heads(solution, X if num_iter else rhs)
+        mosaic.store_rows(norms, squared if num_iter else [jnp.zeros_like(alpha[0])] * heads)
+    store_heads(o, _read(query, K, V, S0, decay, low), scale)
+    for h, (H1, S1) in enumerate(zip(_write(K, K, H0, decay, low), _write(K, V, S0, decay, low), strict=True)):
+        kk[h], kv[h] = H1, S1
+
+    @pl.when(last)
+    def _():
+        final_kk[0], final_kv[0] = kk[...], kv[...]
+
+
+def _norm_backward(dn, K, H0, decay, low):
+    """Gradients of `squared_norms` under cotangents dn [C,1]: dK, dH0, and da as a column and a row."""
+    C = K[0].shape[0]
+    strict = iota((C, C), 0) > iota((C, C), 1)
+    KH = each(lambda k, h: dot(k, h.astype(low)), K, H0)
+    u = mosaic.as_rows(each(lambda k, x: row_sum(k * x), K, KH))
+    u = [u[n : n + 1] for n in range(len(K))]
+    gram = each(lambda k: dot(k, k, NT), K)
+    inside = each(lambda g, d: dot(d.mask.astype(low), (g * g).astype(low)), gram, decay)
+    E = each(lambda m, u, d, n: jnp.where(strict, 2 * n * d.mask * (d.reach * u + m), 0.0), inside, u, decay, dn)
+    start = each(lambda h: jnp.sum(row_sum(h * h), axis=0, keepdims=True), H0)
+    cross = each(lambda u, d: row_sum(d.mask * u), u, decay)
+    column = each(lambda e, n, h, c, d: row_sum(e) + 2 * n * d.reach * (d.reach * h + c), E, dn, start, cross, decay)
+    row = each(lambda e: -jnp.sum(e, axis=0, keepdims=True), E)
+    du = mosaic.as_columns(each(lambda n, d: jnp.sum(2 * n * d.reach * d.mask, axis=0, keepdims=True), dn, decay))
+    dgram = each(lambda n, d: dot((n * d.mask).astype(low), d.mask.astype(low), TN), dn, decay)
+    dK = each(lambda g, dg, k, u, x: 4 * dot((g * dg).astype(low), k) + 2 * u * x, gram, dgram, K, du, KH)
+    total = each(lambda n, d: jnp.sum(2 * n * d.reach**2, axis=0, keepdims=True), dn, decay)
+    dH0 = each(lambda h, t, k, u: t * h + dot((u * k).astype(low), k, TN), H0, total, K, du)
+    return dK, dH0, column, row
+
+
+def _backward_kernel(*refs, heads, scale, packed, ridge_strength, num_iter, careful, bp_lambda):
+    omegas, q, k, v, rows, kk_before, kv_before, solution, norms, do, dfinal_kk, dfinal_kv = refs[:12]
+    dq, dk, dv, dscalars, dinitial_kk, dinitial_kv, dkk, dkv, xs, rs, ds = refs[12:]
+    first, last = pl.program_id(2) == 0, pl.program_id(2) == pl.num_programs(2) - 1
+
+    @pl.when(first)
+    def _():
+        dkk[...], dkv[...] = dfinal_kk[0] / scale, dfinal_kv[0] / scale
+
+    low = k.dtype
+    Q, K, V, X, dO = (head_slices(x, heads) for x in (q, k, v, solution, do))
+    decay, alpha = _scalars(rows, heads, packed)
+    H0, S0 = [kk_before[0, 0, h] for h in range(heads)], [kv_before[0, 0, h] for h in range(heads)]
+    dH, dS = [dkk[h] for h in range(heads)], [dkv[h] for h in range(heads)]
+    query = _blend(Q, X, alpha) if num_iter else Q
+    dquery, dK, dV, dS0, column, row = read_write_backward(query, K, V, S0, dO, dS, decay, low, precise=True)
+    store_heads(dv, dV, scale)
+    for h in range(heads):
+        dkv[h] = dS0[h]
+    dalpha = each(lambda g, x, q: row_sum(g * (x - q)), dquery, X, Q)
+    dQ = each(lambda g, a: (1 - a) * g if num_iter else g, dquery, alpha)
+
+    if num_iter:
+        squared = mosaic.as_columns([norms[0, 0, 0, n : n + 1, :] for n in range(heads)])
+        s = _scales(squared, ridge_strength)
+        dX = each(jnp.multiply, alpha, dquery)
+        W = solve(dX, K, H0, decay, s, omegas, (xs, rs, ds), low, ridge_strength, num_iter, careful)
+        dQ = each(jnp.add, dQ, W)
+        minus_w = each(jnp.negative, W)
+    else:
+        minus_w = each(jnp.zeros_like, X)
+    store_heads(dq, dQ, scale)
+    _, dK_left, dK_right, _, column_h, row_h = read_write_backward(X, K, K, H0, minus_w, dH, decay, low, precise=True)
+    dK = each(lambda a, b, c: a + b + c, dK, dK_left, dK_right)
+    column, row = each(jnp.add, column, column_h), each(jnp.add, row, row_h)
+    dH0 = each(lambda h, d: d.total * h, dH, decay)
+    if num_iter:
+        outer = each(lambda x, w, d: dot_parts(parts(d.reach * x, low), parts(w, low), TN), X, minus_w, decay)
+        dH0 = each(lambda h, a: h + 0.5 * (a + a.T), dH0, outer)
+        if bp_lambda:  # lambda = ridge_strength |H|: dn = -ridge_strength (w'x) / (2 |H|)
+            inverse = each(lambda n: jnp.where(n > 0, jax.lax.rsqrt(jnp.where(n > 0, n, 1.0)), 0.0), squared)
+            dn = each(lambda w, x, f: -0.5 * ridge_strength * f * row_sum(w * x), W, X, inverse)
+            dK_n, dH_n, column_n, row_n = _norm_backward(dn, K, H0, decay, low)
+            dK, dH0 = each(jnp.add, dK, dK_n), each(jnp.add, dH0, dH_n)
+            column, row = each(jnp.add, column, column_n), each(jnp.add, row, row_n)
+    store_heads(dk, dK, scale)
+    mosaic.store_rows(dscalars, [*column, *dalpha], row, scale)
+    for h in range(heads):
+        dkk[h] = dH0[h]
+
+    @pl.when(last)
+    def _():
+        dinitial_kk[0], dinitial_kv[0] = scale * dkk[...], scale * dkv[...]
+
+
+class Options(NamedTuple):
+    """What is fixed when a kernel is built."""
+
+    scale: float
+    chunk_size: int | None
+    ridge_strength: float
+    num_iter: int
+    bp_lambda: bool
+    careful: int
+    out_dtype: jnp.dtype
+
+
+def gated_kalmanet_tpu(
+    q, k, v, alpha, log_decay, state, segments, scale, chunk_size, ridge_strength, num_iter, bp_lambda, precision
+):
+    low = mosaic.operand_dtype(q, k, v)
+    out_dtype = jnp.dtype(v.dtype if precision == "fast" else jnp.float32)
+    options = Options(scale, chunk_size, ridge_strength, num_iter, bp_lambda, CAREFUL[precision], out_dtype)
+    return _gated_kalmanet(*(x.astype(low) for x in (q, k, v)), alpha, log_decay, state, segments, options)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _gated_kalmanet(q, k, v, alpha, log_decay, state, segments, options):
+    return _run_forward(q, k, v, alpha, log_decay, state, segments, options, save=False)[0]
+
+
+def _settings(grid, segments, options):
+    """The input with the iteration's coefficients, and the kernels' static arguments."""
+    omegas = jnp.asarray(coefficients(options.ridge_strength, max(options.num_iter, 1)))
+    static = dict(
+        heads=grid.heads,
+        scale=options.scale,
+        packed=segments is not None,
+        ridge_strength=options.ridge_strength,
+        num_iter=options.num_iter,
+        careful=options.careful,
+    )
+    return (omegas, pl.BlockSpec(memory_space=pltpu.SMEM)), static
+
+
+def _scratch(grid, low) -> list:
+    """The two states of the sweep, and x, r and d of the solve."""
+    return [
+        pltpu.VMEM((grid.heads, grid.K, grid.K), jnp.float32),
+        pltpu.VMEM((grid.heads, grid.K, grid.V), jnp.float32),
+        pltpu.VMEM((grid.heads, grid.C, grid.K), jnp.float32),
+        pltpu.VMEM((grid.heads, grid.C, grid.K), jnp.float32),
+        pltpu.VMEM((grid.heads, grid.C, grid.K), low),
+    ]
+
+
+def _run_forward(q, k, v, alpha, log_decay, state, segments, options, save):
+    (_, T, H, K), V = q.shape, v.shape[-1]
+    grid = mosaic.grid_of(q, v, options.chunk_size, HEADS)
+    rows = mosaic.chunk_rows(log_decay, segments, grid.C, grid.heads, alpha)
+    omegas, static = _settings(grid, segments, options)
+    keys, values = grid.tokens(grid.K), grid.tokens(grid.V)
+    kk, kv = grid.state(grid.K, grid.K), grid.state(grid.K, grid.V)
+    outputs = [
+        (grid.tokens_shape(grid.V, options.out_dtype), values),
+        (grid.state_shape(grid.K, grid.K), kk),
+        (grid.state_shape(grid.K, grid.V), kv),
+    ]
+    if save:
+        R = mosaic.row_count(grid.heads)
+        outputs += [
+            (grid.states_shape(grid.K, grid.K, jnp.float32), grid.states(grid.K, grid.K)),
+            (grid.states_shape(grid.K, grid.V, jnp.float32), grid.states(grid.K, grid.V)),
+            (grid.tokens_shape(grid.K, jnp.float32), keys),
+            (grid.rows_shape(R), grid.rows(R)),
+        ]
+    o, h_kk, h_kv, *saved = mosaic.run(
+        functools.partial(_forward_kernel, **static),
+        grid,
+        "gated_kalmanet_forward",
+        [
+            omegas,
+            (mosaic.flat_tokens(q, grid.C), keys),
+            (mosaic.flat_tokens(k, grid.C), keys),
+            (mosaic.flat_tokens(v, grid.C), values),
+            (rows, grid.rows(rows.shape[3])),
+            (mosaic.pad_state(state[0]), kk),
+            (mosaic.pad_state(state[1]), kv),
+        ],
+        outputs,
+        _scratch(grid, k.dtype),
+    )
+    return (mosaic.head_tokens(o, T, H, V), (h_kk[:, :, :K, :K], h_kv[:, :, :K, :V])), saved
+
+
+def _vjp_forward(q, k, v, alpha, log_decay, state, segments, options):
+    out, saved = _run_forward(q, k, v, alpha, log_decay, state, segments, options, save=True)
+    return out, (q, k, v, alpha, log_decay, segments, saved)
+
+
+def _vjp_backward(options, residuals, cotangents):
+    q, k, v, alpha, log_decay, segments, (kk_before, kv_before, solution, norms) = residuals
+    do, (dfinal_kk, dfinal_kv) = cotangents
+    (_, T, H, K), V = q.shape, v.shape[-1]
+    grid = mosaic.grid_of(q, v, options.chunk_size, HEADS, reverse=True)
+    rows = mosaic.chunk_rows(log_decay, segments, grid.C, grid.heads, alpha)
+    omegas, static = _settings(grid, segments, options)
+    R = mosaic.row_count(2 * grid.heads)
+    keys, values = grid.tokens(grid.K), grid.tokens(grid.V)
+    kk, kv = grid.state(grid.K, grid.K), grid.state(grid.K, grid.V)
+    dq, dk, dv, dscalars, dinitial_kk, dinitial_kv = mosaic.run(
+        functools.partial(_backward_kernel, **static, bp_lambda=options.bp_lambda),
+        grid,
+        "gated_kalmanet_backward",
+        [
+            omegas,
+            (mosaic.flat_tokens(q, grid.C), keys),
+            (mosaic.flat_tokens(k, grid.C), keys),
+            (mosaic.flat_tokens(v, grid.C), values),
+            (rows, grid.rows(rows.shape[3])),
+            (kk_before, grid.states(grid.K, grid.K)),
+            (kv_before, grid.states(grid.K, grid.V)),
+            (solution, keys),
+            (norms, grid.rows(norms.shape[3])),
+            (mosaic.flat_tokens(do, grid.C), values),
+            (mosaic.pad_state(dfinal_kk), kk),
+            (mosaic.pad_state(dfinal_kv), kv),
+        ],
+        [
+            (grid.tokens_shape(grid.K, q.dtype), keys),
+            (grid.tokens_shape(grid.K, k.dtype), keys),
+            (grid.tokens_shape(grid.V, v.dtype), values),
+            (grid.rows_shape(R), grid.rows(R)),
+            (grid.state_shape(grid.K, grid.K), kk),
+            (grid.state_shape(grid.K, grid.V), kv),
+        ],
+        _scratch(grid, k.dtype),
+    )
+    return (
+        mosaic.head_tokens(dq, T, H, K),
+        mosaic.head_tokens(dk, T, H, K),
+        mosaic.head_tokens(dv, T, H, V),
+        mosaic.from_rows(dscalars, grid.heads, T, kind=1).astype(alpha.dtype),
+        mosaic.decay_gradient(dscalars, grid.heads, T).astype(log_decay.dtype),
+        (dinitial_kk[:, :, :K, :K], dinitial_kv[:, :, :K, :V]),
+        None,
+    )
+
+
+_gated_kalmanet.defvjp(_vjp_forward, _vjp_backward)
