@@ -9,6 +9,7 @@ wait for one another, those of several heads fill the matrix units.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -89,9 +90,10 @@ def run(kernel: Callable, grid: Grid, name: str, inputs: Sequence, outputs: Sequ
     arrays, in_specs = zip(*inputs, strict=True)
     shapes, out_specs = zip(*outputs, strict=True)
     bytes_accessed = sum(x.size * x.dtype.itemsize for x in (*arrays, *shapes))
+    steps = (grid.B, grid.H // grid.heads, grid.N)
     return pl.pallas_call(
         kernel,
-        grid=(grid.B, grid.H // grid.heads, grid.N),
+        grid=steps,
         in_specs=in_specs,
         out_specs=out_specs,
         out_shape=shapes,
@@ -101,6 +103,7 @@ def run(kernel: Callable, grid: Grid, name: str, inputs: Sequence, outputs: Sequ
         ),
         cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=bytes_accessed, transcendentals=0),
         interpret=backend() != "tpu",
+        metadata={"grid_steps": str(math.prod(steps))},
         name=name,
     )(*arrays)
 
@@ -227,41 +230,47 @@ def as_rows(columns: Sequence[jax.Array]) -> jax.Array:
     return table.T
 
 
+def stack_rows(rows: Sequence[jax.Array], n: int) -> jax.Array:
+    """Rows [1, C] as [n, C], zeros below them."""
+    rest = [jnp.zeros((n - len(rows), rows[0].shape[1]), jnp.float32)] if n > len(rows) else []
+    return jnp.concatenate([*rows, *rest], axis=0)
+
+
 def as_columns(rows: Sequence[jax.Array]) -> list[jax.Array]:
     """Rows [1, C] as columns [C, 1]."""
-    C, n = rows[0].shape[1], len(rows)
-    table = (
-        jnp.concatenate([*rows, jnp.zeros((row_count(n) - n, C), jnp.float32)], axis=0) if n % 8 else jnp.concatenate(rows, axis=0)
-    )
-    cols = table.T
-    return [cols[:, i : i + 1] for i in range(n)]
+    cols = stack_rows(rows, row_count(len(rows))).T
+    return [cols[:, i : i + 1] for i in range(len(rows))]
 
 
 def store_rows(ref, columns: Sequence[jax.Array], rows: Sequence[jax.Array] = (), scale: float = 1.0) -> None:
     """scale times columns [C, 1], the first of them plus rows [1, C], as the rows of a block [1, 1, 1, R, C]."""
     table = as_rows(columns)[: ref.shape[3]]
     if rows:
-        table += jnp.concatenate([*rows, jnp.zeros((ref.shape[3] - len(rows), table.shape[1]), jnp.float32)], axis=0)
+        table += stack_rows(rows, ref.shape[3])
     ref[0, 0, 0] = scale * table
 
 
 def dot(a: jax.Array, b: jax.Array, dims=NN) -> jax.Array:
-    """A product that accumulates in float32: bf16 operands in one pass, float32 ones exactly."""
-    precision = jax.lax.Precision.DEFAULT if a.dtype == b.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+    """A product that accumulates in float32: bf16 operands in one pass, others exactly, in float32."""
+    if a.dtype == b.dtype == jnp.bfloat16:
+        precision = jax.lax.Precision.DEFAULT
+    else:
+        precision, a, b = jax.lax.Precision.HIGHEST, a.astype(jnp.float32), b.astype(jnp.float32)
     return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def parts(x: jax.Array, low, precise: bool = True) -> tuple[jax.Array, ...]:
-    """x as a sum of parts in the operands' dtype `low`: itself, two bf16 numbers (16 bits), or, not `precise`, its rounding."""
-    if x.dtype == low:
-        return (x,)
+def parts(x: jax.Array, low, n: int = 2) -> tuple[jax.Array, ...]:
+    """x as a sum of up to n numbers of the operands' dtype `low`: itself, or n bf16 numbers (8 bits of mantissa each)."""
+    if low in (x.dtype, jnp.float32):
+        return (x.astype(low),)
     high = x.astype(low)
-    return (high, (x - high.astype(jnp.float32)).astype(low)) if precise else (high,)
+    return (high,) if n == 1 else (high, *parts(x - high.astype(jnp.float32), low, n - 1))
 
 
 def dot_parts(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...], dims=NN) -> jax.Array:
-    """The product of two sums of parts, less the product of the two second parts."""
-    return functools.reduce(jnp.add, [dot(x, y, dims) for i, x in enumerate(a) for j, y in enumerate(b) if i + j < 2])
+    """The product of two sums of parts, without the terms below the last part of the longer one."""
+    n = max(len(a), len(b))
+    return functools.reduce(jnp.add, [dot(x, y, dims) for i, x in enumerate(a) for j, y in enumerate(b) if i + j < n])
 
 
 def iota(shape: tuple[int, ...], axis: int) -> jax.Array:

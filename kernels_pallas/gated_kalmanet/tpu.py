@@ -7,8 +7,8 @@ The solve is the iteration of `chebyshev.py` written with the residual r = q - (
 In exact arithmetic it is the same polynomial. In bf16 it is much better: d is rounded to bf16 before it is used
 AND before it is added to x, so r stays the residual of x and what the rounding changed is corrected by the
 iterations that follow. What remains are the roundings of the matrix, H0 and (d K') M, whose effect shrinks
-with d: `careful` iterations carry those two in two bf16 parts each (5 passes of the matrix unit an
-iteration), the later ones in one (3 passes).
+with d: the first iterations carry those two in two bf16 parts each (5 passes of the matrix unit an iteration),
+the later ones in one (3 passes). The accurate schedule also keeps d in two parts (7 and 5 passes).
 
 Everything is scaled by s, row by row: s lambda is one constant, s reach and s M are made once a chunk.
 
@@ -32,7 +32,10 @@ from kernels_pallas.linear_attention.tpu import read_write_backward
 from kernels_pallas.mosaic import NT, TN, dot, dot_parts, each, head_slices, iota, parts, row_sum, store_heads
 
 HEADS = 4  # at most this many heads a grid step
-CAREFUL = {"fast": 6, "accurate": 30}  # iterations with two-part operands, by `precision`
+SCHEDULES = {  # by `precision`: parts of d, and (iterations, parts of the matrix) in turn; the rest take one part
+    "fast": (1, ((8, 2),)),
+    "accurate": (2, ((22, 2),)),
+}
 UNROLL = 2
 
 
@@ -60,53 +63,59 @@ def _scales(squared, ridge_strength):
     return each(lambda n: jnp.where(n > 0, jax.lax.rsqrt(jnp.where(n > 0, n, 1.0)), 0.0) / (ridge_strength + 0.5), squared)
 
 
-def solve(rhs, K, H0, decay, s, omegas, scratch, low, ridge_strength, num_iter, careful) -> list[jax.Array]:
+def solve(rhs, K, H0, decay, s, omegas, scratch, low, ridge_strength, num_iter, schedule) -> list[jax.Array]:
     """x = (H + lambda I)^-1 rhs for every head by `num_iter` iterations; rhs [C,K] float32.
 
     Args:
       H0: float32, symmetric.
       s: columns [C,1] from `_scales`.
       omegas: SMEM reference of `coefficients`.
+      schedule: of the precision, see `SCHEDULES`.
       scratch: (x, r, d) VMEM references [heads, C, K].
     """
     xs, rs, ds = scratch
     heads = range(len(K))
+    direction, schedule = schedule
     ridge = ridge_strength / (ridge_strength + 0.5)  # s lambda
     mask = each(lambda d, s: d.mask * s, decay, s)
     reach = each(lambda d, s: d.reach * s, decay, s)
-    H = each(lambda h: parts(h, low), H0)
+    H = each(lambda h: parts(h, low, max(n for _, n in (*schedule, (0, 1)))), H0)
+
+    def step(h, d):  # the step of head h, rounded to its parts, into d and x
+        rounded = sum(p.astype(jnp.float32) for p in parts(d, low, direction))
+        ds[h] = rounded.astype(ds.dtype)
+        return rounded
+
     for h in heads:
         rs[h] = start = s[h] * rhs[h]
-        ds[h] = step = start.astype(low)
-        xs[h] = step.astype(jnp.float32)
+        xs[h] = step(h, start)
 
-    def iterate(n, exact):
-        d = [ds[h] for h in heads]
-        scores = each(lambda d, k, m: dot(d, k, NT) * m, d, K, mask)
-        scores = each(lambda x: parts(x, low, exact), scores)
-        across = each(lambda d, h, g: g * dot_parts((d,), h if exact else h[:1]), d, H, reach)
+    def iterate(n, count):
+        wide = [ds[h].astype(jnp.float32) for h in heads]
+        d = [parts(ds[h], low, direction) for h in heads]
+        scores = each(lambda d, k, m: parts(dot_parts(d, (k,), NT) * m, low, count), d, K, mask)
+        across = each(lambda d, h, g: g * dot_parts(d, h[:count]), d, H, reach)
         inside = each(lambda x, k: dot_parts(x, (k,)), scores, K)
-        wide = each(lambda d: d.astype(jnp.float32), d)
         r = each(lambda h, a, i, d: rs[h] - (a + i + ridge * d), heads, across, inside, wide)
-        step = each(lambda d, r: (omegas[n, 0] * d + omegas[n, 1] * r).astype(low), wide, r)
         for h in heads:
-            rs[h], ds[h], xs[h] = r[h], step[h], xs[h] + step[h].astype(jnp.float32)
+            rs[h] = r[h]
+            xs[h] = xs[h] + step(h, omegas[n, 0] * wide[h] + omegas[n, 1] * r[h])
 
-    def sweep(first, last, exact):
+    first = 0
+    for iterations, count in (*schedule, (num_iter, 1)):
+        last = min(first + iterations, num_iter)
         whole = (last - first) // UNROLL
 
-        def body(m, carry):
+        def body(m, carry, first=first, count=count):
             for i in range(UNROLL):
-                iterate(first + m * UNROLL + i, exact)
+                iterate(first + m * UNROLL + i, count)
             return carry
 
         if whole:
             jax.lax.fori_loop(0, whole, body, 0)
         for n in range(first + whole * UNROLL, last):
-            iterate(n, exact)
-
-    sweep(0, min(careful, num_iter), True)
-    sweep(min(careful, num_iter), num_iter, False)
+            iterate(n, count)
+        first = last
     return [xs[h] for h in heads]
 
 
@@ -154,7 +163,8 @@ def _forward_kernel(
     packed,
     ridge_strength,
     num_iter,
-    careful,
+    schedule,
+    precise,
 ):
     *saved, kk, kv, xs, rs, ds = rest
     first, last = pl.program_id(2) == 0, pl.program_id(2) == pl.num_programs(2) - 1
@@ -164,14 +174,15 @@ def _forward_kernel(
         kk[...], kv[...] = initial_kk[0], initial_kv[0]
 
     low = k.dtype
+    wide = jnp.dtype(jnp.float32) if precise else low
     Q, K, V = (head_slices(x, heads) for x in (q, k, v))
     decay, alpha = _scalars(rows, heads, packed)
     H0, S0 = [kk[h] for h in range(heads)], [kv[h] for h in range(heads)]
     query = rhs = each(lambda x: x.astype(jnp.float32), Q)
     if num_iter:
-        squared = squared_norms(K, H0, decay, low)
+        squared = squared_norms(K, H0, decay, wide)
         s = _scales(squared, ridge_strength)
-        X = solve(rhs, K, H0, decay, s, omegas, (xs, rs, ds), low, ridge_strength, num_iter, careful)
+        X = solve(rhs, K, H0, decay, s, omegas, (xs, rs, ds), low, ridge_strength, num_iter, schedule)
         query = _blend(rhs, X, alpha)
     if saved:
         kk_before, kv_before, solution, norms = saved
@@ -179,8 +190,8 @@ def _forward_kernel(
             kk_before[0, 0, h], kv_before[0, 0, h] = H0[h], S0[h]
         store_heads(solution, X if num_iter else rhs)
         mosaic.store_rows(norms, squared if num_iter else [jnp.zeros_like(alpha[0])] * heads)
-    store_heads(o, _read(query, K, V, S0, decay, low), scale)
-    for h, (H1, S1) in enumerate(zip(_write(K, K, H0, decay, low), _write(K, V, S0, decay, low), strict=True)):
+    store_heads(o, _read(query, K, V, S0, decay, wide), scale)
+    for h, (H1, S1) in enumerate(zip(_write(K, K, H0, decay, wide), _write(K, V, S0, decay, wide), strict=True)):
         kk[h], kv[h] = H1, S1
 
     @pl.when(last)
@@ -210,7 +221,7 @@ def _norm_backward(dn, K, H0, decay, low):
     return dK, dH0, column, row
 
 
-def _backward_kernel(*refs, heads, scale, packed, ridge_strength, num_iter, careful, bp_lambda):
+def _backward_kernel(*refs, heads, scale, packed, ridge_strength, num_iter, schedule, bp_lambda):
     omegas, q, k, v, rows, kk_before, kv_before, solution, norms, do, dfinal_kk, dfinal_kv = refs[:12]
     dq, dk, dv, dscalars, dinitial_kk, dinitial_kv, dkk, dkv, xs, rs, ds = refs[12:]
     first, last = pl.program_id(2) == 0, pl.program_id(2) == pl.num_programs(2) - 1
@@ -225,7 +236,7 @@ def _backward_kernel(*refs, heads, scale, packed, ridge_strength, num_iter, care
     H0, S0 = [kk_before[0, 0, h] for h in range(heads)], [kv_before[0, 0, h] for h in range(heads)]
     dH, dS = [dkk[h] for h in range(heads)], [dkv[h] for h in range(heads)]
     query = _blend(Q, X, alpha) if num_iter else Q
-    dquery, dK, dV, dS0, column, row = read_write_backward(query, K, V, S0, dO, dS, decay, low, precise=True)
+    dquery, dK, dV, dS0, column, row = read_write_backward(query, K, V, S0, dO, dS, decay, low, n=2)
     store_heads(dv, dV, scale)
     for h in range(heads):
         dkv[h] = dS0[h]
@@ -236,13 +247,13 @@ def _backward_kernel(*refs, heads, scale, packed, ridge_strength, num_iter, care
         squared = mosaic.as_columns([norms[0, 0, 0, n : n + 1, :] for n in range(heads)])
         s = _scales(squared, ridge_strength)
         dX = each(jnp.multiply, alpha, dquery)
-        W = solve(dX, K, H0, decay, s, omegas, (xs, rs, ds), low, ridge_strength, num_iter, careful)
+        W = solve(dX, K, H0, decay, s, omegas, (xs, rs, ds), low, ridge_strength, num_iter, schedule)
         dQ = each(jnp.add, dQ, W)
         minus_w = each(jnp.negative, W)
     else:
         minus_w = each(jnp.zeros_like, X)
     store_heads(dq, dQ, scale)
-    _, dK_left, dK_right, _, column_h, row_h = read_write_backward(X, K, K, H0, minus_w, dH, decay, low, precise=True)
+    _, dK_left, dK_right, _, column_h, row_h = read_write_backward(X, K, K, H0, minus_w, dH, decay, low, n=2)
     dK = each(lambda a, b, c: a + b + c, dK, dK_left, dK_right)
     column, row = each(jnp.add, column, column_h), each(jnp.add, row, row_h)
     dH0 = each(lambda h, d: d.total * h, dH, decay)
@@ -273,7 +284,8 @@ class Options(NamedTuple):
     ridge_strength: float
     num_iter: int
     bp_lambda: bool
-    careful: int
+    schedule: tuple[int, tuple[tuple[int, int], ...]]
+    precise: bool
     out_dtype: jnp.dtype
 
 
@@ -281,8 +293,9 @@ def gated_kalmanet_tpu(
     q, k, v, alpha, log_decay, state, segments, scale, chunk_size, ridge_strength, num_iter, bp_lambda, precision
 ):
     low = mosaic.operand_dtype(q, k, v)
-    out_dtype = jnp.dtype(v.dtype if precision == "fast" else jnp.float32)
-    options = Options(scale, chunk_size, ridge_strength, num_iter, bp_lambda, CAREFUL[precision], out_dtype)
+    precise = precision == "accurate"
+    out_dtype = jnp.dtype(jnp.float32 if precise else v.dtype)
+    options = Options(scale, chunk_size, ridge_strength, num_iter, bp_lambda, SCHEDULES[precision], precise, out_dtype)
     return _gated_kalmanet(*(x.astype(low) for x in (q, k, v)), alpha, log_decay, state, segments, options)
 
 
@@ -300,19 +313,19 @@ def _settings(grid, segments, options):
         packed=segments is not None,
         ridge_strength=options.ridge_strength,
         num_iter=options.num_iter,
-        careful=options.careful,
+        schedule=options.schedule,
     )
     return (omegas, pl.BlockSpec(memory_space=pltpu.SMEM)), static
 
 
-def _scratch(grid, low) -> list:
+def _scratch(grid, low, schedule) -> list:
     """The two states of the sweep, and x, r and d of the solve."""
     return [
         pltpu.VMEM((grid.heads, grid.K, grid.K), jnp.float32),
         pltpu.VMEM((grid.heads, grid.K, grid.V), jnp.float32),
         pltpu.VMEM((grid.heads, grid.C, grid.K), jnp.float32),
         pltpu.VMEM((grid.heads, grid.C, grid.K), jnp.float32),
-        pltpu.VMEM((grid.heads, grid.C, grid.K), low),
+        pltpu.VMEM((grid.heads, grid.C, grid.K), low if schedule[0] == 1 else jnp.float32),
     ]
 
 
@@ -337,7 +350,7 @@ def _run_forward(q, k, v, alpha, log_decay, state, segments, options, save):
             (grid.rows_shape(R), grid.rows(R)),
         ]
     o, h_kk, h_kv, *saved = mosaic.run(
-        functools.partial(_forward_kernel, **static),
+        functools.partial(_forward_kernel, **static, precise=options.precise),
         grid,
         "gated_kalmanet_forward",
         [
@@ -350,7 +363,7 @@ def _run_forward(q, k, v, alpha, log_decay, state, segments, options, save):
             (mosaic.pad_state(state[1]), kv),
         ],
         outputs,
-        _scratch(grid, k.dtype),
+        _scratch(grid, k.dtype, options.schedule),
     )
     return (mosaic.head_tokens(o, T, H, V), (h_kk[:, :, :K, :K], h_kv[:, :, :K, :V])), saved
 
@@ -396,7 +409,7 @@ def _vjp_backward(options, residuals, cotangents):
             (grid.state_shape(grid.K, grid.K), kk),
             (grid.state_shape(grid.K, grid.V), kv),
         ],
-        _scratch(grid, k.dtype),
+        _scratch(grid, k.dtype, options.schedule),
     )
     return (
         mosaic.head_tokens(dq, T, H, K),

@@ -71,14 +71,14 @@ def write(K, V, H0, decay: list[Decay]) -> list[jax.Array]:
     return each(lambda h, u, d: d.total * h + u, H0, update, decay)
 
 
-def read_write_backward(Q, K, V, H0, dO, dH, decay: list[Decay], low, precise=False):
+def read_write_backward(Q, K, V, H0, dO, dH, decay: list[Decay], low, n=1):
     """The gradients of `read` and `write` for every head.
 
     Args:
       Q, K, V, H0: in `low`, or in float32, which is then used in two parts.
       dO: cotangents of `read`, likewise.
       dH: those of `write`'s states, float32.
-      precise: whether what is made here and multiplied again keeps two parts.
+      n: parts in which what is made here is multiplied again.
 
     Returns:
       dQ, dK, dV, dH0 in float32, and da as a column [C,1] and a row [1,C] to be added.
@@ -89,15 +89,15 @@ def read_write_backward(Q, K, V, H0, dO, dH, decay: list[Decay], low, precise=Fa
     dscores = each(lambda o, v: dot_parts(o, v, NT), O2, V2)
     strict = iota((C, C), 0) > iota((C, C), 1)
     E = each(lambda s, ds: jnp.where(strict, s * ds, 0.0), scores, dscores)
-    dscores = each(lambda ds, d: parts(ds * d.mask, low, precise), dscores, decay)
-    scores = each(lambda s: parts(s, low, precise), scores)
-    dH2 = each(lambda h: parts(h, low, precise), dH)
+    dscores = each(lambda ds, d: parts(ds * d.mask, low, n), dscores, decay)
+    scores = each(lambda s: parts(s, low, n), scores)
+    dH2 = each(lambda h: parts(h, low, n), dH)
     across = each(lambda o, h, d: d.reach * dot_parts(o, h, NT), O2, H2, decay)
     kept = each(lambda v, h, d: d.keep * dot_parts(v, h, NT), V2, dH2, decay)
     dV = each(lambda s, o, k, h, d: dot_parts(s, o, TN) + d.keep * dot_parts(k, h), scores, O2, K2, dH2, decay)
     dQ = each(lambda a, ds, k: a + dot_parts(ds, k), across, dscores, K2)
     dK = each(lambda a, ds, q: a + dot_parts(ds, q, TN), kept, dscores, Q2)
-    reached = each(lambda q, d: parts(d.reach * q, low, precise), Q, decay)
+    reached = each(lambda q, d: parts(d.reach * q, low, n), Q, decay)
     dH0 = each(lambda h, q, o, d: d.total * h + dot_parts(q, o, TN), dH, reached, O2, decay)
     kept = each(lambda a, k: row_sum(a * k), kept, K)
     column = each(lambda e, a, q, b: row_sum(e) + row_sum(a * q) - b, E, across, Q, kept)
