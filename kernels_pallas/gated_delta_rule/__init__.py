@@ -11,6 +11,7 @@ from kernels_pallas.arguments import accumulator, check_shapes, dims_of, pick_im
 from kernels_pallas.gated_delta_rule.chunked import gated_delta_rule_chunked
 from kernels_pallas.gated_delta_rule.reference import gated_delta_rule_reference, gated_delta_rule_update
 from kernels_pallas.gated_delta_rule.tpu import gated_delta_rule_tpu
+from kernels_pallas.gated_delta_rule.tpu_step import gated_delta_rule_step_tpu
 
 __all__ = ["gated_delta_rule", "gated_delta_rule_step"]
 
@@ -63,10 +64,16 @@ def gated_delta_rule(
     return run(q, k, v, log_decay, beta, state, segment_index(segment_ids), scale, chunk_size)
 
 
-def gated_delta_rule_step(q, k, v, log_decay, beta, *, state, scale=None):
+def gated_delta_rule_step(q, k, v, log_decay, beta, *, state, scale=None, implementation=None):
     """One token: q, k [B,H,K], v [B,H,V], log_decay, beta [B,H], state [B,H,K,V] -> (o [B,H,V], state)."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    dtype = accumulator(q, k, v, log_decay, beta)
-    arrays = [x.astype(dtype) for x in (q, k, v, log_decay, beta)]
-    o, state = gated_delta_rule_update(*arrays, state.astype(dtype), scale)
+    run = pick_implementation("gated_delta_rule_step", implementation, STEPS, q, k, v)
+    return run(q, k, v, log_decay, beta, state.astype(accumulator(q, k, v, log_decay, beta)), scale)
+
+
+def _step(q, k, v, log_decay, beta, state, scale):
+    o, state = gated_delta_rule_update(*(x.astype(state.dtype) for x in (q, k, v, log_decay, beta)), state, scale)
     return o.astype(v.dtype), state
+
+
+STEPS = {"reference": _step, "xla": _step, "pallas_tpu": gated_delta_rule_step_tpu}

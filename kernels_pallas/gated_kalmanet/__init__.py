@@ -15,6 +15,7 @@ from kernels_pallas.arguments import accumulator, check_shapes, dims_of, pick_im
 from kernels_pallas.gated_kalmanet.chunked import gated_kalmanet_chunked
 from kernels_pallas.gated_kalmanet.reference import gated_kalmanet_reference, gated_kalmanet_update
 from kernels_pallas.gated_kalmanet.tpu import gated_kalmanet_tpu
+from kernels_pallas.gated_kalmanet.tpu_step import gated_kalmanet_step_tpu
 
 __all__ = ["gated_kalmanet", "gated_kalmanet_step"]
 
@@ -92,11 +93,20 @@ def gated_kalmanet(
     return run(q, k, v, alpha, log_decay, (h_kk, h_kv), segments, *options)
 
 
-def gated_kalmanet_step(q, k, v, alpha, log_decay, ridge_strength=0.02, num_iter=30, *, state, bp_lambda=True, scale=None):
+def gated_kalmanet_step(
+    q, k, v, alpha, log_decay, ridge_strength=0.02, num_iter=30, *, state, bp_lambda=True, scale=None, implementation=None
+):
     """One token: q, k [B,H,K], v [B,H,V], alpha, log_decay [B,H], state (h_kk, h_kv) -> (o [B,H,V], state)."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    dtype = accumulator(q, k, v, alpha, log_decay)
-    arrays = [x.astype(dtype) for x in (q, k, v, alpha, log_decay)]
-    state = tuple(s.astype(dtype) for s in state)
-    o, state = gated_kalmanet_update(*arrays, state, scale, ridge_strength, num_iter, bp_lambda)
+    run = pick_implementation("gated_kalmanet_step", implementation, STEPS, q, k, v)
+    state = tuple(s.astype(accumulator(q, k, v, alpha, log_decay)) for s in state)
+    return run(q, k, v, alpha, log_decay, state, scale, ridge_strength, num_iter, bp_lambda)
+
+
+def _step(q, k, v, alpha, log_decay, state, *options):
+    arrays = [x.astype(state[0].dtype) for x in (q, k, v, alpha, log_decay)]
+    o, state = gated_kalmanet_update(*arrays, state, *options)
     return o.astype(v.dtype), state
+
+
+STEPS = {"reference": _step, "xla": _step, "pallas_tpu": gated_kalmanet_step_tpu}

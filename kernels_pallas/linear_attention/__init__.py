@@ -11,6 +11,7 @@ from kernels_pallas.arguments import accumulator, check_shapes, dims_of, pick_im
 from kernels_pallas.linear_attention.chunked import linear_attention_chunked
 from kernels_pallas.linear_attention.reference import linear_attention_reference, linear_attention_update
 from kernels_pallas.linear_attention.tpu import linear_attention_tpu
+from kernels_pallas.linear_attention.tpu_step import linear_attention_step_tpu
 
 __all__ = ["linear_attention", "linear_attention_step"]
 
@@ -57,9 +58,16 @@ def linear_attention(q, k, v, log_decay, *, scale=None, initial_state=None, segm
     return run(q, k, v, log_decay, state, segment_index(segment_ids), scale, chunk_size)
 
 
-def linear_attention_step(q, k, v, log_decay, *, state, scale=None):
+def linear_attention_step(q, k, v, log_decay, *, state, scale=None, implementation=None):
     """One token: q, k [B,H,K], v [B,H,V], log_decay [B,H], state [B,H,K,V] -> (o [B,H,V], state)."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    dtype = accumulator(q, k, v, log_decay)
-    o, state = linear_attention_update(*(x.astype(dtype) for x in (q, k, v, log_decay)), state.astype(dtype), scale)
+    run = pick_implementation("linear_attention_step", implementation, STEPS, q, k, v)
+    return run(q, k, v, log_decay, state.astype(accumulator(q, k, v, log_decay)), scale)
+
+
+def _step(q, k, v, log_decay, state, scale):
+    o, state = linear_attention_update(*(x.astype(state.dtype) for x in (q, k, v, log_decay)), state, scale)
     return o.astype(v.dtype), state
+
+
+STEPS = {"reference": _step, "xla": _step, "pallas_tpu": linear_attention_step_tpu}

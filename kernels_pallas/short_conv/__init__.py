@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from kernels_pallas.arguments import check_shapes, pick_implementation, segment_index
 from kernels_pallas.short_conv.chunked import short_conv_shifted
 from kernels_pallas.short_conv.reference import short_conv_reference, short_conv_update
+from kernels_pallas.short_conv.tpu import short_conv_tpu
 
 __all__ = ["short_conv", "short_conv_step"]
 
-IMPLEMENTATIONS = {"reference": short_conv_reference, "xla": short_conv_shifted}
 ACTIVATIONS = {"silu": jax.nn.silu, None: lambda x: x}
 
 
@@ -56,9 +56,10 @@ def short_conv(x, weight, bias=None, activation="silu", *, initial_state=None, s
     )
     state = jnp.zeros((B, W - 1, D), x.dtype) if initial_state is None else initial_state.astype(x.dtype)
     bias = jnp.zeros(D, weight.dtype) if bias is None else bias
+    _activation(activation)
     run = pick_implementation("short_conv", implementation, IMPLEMENTATIONS, x)
-    y, state = run(x, weight, bias, state, segment_index(segment_ids))
-    return _activation(activation)(y).astype(x.dtype), state
+    y, state = run(x, weight, bias, state, segment_index(segment_ids), activation)
+    return y.astype(x.dtype), state
 
 
 def short_conv_step(x, weight, bias=None, activation="silu", *, state):
@@ -66,3 +67,18 @@ def short_conv_step(x, weight, bias=None, activation="silu", *, state):
     bias = jnp.zeros(x.shape[-1], weight.dtype) if bias is None else bias
     y, state = short_conv_update(x, weight, bias, state.astype(x.dtype))
     return _activation(activation)(y).astype(x.dtype), state
+
+
+def _then_activation(convolve):
+    def run(x, weight, bias, state, segments, activation):
+        y, state = convolve(x, weight, bias, state, segments)
+        return _activation(activation)(y), state
+
+    return run
+
+
+IMPLEMENTATIONS = {
+    "reference": _then_activation(short_conv_reference),
+    "xla": _then_activation(short_conv_shifted),
+    "pallas_tpu": short_conv_tpu,
+}

@@ -10,12 +10,24 @@ def short_conv_shifted(x, weight, bias, state, segments):
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     inputs = jnp.concatenate([state, x], axis=1)
     taps = [inputs[:, j : j + T].astype(dtype) for j in range(W)]
-    tail = inputs[:, T:]
     if segments is not None:
-        owner = jnp.pad(segments, ((0, 0), (W - 1, 0)))  # the state belongs to the first segment, number 0
+        owner = _owner(segments, W)
         taps = [jnp.where((owner[:, j : j + T] == segments)[..., None], tap, 0) for j, tap in enumerate(taps)]
-        tail = jnp.where((owner[:, T:] == segments[:, -1:])[..., None], tail, 0)
     y = bias.astype(dtype)
     for j, tap in enumerate(taps):
         y = y + tap * weight[:, j].astype(dtype)
-    return y, tail
+    return y, last_inputs(x, state, segments)
+
+
+def last_inputs(x, state, segments):
+    """The state after x: its last W-1 inputs, zeros for those of earlier segments."""
+    T, W = x.shape[1], state.shape[1] + 1
+    tail = jnp.concatenate([state, x[:, -(W - 1) :]], axis=1)[:, -(W - 1) :] if W > 1 else state
+    if segments is None:
+        return tail
+    return jnp.where((_owner(segments, W)[:, T:] == segments[:, -1:])[..., None], tail, 0)
+
+
+def _owner(segments, W):
+    """The segments of [state, x]: the state belongs to the first one, number 0."""
+    return jnp.pad(segments, ((0, 0), (W - 1, 0)))

@@ -1,0 +1,56 @@
+"""One token on TPU: both states are read once and written once, and all iterations happen in between.
+
+Written from HBM, 30 iterations would read H thirty times. Here s H is split once into two bf16 parts, and an
+iteration is one row times each, in the residual form of `tpu.py` with the step d in two parts.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.gated_kalmanet.reference import gated_kalmanet_update
+from kernels_pallas.gated_kalmanet.tpu import coefficients
+from kernels_pallas.mosaic import dot, each, parts
+from kernels_pallas.mosaic_step import columns, head_rows, reduce_rows, run_step, with_gradient_of
+
+HEADS = 16  # a grid step: iterations of one head wait for one another, those of many fill the matrix units
+
+
+def _solve(q, H, ridge_strength, num_iter):
+    """(H + lambda I)^-1 q for rows q [1,K] and symmetric H [K,K], of every head."""
+    squared = each(lambda h: jnp.sum(reduce_rows(h * h), axis=1, keepdims=True), H)
+    s = each(lambda n: jnp.where(n > 0, jax.lax.rsqrt(jnp.where(n > 0, n, 1.0)), 0.0) / (ridge_strength + 0.5), squared)
+    ridge = ridge_strength / (ridge_strength + 0.5)
+    H = each(lambda h, s: parts(s * h, jnp.bfloat16), H, s)
+    r = each(jnp.multiply, s, q)
+    x = d = r
+    for momentum, omega in coefficients(ridge_strength, num_iter).tolist():
+        rows = each(lambda d: jnp.concatenate(parts(d, jnp.bfloat16), axis=0), d)  # both parts in one pass
+        moved = each(lambda x, h: reduce_rows(dot(x, h[0])) + dot(x[:1], h[1]), rows, H)
+        r = each(lambda r, m, d: r - (m + ridge * d), r, moved, d)
+        d = each(lambda d, r, a=momentum, b=omega: a * d + b * r, d, r)
+        x = each(jnp.add, x, d)
+    return x
+
+
+def gated_kalmanet_step_tpu(q, k, v, alpha, log_decay, state, scale, ridge_strength, num_iter, bp_lambda):
+    def update(vectors, scalars, H, S):
+        q, k, v = vectors
+        decay = head_rows(jnp.exp(scalars[1]))
+        keys = columns(k)
+        H = each(lambda h, d, k, row: d * h + k * row, H, decay, keys, head_rows(k))
+        S = each(lambda s, d, k, v: d * s + k * v, S, decay, keys, head_rows(v))
+        if num_iter:
+            x = jnp.concatenate(_solve(head_rows(q), H, ridge_strength, num_iter), axis=0)
+            q = q + scalars[0] * (x - q)
+        return each(lambda s, q: scale * reduce_rows(q * s), S, columns(q)), H, S
+
+    def kernel(q, k, v, alpha, log_decay, state):
+        o, *state = run_step(update, "gated_kalmanet_step", (q, k, v), (alpha, log_decay), state, HEADS)
+        return o, tuple(state)
+
+    def reference(*args):
+        return gated_kalmanet_update(*args, scale, ridge_strength, num_iter, bp_lambda)
+
+    return with_gradient_of(reference, kernel)(q, k, v, alpha, log_decay, state)

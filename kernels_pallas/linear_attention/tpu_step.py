@@ -1,0 +1,22 @@
+"""One token on TPU: the state is read once and written once."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from kernels_pallas.linear_attention.reference import linear_attention_update
+from kernels_pallas.mosaic import each
+from kernels_pallas.mosaic_step import columns, head_rows, reduce_rows, run_step, with_gradient_of
+
+
+def linear_attention_step_tpu(q, k, v, log_decay, state, scale):
+    def update(vectors, scalars, S):
+        q, k, v = vectors
+        decay = head_rows(jnp.exp(scalars[0]))
+        S = each(lambda s, d, k, v: d * s + k * v, S, decay, columns(k), head_rows(v))
+        return each(lambda s, q: scale * reduce_rows(q * s), S, columns(q)), S
+
+    def kernel(q, k, v, log_decay, state):
+        return run_step(update, "linear_attention_step", (q, k, v), (log_decay,), (state,))
+
+    return with_gradient_of(lambda *a: linear_attention_update(*a, scale), kernel)(q, k, v, log_decay, state)

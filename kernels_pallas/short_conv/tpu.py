@@ -1,0 +1,211 @@
+"""Pallas kernels for TPU: the shifted products and the activation in one pass over x, forward and backward.
+
+Forward, blocks of C tokens in order; the last 8 tokens of a block stay in VMEM for the next one. Backward, from
+the last block to the first, with p the sum before the activation, recomputed:
+
+    dp = dy act'(p)      dx_i = sum_j w_j dp_{i + W - 1 - j}      dw_j = sum_t dp_t x_{t - W + 1 + j}
+
+where the dp of the 8 tokens after a block stay in VMEM. In a packed row, `seen` says how many earlier tokens a
+token may look at.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas import mosaic
+from kernels_pallas.mosaic import Grid
+from kernels_pallas.short_conv.chunked import last_inputs
+
+CHUNK = 256  # tokens a grid step
+LANES = 512  # at most this many channels a grid step
+HALO = 8  # tokens kept from a neighbour: the sublanes of a register
+
+
+def _taps(x, before, seen, W):
+    """x_{t - W + 1 + j} for every j, float32 [C,D], zeros where a token may not look; before: the 8 tokens before."""
+    C = x.shape[0]
+    together = jnp.concatenate([before, x.astype(jnp.float32)], axis=0)
+    taps = [together[HALO - (W - 1 - j) : HALO - (W - 1 - j) + C] for j in range(W)]
+    return [t if seen is None or j == W - 1 else jnp.where(seen >= W - 1 - j, t, 0.0) for j, t in enumerate(taps)]
+
+
+def _preactivation(taps, weight, bias):
+    total = bias
+    for j, tap in enumerate(taps):
+        total = total + tap * weight[j : j + 1]
+    return total
+
+
+def _column(ref):
+    """Row 0 of a block [1,1,1,8,C] as a column [C,1], or None."""
+    return None if ref is None else ref[0, 0, 0].T[:, :1]
+
+
+def _forward_kernel(*refs, W, silu, packed):
+    x, weight, bias, initial, *seen, y, tail = refs
+    seen = _column(seen[0] if packed else None)
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        tail[...] = initial[0]
+
+    p = _preactivation(_taps(x[0], tail[...], seen, W), weight[...], bias[:1])
+    y[0] = (p * jax.nn.sigmoid(p) if silu else p).astype(y.dtype)
+    tail[...] = x[0, -HALO:].astype(jnp.float32)
+
+
+def _backward_kernel(*refs, W, silu, packed):
+    x, before, weight, bias, initial, dy, *seen, dx, dweight, dbias, dinitial, head, total, mask = refs
+    seen = _column(seen[0] if packed else None)
+    n = pl.program_id(2)  # 0: the last block
+    first_block = n == pl.num_programs(2) - 1
+
+    @pl.when(n == 0)
+    def _():
+        head[...] = jnp.zeros_like(head)
+        total[...] = jnp.zeros_like(total)
+        mask[...] = jnp.zeros_like(mask)
+
+    C = x.shape[1]
+    w = weight[...]
+    start = jnp.where(first_block, initial[0], before[0].astype(jnp.float32))
+    taps = _taps(x[0], start, seen, W)
+    dp = dy[0].astype(jnp.float32)
+    if silu:
+        p = _preactivation(taps, w, bias[:1])
+        s = jax.nn.sigmoid(p)
+        dp = dp * s * (1.0 + p * (1.0 - s))
+    rows = [jnp.sum(dp * tap, axis=0, keepdims=True) for tap in taps] + [jnp.sum(dp, axis=0, keepdims=True)]
+    total[...] += jnp.concatenate([*rows, jnp.zeros((HALO * 2 - len(rows), dp.shape[1]), jnp.float32)], axis=0)
+
+    outer = jnp.concatenate([jnp.zeros((HALO, dp.shape[1]), jnp.float32), dp, head[...]], axis=0)
+    if packed:  # how far the token at each row of `outer` may look
+        spread = jnp.broadcast_to(seen, (C, dp.shape[1]))
+        look = jnp.concatenate([jnp.zeros((HALO, dp.shape[1]), jnp.float32), spread, mask[...]], axis=0)
+        mask[...] = spread[:HALO]
+    gradient = 0.0
+    for j in range(W):
+        delta = W - 1 - j
+        shifted = outer[delta : delta + HALO + C]
+        if packed and delta:
+            shifted = jnp.where(look[delta : delta + HALO + C] >= delta, shifted, 0.0)
+        gradient = gradient + shifted * w[j : j + 1]
+    dx[0] = gradient[HALO:].astype(dx.dtype)
+    head[...] = dp[:HALO]
+
+    @pl.when(first_block)
+    def _():
+        dinitial[0] = gradient[:HALO]
+        dweight[0] = total[...]
+        dbias[0] = total[W : W + HALO]
+
+
+def _grid(x, reverse=False) -> tuple[Grid, int]:
+    """Channels play the heads: H blocks of `lanes` channels."""
+    B, T, D = x.shape
+    lanes = next(n for n in range(min(LANES, D), 0, -mosaic.LANES) if D % n == 0)
+    return Grid(B, T, D // lanes, lanes, lanes, CHUNK if T % CHUNK == 0 else T, 1, reverse), lanes
+
+
+def _seen_rows(segments, W, T, C):
+    """[B, 1, T'/C, 8, C]: tokens before each that belong to its segment, at most W-1; the first segment sees the state."""
+    B = segments.shape[0]
+    index = jnp.arange(segments.shape[1])
+    begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+    start = jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+    seen = jnp.minimum(jnp.where(segments == 0, W - 1, index - start), W - 1).astype(jnp.float32)
+    seen = jnp.pad(seen, ((0, 0), (0, T - seen.shape[1]))).reshape(B, 1, T // C, 1, C)
+    return jnp.pad(seen, ((0, 0), (0, 0), (0, 0), (0, 7), (0, 0)))
+
+
+def short_conv_tpu(x, weight, bias, state, segments, activation):
+    """As `short_conv_shifted`, with the activation done in the kernel."""
+    T, D, W = x.shape[1], x.shape[2], weight.shape[1]
+    if W > HALO:
+        raise ValueError(f"short_conv: the TPU kernel takes at most {HALO} taps, got {W}; use implementation='xla'")
+    C = CHUNK if T > CHUNK // 2 else CHUNK // 2
+    padded = mosaic.pad_axis(mosaic.pad_axis(x, 2, mosaic.LANES), 1, C)
+    initial = jnp.pad(state.astype(jnp.float32), ((0, 0), (HALO - (W - 1), 0), (0, padded.shape[2] - D)))
+    taps = mosaic.pad_axis(mosaic.pad_axis(weight.T.astype(jnp.float32), 1, mosaic.LANES), 0, HALO)
+    bias = mosaic.pad_axis(jnp.broadcast_to(bias.astype(jnp.float32), (HALO, D)), 1, mosaic.LANES)
+    seen = None if segments is None else _seen_rows(segments, W, padded.shape[1], C)
+    y = _conv(padded, taps, bias, initial, seen, W, activation == "silu")
+    return y[:, :T, :D], last_inputs(x, state, segments)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _conv(x, weight, bias, initial, seen, W, silu):
+    grid, lanes = _grid(x)
+    whole = pl.BlockSpec((HALO, lanes), lambda b, h, n: (0, h))
+    inputs = [
+        (x, grid.tokens(lanes)),
+        (weight, whole),
+        (bias, whole),
+        (initial, pl.BlockSpec((1, HALO, lanes), lambda b, h, n: (b, 0, h))),
+    ]
+    if seen is not None:
+        inputs.append((seen, pl.BlockSpec((1, 1, 1, 8, grid.C), lambda b, h, n: (b, 0, n, 0, 0))))
+    return mosaic.run(
+        functools.partial(_forward_kernel, W=W, silu=silu, packed=seen is not None),
+        grid,
+        "short_conv_forward",
+        inputs,
+        [(jax.ShapeDtypeStruct(x.shape, x.dtype), grid.tokens(lanes))],
+        [pltpu.VMEM((HALO, lanes), jnp.float32)],
+    )[0]
+
+
+def _vjp_forward(x, weight, bias, initial, seen, W, silu):
+    return _conv(x, weight, bias, initial, seen, W, silu), (x, weight, bias, initial, seen)
+
+
+def _vjp_backward(W, silu, residuals, dy):
+    x, weight, bias, initial, seen = residuals
+    grid, lanes = _grid(x, reverse=True)
+    N, C = grid.N, grid.C
+    whole = pl.BlockSpec((HALO, lanes), lambda b, h, n: (0, h))
+    edge = pl.BlockSpec((1, HALO, lanes), lambda b, h, n: (b, 0, h))
+    sums = pl.BlockSpec((1, 2 * HALO, lanes), lambda b, h, n: (b, 0, h))
+    before = pl.BlockSpec((1, HALO, lanes), lambda b, h, n: (b, jnp.maximum((N - 1 - n) * (C // HALO) - 1, 0), h))
+    inputs = [
+        (x, grid.tokens(lanes)),
+        (x, before),
+        (weight, whole),
+        (bias, whole),
+        (initial, edge),
+        (dy, grid.tokens(lanes)),
+    ]
+    if seen is not None:
+        inputs.append((seen, pl.BlockSpec((1, 1, 1, 8, C), lambda b, h, n: (b, 0, N - 1 - n, 0, 0))))
+    B, _, D = x.shape
+    edge_shape = jax.ShapeDtypeStruct((B, HALO, D), jnp.float32)
+    dx, dweight, dbias, dinitial = mosaic.run(
+        functools.partial(_backward_kernel, W=W, silu=silu, packed=seen is not None),
+        grid,
+        "short_conv_backward",
+        inputs,
+        [
+            (jax.ShapeDtypeStruct(x.shape, x.dtype), grid.tokens(lanes)),
+            (jax.ShapeDtypeStruct((B, 2 * HALO, D), jnp.float32), sums),
+            (edge_shape, edge),
+            (edge_shape, edge),
+        ],
+        [
+            pltpu.VMEM((HALO, lanes), jnp.float32),
+            pltpu.VMEM((2 * HALO, lanes), jnp.float32),
+            pltpu.VMEM((HALO, lanes), jnp.float32),
+        ],
+    )
+    taps = jnp.arange(HALO)[:, None] < W
+    dweight = jnp.where(taps, dweight[:, :HALO].sum(0), 0.0)
+    dbias = jnp.where(jnp.arange(HALO)[:, None] == 0, dbias.sum(0), 0.0)
+    return dx, dweight, dbias, dinitial, None if seen is None else jnp.zeros_like(seen)
+
+
+_conv.defvjp(_vjp_forward, _vjp_backward)
