@@ -15,7 +15,17 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.chunks import CHUNK, ChunkDecay, chunk_decay, chunk_outputs, chunk_states, from_chunks, matmul, to_chunks
+from kernels_pallas.chunks import (
+    CHUNK,
+    ChunkDecay,
+    chunk_decay,
+    chunk_outputs,
+    chunk_states,
+    from_chunks,
+    matmul,
+    scan_blocks,
+    to_chunks,
+)
 from kernels_pallas.gated_kalmanet.chebyshev import chebyshev, safe_sqrt
 
 
@@ -70,14 +80,19 @@ chunk_solve.defvjp(_solve_fwd, _solve_bwd)
 def gated_kalmanet_chunked(
     q, k, v, alpha, log_decay, state, segments, scale, chunk_size, ridge_strength, num_iter, bp_lambda, precision
 ):
-    T, (h_kk, h_kv), chunk_size = q.shape[1], state, chunk_size or CHUNK
-    dtype = h_kk.dtype
-    decay = chunk_decay(log_decay, segments, chunk_size, dtype)
-    qc, kc, vc = (to_chunks(x.astype(dtype), chunk_size) for x in (q, k, v))  # in bf16 x and H would lose what S'x needs
-    kk_before, kk_final = chunk_states(kc, kc, decay, h_kk)
-    kv_before, kv_final = chunk_states(kc, vc, decay, h_kv)
-    if num_iter:
-        x = chunk_solve(qc, kc, decay, kk_before, ridge_strength, num_iter, bp_lambda)
-        qc = qc + to_chunks(alpha.astype(dtype), chunk_size)[..., None] * (x - qc)
-    o = scale * chunk_outputs(qc, kc, vc, decay, kv_before)
-    return from_chunks(o, T).astype(v.dtype if precision == "fast" else dtype), (kk_final, kv_final)
+    chunk_size, out_dtype = chunk_size or CHUNK, v.dtype if precision == "fast" else state[0].dtype
+
+    def run(arrays, state, segments):
+        (q, k, v, alpha, log_decay), (h_kk, h_kv) = arrays, state
+        dtype = h_kk.dtype
+        decay = chunk_decay(log_decay, segments, chunk_size, dtype)
+        qc, kc, vc = (to_chunks(x.astype(dtype), chunk_size) for x in (q, k, v))  # in bf16 x and H would lose what S'x needs
+        kk_before, kk_final = chunk_states(kc, kc, decay, h_kk)
+        kv_before, kv_final = chunk_states(kc, vc, decay, h_kv)
+        if num_iter:
+            x = chunk_solve(qc, kc, decay, kk_before, ridge_strength, num_iter, bp_lambda)
+            qc = qc + to_chunks(alpha.astype(dtype), chunk_size)[..., None] * (x - qc)
+        o = scale * chunk_outputs(qc, kc, vc, decay, kv_before)
+        return from_chunks(o, q.shape[1]).astype(out_dtype), (kk_final, kv_final)
+
+    return scan_blocks(run, (q, k, v, alpha, log_decay), state, segments, chunk_size)
