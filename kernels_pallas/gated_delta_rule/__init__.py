@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.arguments import accumulator, check_shapes, dims_of, pick_implementation, segment_index
 from kernels_pallas.gated_delta_rule.chunked import gated_delta_rule_chunked
+from kernels_pallas.gated_delta_rule.gpu import gated_delta_rule_gpu
 from kernels_pallas.gated_delta_rule.reference import gated_delta_rule_reference, gated_delta_rule_update
 from kernels_pallas.gated_delta_rule.tpu import gated_delta_rule_tpu
 from kernels_pallas.gated_delta_rule.tpu_step import gated_delta_rule_step_tpu
@@ -19,6 +20,7 @@ IMPLEMENTATIONS = {
     "reference": gated_delta_rule_reference,
     "xla": gated_delta_rule_chunked,
     "pallas_tpu": gated_delta_rule_tpu,
+    "pallas_gpu": gated_delta_rule_gpu,
 }
 
 
@@ -38,7 +40,7 @@ def gated_delta_rule(
       initial_state: [B, H, K, V], or None for zeros.
       segment_ids: [B, T] int, or None.
       chunk_size: tokens a chunk, a power of two (default 64); the reference ignores it.
-      implementation: "reference", "xla", "pallas_tpu" or None (the best the backend has).
+      implementation: "reference", "xla", "pallas_tpu", "pallas_gpu" or None (the best the backend has).
 
     Returns:
       o [B, T, H, V] in v's dtype and the final state [B, H, K, V] in float32.

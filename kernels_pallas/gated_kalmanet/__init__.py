@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.arguments import accumulator, check_shapes, dims_of, pick_implementation, segment_index
 from kernels_pallas.gated_kalmanet.chunked import gated_kalmanet_chunked
+from kernels_pallas.gated_kalmanet.gpu import gated_kalmanet_gpu
 from kernels_pallas.gated_kalmanet.reference import gated_kalmanet_reference, gated_kalmanet_update
 from kernels_pallas.gated_kalmanet.tpu import gated_kalmanet_tpu
 from kernels_pallas.gated_kalmanet.tpu_step import gated_kalmanet_step_tpu
@@ -23,6 +24,7 @@ IMPLEMENTATIONS = {
     "reference": gated_kalmanet_reference,
     "xla": gated_kalmanet_chunked,
     "pallas_tpu": gated_kalmanet_tpu,
+    "pallas_gpu": gated_kalmanet_gpu,
 }
 PRECISIONS = ("fast", "accurate")
 
@@ -60,7 +62,7 @@ def gated_kalmanet(
       initial_state: (h_kk [B, H, K, K], h_kv [B, H, K, V]), or None for zeros.
       segment_ids: [B, T] int, or None.
       chunk_size: tokens a chunk (default 64); the reference ignores it.
-      implementation: "reference", "xla", "pallas_tpu" or None (the best the backend has).
+      implementation: "reference", "xla", "pallas_tpu", "pallas_gpu" or None (the best the backend has).
 
     Returns:
       o [B, T, H, V] in v's dtype (float32 if accurate) and (h_kk, h_kv) in float32.

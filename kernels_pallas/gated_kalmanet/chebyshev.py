@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+# of the bf16 kernels, by `precision`: parts of d, and (iterations, parts of the matrix) in turn; the rest take one part
+SCHEDULES = {
+    "fast": (1, ((8, 2),)),
+    "accurate": (2, ((22, 2),)),
+}
 
 
 def chebyshev(matvec, q, norm, ridge_strength, num_iter):
@@ -39,3 +46,12 @@ def safe_sqrt(x):
     """sqrt with gradient 0 at 0 (an empty state has no norm to differentiate)."""
     positive = x > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
+
+
+def coefficients(ridge_strength: float, num_iter: int) -> np.ndarray:
+    """[num_iter, 2] float32: omega - 1 and omega of every iteration (they do not depend on H)."""
+    r, omega, rows = (0.25 / (ridge_strength + 0.5)) ** 2, 2.0, []
+    for _ in range(num_iter):
+        omega = 1.0 / (1.0 - r * omega)
+        rows.append((omega - 1.0, omega))
+    return np.asarray(rows, np.float32).reshape(num_iter, 2)

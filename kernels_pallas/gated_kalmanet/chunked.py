@@ -47,22 +47,27 @@ def chunk_norms(k, decay: ChunkDecay, before):
     return safe_sqrt(decay.reach**2 * h0 + 2 * decay.reach * cross + inside)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def chunk_solve(q, k, decay, before, ridge_strength, num_iter, bp_lambda):
-    """x_t ~ (H_t + lambda_t I)^-1 q_t for every row; the gradient is the implicit one."""
+def solve_in_float32(rhs, k, decay, before, norms, ridge_strength, num_iter):
+    """x_t ~ (H_t + lambda_t I)^-1 rhs_t for every row."""
     matvec = functools.partial(chunk_matvec, k=k, decay=decay, before=before)
-    return chebyshev(matvec, q, chunk_norms(k, decay, before), ridge_strength, num_iter)
+    return chebyshev(matvec, rhs, norms, ridge_strength, num_iter)
 
 
-def _solve_fwd(q, k, decay, before, ridge_strength, num_iter, bp_lambda):
-    x = chunk_solve(q, k, decay, before, ridge_strength, num_iter, bp_lambda)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def chunk_solve(q, k, decay, before, ridge_strength, num_iter, bp_lambda, solver):
+    """x_t ~ (H_t + lambda_t I)^-1 q_t for every row, by `solver`; the gradient is the implicit one."""
+    return solver(q, k, decay, before, chunk_norms(k, decay, before), ridge_strength, num_iter)
+
+
+def _solve_fwd(q, k, decay, before, ridge_strength, num_iter, bp_lambda, solver):
+    x = chunk_solve(q, k, decay, before, ridge_strength, num_iter, bp_lambda, solver)
     return x, (x, k, decay, before)
 
 
-def _solve_bwd(ridge_strength, num_iter, bp_lambda, residuals, dx):
+def _solve_bwd(ridge_strength, num_iter, bp_lambda, solver, residuals, dx):
     """Differentiate the residual r = (H + lambda I) x - q at fixed x: w = (H + lambda I)^-1 dx, then pull -w back."""
     x, k, decay, before = residuals
-    w = chunk_solve(dx, k, decay, before, ridge_strength, num_iter, bp_lambda)
+    w = chunk_solve(dx, k, decay, before, ridge_strength, num_iter, bp_lambda, solver)
 
     def applied(k, decay, before):
         symmetric = 0.5 * (before + jnp.swapaxes(before, -1, -2))
@@ -78,7 +83,20 @@ chunk_solve.defvjp(_solve_fwd, _solve_bwd)
 
 
 def gated_kalmanet_chunked(
-    q, k, v, alpha, log_decay, state, segments, scale, chunk_size, ridge_strength, num_iter, bp_lambda, precision
+    q,
+    k,
+    v,
+    alpha,
+    log_decay,
+    state,
+    segments,
+    scale,
+    chunk_size,
+    ridge_strength,
+    num_iter,
+    bp_lambda,
+    precision,
+    solver=solve_in_float32,
 ):
     chunk_size, out_dtype = chunk_size or CHUNK, v.dtype if precision == "fast" else state[0].dtype
 
@@ -90,7 +108,7 @@ def gated_kalmanet_chunked(
         kk_before, kk_final = chunk_states(kc, kc, decay, h_kk)
         kv_before, kv_final = chunk_states(kc, vc, decay, h_kv)
         if num_iter:
-            x = chunk_solve(qc, kc, decay, kk_before, ridge_strength, num_iter, bp_lambda)
+            x = chunk_solve(qc, kc, decay, kk_before, ridge_strength, num_iter, bp_lambda, solver)
             qc = qc + to_chunks(alpha.astype(dtype), chunk_size)[..., None] * (x - qc)
         o = scale * chunk_outputs(qc, kc, vc, decay, kv_before)
         return from_chunks(o, q.shape[1]).astype(out_dtype), (kk_final, kv_final)

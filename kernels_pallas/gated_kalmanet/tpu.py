@@ -23,29 +23,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import mosaic
+from kernels_pallas.gated_kalmanet.chebyshev import SCHEDULES, coefficients
 from kernels_pallas.linear_attention.tpu import read_write_backward
 from kernels_pallas.mosaic import NT, TN, dot, dot_parts, each, head_slices, iota, parts, row_sum, store_heads
 
 HEADS = 4  # at most this many heads a grid step
-SCHEDULES = {  # by `precision`: parts of d, and (iterations, parts of the matrix) in turn; the rest take one part
-    "fast": (1, ((8, 2),)),
-    "accurate": (2, ((22, 2),)),
-}
 UNROLL = 2
-
-
-def coefficients(ridge_strength: float, num_iter: int) -> np.ndarray:
-    """[num_iter, 2] float32: omega - 1 and omega of every iteration (they do not depend on H)."""
-    r, omega, rows = (0.25 / (ridge_strength + 0.5)) ** 2, 2.0, []
-    for _ in range(num_iter):
-        omega = 1.0 / (1.0 - r * omega)
-        rows.append((omega - 1.0, omega))
-    return np.asarray(rows, np.float32).reshape(num_iter, 2)
 
 
 def squared_norms(K, H0, decay, low) -> list[jax.Array]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.gated_kalmanet.chebyshev import coefficients
 from kernels_pallas.gated_kalmanet.reference import gated_kalmanet_update
-from kernels_pallas.gated_kalmanet.tpu import coefficients
 from kernels_pallas.mosaic import dot, each, parts
 from kernels_pallas.mosaic_step import columns, head_rows, reduce_rows, run_step, with_gradient_of
 

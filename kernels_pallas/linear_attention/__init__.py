@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.arguments import accumulator, check_shapes, dims_of, pick_implementation, segment_index
 from kernels_pallas.linear_attention.chunked import linear_attention_chunked
+from kernels_pallas.linear_attention.gpu import linear_attention_gpu
 from kernels_pallas.linear_attention.reference import linear_attention_reference, linear_attention_update
 from kernels_pallas.linear_attention.tpu import linear_attention_tpu
 from kernels_pallas.linear_attention.tpu_step import linear_attention_step_tpu
@@ -19,6 +20,7 @@ IMPLEMENTATIONS = {
     "reference": linear_attention_reference,
     "xla": linear_attention_chunked,
     "pallas_tpu": linear_attention_tpu,
+    "pallas_gpu": linear_attention_gpu,
 }
 
 
@@ -33,7 +35,7 @@ def linear_attention(q, k, v, log_decay, *, scale=None, initial_state=None, segm
       initial_state: [B, H, K, V], or None for zeros.
       segment_ids: [B, T] int, or None.
       chunk_size: tokens a chunk (default 64); the reference ignores it.
-      implementation: "reference", "xla", "pallas_tpu" or None (the best the backend has).
+      implementation: "reference", "xla", "pallas_tpu", "pallas_gpu" or None (the best the backend has).
 
     Returns:
       o [B, T, H, V] in v's dtype and the final state [B, H, K, V] in float32.

@@ -1,0 +1,107 @@
+"""The solve of a chunk as a Pallas kernel for NVIDIA: x, r and d stay in registers for all iterations.
+
+The iteration is `tpu.py`'s, with bf16 operands and float32 sums; states, norms and the readout are the chunked form's.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from kernels_pallas import triton
+from kernels_pallas.gated_kalmanet.chebyshev import SCHEDULES
+from kernels_pallas.gated_kalmanet.chunked import gated_kalmanet_chunked
+from kernels_pallas.mosaic import pad_axis, parts
+from kernels_pallas.triton import dot
+
+
+def _products(a: tuple, b: tuple, trans_b: bool = False):
+    """The product of two sums of parts, without the terms below the last part of the longer one."""
+    n = max(len(a), len(b))
+    terms = [dot(x, y, trans_b=trans_b) for i, x in enumerate(a) for j, y in enumerate(b) if i + j < n]
+    return functools.reduce(jnp.add, terms)
+
+
+def _solve_kernel(rhs, k, high, rest, mask, reach, s, x, *, ridge_strength, num_iter, schedule):
+    K, M, low = k[...], mask[...] * s[...][:, None], k.dtype
+    far = (reach[...] * s[...])[:, None]
+    H = (high[...], rest[...]) if low == jnp.bfloat16 else (high[...],)
+    direction, schedule = schedule
+    ridge, r0 = ridge_strength / (ridge_strength + 0.5), (0.25 / (ridge_strength + 0.5)) ** 2
+
+    def rounded(d):
+        return sum(p.astype(jnp.float32) for p in parts(d, low, direction))
+
+    def iterate(count, _, carry):
+        x, r, d, omega = carry
+        d_parts = parts(d, low, direction)
+        scores = parts(_products(d_parts, (K,), trans_b=True) * M, low, count)
+        r = r - (far * _products(d_parts, H[:count]) + _products(scores, (K,)) + ridge * d)
+        omega = 1.0 / (1.0 - r0 * omega)
+        d = rounded((omega - 1.0) * d + omega * r)
+        return x + d, r, d, omega
+
+    r = s[...][:, None] * rhs[...]
+    d = rounded(r)
+    carry, first = (d, r, d, jnp.float32(2.0)), 0
+    for iterations, count in (*schedule, (num_iter, 1)):
+        last = min(first + iterations, num_iter)
+        carry = jax.lax.fori_loop(first, last, functools.partial(iterate, count), carry)
+        first = last
+    x[...] = carry[0]
+
+
+def _solver(precision: str, low):
+    """A solver for `chunked.chunk_solve`, with matrices in `low`."""
+
+    def solve(rhs, k, decay, before, norms, ridge_strength, num_iter):
+        *lead, C, K = rhs.shape
+        size = max(16, 1 << (K - 1).bit_length())
+        rows = max(16, 1 << (C - 1).bit_length())
+        if rows > 128 or size > triton.MAX_DIM:
+            raise ValueError(f"gated_kalmanet: the GPU kernel takes chunks up to 128 and heads up to 256, got {C} and {K}")
+
+        def flat(x, *sizes):
+            x = x.reshape(-1, *x.shape[len(lead) :])
+            for axis, n in enumerate(sizes, 1):
+                x = pad_axis(x, axis, n)
+            return x
+
+        alive = norms > 0
+        s = jnp.where(alive, 1.0 / (jnp.where(alive, norms, 1.0) * (ridge_strength + 0.5)), 0.0)
+        H = parts(flat(before, size, size), low)
+        arrays = [
+            flat(rhs, rows, size),
+            flat(k, rows, size).astype(low),
+            H[0],
+            H[-1],
+            flat(decay.mask, rows, rows),
+            flat(decay.reach, rows),
+            flat(s, rows),
+        ]
+
+        def whole(x):
+            return pl.BlockSpec((None, *x.shape[1:]), lambda n: (n,) + (0,) * (x.ndim - 1))
+
+        x = triton.run(
+            functools.partial(_solve_kernel, ridge_strength=ridge_strength, num_iter=num_iter, schedule=SCHEDULES[precision]),
+            "gated_kalmanet_solve",
+            (arrays[0].shape[0],),
+            [(a, whole(a)) for a in arrays],
+            [(jax.ShapeDtypeStruct(arrays[0].shape, jnp.float32), whole(arrays[0]))],
+            num_warps=8,
+        )[0]
+        return x[:, :C, :K].reshape(rhs.shape)
+
+    return solve
+
+
+SOLVERS = {(precision, low): _solver(precision, low) for precision in SCHEDULES for low in (jnp.bfloat16, jnp.float32)}
+
+
+def gated_kalmanet_gpu(q, k, v, *args):
+    low = jnp.bfloat16 if triton.operand_dtype(q, k, v) == jnp.bfloat16 else jnp.float32
+    return gated_kalmanet_chunked(q, k, v, *args, solver=SOLVERS[args[-1], low])

@@ -1,0 +1,197 @@
+"""Pallas kernels for NVIDIA: a sweep over the chunks for the states, and all outputs at once (formulas in `tpu.py`)."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from kernels_pallas import triton
+from kernels_pallas.triton import dot, load_decay
+
+
+def _write_kernel(k, v, coarse, fine, segment, carried, initial, before, final, *, N, C):
+    """H <- total H + (keep K)' V over the chunks, for a block of V's columns."""
+
+    def chunk(n, H):
+        at = pl.ds(n * C, C)
+        decay = load_decay(coarse, fine, segment, carried, at)
+        before[n] = H.astype(before.dtype)
+        return decay.total * H + dot((k[at] * decay.keep[:, None]).astype(k.dtype), v[at], trans_a=True)
+
+    final[...] = jax.lax.fori_loop(0, N, chunk, initial[...])
+
+
+def _read_kernel(q, k, v, coarse, fine, segment, carried, before, o, *, scale):
+    """O = scale [reach (Q H0) + ((Q K') M) V] of one chunk."""
+    decay = load_decay(coarse, fine, segment, carried, slice(None))
+    Q, K = q[...], k[...]
+    scores = (dot(Q, K, trans_b=True) * decay.mask).astype(K.dtype)
+    o[...] = (scale * (decay.reach[:, None] * dot(Q, before[...]) + dot(scores, v[...]))).astype(o.dtype)
+
+
+def _reverse_kernel(q, do, coarse, fine, segment, carried, dfinal, dH, dinitial, *, N, C):
+    """dH <- total dH + (reach Q)' dO from the last chunk to the first, for a block of V's columns."""
+
+    def chunk(i, D):
+        n = N - 1 - i
+        at = pl.ds(n * C, C)
+        decay = load_decay(coarse, fine, segment, carried, at)
+        dH[n] = D.astype(dH.dtype)
+        return decay.total * D + dot((q[at] * decay.reach[:, None]).astype(q.dtype), do[at], trans_a=True)
+
+    dinitial[...] = jax.lax.fori_loop(0, N, chunk, dfinal[...])
+
+
+def read_write_backward(Q, K, V, H0, dO, dH, decay, strict=False):
+    """Gradients of one chunk's read and write: dQ, dK, dV and da; `strict` leaves out a token's read of itself."""
+    C, low = Q.shape[0], K.dtype
+    index = jnp.arange(C)
+    off = index[:, None] > index[None, :]
+    mask = jnp.where(off, decay.mask, 0.0) if strict else decay.mask
+    raw, draw = dot(Q, K, trans_b=True), dot(dO, V, trans_b=True)
+    E = jnp.where(off, raw * draw * decay.mask, 0.0)
+    scores, dscores = (raw * mask).astype(low), (draw * mask).astype(low)
+    across = decay.reach[:, None] * dot(dO, H0, trans_b=True)
+    dQ = across + dot(dscores, K)
+    dK = dot(dscores, Q, trans_a=True)
+    dV = dot(scores, dO, trans_a=True)
+    return dQ, dK, dV, jnp.sum(E, axis=1) + jnp.sum(across * Q, axis=1) - jnp.sum(E, axis=0)
+
+
+def write_backward(K, V, H0, dH, decay):
+    """Gradients of one chunk's write: dK, dV and da."""
+    C = K.shape[0]
+    kept = decay.keep[:, None] * dot(V, dH, trans_b=True)
+    dV = decay.keep[:, None] * dot(K, dH)
+    taken = jnp.sum(kept * K, axis=1)
+    end = jnp.sum(taken) + decay.total * jnp.sum(H0.astype(jnp.float32) * dH.astype(jnp.float32))
+    return kept, dV, jnp.where(jnp.arange(C) == C - 1, end, 0.0) - taken
+
+
+def _backward_kernel(q, k, v, coarse, fine, segment, carried, before, do, dH, dq, dk, dv, da, *, scale):
+    decay = load_decay(coarse, fine, segment, carried, slice(None))
+    Q, K, V, H0, D = q[...], k[...], v[...], before[...], dH[...]
+    dQ, dK, dV, a = read_write_backward(Q, K, V, H0, do[...], D, decay)
+    dK2, dV2, a2 = write_backward(K, V, H0, D, decay)
+    dq[...] = (scale * dQ).astype(dq.dtype)
+    dk[...] = (scale * (dK + dK2)).astype(dk.dtype)
+    dv[...] = (scale * (dV + dV2)).astype(dv.dtype)
+    da[...] = scale * (a + a2)
+
+
+def states(k, v, scalars, state, s):
+    """The states before every chunk [B,N,H,K,V], in k's dtype, and after the last, for padded arrays."""
+    sequence = s.sequence_scalars()
+    return triton.run(
+        functools.partial(_write_kernel, N=s.N, C=s.C),
+        "linear_attention_states",
+        (s.B, s.H, s.V // s.columns),
+        [
+            (k, s.sequence(s.K)),
+            (v, s.sequence(s.V, columns=True)),
+            *((x, sequence) for x in scalars),
+            (state, s.state()),
+        ],
+        [
+            (jax.ShapeDtypeStruct((s.B, s.N, s.H, s.K, s.V), k.dtype), s.states()),
+            (jax.ShapeDtypeStruct((s.B, s.H, s.K, s.V), jnp.float32), s.state()),
+        ],
+    )
+
+
+def outputs(q, k, v, scalars, before, s, scale, dtype):
+    """O of every chunk, [B,T,H,V], for padded arrays."""
+    chunk = s.chunk_scalars()
+    return triton.run(
+        functools.partial(_read_kernel, scale=scale),
+        "linear_attention_outputs",
+        (s.B, s.H, s.N),
+        [
+            (q, s.chunk(s.K)),
+            (k, s.chunk(s.K)),
+            (v, s.chunk(s.V)),
+            *((x, chunk) for x in scalars),
+            (before, s.chunk_state()),
+        ],
+        [(s.tokens(s.V, dtype), s.chunk(s.V))],
+    )[0]
+
+
+def linear_attention_gpu(q, k, v, log_decay, state, segments, scale, chunk_size):
+    low = triton.operand_dtype(q, k, v)
+    o, final = _linear_attention(*(x.astype(low) for x in (q, k, v)), log_decay, state, segments, scale, chunk_size)
+    return o.astype(v.dtype), final
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _linear_attention(q, k, v, log_decay, state, segments, scale, chunk_size):
+    return _forward(q, k, v, log_decay, state, segments, scale, chunk_size)[0]
+
+
+def _forward(q, k, v, log_decay, state, segments, scale, chunk_size):
+    s = triton.sizes_of("linear_attention", q, v, chunk_size)
+    scalars = triton.scalars_of(log_decay, segments, s)
+    qp, kp, vp = (triton.pad_tokens(x, s.T, d) for x, d in ((q, s.K), (k, s.K), (v, s.V)))
+    before, final = states(kp, vp, scalars, triton.pad_state(state, s), s)
+    o = outputs(qp, kp, vp, scalars, before, s, scale, v.dtype)
+    T, K, V = q.shape[1], q.shape[3], v.shape[3]
+    return (o[:, :T, :, :V], final[:, :, :K, :V]), (q, k, v, log_decay, segments, before)
+
+
+def _backward(scale, chunk_size, residuals, cotangents):
+    q, k, v, log_decay, segments, before = residuals
+    do, dfinal = cotangents
+    s = triton.sizes_of("linear_attention", q, v, chunk_size)
+    scalars = triton.scalars_of(log_decay, segments, s)
+    qp, kp, vp, dop = (triton.pad_tokens(x, s.T, d) for x, d in ((q, s.K), (k, s.K), (v, s.V), (do, s.V)))
+    sequence, chunk = s.sequence_scalars(), s.chunk_scalars()
+    dH, dinitial = triton.run(
+        functools.partial(_reverse_kernel, N=s.N, C=s.C),
+        "linear_attention_reverse",
+        (s.B, s.H, s.V // s.columns),
+        [
+            (qp, s.sequence(s.K)),
+            (dop, s.sequence(s.V, columns=True)),
+            *((x, sequence) for x in scalars),
+            (triton.pad_state(dfinal, s) / scale, s.state()),
+        ],
+        [
+            (jax.ShapeDtypeStruct(before.shape, before.dtype), s.states()),
+            (jax.ShapeDtypeStruct((s.B, s.H, s.K, s.V), jnp.float32), s.state()),
+        ],
+    )
+    dq, dk, dv, da = triton.run(
+        functools.partial(_backward_kernel, scale=scale),
+        "linear_attention_backward",
+        (s.B, s.H, s.N),
+        [
+            (qp, s.chunk(s.K)),
+            (kp, s.chunk(s.K)),
+            (vp, s.chunk(s.V)),
+            *((x, chunk) for x in scalars),
+            (before, s.chunk_state()),
+            (dop, s.chunk(s.V)),
+            (dH, s.chunk_state()),
+        ],
+        [
+            (s.tokens(s.K, q.dtype), s.chunk(s.K)),
+            (s.tokens(s.K, k.dtype), s.chunk(s.K)),
+            (s.tokens(s.V, v.dtype), s.chunk(s.V)),
+            (s.scalars(), chunk),
+        ],
+    )
+    T, K, V = q.shape[1], q.shape[3], v.shape[3]
+    return (
+        dq[:, :T, :, :K],
+        dk[:, :T, :, :K],
+        dv[:, :T, :, :V],
+        triton.decay_gradient(da, s, T).astype(log_decay.dtype),
+        scale * dinitial[:, :, :K, :V],
+        None,
+    )
+
+
+_linear_attention.defvjp(_forward, _backward)
