@@ -125,7 +125,7 @@ def dot(a: jax.Array, b: jax.Array, trans_a: bool = False, trans_b: bool = False
     exact = a.dtype == jnp.float32 or b.dtype == jnp.float32
     if exact:
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    return pl.dot(a, b, trans_a=trans_a, trans_b=trans_b, precision="highest" if exact else None)
+    return plgpu.dot(a, b, trans_a=trans_a, trans_b=trans_b, precision="highest" if exact else None)
 
 
 class Decay(NamedTuple):

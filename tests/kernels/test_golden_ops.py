@@ -8,7 +8,6 @@ import pytest
 import kernels_pallas
 from tests.conftest import GOLDEN, relative_error
 
-IMPLEMENTATIONS = ["reference", "xla"]
 OPS = {
     "gla": (kernels_pallas.linear_attention, ["q", "k", "v", "log_decay"], 1e-5, 1e-4),
     "gdn": (kernels_pallas.gated_delta_rule, ["q", "k", "v", "log_decay", "beta"], 1e-5, 1e-4),
@@ -28,7 +27,9 @@ def options(z):
     return extra
 
 
-@pytest.mark.parametrize("implementation, chunk_size", [("reference", None), ("xla", 16), ("xla", 64)])
+@pytest.mark.parametrize(
+    "implementation, chunk_size", [("reference", None), ("xla", 16), ("xla", 64), ("pallas_tpu", None), ("pallas_gpu", 32)]
+)
 @pytest.mark.parametrize(
     "name",
     [
@@ -66,7 +67,7 @@ def test_output_state_and_gradients_equal_the_reference_kernels(name, chunk_size
         assert relative_error(grad, z["d" + n]) < grad_tolerance, n
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_tpu"])
 def test_packed_segments_equal_the_reference_kernels(implementation):
     """Each golden segment has its own initial state: run alone it must match; packed, so must the first."""
     z = load("gdn_packed")

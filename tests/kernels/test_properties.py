@@ -267,7 +267,5 @@ def test_wrong_shapes_and_names_are_refused_with_what_was_wanted():
         kp.gated_delta_rule(**{**inputs, "beta": inputs["beta"][:, :4]})
     with pytest.raises(ValueError, match="unknown implementation 'cuda'"):
         kp.gated_delta_rule(**inputs, implementation="cuda")
-    with pytest.raises(NotImplementedError, match="pallas_tpu"):
-        kp.gated_delta_rule(**inputs, implementation="pallas_tpu")
     with pytest.raises(ValueError, match="power of two"):
         kp.gated_delta_rule(**inputs, chunk_size=24)

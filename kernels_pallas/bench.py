@@ -1,0 +1,151 @@
+"""Times the operations against peers in the same run: `python -m kernels_pallas.bench --peer torch|fla [--heads 8 …]`.
+
+A line is a case, our median and the peer's, and peer / ours: above 1 we are faster. Ours and the peer's calls alternate.
+
+- `--peer torch`: transformers' own chunked rule in PyTorch (`torch_chunk_gated_delta_rule`), for CPUs.
+- `--peer fla`: flash-linear-attention's Triton kernels (gated delta rule, simple GLA), and cuDNN attention of the same
+  sizes, for NVIDIA GPUs. Has not been run by us: no GPU was at hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas.lab.cases import CASES, Shape, program, random_arrays
+
+
+def our_call(name: str, shape: Shape, implementation: str | None, arrays) -> Callable[[], None]:
+    function = jax.jit(program(CASES[name], shape, implementation)[0])
+    return lambda: jax.block_until_ready(function(*arrays))
+
+
+def torch_call(function: Callable, arrays, backward: bool, device: str) -> Callable[[], None]:
+    """A call of `function(*tensors) -> o` on the same numbers, with the gradient of every tensor if `backward`."""
+    import torch
+
+    kinds = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    *inputs, cotangent = arrays if backward else (*arrays, None)
+
+    def tensor(x):
+        return torch.tensor(np.asarray(x.astype(jnp.float32)), dtype=kinds[x.dtype.name], device=device)
+
+    tensors = [tensor(x).requires_grad_(backward) for x in inputs]
+    cotangent = None if cotangent is None else tensor(cotangent)
+
+    def call():
+        if backward:
+            o = function(*tensors)
+            torch.autograd.grad(o, tensors, cotangent.to(o.dtype))
+        else:
+            with torch.no_grad():
+                function(*tensors)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return call
+
+
+def transformers_peers() -> dict[str, Callable]:
+    from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+
+    return {"gated_delta_rule": lambda q, k, v, g, beta: torch_chunk_gated_delta_rule(q, k, v, g, beta)[0]}
+
+
+def fla_peers() -> dict[str, Callable]:
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    return {
+        "gated_delta_rule": lambda q, k, v, g, beta: chunk_gated_delta_rule(q, k, v, g=g, beta=beta)[0],
+        "linear_attention": lambda q, k, v, g: chunk_simple_gla(q, k, v, g=g)[0],
+    }
+
+
+def attention_call(shape: Shape, arrays, backward: bool) -> Callable[[], None]:
+    """cuDNN's causal attention on the same q, k, v."""
+
+    def forward(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+
+    def both(q, k, v, cotangent):
+        o, pull = jax.vjp(forward, q, k, v)
+        return o, pull(cotangent)
+
+    function = jax.jit(both if backward else forward)
+    inputs = (*arrays[:3], arrays[-1]) if backward else arrays[:3]
+    return lambda: jax.block_until_ready(function(*inputs))
+
+
+def medians(calls: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+    """Seconds of each call: the median of `repeats`, the calls taking turns, after two to warm up."""
+    for call in calls.values():
+        call(), call()
+    times = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m kernels_pallas.bench", description=__doc__.split(": ")[0])
+    parser.add_argument("--peer", choices=("torch", "fla"), default="torch")
+    parser.add_argument("--implementation", help="ours; default: xla beside torch, pallas_gpu beside fla")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--batch", type=int, nargs="+")
+    parser.add_argument("--seq-len", type=int, nargs="+")
+    parser.add_argument("--heads", type=int)
+    parser.add_argument("--dim", type=int, nargs="+")
+    options = parser.parse_args(argv)
+    gpu = options.peer == "fla"
+    if gpu and jax.default_backend() != "gpu":
+        print("--peer fla needs an NVIDIA GPU (its kernels are Triton's); on a CPU use --peer torch", file=sys.stderr)
+        return 2
+    try:
+        peers = fla_peers() if gpu else transformers_peers()
+    except ImportError as error:
+        print(f"the peer is not installed: {error}", file=sys.stderr)
+        return 2
+    if gpu:
+        shapes = [
+            Shape(32768 // t, t, options.heads or 32, d, d)
+            for d in options.dim or (128,)
+            for t in options.seq_len or (2048, 8192, 32768)
+        ]
+    else:
+        lengths = options.seq_len or (512, 2048)
+        sizes = [(options.heads or 1024 // d, d) for d in options.dim or (32, 64, 128)]
+        shapes = [Shape(1, t, h, d, d, "float32") for h, d in sizes for t in lengths]
+    if options.batch:
+        shapes = [s._replace(batch=b) for s in shapes for b in options.batch]
+    print(f"{'case':28} {'B':>3} {'T':>6} {'H':>3} {'D':>4}   ours ms   peer ms   peer / ours")
+    for shape in shapes:
+        for op, peer in peers.items():
+            for name in (op, f"{op}.backward"):
+                case = CASES[name]
+                arrays = random_arrays(case, shape)
+                calls = {
+                    "ours": our_call(name, shape, options.implementation or ("pallas_gpu" if gpu else "xla"), arrays),
+                    "peer": torch_call(peer, arrays, case.backward, "cuda" if gpu else "cpu"),
+                }
+                if gpu:
+                    calls["cudnn"] = attention_call(shape, arrays, case.backward)
+                t = medians(calls, options.repeats)
+                sizes = f"{shape.batch:>3} {shape.seq_len:>6} {shape.heads:>3} {shape.key_dim:>4}"
+                line = f"{name:28} {sizes}  {1e3 * t['ours']:8.2f}  {1e3 * t['peer']:8.2f}  {t['peer'] / t['ours']:8.2f}"
+                print(line + (f"   cuDNN attention {1e3 * t['cudnn']:.2f} ms" if gpu else ""), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
