@@ -108,29 +108,23 @@ def run(kernel: Callable, grid: Grid, name: str, inputs: Sequence, outputs: Sequ
     )(*arrays)
 
 
-def heads_a_step(H: int, limit: int, D: int, dtype) -> int:
-    """The largest divisor of H up to `limit` heads of 128 dims in bf16, fewer where heads are larger."""
-    limit = max(1, limit * LANES * 2 // (D * jnp.dtype(dtype).itemsize))
-    return max(n for n in range(1, min(H, limit) + 1) if H % n == 0)
+def heads_a_step(H: int, limit: int, K: int, V: int, dtype) -> int:
+    """The largest divisor of H up to `limit` heads of 128 dims in bf16 (fewer where heads are larger) that fills whole lanes."""
+    limit = max(2, limit * LANES * 2 // (max(K, V, LANES) * jnp.dtype(dtype).itemsize))
+    fits = [n for n in range(1, min(H, limit) + 1) if H % n == 0 and n * K % LANES == n * V % LANES == 0]
+    return max(fits)
 
 
-def chunk_of(chunk_size: int | None) -> int:
-    """The chunk of the TPU kernels: 128 rows fill the lanes of a chunk's square matrices.
-
-    Raises:
-      ValueError: another chunk was asked for.
-    """
-    if chunk_size not in (None, LANES):
-        raise ValueError(f"the TPU kernels work in chunks of {LANES} tokens, got chunk_size={chunk_size}; leave it None")
-    return LANES
+def lanes_of(D: int, H: int) -> int:
+    """What a head of D dims is padded to: whole registers, or half ones if two heads share one."""
+    return D if D == LANES // 2 and H % 2 == 0 else -(-D // LANES) * LANES
 
 
-def grid_of(q: jax.Array, v: jax.Array, chunk_size: int | None, heads: int, reverse: bool = False) -> Grid:
-    """The grid of q [B,T,H,K] and v [B,T,H,V], with at most `heads` heads a step."""
+def grid_of(q: jax.Array, v: jax.Array, heads: int, reverse: bool = False) -> Grid:
+    """The grid of q [B,T,H,K] and v [B,T,H,V], with at most `heads` heads a step; 128 tokens fill a square matrix's lanes."""
     B, T, H, K = q.shape
-    C = chunk_of(chunk_size)
-    K, V = -(-K // LANES) * LANES, -(-v.shape[-1] // LANES) * LANES
-    return Grid(B, -(-T // C) * C, H, K, V, C, heads_a_step(H, heads, max(K, V), q.dtype), reverse)
+    K, V = lanes_of(K, H), lanes_of(v.shape[-1], H)
+    return Grid(B, -(-T // LANES) * LANES, H, K, V, LANES, heads_a_step(H, heads, K, V, q.dtype), reverse)
 
 
 def operand_dtype(*arrays: jax.Array) -> jnp.dtype:
@@ -155,7 +149,7 @@ def pad_axis(x: jax.Array, axis: int, multiple: int) -> jax.Array:
 
 def flat_tokens(x: jax.Array, C: int) -> jax.Array:
     """[B,T,H,D] -> [B,T',H*D'], D padded to whole lanes and T to whole chunks."""
-    x = pad_axis(pad_axis(x, 3, LANES), 1, C)
+    x = pad_axis(pad_axis(x, 3, lanes_of(x.shape[3], x.shape[2])), 1, C)
     return x.reshape(*x.shape[:2], -1)
 
 
@@ -166,7 +160,8 @@ def head_tokens(x: jax.Array, T: int, H: int, D: int) -> jax.Array:
 
 def pad_state(state: jax.Array) -> jax.Array:
     """[B,H,K,V] with K and V padded to whole lanes, float32."""
-    return pad_axis(pad_axis(state.astype(jnp.float32), 2, LANES), 3, LANES)
+    _, H, K, V = state.shape
+    return pad_axis(pad_axis(state.astype(jnp.float32), 2, lanes_of(K, H)), 3, lanes_of(V, H))
 
 
 def chunk_rows(log_decay: jax.Array, segments: jax.Array | None, C: int, heads: int, *scalars: jax.Array) -> jax.Array:

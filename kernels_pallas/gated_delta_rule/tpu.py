@@ -179,20 +179,21 @@ def _backward_kernel(
 
 
 def gated_delta_rule_tpu(q, k, v, log_decay, beta, state, segments, scale, chunk_size):
+    del chunk_size
     low = mosaic.operand_dtype(q, k, v)
     arrays = (x.astype(low) for x in (q, k, v))
-    o, final = _gated_delta_rule(*arrays, log_decay, beta, state, segments, scale, chunk_size)
+    o, final = _gated_delta_rule(*arrays, log_decay, beta, state, segments, scale)
     return o.astype(v.dtype), final
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def _gated_delta_rule(q, k, v, log_decay, beta, state, segments, scale, chunk_size):
-    return _run_forward(q, k, v, log_decay, beta, state, segments, scale, chunk_size, save=False)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _gated_delta_rule(q, k, v, log_decay, beta, state, segments, scale):
+    return _run_forward(q, k, v, log_decay, beta, state, segments, scale, save=False)[0]
 
 
-def _run_forward(q, k, v, log_decay, beta, state, segments, scale, chunk_size, save):
+def _run_forward(q, k, v, log_decay, beta, state, segments, scale, save):
     (_, T, H, _), (K, V) = q.shape, state.shape[2:]
-    grid = mosaic.grid_of(q, v, chunk_size, HEADS)
+    grid = mosaic.grid_of(q, v, HEADS)
     rows = mosaic.chunk_rows(log_decay, segments, grid.C, grid.heads, beta)
     keys, values, carried = grid.tokens(grid.K), grid.tokens(grid.V), grid.state(grid.K, grid.V)
     outputs = [(grid.tokens_shape(grid.V, v.dtype), values), (grid.state_shape(grid.K, grid.V), carried)]
@@ -219,16 +220,16 @@ def _run_forward(q, k, v, log_decay, beta, state, segments, scale, chunk_size, s
     return (mosaic.head_tokens(o, T, H, V), final[:, :, :K, :V]), saved
 
 
-def _vjp_forward(q, k, v, log_decay, beta, state, segments, scale, chunk_size):
-    out, saved = _run_forward(q, k, v, log_decay, beta, state, segments, scale, chunk_size, save=True)
+def _vjp_forward(q, k, v, log_decay, beta, state, segments, scale):
+    out, saved = _run_forward(q, k, v, log_decay, beta, state, segments, scale, save=True)
     return out, (q, k, v, log_decay, beta, segments, saved)
 
 
-def _vjp_backward(scale, chunk_size, residuals, cotangents):
+def _vjp_backward(scale, residuals, cotangents):
     q, k, v, log_decay, beta, segments, (before, inverse, update) = residuals
     do, dfinal = cotangents
     (_, T, H, K), V = q.shape, v.shape[-1]
-    grid = mosaic.grid_of(q, v, chunk_size, HEADS, reverse=True)
+    grid = mosaic.grid_of(q, v, HEADS, reverse=True)
     rows = mosaic.chunk_rows(log_decay, segments, grid.C, grid.heads, beta)
     R = mosaic.row_count(2 * grid.heads)
     keys, values, carried = grid.tokens(grid.K), grid.tokens(grid.V), grid.state(grid.K, grid.V)

@@ -267,7 +267,6 @@ class Options(NamedTuple):
     """What is fixed when a kernel is built."""
 
     scale: float
-    chunk_size: int | None
     ridge_strength: float
     num_iter: int
     bp_lambda: bool
@@ -282,7 +281,7 @@ def gated_kalmanet_tpu(
     low = mosaic.operand_dtype(q, k, v)
     precise = precision == "accurate"
     out_dtype = jnp.dtype(jnp.float32 if precise else v.dtype)
-    options = Options(scale, chunk_size, ridge_strength, num_iter, bp_lambda, SCHEDULES[precision], precise, out_dtype)
+    options = Options(scale, ridge_strength, num_iter, bp_lambda, SCHEDULES[precision], precise, out_dtype)
     return _gated_kalmanet(*(x.astype(low) for x in (q, k, v)), alpha, log_decay, state, segments, options)
 
 
@@ -318,7 +317,7 @@ def _scratch(grid, low, schedule) -> list:
 
 def _run_forward(q, k, v, alpha, log_decay, state, segments, options, save):
     (_, T, H, K), V = q.shape, v.shape[-1]
-    grid = mosaic.grid_of(q, v, options.chunk_size, HEADS)
+    grid = mosaic.grid_of(q, v, HEADS)
     rows = mosaic.chunk_rows(log_decay, segments, grid.C, grid.heads, alpha)
     omegas, static = _settings(grid, segments, options)
     keys, values = grid.tokens(grid.K), grid.tokens(grid.V)
@@ -364,7 +363,7 @@ def _vjp_backward(options, residuals, cotangents):
     q, k, v, alpha, log_decay, segments, (kk_before, kv_before, solution, norms) = residuals
     do, (dfinal_kk, dfinal_kv) = cotangents
     (_, T, H, K), V = q.shape, v.shape[-1]
-    grid = mosaic.grid_of(q, v, options.chunk_size, HEADS, reverse=True)
+    grid = mosaic.grid_of(q, v, HEADS, reverse=True)
     rows = mosaic.chunk_rows(log_decay, segments, grid.C, grid.heads, alpha)
     omegas, static = _settings(grid, segments, options)
     R = mosaic.row_count(2 * grid.heads)

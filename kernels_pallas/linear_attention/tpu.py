@@ -132,19 +132,20 @@ def _backward_kernel(q, k, v, rows, before, do, dfinal, dq, dk, dv, da, dinitial
 
 
 def linear_attention_tpu(q, k, v, log_decay, state, segments, scale, chunk_size):
+    del chunk_size
     low = mosaic.operand_dtype(q, k, v)
-    o, final = _linear_attention(*(x.astype(low) for x in (q, k, v)), log_decay, state, segments, scale, chunk_size)
+    o, final = _linear_attention(*(x.astype(low) for x in (q, k, v)), log_decay, state, segments, scale)
     return o.astype(v.dtype), final
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _linear_attention(q, k, v, log_decay, state, segments, scale, chunk_size):
-    return _run_forward(q, k, v, log_decay, state, segments, scale, chunk_size, save=False)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _linear_attention(q, k, v, log_decay, state, segments, scale):
+    return _run_forward(q, k, v, log_decay, state, segments, scale, save=False)[0]
 
 
-def _run_forward(q, k, v, log_decay, state, segments, scale, chunk_size, save):
+def _run_forward(q, k, v, log_decay, state, segments, scale, save):
     (_, T, H, _), (K, V) = q.shape, state.shape[2:]
-    grid = mosaic.grid_of(q, v, chunk_size, HEADS)
+    grid = mosaic.grid_of(q, v, HEADS)
     rows = mosaic.chunk_rows(log_decay, segments, grid.C, grid.heads)
     outputs = [
         (grid.tokens_shape(grid.V, v.dtype), grid.tokens(grid.V)),
@@ -169,16 +170,16 @@ def _run_forward(q, k, v, log_decay, state, segments, scale, chunk_size, save):
     return (mosaic.head_tokens(o, T, H, V), final[:, :, :K, :V]), saved
 
 
-def _vjp_forward(q, k, v, log_decay, state, segments, scale, chunk_size):
-    out, (before,) = _run_forward(q, k, v, log_decay, state, segments, scale, chunk_size, save=True)
+def _vjp_forward(q, k, v, log_decay, state, segments, scale):
+    out, (before,) = _run_forward(q, k, v, log_decay, state, segments, scale, save=True)
     return out, (q, k, v, log_decay, segments, before)
 
 
-def _vjp_backward(scale, chunk_size, saved, cotangents):
+def _vjp_backward(scale, saved, cotangents):
     q, k, v, log_decay, segments, before = saved
     do, dfinal = cotangents
     (_, T, H, K), V = q.shape, v.shape[-1]
-    grid = mosaic.grid_of(q, v, chunk_size, HEADS, reverse=True)
+    grid = mosaic.grid_of(q, v, HEADS, reverse=True)
     rows = mosaic.chunk_rows(log_decay, segments, grid.C, grid.heads)
     R = mosaic.row_count(grid.heads)
     keys, values, state = grid.tokens(grid.K), grid.tokens(grid.V), grid.state(grid.K, grid.V)

@@ -217,11 +217,9 @@ def test_none_means_the_best_the_backend_has(monkeypatch):
 def test_what_a_kernel_can_not_do_is_refused():
     inputs, _, _ = make("gated_delta_rule", 5, 0.3)
     inputs = {n: jnp.asarray(x, jnp.float32) for n, x in inputs.items()}
-    with pytest.raises(ValueError, match="chunks of 128 tokens, got chunk_size=64"):
-        kp.gated_delta_rule(**inputs, implementation="pallas_tpu", chunk_size=64)
     with pytest.raises(ValueError, match="chunk_size 16, 32, 64 or 128, got 24"):
         kp.gated_delta_rule(**inputs, implementation="pallas_gpu", chunk_size=24)
-    with pytest.raises(ValueError, match="unknown precision|precision must be one of fast, accurate, got 'best'"):
+    with pytest.raises(ValueError, match="precision must be one of fast, accurate, got 'best'"):
         kp.gated_kalmanet(*(inputs[n] for n in ("q", "k", "v", "beta", "log_decay")), precision="best")
     with pytest.raises(ValueError, match="at most 8 taps, got 9"):
         kp.short_conv(jnp.ones((1, 4, 8)), jnp.ones((8, 9)), implementation="pallas_tpu")
