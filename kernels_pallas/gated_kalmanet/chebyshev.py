@@ -6,11 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# of the bf16 kernels, by `precision`: parts of d, and (iterations, parts of the matrix) in turn; the rest take one part
-SCHEDULES = {
-    "fast": (1, ((8, 2),)),
-    "accurate": (2, ((22, 2),)),
-}
+ENOUGH = 24  # iterations that damp the roundings of the fast schedule below 1e-3
+
+
+def schedule_for(precision: str, num_iter: int) -> tuple[int, tuple[tuple[int, int], ...]]:
+    """Of the bf16 kernels: parts of d, and (iterations, parts of the matrix) in turn; the rest take one part.
+
+    A rounding is damped by the iterations after it: where these are few, they are made accurate.
+    """
+    if precision == "accurate" or num_iter < ENOUGH:
+        return 2, ((22, 2),)
+    return 1, ((8, 2),)
 
 
 def chebyshev(matvec, q, norm, ridge_strength, num_iter):

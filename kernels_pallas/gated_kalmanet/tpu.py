@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import mosaic
-from kernels_pallas.gated_kalmanet.chebyshev import SCHEDULES, coefficients
+from kernels_pallas.gated_kalmanet.chebyshev import coefficients, schedule_for
 from kernels_pallas.linear_attention.tpu import read_write_backward
 from kernels_pallas.mosaic import NT, TN, dot, dot_parts, each, head_slices, iota, parts, row_sum, store_heads
 
@@ -57,7 +57,7 @@ def solve(rhs, K, H0, decay, s, omegas, scratch, low, ridge_strength, num_iter, 
       H0: float32, symmetric.
       s: columns [C,1] from `_scales`.
       omegas: SMEM reference of `coefficients`.
-      schedule: of the precision, see `SCHEDULES`.
+      schedule: of the precision, see `chebyshev.schedule_for`.
       scratch: (x, r, d) VMEM references [heads, C, K].
     """
     xs, rs, ds = scratch
@@ -281,7 +281,7 @@ def gated_kalmanet_tpu(
     low = mosaic.operand_dtype(q, k, v)
     precise = precision == "accurate"
     out_dtype = jnp.dtype(jnp.float32 if precise else v.dtype)
-    options = Options(scale, ridge_strength, num_iter, bp_lambda, SCHEDULES[precision], precise, out_dtype)
+    options = Options(scale, ridge_strength, num_iter, bp_lambda, schedule_for(precision, num_iter), precise, out_dtype)
     return _gated_kalmanet(*(x.astype(low) for x in (q, k, v)), alpha, log_decay, state, segments, options)
 
 
