@@ -18,16 +18,23 @@ def backend() -> str:
     return "tpu" if device.device_kind.startswith("TPU") else "cpu" if device.device_kind == "cpu" else "gpu"
 
 
+def partitioned_by_compiler() -> bool:
+    """Whether the mesh in context leaves some partitioning to the compiler, which can not cut a Pallas kernel."""
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = jax.sharding.AxisType.Manual
+    return any(n > 1 and kind != manual for n, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True))
+
+
 def pick_implementation(op: str, name: str | None, table: Mapping[str, Callable], *arrays: jax.Array) -> Callable:
-    """The implementation called `name`; None means the best one for the backend and the inputs' dtypes.
+    """The implementation called `name`; None means the best one for the backend, the mesh and the inputs' dtypes.
 
     Raises:
       ValueError: no implementation has that name, or it can not compute in float64.
     """
     double = any(x.dtype == jnp.float64 for x in arrays)
     if name is None:
-        name = BEST.get(backend(), "xla")
-        name = name if name in table and not double else "xla"
+        name = "xla" if double or partitioned_by_compiler() else BEST.get(backend(), "xla")
+        name = name if name in table else "xla"
     if name not in table:
         raise ValueError(f"{op}: unknown implementation {name!r}; have {', '.join(table)}")
     if double and name.startswith("pallas"):

@@ -1,6 +1,6 @@
 """Times the operations against peers in the same run: `python -m kernels_pallas.bench --peer torch|fla [--heads 8 …]`.
 
-A line is a case, our median and the peer's, and peer / ours: above 1 we are faster. Ours and the peer's calls alternate.
+A line is a case, our median and the peer's, and peer / ours: above 1 we are faster. Ours and the peer take turns.
 
 - `--peer torch`: transformers' own chunked rule in PyTorch (`torch_chunk_gated_delta_rule`), for CPUs.
 - `--peer fla`: flash-linear-attention's Triton kernels (gated delta rule, simple GLA), and cuDNN attention of the same
@@ -84,16 +84,21 @@ def attention_call(shape: Shape, arrays, backward: bool) -> Callable[[], None]:
     return lambda: jax.block_until_ready(function(*inputs))
 
 
-def medians(calls: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Seconds of each call: the median of `repeats`, the calls taking turns, after two to warm up."""
-    for call in calls.values():
-        call(), call()
+def medians(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Seconds of each call: the median of 3 calls in each of `rounds`, in which the contenders take turns.
+
+    A turn begins with a pause and a call that is not timed: torch's worker threads spin for a while after a call,
+    and would take the cores from whoever comes next.
+    """
     times = {name: [] for name in calls}
-    for _ in range(repeats):
+    for _ in range(rounds):
         for name, call in calls.items():
-            start = time.perf_counter()
+            time.sleep(0.3)
             call()
-            times[name].append(time.perf_counter() - start)
+            for _ in range(3):
+                start = time.perf_counter()
+                call()
+                times[name].append(time.perf_counter() - start)
     return {name: statistics.median(t) for name, t in times.items()}
 
 
@@ -101,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels_pallas.bench", description=__doc__.split(": ")[0])
     parser.add_argument("--peer", choices=("torch", "fla"), default="torch")
     parser.add_argument("--implementation", help="ours; default: xla beside torch, pallas_gpu beside fla")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, nargs="+")
     parser.add_argument("--seq-len", type=int, nargs="+")
     parser.add_argument("--heads", type=int)
@@ -140,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
                 }
                 if gpu:
                     calls["cudnn"] = attention_call(shape, arrays, case.backward)
-                t = medians(calls, options.repeats)
+                t = medians(calls, options.rounds)
                 sizes = f"{shape.batch:>3} {shape.seq_len:>6} {shape.heads:>3} {shape.key_dim:>4}"
                 line = f"{name:28} {sizes}  {1e3 * t['ours']:8.2f}  {1e3 * t['peer']:8.2f}  {t['peer'] / t['ours']:8.2f}"
                 print(line + (f"   cuDNN attention {1e3 * t['cudnn']:.2f} ms" if gpu else ""), flush=True)

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.chunks import (
-    CHUNK,
     chunk_decay,
+    default_chunk,
     from_chunks,
     matmul,
     scan_blocks,
@@ -45,7 +45,7 @@ def unit_lower_inverse(L: jax.Array) -> jax.Array:
 
 
 def gated_delta_rule_chunked(q, k, v, log_decay, beta, state, segments, scale, chunk_size):
-    chunk_size = chunk_size or CHUNK
+    chunk_size = chunk_size or default_chunk(k.shape[-1], v.shape[-1])
     if chunk_size & (chunk_size - 1):
         raise ValueError(f"gated_delta_rule: chunk_size must be a power of two, got {chunk_size}")
 

@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.chunks import (
-    CHUNK,
     ChunkDecay,
     chunk_decay,
     chunk_outputs,
     chunk_states,
+    default_chunk,
     from_chunks,
     matmul,
     scan_blocks,
@@ -98,7 +98,10 @@ def gated_kalmanet_chunked(
     precision,
     solver=solve_in_float32,
 ):
-    chunk_size, out_dtype = chunk_size or CHUNK, v.dtype if precision == "fast" else state[0].dtype
+    chunk_size, out_dtype = (
+        chunk_size or default_chunk(k.shape[-1], v.shape[-1]),
+        v.dtype if precision == "fast" else state[0].dtype,
+    )
 
     def run(arrays, state, segments):
         (q, k, v, alpha, log_decay), (h_kk, h_kv) = arrays, state

@@ -1,7 +1,8 @@
-"""Compiles cases for chips that are not there, in a process of its own: libtpu reads its options once, when it loads."""
+"""Compiles cases for chips that are not there, in processes of their own: libtpu reads its options once, when it loads."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ MARK = "LAB-RESULT "
 
 
 def compile_cases(chip: str, cases: Sequence[str], shape: dict | None = None, xla: bool = True) -> Iterator[dict]:
-    """One result a case (see `worker.compile_case`), as they come.
+    """One result a case, as they come: `worker.compile_kernels` and, beside it, `worker.compile_xla`.
 
     Args:
       chip: a name in CHIPS.
@@ -24,30 +25,39 @@ def compile_cases(chip: str, cases: Sequence[str], shape: dict | None = None, xl
       xla: whether to compile the XLA form too, for comparison.
 
     Raises:
-      RuntimeError: the compiling process died; with what it said last.
+      RuntimeError: a compiling process died; with what it said last.
       ValueError: an unknown chip.
     """
     if chip not in CHIPS:
         raise ValueError(f"unknown chip {chip!r}; have {', '.join(CHIPS)}")
-    with tempfile.TemporaryDirectory() as dump:
-        env = dict(
-            os.environ,
-            JAX_PLATFORMS="cpu",
-            TPU_SKIP_MDS_QUERY="1",
-            ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-            LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
-        )
-        request = json.dumps(dict(chip=chip, cases=list(cases), shape=shape or {}, dump=dump, xla=xla))
-        command = [sys.executable, "-m", "kernels_pallas.lab.worker", request]
-        with (
-            tempfile.TemporaryFile("w+") as errors,
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env) as process,
-        ):
-            done = 0
-            for line in process.stdout:
-                if line.startswith(MARK):
-                    done += 1
-                    yield json.loads(line[len(MARK) :])
-            if process.wait() or done < len(cases):
-                errors.seek(0)
-                raise RuntimeError(f"compiling for {chip} ended after {done} of {len(cases)} cases:\n{errors.read()[-3000:]}")
+    with contextlib.ExitStack() as stack:
+        dump = stack.enter_context(tempfile.TemporaryDirectory())
+        request = dict(chip=chip, cases=list(cases), shape=shape or {})
+        forms = [_worker(stack, request | dict(dump=dump), f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true")]
+        if xla:
+            forms.append(_worker(stack, request | dict(dump=None), ""))
+        for results in zip(*forms, strict=True):
+            yield {k: v for result in reversed(results) for k, v in result.items()}
+
+
+def _worker(stack: contextlib.ExitStack, request: dict, options: str) -> Iterator[dict]:
+    """Starts a process that compiles; its results as they come."""
+    env = dict(os.environ, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", LIBTPU_INIT_ARGS=options)
+    errors = stack.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115
+    command = [sys.executable, "-m", "kernels_pallas.lab.worker", json.dumps(request)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env)
+    stack.callback(process.wait)
+    stack.callback(process.kill)
+
+    def results():
+        done = 0
+        for line in process.stdout:
+            if line.startswith(MARK):
+                done += 1
+                yield json.loads(line[len(MARK) :])
+        if process.wait() or done < len(request["cases"]):
+            errors.seek(0)
+            text = errors.read()[-3000:]
+            raise RuntimeError(f"compiling for {request['chip']} ended after {done} of {len(request['cases'])} cases:\n{text}")
+
+    return results()

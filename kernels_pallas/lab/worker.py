@@ -12,43 +12,39 @@ import numpy as np
 from jax.experimental import topologies
 
 from kernels_pallas.lab.cases import CASES, Shape, program
-from kernels_pallas.lab.chips import CHIPS
+from kernels_pallas.lab.chips import CHIPS, Chip
 from kernels_pallas.lab.compile import MARK
 from kernels_pallas.lab.estimates import estimated_cycles
 from kernels_pallas.lab.schedule import read_schedules
 
 
-def compile_case(name: str, chip_name: str, mesh, shape, dump: Path, xla: bool) -> dict:
-    """What the compiler makes of one case.
-
-    Returns:
-      case, chip, shape; `error` if it does not compile, else temporaries (bytes of HBM), hbm_bytes_token_head and
-      hbm_cycles_token_head (what the kernels must move, at the chip's bandwidth and clock), around_token_head
-      (estimated cycles of the XLA operations around the kernels), xla_token_head and xla_temporaries (the XLA form),
-      bundles_token_head (of the whole device), and `kernels`, a dict a kernel.
-    """
-    chip, case = CHIPS[chip_name], CASES[name]
+def compile_form(name: str, mesh, shape: Shape, implementation: str):
+    """The compiled program of one implementation of a case."""
+    function, arrays = program(CASES[name], shape, implementation)
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    token_heads = shape.batch * shape.heads * (1 if case.decode else shape.seq_len)
-    result = dict(case=name, chip=chip_name, shape=shape._asdict())
-
-    def compiled(implementation):
-        function, arrays = program(case, shape, implementation)
+    with jax.set_mesh(mesh):
         return jax.jit(function).lower(*(jax.ShapeDtypeStruct(*a, sharding=sharding) for a in arrays)).compile()
 
+
+def token_heads(name: str, shape: Shape) -> int:
+    return shape.batch * shape.heads * (1 if CASES[name].decode else shape.seq_len)
+
+
+def compile_kernels(name: str, chip: Chip, mesh, shape: Shape, dump: Path) -> dict:
+    """What the compiler makes of a case's kernels.
+
+    Returns:
+      temporaries (bytes of HBM), hbm_bytes_token_head and hbm_cycles_token_head (what the kernels must move, at the
+      chip's bandwidth and clock), around_token_head (estimated cycles of the XLA operations around the kernels),
+      bundles_token_head (of the whole device), and `kernels`, a dict a kernel.
+    """
     for old in dump.glob("*"):
         old.unlink()
-    try:
-        with jax.set_mesh(mesh):
-            ours = compiled("pallas_tpu")
-            schedules = read_schedules(dump, name.split(".")[0].removesuffix("_accurate"))
-            theirs = compiled("xla") if xla else None
-    except Exception as error:  # the compiler's own words are the result
-        return result | dict(error=f"{type(error).__name__}: {error}"[:2000])
-    hlo = ours.as_text()
+    compiled = compile_form(name, mesh, shape, "pallas_tpu")
+    hlo, n = compiled.as_text(), token_heads(name, shape)
     calls = _pallas_calls(hlo)
     kernels = []
-    for schedule in schedules:
+    for schedule in read_schedules(dump, name.split(".")[0].removesuffix("_accurate")):
         steps, moved = calls[schedule.kernel]
         share = chip.cores if steps > 1 else 1
         kernels.append(
@@ -56,7 +52,7 @@ def compile_case(name: str, chip_name: str, mesh, shape, dump: Path, xla: bool) 
                 kernel=schedule.kernel,
                 grid_steps=steps,
                 bundles_grid_step=schedule.bundles,
-                bundles_token_head=schedule.bundles * steps / share / token_heads,
+                bundles_token_head=schedule.bundles * steps / share / n,
                 matrix_share=schedule.matrix_share,
                 spill_stores=schedule.spill_stores,
                 spill_loads=schedule.spill_loads,
@@ -65,20 +61,23 @@ def compile_case(name: str, chip_name: str, mesh, shape, dump: Path, xla: bool) 
             )
         )
     moved = sum(moved for _, moved in calls.values())
-    result |= dict(
+    return dict(
         kernels=kernels,
         bundles_token_head=sum(k["bundles_token_head"] for k in kernels),
-        hbm_bytes_token_head=moved / token_heads,
-        hbm_cycles_token_head=moved / chip.bandwidth * chip.clock / token_heads,
-        around_token_head=estimated_cycles(hlo) / token_heads,
-        temporaries=ours.memory_analysis().temp_size_in_bytes,
+        hbm_bytes_token_head=moved / n,
+        hbm_cycles_token_head=moved / chip.bandwidth * chip.clock / n,
+        around_token_head=estimated_cycles(hlo) / n,
+        temporaries=compiled.memory_analysis().temp_size_in_bytes,
     )
-    if theirs is not None:
-        result |= dict(
-            xla_token_head=estimated_cycles(theirs.as_text()) / token_heads,
-            xla_temporaries=theirs.memory_analysis().temp_size_in_bytes,
-        )
-    return result
+
+
+def compile_xla(name: str, mesh, shape: Shape) -> dict:
+    """The compiler's estimate of the XLA form, and its temporaries."""
+    compiled = compile_form(name, mesh, shape, "xla")
+    return dict(
+        xla_token_head=estimated_cycles(compiled.as_text()) / token_heads(name, shape),
+        xla_temporaries=compiled.memory_analysis().temp_size_in_bytes,
+    )
 
 
 def _pallas_calls(hlo: str) -> dict[str, tuple[int, int]]:
@@ -92,13 +91,21 @@ def _pallas_calls(hlo: str) -> dict[str, tuple[int, int]]:
 
 
 def main(request: str) -> None:
+    """Prints a marked line of JSON a case; a case that does not compile has `error`, the compiler's own words."""
     options = json.loads(request)
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[options["chip"]].topology)
+    chip = CHIPS[options["chip"]]
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology)
     mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("device",))
     shape = Shape(**options["shape"])
     for name in options["cases"]:
-        result = compile_case(name, options["chip"], mesh, shape, Path(options["dump"]), options["xla"])
-        print(MARK + json.dumps(result), flush=True)
+        try:
+            if options["dump"]:
+                result = compile_kernels(name, chip, mesh, shape, Path(options["dump"]))
+            else:
+                result = compile_xla(name, mesh, shape)
+        except Exception as error:
+            result = dict(error=f"{type(error).__name__}: {error}"[:2000])
+        print(MARK + json.dumps(dict(case=name, chip=options["chip"], shape=shape._asdict()) | result), flush=True)
 
 
 if __name__ == "__main__":
