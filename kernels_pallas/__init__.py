@@ -4,8 +4,8 @@ Layout everywhere: q, k [B,T,H,K]; v, o [B,T,H,V]; per-head scalars [B,T,H]; sta
 Decays are logs (<= 0). `segment_ids` [B,T] packs several sequences in a row: a state is reset where the
 id changes, and `initial_state` belongs to the first segment of a row.
 
-Every operation takes `implementation=None | "reference" | "xla"`: the reference is the recurrence
-token by token, `xla` its chunked form; None picks the fastest that the backend has.
+Every operation takes `implementation=None | "reference" | "xla" | "pallas_tpu" | "pallas_gpu"`: the reference is
+the recurrence token by token, `xla` its chunked form; None is `pallas_tpu` on TPU, `xla` elsewhere (README.md).
 """
 
 from kernels_pallas.gated_delta_rule import gated_delta_rule, gated_delta_rule_step

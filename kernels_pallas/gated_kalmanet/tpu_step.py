@@ -1,7 +1,7 @@
 """One token on TPU: both states are read once and written once, and all iterations happen in between.
 
-Written from HBM, 30 iterations would read H thirty times. Here s H is split once into two bf16 parts, and an
-iteration is one row times each, in the residual form of `tpu.py` with the step d in two parts.
+From HBM, 30 iterations would read H thirty times. Here s H is split once into two bf16 parts side by side, and an
+iteration is one product of the step's two parts with both, in the residual form of `tpu.py`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ def _solve(q, H, ridge_strength, num_iter):
     squared = each(lambda h: jnp.sum(reduce_rows(h * h), axis=1, keepdims=True), H)
     s = each(lambda n: jnp.where(n > 0, jax.lax.rsqrt(jnp.where(n > 0, n, 1.0)), 0.0) / (ridge_strength + 0.5), squared)
     ridge = ridge_strength / (ridge_strength + 0.5)
-    H = each(lambda h, s: parts(s * h, jnp.bfloat16), H, s)
+    H = each(lambda h, s: jnp.concatenate(parts(s * h, jnp.bfloat16), axis=1), H, s)  # [K, 2K]: wide matrix units take both
     r = each(jnp.multiply, s, q)
     x = d = r
+    K = q[0].shape[1]
     for momentum, omega in coefficients(ridge_strength, num_iter).tolist():
-        rows = each(lambda d: jnp.concatenate(parts(d, jnp.bfloat16), axis=0), d)  # both parts in one pass
-        moved = each(lambda x, h: reduce_rows(dot(x, h[0])) + dot(x[:1], h[1]), rows, H)
+        rows = each(lambda d: jnp.concatenate(parts(d, jnp.bfloat16), axis=0), d)
+        products = each(dot, rows, H)
+        moved = each(lambda p: reduce_rows(p[:, :K]) + p[:1, K:], products)
         r = each(lambda r, m, d: r - (m + ridge * d), r, moved, d)
         d = each(lambda d, r, a=momentum, b=omega: a * d + b * r, d, r)
         x = each(jnp.add, x, d)
