@@ -18,8 +18,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas import operands
 from kernels_pallas.arguments import backend
 from kernels_pallas.chunks import chunk_segments, cumulative
+from kernels_pallas.operands import pad_axis
 
 LANES = 128
 NN = (((1,), (0,)), ((), ()))  # a b
@@ -79,13 +81,12 @@ class Grid(NamedTuple):
         return jax.ShapeDtypeStruct((self.B, self.N, self.H, K, V), dtype)
 
 
-def run(kernel: Callable, grid: Grid, name: str, inputs: Sequence, outputs: Sequence, scratch: Sequence, flops: int = 0):
+def run(kernel: Callable, grid: Grid, name: str, inputs: Sequence, outputs: Sequence, scratch: Sequence):
     """The Pallas call of a kernel; interpreted where the program is not for a TPU.
 
     Args:
       inputs: (array, BlockSpec) pairs.
       outputs: (ShapeDtypeStruct, BlockSpec) pairs.
-      flops: of all grid steps, for XLA's cost analysis.
     """
     arrays, in_specs = zip(*inputs, strict=True)
     shapes, out_specs = zip(*outputs, strict=True)
@@ -101,7 +102,7 @@ def run(kernel: Callable, grid: Grid, name: str, inputs: Sequence, outputs: Sequ
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
-        cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=bytes_accessed, transcendentals=0),
+        cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=bytes_accessed, transcendentals=0),
         interpret=backend() != "tpu",
         metadata={"grid_steps": str(math.prod(steps))},
         name=name,
@@ -127,24 +128,9 @@ def grid_of(q: jax.Array, v: jax.Array, heads: int, reverse: bool = False) -> Gr
     return Grid(B, -(-T // LANES) * LANES, H, K, V, LANES, heads_a_step(H, heads, K, V, q.dtype), reverse)
 
 
-def operand_dtype(*arrays: jax.Array) -> jnp.dtype:
-    """bf16 where all arrays are, else float32."""
-    return jnp.dtype(jnp.bfloat16 if all(x.dtype == jnp.bfloat16 for x in arrays) else jnp.float32)
-
-
 def row_count(n: int) -> int:
     """Rows of a block that holds n of them."""
     return -(-n // 8) * 8
-
-
-def pad_axis(x: jax.Array, axis: int, multiple: int) -> jax.Array:
-    """x padded with zeros at the end of an axis to a multiple."""
-    extra = -x.shape[axis] % multiple
-    if not extra:
-        return x
-    width = [(0, 0)] * x.ndim
-    width[axis] = (0, extra)
-    return jnp.pad(x, width)
 
 
 def flat_tokens(x: jax.Array, C: int) -> jax.Array:
@@ -162,6 +148,33 @@ def pad_state(state: jax.Array) -> jax.Array:
     """[B,H,K,V] with K and V padded to whole lanes, float32."""
     _, H, K, V = state.shape
     return pad_axis(pad_axis(state.astype(jnp.float32), 2, lanes_of(K, H)), 3, lanes_of(V, H))
+
+
+def token_inputs(grid: Grid, q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array) -> list:
+    """q, k, v [B,T,H,*] and `chunk_rows` as inputs of `run`."""
+    return [
+        (flat_tokens(q, grid.C), grid.tokens(grid.K)),
+        (flat_tokens(k, grid.C), grid.tokens(grid.K)),
+        (flat_tokens(v, grid.C), grid.tokens(grid.V)),
+        (rows, grid.rows(rows.shape[3])),
+    ]
+
+
+def gradient_outputs(grid: Grid, q: jax.Array, k: jax.Array, v: jax.Array, scalars: int) -> list:
+    """The gradients of q, k, v and of `scalars` scalars a head as outputs of `run`."""
+    R = row_count(scalars * grid.heads)
+    return [
+        (grid.tokens_shape(grid.K, q.dtype), grid.tokens(grid.K)),
+        (grid.tokens_shape(grid.K, k.dtype), grid.tokens(grid.K)),
+        (grid.tokens_shape(grid.V, v.dtype), grid.tokens(grid.V)),
+        (grid.rows_shape(R), grid.rows(R)),
+    ]
+
+
+def token_gradients(dq: jax.Array, dk: jax.Array, dv: jax.Array, q: jax.Array, v: jax.Array) -> list[jax.Array]:
+    """What `run` gave for dq, dk, dv, in the shapes of q, k (q's) and v."""
+    _, T, H, _ = q.shape
+    return [head_tokens(d, T, H, x.shape[-1]) for d, x in ((dq, q), (dk, q), (dv, v))]
 
 
 def chunk_rows(log_decay: jax.Array, segments: jax.Array | None, C: int, heads: int, *scalars: jax.Array) -> jax.Array:
@@ -254,18 +267,9 @@ def dot(a: jax.Array, b: jax.Array, dims=NN) -> jax.Array:
     return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def parts(x: jax.Array, low, n: int = 2) -> tuple[jax.Array, ...]:
-    """x as a sum of up to n numbers of the operands' dtype `low`: itself, or n bf16 numbers (8 bits of mantissa each)."""
-    if low in (x.dtype, jnp.float32):
-        return (x.astype(low),)
-    high = x.astype(low)
-    return (high,) if n == 1 else (high, *parts(x - high.astype(jnp.float32), low, n - 1))
-
-
 def dot_parts(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...], dims=NN) -> jax.Array:
-    """The product of two sums of parts, without the terms below the last part of the longer one."""
-    n = max(len(a), len(b))
-    return functools.reduce(jnp.add, [dot(x, y, dims) for i, x in enumerate(a) for j, y in enumerate(b) if i + j < n])
+    """`operands.dot_parts` with `dot`."""
+    return operands.dot_parts(a, b, functools.partial(dot, dims=dims))
 
 
 def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
@@ -316,3 +320,11 @@ def decays(rows: jax.Array, cols: jax.Array, heads: int, segments: int | None) -
         )
 
     return [decay(h) for h in range(heads)]
+
+
+def chunk_scalars(rows_ref, heads: int, packed: bool, further: int = 0) -> tuple[list[Decay], list[jax.Array]]:
+    """Every head's decays, and its columns [C,1] of `further` (0 or 1) scalar more, from a block of `chunk_rows`."""
+    rows = rows_ref[0, 0, 0]
+    cols = rows.T
+    first, end = 2 * heads, (2 + further) * heads
+    return decays(rows, cols, heads, end if packed else None), [cols[:, n : n + 1] for n in range(first, end)]

@@ -6,7 +6,6 @@ transpose, and updates their states in place.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -95,7 +94,7 @@ def reduce_rows(x: jax.Array) -> jax.Array:
 def with_gradient_of(reference: Callable, kernel: Callable) -> Callable:
     """`kernel` with the gradient of `reference`, for the rare caller who differentiates a step."""
 
-    @functools.partial(jax.custom_vjp)
+    @jax.custom_vjp
     def step(*args):
         return kernel(*args)
 

@@ -16,13 +16,11 @@ from jax.experimental.pallas import triton as plgpu
 
 from kernels_pallas.arguments import backend
 from kernels_pallas.chunks import chunk_segments, cumulative
-from kernels_pallas.mosaic import operand_dtype, pad_axis
+from kernels_pallas.operands import pad_axis
 
 CHUNK = 64
 MAX_DIM = 256
 COLUMNS = 64  # of V a sequential program holds
-
-__all__ = ["CHUNK", "Decay", "Sizes", "dot", "load_decay", "operand_dtype", "run", "scalars_of", "sizes_of"]
 
 
 class Sizes(NamedTuple):
@@ -71,6 +69,17 @@ class Sizes(NamedTuple):
     def states(self) -> pl.BlockSpec:
         """[B,N,H,K,V] -> [N, K, columns], programs (b, h, block of columns)."""
         return pl.BlockSpec((None, self.N, None, self.K, self.columns), lambda b, h, c: (b, 0, h, 0, c))
+
+    def chunk_inputs(self, q: jax.Array, k: jax.Array, v: jax.Array, *more: jax.Array, scalars: Sequence) -> list:
+        """Padded q, k, v, further arrays like v, and scalars as inputs of `run`, programs (b, h, n)."""
+        tokens = [(q, self.chunk(self.K)), (k, self.chunk(self.K)), *((x, self.chunk(self.V)) for x in (v, *more))]
+        return tokens + [(x, self.chunk_scalars()) for x in scalars]
+
+    def gradient_outputs(self, q: jax.Array, k: jax.Array, v: jax.Array, scalars: int) -> list:
+        """The gradients of q, k, v and of `scalars` scalars a head as outputs of `run`, programs (b, h, n)."""
+        sizes = ((q, self.K), (k, self.K), (v, self.V))
+        tokens = [(self.tokens(D, x.dtype), self.chunk(D)) for x, D in sizes]
+        return tokens + [(self.scalars(), self.chunk_scalars())] * scalars
 
     def tokens(self, D: int, dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((self.B, self.T, self.H, D), dtype)

@@ -6,7 +6,7 @@ import argparse
 import importlib
 import sys
 
-from hybrid_jax.train import Stopped
+from hybrid_jax.stopped import Stopped
 
 # Command -> (module with `add_arguments` and `run`, what it does).
 COMMANDS = {

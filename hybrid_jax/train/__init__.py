@@ -1,6 +1,7 @@
 """Training: objectives, phases, optimizer, checkpoints and the loop."""
 
-from hybrid_jax.train.loop import Stopped, train_phase
+from hybrid_jax.stopped import Stopped
+from hybrid_jax.train.loop import train_phase
 from hybrid_jax.train.metrics import MetricWriter, read_metrics
 from hybrid_jax.train.objectives import OBJECTIVES
 from hybrid_jax.train.phase import Phase

@@ -15,15 +15,12 @@ import optax
 from hybrid_jax.data import Corpus, training_batches
 from hybrid_jax.model import Decoder
 from hybrid_jax.parameters import count, join_model, select_names, split_model
+from hybrid_jax.stopped import Stopped
 from hybrid_jax.train.checkpoint import Checkpoints, TrainState
 from hybrid_jax.train.metrics import MetricWriter, progress_bar
 from hybrid_jax.train.objectives import OBJECTIVES
 from hybrid_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from hybrid_jax.train.phase import Phase
-
-
-class Stopped(Exception):
-    """The run was asked to stop and has saved its state; the same command resumes it."""
 
 
 class _StopRequest:

@@ -67,7 +67,8 @@ def _forward(q, k, v, log_decay, beta, state, segments, scale, chunk_size):
     b = to_chunks(beta.astype(dtype), C)[..., None]
     reach = decay.reach[..., None]
 
-    both = matmul("nbhck,nbhik->nbhci", jnp.concatenate([kc, qc], axis=3), kc, dtype=dtype)
+    kq = jnp.concatenate([kc, qc], axis=3)
+    both = matmul("nbhck,nbhik->nbhci", kq, kc, dtype=dtype)
     L = jnp.tril(b * both[..., :C, :] * decay.mask, -1)
     scores = (both[..., C:, :] * decay.mask).astype(low)
     A = unit_lower_inverse(L).astype(low).reshape(L.shape)
@@ -81,7 +82,7 @@ def _forward(q, k, v, log_decay, beta, state, segments, scale, chunk_size):
         update = matmul("bhck,bhcv->bhkv", kept, new, dtype=dtype)
         return total[..., None, None] * H + update, (H, new, reach * seen[..., C:, :])
 
-    chunks = (jnp.concatenate([kc, qc], axis=3), vc, b, reach, A, kept, decay.total)
+    chunks = (kq, vc, b, reach, A, kept, decay.total)
     final, (before, new, across) = jax.lax.scan(step, state, chunks)
     o = scale * (across + matmul("nbhci,nbhiv->nbhcv", scores, new, dtype=dtype))
     residuals = (q, k, v, log_decay, beta, segments, A, before, new)

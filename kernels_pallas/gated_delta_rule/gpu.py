@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 
 from kernels_pallas import triton
 from kernels_pallas.linear_attention.gpu import outputs, read_write_backward, write_backward
-from kernels_pallas.mosaic import pad_axis
+from kernels_pallas.operands import operand_dtype, pad_axis
 from kernels_pallas.triton import dot, load_decay
 
 
@@ -99,7 +99,7 @@ def _backward_kernel(q, k, v, update, coarse, fine, segment, carried, beta, befo
 
 
 def gated_delta_rule_gpu(q, k, v, log_decay, beta, state, segments, scale, chunk_size):
-    low = triton.operand_dtype(q, k, v)
+    low = operand_dtype(q, k, v)
     arrays = (x.astype(low) for x in (q, k, v))
     o, final = _gated_delta_rule(*arrays, log_decay, beta, state, segments, scale, chunk_size)
     return o.astype(v.dtype), final
@@ -154,7 +154,7 @@ def _backward(scale, chunk_size, residuals, cotangents):
     do, dfinal = cotangents
     s, scalars, (qp, kp, vp) = _prepare(q, k, v, log_decay, beta, segments, chunk_size)
     dop = triton.pad_tokens(do.astype(k.dtype), s.T, s.V)
-    sequence, chunk = s.sequence_scalars(), s.chunk_scalars()
+    sequence = s.sequence_scalars()
     dH, dR, dinitial = triton.run(
         functools.partial(_reverse_kernel, N=s.N, C=s.C),
         "gated_delta_rule_reverse",
@@ -178,23 +178,13 @@ def _backward(scale, chunk_size, residuals, cotangents):
         "gated_delta_rule_backward",
         (s.B, s.H, s.N),
         [
-            (qp, s.chunk(s.K)),
-            (kp, s.chunk(s.K)),
-            (vp, s.chunk(s.V)),
-            (update, s.chunk(s.V)),
-            *((x, chunk) for x in scalars),
+            *s.chunk_inputs(qp, kp, vp, update, scalars=scalars),
             (before, s.chunk_state()),
             (dop, s.chunk(s.V)),
             (dR, s.chunk(s.V)),
             (dH, s.chunk_state()),
         ],
-        [
-            (s.tokens(s.K, q.dtype), s.chunk(s.K)),
-            (s.tokens(s.K, k.dtype), s.chunk(s.K)),
-            (s.tokens(s.V, v.dtype), s.chunk(s.V)),
-            (s.scalars(), chunk),
-            (s.scalars(), chunk),
-        ],
+        s.gradient_outputs(q, k, v, 2),
         num_warps=8,
     )
     T, K, V = q.shape[1], q.shape[3], v.shape[3]

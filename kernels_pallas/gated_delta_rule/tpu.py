@@ -23,7 +23,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import mosaic
 from kernels_pallas.linear_attention.tpu import read, read_write_backward, write
-from kernels_pallas.mosaic import NT, TN, dot, dot_parts, each, head_slices, iota, parts, row_sum, store_heads
+from kernels_pallas.mosaic import NT, TN, dot, dot_parts, each, head_slices, iota, row_sum, store_heads
+from kernels_pallas.operands import operand_dtype, parts
 
 HEADS = 8  # at most this many heads a grid step
 BLOCK = 16  # rows of the diagonal blocks that are inverted by substitution
@@ -94,14 +95,6 @@ def unit_lower_inverse(L: list[jax.Array], low) -> list[jax.Array]:
     return each(lambda x, r: x.astype(jnp.float32) + dot(x, r), X, correction)
 
 
-def _scalars(rows_ref, heads, packed):
-    """Every head's decays, and its beta [C,1]."""
-    rows = rows_ref[0, 0, 0]
-    cols = rows.T
-    beta = [cols[:, n : n + 1] for n in range(2 * heads, 3 * heads)]
-    return mosaic.decays(rows, cols, heads, 3 * heads if packed else None), beta
-
-
 def _forward_kernel(q, k, v, rows, initial, o, final, *rest, heads, scale, packed):
     *saved, state = rest
     first, last = pl.program_id(2) == 0, pl.program_id(2) == pl.num_programs(2) - 1
@@ -112,7 +105,7 @@ def _forward_kernel(q, k, v, rows, initial, o, final, *rest, heads, scale, packe
 
     low = k.dtype
     Q, K, V = (head_slices(x, heads) for x in (q, k, v))
-    decay, beta = _scalars(rows, heads, packed)
+    decay, beta = mosaic.chunk_scalars(rows, heads, packed, further=1)
     H0 = [state[h] for h in range(heads)]
     H0_low = each(lambda h: h.astype(low), H0)
     C = K[0].shape[0]
@@ -147,7 +140,7 @@ def _backward_kernel(
 
     low = k.dtype
     Q, K, V, A, U, dO = (head_slices(x, heads) for x in (q, k, v, inverse, update, do))
-    decay, beta = _scalars(rows, heads, packed)
+    decay, beta = mosaic.chunk_scalars(rows, heads, packed, further=1)
     H0, dH = [before[0, 0, h] for h in range(heads)], [state[h] for h in range(heads)]
     dQ, dK, dU, dH0, column, row = read_write_backward(Q, K, U, H0, dO, dH, decay, low)
     store_heads(dq, dQ, scale)
@@ -180,7 +173,7 @@ def _backward_kernel(
 
 def gated_delta_rule_tpu(q, k, v, log_decay, beta, state, segments, scale, chunk_size):
     del chunk_size
-    low = mosaic.operand_dtype(q, k, v)
+    low = operand_dtype(q, k, v)
     arrays = (x.astype(low) for x in (q, k, v))
     o, final = _gated_delta_rule(*arrays, log_decay, beta, state, segments, scale)
     return o.astype(v.dtype), final
@@ -195,7 +188,7 @@ def _run_forward(q, k, v, log_decay, beta, state, segments, scale, save):
     (_, T, H, _), (K, V) = q.shape, state.shape[2:]
     grid = mosaic.grid_of(q, v, HEADS)
     rows = mosaic.chunk_rows(log_decay, segments, grid.C, grid.heads, beta)
-    keys, values, carried = grid.tokens(grid.K), grid.tokens(grid.V), grid.state(grid.K, grid.V)
+    values, carried = grid.tokens(grid.V), grid.state(grid.K, grid.V)
     outputs = [(grid.tokens_shape(grid.V, v.dtype), values), (grid.state_shape(grid.K, grid.V), carried)]
     if save:
         outputs += [
@@ -208,10 +201,7 @@ def _run_forward(q, k, v, log_decay, beta, state, segments, scale, save):
         grid,
         "gated_delta_rule_forward",
         [
-            (mosaic.flat_tokens(q, grid.C), keys),
-            (mosaic.flat_tokens(k, grid.C), keys),
-            (mosaic.flat_tokens(v, grid.C), values),
-            (rows, grid.rows(rows.shape[3])),
+            *mosaic.token_inputs(grid, q, k, v, rows),
             (mosaic.pad_state(state), carried),
         ],
         outputs,
@@ -228,20 +218,16 @@ def _vjp_forward(q, k, v, log_decay, beta, state, segments, scale):
 def _vjp_backward(scale, residuals, cotangents):
     q, k, v, log_decay, beta, segments, (before, inverse, update) = residuals
     do, dfinal = cotangents
-    (_, T, H, K), V = q.shape, v.shape[-1]
+    T, K, V = q.shape[1], q.shape[3], v.shape[3]
     grid = mosaic.grid_of(q, v, HEADS, reverse=True)
     rows = mosaic.chunk_rows(log_decay, segments, grid.C, grid.heads, beta)
-    R = mosaic.row_count(2 * grid.heads)
-    keys, values, carried = grid.tokens(grid.K), grid.tokens(grid.V), grid.state(grid.K, grid.V)
+    values, carried = grid.tokens(grid.V), grid.state(grid.K, grid.V)
     dq, dk, dv, dscalars, dinitial = mosaic.run(
         functools.partial(_backward_kernel, heads=grid.heads, scale=scale, packed=segments is not None),
         grid,
         "gated_delta_rule_backward",
         [
-            (mosaic.flat_tokens(q, grid.C), keys),
-            (mosaic.flat_tokens(k, grid.C), keys),
-            (mosaic.flat_tokens(v, grid.C), values),
-            (rows, grid.rows(rows.shape[3])),
+            *mosaic.token_inputs(grid, q, k, v, rows),
             (before, grid.states(grid.K, grid.V)),
             (inverse, grid.tokens(grid.C)),
             (update, values),
@@ -249,18 +235,13 @@ def _vjp_backward(scale, residuals, cotangents):
             (mosaic.pad_state(dfinal), carried),
         ],
         [
-            (grid.tokens_shape(grid.K, q.dtype), keys),
-            (grid.tokens_shape(grid.K, k.dtype), keys),
-            (grid.tokens_shape(grid.V, v.dtype), values),
-            (grid.rows_shape(R), grid.rows(R)),
+            *mosaic.gradient_outputs(grid, q, k, v, 2),
             (grid.state_shape(grid.K, grid.V), carried),
         ],
         [pltpu.VMEM((grid.heads, grid.K, grid.V), jnp.float32)],
     )
     return (
-        mosaic.head_tokens(dq, T, H, K),
-        mosaic.head_tokens(dk, T, H, K),
-        mosaic.head_tokens(dv, T, H, V),
+        *mosaic.token_gradients(dq, dk, dv, q, v),
         mosaic.decay_gradient(dscalars, grid.heads, T).astype(log_decay.dtype),
         mosaic.from_rows(dscalars, grid.heads, T, kind=1).astype(beta.dtype),
         dinitial[:, :, :K, :V],

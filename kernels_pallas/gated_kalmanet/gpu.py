@@ -14,15 +14,8 @@ from jax.experimental import pallas as pl
 from kernels_pallas import triton
 from kernels_pallas.gated_kalmanet.chebyshev import schedule_for
 from kernels_pallas.gated_kalmanet.chunked import gated_kalmanet_chunked
-from kernels_pallas.mosaic import pad_axis, parts
+from kernels_pallas.operands import dot_parts, operand_dtype, pad_axis, parts
 from kernels_pallas.triton import dot
-
-
-def _products(a: tuple, b: tuple, trans_b: bool = False):
-    """The product of two sums of parts, without the terms below the last part of the longer one."""
-    n = max(len(a), len(b))
-    terms = [dot(x, y, trans_b=trans_b) for i, x in enumerate(a) for j, y in enumerate(b) if i + j < n]
-    return functools.reduce(jnp.add, terms)
 
 
 def _solve_kernel(rhs, k, high, rest, mask, reach, s, x, *, ridge_strength, num_iter, schedule):
@@ -38,8 +31,8 @@ def _solve_kernel(rhs, k, high, rest, mask, reach, s, x, *, ridge_strength, num_
     def iterate(count, _, carry):
         x, r, d, omega = carry
         d_parts = parts(d, low, direction)
-        scores = parts(_products(d_parts, (K,), trans_b=True) * M, low, count)
-        r = r - (far * _products(d_parts, H[:count]) + _products(scores, (K,)) + ridge * d)
+        scores = parts(dot_parts(d_parts, (K,), functools.partial(dot, trans_b=True)) * M, low, count)
+        r = r - (far * dot_parts(d_parts, H[:count], dot) + dot_parts(scores, (K,), dot) + ridge * d)
         omega = 1.0 / (1.0 - r0 * omega)
         d = rounded((omega - 1.0) * d + omega * r)
         return x + d, r, d, omega
@@ -103,5 +96,5 @@ SOLVERS = {(precision, low): _solver(precision, low) for precision in ("fast", "
 
 
 def gated_kalmanet_gpu(q, k, v, *args):
-    low = jnp.bfloat16 if triton.operand_dtype(q, k, v) == jnp.bfloat16 else jnp.float32
+    low = jnp.bfloat16 if operand_dtype(q, k, v) == jnp.bfloat16 else jnp.float32
     return gated_kalmanet_chunked(q, k, v, *args, solver=SOLVERS[args[-1], low])

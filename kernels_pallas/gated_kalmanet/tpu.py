@@ -29,7 +29,8 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas import mosaic
 from kernels_pallas.gated_kalmanet.chebyshev import coefficients, schedule_for
 from kernels_pallas.linear_attention.tpu import read_write_backward
-from kernels_pallas.mosaic import NT, TN, dot, dot_parts, each, head_slices, iota, parts, row_sum, store_heads
+from kernels_pallas.mosaic import NT, TN, dot, dot_parts, each, head_slices, iota, row_sum, store_heads
+from kernels_pallas.operands import operand_dtype, parts
 
 HEADS = 4  # at most this many heads a grid step
 UNROLL = 2
@@ -106,14 +107,6 @@ def solve(rhs, K, H0, decay, s, omegas, scratch, low, ridge_strength, num_iter, 
     return [xs[h] for h in heads]
 
 
-def _scalars(rows_ref, heads, packed):
-    """Every head's decays, and its alpha [C,1]."""
-    rows = rows_ref[0, 0, 0]
-    cols = rows.T
-    alpha = [cols[:, n : n + 1] for n in range(2 * heads, 3 * heads)]
-    return mosaic.decays(rows, cols, heads, 3 * heads if packed else None), alpha
-
-
 def _blend(Q, X, alpha) -> list[jax.Array]:
     """q + alpha (x - q), float32."""
     return each(lambda q, x, a: q + a * (x - q), Q, X, alpha)
@@ -163,7 +156,7 @@ def _forward_kernel(
     low = k.dtype
     wide = jnp.dtype(jnp.float32) if precise else low
     Q, K, V = (head_slices(x, heads) for x in (q, k, v))
-    decay, alpha = _scalars(rows, heads, packed)
+    decay, alpha = mosaic.chunk_scalars(rows, heads, packed, further=1)
     H0, S0 = [kk[h] for h in range(heads)], [kv[h] for h in range(heads)]
     query = rhs = each(lambda x: x.astype(jnp.float32), Q)
     if num_iter:
@@ -219,7 +212,7 @@ def _backward_kernel(*refs, heads, scale, packed, ridge_strength, num_iter, sche
 
     low = k.dtype
     Q, K, V, X, dO = (head_slices(x, heads) for x in (q, k, v, solution, do))
-    decay, alpha = _scalars(rows, heads, packed)
+    decay, alpha = mosaic.chunk_scalars(rows, heads, packed, further=1)
     H0, S0 = [kk_before[0, 0, h] for h in range(heads)], [kv_before[0, 0, h] for h in range(heads)]
     dH, dS = [dkk[h] for h in range(heads)], [dkv[h] for h in range(heads)]
     query = _blend(Q, X, alpha) if num_iter else Q
@@ -278,7 +271,7 @@ class Options(NamedTuple):
 def gated_kalmanet_tpu(
     q, k, v, alpha, log_decay, state, segments, scale, chunk_size, ridge_strength, num_iter, bp_lambda, precision
 ):
-    low = mosaic.operand_dtype(q, k, v)
+    low = operand_dtype(q, k, v)
     precise = precision == "accurate"
     out_dtype = jnp.dtype(jnp.float32 if precise else v.dtype)
     options = Options(scale, ridge_strength, num_iter, bp_lambda, schedule_for(precision, num_iter), precise, out_dtype)
@@ -341,10 +334,7 @@ def _run_forward(q, k, v, alpha, log_decay, state, segments, options, save):
         "gated_kalmanet_forward",
         [
             omegas,
-            (mosaic.flat_tokens(q, grid.C), keys),
-            (mosaic.flat_tokens(k, grid.C), keys),
-            (mosaic.flat_tokens(v, grid.C), values),
-            (rows, grid.rows(rows.shape[3])),
+            *mosaic.token_inputs(grid, q, k, v, rows),
             (mosaic.pad_state(state[0]), kk),
             (mosaic.pad_state(state[1]), kv),
         ],
@@ -362,11 +352,10 @@ def _vjp_forward(q, k, v, alpha, log_decay, state, segments, options):
 def _vjp_backward(options, residuals, cotangents):
     q, k, v, alpha, log_decay, segments, (kk_before, kv_before, solution, norms) = residuals
     do, (dfinal_kk, dfinal_kv) = cotangents
-    (_, T, H, K), V = q.shape, v.shape[-1]
+    T, K, V = q.shape[1], q.shape[3], v.shape[3]
     grid = mosaic.grid_of(q, v, HEADS, reverse=True)
     rows = mosaic.chunk_rows(log_decay, segments, grid.C, grid.heads, alpha)
     omegas, static = _settings(grid, segments, options)
-    R = mosaic.row_count(2 * grid.heads)
     keys, values = grid.tokens(grid.K), grid.tokens(grid.V)
     kk, kv = grid.state(grid.K, grid.K), grid.state(grid.K, grid.V)
     dq, dk, dv, dscalars, dinitial_kk, dinitial_kv = mosaic.run(
@@ -375,10 +364,7 @@ def _vjp_backward(options, residuals, cotangents):
         "gated_kalmanet_backward",
         [
             omegas,
-            (mosaic.flat_tokens(q, grid.C), keys),
-            (mosaic.flat_tokens(k, grid.C), keys),
-            (mosaic.flat_tokens(v, grid.C), values),
-            (rows, grid.rows(rows.shape[3])),
+            *mosaic.token_inputs(grid, q, k, v, rows),
             (kk_before, grid.states(grid.K, grid.K)),
             (kv_before, grid.states(grid.K, grid.V)),
             (solution, keys),
@@ -388,19 +374,14 @@ def _vjp_backward(options, residuals, cotangents):
             (mosaic.pad_state(dfinal_kv), kv),
         ],
         [
-            (grid.tokens_shape(grid.K, q.dtype), keys),
-            (grid.tokens_shape(grid.K, k.dtype), keys),
-            (grid.tokens_shape(grid.V, v.dtype), values),
-            (grid.rows_shape(R), grid.rows(R)),
+            *mosaic.gradient_outputs(grid, q, k, v, 2),
             (grid.state_shape(grid.K, grid.K), kk),
             (grid.state_shape(grid.K, grid.V), kv),
         ],
         _scratch(grid, k.dtype, options.schedule),
     )
     return (
-        mosaic.head_tokens(dq, T, H, K),
-        mosaic.head_tokens(dk, T, H, K),
-        mosaic.head_tokens(dv, T, H, V),
+        *mosaic.token_gradients(dq, dk, dv, q, v),
         mosaic.from_rows(dscalars, grid.heads, T, kind=1).astype(alpha.dtype),
         mosaic.decay_gradient(dscalars, grid.heads, T).astype(log_decay.dtype),
         (dinitial_kk[:, :, :K, :K], dinitial_kv[:, :, :K, :V]),

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from kernels_pallas.gated_kalmanet.chebyshev import coefficients
 from kernels_pallas.gated_kalmanet.reference import gated_kalmanet_update
-from kernels_pallas.mosaic import dot, each, parts
+from kernels_pallas.mosaic import dot, each
 from kernels_pallas.mosaic_step import columns, head_rows, reduce_rows, run_step, with_gradient_of
+from kernels_pallas.operands import parts
 
 HEADS = 16  # a grid step: iterations of one head wait for one another, those of many fill the matrix units
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas import triton
+from kernels_pallas.operands import operand_dtype
 from kernels_pallas.triton import dot, load_decay
 
 
@@ -104,16 +105,12 @@ def states(k, v, scalars, state, s):
 
 def outputs(q, k, v, scalars, before, s, scale, dtype):
     """O of every chunk, [B,T,H,V], for padded arrays."""
-    chunk = s.chunk_scalars()
     return triton.run(
         functools.partial(_read_kernel, scale=scale),
         "linear_attention_outputs",
         (s.B, s.H, s.N),
         [
-            (q, s.chunk(s.K)),
-            (k, s.chunk(s.K)),
-            (v, s.chunk(s.V)),
-            *((x, chunk) for x in scalars),
+            *s.chunk_inputs(q, k, v, scalars=scalars),
             (before, s.chunk_state()),
         ],
         [(s.tokens(s.V, dtype), s.chunk(s.V))],
@@ -121,7 +118,7 @@ def outputs(q, k, v, scalars, before, s, scale, dtype):
 
 
 def linear_attention_gpu(q, k, v, log_decay, state, segments, scale, chunk_size):
-    low = triton.operand_dtype(q, k, v)
+    low = operand_dtype(q, k, v)
     o, final = _linear_attention(*(x.astype(low) for x in (q, k, v)), log_decay, state, segments, scale, chunk_size)
     return o.astype(v.dtype), final
 
@@ -147,7 +144,7 @@ def _backward(scale, chunk_size, residuals, cotangents):
     s = triton.sizes_of("linear_attention", q, v, chunk_size)
     scalars = triton.scalars_of(log_decay, segments, s)
     qp, kp, vp, dop = (triton.pad_tokens(x, s.T, d) for x, d in ((q, s.K), (k, s.K), (v, s.V), (do, s.V)))
-    sequence, chunk = s.sequence_scalars(), s.chunk_scalars()
+    sequence = s.sequence_scalars()
     dH, dinitial = triton.run(
         functools.partial(_reverse_kernel, N=s.N, C=s.C),
         "linear_attention_reverse",
@@ -168,20 +165,12 @@ def _backward(scale, chunk_size, residuals, cotangents):
         "linear_attention_backward",
         (s.B, s.H, s.N),
         [
-            (qp, s.chunk(s.K)),
-            (kp, s.chunk(s.K)),
-            (vp, s.chunk(s.V)),
-            *((x, chunk) for x in scalars),
+            *s.chunk_inputs(qp, kp, vp, scalars=scalars),
             (before, s.chunk_state()),
             (dop, s.chunk(s.V)),
             (dH, s.chunk_state()),
         ],
-        [
-            (s.tokens(s.K, q.dtype), s.chunk(s.K)),
-            (s.tokens(s.K, k.dtype), s.chunk(s.K)),
-            (s.tokens(s.V, v.dtype), s.chunk(s.V)),
-            (s.scalars(), chunk),
-        ],
+        s.gradient_outputs(q, k, v, 1),
     )
     T, K, V = q.shape[1], q.shape[3], v.shape[3]
     return (

@@ -24,14 +24,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import mosaic
-from kernels_pallas.mosaic import NT, TN, Decay, dot, dot_parts, each, head_slices, iota, parts, row_sum, store_heads
+from kernels_pallas.mosaic import NT, TN, Decay, dot, dot_parts, each, head_slices, iota, row_sum, store_heads
+from kernels_pallas.operands import operand_dtype, parts
 
 HEADS = 8  # at most this many heads a grid step
-
-
-def _decays(rows_ref, heads, packed):
-    rows = rows_ref[0, 0, 0]
-    return mosaic.decays(rows, rows.T, heads, 2 * heads if packed else None)
 
 
 def _forward_kernel(q, k, v, rows, initial, o, final, *rest, heads, scale, packed):
@@ -43,7 +39,7 @@ def _forward_kernel(q, k, v, rows, initial, o, final, *rest, heads, scale, packe
         state[...] = initial[0]
 
     Q, K, V = (head_slices(x, heads) for x in (q, k, v))
-    decay = _decays(rows, heads, packed)
+    decay, _ = mosaic.chunk_scalars(rows, heads, packed)
     H0 = [state[h] for h in range(heads)]
     low = each(lambda h: h.astype(k.dtype), H0)
     if len(rest) > 1:
@@ -118,8 +114,9 @@ def _backward_kernel(q, k, v, rows, before, do, dfinal, dq, dk, dv, da, dinitial
         state[...] = dfinal[0] / scale
 
     Q, K, V, dO = (head_slices(x, heads) for x in (q, k, v, do))
+    decay, _ = mosaic.chunk_scalars(rows, heads, packed)
     H0, dH = [before[0, 0, h] for h in range(heads)], [state[h] for h in range(heads)]
-    dQ, dK, dV, dH0, column, row = read_write_backward(Q, K, V, H0, dO, dH, _decays(rows, heads, packed), k.dtype)
+    dQ, dK, dV, dH0, column, row = read_write_backward(Q, K, V, H0, dO, dH, decay, k.dtype)
     for ref, values in ((dq, dQ), (dk, dK), (dv, dV)):
         store_heads(ref, values, scale)
     mosaic.store_rows(da, column, row, scale)
@@ -133,7 +130,7 @@ def _backward_kernel(q, k, v, rows, before, do, dfinal, dq, dk, dv, da, dinitial
 
 def linear_attention_tpu(q, k, v, log_decay, state, segments, scale, chunk_size):
     del chunk_size
-    low = mosaic.operand_dtype(q, k, v)
+    low = operand_dtype(q, k, v)
     o, final = _linear_attention(*(x.astype(low) for x in (q, k, v)), log_decay, state, segments, scale)
     return o.astype(v.dtype), final
 
@@ -158,10 +155,7 @@ def _run_forward(q, k, v, log_decay, state, segments, scale, save):
         grid,
         "linear_attention_forward",
         [
-            (mosaic.flat_tokens(q, grid.C), grid.tokens(grid.K)),
-            (mosaic.flat_tokens(k, grid.C), grid.tokens(grid.K)),
-            (mosaic.flat_tokens(v, grid.C), grid.tokens(grid.V)),
-            (rows, grid.rows(rows.shape[3])),
+            *mosaic.token_inputs(grid, q, k, v, rows),
             (mosaic.pad_state(state), grid.state(grid.K, grid.V)),
         ],
         outputs,
@@ -178,37 +172,28 @@ def _vjp_forward(q, k, v, log_decay, state, segments, scale):
 def _vjp_backward(scale, saved, cotangents):
     q, k, v, log_decay, segments, before = saved
     do, dfinal = cotangents
-    (_, T, H, K), V = q.shape, v.shape[-1]
+    T, K, V = q.shape[1], q.shape[3], v.shape[3]
     grid = mosaic.grid_of(q, v, HEADS, reverse=True)
     rows = mosaic.chunk_rows(log_decay, segments, grid.C, grid.heads)
-    R = mosaic.row_count(grid.heads)
-    keys, values, state = grid.tokens(grid.K), grid.tokens(grid.V), grid.state(grid.K, grid.V)
+    values, state = grid.tokens(grid.V), grid.state(grid.K, grid.V)
     dq, dk, dv, da, dinitial = mosaic.run(
         functools.partial(_backward_kernel, heads=grid.heads, scale=scale, packed=segments is not None),
         grid,
         "linear_attention_backward",
         [
-            (mosaic.flat_tokens(q, grid.C), keys),
-            (mosaic.flat_tokens(k, grid.C), keys),
-            (mosaic.flat_tokens(v, grid.C), values),
-            (rows, grid.rows(rows.shape[3])),
+            *mosaic.token_inputs(grid, q, k, v, rows),
             (before, grid.states(grid.K, grid.V)),
             (mosaic.flat_tokens(do, grid.C), values),
             (mosaic.pad_state(dfinal), state),
         ],
         [
-            (grid.tokens_shape(grid.K, q.dtype), keys),
-            (grid.tokens_shape(grid.K, k.dtype), keys),
-            (grid.tokens_shape(grid.V, v.dtype), values),
-            (grid.rows_shape(R), grid.rows(R)),
+            *mosaic.gradient_outputs(grid, q, k, v, 1),
             (grid.state_shape(grid.K, grid.V), state),
         ],
         [pltpu.VMEM((grid.heads, grid.K, grid.V), jnp.float32)],
     )
     return (
-        mosaic.head_tokens(dq, T, H, K),
-        mosaic.head_tokens(dk, T, H, K),
-        mosaic.head_tokens(dv, T, H, V),
+        *mosaic.token_gradients(dq, dk, dv, q, v),
         mosaic.decay_gradient(da, grid.heads, T).astype(log_decay.dtype),
         dinitial[:, :, :K, :V],
         None,

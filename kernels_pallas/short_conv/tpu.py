@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import mosaic
 from kernels_pallas.mosaic import Grid
+from kernels_pallas.operands import pad_axis
 from kernels_pallas.short_conv.chunked import last_inputs
 
 CHUNK = 256  # tokens a grid step
@@ -61,7 +62,7 @@ def _forward_kernel(*refs, W, silu, packed):
 
 
 def _backward_kernel(*refs, W, silu, packed):
-    x, before, weight, bias, initial, dy, *seen, dx, dweight, dbias, dinitial, head, total, mask = refs
+    x, before, weight, bias, initial, dy, *seen, dx, sums, dinitial, head, total, mask = refs
     seen = _column(seen[0] if packed else None)
     n = pl.program_id(2)  # 0: the last block
     first_block = n == pl.num_programs(2) - 1
@@ -102,15 +103,14 @@ def _backward_kernel(*refs, W, silu, packed):
     @pl.when(first_block)
     def _():
         dinitial[0] = gradient[:HALO]
-        dweight[0] = total[...]
-        dbias[0] = total[W : W + HALO]
+        sums[0] = total[...]
 
 
 def _grid(x, reverse=False) -> tuple[Grid, int]:
     """Channels play the heads: H blocks of `lanes` channels."""
     B, T, D = x.shape
     lanes = next(n for n in range(min(LANES, D), 0, -mosaic.LANES) if D % n == 0)
-    return Grid(B, T, D // lanes, lanes, lanes, CHUNK if T % CHUNK == 0 else T, 1, reverse), lanes
+    return Grid(B, T, D // lanes, lanes, lanes, min(CHUNK, T), 1, reverse), lanes
 
 
 def _seen_rows(segments, W, T, C):
@@ -130,10 +130,10 @@ def short_conv_tpu(x, weight, bias, state, segments, activation):
     if W > HALO:
         raise ValueError(f"short_conv: the TPU kernel takes at most {HALO} taps, got {W}; use implementation='xla'")
     C = CHUNK if T > CHUNK // 2 else CHUNK // 2
-    padded = mosaic.pad_axis(mosaic.pad_axis(x, 2, mosaic.LANES), 1, C)
+    padded = pad_axis(pad_axis(x, 2, mosaic.LANES), 1, C)
     initial = jnp.pad(state.astype(jnp.float32), ((0, 0), (HALO - (W - 1), 0), (0, padded.shape[2] - D)))
-    taps = mosaic.pad_axis(mosaic.pad_axis(weight.T.astype(jnp.float32), 1, mosaic.LANES), 0, HALO)
-    bias = mosaic.pad_axis(jnp.broadcast_to(bias.astype(jnp.float32), (HALO, D)), 1, mosaic.LANES)
+    taps = pad_axis(pad_axis(weight.T.astype(jnp.float32), 1, mosaic.LANES), 0, HALO)
+    bias = pad_axis(jnp.broadcast_to(bias.astype(jnp.float32), (HALO, D)), 1, mosaic.LANES)
     seen = None if segments is None else _seen_rows(segments, W, padded.shape[1], C)
     y = _conv(padded, taps, bias, initial, seen, W, activation == "silu")
     return y[:, :T, :D], last_inputs(x, state, segments)
@@ -171,7 +171,7 @@ def _vjp_backward(W, silu, residuals, dy):
     N, C = grid.N, grid.C
     whole = pl.BlockSpec((HALO, lanes), lambda b, h, n: (0, h))
     edge = pl.BlockSpec((1, HALO, lanes), lambda b, h, n: (b, 0, h))
-    sums = pl.BlockSpec((1, 2 * HALO, lanes), lambda b, h, n: (b, 0, h))
+    both = pl.BlockSpec((1, 2 * HALO, lanes), lambda b, h, n: (b, 0, h))
     before = pl.BlockSpec((1, HALO, lanes), lambda b, h, n: (b, jnp.maximum((N - 1 - n) * (C // HALO) - 1, 0), h))
     inputs = [
         (x, grid.tokens(lanes)),
@@ -184,17 +184,15 @@ def _vjp_backward(W, silu, residuals, dy):
     if seen is not None:
         inputs.append((seen, pl.BlockSpec((1, 1, 1, 8, C), lambda b, h, n: (b, 0, N - 1 - n, 0, 0))))
     B, _, D = x.shape
-    edge_shape = jax.ShapeDtypeStruct((B, HALO, D), jnp.float32)
-    dx, dweight, dbias, dinitial = mosaic.run(
+    dx, sums, dinitial = mosaic.run(
         functools.partial(_backward_kernel, W=W, silu=silu, packed=seen is not None),
         grid,
         "short_conv_backward",
         inputs,
         [
             (jax.ShapeDtypeStruct(x.shape, x.dtype), grid.tokens(lanes)),
-            (jax.ShapeDtypeStruct((B, 2 * HALO, D), jnp.float32), sums),
-            (edge_shape, edge),
-            (edge_shape, edge),
+            (jax.ShapeDtypeStruct((B, 2 * HALO, D), jnp.float32), both),
+            (jax.ShapeDtypeStruct((B, HALO, D), jnp.float32), edge),
         ],
         [
             pltpu.VMEM((HALO, lanes), jnp.float32),
@@ -202,9 +200,9 @@ def _vjp_backward(W, silu, residuals, dy):
             pltpu.VMEM((HALO, lanes), jnp.float32),
         ],
     )
-    taps = jnp.arange(HALO)[:, None] < W
-    dweight = jnp.where(taps, dweight[:, :HALO].sum(0), 0.0)
-    dbias = jnp.where(jnp.arange(HALO)[:, None] == 0, dbias.sum(0), 0.0)
+    sums, row = sums.sum(0), jnp.arange(HALO)[:, None]  # W rows of the weight, then the bias's
+    dweight = jnp.where(row < W, sums[:HALO], 0.0)
+    dbias = jnp.where(row == 0, sums[W], 0.0)
     return dx, dweight, dbias, dinitial, None if seen is None else jnp.zeros_like(seen)
 
 

@@ -1,0 +1,38 @@
+"""What the Pallas kernels of every kind do with their operands: common dtypes, padding, sums of bf16 parts."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+
+def operand_dtype(*arrays: jax.Array) -> jnp.dtype:
+    """bf16 where all arrays are, else float32."""
+    return jnp.dtype(jnp.bfloat16 if all(x.dtype == jnp.bfloat16 for x in arrays) else jnp.float32)
+
+
+def pad_axis(x: jax.Array, axis: int, multiple: int) -> jax.Array:
+    """x padded with zeros at the end of an axis to a multiple."""
+    extra = -x.shape[axis] % multiple
+    if not extra:
+        return x
+    width = [(0, 0)] * x.ndim
+    width[axis] = (0, extra)
+    return jnp.pad(x, width)
+
+
+def parts(x: jax.Array, low, n: int = 2) -> tuple[jax.Array, ...]:
+    """x as a sum of up to n numbers of the operands' dtype `low`: itself, or n bf16 numbers (8 bits of mantissa each)."""
+    if low in (x.dtype, jnp.float32):
+        return (x.astype(low),)
+    high = x.astype(low)
+    return (high,) if n == 1 else (high, *parts(x - high.astype(jnp.float32), low, n - 1))
+
+
+def dot_parts(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...], dot: Callable) -> jax.Array:
+    """The `dot` of two sums of parts, without the terms below the last part of the longer one."""
+    n = max(len(a), len(b))
+    return functools.reduce(jnp.add, [dot(x, y) for i, x in enumerate(a) for j, y in enumerate(b) if i + j < n])
