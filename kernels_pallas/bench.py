@@ -10,6 +10,7 @@ A line is a case, our median and the peer's, and peer / ours: above 1 we are fas
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -110,8 +111,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, nargs="+")
     parser.add_argument("--seq-len", type=int, nargs="+")
     parser.add_argument("--heads", type=int)
+    parser.add_argument("--cores", type=int, help="CPU cores for both; default: all")
     parser.add_argument("--dim", type=int, nargs="+")
     options = parser.parse_args(argv)
+    if options.cores:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])  # before JAX or torch count them
+        os.environ["OMP_NUM_THREADS"] = str(options.cores)
     gpu = options.peer == "fla"
     if gpu and jax.default_backend() != "gpu":
         print("--peer fla needs an NVIDIA GPU (its kernels are Triton's); on a CPU use --peer torch", file=sys.stderr)
