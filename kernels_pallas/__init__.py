@@ -8,21 +8,25 @@ Every operation takes `implementation=None | "reference" | "xla" | "pallas_tpu" 
 the recurrence token by token, `xla` its chunked form; None is `pallas_tpu` on TPU, `xla` elsewhere (README.md).
 """
 
-from kernels_pallas.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
-from kernels_pallas.gated_kalmanet import gated_kalmanet, gated_kalmanet_step
-from kernels_pallas.linear_attention import linear_attention, linear_attention_step
+from kernels_pallas.gated_delta_rule import gated_delta_rule, gated_delta_rule_step, gated_delta_rule_summary
+from kernels_pallas.gated_kalmanet import gated_kalmanet, gated_kalmanet_step, gated_kalmanet_summary
+from kernels_pallas.linear_attention import linear_attention, linear_attention_step, linear_attention_summary
 from kernels_pallas.short_conv import short_conv, short_conv_step
-from kernels_pallas.ssd import ssd, ssd_step
+from kernels_pallas.ssd import ssd, ssd_inputs, ssd_step
 
 __all__ = [
     "gated_delta_rule",
     "gated_delta_rule_step",
+    "gated_delta_rule_summary",
     "gated_kalmanet",
     "gated_kalmanet_step",
+    "gated_kalmanet_summary",
     "linear_attention",
     "linear_attention_step",
+    "linear_attention_summary",
     "short_conv",
     "short_conv_step",
     "ssd",
+    "ssd_inputs",
     "ssd_step",
 ]

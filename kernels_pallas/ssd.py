@@ -17,6 +17,17 @@ def _repeat_groups(op, x, num_heads):
     return jnp.repeat(x, num_heads // groups, axis=-2)
 
 
+def ssd_inputs(x, dt, a, b, c):
+    """(q, k, v, log_decay) of the linear attention (scale 1) that the duality makes of x, dt, a, b, c, without `d x`.
+
+    Raises:
+      ValueError: the groups of b and c do not divide x's heads.
+    """
+    b, c = (_repeat_groups("ssd", m, x.shape[-2]) for m in (b, c))
+    dt = dt.astype(jnp.promote_types(dt.dtype, jnp.float32))
+    return c, b, (x * dt[..., None]).astype(x.dtype), dt * a
+
+
 def ssd(x, dt, a, b, c, d=None, *, initial_state=None, segment_ids=None, chunk_size=None, implementation=None):
     """Mamba-2's sequence transformation.
 
@@ -34,14 +45,8 @@ def ssd(x, dt, a, b, c, d=None, *, initial_state=None, segment_ids=None, chunk_s
     Raises:
       ValueError: a shape does not fit the others.
     """
-    b, c = (_repeat_groups("ssd", m, x.shape[2]) for m in (b, c))
-    dt = dt.astype(jnp.promote_types(dt.dtype, jnp.float32))
-    v = (x * dt[..., None]).astype(x.dtype)
     y, state = linear_attention(
-        c,
-        b,
-        v,
-        dt * a,
+        *ssd_inputs(x, dt, a, b, c),
         scale=1.0,
         initial_state=initial_state,
         segment_ids=segment_ids,
@@ -53,7 +58,5 @@ def ssd(x, dt, a, b, c, d=None, *, initial_state=None, segment_ids=None, chunk_s
 
 def ssd_step(x, dt, a, b, c, d=None, *, state):
     """One token: x [B,H,P], dt [B,H], b and c [B,G,N], state [B,H,N,P] -> (y [B,H,P], state)."""
-    b, c = (_repeat_groups("ssd_step", m, x.shape[1]) for m in (b, c))
-    dt = dt.astype(jnp.promote_types(dt.dtype, jnp.float32))
-    y, state = linear_attention_step(c, b, (x * dt[..., None]).astype(x.dtype), dt * a, state=state, scale=1.0)
+    y, state = linear_attention_step(*ssd_inputs(x, dt, a, b, c), state=state, scale=1.0)
     return (y if d is None else y + (d[:, None] * x).astype(y.dtype)), state

@@ -16,6 +16,7 @@ from flax import nnx
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.layers.linear import Linear, RMSNorm
 from hybrid_jax.layers.rope import rope_frequencies, rotate
+from hybrid_jax.parallel.attention import attend
 
 
 class KVCache(NamedTuple):
@@ -100,10 +101,12 @@ class Attention(nnx.Module):
         """x [B,T,hidden] -> (y [B,T,hidden], state). With a state, its tokens come before x."""
         B, T, _ = x.shape
         q, k, v = self.project(x, positions)
+        if state is None:
+            return self.o_proj(attend(q, k, v, segment_ids, self.window).reshape(B, T, -1)), None
         seen = KVCache(k, v, positions, segment_ids, jnp.zeros((), jnp.int32))
-        if state is not None and self.window is not None:
+        if self.window is not None:
             seen, state = extend_window(state, seen)
-        elif state is not None:
+        else:
             seen = state = extend_full(state, seen)
         mask = attention_mask(positions, segment_ids, seen.positions, seen.segment_ids, self.window)
         o = jax.nn.dot_product_attention(q, seen.k.astype(q.dtype), seen.v.astype(q.dtype), mask=mask[:, None])

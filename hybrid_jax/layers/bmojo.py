@@ -18,6 +18,7 @@ from hybrid_jax.layers.gdn import GatedDeltaNet
 from hybrid_jax.layers.gka import GatedKalmaNet
 from hybrid_jax.layers.linear import Linear, RMSNorm
 from hybrid_jax.layers.mamba2 import Mamba2
+from hybrid_jax.parallel.attention import attend_windows
 
 SSM_MIXERS = {"gka": GatedKalmaNet, "gdn": GatedDeltaNet, "mamba2": Mamba2}
 
@@ -79,15 +80,14 @@ class BMojoF(nnx.Module):
         f, mixer_state = getattr(self, self.mixer_key)(x, positions=positions, segment_ids=segment_ids, state=state and state.mixer)
         q, k, v = self.bmojo_attn.project(x, positions)
         fading_q, fading_k, fading_v = self.bmojo_attn.project_fading(x, f, positions)
-        zero = jnp.zeros((), jnp.int32)
-        context = KVCache(k, v, positions, segment_ids, zero)
-        fading = KVCache(fading_k, fading_v, positions, segment_ids, zero)
         if state is None:
-            kept = None
-        else:
-            context, kept_context = extend_window(state.context, context)
-            fading, kept_fading = extend_window(state.fading, fading)
-            kept = BMojoState(mixer_state, kept_context, kept_fading)
+            sets = ((q, fading_q), (k, fading_k), (v, fading_v), ((0, W), (W, 2 * W)))
+            o = attend_windows(*sets, segment_ids)
+            return self.bmojo_attn.o_proj(o.reshape(B, T, -1)), None
+        zero = jnp.zeros((), jnp.int32)
+        context, kept_context = extend_window(state.context, KVCache(k, v, positions, segment_ids, zero))
+        fading, kept_fading = extend_window(state.fading, KVCache(fading_k, fading_v, positions, segment_ids, zero))
+        kept = BMojoState(mixer_state, kept_context, kept_fading)
         groups = (B, T, c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim)
 
         def scores(q, keys: KVCache, nearest):

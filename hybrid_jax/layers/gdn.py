@@ -18,9 +18,9 @@ from hybrid_jax.layers.recurrent import (
     l2_normalize,
     log_decay,
     repeat_heads,
-    scan_or_step,
 )
-from kernels_pallas import gated_delta_rule, gated_delta_rule_step
+from hybrid_jax.parallel.recurrence import recurrence
+from kernels_pallas import gated_delta_rule, gated_delta_rule_step, gated_delta_rule_summary
 
 
 class GDNState(NamedTuple):
@@ -79,9 +79,10 @@ class GatedDeltaNet(nnx.Module):
         if self.config.gdn.allow_neg_eigval:
             beta = 2 * beta
         g = log_decay(self.gk_proj(x), self.A_log[...], self.dt_bias[...])
-        o, S = scan_or_step(
+        o, S = recurrence(
             gated_delta_rule,
             gated_delta_rule_step,
+            lambda q, k, v, g, beta, **kw: gated_delta_rule_summary(k, v, g, beta, **kw),
             (q, k, v, g, beta),
             state=None if state is None else s.S,
             segment_ids=segment_ids,

@@ -18,9 +18,9 @@ from hybrid_jax.layers.recurrent import (
     l2_normalize,
     log_decay,
     repeat_heads,
-    scan_or_step,
 )
-from kernels_pallas import gated_kalmanet, gated_kalmanet_step
+from hybrid_jax.parallel.recurrence import recurrence
+from kernels_pallas import gated_kalmanet, gated_kalmanet_step, gated_kalmanet_summary
 
 
 class GKAState(NamedTuple):
@@ -82,20 +82,19 @@ class GatedKalmaNet(nnx.Module):
         g = 0 * ones
         if gka.use_forgetting_gate:
             g = log_decay(self.a_proj(x), self.A_log[...], self.dt_bias[...])
-        scale = D**-0.5 if gka.gla_rescale else 1.0
-        o, (h_kk, h_kv) = scan_or_step(
-            functools.partial(gated_kalmanet, scale=scale, bp_lambda=gka.bp_lambda, chunk_size=gka.chunk_size),
-            functools.partial(gated_kalmanet_step, scale=scale),
+        solve = dict(ridge_strength=gka.ridge_strength, num_iter=gka.num_iter, scale=D**-0.5 if gka.gla_rescale else 1.0)
+        o, states = recurrence(
+            functools.partial(gated_kalmanet, bp_lambda=gka.bp_lambda, chunk_size=gka.chunk_size, **solve),
+            functools.partial(gated_kalmanet_step, **solve),
+            lambda q, k, v, alpha, g, **kw: gated_kalmanet_summary(k, v, g, **kw),
             (q, k, v, alpha, g),
-            gka.ridge_strength,
-            gka.num_iter,
             state=None if state is None else (s.h_kk, s.h_kv),
             segment_ids=segment_ids,
         )
         o = self.o_norm(o).reshape(B, T, H * D)
         if self.g_proj is not None:
             o = o * jax.nn.silu(self.g_proj(x))
-        return self.o_proj(o), GKAState(h_kk, h_kv, q_conv, k_conv, v_conv)
+        return self.o_proj(o), GKAState(*(states or (None, None)), q_conv, k_conv, v_conv)
 
     def init_state(self, batch: int, max_length: int, dtype=jnp.float32) -> GKAState:
         del max_length

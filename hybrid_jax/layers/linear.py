@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from hybrid_jax.parallel.sharding import axis_size, constrain
 
 
 class Linear(nnx.Module):
@@ -35,6 +38,15 @@ class Linear(nnx.Module):
     def __call__(self, x):
         y = x @ self.kernel[...].astype(x.dtype)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+    def parts(self, x, sizes):
+        """The output in parts of `sizes` columns, each cut over the mesh by itself rather than the whole."""
+        assert self.bias is None
+        cuts = list(itertools.accumulate(sizes))[:-1]
+        if axis_size("tensor") == 1:
+            return jnp.split(self(x), cuts, axis=-1)
+        kernels = jnp.split(self.kernel[...].astype(x.dtype), cuts, axis=1)
+        return [x @ constrain(kernel, *self.kernel.axes) for kernel in kernels]
 
 
 class Embedding(nnx.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -10,8 +11,9 @@ from flax import nnx
 
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.layers.linear import Linear, RMSNorm, rms_norm
-from hybrid_jax.layers.recurrent import ShortConv, init_a_log, init_dt_bias, repeat_heads, scan_or_step
-from kernels_pallas import ssd, ssd_step
+from hybrid_jax.layers.recurrent import ShortConv, init_a_log, init_dt_bias, repeat_heads
+from hybrid_jax.parallel.recurrence import recurrence
+from kernels_pallas import linear_attention, linear_attention_step, linear_attention_summary, ssd_inputs
 
 CONV_SIZE, NORM_EPS, QK_NORM_EPS = 4, 1e-5, 1e-6
 
@@ -47,26 +49,23 @@ class Mamba2(nnx.Module):
         c = self.config
         batch, T, _ = x.shape
         H, Hkv, D = c.num_heads, c.num_kv_heads, c.head_dim
-        sizes = (H * D, Hkv * D, Hkv * D, H * D)
-        z, v, B, C, dt = jnp.split(self.in_proj(x), [sum(sizes[: i + 1]) for i in range(4)], axis=-1)
+        z, v, B, C, dt = self.in_proj.parts(x, (H * D, Hkv * D, Hkv * D, H * D, H))
         if self.C_norm is not None:
             C = self.C_norm(C.reshape(batch, T, H, D)).reshape(C.shape)
             B = self.B_norm(B.reshape(batch, T, Hkv, D)).reshape(B.shape)
-        vBC = jnp.concatenate([v, B, C], axis=-1)
-        vBC, conv = self.conv1d(vBC, segment_ids=segment_ids, state=state and state.conv)
-        v, B, C = jnp.split(vBC, [Hkv * D, 2 * Hkv * D], axis=-1)
+        (v, B, C), conv = self.conv1d.parts((v, B, C), segment_ids=segment_ids, state=state and state.conv)
         v, B, C = (repeat_heads(a.reshape(batch, T, -1, D), H) for a in (v, B, C))
         dt = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))
         a = -jnp.exp(self.A_log[...].astype(jnp.float32))
-        # a and d belong to heads, not tokens: they are bound here, so that op and step take the same arrays
-        skip = self.D[...]
-        y, S = scan_or_step(
-            lambda v, dt, B, C, **kw: ssd(v, dt, a, B, C, skip, **kw),
-            lambda v, dt, B, C, **kw: ssd_step(v, dt, a, B, C, skip, **kw),
-            (v, dt, B, C),
+        y, S = recurrence(
+            functools.partial(linear_attention, scale=1.0),
+            functools.partial(linear_attention_step, scale=1.0),
+            lambda q, k, v, g, **kw: linear_attention_summary(k, v, g, **kw),
+            ssd_inputs(v, dt, a, B, C),
             state=state and state.S,
             segment_ids=segment_ids,
         )
+        y = y + (self.D[...][:, None] * v).astype(y.dtype)
         y = y * jax.nn.silu(z).reshape(y.shape)
         y = rms_norm(y, self.norm.weight[...].reshape(H, D), NORM_EPS)
         return self.out_proj(y.reshape(batch, T, H * D)), Mamba2State(S, conv)

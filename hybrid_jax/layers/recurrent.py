@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels_pallas import short_conv, short_conv_step
+from hybrid_jax.parallel.recurrence import convolution
 from kernels_pallas.gated_kalmanet.chebyshev import safe_sqrt
 
 
@@ -62,22 +63,22 @@ class ShortConv(nnx.Module):
     def __call__(self, x, *, segment_ids, state=None):
         """x [B,T,D] -> (y, state [B,W-1,D]); one token with a state takes the step."""
         bias = None if self.bias is None else self.bias[...]
-        if state is not None and x.shape[1] == 1:
-            y, state = short_conv_step(x[:, 0], self.kernel[...], bias, state=state)
-            return y[:, None], state
-        return short_conv(x, self.kernel[...], bias, initial_state=state, segment_ids=segment_ids)
+        return convolution(x, self.kernel[...], bias, state=state, segment_ids=segment_ids)
+
+    def parts(self, xs, *, segment_ids, state=None):
+        """The conv of inputs side by side, each by itself: no two of them need be cut alike over a mesh."""
+        cuts = list(itertools.accumulate(x.shape[-1] for x in xs))[:-1]
+        weights = jnp.split(self.kernel[...], cuts)
+        biases = [None] * len(xs) if self.bias is None else jnp.split(self.bias[...], cuts)
+        states = [None] * len(xs) if state is None else jnp.split(state, cuts, axis=-1)
+        outs = [
+            convolution(x, weight, bias, state=s, segment_ids=segment_ids)
+            for x, weight, bias, s in zip(xs, weights, biases, states, strict=True)
+        ]
+        ys, states = zip(*outs, strict=True)
+        return ys, None if state is None else jnp.concatenate(states, axis=-1)
 
     def init_state(self, batch, dtype):
         dim, size = self.kernel.shape
         return jnp.zeros((batch, size - 1, dim), dtype)
 
-
-def scan_or_step(op, step, arrays, *options, state, segment_ids, **keywords):
-    """Runs `op` over [B,T,...] arrays, or `step` when a single token continues a state.
-
-    `keywords` go to `op` alone (chunking and the like), `options` to both.
-    """
-    if state is not None and arrays[0].shape[1] == 1:
-        o, state = step(*(x[:, 0] for x in arrays), *options, state=state)
-        return o[:, None], state
-    return op(*arrays, *options, initial_state=state, segment_ids=segment_ids, **keywords)

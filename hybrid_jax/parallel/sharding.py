@@ -1,42 +1,107 @@
-"""Sharding of parameters: the one table from logical axes to mesh axes."""
+"""Sharding: the one table from logical axes to mesh axes, of parameters and of activations.
+
+The compiler propagates shardings from there (GSPMD). What it can not cut, a Pallas kernel or a ring, runs
+under `per_device`, each device on its own part.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-# Logical axis of a parameter -> mesh axis. Axes that a mesh lacks, or that are not listed, are replicated.
-RULES: dict[str, str] = {
-    "embed": "fsdp",
-    "vocab": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
-    "expert": "expert",
+from hybrid_jax.parallel.mesh import BATCH_AXES
+
+# Logical axis -> mesh axes. Axes that a mesh lacks, or that are not listed, are replicated.
+RULES: dict[str, tuple[str, ...]] = {
+    # parameters
+    "embed": ("fsdp",),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "expert": ("expert",),
+    # activations
+    "batch": BATCH_AXES,
+    "sequence": ("seq",),
 }
+Axes = tuple[str | None, ...]
 
 
-def parameter_sharding(mesh: Mesh, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:
-    """Where a parameter lives. The compiler propagates shardings from there (GSPMD), whatever axis types `mesh` has.
+def partition_spec(mesh, axes: Axes) -> PartitionSpec:
+    """Where an array with these logical axes lies; mesh axes of size 1 are left out."""
+    entries = []
+    for axis in axes:
+        names = tuple(a for a in RULES.get(axis, ()) if mesh.shape.get(a, 1) > 1)
+        entries.append(names[0] if len(names) == 1 else names or None)
+    return PartitionSpec(*entries)
+
+
+def parameter_sharding(mesh: Mesh, name: str, shape: tuple[int, ...], axes: Axes) -> NamedSharding:
+    """Where a parameter lives.
 
     Raises:
       ValueError: a mesh axis does not divide the dimension; names both.
     """
-    spec: list[str | None] = []
     for size, axis in zip(shape, axes, strict=True):
-        mesh_axis = RULES.get(axis) if axis else None
-        parts = mesh.shape.get(mesh_axis, 1) if mesh_axis else 1
-        if size % parts:
-            raise ValueError(
-                f"mesh axis {mesh_axis!r} of size {parts} does not divide {axis!r} of {name} {tuple(shape)}: {size}; "
-                f"choose a mesh whose {mesh_axis!r} divides it"
-            )
-        spec.append(mesh_axis if parts > 1 else None)
-    return NamedSharding(Mesh(mesh.devices, mesh.axis_names), PartitionSpec(*spec))
+        for mesh_axis in RULES.get(axis, ()):
+            parts = mesh.shape.get(mesh_axis, 1)
+            if size % parts:
+                raise ValueError(
+                    f"mesh axis {mesh_axis!r} of size {parts} does not divide {axis!r} of {name} {tuple(shape)}: {size}; "
+                    f"choose a mesh whose {mesh_axis!r} divides it"
+                )
+    auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    return NamedSharding(auto, partition_spec(mesh, axes))
 
 
-def place(mesh: Mesh | None, name: str, value, axes) -> jax.Array:
+def place(mesh: Mesh | None, name: str, value, axes: Axes) -> jax.Array:
     """Puts a host array straight into its final sharding."""
     if mesh is None:
         return jax.numpy.asarray(value)
-    return jax.device_put(value, parameter_sharding(mesh, name, value.shape, axes))
+    sharding = parameter_sharding(mesh, name, value.shape, axes)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def context_mesh():
+    """The mesh in context (`jax.set_mesh`) if it spreads anything and we are not inside `per_device`; else None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    spread = any(n > 1 for n in mesh.axis_sizes)
+    manual = any(kind == AxisType.Manual for kind in mesh.axis_types)
+    return mesh if spread and not manual else None
+
+
+def axis_size(name: str) -> int:
+    """Size of an axis of the mesh in context; 1 without one."""
+    mesh = context_mesh()
+    return 1 if mesh is None else mesh.shape.get(name, 1)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """x, laid out by its logical axes where a mesh is in context."""
+    mesh = context_mesh()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, partition_spec(mesh, axes))
+
+
+def per_device(function: Callable, arrays: Sequence, axes: Sequence, out_axes):
+    """function(*arrays), each device on its own part of every array.
+
+    Args:
+      axes: for every array its logical axes; for a pytree of arrays a pytree of them; anything for None.
+      out_axes: the same for the result.
+    """
+    mesh = context_mesh()
+    if mesh is None:
+        return function(*arrays)
+
+    def specs(axes):
+        return jax.tree.map(lambda a: partition_spec(mesh, a), axes, is_leaf=_is_axes)
+
+    in_specs = tuple(PartitionSpec() if x is None else specs(a) for x, a in zip(arrays, axes, strict=True))
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=specs(out_axes), check_vma=False)(*arrays)
+
+
+def _is_axes(x) -> bool:
+    """A tuple of logical axis names, not a tuple of such tuples."""
+    return isinstance(x, tuple) and type(x) is tuple and all(a is None or isinstance(a, str) for a in x)

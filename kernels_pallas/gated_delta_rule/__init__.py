@@ -14,7 +14,7 @@ from kernels_pallas.gated_delta_rule.reference import gated_delta_rule_reference
 from kernels_pallas.gated_delta_rule.tpu import gated_delta_rule_tpu
 from kernels_pallas.gated_delta_rule.tpu_step import gated_delta_rule_step_tpu
 
-__all__ = ["gated_delta_rule", "gated_delta_rule_step"]
+__all__ = ["gated_delta_rule", "gated_delta_rule_step", "gated_delta_rule_summary"]
 
 IMPLEMENTATIONS = {
     "reference": gated_delta_rule_reference,
@@ -65,6 +65,27 @@ def gated_delta_rule(
     scale = d["K"] ** -0.5 if scale is None else scale
     run = pick_implementation("gated_delta_rule", implementation, IMPLEMENTATIONS, q, k, v)
     return run(q, k, v, log_decay, beta, state, segment_index(segment_ids), scale, chunk_size)
+
+
+def gated_delta_rule_summary(k, v, log_decay, beta, *, segment_ids=None, implementation=None):
+    """What tokens make of the state before them, S -> transition S + state: what a split sequence passes on.
+
+    The transition, a product of e^g (I - beta k k'), is the state that grows from the identity and values of zero.
+
+    Args:
+      k, v, log_decay, beta, segment_ids, implementation: as in `gated_delta_rule`.
+
+    Returns:
+      transition [B, H, K, K], 0 where a segment begins after the first token, and state [B, H, K, V]; both float32.
+    """
+    B, _, H, K = k.shape
+    V = v.shape[-1]
+    dtype = accumulator(k, v, log_decay, beta)
+    start = jnp.broadcast_to(jnp.eye(K, K + V, V, dtype=dtype), (B, H, K, K + V))  # [0 | I]
+    values = jnp.concatenate([v, jnp.zeros((*v.shape[:-1], K), v.dtype)], axis=-1)
+    options = dict(initial_state=start, segment_ids=segment_ids, implementation=implementation)
+    both = gated_delta_rule(k, k, values, log_decay, beta, **options)[1]
+    return both[..., V:], both[..., :V]
 
 
 def gated_delta_rule_step(q, k, v, log_decay, beta, *, state, scale=None, implementation=None):

@@ -17,8 +17,9 @@ from kernels_pallas.gated_kalmanet.gpu import gated_kalmanet_gpu
 from kernels_pallas.gated_kalmanet.reference import gated_kalmanet_reference, gated_kalmanet_update
 from kernels_pallas.gated_kalmanet.tpu import gated_kalmanet_tpu
 from kernels_pallas.gated_kalmanet.tpu_step import gated_kalmanet_step_tpu
+from kernels_pallas.linear_attention import linear_attention_summary
 
-__all__ = ["gated_kalmanet", "gated_kalmanet_step"]
+__all__ = ["gated_kalmanet", "gated_kalmanet_step", "gated_kalmanet_summary"]
 
 IMPLEMENTATIONS = {
     "reference": gated_kalmanet_reference,
@@ -94,6 +95,20 @@ def gated_kalmanet(
     segments = segment_index(segment_ids)
     options = (scale, chunk_size, ridge_strength, num_iter, bp_lambda, precision)
     return run(q, k, v, alpha, log_decay, (h_kk, h_kv), segments, *options)
+
+
+def gated_kalmanet_summary(k, v, log_decay, *, segment_ids=None):
+    """What tokens make of the states before them, (H, S) -> decay (H, S) + states: what a split sequence passes on.
+
+    In float32 throughout: in bf16 H would lose what the solve needs.
+
+    Returns:
+      decay [B, H], 0 where a segment begins after the first token, and (h_kk [B, H, K, K], h_kv [B, H, K, V]).
+    """
+    dtype = accumulator(k, v, log_decay)
+    k, v = k.astype(dtype), v.astype(dtype)
+    decay, both = linear_attention_summary(k, jnp.concatenate([k, v], axis=-1), log_decay, segment_ids=segment_ids)
+    return decay, (both[..., : k.shape[-1]], both[..., k.shape[-1] :])
 
 
 def gated_kalmanet_step(

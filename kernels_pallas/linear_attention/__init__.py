@@ -8,13 +8,14 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from kernels_pallas.arguments import accumulator, check_shapes, dims_of, pick_implementation, segment_index
+from kernels_pallas.chunks import matmul
 from kernels_pallas.linear_attention.chunked import linear_attention_chunked
 from kernels_pallas.linear_attention.gpu import linear_attention_gpu
 from kernels_pallas.linear_attention.reference import linear_attention_reference, linear_attention_update
 from kernels_pallas.linear_attention.tpu import linear_attention_tpu
 from kernels_pallas.linear_attention.tpu_step import linear_attention_step_tpu
 
-__all__ = ["linear_attention", "linear_attention_step"]
+__all__ = ["linear_attention", "linear_attention_step", "linear_attention_summary"]
 
 IMPLEMENTATIONS = {
     "reference": linear_attention_reference,
@@ -59,6 +60,26 @@ def linear_attention(q, k, v, log_decay, *, scale=None, initial_state=None, segm
     scale = d["K"] ** -0.5 if scale is None else scale
     run = pick_implementation("linear_attention", implementation, IMPLEMENTATIONS, q, k, v)
     return run(q, k, v, log_decay, state, segment_index(segment_ids), scale, chunk_size)
+
+
+def linear_attention_summary(k, v, log_decay, *, segment_ids=None):
+    """What tokens make of the state before them, S -> decay S + state: what a split sequence passes on.
+
+    Args:
+      k, v, log_decay, segment_ids: as in `linear_attention`.
+
+    Returns:
+      decay [B, H], 0 where a segment begins after the first token, and state [B, H, K, V]; both float32.
+    """
+    dtype = accumulator(k, v, log_decay)
+    g = log_decay.astype(dtype)
+    later = jnp.flip(jnp.cumsum(jnp.flip(g, axis=1), axis=1), axis=1)  # g_t + ... + g_T, exact where it matters
+    kept, whole = jnp.exp(later - g), jnp.exp(later[:, 0])
+    if segment_ids is not None:
+        segments = segment_index(segment_ids)
+        last = segments[:, -1:]
+        kept, whole = jnp.where((segments == last)[..., None], kept, 0), jnp.where(last == 0, whole, 0)
+    return whole, matmul("bthk,bthv->bhkv", (k * kept[..., None]).astype(k.dtype), v, dtype=dtype)
 
 
 def linear_attention_step(q, k, v, log_decay, *, state, scale=None, implementation=None):

@@ -1,0 +1,242 @@
+"""Softmax attention of a block of queries over a block of keys, as a part of a larger softmax.
+
+The forward gives the normalised output and the log-sum-exp of its scores, by which parts are merged; the backward
+takes the whole softmax's log-sum-exp and output. On TPU both are JAX's splash attention kernels, elsewhere XLA over
+tiles of queries and keys.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+
+from kernels_pallas.arguments import accumulator, backend
+
+EMPTY = -1e30  # the log-sum-exp of a query that sees no key
+TILE = 1024  # queries and keys of a tile of the XLA form
+LANES = 128
+
+
+class Mask(NamedTuple):
+    """Query i sees key j where `nearest` <= i + offset - j < `window`, in tokens; None: no limit on that side."""
+
+    nearest: int | None = 0
+    window: int | None = None
+    offset: int = 0
+
+    def visible(self, i, j):
+        distance = i[:, None] + self.offset - j[None, :]
+        seen = jnp.ones(distance.shape, bool)
+        if self.nearest is not None:
+            seen &= distance >= self.nearest
+        return seen if self.window is None else seen & (distance < self.window)
+
+
+CAUSAL, FULL = Mask(), Mask(nearest=None)
+
+
+def block_forward(q, k, v, q_segments, k_segments, mask: Mask):
+    """One block's attention; scores are q k' D^-0.5.
+
+    Args:
+      q: [B, T, H, D].
+      k, v: [B, S, Hkv, D], Hkv dividing H.
+      q_segments, k_segments: [B, T], [B, S]; a query sees its own segment only.
+
+    Returns:
+      o [B, T, H, D] and lse [B, H, T], both float32; zeros and `EMPTY` for a query that sees nothing.
+    """
+    if _use_splash(q, k):
+        return _splash_forward(q, k, v, q_segments, k_segments, mask)
+    return _tiled(_tile_forward, mask, (q, q_segments), (k, v, k_segments))
+
+
+def block_backward(q, k, v, q_segments, k_segments, mask: Mask, o, lse, do):
+    """The block's share of dq, dk, dv (float32), given the whole softmax's o and lse and the cotangent of o."""
+    if _use_splash(q, k):
+        return _splash_backward(q, k, v, q_segments, k_segments, mask, o, lse, do)
+    delta = jnp.sum(o * do.astype(o.dtype), axis=-1)
+    return _tiled_backward(mask, (q, q_segments, do, lse.swapaxes(1, 2), delta), (k, v, k_segments))
+
+
+# XLA, tile by tile -------------------------------------------------------------------------------------------------
+
+
+def _tiles(x, tile):
+    """[B, T, ...] -> [T / tile, B, tile, ...], padded with zeros."""
+    T = x.shape[1]
+    x = jnp.pad(x, ((0, 0), (0, -T % tile)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, tile, *x.shape[2:]), 1, 0)
+
+
+def _untile(x, length):
+    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :length]
+
+
+def _scores(q, k, q_segments, k_segments, visible):
+    """Scores [B, Hkv, G, T, S] and where they count."""
+    B, T, H, D = q.shape
+    Hkv = k.shape[2]
+    s = jnp.einsum("bthgd,bshd->bhgts", q.reshape(B, T, Hkv, H // Hkv, D), k, preferred_element_type=accumulator(q))
+    seen = visible & (q_segments[:, :, None] == k_segments[:, None, :])
+    return s * D**-0.5, seen[:, None, None]
+
+
+def _tile_forward(q, q_segments, k, v, k_segments, visible):
+    B, T, H, D = q.shape
+    s, seen = _scores(q, k, q_segments, k_segments, visible)
+    s = jnp.where(seen, s, EMPTY)
+    top = jnp.max(s, axis=-1, keepdims=True)
+    p = jnp.where(seen, jnp.exp(s - top), 0)
+    total = jnp.sum(p, axis=-1)
+    o = jnp.einsum("bhgts,bshd->bthgd", p.astype(v.dtype), v, preferred_element_type=s.dtype).reshape(B, T, H, D)
+    some = total > 0
+    lse = jnp.where(some, top[..., 0] + jnp.log(jnp.where(some, total, 1)), EMPTY)
+    total = jnp.where(some, total, 1).transpose(0, 3, 1, 2).reshape(B, T, H)
+    return o / total[..., None], lse.reshape(B, H, T)
+
+
+def merge(first, second):
+    """Two parts (o, lse) of a softmax as one."""
+    (o1, lse1), (o2, lse2) = first, second
+    lse = jnp.logaddexp(lse1, lse2)
+    w1, w2 = (jnp.exp(x - lse).swapaxes(1, 2)[..., None] for x in (lse1, lse2))
+    return w1 * o1 + w2 * o2, lse
+
+
+def _tiled(tile_function, mask, queries, keys):
+    """Forward over tiles: for each tile of queries a running merge over the tiles of keys."""
+    (q, q_segments), T, S = queries, queries[0].shape[1], keys[0].shape[1]
+    if T <= TILE and S <= TILE:
+        return tile_function(q, q_segments, *keys, mask.visible(jnp.arange(T), jnp.arange(S)))
+    B, _, H, D = q.shape
+    key_tiles = tuple(_tiles(x, TILE) for x in keys)
+    j0 = jnp.arange(0, key_tiles[0].shape[0] * TILE, TILE)
+
+    def for_queries(tile):
+        i0, q, q_segments = tile
+
+        def add(parts, tile):
+            j0, k, v, k_segments = tile
+            j = j0 + jnp.arange(TILE)
+            visible = mask.visible(i0 + jnp.arange(TILE), j) & (j < S)
+            return merge(parts, tile_function(q, q_segments, k, v, k_segments, visible)), None
+
+        dtype = accumulator(q)
+        nothing = (jnp.zeros((B, TILE, H, D), dtype), jnp.full((B, H, TILE), EMPTY, dtype))
+        return jax.lax.scan(add, nothing, (j0, *key_tiles))[0]
+
+    q_tiles = _tiles(q, TILE)
+    i0 = jnp.arange(0, q_tiles.shape[0] * TILE, TILE)
+    o, lse = jax.lax.map(for_queries, (i0, q_tiles, _tiles(q_segments, TILE)))
+    return _untile(o, T), _untile(lse.swapaxes(2, 3), T).swapaxes(1, 2)
+
+
+def _tile_backward(q, q_segments, do, lse, delta, k, v, k_segments, visible):
+    B, T, H, D = q.shape
+    s, seen = _scores(q, k, q_segments, k_segments, visible)
+    groups = (B, T, k.shape[2], H // k.shape[2])
+    lse, delta = (x.reshape(groups).transpose(0, 2, 3, 1)[..., None] for x in (lse, delta))
+    do = do.reshape(*groups, D)
+    p = jnp.where(seen, jnp.exp(jnp.where(seen, s - lse, 0)), 0)
+    dv = jnp.einsum("bhgts,bthgd->bshd", p.astype(do.dtype), do, preferred_element_type=s.dtype)
+    dp = jnp.einsum("bthgd,bshd->bhgts", do, v, preferred_element_type=s.dtype)
+    ds = (p * (dp - delta) * D**-0.5).astype(q.dtype)
+    dq = jnp.einsum("bhgts,bshd->bthgd", ds, k, preferred_element_type=s.dtype).reshape(B, T, H, D)
+    return dq, jnp.einsum("bhgts,bthgd->bshd", ds, q.reshape(*groups, D), preferred_element_type=s.dtype), dv
+
+
+def _tiled_backward(mask, queries, keys):
+    T, S = queries[0].shape[1], keys[0].shape[1]
+    if T <= TILE and S <= TILE:
+        return _tile_backward(*queries, *keys, mask.visible(jnp.arange(T), jnp.arange(S)))
+    q_tiles, key_tiles = (tuple(_tiles(x, TILE) for x in xs) for xs in (queries, keys))
+    i0, j0 = (jnp.arange(0, x[0].shape[0] * TILE, TILE) for x in (q_tiles, key_tiles))
+
+    def for_keys(dq, tile):
+        j0, *key_tile = tile
+        j = j0 + jnp.arange(TILE)
+
+        def add(dkv, tile):
+            i0, *query_tile = tile
+            i = i0 + jnp.arange(TILE)
+            visible = mask.visible(i, j) & (i < T)[:, None] & (j < S)
+            dq, dk, dv = _tile_backward(*query_tile, *key_tile, visible)
+            return (dkv[0] + dk, dkv[1] + dv), dq
+
+        zeros = jnp.zeros(key_tile[0].shape, accumulator(key_tile[0]))
+        dkv, dq_tiles = jax.lax.scan(add, (zeros, zeros), (i0, *q_tiles))
+        return dq + dq_tiles, dkv
+
+    dq, (dk, dv) = jax.lax.scan(for_keys, jnp.zeros(q_tiles[0].shape, accumulator(queries[0])), (j0, *key_tiles))
+    return _untile(dq, T), _untile(dk, S), _untile(dv, S)
+
+
+# TPU: splash attention -------------------------------------------------------------------------------------------
+
+
+def _use_splash(q, k) -> bool:
+    return backend() == "tpu" and q.shape[1] % LANES == 0 and k.shape[1] % LANES == 0 and q.dtype != jnp.float64
+
+
+@functools.lru_cache
+def _splash_kernel(mask: Mask, T: int, S: int, heads: int):
+    """The kernel's mask tables and block sizes; the tables are numpy work, done once a shape."""
+    bq, bk = (next(b for b in (512, 256, LANES) if n % b == 0) for n in (T, S))
+    left = None if mask.window is None else mask.window - 1
+    right = None if mask.nearest is None else -mask.nearest
+    one = splash_mask.FullMask((T, S))
+    if left is not None or right is not None:
+        one = splash_mask.LocalMask((T, S), (left, right), mask.offset)
+    blocks = splash.BlockSizes(
+        block_q=bq,
+        block_kv=bk,
+        block_kv_compute=bk,
+        block_q_dkv=bq,
+        block_kv_dkv=bk,
+        block_kv_dkv_compute=bk,
+        block_q_dq=bq,
+        block_kv_dq=bk,
+    )
+    with jax.ensure_compile_time_eval():
+        options = dict(head_shards=1, q_seq_shards=1, save_residuals=True)
+        return splash.make_splash_mha(splash_mask.MultiHeadMask([one] * heads), block_sizes=blocks, **options)
+
+
+def _heads_first(x):
+    return jnp.swapaxes(x, 1, 2)
+
+
+def _splash_forward(q, k, v, q_segments, k_segments, mask):
+    kernel = _splash_kernel(mask, q.shape[1], k.shape[1], q.shape[2])
+
+    def row(q, k, v, q_segments, k_segments):
+        return kernel(q, k, v, splash.SegmentIds(q_segments, k_segments))
+
+    scaled = (q * q.shape[-1] ** -0.5).astype(q.dtype)
+    o, (lse,) = jax.vmap(row)(*map(_heads_first, (scaled, k, v)), q_segments, k_segments)
+    return _heads_first(o).astype(jnp.float32), jnp.maximum(lse, EMPTY)
+
+
+def _splash_backward(q, k, v, q_segments, k_segments, mask, o, lse, do):
+    kernel = _splash_kernel(mask, q.shape[1], k.shape[1], q.shape[2])
+    options = {n: kernel.kwargs[n] for n in ("mask_value", "is_mqa", "block_sizes", "mask_function", "attn_logits_soft_cap")}
+    scale = q.shape[-1] ** -0.5
+
+    def row(q, k, v, q_segments, k_segments, o, lse, do):
+        ids = splash.SegmentIds(q_segments, k_segments)
+        residuals = (q, k, v, ids, None, o, lse, kernel.dq_mask_info, kernel.dkv_mask_info)
+        grads = splash._splash_attention_bwd(
+            save_residuals=False, residual_checkpoint_name=None, interpret=False, res=residuals, do=do, **options
+        )
+        return grads[3:6]
+
+    scaled = (q * scale).astype(q.dtype)
+    arrays = (*map(_heads_first, (scaled, k, v)), q_segments, k_segments, _heads_first(o), lse, _heads_first(do))
+    dq, dk, dv = (_heads_first(x).astype(jnp.float32) for x in jax.vmap(row)(*arrays))
+    return dq * scale, dk, dv

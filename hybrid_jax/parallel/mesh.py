@@ -1,0 +1,98 @@
+"""Meshes: the five axes every program of this project may be spread over.
+
+    data, fsdp   rows of the batch; fsdp also cuts the parameters
+    expert       rows of the batch, and the experts of a mixture
+    seq          tokens of a row (ring attention, state passing)
+    tensor       heads, MLP width, vocabulary
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
+
+from hybrid_jax.config import ModelConfig
+
+AXES = ("data", "fsdp", "expert", "seq", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """`"fsdp=8,seq=4"` -> {"fsdp": 8, "seq": 4}.
+
+    Raises:
+      ValueError: a part is not AXIS=SIZE.
+    """
+    sizes = {}
+    for part in filter(None, text.split(",")):
+        name, _, size = part.strip().partition("=")
+        if not size.lstrip("-").isdigit() or name in sizes:
+            raise ValueError(f"expected a mesh like 'fsdp=8,seq=4', got {text!r}")
+        sizes[name] = int(size)
+    return sizes
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of all five axes; those not named have size 1, one of size -1 takes what is left.
+
+    Args:
+      devices: default: all of them; those of a TPU are laid out along its interconnect.
+
+    Raises:
+      ValueError: an unknown axis, or sizes whose product is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    unknown = sorted(set(sizes) - set(AXES))
+    if unknown:
+        raise ValueError(f"a mesh has no axis {unknown[0]!r}; axes: {', '.join(AXES)}")
+    shape = {axis: int(sizes.get(axis, 1)) for axis in AXES}
+    free = [axis for axis, n in shape.items() if n == -1]
+    fixed = math.prod(n for n in shape.values() if n != -1)
+    if len(free) == 1 and fixed > 0 and len(devices) % fixed == 0:
+        shape[free[0]] = len(devices) // fixed
+    if min(shape.values()) < 1 or math.prod(shape.values()) != len(devices):
+        asked = ", ".join(f"{a}={n}" for a, n in sizes.items()) or "(one device)"
+        raise ValueError(f"the mesh {asked} needs {fixed} devices, there are {len(devices)}; give sizes whose product is that")
+    grid = tuple(shape.values())
+    if devices[0].platform == "tpu":
+        array = mesh_utils.create_device_mesh(grid, devices, allow_split_physical_axes=True)
+    else:
+        array = np.asarray(devices).reshape(grid)
+    return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def check_mesh_fits(config: ModelConfig, mesh: Mesh, batch_size: int | None = None, seq_len: int | None = None):
+    """Refuses a mesh that does not divide the model or the batch.
+
+    Raises:
+      ValueError: names the axis, its size, the dimension and its size.
+    """
+    tensor, seq = mesh.shape["tensor"], mesh.shape["seq"]
+    batch = math.prod(mesh.shape[a] for a in BATCH_AXES)
+    inner = config.intermediate_size if config.moe is None else config.moe.intermediate_size
+    wants = [
+        ("tensor", tensor, "num_attention_heads", config.num_heads),
+        ("tensor", tensor, "num_key_value_heads", config.num_kv_heads),
+        ("tensor", tensor, "intermediate_size", inner),
+        ("tensor", tensor, "vocab_size", config.vocab_size),
+        ("fsdp", mesh.shape["fsdp"], "hidden_size", config.hidden_size),
+        ("expert", mesh.shape["expert"], "num_experts", config.moe.num_experts if config.moe else 0),
+    ]
+    if config.moe is None and mesh.shape["expert"] > 1:
+        raise ValueError("mesh axis 'expert' needs a mixture-of-experts model; this one has none, use 'fsdp' or 'data'")
+    if batch_size is not None:
+        wants.append(("*".join(BATCH_AXES), batch, "batch_size", batch_size))
+    if seq_len is not None and seq > 1:
+        wants.append(("seq", 2 * seq, "seq_len", seq_len))
+    for axis, parts, name, size in wants:
+        if size % parts:
+            twice = " (two parts a device)" if axis == "seq" else ""
+            raise ValueError(
+                f"mesh axis {axis!r} cuts {name} in {parts} parts{twice}, which do not divide {size}; "
+                f"choose a mesh whose {axis!r} does, or another {name}"
+            )

@@ -1,0 +1,140 @@
+"""Recurrent mixers on a mesh: heads and rows cut by the compiler's table, tokens by passing states.
+
+With tokens cut, every chunk of a row is summarised as the affine map it makes of a state, S -> A S + b; an
+exclusive scan of the maps over the mesh axis `seq` gives each chunk the state it starts from, and the operation
+runs once more from there. What crosses the wire is states, whatever the length of the row. One code path
+for every mixer: A is a number a head for scalar decays and K x K for the delta rule.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from hybrid_jax.parallel.sequence import as_chunks, as_rows, continued, exclusive_scan, halo, halo_segments, join, split
+from hybrid_jax.parallel.sharding import axis_size, per_device
+from kernels_pallas import short_conv, short_conv_step
+
+TOKENS, ROWS = ("batch", "sequence"), ("batch",)
+
+
+def _axes(x, leading) -> tuple:
+    """Logical axes of an array [*leading, heads, ...]."""
+    return (*leading, "heads", *[None] * (x.ndim - len(leading) - 1))
+
+
+def _act(transition, state):
+    """A S for every state of a pytree; A [..., H] or [..., H, K, K]."""
+
+    def one(s):
+        if transition.ndim == s.ndim:
+            return jnp.matmul(transition, s, precision="highest")
+        return transition[..., None, None] * s
+
+    return jax.tree.map(one, state)
+
+
+def _then(earlier, later):
+    """The affine map of `earlier` followed by `later`."""
+    (A1, b1), (A2, b2) = earlier, later
+    return _act(A2, A1) if A1.ndim == 5 else A2 * A1, jax.tree.map(jnp.add, _act(A2, b1), b2)
+
+
+def incoming_states(summary: tuple, segment_ids: jax.Array):
+    """The state each chunk starts from, [2, B, H, ...].
+
+    Args:
+      summary: (A, b) of each chunk from nothing, [2, B, H, ...]; A is 0 where a segment begins inside the chunk.
+      segment_ids: [2, B, c].
+    """
+    link = continued(segment_ids)
+    A, b = summary
+    A = jnp.where(link.reshape(*link.shape, *[1] * (A.ndim - 2)), A, 0)
+    _, before = exclusive_scan((A, b), _then)
+    return jax.tree.map(lambda s: jnp.where(link[:, :, None, None, None], s, 0), before)
+
+
+def _over_chunks(op, summary, segment_ids, *arrays):
+    segments = split(segment_ids)
+    chunks = [as_rows(split(x)) for x in arrays]
+    ids = as_rows(segments)
+    maps = jax.tree.map(as_chunks, summary(*chunks, segment_ids=ids))
+    before = jax.tree.map(as_rows, incoming_states(maps, segments))
+    return join(as_chunks(op(*chunks, initial_state=before, segment_ids=ids)[0]))
+
+
+def recurrence(op: Callable, step: Callable, summary: Callable, arrays: Sequence[jax.Array], *, state, segment_ids):
+    """Runs a recurrence over [B, T, H, ...] arrays, wherever they lie.
+
+    Args:
+      op: (*arrays, initial_state=, segment_ids=) -> (o, state).
+      step: one token, (*arrays without T, state=) -> (o, state).
+      summary: (*arrays, segment_ids=) -> (A [B,H] or [B,H,K,K], b): what the tokens make of a state.
+      state: a pytree of [B, H, ...], or None: from nothing, and no final state where tokens are cut.
+
+    Raises:
+      NotImplementedError: a state with tokens cut over the mesh.
+    """
+    if axis_size("seq") > 1:
+        if state is not None:
+            raise NotImplementedError("generation does not cut tokens over the mesh: give a mesh whose 'seq' is 1")
+        local = functools.partial(_over_chunks, op, summary)
+        axes = [_axes(x, TOKENS) for x in arrays]
+        return per_device(local, (segment_ids, *arrays), (TOKENS, *axes), (*TOKENS, "heads", None)), None
+    state_axes = jax.tree.map(lambda s: _axes(s, ROWS), state)
+    if state is not None and arrays[0].shape[1] == 1:
+        arrays = [x[:, 0] for x in arrays]
+
+        def one(state, *arrays):
+            return step(*arrays, state=state)
+
+        out = ((*ROWS, "heads", None), state_axes)
+        o, state = per_device(one, (state, *arrays), (state_axes, *[_axes(x, ROWS) for x in arrays]), out)
+        return o[:, None], state
+
+    def whole(state, segment_ids, *arrays):
+        return op(*arrays, initial_state=state, segment_ids=segment_ids)
+
+    if state is None:  # the final state's axes are those of a state of zeros
+        shapes = jax.eval_shape(whole, None, segment_ids, *arrays)[1]
+        out_state = jax.tree.map(lambda s: _axes(s, ROWS), shapes)
+    else:
+        out_state = state_axes
+    axes = (state_axes, TOKENS, *[_axes(x, TOKENS) for x in arrays])
+    return per_device(whole, (state, segment_ids, *arrays), axes, ((*TOKENS, "heads", None), out_state))
+
+
+def _conv_over_chunks(segment_ids, x, weight, bias):
+    width = weight.shape[1]
+    segments, chunks = split(segment_ids), split(x)
+    same = halo_segments(segments, width - 1) == segments[:, :, :1]
+    same = jnp.flip(jnp.cumprod(jnp.flip(same, axis=2).astype(jnp.int32), axis=2), axis=2)
+    before = halo(chunks, width - 1) * same[..., None].astype(x.dtype)
+    y, _ = short_conv(as_rows(chunks), weight, bias, initial_state=as_rows(before), segment_ids=as_rows(segments))
+    return join(as_chunks(y))
+
+
+def convolution(x, weight, bias, *, state, segment_ids):
+    """The short conv of x [B, T, D], wherever it lies -> (y, state); D is cut like heads, as weight [D, W] is."""
+    weight_axes, bias_axes = ("heads", None), ("heads",)
+    if axis_size("seq") > 1:
+        axes = (TOKENS, (*TOKENS, "heads"), weight_axes, bias_axes)
+        return per_device(_conv_over_chunks, (segment_ids, x, weight, bias), axes, (*TOKENS, "heads")), None
+    tail = (*ROWS, None, "heads")
+    if state is not None and x.shape[1] == 1:
+
+        def one(x, weight, bias, state):
+            return short_conv_step(x, weight, bias, state=state)
+
+        axes = ((*ROWS, "heads"), weight_axes, bias_axes, tail)
+        y, state = per_device(one, (x[:, 0], weight, bias, state), axes, ((*ROWS, "heads"), tail))
+        return y[:, None], state
+
+    def whole(segment_ids, x, weight, bias, state):
+        return short_conv(x, weight, bias, initial_state=state, segment_ids=segment_ids)
+
+    axes = (TOKENS, (*TOKENS, "heads"), weight_axes, bias_axes, tail)
+    return per_device(whole, (segment_ids, x, weight, bias, state), axes, ((*TOKENS, "heads"), tail))
