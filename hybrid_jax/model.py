@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +12,17 @@ from flax import nnx
 
 from hybrid_jax.config import PARAMETER_KEYS, ModelConfig
 from hybrid_jax.layers import MLP, Embedding, Linear, MoE, RMSNorm, make_mixer
+from hybrid_jax.parallel import attention
+from hybrid_jax.parallel.sharding import axis_size, constrain
+from hybrid_jax.runs import Run, repeated_runs
+
+# What a layer keeps for its gradient -> the policy: everything, its attention's outputs, or only its input.
+REMAT = {
+    "none": None,
+    "attention": jax.checkpoint_policies.save_only_these_names(attention.SAVED),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+HIDDEN = ("batch", "sequence", None)
 
 
 def positions_of(segment_ids):
@@ -29,9 +42,9 @@ class LayerOutputs(NamedTuple):
 
 
 class TwoStreams(NamedTuple):
-    """A fused model's forward: per layer (teacher, student) outputs, and both final normed states."""
+    """A fused model's forward: what `compare` made of each layer's two outputs, and both final normed states."""
 
-    layers: tuple[tuple[LayerOutputs, LayerOutputs], ...]
+    layers: tuple
     teacher: jax.Array
     student: jax.Array
 
@@ -53,9 +66,13 @@ class Layer(nnx.Module):
     def run(self, kind, hidden, *, positions, segment_ids, state=None) -> tuple[LayerOutputs, Any]:
         """The layer with its mixer of `kind`."""
         mixed, state = self.mixer(kind)(self.input_layernorm(hidden), positions=positions, segment_ids=segment_ids, state=state)
-        hidden = hidden + mixed
+        hidden = constrain(hidden + mixed, *HIDDEN)
         out = self.mlp(self.post_attention_layernorm(hidden))
-        return LayerOutputs(mixed, out, hidden + out), state
+        return LayerOutputs(mixed, out, constrain(hidden + out, *HIDDEN)), state
+
+
+def _run_merged(run_layer, graph, state, carry):
+    return run_layer(nnx.merge(graph, state), carry)
 
 
 class Decoder(nnx.Module):
@@ -65,10 +82,14 @@ class Decoder(nnx.Module):
       config: what it is.
       dtype: of the parameters.
       compute_dtype: of activations; default: the parameters'.
+
+    `remat` (a key of `REMAT`) says what a layer keeps for its gradient; `scan` whether layers that repeat are
+    compiled once.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, compute_dtype=None):
         self.config, self.compute_dtype = config, jnp.dtype(compute_dtype or dtype)
+        self.remat, self.scan = "none", True
         std = config.initializer_range
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, std=std, rngs=rngs, dtype=dtype)
         self.layers = nnx.List([Layer(config, i, rngs=rngs, dtype=dtype) for i in range(config.num_layers)])
@@ -83,23 +104,69 @@ class Decoder(nnx.Module):
         if segment_ids is None:
             segment_ids = jnp.ones(input_ids.shape, jnp.int32)
         if positions is None:
+            if axis_size("seq") > 1:
+                raise ValueError("with tokens cut over the mesh (zig-zag layout) the model needs their positions")
             positions = positions_of(segment_ids)
-        return self.embed_tokens(input_ids, self.compute_dtype), dict(positions=positions, segment_ids=segment_ids)
+        hidden = constrain(self.embed_tokens(input_ids, self.compute_dtype), *HIDDEN)
+        return hidden, dict(positions=positions, segment_ids=segment_ids)
+
+    def _through_layers(self, run_layer: Callable, carry):
+        """carry -> run_layer(layer, carry) -> (carry, out) through all layers; the outs in a list, one a layer.
+
+        Layers that repeat (`repeated_runs`) are stacked and scanned: compiled once, however many.
+        """
+        keys = list(zip(self.config.layers, self.config.attention_windows, strict=True))
+        runs = repeated_runs(keys) if self.scan else [Run(i, 1, 1) for i in range(len(keys))]
+
+        def unit(graphs, states, carry):
+            outs = []
+            for graph, state in zip(graphs, states, strict=True):
+                step = functools.partial(_run_merged, run_layer, graph)
+                if self.remat != "none":
+                    step = jax.checkpoint(step, policy=REMAT[self.remat], prevent_cse=False)
+                carry, out = step(state, carry)
+                outs.append(out)
+            return carry, outs
+
+        outs = []
+        for run in runs:
+            places = [range(run.start + n, run.stop, run.length) for n in range(run.length)]
+            split = [[nnx.split(self.layers[i]) for i in place] for place in places]
+            graphs = [layers[0][0] for layers in split]
+            if run.count == 1:
+                carry, out = unit(graphs, [layers[0][1] for layers in split], carry)
+                outs += out
+                continue
+            states = [jax.tree.map_with_path(self._stack, *(state for _, state in layers)) for layers in split]
+            carry, out = jax.lax.scan(lambda c, s, graphs=graphs: unit(graphs, s, c), carry, states)
+            outs += [jax.tree.map(lambda x, n=n: x[n], out[m]) for n in range(run.count) for m in range(run.length)]
+        return carry, outs
+
+    def _stack(self, path, *leaves):
+        """A parameter of layers that repeat, one above the other; a matrix in the compute dtype, which its layer casts it to."""
+        matrix = leaves[0].ndim > 1 and not any("conv1d" in str(key) for key in path)
+        return jnp.stack([x.astype(self.compute_dtype) if matrix else x for x in leaves])
 
     def hidden_states(self, input_ids, segment_ids=None, positions=None, state=None):
         """[B,T] ids -> (final normed hidden [B,T,hidden], state); a fused model runs its student."""
         hidden, at = self._inputs(input_ids, segment_ids, positions)
+        if state is None:
+            hidden, _ = self._through_layers(lambda layer, h: (layer.run(layer.spec.kind, h, **at)[0].hidden, None), hidden)
+            return self.norm(hidden), None
         states = []
-        for i, layer in enumerate(self.layers):
-            out, s = layer.run(layer.spec.kind, hidden, **at, state=None if state is None else state[i])
+        for layer, s in zip(self.layers, state, strict=True):
+            out, s = layer.run(layer.spec.kind, hidden, **at, state=s)
             hidden = out.hidden
             states.append(s)
-        return self.norm(hidden), (None if state is None else tuple(states))
+        return self.norm(hidden), tuple(states)
 
-    def two_streams(self, input_ids, segment_ids=None, positions=None) -> TwoStreams:
+    def two_streams(
+        self, input_ids, segment_ids=None, positions=None, compare: Callable = lambda teacher, student: (teacher, student)
+    ) -> TwoStreams:
         """Teacher and student through a fused model; the student never sees the teacher's states.
 
-        Until the first layer whose mixers differ the streams are equal, and are computed once.
+        Args:
+          compare: (teacher's, student's `LayerOutputs`) -> what is kept of a layer; default: both.
 
         Raises:
           ValueError: a layer has no teacher.
@@ -107,14 +174,14 @@ class Decoder(nnx.Module):
         bare = [i for i, layer in enumerate(self.layers) if not layer.spec.fused]
         if bare:
             raise ValueError(f"layer {bare[0]} ({self.layers[bare[0]].spec.symbol!r}) has no teacher; fuse the model first")
-        teacher, at = self._inputs(input_ids, segment_ids, positions)
-        student, parted, layers = teacher, False, []
-        for layer in self.layers:
-            t, _ = layer.run(layer.spec.teacher, teacher, **at)
-            parted = parted or not layer.spec.shared
-            s = layer.run(layer.spec.kind, student, **at)[0] if parted else t
-            teacher, student = t.hidden, s.hidden
-            layers.append((t, s))
+        hidden, at = self._inputs(input_ids, segment_ids, positions)
+
+        def both(layer, streams):
+            t, _ = layer.run(layer.spec.teacher, streams[0], **at)
+            s, _ = layer.run(layer.spec.kind, streams[1], **at)
+            return (t.hidden, s.hidden), compare(t, s)
+
+        (teacher, student), layers = self._through_layers(both, (hidden, hidden))
         return TwoStreams(tuple(layers), self.norm(teacher), self.norm(student))
 
     def head(self, hidden):

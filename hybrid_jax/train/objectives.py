@@ -57,16 +57,18 @@ def align(model: Decoder, batch, *, target: str, pre_lm_head: bool = True):
     loss = sum over layers of target(layer) / number of layers + MSE(final normed states) if `pre_lm_head`.
     Metrics hold every layer's mixer error, `mixer_mse/N`, whatever the target.
     """
-    streams = model.two_streams(batch["input_ids"], batch["segment_ids"])
-    compare = ALIGN_TARGETS[target]
-    loss = sum(compare(t, s) for t, s in streams.layers) / len(streams.layers)
+    def compare(teacher, student):
+        return ALIGN_TARGETS[target](teacher, student), _compare("mixer")(teacher, student)
+
+    streams = model.two_streams(batch["input_ids"], batch["segment_ids"], batch.get("positions"), compare)
+    loss = sum(of_layer for of_layer, _ in streams.layers) / len(streams.layers)
     final = _mse(streams.student, streams.teacher)
     if pre_lm_head:
         loss = loss + final
     metrics = {"loss": loss, "pre_lm_head_mse": final}
-    for i, (teacher, student) in enumerate(streams.layers):
+    for i, (_, mixer) in enumerate(streams.layers):
         if not model.layers[i].spec.shared:
-            metrics[f"mixer_mse/{i:02d}"] = _compare("mixer")(teacher, student)
+            metrics[f"mixer_mse/{i:02d}"] = mixer
     return loss, metrics
 
 

@@ -1,0 +1,44 @@
+"""Finds what repeats in a list of layers, so that it is compiled once."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+
+class Run(NamedTuple):
+    """Layers start ... stop - 1: `length` layers, `count` times over."""
+
+    start: int
+    length: int
+    count: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.length * self.count
+
+
+def repeated_runs(keys: Sequence[Hashable], most: int = 16) -> list[Run]:
+    """Cuts layers into runs of repeated units so that the units, which are what is compiled, are shortest together.
+
+    `* GKA * GKA * GKA GKA GKA` is two layers thrice and one twice. Of equal cuts the one with fewer runs.
+
+    Args:
+      keys: equal for layers that share a program.
+      most: layers a unit may have.
+    """
+    n = len(keys)
+    best: list[tuple[int, int, list[Run]]] = [(0, 0, [])]
+    for stop in range(1, n + 1):
+        options = []
+        for length in range(1, min(most, stop) + 1):
+            count = 1
+            while True:
+                start = stop - length * count
+                if start < 0 or tuple(keys[start : start + length]) != tuple(keys[stop - length : stop]):
+                    break
+                size, runs, cut = best[start]
+                options.append((size + length, runs + 1, [*cut, Run(start, length, count)]))
+                count += 1
+        best.append(min(options, key=lambda o: o[:2]))
+    return best[n][2]
