@@ -18,6 +18,7 @@ import shutil
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from hybrid_jax.config import MIXER_CONFIGS, ModelConfig
@@ -35,13 +36,15 @@ from hybrid_jax.data.text import Document, split_documents
 from hybrid_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from hybrid_jax.families import config_from_hf, config_to_hf
 from hybrid_jax.model import Decoder
+from hybrid_jax.parallel.distributed import barrier, is_first
+from hybrid_jax.parallel.mesh import check_mesh_fits, make_mesh
 from hybrid_jax.parameters import parameter_names, select_names
 from hybrid_jax.priming.fuse import fuse, unfuse
 from hybrid_jax.priming.initialize import initialize_hybrid
 from hybrid_jax.priming.select import Selection, choose_pattern, pattern_from_scores
-from hybrid_jax.train import MetricWriter, Phase, train_phase
+from hybrid_jax.train import MetricWriter, NoMetrics, Phase, train_phase
 
-KEYS = {"source", "model", "pattern", "select", "mixers", "schedule", "phases", "data", "seed"}
+KEYS = {"source", "model", "pattern", "select", "mixers", "schedule", "phases", "data", "seed", "mesh"}
 
 
 def _check(config: ConfigDict) -> list[tuple[str, Phase]]:
@@ -131,8 +134,9 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path) -> pathlib.P
 
     Args:
       config: `source` or `model`; `pattern`, `select`, `mixers` for a hybrid; `schedule` (names, in order) and
-        `phases` (by name, see `Phase`); `data` with `text` and `mix`; `seed`.
-      workdir: where everything goes.
+        `phases` (by name, see `Phase`); `data` with `text` and `mix`; `seed`; `mesh` (axis -> size, see
+        `parallel.mesh`), absent for one device.
+      workdir: where everything goes; of several processes all must see it.
 
     Returns:
       The directory of the exported model.
@@ -145,48 +149,58 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path) -> pathlib.P
     source_config = check_model_directory(config.source) if config.get("source") else config_from_hf(config.model.to_dict())
     mixers = config.get("mixers", ConfigDict()).to_dict()
     _check_phases_fit(_with_mixer_options(source_config, mixers), config, phases)
+    mesh = make_mesh(config.mesh.to_dict()) if config.get("mesh") else None
+    for _, phase in phases if mesh is not None else ():
+        check_mesh_fits(source_config, mesh, phase.batch_size, phase.seq_len)
     documents = load_documents(config.data.text)
     if config.get("source"):
         load_tokenizer(config.source)
-    _claim(workdir, config)
+    if is_first():
+        _claim(workdir, config)
+    barrier("claimed")
     out = workdir / "model"
     if out.exists():
         print(f"done already: {out}")
         return out
 
     initial = stage_path(workdir, 0, "initial")
-    if config.get("model") and not initial.exists():
+    fresh = config.get("model") and not initial.exists()
+    barrier("looked for a source")
+    if fresh and is_first():
         _new_source(config, documents, initial)
+    barrier("made the source")
     source = pathlib.Path(config.get("source") or initial)
     corpus = make_corpus(documents, load_tokenizer(source), read_model_config(source).extra.get("eos_token_id"))
     if not initial.exists():
-        model = load_model(source, dtype=jnp.float32)
+        model = load_model(source, dtype=jnp.float32, mesh=mesh)
         model.config = _with_mixer_options(model.config, mixers)
         pattern = choose_pattern(model, config.get("pattern", ""), config.get("select"), corpus, workdir)
-        save_model(initialize_hybrid(model, pattern, seed=config.seed), initial, tokenizer_from=source)
+        save_model(initialize_hybrid(model, pattern, seed=config.seed, mesh=mesh), initial, tokenizer_from=source)
 
     before = initial
-    with contextlib.closing(MetricWriter(workdir)) as writer:
+    with contextlib.closing(MetricWriter(workdir) if is_first() else NoMetrics()) as writer:
         for number, (name, phase) in enumerate(phases, start=1):
             stage = stage_path(workdir, number, name)
             checkpoints = workdir / "checkpoints" / name
             if not stage.exists():
-                model = _in_form(load_model(before, dtype=jnp.float32), phase.form, source)
+                model = _in_form(load_model(before, dtype=jnp.float32, mesh=mesh), phase.form, source, mesh)
                 mix = dict(phase.mix) or config.data.mix.to_dict()
                 seed = config.seed + number
-                model = train_phase(model, name, phase, corpus, mix, seed=seed, directory=checkpoints, writer=writer)
+                where = dict(directory=checkpoints, writer=writer, mesh=mesh)
+                model = train_phase(model, name, phase, corpus, mix, seed=seed, **where)
                 save_model(model, stage, tokenizer_from=source)
-            shutil.rmtree(checkpoints, ignore_errors=True)
+            if is_first():
+                shutil.rmtree(checkpoints, ignore_errors=True)
             before = stage
-    save_model(unfuse(load_model(before)), out, tokenizer_from=source)
+    save_model(unfuse(load_model(before, mesh=mesh)), out, tokenizer_from=source)
     return out
 
 
-def _in_form(model: Decoder, form: str, source: pathlib.Path) -> Decoder:
+def _in_form(model: Decoder, form: str, source: pathlib.Path, mesh: Mesh | None) -> Decoder:
     """The model as a phase wants it: teachers come from the source, and go."""
     if form == "unfused":
         return unfuse(model)
     if form == "fused" and not model.config.is_fused:
-        teacher = load_model(source, dtype=jnp.float32)
+        teacher = load_model(source, dtype=jnp.float32, mesh=mesh)
         return fuse(model, teacher)
     return model

@@ -13,6 +13,7 @@ from flax import nnx
 from hybrid_jax.config import PARAMETER_KEYS, ModelConfig
 from hybrid_jax.layers import MLP, Embedding, Linear, MoE, RMSNorm, make_mixer
 from hybrid_jax.parallel import attention
+from hybrid_jax.parallel.sequence import positions_of
 from hybrid_jax.parallel.sharding import axis_size, constrain
 from hybrid_jax.runs import Run, repeated_runs
 
@@ -23,14 +24,6 @@ REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 HIDDEN = ("batch", "sequence", None)
-
-
-def positions_of(segment_ids):
-    """[B,T] positions that restart at 0 where the segment id changes."""
-    B, T = segment_ids.shape
-    index = jnp.arange(T, dtype=jnp.int32)
-    begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
 
 
 class LayerOutputs(NamedTuple):
@@ -188,6 +181,11 @@ class Decoder(nnx.Module):
         """Final hidden states -> logits [..., vocab], in the compute dtype."""
         return self.embed_tokens.attend(hidden) if self.lm_head is None else self.lm_head(hidden)
 
+    @property
+    def head_kernel(self):
+        """[hidden, vocab] of the output head."""
+        return self.embed_tokens.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
+
     def __call__(self, input_ids, segment_ids=None, positions=None):
         """Logits [B,T,vocab] of input_ids [B,T]; segment ids pack several sequences in a row, 0 is padding."""
         return self.head(self.hidden_states(input_ids, segment_ids, positions)[0])
@@ -202,4 +200,4 @@ def abstract_decoder(config: ModelConfig, dtype=jnp.float32, compute_dtype=None)
     return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, compute_dtype=compute_dtype))
 
 
-__all__ = ["Decoder", "LayerOutputs", "TwoStreams", "abstract_decoder", "positions_of"]
+__all__ = ["Decoder", "LayerOutputs", "TwoStreams", "abstract_decoder"]

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 
+from hybrid_jax.parallel.distributed import initialize
 from hybrid_jax.stopped import Stopped
 
 # Command -> (module with `add_arguments` and `run`, what it does).
@@ -18,6 +19,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "held-out loss and recall of models and runs: table, report, picture"),
     "generate": ("generate", "continue a prompt"),
 }
+SPREAD = {"prime", "train"}  # commands that run as one job of several processes
 EXPECTED = (ValueError, OSError, NotImplementedError, FloatingPointError)
 
 
@@ -34,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     module = importlib.import_module(f"hybrid_jax.commands.{COMMANDS[args.command][0]}")
     args.overrides = rest
     try:
+        if args.command in SPREAD:
+            initialize()
         module.run(args)
     except EXPECTED as e:
         print(f"hybrid-jax {args.command}: {' '.join(str(e).split())}", file=sys.stderr)

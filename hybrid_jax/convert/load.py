@@ -165,4 +165,4 @@ def load_model(path, pattern: str | None = None, dtype=None, mesh=None, *, seed:
     model = join_model(structure, parameters)
     if pattern is None:
         return model
-    return initialize_hybrid(model, pattern, seed=seed)
+    return initialize_hybrid(model, pattern, seed=seed, mesh=mesh)

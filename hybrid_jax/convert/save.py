@@ -10,7 +10,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
-import jax
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -18,6 +17,7 @@ from hybrid_jax.convert.load import INDEX, SINGLE
 from hybrid_jax.convert.names import hf_tensors
 from hybrid_jax.families import config_to_hf
 from hybrid_jax.model import Decoder
+from hybrid_jax.parallel.distributed import barrier, is_first, whole_array
 from hybrid_jax.parameters import split_model
 
 TOKENIZER_FILES = (
@@ -69,7 +69,7 @@ def new_directory(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
 def _hf_items(model: Decoder) -> Iterator[tuple[str, np.ndarray]]:
     _, parameters = split_model(model)
     for name, value in parameters.items():
-        value = np.asarray(jax.device_get(value))
+        value = whole_array(value)
         for t in hf_tensors(name, model.config):
             yield t.name, np.ascontiguousarray(t.to_hf(value if t.expert is None else value[t.expert]))
 
@@ -125,8 +125,15 @@ def save_model(model: Decoder, path, *, tokenizer_from=None, max_shard_bytes: in
       tokenizer_from: a directory whose tokenizer files are copied byte for byte.
       max_shard_bytes: larger models are written in several files with an index.
 
+    Of several processes the first one writes.
+
     Raises:
       FileExistsError, PermissionError, NotADirectoryError: `path` can not be made; nothing is left behind.
     """
-    with new_directory(path) as directory:
-        write_model(model, directory, tokenizer_from=tokenizer_from, max_shard_bytes=max_shard_bytes)
+    if is_first():
+        with new_directory(path) as directory:
+            write_model(model, directory, tokenizer_from=tokenizer_from, max_shard_bytes=max_shard_bytes)
+    else:
+        for _ in _hf_items(model):  # the first process needs every process's parts
+            pass
+    barrier(f"saved {path}")

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrid_jax.data import HELD_OUT_SEED, Corpus
+from hybrid_jax.data.layout import training_batch
 from hybrid_jax.model import Decoder
+from hybrid_jax.parallel.cross_entropy import cross_entropy
 from hybrid_jax.parameters import join_model, split_model
-from hybrid_jax.train.objectives import token_losses
 
 BATCH = 8
 
@@ -19,11 +20,11 @@ BATCH = 8
 @functools.partial(jax.jit, static_argnums=0)
 def _batch_sums(structure, parameters, batch):
     """[sum of weight * loss, sum of weight * (argmax is right), sum of weight]."""
-    ids = batch["input_ids"]
-    logits = join_model(structure, parameters)(ids, batch["segment_ids"])
-    weights = batch["loss_weights"][:, 1:]
-    right = jnp.argmax(logits[:, :-1], -1) == ids[:, 1:]
-    return jnp.stack([jnp.sum(token_losses(logits, ids) * weights), jnp.sum(right * weights), jnp.sum(weights)])
+    model, weights = join_model(structure, parameters), batch["weights"]
+    hidden, _ = model.hidden_states(batch["input_ids"], batch["segment_ids"], batch["positions"])
+    losses = cross_entropy(hidden, model.head_kernel, batch["targets"])
+    right = jnp.argmax(model.head(hidden), -1) == batch["targets"]
+    return jnp.stack([jnp.sum(losses * weights), jnp.sum(right * weights), jnp.sum(weights)])
 
 
 def _weighted_sums(model: Decoder, rows) -> tuple[float, float, float]:
@@ -36,7 +37,7 @@ def _weighted_sums(model: Decoder, rows) -> tuple[float, float, float]:
         batch = {k: np.stack([r[k] for r in part]) for k in part[0]}
         short = BATCH - len(part)  # rows of weight 0 keep the batch's shape
         batch = {k: np.pad(v, ((0, short), (0, 0))) for k, v in batch.items()}
-        total += np.asarray(_batch_sums(structure, parameters, batch), np.float64)
+        total += np.asarray(_batch_sums(structure, parameters, training_batch(batch)), np.float64)
     return tuple(total)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.layers.linear import Linear
+from hybrid_jax.parallel.sharding import axis_size, per_device
 
 
 class MLP(nnx.Module):
@@ -38,11 +41,47 @@ class Experts(nnx.Module):
         self.up_proj = stack(hid, moe.intermediate_size, ("embed", "mlp"))
         self.down_proj = stack(moe.intermediate_size, hid, ("mlp", "embed"))
 
-    def __call__(self, x, group_sizes):
-        """x [N, hidden], sorted by expert; group_sizes [E] rows of each."""
-        gate, up, down = (p[...].astype(x.dtype) for p in (self.gate_proj, self.up_proj, self.down_proj))
-        hidden = jax.nn.silu(jax.lax.ragged_dot(x, gate, group_sizes)) * jax.lax.ragged_dot(x, up, group_sizes)
-        return jax.lax.ragged_dot(hidden, down, group_sizes)
+
+def _own_experts(rows, chosen, weights, gate, up, down, first):
+    """What experts first ... first + E - 1, those of the kernels [E, ...], add to every row [n, hidden]."""
+    n, k = chosen.shape
+    E = gate.shape[0]
+    expert = chosen.reshape(-1) - first
+    mine = (expert >= 0) & (expert < E)
+    expert = jnp.where(mine, expert, E)
+    order = jnp.argsort(expert)  # rows of other experts come last, in no group
+    sizes = jnp.bincount(expert, length=E + 1)[:E].astype(jnp.int32)
+    x = rows[order // k]
+    hidden = jax.nn.silu(jax.lax.ragged_dot(x, gate, sizes)) * jax.lax.ragged_dot(x, up, sizes)
+    out = jnp.where(mine[order, None], jax.lax.ragged_dot(hidden, down, sizes), 0)
+    return jnp.zeros_like(rows).at[order // k].add(out * weights.reshape(-1)[order, None].astype(rows.dtype))
+
+
+def _route(x, router, gate, up, down, *, moe, experts: int, tensor: bool):
+    """A device's tokens through all experts; with experts on several devices the tokens visit each in a ring.
+
+    Nothing is dropped, and no device holds more rows than its own tokens' choices.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    probs = jax.nn.softmax((rows @ router).astype(jnp.float32), axis=-1)
+    weights, chosen = jax.lax.top_k(probs, moe.experts_per_token)
+    if moe.norm_topk_prob:
+        weights = weights / weights.sum(-1, keepdims=True)
+    if experts == 1:
+        out = _own_experts(rows, chosen, weights, gate, up, down, 0)
+    else:
+        first = jax.lax.axis_index("expert") * gate.shape[0]
+        onward = [(i, (i + 1) % experts) for i in range(experts)]
+
+        def visit(guests, _):
+            rows, chosen, weights, out = guests
+            out = out + _own_experts(rows, chosen, weights, gate, up, down, first)
+            return jax.lax.ppermute((rows, chosen, weights, out), "expert", onward), None
+
+        (_, _, _, out), _ = jax.lax.scan(visit, (rows, chosen, weights, jnp.zeros_like(rows)), None, length=experts)
+    if tensor:
+        out = jax.lax.psum(out, "tensor")
+    return out.reshape(x.shape)
 
 
 class MoE(nnx.Module):
@@ -65,15 +104,8 @@ class MoE(nnx.Module):
         self.experts = Experts(config, rngs=rngs, dtype=dtype)
 
     def __call__(self, x):
-        B, T, hid = x.shape
-        k, E = self.moe.experts_per_token, self.moe.num_experts
-        rows = x.reshape(B * T, hid)
-        probs = jax.nn.softmax(self.gate(rows).astype(jnp.float32), axis=-1)
-        weights, chosen = jax.lax.top_k(probs, k)
-        if self.moe.norm_topk_prob:
-            weights = weights / weights.sum(-1, keepdims=True)
-        flat = chosen.reshape(-1)
-        order = jnp.argsort(flat)
-        sizes = jnp.bincount(flat, length=E).astype(jnp.int32)
-        out = self.experts(rows[order // k], sizes) * weights.reshape(-1)[order, None].astype(x.dtype)
-        return jnp.zeros_like(rows).at[order // k].add(out).reshape(B, T, hid)
+        local = functools.partial(_route, moe=self.moe, experts=axis_size("expert"), tensor=axis_size("tensor") > 1)
+        gate, up, down = (p[...].astype(x.dtype) for p in (self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj))
+        wide, tokens = ("expert", None, "mlp"), ("batch", "sequence", None)
+        axes = (tokens, (None, None), wide, wide, ("expert", "mlp", None))
+        return per_device(local, (x, self.gate.kernel[...].astype(x.dtype), gate, up, down), axes, tokens)

@@ -81,4 +81,3 @@ class ShortConv(nnx.Module):
     def init_state(self, batch, dtype):
         dim, size = self.kernel.shape
         return jnp.zeros((batch, size - 1, dim), dtype)
-

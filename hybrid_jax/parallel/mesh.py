@@ -1,9 +1,9 @@
 """Meshes: the five axes every program of this project may be spread over.
 
-    data, fsdp   rows of the batch; fsdp also cuts the parameters
-    expert       rows of the batch, and the experts of a mixture
-    seq          tokens of a row (ring attention, state passing)
-    tensor       heads, MLP width, vocabulary
+data, fsdp   rows of the batch; fsdp also cuts the parameters
+expert       rows of the batch, and the experts of a mixture
+seq          tokens of a row (ring attention, state passing)
+tensor       heads, MLP width, vocabulary
 """
 
 from __future__ import annotations

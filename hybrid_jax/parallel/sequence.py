@@ -16,6 +16,18 @@ import numpy as np
 AXIS = "seq"
 
 
+def positions_of(segment_ids):
+    """[B,T] positions that restart at 0 where the segment id changes; in order of time, numpy or JAX."""
+    T = segment_ids.shape[1]
+    if isinstance(segment_ids, np.ndarray):
+        xp, accumulate = np, np.maximum.accumulate
+    else:
+        xp, accumulate = jnp, jax.lax.cummax
+    index = xp.broadcast_to(xp.arange(T, dtype=xp.int32), segment_ids.shape)
+    begins = xp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return index - accumulate(xp.where(begins, index, 0), axis=1)
+
+
 def zigzag_order(length: int, devices: int) -> np.ndarray:
     """[length] which token stands at each place of the layout.
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from hybrid_jax.config import ATTENTION, PARAMETER_KEYS, ModelConfig
-from hybrid_jax.model import Decoder
-from hybrid_jax.parameters import Parameters, join_model, split_model
+from hybrid_jax.model import Decoder, abstract_decoder
+from hybrid_jax.parallel.sharding import parameter_sharding
+from hybrid_jax.parameters import Parameters, join_model, logical_axes, parameter_names, split_model
 
 
 def _gate(source: Parameters, config: ModelConfig):
@@ -60,6 +63,11 @@ def _bmojo(source: Parameters, fresh: Parameters, config: ModelConfig) -> Parame
     return copied
 
 
+def _like(value, fresh):
+    """The value where the parameter it replaces lies: slices and transposes of sharded arrays end up elsewhere."""
+    return value if len(fresh.sharding.device_set) == 1 else jax.device_put(value, fresh.sharding)
+
+
 # Mixer kind -> (attention's parameters, the mixer's fresh ones, config) -> those that attention gives.
 RECIPES: dict[str, Callable[[Parameters, Parameters, ModelConfig], Parameters]] = {
     ATTENTION: _attention,
@@ -71,11 +79,25 @@ RECIPES: dict[str, Callable[[Parameters, Parameters, ModelConfig], Parameters]] 
 }
 
 
-def initialize_hybrid(model: Decoder, pattern: str, *, seed: int = 0) -> Decoder:
+def _fresh(config: ModelConfig, dtype, seed: int, names: set[str], mesh: Mesh | None) -> Parameters:
+    """Those parameters of a new decoder that `names` asks for; no others are made."""
+
+    def make():
+        return {n: p for n, p in split_model(Decoder(config, rngs=nnx.Rngs(seed), dtype=dtype))[1].items() if n in names}
+
+    where = None
+    if mesh is not None:
+        axes, shapes = logical_axes(abstract_decoder(config)), jax.eval_shape(make)
+        where = {n: parameter_sharding(mesh, n, x.shape, axes[n]) for n, x in shapes.items()}
+    return jax.jit(make, out_shardings=where)()
+
+
+def initialize_hybrid(model: Decoder, pattern: str, *, seed: int = 0, mesh: Mesh | None = None) -> Decoder:
     """The hybrid that `pattern` describes, its mixers initialised from the model's attention.
 
     What attention does not give (decays, gates of the update, convs) starts afresh from `seed`. Layers that
-    the pattern leaves as they are keep their weights, whatever they are.
+    the pattern leaves as they are keep their weights, whatever they are. With a mesh every new parameter is made
+    in its place on it.
 
     Raises:
       ValueError: the pattern is invalid, or a layer that would be converted is not attention.
@@ -83,19 +105,20 @@ def initialize_hybrid(model: Decoder, pattern: str, *, seed: int = 0) -> Decoder
     config = model.config.with_pattern(pattern)
     _, have = split_model(model)
     dtype = have["embed_tokens.embedding"].dtype
-    hybrid = Decoder(config, rngs=nnx.Rngs(seed), dtype=dtype, compute_dtype=model.compute_dtype)
-    structure, fresh = split_model(hybrid)
-    result = {name: have.get(name, value) for name, value in fresh.items()}
+    structure, _ = nnx.split(abstract_decoder(config, dtype=dtype, compute_dtype=model.compute_dtype))
+    names = parameter_names(config)
+    fresh = _fresh(config, dtype, seed, {n for n in names if n not in have}, mesh)
+    result = {name: have[name] if name in have else fresh[name] for name in names}
     for i, layer in enumerate(config.layers):
         own = {name.removeprefix(f"layers.{i}."): v for name, v in have.items() if name.startswith(f"layers.{i}.")}
         source = {n.removeprefix("self_attn."): v for n, v in own.items() if n.startswith("self_attn.")}
         for kind in layer.kinds:
             prefix = f"layers.{i}.{PARAMETER_KEYS[kind]}."
             wanted = {n.removeprefix(prefix): v for n, v in fresh.items() if n.startswith(prefix)}
-            if all(prefix + n in have for n in wanted):
+            if not wanted:
                 continue
             if not source:
                 raise ValueError(f"layer {i} is {model.config.layers[i].symbol!r}: only attention can become {layer.symbol!r}")
             copied = RECIPES[kind](source, wanted, config)
-            result |= {prefix + n: v.astype(dtype) for n, v in copied.items()}
+            result |= {prefix + n: _like(v.astype(dtype), wanted[n]) for n, v in copied.items()}
     return join_model(structure, result)

@@ -11,16 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from hybrid_jax.data import Corpus, training_batches
+from hybrid_jax.data.layout import training_batch
 from hybrid_jax.model import Decoder
-from hybrid_jax.parameters import count, join_model, select_names, split_model
+from hybrid_jax.parallel.distributed import whole_array
+from hybrid_jax.parallel.mesh import check_mesh_fits
+from hybrid_jax.parameters import count, join_model, logical_axes, select_names, split_model
 from hybrid_jax.stopped import Stopped
 from hybrid_jax.train.checkpoint import Checkpoints, TrainState
 from hybrid_jax.train.metrics import MetricWriter, progress_bar
 from hybrid_jax.train.objectives import OBJECTIVES
 from hybrid_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from hybrid_jax.train.phase import Phase
+from hybrid_jax.train.placement import in_mesh, initial_state, to_mesh
 
 
 class _StopRequest:
@@ -41,10 +46,13 @@ class _StopRequest:
             signal.signal(s, handler)
 
 
-def make_step(structure, phase: Phase):
+def make_step(structure, phase: Phase, shardings: TrainState | None = None):
     """The jitted step: (trainable, optimizer state), frozen, batch -> the next state, metrics.
 
     Frozen parameters have neither gradients nor optimizer state.
+
+    Args:
+      shardings: of the state, which the next one keeps.
     """
     objective, optimizer = OBJECTIVES[phase.objective], make_optimizer(phase)
 
@@ -57,7 +65,7 @@ def make_step(structure, phase: Phase):
         metrics["grad_norm"] = optax.tree.norm(grads)
         return TrainState(optax.apply_updates(state.trainable, updates), optimizer_state), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
 
 
 def train_phase(
@@ -70,12 +78,14 @@ def train_phase(
     seed: int,
     directory: pathlib.Path,
     writer: MetricWriter,
+    mesh: Mesh | None = None,
 ) -> Decoder:
     """Runs a phase from its start or its newest checkpoint.
 
     Args:
       model: the model in the phase's form.
       directory: where this phase's checkpoints live.
+      mesh: what to spread it over; the model's parameters lie there already.
 
     Returns:
       The trained model.
@@ -85,13 +95,15 @@ def train_phase(
       FloatingPointError: the loss is not finite; names the step.
       ValueError: a pattern of `phase.trainable` matches nothing.
     """
-    model.compute_dtype = jnp.dtype(phase.compute_dtype)
+    model.compute_dtype, model.remat = jnp.dtype(phase.compute_dtype), phase.remat
+    if mesh is not None:
+        check_mesh_fits(model.config, mesh, phase.batch_size, phase.seq_len)
+    axes = logical_axes(model)
     structure, parameters = split_model(model)
     trainable_names = select_names(parameters, phase.trainable)
-    # copies: the step donates its state, and the caller's model must stay whole
-    trainable = {n: jnp.array(p, copy=True) for n, p in parameters.items() if n in trainable_names}
+    trainable = {n: p for n, p in parameters.items() if n in trainable_names}
     frozen = {n: p for n, p in parameters.items() if n not in trainable_names}
-    state = TrainState(trainable, make_optimizer(phase).init(trainable))
+    state, shardings = initial_state(mesh, make_optimizer(phase), trainable, axes)
     print(
         f"{name}: {phase.objective}, {phase.steps} steps of {phase.tokens_per_step:,} tokens; "
         f"training {count(trainable):,} of {count(parameters):,} parameters",
@@ -105,16 +117,17 @@ def train_phase(
         state, data_state = checkpoints.restore(done, state)
         batches.set_state(data_state)
         print(f"{name}: resumed at step {done}", flush=True)
-    step_fn, schedule = make_step(structure, phase), learning_rate_schedule(phase)
+    step_fn, schedule = make_step(structure, phase, shardings), learning_rate_schedule(phase)
+    seq_devices = 1 if mesh is None else mesh.shape["seq"]
     begun, begun_at = time.perf_counter(), done
-    with _StopRequest() as stop, progress_bar(name, phase.steps, done) as bar:
+    with in_mesh(mesh), _StopRequest() as stop, progress_bar(name, phase.steps, done) as bar:
         while done < phase.steps:
-            state, metrics = step_fn(state, frozen, next(batches))
+            state, metrics = step_fn(state, frozen, to_mesh(mesh, training_batch(next(batches), seq_devices)))
             done += 1
             bar.update()
             last = done == phase.steps
             if done % phase.log_every == 0 or last or done == 1:
-                values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+                values = {k: float(whole_array(v)) for k, v in metrics.items()}
                 if not np.isfinite(values["loss"]):
                     raise FloatingPointError(
                         f"{name}: the loss is {values['loss']} at step {done}; the last checkpoint is step "

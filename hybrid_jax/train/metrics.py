@@ -9,6 +9,8 @@ import sys
 import tensorboardX
 from tqdm import tqdm
 
+from hybrid_jax.parallel.distributed import is_first
+
 
 class MetricWriter:
     """Scalars to `DIR/tensorboard` and `DIR/metrics.jsonl`."""
@@ -29,6 +31,16 @@ class MetricWriter:
         self.lines.close()
 
 
+class NoMetrics:
+    """What the processes after the first write."""
+
+    def write(self, phase: str, step: int, metrics: dict[str, float]):
+        pass
+
+    def close(self):
+        pass
+
+
 def read_metrics(directory: pathlib.Path) -> list[dict]:
     """The lines of `metrics.jsonl`; of a step written twice (a resumed run) the last."""
     path = directory / "metrics.jsonl"
@@ -41,4 +53,5 @@ def read_metrics(directory: pathlib.Path) -> list[dict]:
 def progress_bar(name: str, steps: int, done: int) -> tqdm:
     """A bar in steps, with what is left; one line now and then where nobody watches a terminal."""
     interval = 0.5 if sys.stderr.isatty() else 30
-    return tqdm(total=steps, initial=done, desc=name, unit="step", mininterval=interval, dynamic_ncols=True)
+    disable = not is_first()
+    return tqdm(total=steps, initial=done, desc=name, unit="step", mininterval=interval, dynamic_ncols=True, disable=disable)

@@ -1,7 +1,7 @@
 """Objectives: small functions (model, batch) -> (loss, metrics).
 
-A batch has `input_ids`, `segment_ids` [B,T] and `loss_weights` [B,T], the weight of predicting a token
-from those before it in its row.
+A batch is what `hybrid_jax.data.layout.training_batch` makes: `input_ids`, `segment_ids`, `positions`, `targets`
+and `weights`, [B,T] each, in the mesh's order of tokens.
 """
 
 from __future__ import annotations
@@ -10,20 +10,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from hybrid_jax.model import Decoder, LayerOutputs
-
-
-def token_losses(logits, input_ids):
-    """-log p(token t | before t) in nats, [B, T-1] for t = 1 ... T-1; softmax in float32."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1].astype(jnp.float32), input_ids[:, 1:])
+from hybrid_jax.parallel.cross_entropy import cross_entropy
 
 
 def next_token(model: Decoder, batch):
     """Weighted mean next-token cross-entropy."""
-    losses = token_losses(model(batch["input_ids"], batch["segment_ids"]), batch["input_ids"])
-    weights = batch["loss_weights"][:, 1:]
+    hidden, _ = model.hidden_states(batch["input_ids"], batch["segment_ids"], batch["positions"])
+    losses, weights = cross_entropy(hidden, model.head_kernel, batch["targets"]), batch["weights"]
     loss = jnp.sum(losses * weights) / jnp.maximum(jnp.sum(weights), 1.0)
     return loss, {"loss": loss}
 
@@ -57,10 +52,11 @@ def align(model: Decoder, batch, *, target: str, pre_lm_head: bool = True):
     loss = sum over layers of target(layer) / number of layers + MSE(final normed states) if `pre_lm_head`.
     Metrics hold every layer's mixer error, `mixer_mse/N`, whatever the target.
     """
+
     def compare(teacher, student):
         return ALIGN_TARGETS[target](teacher, student), _compare("mixer")(teacher, student)
 
-    streams = model.two_streams(batch["input_ids"], batch["segment_ids"], batch.get("positions"), compare)
+    streams = model.two_streams(batch["input_ids"], batch["segment_ids"], batch["positions"], compare)
     loss = sum(of_layer for of_layer, _ in streams.layers) / len(streams.layers)
     final = _mse(streams.student, streams.teacher)
     if pre_lm_head:

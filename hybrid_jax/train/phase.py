@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from hybrid_jax.model import REMAT
 from hybrid_jax.train.objectives import OBJECTIVES
 
 SCHEDULES = ("constant", "cosine", "linear")
@@ -28,6 +29,7 @@ class Phase:
       weight_decay: on matrices alone (never norms, biases, A_log, dt_bias, D).
       clip: global gradient norm.
       compute_dtype: of activations.
+      remat: what a layer keeps for its gradient: none (all of it), attention, full (its input alone).
       mix: source name -> share of the rows (see `hybrid_jax.data`); empty takes the experiment's `data.mix`.
       answer_weight: weight of a synthetic task's answer, against 1 for a token of text.
       log_every, checkpoint_every: steps.
@@ -49,6 +51,7 @@ class Phase:
     weight_decay: float = 0.0
     clip: float = 1.0
     compute_dtype: str = "float32"
+    remat: str = "none"
     mix: Mapping[str, float] = dataclasses.field(default_factory=dict)
     answer_weight: float = 1.0
     log_every: int = 10
@@ -61,6 +64,7 @@ class Phase:
             ("optimizer", OPTIMIZERS),
             ("form", ("fused", "unfused", "as_is")),
             ("compute_dtype", ("float32", "bfloat16")),
+            ("remat", tuple(REMAT)),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"phase.{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from hybrid_jax import load_model, save_model
 from hybrid_jax.convert.names import hf_tensors
+from hybrid_jax.data.layout import training_batch
 from hybrid_jax.parameters import join_model, split_model
 from hybrid_jax.priming.fuse import fuse, unfuse
 from hybrid_jax.train.objectives import ALIGN_TARGETS, align, next_token
@@ -26,8 +27,8 @@ def io(path):
 
 
 def batch_of(ids):
-    ids = jnp.asarray(ids, jnp.int32)
-    return {"input_ids": ids, "segment_ids": jnp.ones_like(ids), "loss_weights": jnp.ones(ids.shape, jnp.float32)}
+    ids = np.asarray(ids, np.int32)
+    return training_batch({"input_ids": ids, "segment_ids": np.ones_like(ids), "loss_weights": np.ones(ids.shape, np.float32)})
 
 
 @pytest.mark.parametrize("name", HYBRIDS)

@@ -1,0 +1,32 @@
+"""The last step of the data pipeline: rows -> what a training step reads, in the mesh's order of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from hybrid_jax.parallel.sequence import positions_of, to_zigzag
+
+
+def training_batch(rows: Mapping[str, np.ndarray], seq_devices: int = 1) -> dict[str, np.ndarray]:
+    """What every objective takes.
+
+    Args:
+      rows: `input_ids`, `segment_ids` [B,T] and `loss_weights` [B,T], the weight of predicting a token from those
+        before it; in order of time.
+      seq_devices: size of the mesh axis `seq`; above 1 the tokens come in its zig-zag order.
+
+    Returns:
+      [B,T] each: `input_ids`, `segment_ids`, `positions`, and for the token that follows each one `targets` and
+      `weights` (0 at a row's end).
+    """
+    ids, segments, weights = (np.asarray(rows[n]) for n in ("input_ids", "segment_ids", "loss_weights"))
+    batch = {
+        "input_ids": ids,
+        "segment_ids": segments,
+        "positions": positions_of(segments),
+        "targets": np.pad(ids[:, 1:], ((0, 0), (0, 1))),
+        "weights": np.pad(weights[:, 1:], ((0, 0), (0, 1))),
+    }
+    return {name: to_zigzag(x, seq_devices) for name, x in batch.items()}

@@ -1,0 +1,101 @@
+"""Compares loss and gradients on a mesh with those of one device; run by test_parity.py, one process or several.
+
+    python -m tests.distributed.parity PROCESS PROCESSES PORT CASE...
+
+Prints `CASE: loss ERROR, gradients ERROR (worst NAME)` a case, from process 0.
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+
+from hybrid_jax.config import GKAConfig, MoEConfig
+from hybrid_jax.data.layout import training_batch
+from hybrid_jax.parallel.mesh import make_mesh, parse_mesh
+from hybrid_jax.parallel.sharding import parameter_sharding, partition_spec
+from hybrid_jax.parameters import join_model, logical_axes, split_model
+from hybrid_jax.train.objectives import OBJECTIVES
+from tests.conftest import relative_error, tiny_model
+
+# At the usual ridge of 0.02 the solve's condition number, squared in gradients, lifts float32's rounding to 1e-4 on one
+# device too (the sum of the gradients of a batch's rows differs so much from the batch's gradient).
+WELL_CONDITIONED = GKAConfig(ridge_strength=1.0, chunk_size=16)
+MIXTURE = {"moe": MoEConfig(8, 2, 12), "family": "qwen3_moe"}
+ALL = "*-GKA-GDN-M2-SWA-BMF"
+MIXERS = ("*", "GKA", "GDN", "M2", "SWA", "BMF")
+
+
+def packed(length, rows):
+    """Segments that cross the borders of every shard, and one row with a tail of padding."""
+    segments = np.ones((rows, length), np.int32)
+    segments[0, length // 3 :] = 2
+    segments[0, length - 3 :] = 3
+    segments[-1, length // 2 :] = 0  # so many shards hold padding only
+    return segments
+
+
+# case -> (mesh, pattern, tokens a row, rows, objective, changes to the model)
+CASES = {
+    **{f"seq8 {s}": ("seq=8", s, 48, 2, "next_token", {}) for s in MIXERS},
+    "seq8, chunks of one token": ("seq=8", ALL, 16, 2, "next_token", {}),
+    "data2 seq4": ("data=2,seq=4", ALL, 40, 2, "next_token", {}),
+    "fsdp2 seq2 tensor2": ("fsdp=2,seq=2,tensor=2", ALL, 24, 2, "next_token", {}),
+    "fsdp4 tensor2": ("fsdp=4,tensor=2", ALL, 20, 4, "next_token", {}),
+    "both streams": ("data=2,seq=2,tensor=2", "*DA-GKA*-GDN*-M2*", 24, 2, "align_all", {}),
+    "experts": ("expert=4,seq=2", "*-GKA", 24, 4, "next_token", MIXTURE),
+    "experts tensor": ("expert=2,fsdp=2,tensor=2", "*-GDN", 16, 4, "next_token", MIXTURE),
+    "scanned": ("fsdp=2,seq=4", "*-GKA-*-GKA-*-GKA", 24, 2, "next_token", {}),
+}
+
+
+def run_case(name):
+    mesh_text, pattern, length, rows, objective, changes = CASES[name]
+    mesh = make_mesh(parse_mesh(mesh_text))
+    model = tiny_model(pattern, vocab_size=62, gka=WELL_CONDITIONED, **changes)
+    structure, parameters = split_model(model)
+    rng = np.random.default_rng(0)
+    segments = packed(length, rows)
+    raw = {"input_ids": rng.integers(0, 62, (rows, length)), "segment_ids": segments, "loss_weights": segments > 0}
+
+    def loss(parameters, batch):
+        return OBJECTIVES[objective](join_model(structure, parameters), batch)[0]
+
+    both = jax.value_and_grad(loss)
+    want_loss, want = jax.device_get(jax.jit(both)(parameters, training_batch(raw)))
+
+    def to_mesh(x, sharding):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    axes = logical_axes(model)
+    placed = {n: to_mesh(p, parameter_sharding(mesh, n, p.shape, axes[n])) for n, p in parameters.items()}
+    where = NamedSharding(mesh, partition_spec(mesh, ("batch", "sequence")))
+    batch = {n: to_mesh(x, where) for n, x in training_batch(raw, mesh.shape["seq"]).items()}
+    with jax.set_mesh(mesh):
+        got_loss, got = jax.jit(both)(placed, batch)
+    got = {n: multihost_utils.process_allgather(g, tiled=True) for n, g in got.items()}
+    # of its own norm, or of a hundredth of the largest gradient's: rounding of six layers weighs on the smallest
+    scale = max(float(np.linalg.norm(g)) for g in want.values())
+    errors = {n: min(relative_error(got[n], want[n]), float(np.linalg.norm(got[n] - want[n])) / (1e-2 * scale)) for n in want}
+    worst = max(errors, key=errors.get)
+    got_loss = float(multihost_utils.process_allgather(got_loss, tiled=True))
+    return abs(got_loss - want_loss) / abs(want_loss), errors[worst], worst
+
+
+def main(process, processes, port, *cases):
+    if int(processes) > 1:
+        jax.distributed.initialize(f"127.0.0.1:{port}", int(processes), int(process))
+    assert jax.device_count() == 8, jax.devices()
+    for name in cases or CASES:
+        loss, grads, worst = run_case(name)
+        if process == "0":
+            print(f"{name}: loss {loss:.1e}, gradients {grads:.1e} (worst {worst})", flush=True)
+
+
+if __name__ == "__main__":
+    jnp.zeros(())
+    main(*sys.argv[1:])
