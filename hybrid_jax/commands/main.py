@@ -6,7 +6,6 @@ import argparse
 import importlib
 import sys
 
-from hybrid_jax.parallel.distributed import initialize
 from hybrid_jax.stopped import Stopped
 
 # Command -> (module with `add_arguments` and `run`, what it does).
@@ -16,11 +15,12 @@ COMMANDS = {
     "select": ("select", "rank the layers and print a pattern"),
     "prime": ("experiments", "run a priming config: select, initialise, align, post-train"),
     "train": ("experiments", "run a training config"),
+    "plan": ("plan", "what a job needs on a TPU slice or GPUs, compiled ahead of time"),
     "evaluate": ("evaluate", "held-out loss and recall of models and runs: table, report, picture"),
     "generate": ("generate", "continue a prompt"),
 }
 SPREAD = {"prime", "train"}  # commands that run as one job of several processes
-EXPECTED = (ValueError, OSError, NotImplementedError, FloatingPointError)
+EXPECTED = (ValueError, OSError, NotImplementedError, FloatingPointError, RuntimeError)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     args.overrides = rest
     try:
         if args.command in SPREAD:
+            from hybrid_jax.parallel.distributed import initialize
+
             initialize()
         module.run(args)
     except EXPECTED as e:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as splash_mask_info
 
 from kernels_pallas.arguments import accumulator, backend
 
@@ -203,9 +204,24 @@ def _splash_kernel(mask: Mask, T: int, S: int, heads: int):
         block_q_dq=bq,
         block_kv_dq=bk,
     )
-    with jax.ensure_compile_time_eval():
-        options = dict(head_shards=1, q_seq_shards=1, save_residuals=True)
-        return splash.make_splash_mha(splash_mask.MultiHeadMask([one] * heads), block_sizes=blocks, **options)
+    every_head = splash_mask.MultiHeadMask([one] * heads)
+    shards = dict(head_shards=1, q_seq_shards=1)
+    # by numpy alone: JAX arrays can not be made while a program for absent devices is traced
+    tables, function = splash_mask_info.process_mask(every_head, (bq, bk), **shards)
+    dkv_tables, _ = splash_mask_info.process_mask_dkv(every_head, (bq, bk), **shards)
+    return splash.SplashAttentionKernel(
+        tables,
+        tables,
+        dkv_tables,
+        block_sizes=blocks,
+        is_mqa=False,
+        save_residuals=True,
+        mask_value=splash.DEFAULT_MASK_VALUE,
+        attn_logits_soft_cap=None,
+        residual_checkpoint_name=None,
+        mask_function=function,
+        interpret=False,
+    )
 
 
 def _heads_first(x):

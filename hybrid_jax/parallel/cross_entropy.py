@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -32,33 +34,66 @@ def cross_entropy(hidden, kernel, targets):
     return per_device(local, arrays, ((*TOKENS, None), (None, "vocab"), TOKENS), TOKENS)
 
 
-def _tiles(hidden, kernel, targets, axis):
-    shape = targets.shape
-    tokens = targets.size
-    tile = min(TILE, tokens)
-    hidden, targets = hidden.reshape(tokens, -1), targets.reshape(tokens)
-    if tile == tokens:
-        return _losses(hidden, kernel, targets, axis).reshape(shape)
-    pad = -tokens % tile
-    hidden, targets = jnp.pad(hidden, ((0, pad), (0, 0))), jnp.pad(targets, (0, pad))
-
-    @jax.checkpoint
-    def step(carry, tile):
-        return carry, _losses(tile[0], kernel, tile[1], axis)
-
-    tiles = (hidden.reshape(-1, tile, hidden.shape[-1]), targets.reshape(-1, tile))
-    return jax.lax.scan(step, None, tiles)[1].reshape(-1)[:tokens].reshape(shape)
+def _in_tiles(x, tile):
+    """[tokens, ...] -> [tiles, tile, ...], padded with zeros."""
+    x = jnp.pad(x, ((0, -x.shape[0] % tile),) + ((0, 0),) * (x.ndim - 1))
+    return x.reshape(-1, tile, *x.shape[1:])
 
 
-def _losses(hidden, kernel, targets, axis):
+def _flat(x, shape):
+    """The inverse of `_in_tiles`, in `shape`."""
+    return x.reshape(-1, *x.shape[2:])[: shape[0] * shape[1]].reshape(shape)
+
+
+def _logits(hidden, kernel, targets, axis):
+    """Logits of a tile [tokens, vocab / devices], and each target's place among them where it is here."""
     logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
-    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
-    if axis is None:
-        wanted = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-        return top + jnp.log(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1)) - wanted
-    top = jax.lax.pmax(top, axis)
-    here = targets - jax.lax.axis_index(axis) * kernel.shape[1]
-    mine = (here >= 0) & (here < kernel.shape[1])
-    wanted = jnp.take_along_axis(logits, jnp.clip(here, 0, kernel.shape[1] - 1)[:, None], axis=-1)[:, 0]
-    total = jax.lax.psum(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1), axis)
-    return top + jnp.log(total) - jax.lax.psum(jnp.where(mine, wanted, 0), axis)
+    here = targets if axis is None else targets - jax.lax.axis_index(axis) * kernel.shape[1]
+    return logits, here[:, None] == jnp.arange(kernel.shape[1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _tiles(hidden, kernel, targets, axis):
+    return _forward(hidden, kernel, targets, axis)[0]
+
+
+def _forward(hidden, kernel, targets, axis):
+    tile = min(TILE, targets.size)
+
+    def sum_all(x):
+        return x if axis is None else jax.lax.psum(x, axis)
+
+    def step(_, tiles):
+        hidden, targets = tiles
+        logits, wanted = _logits(hidden, kernel, targets, axis)
+        top = jnp.max(logits, axis=-1)
+        top = top if axis is None else jax.lax.pmax(top, axis)
+        lse = top + jnp.log(sum_all(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1)))
+        return None, (lse - sum_all(jnp.sum(jnp.where(wanted, logits, 0), axis=-1)), lse)
+
+    tiles = (_in_tiles(hidden.reshape(-1, hidden.shape[-1]), tile), _in_tiles(targets.reshape(-1), tile))
+    losses, lse = jax.lax.scan(step, None, tiles)[1]
+    return _flat(losses, targets.shape), (hidden, kernel, targets, lse)
+
+
+def _backward(axis, residuals, dlosses):
+    """softmax - target, tile by tile; the kernel's gradient is summed over the tiles in float32."""
+    hidden, kernel, targets, lse = residuals
+    if axis is not None:  # the losses are the same on every device of the axis, each with its share of their cotangent
+        dlosses = jax.lax.psum(dlosses, axis)
+    tile = lse.shape[1]
+
+    def step(dkernel, tiles):
+        hidden, targets, lse, d = tiles
+        logits, wanted = _logits(hidden, kernel, targets, axis)
+        dlogits = ((jnp.exp(logits - lse[:, None]) - wanted) * d[:, None]).astype(hidden.dtype)
+        more = jnp.matmul(hidden.T, dlogits, preferred_element_type=jnp.float32)
+        return dkernel + more, jnp.matmul(dlogits, kernel.T)
+
+    rows = (hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
+    tiles = (*(_in_tiles(x, tile) for x in rows), lse, _in_tiles(dlosses.reshape(-1), tile))
+    dkernel, dhidden = jax.lax.scan(step, jnp.zeros(kernel.shape, jnp.float32), tiles)
+    return _flat(dhidden, hidden.shape), dkernel.astype(kernel.dtype), None
+
+
+_tiles.defvjp(_forward, _backward)

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from hybrid_jax.config import ModelConfig
 
@@ -66,7 +66,12 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def check_mesh_fits(config: ModelConfig, mesh: Mesh, batch_size: int | None = None, seq_len: int | None = None):
+def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    """A mesh of these sizes without devices, to ask where things would lie."""
+    return AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def check_mesh_fits(config: ModelConfig, mesh: Mesh | AbstractMesh, batch_size: int | None = None, seq_len: int | None = None):
     """Refuses a mesh that does not divide the model or the batch.
 
     Raises:

@@ -52,8 +52,9 @@ def parameter_sharding(mesh: Mesh, name: str, shape: tuple[int, ...], axes: Axes
                     f"mesh axis {mesh_axis!r} of size {parts} does not divide {axis!r} of {name} {tuple(shape)}: {size}; "
                     f"choose a mesh whose {mesh_axis!r} divides it"
                 )
-    auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-    return NamedSharding(auto, partition_spec(mesh, axes))
+    if isinstance(mesh, Mesh):  # whatever axis types the caller's has
+        mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    return NamedSharding(mesh, partition_spec(mesh, axes))
 
 
 def place(mesh: Mesh | None, name: str, value, axes: Axes) -> jax.Array:

@@ -103,6 +103,8 @@ def train_phase(
     trainable_names = select_names(parameters, phase.trainable)
     trainable = {n: p for n, p in parameters.items() if n in trainable_names}
     frozen = {n: p for n, p in parameters.items() if n not in trainable_names}
+    if phase.frozen_dtype:
+        frozen = {n: p.astype(phase.frozen_dtype) if p.ndim > 1 else p for n, p in frozen.items()}
     state, shardings = initial_state(mesh, make_optimizer(phase), trainable, axes)
     print(
         f"{name}: {phase.objective}, {phase.steps} steps of {phase.tokens_per_step:,} tokens; "

@@ -29,6 +29,7 @@ class Phase:
       weight_decay: on matrices alone (never norms, biases, A_log, dt_bias, D).
       clip: global gradient norm.
       compute_dtype: of activations.
+      frozen_dtype: of the matrices that do not train, rounded (and so saved) if lower than the model's; empty keeps it.
       remat: what a layer keeps for its gradient: none (all of it), attention, full (its input alone).
       mix: source name -> share of the rows (see `hybrid_jax.data`); empty takes the experiment's `data.mix`.
       answer_weight: weight of a synthetic task's answer, against 1 for a token of text.
@@ -51,6 +52,7 @@ class Phase:
     weight_decay: float = 0.0
     clip: float = 1.0
     compute_dtype: str = "float32"
+    frozen_dtype: str = ""
     remat: str = "none"
     mix: Mapping[str, float] = dataclasses.field(default_factory=dict)
     answer_weight: float = 1.0
@@ -64,6 +66,7 @@ class Phase:
             ("optimizer", OPTIMIZERS),
             ("form", ("fused", "unfused", "as_is")),
             ("compute_dtype", ("float32", "bfloat16")),
+            ("frozen_dtype", ("", "float32", "bfloat16")),
             ("remat", tuple(REMAT)),
         ):
             if getattr(self, name) not in allowed:

@@ -11,6 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from hybrid_jax import load_model
+from hybrid_jax.data.layout import training_batch
 from hybrid_jax.experiment import run_experiment
 from hybrid_jax.parameters import select_names, split_model
 from hybrid_jax.train import MetricWriter, Phase, Stopped, read_metrics, train_phase
@@ -164,7 +165,8 @@ def test_alignment_moves_the_student_towards_the_teacher():
     trainable = {n: parameters[n] for n in select_names(parameters, [r"\.gka\."])}
     frozen = {n: v for n, v in parameters.items() if n not in trainable}
     ids = np.random.default_rng(0).integers(0, 61, (2, 16)).astype(np.int32)
-    batch = {"input_ids": ids, "segment_ids": np.ones_like(ids), "loss_weights": np.ones(ids.shape, np.float32)}
+    ones = np.ones_like(ids)
+    batch = training_batch({"input_ids": ids, "segment_ids": ones, "loss_weights": ones.astype(np.float32)})
     for objective in ("align_decoder", "align_mixer", "align_residuals", "align_all", "align_none"):
         p = phase(objective=objective, form="fused", steps=25)
         step = make_step(structure, p)

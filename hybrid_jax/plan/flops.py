@@ -1,0 +1,67 @@
+"""FLOPs of a program, from its jaxpr: loops multiplied out, Pallas grids and every device of a mesh counted.
+
+Matmuls only. Of a conditional the dearest branch counts. Splash attention skips the tiles above the diagonal of a square
+(causal) call: half of them and half a diagonal are left out.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+from jax.extend import core
+
+
+def count_flops(jaxpr) -> float:
+    """FLOPs (2 a multiply-add) of one run of a closed jaxpr, on all devices together."""
+    return _count(jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr)
+
+
+def _count(jaxpr) -> float:
+    return sum(_equation(e) for e in jaxpr.eqns)
+
+
+def _equation(e) -> float:
+    name, params = e.primitive.name, e.params
+    if name == "dot_general":
+        ((contracted, _), _) = params["dimension_numbers"]
+        return 2.0 * math.prod(e.outvars[0].aval.shape) * math.prod(e.invars[0].aval.shape[i] for i in contracted)
+    if name in ("ragged_dot", "ragged_dot_general"):
+        lhs, rhs = (v.aval.shape for v in e.invars[:2])
+        # rows [n, k] each through one group's matrix [g, k, m]; of the matrices' gradient rows [n, m] come second
+        return 2.0 * math.prod(lhs) * (e.outvars[0].aval.shape[-1] if len(rhs) == 3 else rhs[-1])
+    if name == "pallas_call":
+        return _pallas(params)
+    inner = sum(_count(j) for j in _jaxprs({k: v for k, v in params.items() if k != "branches"}))
+    if name == "cond":
+        return max(_count(b.jaxpr) for b in params["branches"])
+    if name == "scan":
+        return params["length"] * inner
+    if name == "shard_map":
+        return params["mesh"].size * inner
+    return inner
+
+
+def _pallas(params) -> float:
+    grid = params["grid_mapping"].grid
+    inner = math.prod(grid) * _count(params["jaxpr"])
+    name = str(params.get("name") or params.get("name_and_src_info") or "")
+    if "splash" in name and len(grid) == 3:
+        others = grid[1:] if "dkv" not in name else (grid[0], grid[2])
+        if others[0] == others[1]:
+            return inner * (1 + 1 / others[0]) / 2
+    return inner
+
+
+def _jaxprs(params):
+    for value in params.values():
+        for x in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(x, core.ClosedJaxpr):
+                yield x.jaxpr
+            elif isinstance(x, core.Jaxpr) or type(x).__name__ == "Jaxpr":
+                yield x
+
+
+def traced_flops(function, *arguments) -> float:
+    """`count_flops` of a function on abstract arguments."""
+    return count_flops(jax.make_jaxpr(function)(*arguments))

@@ -1,0 +1,65 @@
+"""What is known of accelerators, and the shapes of TPU slices.
+
+Peaks of bf16 matmuls, HBM and interconnect per device, from the vendors' public pages (interconnect: all links of a
+chip, both ways). A tpu7x chip is two devices; each has half of it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Accelerator(NamedTuple):
+    flops: float  # bf16, a second
+    hbm: float  # bytes
+    bandwidth: float  # of HBM, bytes a second
+    interconnect: float  # bytes a second
+    slices: tuple[str, ...] = ()  # TPU topologies, small to large
+
+
+def _cubes(largest: int) -> tuple[str, ...]:
+    shapes = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8))
+    return tuple("x".join(map(str, s)) for s in shapes if s[0] * s[1] * s[2] <= largest)
+
+
+_SQUARES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+
+TPUS: dict[str, Accelerator] = {
+    "v4": Accelerator(275e12, 32e9, 1.228e12, 300e9, _cubes(512)),
+    "v5e": Accelerator(197e12, 16e9, 0.819e12, 200e9, _SQUARES),
+    "v5p": Accelerator(459e12, 95e9, 2.765e12, 600e9, _cubes(512)),
+    "v6e": Accelerator(918e12, 32e9, 1.640e12, 448e9, _SQUARES),
+    "tpu7x": Accelerator(1153e12, 96e9, 3.690e12, 600e9, _cubes(512)),
+}
+GPUS: dict[str, Accelerator] = {
+    "a100": Accelerator(312e12, 80e9, 2.039e12, 600e9),
+    "h100": Accelerator(989e12, 80e9, 3.35e12, 900e9),
+    "h200": Accelerator(989e12, 141e9, 4.8e12, 900e9),
+    "b200": Accelerator(2250e12, 180e9, 8.0e12, 1800e9),
+}
+
+
+def accelerator(topology: str) -> tuple[str, Accelerator, str]:
+    """`v5p:4x4x4` or `h100:64` -> (chip, what it is, the part after the colon, empty if there is none).
+
+    Raises:
+      ValueError: an unknown chip, or a TPU slice it does not come in.
+    """
+    chip, _, shape = topology.partition(":")
+    known = TPUS | GPUS
+    if chip not in known:
+        raise ValueError(f"unknown chip {chip!r} in --topology {topology!r}; known: {', '.join(known)}")
+    slices = TPUS[chip].slices if chip in TPUS else ()
+    if chip in TPUS and shape and shape not in slices:
+        raise ValueError(f"--topology {topology!r}: slices of {chip}: {', '.join(slices)} (or none: the smallest that fits)")
+    if chip in GPUS and not shape.isdigit():
+        raise ValueError(f"--topology {topology!r}: of GPUs give the number, e.g. {chip}:64")
+    return chip, known[chip], shape
+
+
+def device_count(chip: str, shape: str) -> int:
+    """Devices of a slice; a tpu7x chip has two."""
+    count = 1
+    for n in shape.split("x"):
+        count *= int(n)
+    return 2 * count if chip == "tpu7x" else count

@@ -1,0 +1,288 @@
+"""Answers for one job: does it fit, what is it bound by, how long will it take; and what would fit if it does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from hybrid_jax.config import ATTENTION, MixerSpec, ModelConfig, parse_pattern
+from hybrid_jax.model import REMAT
+from hybrid_jax.parallel.mesh import BATCH_AXES, abstract_mesh, check_mesh_fits, make_mesh
+from hybrid_jax.plan.hardware import TPUS, Accelerator, accelerator, device_count
+from hybrid_jax.plan.program import (
+    Compiled,
+    Job,
+    Program,
+    abstract_parameters,
+    compile_program,
+    make_program,
+    program_flops,
+    state_bytes,
+    topology_devices,
+)
+
+LOCAL_TOKENS = 16384  # tokens of a row on a device, that a mesh chosen by us aims at
+
+
+@dataclasses.dataclass
+class Plan:
+    """A job on a mesh. Bytes are of a device, FLOPs of all devices; seconds of a step."""
+
+    topology: str
+    mesh: dict[str, int]
+    job: Job
+    accelerator: Accelerator
+    devices: int
+    fits: bool
+    compiled: bool
+    parameters: float
+    optimizer: float
+    caches: float
+    kept: float
+    temporaries: float
+    total: float
+    wire: dict[str, float]
+    flops: float
+    compile_seconds: float
+    note: str = ""
+    advice: str = ""
+
+    @property
+    def floors(self) -> dict[str, float]:
+        """Seconds that each resource alone would need for a step."""
+        held = self.parameters + self.optimizer + self.caches
+        return {
+            "compute": self.flops / (self.accelerator.flops * self.devices),
+            "memory": held / self.accelerator.bandwidth,
+            "wire": sum(self.wire.values()) / self.accelerator.interconnect,
+        }
+
+    @property
+    def floor(self) -> float:
+        return max(self.floors.values())
+
+    def hours(self, tokens: float, efficiency: float) -> float:
+        """For `tokens`, at `efficiency` of the floor."""
+        return tokens / self.job.tokens * self.floor / efficiency / 3600
+
+
+def spread_pattern(text: str, config: ModelConfig) -> str:
+    """A pattern; `GKA:0.5` stands for that mixer in so large a part of the layers, evenly spread.
+
+    Raises:
+      ValueError: not a pattern of this model.
+    """
+    symbol, colon, fraction = text.partition(":")
+    if not colon:
+        parse_pattern(text, config.num_layers)
+        return text
+    try:
+        share = float(fraction)
+    except ValueError:
+        share = -1.0
+    if not 0 < share <= 1 or parse_pattern(symbol)[0].kind == ATTENTION:
+        raise ValueError(f"--pattern {text!r}: expected MIXER:FRACTION with a fraction in (0, 1], e.g. GKA:0.5, or a whole pattern")
+    n = config.num_layers
+    return "-".join(symbol if math.floor((i + 1) * share) > math.floor(i * share) else "*" for i in range(n))
+
+
+def meshes(job: Job, devices: int) -> Iterator[dict[str, int]]:
+    """Meshes of so many devices that divide the model, best first: few devices a row, parameters cut by the rest."""
+    config = job.config
+    wanted = 1 if job.stage == "decode" else max(1, job.seq_len // LOCAL_TOKENS)
+    powers = [2**i for i in range(devices.bit_length()) if devices % 2**i == 0]
+    found = []
+    for seq in powers if job.stage != "decode" else [1]:
+        for tensor in powers:
+            for expert in powers if config.moe else [1]:
+                rest, left = divmod(devices, seq * tensor * expert)
+                if left or not rest:
+                    continue
+                sizes = {"fsdp": rest, "expert": expert, "seq": seq, "tensor": tensor}
+                far = abs(math.log2(seq / wanted)) + 1.5 * math.log2(tensor) + 0.5 * math.log2(expert)
+                found.append((far, {a: n for a, n in sizes.items() if n > 1} or {"data": 1}))
+    for _, sizes in sorted(found, key=lambda f: f[0]):
+        try:
+            check_mesh_fits(config, abstract_mesh(sizes), rows_of(sizes), job.seq_len if job.stage != "decode" else None)
+        except ValueError:
+            continue
+        yield sizes
+
+
+def rows_of(sizes: dict[str, int]) -> int:
+    """Rows of a step: one for every part of the batch."""
+    return math.prod(sizes.get(a, 1) for a in BATCH_AXES)
+
+
+def estimate(job: Job, sizes: dict[str, int]) -> float:
+    """A guess of a device's bytes, to rank what to compile: state cut by fsdp, expert and tensor; kept inputs; one layer's work."""
+    c = job.config
+    cut = sizes.get("fsdp", 1) * sizes.get("tensor", 1)
+    local = job.tokens / math.prod(sizes.get(a, 1) for a in (*BATCH_AXES, "seq"))
+    matrices = _parameter_count(job.model_config) / (cut * sizes.get("expert", 1))
+    mixers = _parameter_count(c) / (cut * sizes.get("expert", 1))
+    if job.stage == "decode":
+        return 2 * matrices + state_bytes(c, job.rows, job.seq_len) / math.prod(sizes.values())
+    held = 16 * mixers if job.stage == "train" else 2 * matrices + 0.25 * 14 * mixers
+    inner = c.moe.intermediate_size * c.moe.experts_per_token if c.moe else c.intermediate_size
+    width = {"full": 1, "attention": 2, "none": 12}[job.remat] * c.num_layers * c.hidden_size + 12 * c.hidden_size
+    work = local * (2 * width + (8 * inner + 40 * c.num_heads * c.head_dim) / sizes.get("tensor", 1))
+    head = 10 * c.vocab_size * c.hidden_size / sizes.get("tensor", 1)
+    return held + 2.5 * matrices + work + head
+
+
+def _parameter_count(config: ModelConfig) -> float:
+    return float(sum(math.prod(x.shape) for x in abstract_parameters(config).values()))
+
+
+def make_plan(job: Job, topology: str, sizes: dict[str, int] | None = None, tell=print) -> Plan:
+    """Plans a job.
+
+    Args:
+      job: its rows are replaced by one for each part of the batch if 0.
+      topology: `v5p:4x4x4`, `h100:64`; a TPU's name alone asks for the smallest slice that fits.
+      sizes: of the mesh; None: chosen.
+      tell: takes lines of progress.
+
+    Raises:
+      ValueError: an unknown topology, or a mesh that does not divide the model.
+    """
+    chip, hardware, shape = accelerator(topology)
+    if shape:
+        return _on(job, chip, hardware, shape, sizes, tell, advise=True)
+    if sizes:
+        raise ValueError("--mesh needs a whole --topology, e.g. v5p:4x4x4; without one both are chosen")
+    last = None
+    for shape in hardware.slices:
+        candidate = next(meshes(job, device_count(chip, shape)), None)
+        if candidate is None or estimate(_with_rows(job, candidate), candidate) > 1.3 * hardware.hbm:
+            tell(f"{chip}:{shape}: by estimate too small")
+            continue
+        last = _on(job, chip, hardware, shape, candidate, tell)
+        if last.fits:
+            return last
+    if last is None:
+        raise ValueError(f"no slice of {chip} is large enough by estimate; choose a larger chip, or fewer tokens a row")
+    return last
+
+
+def _with_rows(job: Job, sizes: dict[str, int]) -> Job:
+    return job if job.rows else dataclasses.replace(job, rows=rows_of(sizes))
+
+
+def _on(job, chip, hardware, shape, sizes, tell, advise=False) -> Plan:
+    devices = device_count(chip, shape)
+    if sizes is None:
+        sizes = next(meshes(job, devices), None)
+        if sizes is None:
+            raise ValueError(f"no mesh of {devices} devices divides this model and rows of {job.seq_len} tokens; give --mesh")
+    job = _with_rows(job, sizes)
+    if chip not in TPUS:
+        return _analytic(job, chip, hardware, shape, devices, sizes)
+    mesh = make_mesh(sizes, topology_devices(chip, shape))
+    program = make_program(job, mesh)
+    tell(f"{chip}:{shape}, {mesh_text(sizes)}: tracing and compiling the {job.stage} step …")
+    compiled = compile_program(program)
+    plan = _plan(job, f"{chip}:{shape}", hardware, devices, sizes, program, compiled)
+    if not plan.fits and advise:
+        plan.advice = _advice(plan, chip, shape, sizes, tell)
+    return plan
+
+
+def _plan(job, topology, hardware, devices, sizes, program: Program, compiled: Compiled) -> Plan:
+    return Plan(
+        topology=topology,
+        mesh=dict(sizes),
+        job=job,
+        accelerator=hardware,
+        devices=devices,
+        fits=not compiled.error,
+        compiled=True,
+        parameters=program.parameters,
+        optimizer=program.optimizer,
+        caches=program.caches,
+        kept=program.kept,
+        temporaries=max(compiled.temporaries - program.kept, 0.0),
+        total=compiled.total,
+        wire=compiled.wire,
+        flops=program_flops(program),
+        compile_seconds=compiled.seconds,
+        note=compiled.error,
+    )
+
+
+def _advice(plan: Plan, chip: str, shape: str, sizes, tell) -> str:
+    """The nearest change that fits: less kept, another mesh of the same devices; confirmed by the compiler."""
+    scale = plan.total / estimate(plan.job, sizes)
+    options = []
+    if plan.job.remat != "full" and plan.job.stage != "decode":
+        kept = list(REMAT)
+        options += [(r, sizes) for r in kept[kept.index(plan.job.remat) + 1 :]]
+    options += [("full", other) for other in meshes(plan.job, plan.devices) if other != dict(sizes)]
+    for remat, other in options:
+        job = dataclasses.replace(plan.job, remat=remat, rows=rows_of(other))
+        if scale * estimate(job, other) > 0.95 * plan.accelerator.hbm:
+            continue
+        said = f"--mesh {mesh_text(other)} --remat {remat}"
+        tell(f"it does not fit; trying {said} …")
+        compiled = compile_program(make_program(job, make_mesh(other, topology_devices(chip, shape))))
+        if not compiled.error:
+            return f"{said} fits: {compiled.total / 1e9:.1f} GB a device"
+    return f"no mesh of {plan.topology} is expected to fit; try a larger slice (--topology {chip} finds the smallest)"
+
+
+def _analytic(job, chip, hardware, shape, devices, sizes) -> Plan:
+    """For GPUs, of which no compiler is at hand: the state is exact, activations and traffic are estimates."""
+    if math.prod(sizes.values()) != devices:
+        raise ValueError(f"--mesh {mesh_text(sizes)} is not {devices} devices")
+    program = make_program(job, abstract_mesh(sizes))
+    total = estimate(job, sizes)
+    held = program.parameters + program.optimizer + program.caches
+    local = job.tokens / rows_of(sizes) / sizes.get("seq", 1) if job.stage != "decode" else 1
+    fsdp, seq = sizes.get("fsdp", 1), sizes.get("seq", 1)
+    matrices = 2 * _parameter_count(job.model_config) / sizes.get("tensor", 1) / sizes.get("expert", 1)
+    c = job.config
+    full = sum(s == MixerSpec(ATTENTION) for s in c.layers)
+    wire = {
+        "all-gather and reduce-scatter of parameters": 3 * matrices * (fsdp - 1) / fsdp if job.stage != "decode" else 0.0,
+        "ring attention": 3 * full * 2 * 2 * c.num_kv_heads * c.head_dim * local * (seq - 1),
+    }
+    return Plan(
+        topology=f"{chip}:{shape}",
+        mesh=dict(sizes),
+        job=job,
+        accelerator=hardware,
+        devices=devices,
+        fits=max(total, held + program.kept) < 0.95 * hardware.hbm,
+        compiled=False,
+        parameters=program.parameters,
+        optimizer=program.optimizer,
+        caches=program.caches,
+        kept=program.kept,
+        temporaries=max(total - held - program.kept, 0.0),
+        total=max(total, held + program.kept),
+        wire=wire,
+        flops=_flops_by_formula(job),
+        compile_seconds=0.0,
+        note="GPU: by formula, not compiled",
+    )
+
+
+def _flops_by_formula(job: Job) -> float:
+    """6 N a token and attention's scores; with full rematerialisation 8 N."""
+    c = job.config
+    n = _parameter_count(job.model_config) - c.vocab_size * c.hidden_size * (1 if c.tie_embeddings else 2)
+    if c.moe:
+        experts = 3 * c.hidden_size * c.moe.intermediate_size * c.num_layers
+        n -= experts * (c.moe.num_experts - c.moe.experts_per_token)
+    full = sum(s == MixerSpec(ATTENTION) for s in c.layers)
+    scores = 2 * full * c.num_heads * c.head_dim * job.seq_len
+    per_token = n + c.vocab_size * c.hidden_size
+    if job.stage == "decode":
+        return job.tokens * 2 * (per_token + scores)
+    return job.tokens * ((8 if job.remat == "full" else 6) * per_token + (4 if job.remat == "full" else 3) * scores)
+
+
+def mesh_text(sizes: dict[str, int]) -> str:
+    return ",".join(f"{a}={n}" for a, n in sizes.items())

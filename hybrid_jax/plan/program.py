@@ -1,0 +1,268 @@
+"""The step that a job would run, on a mesh of devices that are not there: shapes and shardings, traced, compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from hybrid_jax.config import PARAMETER_KEYS, ModelConfig
+from hybrid_jax.layers.attention import KVCache
+from hybrid_jax.model import abstract_decoder
+from hybrid_jax.parallel.mesh import BATCH_AXES, check_mesh_fits
+from hybrid_jax.parallel.sharding import partition_spec
+from hybrid_jax.parameters import join_model, logical_axes, select_names
+from hybrid_jax.plan.flops import traced_flops
+from hybrid_jax.plan.wire import wire_bytes
+from hybrid_jax.train.checkpoint import TrainState
+from hybrid_jax.train.loop import make_step
+from hybrid_jax.train.optimizer import make_optimizer
+from hybrid_jax.train.phase import Phase
+from hybrid_jax.train.placement import BATCH, parameter_shardings, state_shardings
+
+STAGES = ("align", "train", "decode")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is planned.
+
+    Args:
+      config: the hybrid, in one-stream form.
+      stage: align (two streams, the mixers train), train (next token) or decode (one token with caches).
+      seq_len: tokens a row, or of context when decoding.
+      rows: of a step, on all devices.
+      trainable: patterns of names that train; empty: the mixers when aligning, else all.
+      remat: see `model.REMAT`.
+    """
+
+    config: ModelConfig
+    stage: str
+    seq_len: int
+    rows: int
+    trainable: tuple[str, ...] = ()
+    remat: str = "full"
+
+    def __post_init__(self):
+        if self.stage not in STAGES:
+            raise ValueError(f"--stage {self.stage!r}: expected one of {', '.join(STAGES)}")
+        if self.stage == "align" and not self.config.is_hybrid:
+            raise ValueError("--stage align needs a --pattern with a mixer in it: attention has nothing to be aligned with")
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return self.config.fused() if self.stage == "align" else self.config
+
+    @property
+    def phase(self) -> Phase:
+        mixers = sorted({PARAMETER_KEYS[s.kind] for s in self.config.layers if s.kind != "attention"})
+        align = self.stage == "align"
+        return Phase(
+            objective="align_none" if align else "next_token",
+            form="fused" if align else "unfused",
+            trainable=self.trainable or (tuple(rf"\.{m}\." for m in mixers) if align else ("all",)),
+            steps=1,
+            batch_size=self.rows,
+            seq_len=self.seq_len,
+            compute_dtype="bfloat16",
+            frozen_dtype="bfloat16",
+            remat=self.remat,
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.rows * (1 if self.stage == "decode" else self.seq_len)
+
+
+def topology_devices(chip: str, shape: str) -> list:
+    """The devices of a TPU slice that is not there.
+
+    Raises:
+      RuntimeError: libtpu is not installed.
+    """
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:{shape}").devices)
+    except (RuntimeError, ImportError) as error:
+        raise RuntimeError(
+            f"the TPU compiler can not be loaded ({str(error).splitlines()[0]}); install it with pip install 'jax[tpu]'"
+        ) from None
+
+
+def abstract_parameters(config: ModelConfig, dtype=jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
+    _, state = nnx.split(abstract_decoder(config, dtype))
+    return {".".join(map(str, p)): jax.ShapeDtypeStruct(v.shape, v.dtype) for p, v in nnx.to_flat_state(state)}
+
+
+def _local_bytes(tree) -> float:
+    """Bytes a device holds of abstract arrays with shardings."""
+    return float(
+        sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree) if hasattr(x, "sharding"))
+    )
+
+
+def _with(shardings, shapes):
+    return jax.tree.map(lambda s, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shardings, shapes)
+
+
+@dataclasses.dataclass
+class Program:
+    """A step ready to be traced: the function, its abstract arguments, and what of them is what (bytes a device)."""
+
+    function: Any
+    arguments: tuple
+    mesh: Mesh
+    parameters: float
+    optimizer: float
+    caches: float
+    kept: float
+
+
+def training_program(job: Job, mesh: Mesh) -> Program:
+    """The step of `train.loop`, exactly: two streams or one, AdamW with float32 masters, frozen matrices in bf16.
+
+    Raises:
+      ValueError: the mesh does not divide the model or the batch.
+    """
+    config, phase = job.model_config, job.phase
+    check_mesh_fits(config, mesh, job.rows, job.seq_len)
+    model = abstract_decoder(config, jnp.float32, jnp.bfloat16)
+    model.remat = phase.remat
+    structure, _ = nnx.split(model)
+    shapes, axes = abstract_parameters(config), logical_axes(model)
+    names = select_names(shapes, phase.trainable)
+    shardings = parameter_shardings(mesh, shapes, axes)
+    trainable = {n: x for n, x in shapes.items() if n in names}
+    optimizer = make_optimizer(phase)
+    state_where = state_shardings(mesh, optimizer, trainable, shardings)
+    state = _with(state_where, TrainState(trainable, jax.eval_shape(optimizer.init, trainable)))
+    frozen = {
+        n: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if x.ndim > 1 else x.dtype, sharding=shardings[n])
+        for n, x in shapes.items()
+        if n not in names
+    }
+    where = NamedSharding(mesh, partition_spec(mesh, BATCH))
+    batch = {
+        name: jax.ShapeDtypeStruct((job.rows, job.seq_len), jnp.float32 if name == "weights" else jnp.int32, sharding=where)
+        for name in ("input_ids", "segment_ids", "positions", "targets", "weights")
+    }
+    local = job.tokens / math.prod(mesh.shape[a] for a in (*BATCH_AXES, "seq"))
+    widths = {"none": 0, "full": config.hidden_size}
+    widths["attention"] = config.hidden_size + config.num_heads * config.head_dim // mesh.shape["tensor"]
+    return Program(
+        make_step(structure, phase, state_where),
+        (state, frozen, batch),
+        mesh,
+        parameters=_local_bytes(state.trainable) + _local_bytes(frozen),
+        optimizer=_local_bytes(state.optimizer),
+        caches=0.0,
+        kept=2.0 * config.num_layers * local * widths[phase.remat],
+    )
+
+
+def decoding_program(job: Job, mesh: Mesh) -> Program:
+    """One token for every row, with caches of `seq_len` tokens and recurrent states; parameters in bf16.
+
+    Raises:
+      ValueError: the mesh does not divide the model or the batch, or cuts tokens.
+    """
+    if mesh.shape["seq"] > 1:
+        raise ValueError("--stage decode: tokens are not cut over the mesh when decoding; use seq=1 and more 'tensor' or 'data'")
+    check_mesh_fits(job.config, mesh, job.rows)
+    model = abstract_decoder(job.config, jnp.bfloat16)
+    structure, _ = nnx.split(model)
+    shapes = abstract_parameters(job.config, jnp.bfloat16)
+    parameters = _with(parameter_shardings(mesh, shapes, logical_axes(model)), shapes)
+    states = jax.eval_shape(lambda: model.init_state(job.rows, job.seq_len))
+
+    def place(axes):
+        return lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, partition_spec(mesh, axes[: x.ndim])))
+
+    def one(state):
+        if isinstance(state, KVCache):
+            heads, slots = place(("batch", None, "kv_heads", None)), place(("batch", None))
+            return jax.tree.map(lambda x: heads(x) if x.ndim == 4 else slots(x), state)
+        recurrent, tail = place(("batch", "heads", None, None)), place(("batch", None, "heads"))
+        return jax.tree.map(lambda x: recurrent(x) if x.ndim == 4 else tail(x), state)
+
+    states = jax.tree.map(one, states, is_leaf=lambda x: isinstance(x, KVCache))
+    ids = place(("batch", None))(jax.ShapeDtypeStruct((job.rows, 1), jnp.int32))
+
+    def step(states, parameters, ids, positions):
+        decoder = join_model(structure, parameters)
+        hidden, states = decoder.hidden_states(ids, jnp.ones_like(ids), positions, states)
+        return states, jnp.argmax(decoder.head(hidden), axis=-1)
+
+    function = jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, states), None))
+    sizes = dict(parameters=_local_bytes(parameters), optimizer=0.0, caches=_local_bytes(states), kept=0.0)
+    return Program(function, (states, parameters, ids, ids), mesh, **sizes)
+
+
+def make_program(job: Job, mesh: Mesh) -> Program:
+    return (decoding_program if job.stage == "decode" else training_program)(job, mesh)
+
+
+@dataclasses.dataclass
+class Compiled:
+    """What the TPU compiler made of a step; bytes a device. `total` is what must fit; `error` if it did not."""
+
+    total: float
+    temporaries: float
+    wire: dict[str, float]
+    seconds: float
+    error: str = ""
+
+
+_USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE)
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def compile_program(program: Program) -> Compiled:
+    """Compiles a step for its mesh.
+
+    Raises:
+      RuntimeError: the compiler refused it for another reason than memory.
+    """
+    begin = time.perf_counter()
+    with jax.set_mesh(program.mesh):
+        lowered = program.function.lower(*program.arguments)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            used = _USED.search(str(error))
+            if used is None:
+                raise RuntimeError(f"the TPU compiler refused the step: {str(error)[:2000]}") from None
+            total = float(used[1]) * _UNITS[used[2].upper()]
+            held = program.parameters + program.optimizer + program.caches
+            return Compiled(total, total - held, {}, time.perf_counter() - begin, error=used[0])
+    m = compiled.memory_analysis()
+    alias = m.alias_size_in_bytes
+    temporaries = m.temp_size_in_bytes + m.generated_code_size_in_bytes + m.output_size_in_bytes - alias
+    wire = wire_bytes(compiled.as_text())
+    return Compiled(m.argument_size_in_bytes + temporaries, temporaries, wire, time.perf_counter() - begin)
+
+
+def program_flops(program: Program) -> float:
+    """FLOPs of a step on all devices, rematerialisation included."""
+    with jax.set_mesh(program.mesh):
+        return traced_flops(program.function, *program.arguments)
+
+
+def state_bytes(config: ModelConfig, rows: int, context: int) -> float:
+    """Bytes of caches and recurrent states of `rows` sequences of `context` tokens, all devices together, caches in bf16."""
+    model = abstract_decoder(config, jnp.bfloat16)
+    shapes = jax.eval_shape(lambda: model.init_state(rows, context))
+    return float(sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes)))

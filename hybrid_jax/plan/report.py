@@ -1,0 +1,96 @@
+"""A plan as a table for people, and as JSON."""
+
+from __future__ import annotations
+
+import math
+
+from rich.table import Table
+
+from hybrid_jax.config import MixerSpec
+from hybrid_jax.plan.planner import Plan, mesh_text
+from hybrid_jax.plan.program import state_bytes
+
+CONTEXTS = (16384, 32768, 65536, 131072)
+
+
+def _bytes(n: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if n >= size:
+            return f"{n / size:.2f} {unit}"
+    return f"{n / 1e3:.1f} kB"
+
+
+def plan_rows(plan: Plan, tokens: float, efficiency: float) -> list[tuple[str, str]]:
+    """(what, how much) lines."""
+    job, floors = plan.job, plan.floors
+    compiled = f"compiled in {plan.compile_seconds:.0f} s" if plan.compiled else "by formula, not compiled"
+    verdict = "yes" if plan.fits else "NO"
+    size = _bytes(plan.accelerator.hbm)
+    rows = [
+        ("job", f"{job.stage}, {job.config.family}, {job.config.num_layers} layers, {mixers(plan)}"),
+        ("on", f"{plan.topology} ({plan.devices} devices), mesh {mesh_text(plan.mesh)}, {compiled}"),
+        ("a step", f"{job.rows} rows of {job.seq_len:,} tokens" + ("" if job.stage == "decode" else f", remat {job.remat}")),
+        ("fits", f"{verdict}: {_bytes(plan.total)} of {size} a device" + (f" ({plan.note})" if plan.note else "")),
+        ("  parameters", _bytes(plan.parameters)),
+    ]
+    if job.stage == "decode":
+        rows.append(("  caches and states", _bytes(plan.caches)))
+    else:
+        rows += [("  optimizer", _bytes(plan.optimizer)), ("  activations kept", _bytes(plan.kept))]
+    rows.append(("  temporaries", _bytes(plan.temporaries)))
+    if plan.advice:
+        rows.append(("instead", plan.advice))
+    if not plan.compiled or plan.fits:
+        kinds = ", ".join(f"{kind} {_bytes(n)}" for kind, n in sorted(plan.wire.items(), key=lambda w: -w[1]) if n)
+        rows.append(("wire a device and step", f"{_bytes(sum(plan.wire.values()))}" + (f" ({kinds})" if kinds else "")))
+    rows += [
+        ("FLOPs", f"{plan.flops / job.tokens:.3e} a token, {plan.flops:.3e} a step"),
+        ("floor of a step", f"{plan.floor:.3g} s (" + ", ".join(f"{k} {v:.3g}" for k, v in floors.items()) + ")"),
+    ]
+    if job.stage == "decode":
+        rows.append(("tokens a second", f"{job.tokens / plan.floor * efficiency:,.0f} at {efficiency:.0%} of the floor"))
+    else:
+        hours = plan.hours(tokens, efficiency)
+        rows.append(("hours", f"{hours:,.1f} for {tokens:.3g} tokens at {efficiency:.0%} of the floor"))
+    return rows
+
+
+def mixers(plan: Plan) -> str:
+    """`18 GKA, 18 *`."""
+    symbols = [s.symbol for s in plan.job.config.layers]
+    return ", ".join(f"{symbols.count(s)} {s}" for s in dict.fromkeys(sorted(symbols, key=lambda s: s == "*")))
+
+
+def plan_table(plan: Plan, tokens: float, efficiency: float) -> Table:
+    table = Table(show_header=False, title="plan")
+    for row in plan_rows(plan, tokens, efficiency):
+        table.add_row(*row)
+    return table
+
+
+def cache_table(plan: Plan) -> Table:
+    """Caches and states of one sequence by context, the hybrid's against the source's."""
+    config = plan.job.config
+    source = config.with_pattern([MixerSpec("attention")] * config.num_layers)
+    table = Table("context", "source", "hybrid", "hybrid / source", title="caches and states of one sequence")
+    for context in sorted({*CONTEXTS, plan.job.seq_len}):
+        a, b = state_bytes(source, 1, context), state_bytes(config, 1, context)
+        table.add_row(f"{context:,}", _bytes(a), _bytes(b), f"{b / a:.2f}")
+    return table
+
+
+def plan_json(plan: Plan, tokens: float, efficiency: float) -> dict:
+    """Everything, in bytes, seconds and FLOPs."""
+    fields = ("topology", "mesh", "devices", "fits", "compiled", "parameters", "optimizer", "caches", "kept", "temporaries")
+    job = plan.job
+    return {
+        **{name: getattr(plan, name) for name in (*fields, "total", "wire", "flops", "compile_seconds", "note", "advice")},
+        "hbm": plan.accelerator.hbm,
+        "stage": job.stage,
+        "pattern": job.config.pattern,
+        "rows": job.rows,
+        "seq_len": job.seq_len,
+        "remat": job.remat,
+        "floors": plan.floors,
+        "hours": None if job.stage == "decode" or math.isnan(tokens) else plan.hours(tokens, efficiency),
+    }
