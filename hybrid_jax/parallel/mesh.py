@@ -1,9 +1,11 @@
 """Meshes: the five axes every program of this project may be spread over.
 
-data, fsdp   rows of the batch; fsdp also cuts the parameters
+data, fsdp   rows of the batch
 expert       rows of the batch, and the experts of a mixture
 seq          tokens of a row (ring attention, state passing)
 tensor       heads, MLP width, vocabulary
+
+Parameters are cut over fsdp, seq, expert and tensor, and gathered where they are used.
 """
 
 from __future__ import annotations
@@ -85,7 +87,7 @@ def check_mesh_fits(config: ModelConfig, mesh: Mesh | AbstractMesh, batch_size: 
         ("tensor", tensor, "num_key_value_heads", config.num_kv_heads),
         ("tensor", tensor, "intermediate_size", inner),
         ("tensor", tensor, "vocab_size", config.vocab_size),
-        ("fsdp", mesh.shape["fsdp"], "hidden_size", config.hidden_size),
+        ("fsdp*seq*expert", mesh.shape["fsdp"] * seq * mesh.shape["expert"], "hidden_size", config.hidden_size),
         ("expert", mesh.shape["expert"], "num_experts", config.moe.num_experts if config.moe else 0),
     ]
     if config.moe is None and mesh.shape["expert"] > 1:

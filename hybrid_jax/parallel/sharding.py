@@ -6,6 +6,7 @@ under `per_device`, each device on its own part.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -13,10 +14,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hybrid_jax.parallel.mesh import BATCH_AXES
 
-# Logical axis -> mesh axes. Axes that a mesh lacks, or that are not listed, are replicated.
+# Logical axis -> mesh axes. Axes that a mesh lacks, or that are not listed, are replicated; of two dimensions that
+# name one mesh axis the earlier has it.
 RULES: dict[str, tuple[str, ...]] = {
     # parameters
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "seq", "expert"),  # no device that works on other tokens need hold what it can fetch
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -31,9 +33,10 @@ Axes = tuple[str | None, ...]
 
 def partition_spec(mesh, axes: Axes) -> PartitionSpec:
     """Where an array with these logical axes lies; mesh axes of size 1 are left out."""
-    entries = []
+    entries, used = [], set()
     for axis in axes:
-        names = tuple(a for a in RULES.get(axis, ()) if mesh.shape.get(a, 1) > 1)
+        names = tuple(a for a in RULES.get(axis, ()) if mesh.shape.get(a, 1) > 1 and a not in used)
+        used.update(names)
         entries.append(names[0] if len(names) == 1 else names or None)
     return PartitionSpec(*entries)
 
@@ -44,17 +47,18 @@ def parameter_sharding(mesh: Mesh, name: str, shape: tuple[int, ...], axes: Axes
     Raises:
       ValueError: a mesh axis does not divide the dimension; names both.
     """
-    for size, axis in zip(shape, axes, strict=True):
-        for mesh_axis in RULES.get(axis, ()):
-            parts = mesh.shape.get(mesh_axis, 1)
-            if size % parts:
-                raise ValueError(
-                    f"mesh axis {mesh_axis!r} of size {parts} does not divide {axis!r} of {name} {tuple(shape)}: {size}; "
-                    f"choose a mesh whose {mesh_axis!r} divides it"
-                )
+    spec = partition_spec(mesh, axes)
+    for size, axis, entry in zip(shape, axes, spec, strict=True):
+        names = (entry,) if isinstance(entry, str) else entry or ()
+        parts, cut = math.prod(mesh.shape[a] for a in names), "*".join(names)
+        if size % parts:
+            raise ValueError(
+                f"mesh axis {cut!r} of size {parts} does not divide {axis!r} of {name} {tuple(shape)}: {size}; "
+                f"choose a mesh whose {cut!r} divides it"
+            )
     if isinstance(mesh, Mesh):  # whatever axis types the caller's has
         mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-    return NamedSharding(mesh, partition_spec(mesh, axes))
+    return NamedSharding(mesh, spec)
 
 
 def place(mesh: Mesh | None, name: str, value, axes: Axes) -> jax.Array:

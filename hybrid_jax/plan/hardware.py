@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 class Accelerator(NamedTuple):
     flops: float  # bf16, a second
-    hbm: float  # bytes
+    hbm: float  # bytes a program may use
     bandwidth: float  # of HBM, bytes a second
     interconnect: float  # bytes a second
     slices: tuple[str, ...] = ()  # TPU topologies, small to large
@@ -24,12 +24,13 @@ def _cubes(largest: int) -> tuple[str, ...]:
 
 _SQUARES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 
+GIB = 2.0**30
 TPUS: dict[str, Accelerator] = {
-    "v4": Accelerator(275e12, 32e9, 1.228e12, 300e9, _cubes(512)),
-    "v5e": Accelerator(197e12, 16e9, 0.819e12, 200e9, _SQUARES),
-    "v5p": Accelerator(459e12, 95e9, 2.765e12, 600e9, _cubes(512)),
-    "v6e": Accelerator(918e12, 32e9, 1.640e12, 448e9, _SQUARES),
-    "tpu7x": Accelerator(1153e12, 96e9, 3.690e12, 600e9, _cubes(512)),
+    "v4": Accelerator(275e12, 30.75 * GIB, 1.228e12, 300e9, _cubes(512)),
+    "v5e": Accelerator(197e12, 15.75 * GIB, 0.819e12, 200e9, _SQUARES),
+    "v5p": Accelerator(459e12, 95.74 * GIB, 2.765e12, 600e9, _cubes(512)),
+    "v6e": Accelerator(918e12, 31.25 * GIB, 1.640e12, 448e9, _SQUARES),
+    "tpu7x": Accelerator(1153e12, 94.75 * GIB, 3.690e12, 600e9, _cubes(512)),
 }
 GPUS: dict[str, Accelerator] = {
     "a100": Accelerator(312e12, 80e9, 2.039e12, 600e9),

@@ -124,6 +124,7 @@ def estimate(job: Job, sizes: dict[str, int]) -> float:
     mixers = _parameter_count(c) / (cut * sizes.get("expert", 1))
     if job.stage == "decode":
         return 2 * matrices + state_bytes(c, job.rows, job.seq_len) / math.prod(sizes.values())
+    matrices, mixers = (n / sizes.get("seq", 1) for n in (matrices, mixers))
     held = 16 * mixers if job.stage == "train" else 2 * matrices + 0.25 * 14 * mixers
     inner = c.moe.intermediate_size * c.moe.experts_per_token if c.moe else c.intermediate_size
     width = {"full": 1, "attention": 2, "none": 12}[job.remat] * c.num_layers * c.hidden_size + 12 * c.hidden_size
@@ -197,7 +198,7 @@ def _plan(job, topology, hardware, devices, sizes, program: Program, compiled: C
         job=job,
         accelerator=hardware,
         devices=devices,
-        fits=not compiled.error,
+        fits=compiled.total <= hardware.hbm,
         compiled=True,
         parameters=program.parameters,
         optimizer=program.optimizer,
@@ -208,7 +209,6 @@ def _plan(job, topology, hardware, devices, sizes, program: Program, compiled: C
         wire=compiled.wire,
         flops=program_flops(program),
         compile_seconds=compiled.seconds,
-        note=compiled.error,
     )
 
 
@@ -227,7 +227,7 @@ def _advice(plan: Plan, chip: str, shape: str, sizes, tell) -> str:
         said = f"--mesh {mesh_text(other)} --remat {remat}"
         tell(f"it does not fit; trying {said} …")
         compiled = compile_program(make_program(job, make_mesh(other, topology_devices(chip, shape))))
-        if not compiled.error:
+        if compiled.total <= plan.accelerator.hbm:
             return f"{said} fits: {compiled.total / 1e9:.1f} GB a device"
     return f"no mesh of {plan.topology} is expected to fit; try a larger slice (--topology {chip} finds the smallest)"
 

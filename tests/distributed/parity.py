@@ -48,6 +48,8 @@ CASES = {
     "both streams": ("data=2,seq=2,tensor=2", "*DA-GKA*-GDN*-M2*", 24, 2, "align_all", {}),
     "experts": ("expert=4,seq=2", "*-GKA", 24, 4, "next_token", MIXTURE),
     "experts tensor": ("expert=2,fsdp=2,tensor=2", "*-GDN", 16, 4, "next_token", MIXTURE),
+    "data2 seq4 of two processes": ("data=2,seq=4", "*-GKA-GDN", 40, 2, "next_token", {}),
+    "fsdp2 seq2 tensor2 of two processes": ("fsdp=2,seq=2,tensor=2", "SWA-GKA-M2", 24, 2, "next_token", {}),
     "scanned": ("fsdp=2,seq=4", "*-GKA-*-GKA-*-GKA", 24, 2, "next_token", {}),
 }
 

@@ -1,0 +1,93 @@
+"""A job of several processes by the command that a laptop runs: the environment says who is who."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+
+from hybrid_jax import load_model
+from hybrid_jax.parameters import split_model
+from tests.conftest import relative_error
+from tests.train.test_training import made_source  # noqa: F401 (a fixture)
+
+CONFIG = r"""
+from ml_collections import ConfigDict
+
+def get_config():
+    each = dict(steps=3, batch_size=4, seq_len=32, log_every=1, learning_rate=1e-2)
+    align = dict(form="fused", objective="align_all", trainable=(r"\.gdn\.",), **each)
+    train = dict(form="unfused", objective="next_token", **each)
+    return ConfigDict(dict(source="SOURCE", pattern="*-GDN", mesh=MESH, schedule=("align", "train"), seed=3,
+                           phases=dict(align=align, train=train), data=dict(text="TEXT", mix=dict(text=1.0))))
+"""
+
+
+def start(arguments, devices, env):
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", **env}
+    command = [sys.executable, "-m", "hybrid_jax", *arguments]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def member(port, count, process):
+    return {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(process)}
+
+
+def write_config(path, source, mesh):
+    directory, text = source
+    path.write_text(CONFIG.replace("SOURCE", str(directory)).replace("TEXT", str(text)).replace("MESH", mesh))
+    return f"--config={path}"
+
+
+def losses(workdir):
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {(r["phase"], r["step"]): r["loss"] for r in rows}
+
+
+def test_a_run_on_two_processes_and_a_mesh_is_the_run_of_one_device(made_source, tmp_path):  # noqa: F811
+    config = write_config(tmp_path / "alone.py", made_source, "dict()")
+    alone = start(["prime", config, f"--workdir={tmp_path}/alone"], 1, {})
+    assert alone.wait(timeout=600) == 0, alone.stderr.read()[-2000:]
+    config, port = write_config(tmp_path / "together.py", made_source, "dict(data=2, fsdp=2, seq=2)"), free_port()
+    job = ["prime", config, f"--workdir={tmp_path}/together"]
+    both = [start(job, 4, member(port, 2, i)) for i in range(2)]
+    outs = [p.communicate(timeout=900) for p in both]
+    assert [p.returncode for p in both] == [0, 0], outs[0][1][-2000:] + outs[1][1][-2000:]
+    want, got = losses(tmp_path / "alone"), losses(tmp_path / "together")
+    assert list(got) == [(p, s) for p in ("align", "train") for s in (1, 2, 3)]
+    assert np.allclose(list(got.values()), list(want.values()), rtol=1e-4)
+    assert want["train", 3] < want["train", 1] - 0.01
+    want, got = (split_model(load_model(tmp_path / d / "model"))[1] for d in ("alone", "together"))
+    for name, value in want.items():
+        assert relative_error(got[name], value) < 1e-2, name
+
+
+def test_a_job_whose_other_host_is_missing_ends_and_says_so(tmp_path):
+    env = {**member(free_port(), 2, 0), "HYBRID_JAX_START_TIMEOUT": "5"}
+    process = start(["prime", "--config=configs/prime_tiny.py:GKA", f"--workdir={tmp_path}/run"], 1, env)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "not all processes of the job came up within 5 s" in errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_half_an_environment_is_refused(tmp_path):
+    process = start(["prime", "--config=configs/prime_tiny.py:GKA", f"--workdir={tmp_path}/run"], 1, {"JAX_NUM_PROCESSES": "2"})
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and "JAX_COORDINATOR_ADDRESS is not" in errors
+
+
+def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_written(made_source, tmp_path):  # noqa: F811
+    config = write_config(tmp_path / "config.py", made_source, "dict(seq=3)")
+    process = start(["prime", config, f"--workdir={tmp_path}/run"], 3, {})
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1 and "'seq' cuts seq_len in 6 parts" in errors
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,65 @@
+"""Loss and every gradient on a mesh are those of one device; eight CPU devices, in one process and in two."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from tests.distributed.parity import CASES
+
+TOLERANCE = 1e-5
+
+
+def run_processes(module, processes, *arguments, devices=8, timeout=900, env=None):
+    """Starts `python -m module PROCESS PROCESSES PORT *arguments` in every process; the first one's output."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    flags = f"--xla_force_host_platform_device_count={devices // processes}"
+    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **(env or {})}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, str(i), str(processes), str(port), *arguments],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(processes)
+    ]
+    outs = []
+    try:
+        outs = [p.communicate(timeout=timeout) for p in running]
+    finally:
+        for p in running:
+            p.kill()
+    for p, (_, errors) in zip(running, outs, strict=True):
+        assert p.returncode == 0, errors[-3000:]
+    return outs[0][0]
+
+
+def check(cases, processes):
+    out = run_processes("tests.distributed.parity", processes, *cases)
+    found = dict(re.findall(r"^(.*): loss (\S+, gradients \S+) ", out, re.M))
+    assert set(found) == set(cases), out
+    for case, numbers in found.items():
+        loss, grads = (float(x) for x in numbers.split(", gradients "))
+        assert loss < TOLERANCE and grads < TOLERANCE, (case, out)
+
+
+ALONE = [c for c in CASES if c.startswith("seq8 ")]
+SPLIT = [c for c in CASES if c.endswith("of two processes")]
+TOGETHER = [c for c in CASES if c not in ALONE + SPLIT]
+
+
+@pytest.mark.parametrize("cases", [ALONE[:3], ALONE[3:], *([c] for c in TOGETHER)], ids=lambda c: "; ".join(c))
+def test_a_mesh_of_one_process_gives_one_device_s_gradients(cases):
+    check(cases, 1)
+
+
+@pytest.mark.parametrize("case", SPLIT)
+def test_two_processes_give_one_device_s_gradients(case):
+    check([case], 2)
