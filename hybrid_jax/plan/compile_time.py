@@ -1,0 +1,75 @@
+"""Trace and compile time of a training step by depth: `python -m hybrid_jax.plan.compile_time [--layers 8 36 64]`.
+
+Small dimensions and a CPU: what is compared is the programs' size, not their speed. Patterns: every other layer; runs as
+in arXiv 2605.08301's Qwen3-8B; a coin for every layer. Beside each the same step with its layers written out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+
+import jax
+import jax.numpy as jnp
+
+from hybrid_jax.config import ModelConfig, parse_pattern
+from hybrid_jax.model import Decoder, abstract_decoder
+from hybrid_jax.parameters import join_model
+from hybrid_jax.plan.program import abstract_parameters
+from hybrid_jax.runs import repeated_runs
+from hybrid_jax.train.objectives import next_token
+
+RUNS = "*gggggg**ggg**************ggg*gggggg"
+
+
+def patterns(layers: int) -> dict[str, str]:
+    coin = random.Random(0)
+    kinds = {
+        "alternating": "".join("*g"[i % 2] for i in range(layers)),
+        "in runs": (RUNS * 2)[:layers],
+        "coin": "".join(coin.choice("*g") for _ in range(layers)),
+    }
+    return {name: "-".join("GDN" if k == "g" else "*" for k in kind) for name, kind in kinds.items()}
+
+
+def model(pattern: str, scan: bool) -> Decoder:
+    sizes = dict(vocab_size=256, hidden_size=128, intermediate_size=256, num_heads=4, num_kv_heads=2, head_dim=32)
+    decoder = abstract_decoder(ModelConfig("qwen3", layers=parse_pattern(pattern), qk_norm=True, **sizes))
+    decoder.scan, decoder.remat = scan, "full"
+    return decoder
+
+
+def seconds(pattern: str, scan: bool) -> tuple[float, float]:
+    """(trace and lower, compile) of loss and gradients."""
+    from flax import nnx
+
+    decoder = model(pattern, scan)
+    structure, _ = nnx.split(decoder)
+    ints, floats = (jax.ShapeDtypeStruct((2, 256), t) for t in (jnp.int32, jnp.float32))
+    batch = dict(input_ids=ints, segment_ids=ints, positions=ints, targets=ints, weights=floats)
+    step = jax.jit(jax.grad(lambda p, b: next_token(join_model(structure, p), b)[0]))
+    begin = time.perf_counter()
+    lowered = step.lower(abstract_parameters(decoder.config), batch)
+    traced = time.perf_counter()
+    lowered.compile()
+    return traced - begin, time.perf_counter() - traced
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m hybrid_jax.plan.compile_time", description=__doc__.split(":")[0])
+    parser.add_argument("--layers", type=int, nargs="+", default=(8, 36, 64))
+    parser.add_argument("--written-out", action="store_true", help="also without scanning (minutes)")
+    options = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    print(f"{'layers':>6}  {'pattern':12} {'compiled once':>13}  trace s  compile s")
+    for layers in options.layers:
+        for name, pattern in patterns(layers).items():
+            bodies = sum(run.length for run in repeated_runs(parse_pattern(pattern)))
+            for scan in (True, False) if options.written_out else (True,):
+                traced, compiled = seconds(pattern, scan)
+                print(f"{layers:6}  {name:12} {bodies if scan else layers:13}  {traced:7.1f}  {compiled:9.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The planner: counts that are known, slices that are not there, answers and refusals."""
+
+import json
+import math
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from hybrid_jax.families import config_from_hf, config_to_hf
+from hybrid_jax.families.public import PUBLIC
+from hybrid_jax.plan.flops import traced_flops
+from hybrid_jax.plan.hardware import accelerator, device_count
+from hybrid_jax.plan.planner import make_plan, meshes, spread_pattern
+from hybrid_jax.plan.program import Job, abstract_parameters, state_bytes
+from hybrid_jax.plan.wire import wire_bytes
+from tests.conftest import tiny_config
+
+
+def test_flops_count_loops_and_branches_and_kernels():
+    x = jnp.zeros((4, 8))
+
+    def looped(w):
+        def body(h, _):
+            return jax.lax.cond(h.sum() > 0, lambda h: h @ w, lambda h: h, h), None
+
+        return jax.lax.scan(body, x, None, length=5)[0]
+
+    assert traced_flops(looped, jnp.zeros((8, 8))) == 5 * 2 * 4 * 8 * 8
+    sizes = jnp.asarray([1, 3])
+    assert traced_flops(lambda w: jax.lax.ragged_dot(x, w, sizes), jnp.zeros((2, 8, 6))) == 2 * 4 * 8 * 6
+    f = jax.checkpoint(lambda w: jnp.sum((x @ w) ** 2))
+    assert traced_flops(jax.grad(f), jnp.zeros((8, 6))) == 3 * 2 * 4 * 8 * 6  # forward, again, and the weights' gradient
+
+
+HLO = """
+%body (p: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %ag = bf16[4,8]{1,0} all-gather(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  %cp = (bf16[4,8]{1,0}, bf16[4,8]{1,0}, u32[], u32[]) collective-permute-start(%y), source_target_pairs={{0,1}}
+}
+
+%condition (p: (s32[], bf16[4,8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(6)
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+
+ENTRY %main (a: bf16[4,8]) -> bf16[4,8] {
+  %w = (s32[], bf16[4,8]) while(%t), condition=%condition, body=%body
+  %ar = f32[16]{0} all-reduce(%z), replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%add
+}
+"""
+
+
+def test_bytes_on_the_wire_are_read_from_hlo_with_loops_multiplied_out():
+    assert wire_bytes(HLO) == {"all-gather": 6 * 64 * 3 / 4, "collective-permute": 6 * 64, "all-reduce": 2 * 64 * 3 / 4}
+
+
+# Parameters as the models' cards state them, in billions.
+@pytest.mark.parametrize(
+    "name, billions",
+    [
+        ("Qwen/Qwen3-0.6B", 0.596),
+        ("Qwen/Qwen3-8B", 8.19),
+        ("Qwen/Qwen3-32B", 32.76),
+        ("Qwen/Qwen3-30B-A3B", 30.53),
+        ("meta-llama/Llama-3.1-8B", 8.03),
+        ("meta-llama/Llama-3.2-1B", 1.24),
+        ("mistralai/Mistral-7B-v0.3", 7.25),
+        ("mistralai/Mistral-Nemo-Base-2407", 12.25),
+    ],
+)
+def test_public_models_have_as_many_parameters_as_published(name, billions):
+    count = sum(math.prod(x.shape) for x in abstract_parameters(config_from_hf(PUBLIC[name])).values())
+    assert abs(count / 1e9 - billions) < 0.006 * billions
+
+
+def test_every_public_model_is_a_valid_source():
+    for name, hf in PUBLIC.items():
+        config = config_from_hf(hf)
+        assert config_from_hf(config_to_hf(config)) == config, name
+
+
+def test_patterns_by_fraction_are_spread_evenly():
+    config = tiny_config("-".join("*" * 8))
+    assert spread_pattern("GKA:0.5", config) == "*-GKA-*-GKA-*-GKA-*-GKA"
+    assert spread_pattern("GDN:0.25", config).split("-").count("GDN") == 2
+    assert spread_pattern("-".join(["*", "M2"] * 4), config) == "-".join(["*", "M2"] * 4)
+    for wrong in ("GKA:2", "GKA:x", "*:0.5", "*-GKA"):
+        with pytest.raises(ValueError):
+            spread_pattern(wrong, config)
+
+
+def test_states_do_not_grow_with_the_context_and_caches_do():
+    config = config_from_hf(PUBLIC["Qwen/Qwen3-8B"])
+    gka = config.with_pattern("-".join(["GKA"] * 36))
+    assert state_bytes(gka, 1, 1024) == state_bytes(gka, 1, 131072)
+    keys_and_values = 36 * 2 * 8 * 128 * 2
+    grown = state_bytes(config, 1, 131072) - state_bytes(config, 1, 65536)
+    assert grown == 65536 * (keys_and_values + 36 * 8)  # and each layer's positions and segments
+
+
+def test_unknown_hardware_is_refused_by_name():
+    assert accelerator("v5p:4x4x4")[2] == "4x4x4" and device_count("v5p", "4x4x4") == 64 and device_count("tpu7x", "2x2x1") == 8
+    for wrong, words in (("v9:2x2", "unknown chip 'v9'"), ("v5e:3x3", "slices of v5e: 2x2"), ("h100:big", "give the number")):
+        with pytest.raises(ValueError, match=words):
+            accelerator(wrong)
+
+
+def test_chosen_meshes_divide_the_model_and_cut_long_rows():
+    config = config_from_hf(PUBLIC["Qwen/Qwen3-8B"])
+    assert next(meshes(Job(config, "train", 131072, 0), 64)) == {"fsdp": 8, "seq": 8}
+    assert next(meshes(Job(config, "train", 8192, 0), 16)) == {"fsdp": 16}
+    assert all(m.get("tensor", 1) <= 8 for m in meshes(Job(config, "train", 131072, 0), 256))
+
+
+def test_gpus_are_answered_by_formula_and_say_so():
+    config = config_from_hf(PUBLIC["Qwen/Qwen3-8B"]).with_pattern("-".join(["*", "GDN"] * 18))
+    plan = make_plan(Job(config, "train", 8192, 0), "h100:8")
+    assert not plan.compiled and "not compiled" in plan.note and plan.fits is False
+    assert make_plan(Job(config, "train", 8192, 0), "h100:64").fits
+
+
+PROGRAM = """
+import sys
+from hybrid_jax.commands.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def plan(tmp_path, *arguments):
+    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(tiny_config("*-*-*-*", vocab_size=64, hidden_size=32))))
+    command = [sys.executable, "-c", PROGRAM, "plan", "--source", str(tmp_path), "--json", str(tmp_path / "plan.json"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done, json.loads((tmp_path / "plan.json").read_text()) if done.returncode == 0 else None
+
+
+def test_a_step_is_compiled_for_a_slice_that_is_not_there(tmp_path):
+    arguments = ("--pattern", "GDN:0.5", "--topology", "v5e:2x2", "--mesh", "fsdp=2,seq=2", "--seq-len", "1024")
+    done, answer = plan(tmp_path, *arguments)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert answer["fits"] and answer["compiled"] and answer["pattern"] == "*-GDN-*-GDN" and answer["rows"] == 2
+    config = tiny_config("*-GDN-*-GDN", vocab_size=64, hidden_size=32)
+    count = sum(math.prod(x.shape) for x in abstract_parameters(config).values())
+    assert count < answer["parameters"] < 4 * count  # cut in four but for norms and the like
+    assert 2 * answer["parameters"] <= answer["optimizer"] < 2.1 * answer["parameters"]
+    assert answer["wire"]["collective-permute"] > 0 and answer["flops"] > 6 * 2048 * count / 2
+    assert "fits" in done.stdout and "yes" in done.stdout
+
+
+def test_decoding_is_planned_with_its_caches(tmp_path):
+    done, answer = plan(
+        tmp_path, "--pattern", "GKA:0.5", "--topology", "v5e:2x2", "--stage", "decode", "--rows", "4", "--seq-len", "256"
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    config = tiny_config("*-GKA-*-GKA", vocab_size=64, hidden_size=32)
+    assert answer["caches"] == pytest.approx(state_bytes(config, 4, 256) / 4, rel=0.01)
+    assert "hybrid / source" in done.stdout
+
+
+def test_bad_plans_are_refused(tmp_path):
+    for arguments, words in (
+        (("--topology", "v5e:2x2", "--mesh", "seq=4", "--seq-len", "1001"), "'seq' cuts seq_len"),
+        (("--topology", "v5e:2x2", "--mesh", "fsdp=8"), "needs 8 devices, there are 4"),
+        (("--topology", "v5e:2x2", "--stage", "align"), "needs a --pattern"),
+        (("--topology", "v5e:2x2", "--stage", "serve"), "expected one of align, train, decode"),
+        (("--topology", "v5e", "--mesh", "fsdp=8"), "--mesh needs a whole --topology"),
+    ):
+        done, _ = plan(tmp_path, *arguments)
+        assert done.returncode == 1 and words in done.stderr, done.stderr[-500:]
+        assert "Traceback" not in done.stderr
