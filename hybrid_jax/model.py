@@ -68,6 +68,10 @@ def _run_merged(run_layer, graph, state, carry):
     return run_layer(nnx.merge(graph, state), carry)
 
 
+def _stack_states(states):
+    return states[0] if len(states) == 1 else jax.tree.map(lambda *x: jnp.stack(x), *states)
+
+
 class Decoder(nnx.Module):
     """A causal language model of attention and recurrent layers.
 
@@ -77,12 +81,12 @@ class Decoder(nnx.Module):
       compute_dtype: of activations; default: the parameters'.
 
     `remat` (a key of `REMAT`) says what a layer keeps for its gradient; `scan` whether layers that repeat are
-    compiled once.
+    compiled once; `runs` is set where `layers` holds one layer for many, with stacked parameters (`stacking`).
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, compute_dtype=None):
         self.config, self.compute_dtype = config, jnp.dtype(compute_dtype or dtype)
-        self.remat, self.scan = "none", True
+        self.remat, self.scan, self.runs = "none", True, None
         std = config.initializer_range
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, std=std, rngs=rngs, dtype=dtype)
         self.layers = nnx.List([Layer(config, i, rngs=rngs, dtype=dtype) for i in range(config.num_layers)])
@@ -106,10 +110,14 @@ class Decoder(nnx.Module):
     def _through_layers(self, run_layer: Callable, carry):
         """carry -> run_layer(layer, carry) -> (carry, out) through all layers; the outs in a list, one a layer.
 
-        Layers that repeat (`repeated_runs`) are stacked and scanned: compiled once, however many.
+        Layers that repeat are scanned: compiled once, however many. Their parameters come stacked (`stacking`) or
+        are stacked here.
         """
-        keys = list(zip(self.config.layers, self.config.attention_windows, strict=True))
-        runs = repeated_runs(keys) if self.scan else [Run(i, 1, 1) for i in range(len(keys))]
+        if self.runs is not None:
+            runs, bodies = self.runs, iter(self.layers)
+        else:
+            keys = list(zip(self.config.layers, self.config.attention_windows, strict=True))
+            runs = repeated_runs(keys) if self.scan else [Run(i, 1, 1) for i in range(len(keys))]
 
         def unit(graphs, states, carry):
             outs = []
@@ -117,28 +125,30 @@ class Decoder(nnx.Module):
                 step = functools.partial(_run_merged, run_layer, graph)
                 if self.remat != "none":
                     step = jax.checkpoint(step, policy=REMAT[self.remat], prevent_cse=False)
-                carry, out = step(state, carry)
+                carry, out = step(jax.tree.map_with_path(self._computed, state), carry)
                 outs.append(out)
             return carry, outs
 
         outs = []
         for run in runs:
-            places = [range(run.start + n, run.stop, run.length) for n in range(run.length)]
-            split = [[nnx.split(self.layers[i]) for i in place] for place in places]
-            graphs = [layers[0][0] for layers in split]
+            if self.runs is not None:
+                graphs, states = zip(*(nnx.split(next(bodies)) for _ in range(run.length)), strict=True)
+            else:
+                split = [[nnx.split(self.layers[i]) for i in place] for place in run.places]
+                graphs = [layers[0][0] for layers in split]
+                states = [_stack_states([state for _, state in layers]) for layers in split]
             if run.count == 1:
-                carry, out = unit(graphs, [layers[0][1] for layers in split], carry)
+                carry, out = unit(graphs, states, carry)
                 outs += out
                 continue
-            states = [jax.tree.map_with_path(self._stack, *(state for _, state in layers)) for layers in split]
-            carry, out = jax.lax.scan(lambda c, s, graphs=graphs: unit(graphs, s, c), carry, states)
+            carry, out = jax.lax.scan(lambda c, s, graphs=graphs: unit(graphs, s, c), carry, list(states))
             outs += [jax.tree.map(lambda x, n=n: x[n], out[m]) for n in range(run.count) for m in range(run.length)]
         return carry, outs
 
-    def _stack(self, path, *leaves):
-        """A parameter of layers that repeat, one above the other; a matrix in the compute dtype, which its layer casts it to."""
-        matrix = leaves[0].ndim > 1 and not any("conv1d" in str(key) for key in path)
-        return jnp.stack([x.astype(self.compute_dtype) if matrix else x for x in leaves])
+    def _computed(self, path, leaf):
+        """A matrix in the compute dtype, which its layer would cast it to: before it is gathered, not after."""
+        matrix = leaf.ndim > 1 and not any("conv1d" in str(key) for key in path)
+        return leaf.astype(self.compute_dtype) if matrix else leaf
 
     def hidden_states(self, input_ids, segment_ids=None, positions=None, state=None):
         """[B,T] ids -> (final normed hidden [B,T,hidden], state); a fused model runs its student."""
@@ -164,9 +174,9 @@ class Decoder(nnx.Module):
         Raises:
           ValueError: a layer has no teacher.
         """
-        bare = [i for i, layer in enumerate(self.layers) if not layer.spec.fused]
+        bare = [(i, spec.symbol) for i, spec in enumerate(self.config.layers) if not spec.fused]
         if bare:
-            raise ValueError(f"layer {bare[0]} ({self.layers[bare[0]].spec.symbol!r}) has no teacher; fuse the model first")
+            raise ValueError(f"layer {bare[0][0]} ({bare[0][1]!r}) has no teacher; fuse the model first")
         hidden, at = self._inputs(input_ids, segment_ids, positions)
 
         def both(layer, streams):

@@ -17,6 +17,11 @@ class Run(NamedTuple):
     def stop(self) -> int:
         return self.start + self.length * self.count
 
+    @property
+    def places(self) -> list[range]:
+        """For each layer of the unit the layers it stands for."""
+        return [range(self.start + n, self.stop, self.length) for n in range(self.length)]
+
 
 def repeated_runs(keys: Sequence[Hashable], most: int = 16) -> list[Run]:
     """Cuts layers into runs of repeated units so that the units, which are what is compiled, are shortest together.

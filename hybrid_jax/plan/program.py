@@ -22,6 +22,7 @@ from hybrid_jax.parallel.sharding import partition_spec
 from hybrid_jax.parameters import join_model, logical_axes, select_names
 from hybrid_jax.plan.flops import traced_flops
 from hybrid_jax.plan.wire import wire_bytes
+from hybrid_jax.stacking import stack, stacked_names, stacked_structure, training_runs
 from hybrid_jax.train.checkpoint import TrainState
 from hybrid_jax.train.loop import make_step
 from hybrid_jax.train.optimizer import make_optimizer
@@ -140,16 +141,21 @@ def training_program(job: Job, mesh: Mesh) -> Program:
     check_mesh_fits(config, mesh, job.rows, job.seq_len)
     model = abstract_decoder(config, jnp.float32, jnp.bfloat16)
     model.remat = phase.remat
-    structure, _ = nnx.split(model)
-    shapes, axes = abstract_parameters(config), logical_axes(model)
-    names = select_names(shapes, phase.trainable)
+    every = abstract_parameters(config)
+    chosen = select_names(every, phase.trainable)
+    runs = training_runs(config, chosen)
+    olds = stacked_names(config, runs)
+    structure, axes = stacked_structure(model, runs)
+    shapes = jax.eval_shape(lambda p: stack(p, olds), every)
+    names = {n for n, of in olds.items() if of[0] in chosen}
+    stacked = frozenset(n for n, of in olds.items() if len(of) > 1)
     shardings = parameter_shardings(mesh, shapes, axes)
     trainable = {n: x for n, x in shapes.items() if n in names}
-    optimizer = make_optimizer(phase)
+    optimizer = make_optimizer(phase, stacked)
     state_where = state_shardings(mesh, optimizer, trainable, shardings)
     state = _with(state_where, TrainState(trainable, jax.eval_shape(optimizer.init, trainable)))
     frozen = {
-        n: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if x.ndim > 1 else x.dtype, sharding=shardings[n])
+        n: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if x.ndim - (n in stacked) > 1 else x.dtype, sharding=shardings[n])
         for n, x in shapes.items()
         if n not in names
     }
@@ -162,7 +168,7 @@ def training_program(job: Job, mesh: Mesh) -> Program:
     widths = {"none": 0, "full": config.hidden_size}
     widths["attention"] = config.hidden_size + config.num_heads * config.head_dim // mesh.shape["tensor"]
     return Program(
-        make_step(structure, phase, state_where),
+        make_step(structure, phase, state_where, stacked),
         (state, frozen, batch),
         mesh,
         parameters=_local_bytes(state.trainable) + _local_bytes(frozen),

@@ -63,7 +63,7 @@ def align(model: Decoder, batch, *, target: str, pre_lm_head: bool = True):
         loss = loss + final
     metrics = {"loss": loss, "pre_lm_head_mse": final}
     for i, (_, mixer) in enumerate(streams.layers):
-        if not model.layers[i].spec.shared:
+        if not model.config.layers[i].shared:
             metrics[f"mixer_mse/{i:02d}"] = mixer
     return loss, metrics
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import jax
 import optax
@@ -34,8 +34,12 @@ def decayed(parameters: Mapping[str, jax.Array]) -> dict[str, bool]:
     return {name: not _NOT_DECAYED.search("." + name) for name in parameters}
 
 
-def make_optimizer(phase: Phase) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW or Muon."""
+def make_optimizer(phase: Phase, stacked: Collection[str] = ()) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW or Muon.
+
+    Args:
+      stacked: names of parameters with a leading axis of layers, each of which is a matrix to Muon.
+    """
     schedule = learning_rate_schedule(phase)
     if phase.optimizer == "adamw":
         update = optax.adamw(schedule, phase.beta1, phase.beta2, weight_decay=phase.weight_decay, mask=decayed)
@@ -43,7 +47,9 @@ def make_optimizer(phase: Phase) -> optax.GradientTransformation:
 
         def matrices(parameters):
             def one(path, p):
-                return contrib.MuonDimensionNumbers() if p.ndim == 2 and not _NOT_MUON.search(path[0].key) else None
+                lead = int(path[0].key in stacked)
+                matrix = p.ndim - lead == 2 and not _NOT_MUON.search(path[0].key)
+                return contrib.MuonDimensionNumbers(lead, lead + 1) if matrix else None
 
             return jax.tree_util.tree_map_with_path(one, parameters)
 
