@@ -24,10 +24,8 @@ def _of_layer(names: Collection[str], i: int) -> list[str]:
 
 def training_runs(config: ModelConfig, trainable: Collection[str]) -> tuple[Run, ...]:
     """Runs of layers of one kind of which the same parameters train."""
-    own = {i: frozenset(_of_layer(trainable, i)) for i in range(config.num_layers)}
-    return tuple(
-        repeated_runs([(s, w, own[i]) for i, (s, w) in enumerate(zip(config.layers, config.attention_windows, strict=True))])
-    )
+    own = [frozenset(_of_layer(trainable, i)) for i in range(config.num_layers)]
+    return tuple(repeated_runs(list(zip(config.layers, config.attention_windows, own, strict=True))))
 
 
 def _bodies(runs: Collection[Run]) -> Iterator[tuple[int, range]]:

@@ -13,7 +13,9 @@ from hybrid_jax.parallel.attention import Part, attend, parts_attention
 from hybrid_jax.parallel.attention_block import FULL, Mask
 from hybrid_jax.parallel.mesh import abstract_mesh, check_mesh_fits, make_mesh, parse_mesh
 from hybrid_jax.parallel.sequence import from_zigzag, positions_of, to_zigzag, zigzag_order
+from hybrid_jax.parameters import join_model, split_model
 from hybrid_jax.runs import repeated_runs
+from hybrid_jax.stacking import stack, stacked_names, stacked_structure, training_runs, unstack
 from kernels_pallas import (
     gated_delta_rule,
     gated_delta_rule_summary,
@@ -172,8 +174,6 @@ def test_scanned_and_rematerialised_layers_give_the_same_gradients(pattern, rema
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 12)))
 
     def grads(scan, remat):
-        from hybrid_jax.parameters import join_model, split_model
-
         model = tiny_model(pattern)
         model.scan, model.remat = scan, remat
         structure, parameters = split_model(model)
@@ -207,3 +207,24 @@ def test_meshes_are_checked_against_devices_and_model():
     mixture = tiny_config("*-GKA", family="qwen3_moe", moe=MoEConfig(8, 2, 12))
     with pytest.raises(ValueError, match="num_experts in 3 parts, which do not divide 8"):
         check_mesh_fits(mixture, abstract_mesh({"expert": 3}), 3, 20)
+
+
+def test_stacked_training_gives_the_gradients_of_layers_by_themselves():
+    """Of six alternating layers and a seventh, with only the mixers and the last attention training."""
+    model = tiny_model("*-GKA-*-GKA-*-GKA-*")
+    structure, parameters = split_model(model)
+    trainable = {n for n in parameters if ".gka." in n or n.startswith("layers.6.self_attn.")}
+    runs = training_runs(model.config, trainable)
+    names = stacked_names(model.config, runs)
+    stacked_graph, axes = stacked_structure(model, runs)
+    together = stack(parameters, names)
+    assert {n for ns in names.values() for n in ns} == set(parameters)
+    assert sum(r.length for r in runs) == 3 and all(len(axes[n]) == x.ndim for n, x in together.items())
+    mixed = [olds for olds in names.values() if 0 < len(trainable & set(olds)) < len(olds)]
+    assert not mixed
+    assert unstack(together, names).keys() == parameters.keys()
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 12)))
+    want = jax.grad(lambda p: jnp.sum(join_model(structure, p)(ids) ** 2))(parameters)
+    got = unstack(jax.grad(lambda p: jnp.sum(join_model(stacked_graph, p)(ids) ** 2))(together), names)
+    for name in want:
+        assert relative_error(got[name], want[name]) < 1e-4, name
