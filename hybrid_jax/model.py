@@ -64,10 +64,6 @@ class Layer(nnx.Module):
         return LayerOutputs(mixed, out, constrain(hidden + out, *HIDDEN)), state
 
 
-def _run_merged(run_layer, graph, state, carry):
-    return run_layer(nnx.merge(graph, state), carry)
-
-
 def _stack_states(states):
     return states[0] if len(states) == 1 else jax.tree.map(lambda *x: jnp.stack(x), *states)
 
@@ -122,10 +118,10 @@ class Decoder(nnx.Module):
         def unit(graphs, states, carry):
             outs = []
             for graph, state in zip(graphs, states, strict=True):
-                step = functools.partial(_run_merged, run_layer, graph)
+                step = functools.partial(self._run_merged, run_layer, graph)
                 if self.remat != "none":
                     step = jax.checkpoint(step, policy=REMAT[self.remat], prevent_cse=False)
-                carry, out = step(jax.tree.map_with_path(self._computed, state), carry)
+                carry, out = step(state, carry)
                 outs.append(out)
             return carry, outs
 
@@ -145,10 +141,19 @@ class Decoder(nnx.Module):
             outs += [jax.tree.map(lambda x, n=n: x[n], out[m]) for n in range(run.count) for m in range(run.length)]
         return carry, outs
 
-    def _computed(self, path, leaf):
-        """A matrix in the compute dtype, which its layer would cast it to: before it is gathered, not after."""
-        matrix = leaf.ndim > 1 and not any("conv1d" in str(key) for key in path)
-        return leaf.astype(self.compute_dtype) if matrix else leaf
+    def _run_merged(self, run_layer, graph, state, carry):
+        return run_layer(nnx.merge(graph, self._computed(state)), carry)
+
+    def _computed(self, state: nnx.State) -> nnx.State:
+        """A layer's parameters as it computes with them: matrices in the compute dtype, and then gathered, on every device
+        whole but for `tensor` and `expert` (in this order half the bytes travel)."""
+        flat = []
+        for path, variable in nnx.to_flat_state(state):
+            x = variable[...]
+            if x.ndim > 1 and not any("conv1d" in str(key) for key in path):
+                x = constrain(x.astype(self.compute_dtype), *(None if a == "embed" else a for a in variable.axes))
+            flat.append((path, variable.replace(x)))
+        return nnx.from_flat_state(flat)
 
     def hidden_states(self, input_ids, segment_ids=None, positions=None, state=None):
         """[B,T] ids -> (final normed hidden [B,T,hidden], state); a fused model runs its student."""

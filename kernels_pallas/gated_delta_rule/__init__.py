@@ -81,11 +81,22 @@ def gated_delta_rule_summary(k, v, log_decay, beta, *, segment_ids=None, impleme
     B, _, H, K = k.shape
     V = v.shape[-1]
     dtype = accumulator(k, v, log_decay, beta)
-    start = jnp.broadcast_to(jnp.eye(K, K + V, V, dtype=dtype), (B, H, K, K + V))  # [0 | I]
-    values = jnp.concatenate([v, jnp.zeros((*v.shape[:-1], K), v.dtype)], axis=-1)
-    options = dict(initial_state=start, segment_ids=segment_ids, implementation=implementation)
-    both = gated_delta_rule(k, k, values, log_decay, beta, **options)[1]
-    return both[..., V:], both[..., :V]
+
+    def final(v, start, k, log_decay, beta, segment_ids):
+        options = dict(initial_state=start, segment_ids=segment_ids, implementation=implementation)
+        return gated_delta_rule(k, k, v, log_decay, beta, **options)[1]
+
+    nothing = jnp.zeros((B, H, K, V), dtype)
+    identity = jnp.broadcast_to(jnp.eye(K, dtype=dtype), (B, H, K, K))
+    zeros = jnp.zeros((*v.shape[:-1], K), v.dtype)
+    arrays = (k, log_decay, beta)
+    if K != V:
+        return tuple(final(x, s, *arrays, segment_ids=segment_ids) for x, s in ((zeros, identity), (v, nothing)))
+    # side by side as rows of one batch
+    twice = [jnp.concatenate([x, x]) for x in arrays]
+    ids = None if segment_ids is None else jnp.concatenate([segment_ids, segment_ids])
+    both = final(jnp.concatenate([zeros, v]), jnp.concatenate([identity, nothing]), *twice, segment_ids=ids)
+    return both[:B], both[B:]
 
 
 def gated_delta_rule_step(q, k, v, log_decay, beta, *, state, scale=None, implementation=None):
