@@ -1,1 +1,1 @@
-"""Device meshes: logical axes to mesh axes."""
+"""Many devices: meshes, the sharding table, what passes between devices, several processes."""
