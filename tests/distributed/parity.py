@@ -8,7 +8,6 @@ Prints `CASE: loss ERROR, gradients ERROR (worst NAME)` a case, from process 0.
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
@@ -99,5 +98,4 @@ def main(process, processes, port, *cases):
 
 
 if __name__ == "__main__":
-    jnp.zeros(())
     main(*sys.argv[1:])
