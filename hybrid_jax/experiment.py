@@ -24,9 +24,7 @@ from ml_collections import ConfigDict
 from hybrid_jax.config import MIXER_CONFIGS, ModelConfig
 from hybrid_jax.convert import (
     check_model_directory,
-    check_new_directory,
     load_model,
-    new_directory,
     read_model_config,
     save_model,
     write_model,
@@ -35,10 +33,11 @@ from hybrid_jax.data import load_documents, load_tokenizer, make_corpus
 from hybrid_jax.data.text import Document, split_documents
 from hybrid_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from hybrid_jax.families import config_from_hf, config_to_hf
+from hybrid_jax.files import check_new_directory, new_directory
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.distributed import barrier, is_first
 from hybrid_jax.parallel.mesh import check_mesh_fits, make_mesh
-from hybrid_jax.parameters import parameter_names, select_names
+from hybrid_jax.parameters import abstract_parameters, select_names
 from hybrid_jax.priming.fuse import fuse, unfuse
 from hybrid_jax.priming.initialize import initialize_hybrid
 from hybrid_jax.priming.select import Selection, choose_pattern, pattern_from_scores
@@ -81,7 +80,7 @@ def _check_phases_fit(model_config: ModelConfig, config: ConfigDict, phases: lis
     for name, phase in phases:
         form = {"fused": hybrid.fused, "unfused": hybrid.unfused, "as_is": lambda: hybrid}[phase.form]()
         try:
-            select_names(parameter_names(form), phase.trainable)
+            select_names(abstract_parameters(form), phase.trainable)
         except ValueError as e:
             raise ValueError(f"phase {name!r}: {e}") from None
 
@@ -183,12 +182,21 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path) -> pathlib.P
             stage = stage_path(workdir, number, name)
             checkpoints = workdir / "checkpoints" / name
             if not stage.exists():
-                model = _in_form(load_model(before, dtype=jnp.float32, mesh=mesh), phase.form, source, mesh)
                 mix = dict(phase.mix) or config.data.mix.to_dict()
                 seed = config.seed + number
                 where = dict(directory=checkpoints, writer=writer, mesh=mesh)
-                model = train_phase(model, name, phase, corpus, mix, seed=seed, **where)
+                model = train_phase(
+                    # not held here, so that the loop may free it
+                    _in_form(load_model(before, dtype=jnp.float32, mesh=mesh), phase.form, source, mesh),
+                    name,
+                    phase,
+                    corpus,
+                    mix,
+                    seed=seed,
+                    **where,
+                )
                 save_model(model, stage, tokenizer_from=source)
+                del model
             if is_first():
                 shutil.rmtree(checkpoints, ignore_errors=True)
             before = stage

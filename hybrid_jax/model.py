@@ -14,7 +14,7 @@ from hybrid_jax.config import PARAMETER_KEYS, ModelConfig
 from hybrid_jax.layers import MLP, Embedding, Linear, MoE, RMSNorm, make_mixer
 from hybrid_jax.parallel import attention
 from hybrid_jax.parallel.sequence import positions_of
-from hybrid_jax.parallel.sharding import axis_size, constrain
+from hybrid_jax.parallel.sharding import TOKENS, axis_size, constrain
 from hybrid_jax.runs import Run, repeated_runs
 
 # What a layer keeps for its gradient -> the policy: everything, its attention's outputs, or only its input.
@@ -23,7 +23,6 @@ REMAT = {
     "attention": jax.checkpoint_policies.save_only_these_names(attention.SAVED),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-HIDDEN = ("batch", "sequence", None)
 
 
 class LayerOutputs(NamedTuple):
@@ -59,9 +58,9 @@ class Layer(nnx.Module):
     def run(self, kind, hidden, *, positions, segment_ids, state=None) -> tuple[LayerOutputs, Any]:
         """The layer with its mixer of `kind`."""
         mixed, state = self.mixer(kind)(self.input_layernorm(hidden), positions=positions, segment_ids=segment_ids, state=state)
-        hidden = constrain(hidden + mixed, *HIDDEN)
+        hidden = constrain(hidden + mixed, *TOKENS)
         out = self.mlp(self.post_attention_layernorm(hidden))
-        return LayerOutputs(mixed, out, constrain(hidden + out, *HIDDEN)), state
+        return LayerOutputs(mixed, out, constrain(hidden + out, *TOKENS)), state
 
 
 def _stack_states(states):
@@ -100,7 +99,7 @@ class Decoder(nnx.Module):
             if axis_size("seq") > 1:
                 raise ValueError("with tokens cut over the mesh (zig-zag layout) the model needs their positions")
             positions = positions_of(segment_ids)
-        hidden = constrain(self.embed_tokens(input_ids, self.compute_dtype), *HIDDEN)
+        hidden = constrain(self.embed_tokens(input_ids, self.compute_dtype), *TOKENS)
         return hidden, dict(positions=positions, segment_ids=segment_ids)
 
     def _through_layers(self, run_layer: Callable, carry):

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from hybrid_jax.config import ModelConfig
@@ -29,10 +30,10 @@ def join_model(structure: nnx.GraphDef, parameters: Mapping[str, jax.Array]) -> 
     return nnx.merge(structure, nnx.from_flat_state(paths))
 
 
-def parameter_names(config: ModelConfig) -> list[str]:
-    """The names of a model's parameters, without making it."""
-    _, state = nnx.split(abstract_decoder(config))
-    return [".".join(map(str, path)) for path, _ in nnx.to_flat_state(state)]
+def abstract_parameters(config: ModelConfig, dtype=jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
+    """The names, shapes and dtypes of a model's parameters, without making it."""
+    _, state = nnx.split(abstract_decoder(config, dtype))
+    return {".".join(map(str, path)): jax.ShapeDtypeStruct(v.shape, v.dtype) for path, v in nnx.to_flat_state(state)}
 
 
 def logical_axes(model: Decoder) -> dict[str, tuple[str | None, ...]]:

@@ -13,7 +13,7 @@ from flax import nnx
 
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.model import Decoder, abstract_decoder
-from hybrid_jax.parameters import Parameters, logical_axes, parameter_names
+from hybrid_jax.parameters import Parameters, abstract_parameters, logical_axes
 from hybrid_jax.runs import Run, repeated_runs
 
 
@@ -35,7 +35,7 @@ def _bodies(runs: Collection[Run]) -> Iterator[tuple[int, range]]:
 
 def stacked_names(config: ModelConfig, runs: Collection[Run]) -> dict[str, list[str]]:
     """Name in the stacked model -> the names it stands for, in order of depth."""
-    names = parameter_names(config)
+    names = abstract_parameters(config)
     result = {n: [n] for n in names if not n.startswith("layers.")}
     for j, place in _bodies(runs):
         result |= {f"layers.{j}.{n}": [f"layers.{i}.{n}" for i in place] for n in _of_layer(names, place[0])}

@@ -11,5 +11,5 @@ archive=$(mktemp -d)
 trap 'rm -rf "$archive"' EXIT
 git archive --format=tar.gz -o "$archive/hybrid_jax.tar.gz" HEAD
 gcloud compute tpus tpu-vm scp "$archive/hybrid_jax.tar.gz" "$name:" --zone="$zone" --worker=all
-gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$(printf '%q ' \
-  mkdir -p hybrid_jax) && tar xzf hybrid_jax.tar.gz -C hybrid_jax && cd hybrid_jax && ACCELERATOR=tpu ./launch/host.sh $(printf '%q ' "$@")"
+gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all \
+  --command="mkdir -p hybrid_jax && tar xzf hybrid_jax.tar.gz -C hybrid_jax && cd hybrid_jax && ACCELERATOR=tpu ./launch/host.sh $(printf '%q ' "$@")"

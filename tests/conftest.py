@@ -6,6 +6,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pathlib
+import socket
 
 import numpy as np
 import pytest
@@ -26,6 +27,13 @@ def relative_error(got, want):
     """|got - want| / |want| (norms), or |got| where want is 0."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     return np.linalg.norm(got - want) / (np.linalg.norm(want) or 1.0)
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens at."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def tiny_config(pattern, **changes) -> ModelConfig:

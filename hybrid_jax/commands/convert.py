@@ -14,7 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def run(args: argparse.Namespace):
-    from hybrid_jax.convert import check_new_directory, load_model, save_model
+    from hybrid_jax.convert import load_model, save_model
+    from hybrid_jax.files import check_new_directory
 
     check_new_directory(args.out)
     model = load_model(args.source, pattern=args.pattern, dtype=args.dtype, seed=args.seed)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import pathlib
 
 
@@ -45,12 +44,6 @@ def _fingerprint(path: pathlib.Path, args) -> list:
     return json.loads(json.dumps([str(path.absolute()), files, args.text, args.seq_len, args.rows]))
 
 
-def _write(path: pathlib.Path, text: str):
-    work = path.with_name(f".{path.name}.{os.getpid()}")
-    work.write_text(text)
-    work.rename(path)
-
-
 def _continuations(args, rows) -> str:
     import jax.numpy as jnp
 
@@ -78,6 +71,7 @@ def run(args: argparse.Namespace):
     from hybrid_jax.data import load_documents, load_tokenizer, make_corpus
     from hybrid_jax.evaluate.measures import retrieval_loss_and_accuracy, text_loss
     from hybrid_jax.evaluate.report import HEADER, Row, draw_recovery, markdown_table, table_cells
+    from hybrid_jax.files import write_text
 
     todo = _to_measure(args)
     out = pathlib.Path(args.out) if args.out else None
@@ -100,7 +94,7 @@ def run(args: argparse.Namespace):
             row = Row(name, str(path), model.config.pattern, loss, accuracy, group, stage)
         records.append({"row": dataclasses.asdict(row), "fingerprint": fingerprint})
         if out is not None:
-            _write(out / "results.json", json.dumps(records, indent=2) + "\n")
+            write_text(out / "results.json", json.dumps(records, indent=2) + "\n")
     rows = [Row(**r["row"]) for r in records]
 
     table = Table(*HEADER)
@@ -115,5 +109,5 @@ def run(args: argparse.Namespace):
         parts = ["# Recovery", markdown_table(rows), "![recovery](recovery.png)"]
         if args.prompt:
             parts += ["## Continuations (greedy)", text]
-        _write(out / "report.md", "\n\n".join(parts) + "\n")
+        write_text(out / "report.md", "\n\n".join(parts) + "\n")
         print(f"report: {out / 'report.md'}")

@@ -32,6 +32,7 @@ def run(args: argparse.Namespace):
     from hybrid_jax.convert.load import read_model_config
     from hybrid_jax.families import config_from_hf
     from hybrid_jax.families.public import PUBLIC
+    from hybrid_jax.files import write_text
     from hybrid_jax.model import REMAT
     from hybrid_jax.parallel.mesh import parse_mesh
     from hybrid_jax.plan.planner import make_plan, spread_pattern
@@ -57,7 +58,4 @@ def run(args: argparse.Namespace):
     if args.stage == "decode":
         console.print(cache_table(plan))
     if args.json:
-        out = pathlib.Path(args.json)
-        work = out.with_name(f".{out.name}.part")
-        work.write_text(json.dumps(plan_json(plan, args.tokens, args.efficiency), indent=2) + "\n")
-        work.rename(out)
+        write_text(args.json, json.dumps(plan_json(plan, args.tokens, args.efficiency), indent=2) + "\n")

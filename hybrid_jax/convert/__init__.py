@@ -1,13 +1,11 @@
 """Hugging Face directories to decoders and back."""
 
 from hybrid_jax.convert.load import check_model_directory, load_model, read_model_config
-from hybrid_jax.convert.save import check_new_directory, new_directory, save_model, write_model
+from hybrid_jax.convert.save import save_model, write_model
 
 __all__ = [
     "check_model_directory",
-    "check_new_directory",
     "load_model",
-    "new_directory",
     "read_model_config",
     "save_model",
     "write_model",

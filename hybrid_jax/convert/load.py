@@ -18,7 +18,7 @@ from hybrid_jax.convert.names import hf_tensors
 from hybrid_jax.families import config_from_hf
 from hybrid_jax.model import Decoder, abstract_decoder
 from hybrid_jax.parallel.sharding import place
-from hybrid_jax.parameters import join_model, logical_axes, parameter_names
+from hybrid_jax.parameters import abstract_parameters, join_model, logical_axes
 from hybrid_jax.priming.initialize import initialize_hybrid
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -118,7 +118,7 @@ def check_model_directory(path: str | pathlib.Path) -> ModelConfig:
     """
     config = read_model_config(path)
     with TensorFiles(pathlib.Path(path)) as files:
-        _check_names(files, {t.name for name in parameter_names(config) for t in hf_tensors(name, config)}, config)
+        _check_names(files, {t.name for name in abstract_parameters(config) for t in hf_tensors(name, config)}, config)
     return config
 
 
@@ -128,9 +128,8 @@ def read_parameters(path, config: ModelConfig, dtype=None, mesh=None) -> Iterato
     Raises:
       FileNotFoundError, ValueError: as `TensorFiles`; names or shapes that do not fit the config.
     """
-    abstract = abstract_decoder(config)
-    axes = logical_axes(abstract)
-    shapes = {".".join(map(str, p)): v.shape for p, v in nnx.to_flat_state(nnx.state(abstract))}
+    axes = logical_axes(abstract_decoder(config))
+    shapes = {name: p.shape for name, p in abstract_parameters(config).items()}
     table = {name: hf_tensors(name, config) for name in shapes}
     with TensorFiles(pathlib.Path(path)) as files:
         _check_names(files, {t.name for tensors in table.values() for t in tensors}, config)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import pathlib
 import shutil
-import tempfile
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,6 +13,7 @@ from safetensors.numpy import save_file
 from hybrid_jax.convert.load import INDEX, SINGLE
 from hybrid_jax.convert.names import hf_tensors
 from hybrid_jax.families import config_to_hf
+from hybrid_jax.files import new_directory
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.distributed import barrier, is_first, whole_array
 from hybrid_jax.parameters import split_model
@@ -24,46 +22,6 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "tokenizer.model", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
-
-
-def check_new_directory(path: str | pathlib.Path) -> pathlib.Path:
-    """Checks, before any work, that `path` can become a new directory; leaves nothing behind.
-
-    Raises:
-      FileExistsError: something is there already.
-      PermissionError, NotADirectoryError: its parent can not be written.
-    """
-    path = pathlib.Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path} exists already and is not empty; choose another output directory or remove it")
-    parent = path.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise NotADirectoryError(f"can not write {path}: {parent} is a file")
-    try:
-        with tempfile.TemporaryFile(dir=parent):
-            pass
-    except OSError as e:
-        raise PermissionError(f"can not write {path}: {parent} is not writable ({e.strerror})") from None
-    return path
-
-
-@contextlib.contextmanager
-def new_directory(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
-    """A directory to fill, which becomes `path` if the block ends well and vanishes if not."""
-    path = check_new_directory(path)
-    path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    work = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
-    try:
-        work.chmod(0o755)
-        yield work
-        if path.exists():
-            path.rmdir()
-        os.rename(work, path)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
 
 
 def _hf_items(model: Decoder) -> Iterator[tuple[str, np.ndarray]]:

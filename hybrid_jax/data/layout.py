@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import jax
 import numpy as np
 
 from hybrid_jax.parallel.sequence import positions_of, to_zigzag
@@ -30,3 +31,9 @@ def training_batch(rows: Mapping[str, np.ndarray], seq_devices: int = 1) -> dict
         "weights": np.pad(weights[:, 1:], ((0, 0), (0, 1))),
     }
     return {name: to_zigzag(x, seq_devices) for name, x in batch.items()}
+
+
+def abstract_batch(rows: int, length: int, sharding=None) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a `training_batch`."""
+    dtypes = dict(input_ids="int32", segment_ids="int32", positions="int32", targets="int32", weights="float32")
+    return {name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharding) for name, dtype in dtypes.items()}

@@ -10,7 +10,7 @@ from flax import nnx
 
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.layers.linear import Linear
-from hybrid_jax.parallel.sharding import axis_size, per_device
+from hybrid_jax.parallel.sharding import TOKENS, axis_size, per_device
 
 
 class MLP(nnx.Module):
@@ -106,6 +106,6 @@ class MoE(nnx.Module):
     def __call__(self, x):
         local = functools.partial(_route, moe=self.moe, experts=axis_size("expert"), tensor=axis_size("tensor") > 1)
         gate, up, down = (p[...].astype(x.dtype) for p in (self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj))
-        wide, tokens = ("expert", None, "mlp"), ("batch", "sequence", None)
-        axes = (tokens, (None, None), wide, wide, ("expert", "mlp", None))
-        return per_device(local, (x, self.gate.kernel[...].astype(x.dtype), gate, up, down), axes, tokens)
+        wide = ("expert", None, "mlp")
+        axes = (TOKENS, (None,), wide, wide, ("expert", "mlp"))
+        return per_device(local, (x, self.gate.kernel[...].astype(x.dtype), gate, up, down), axes, TOKENS)

@@ -17,10 +17,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybrid_jax.parallel.attention_block import CAUSAL, EMPTY, FULL, Mask, block_backward, block_forward, merge
 from hybrid_jax.parallel.sequence import AXIS, as_chunks, as_rows, halo, halo_segments, join, split
-from hybrid_jax.parallel.sharding import axis_size, per_device
+from hybrid_jax.parallel.sharding import TOKENS, axis_size, per_device
 
-TOKENS = ("batch", "sequence")
-HEADS = (*TOKENS, "heads", None)
+HEADS = (*TOKENS, "heads")
 SAVED = "attention"  # what a rematerialisation policy may keep: each attention's output and log-sum-exp
 
 
@@ -42,44 +41,27 @@ def attend(q, k, v, segment_ids, window: int | None = None):
       segment_ids: [B, T].
       window: keys a query sees, itself included; None for all.
     """
-    if axis_size("seq") == 1:
-        local = functools.partial(_whole, window)
-    elif window is None:
-        local = _ring
-    else:
-        local = functools.partial(_windowed, ((0, window),))
-    if axis_size("seq") == 1 or window is None:
-        arrays = (segment_ids, q, k, v)
-    else:
-        arrays = (segment_ids, (q,), (k,), (v,))
-    return _spread(local, arrays)
+    if window is None and axis_size("seq") > 1:
+        return per_device(ring_attention, (q, k, v, segment_ids), (HEADS, HEADS, HEADS, TOKENS), HEADS)
+    return attend_windows((q,), (k,), (v,), ((0, window),), segment_ids)
 
 
-def attend_windows(qs: Sequence, ks: Sequence, vs: Sequence, windows: Sequence[tuple[int, int]], segment_ids):
+def attend_windows(qs: Sequence, ks: Sequence, vs: Sequence, windows: Sequence[tuple[int, int | None]], segment_ids):
     """One softmax over several sets of keys, set n seen at distances windows[n][0] <= i - j < windows[n][1].
 
-    Each set has its own queries [B,T,H,D], keys and values [B,T,Hkv,D].
+    Each set has its own queries [B,T,H,D], keys and values [B,T,Hkv,D]. A window of None, without an end, only where
+    tokens are not cut over the mesh.
     """
-    local = _windowed if axis_size("seq") > 1 else _several
-    arrays = (segment_ids, tuple(qs), tuple(ks), tuple(vs))
-    return _spread(functools.partial(local, tuple(windows)), arrays)
+    local = functools.partial(_by_halo if axis_size("seq") > 1 else _at_hand, tuple(windows))
+    return per_device(local, (segment_ids, tuple(qs), tuple(ks), tuple(vs)), (TOKENS, HEADS, HEADS, HEADS), HEADS)
 
 
-def _spread(local, arrays):
-    axes = [jax.tree.map(lambda x: TOKENS if x.ndim == 2 else HEADS, x) for x in arrays]
-    return per_device(local, arrays, axes, HEADS)
-
-
-def _whole(window, segment_ids, q, k, v):
-    return parts_attention((Part(q, k, v, segment_ids),), segment_ids, (Mask(window=window),))
-
-
-def _several(windows, segment_ids, qs, ks, vs):
+def _at_hand(windows, segment_ids, qs, ks, vs):
     parts = tuple(Part(q, k, v, segment_ids) for q, k, v in zip(qs, ks, vs, strict=True))
     return parts_attention(parts, segment_ids, tuple(Mask(*w) for w in windows))
 
 
-def _windowed(windows, segment_ids, qs, ks, vs):
+def _by_halo(windows, segment_ids, qs, ks, vs):
     """Tokens cut over the mesh: each chunk with the tokens before it that its windows reach."""
     segments = split(segment_ids)
     parts, masks = [], []
@@ -132,10 +114,6 @@ def _next(x):
     """Everything one device on."""
     n = jax.lax.axis_size(AXIS)
     return jax.lax.ppermute(x, AXIS, [(i, (i + 1) % n) for i in range(n)])
-
-
-def _ring(segment_ids, q, k, v):
-    return ring_attention(q, k, v, segment_ids)
 
 
 @jax.custom_vjp

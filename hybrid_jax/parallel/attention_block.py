@@ -17,6 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as splash_mask_info
 
 from kernels_pallas.arguments import accumulator, backend
+from kernels_pallas.operands import pad_axis
 
 EMPTY = -1e30  # the log-sum-exp of a query that sees no key
 TILE = 1024  # queries and keys of a tile of the XLA form
@@ -54,7 +55,7 @@ def block_forward(q, k, v, q_segments, k_segments, mask: Mask):
     """
     if _use_splash(q, k):
         return _splash_forward(q, k, v, q_segments, k_segments, mask)
-    return _tiled(_tile_forward, mask, (q, q_segments), (k, v, k_segments))
+    return _tiled_forward(mask, (q, q_segments), (k, v, k_segments))
 
 
 def block_backward(q, k, v, q_segments, k_segments, mask: Mask, o, lse, do):
@@ -70,8 +71,7 @@ def block_backward(q, k, v, q_segments, k_segments, mask: Mask, o, lse, do):
 
 def _tiles(x, tile):
     """[B, T, ...] -> [T / tile, B, tile, ...], padded with zeros."""
-    T = x.shape[1]
-    x = jnp.pad(x, ((0, 0), (0, -T % tile)) + ((0, 0),) * (x.ndim - 2))
+    x = pad_axis(x, 1, tile)
     return jnp.moveaxis(x.reshape(x.shape[0], -1, tile, *x.shape[2:]), 1, 0)
 
 
@@ -110,11 +110,11 @@ def merge(first, second):
     return w1 * o1 + w2 * o2, lse
 
 
-def _tiled(tile_function, mask, queries, keys):
+def _tiled_forward(mask, queries, keys):
     """Forward over tiles: for each tile of queries a running merge over the tiles of keys."""
     (q, q_segments), T, S = queries, queries[0].shape[1], keys[0].shape[1]
     if T <= TILE and S <= TILE:
-        return tile_function(q, q_segments, *keys, mask.visible(jnp.arange(T), jnp.arange(S)))
+        return _tile_forward(q, q_segments, *keys, mask.visible(jnp.arange(T), jnp.arange(S)))
     B, _, H, D = q.shape
     key_tiles = tuple(_tiles(x, TILE) for x in keys)
     j0 = jnp.arange(0, key_tiles[0].shape[0] * TILE, TILE)
@@ -126,7 +126,7 @@ def _tiled(tile_function, mask, queries, keys):
             j0, k, v, k_segments = tile
             j = j0 + jnp.arange(TILE)
             visible = mask.visible(i0 + jnp.arange(TILE), j) & (j < S)
-            return merge(parts, tile_function(q, q_segments, k, v, k_segments, visible)), None
+            return merge(parts, _tile_forward(q, q_segments, k, v, k_segments, visible)), None
 
         dtype = accumulator(q)
         nothing = (jnp.zeros((B, TILE, H, D), dtype), jnp.full((B, H, TILE), EMPTY, dtype))

@@ -7,10 +7,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from hybrid_jax.parallel.sharding import context_mesh, per_device
+from hybrid_jax.parallel.sharding import TOKENS, axis_size, per_device
+from kernels_pallas.operands import pad_axis
 
 TILE = 2048  # tokens of a device whose logits exist at a time
-TOKENS = ("batch", "sequence")
 
 
 def cross_entropy(hidden, kernel, targets):
@@ -24,19 +24,18 @@ def cross_entropy(hidden, kernel, targets):
     Returns:
       [B, T].
     """
-    mesh = context_mesh()
-    cut = mesh is not None and mesh.shape.get("tensor", 1) > 1
+    axis = "tensor" if axis_size("tensor") > 1 else None
     arrays = (hidden, kernel.astype(hidden.dtype), targets)
 
     def local(hidden, kernel, targets):
-        return _tiles(hidden, kernel, targets, "tensor" if cut else None)
+        return _tiles(hidden, kernel, targets, axis)
 
-    return per_device(local, arrays, ((*TOKENS, None), (None, "vocab"), TOKENS), TOKENS)
+    return per_device(local, arrays, (TOKENS, (None, "vocab"), TOKENS), TOKENS)
 
 
 def _in_tiles(x, tile):
     """[tokens, ...] -> [tiles, tile, ...], padded with zeros."""
-    x = jnp.pad(x, ((0, -x.shape[0] % tile),) + ((0, 0),) * (x.ndim - 1))
+    x = pad_axis(x, 0, tile)
     return x.reshape(-1, tile, *x.shape[1:])
 
 

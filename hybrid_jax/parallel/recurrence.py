@@ -15,15 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_jax.parallel.sequence import as_chunks, as_rows, continued, exclusive_scan, halo, halo_segments, join, split
-from hybrid_jax.parallel.sharding import axis_size, per_device
+from hybrid_jax.parallel.sharding import TOKENS, axis_size, per_device
 from kernels_pallas import short_conv, short_conv_step
 
-TOKENS, ROWS = ("batch", "sequence"), ("batch",)
-
-
-def _axes(x, leading) -> tuple:
-    """Logical axes of an array [*leading, heads, ...]."""
-    return (*leading, "heads", *[None] * (x.ndim - len(leading) - 1))
+HEADS, STATE, CHANNELS = (*TOKENS, "heads"), ("batch", "heads"), ("heads",)
 
 
 def _act(transition, state):
@@ -82,29 +77,20 @@ def recurrence(op: Callable, step: Callable, summary: Callable, arrays: Sequence
         if state is not None:
             raise NotImplementedError("generation does not cut tokens over the mesh: give a mesh whose 'seq' is 1")
         local = functools.partial(_over_chunks, op, summary)
-        axes = [_axes(x, TOKENS) for x in arrays]
-        return per_device(local, (segment_ids, *arrays), (TOKENS, *axes), (*TOKENS, "heads", None)), None
-    state_axes = jax.tree.map(lambda s: _axes(s, ROWS), state)
+        return per_device(local, (segment_ids, *arrays), (TOKENS, *[HEADS] * len(arrays)), HEADS), None
     if state is not None and arrays[0].shape[1] == 1:
         arrays = [x[:, 0] for x in arrays]
 
         def one(state, *arrays):
             return step(*arrays, state=state)
 
-        out = ((*ROWS, "heads", None), state_axes)
-        o, state = per_device(one, (state, *arrays), (state_axes, *[_axes(x, ROWS) for x in arrays]), out)
+        o, state = per_device(one, (state, *arrays), [STATE] * (1 + len(arrays)), (STATE, STATE))
         return o[:, None], state
 
     def whole(state, segment_ids, *arrays):
         return op(*arrays, initial_state=state, segment_ids=segment_ids)
 
-    if state is None:  # the final state's axes are those of a state of zeros
-        shapes = jax.eval_shape(whole, None, segment_ids, *arrays)[1]
-        out_state = jax.tree.map(lambda s: _axes(s, ROWS), shapes)
-    else:
-        out_state = state_axes
-    axes = (state_axes, TOKENS, *[_axes(x, TOKENS) for x in arrays])
-    return per_device(whole, (state, segment_ids, *arrays), axes, ((*TOKENS, "heads", None), out_state))
+    return per_device(whole, (state, segment_ids, *arrays), (STATE, TOKENS, *[HEADS] * len(arrays)), (HEADS, STATE))
 
 
 def _conv_over_chunks(segment_ids, x, weight, bias):
@@ -119,22 +105,19 @@ def _conv_over_chunks(segment_ids, x, weight, bias):
 
 def convolution(x, weight, bias, *, state, segment_ids):
     """The short conv of x [B, T, D], wherever it lies -> (y, state); D is cut like heads, as weight [D, W] is."""
-    weight_axes, bias_axes = ("heads", None), ("heads",)
     if axis_size("seq") > 1:
-        axes = (TOKENS, (*TOKENS, "heads"), weight_axes, bias_axes)
-        return per_device(_conv_over_chunks, (segment_ids, x, weight, bias), axes, (*TOKENS, "heads")), None
-    tail = (*ROWS, None, "heads")
+        axes = (TOKENS, HEADS, CHANNELS, CHANNELS)
+        return per_device(_conv_over_chunks, (segment_ids, x, weight, bias), axes, HEADS), None
+    tail = ("batch", None, "heads")
     if state is not None and x.shape[1] == 1:
 
         def one(x, weight, bias, state):
             return short_conv_step(x, weight, bias, state=state)
 
-        axes = ((*ROWS, "heads"), weight_axes, bias_axes, tail)
-        y, state = per_device(one, (x[:, 0], weight, bias, state), axes, ((*ROWS, "heads"), tail))
+        y, state = per_device(one, (x[:, 0], weight, bias, state), (STATE, CHANNELS, CHANNELS, tail), (STATE, tail))
         return y[:, None], state
 
     def whole(segment_ids, x, weight, bias, state):
         return short_conv(x, weight, bias, initial_state=state, segment_ids=segment_ids)
 
-    axes = (TOKENS, (*TOKENS, "heads"), weight_axes, bias_axes, tail)
-    return per_device(whole, (segment_ids, x, weight, bias, state), axes, ((*TOKENS, "heads"), tail))
+    return per_device(whole, (segment_ids, x, weight, bias, state), (TOKENS, HEADS, CHANNELS, CHANNELS, tail), (HEADS, tail))

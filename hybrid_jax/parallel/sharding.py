@@ -13,6 +13,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hybrid_jax.parallel.mesh import BATCH_AXES
+from kernels_pallas.arguments import partitioned_by_compiler
 
 # Logical axis -> mesh axes. Axes that a mesh lacks, or that are not listed, are replicated; of two dimensions that
 # name one mesh axis the earlier has it.
@@ -29,6 +30,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "sequence": ("seq",),
 }
 Axes = tuple[str | None, ...]
+TOKENS: Axes = ("batch", "sequence")  # how every [B,T,...] lies
 
 
 def partition_spec(mesh, axes: Axes) -> PartitionSpec:
@@ -65,16 +67,17 @@ def place(mesh: Mesh | None, name: str, value, axes: Axes) -> jax.Array:
     """Puts a host array straight into its final sharding."""
     if mesh is None:
         return jax.numpy.asarray(value)
-    sharding = parameter_sharding(mesh, name, value.shape, axes)
+    return put(value, parameter_sharding(mesh, name, value.shape, axes))
+
+
+def put(value, sharding: NamedSharding) -> jax.Array:
+    """An array that every process holds whole as one over the mesh, each device with its part."""
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def context_mesh():
     """The mesh in context (`jax.set_mesh`) if it spreads anything and we are not inside `per_device`; else None."""
-    mesh = jax.sharding.get_abstract_mesh()
-    spread = any(n > 1 for n in mesh.axis_sizes)
-    manual = any(kind == AxisType.Manual for kind in mesh.axis_types)
-    return mesh if spread and not manual else None
+    return jax.sharding.get_abstract_mesh() if partitioned_by_compiler() else None
 
 
 def axis_size(name: str) -> int:
@@ -93,20 +96,15 @@ def per_device(function: Callable, arrays: Sequence, axes: Sequence, out_axes):
     """function(*arrays), each device on its own part of every array.
 
     Args:
-      axes: for every array its logical axes; for a pytree of arrays a pytree of them; anything for None.
-      out_axes: the same for the result.
+      axes: for every array its leading logical axes; of a pytree, those that all its arrays begin with.
+      out_axes: the same for the result, or a tuple of them for a tuple.
     """
     mesh = context_mesh()
     if mesh is None:
         return function(*arrays)
 
-    def specs(axes):
-        return jax.tree.map(lambda a: partition_spec(mesh, a), axes, is_leaf=_is_axes)
+    def spec(axes):
+        return partition_spec(mesh, axes)
 
-    in_specs = tuple(PartitionSpec() if x is None else specs(a) for x, a in zip(arrays, axes, strict=True))
-    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=specs(out_axes), check_vma=False)(*arrays)
-
-
-def _is_axes(x) -> bool:
-    """A tuple of logical axis names, not a tuple of such tuples."""
-    return isinstance(x, tuple) and type(x) is tuple and all(a is None or isinstance(a, str) for a in x)
+    out_specs = tuple(map(spec, out_axes)) if isinstance(out_axes[0], tuple) else spec(out_axes)
+    return jax.shard_map(function, mesh=mesh, in_specs=tuple(map(spec, axes)), out_specs=out_specs, check_vma=False)(*arrays)

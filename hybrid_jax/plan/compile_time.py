@@ -11,12 +11,12 @@ import random
 import time
 
 import jax
-import jax.numpy as jnp
+from flax import nnx
 
 from hybrid_jax.config import ModelConfig, parse_pattern
+from hybrid_jax.data.layout import abstract_batch
 from hybrid_jax.model import Decoder, abstract_decoder
-from hybrid_jax.parameters import join_model
-from hybrid_jax.plan.program import abstract_parameters
+from hybrid_jax.parameters import abstract_parameters, join_model
 from hybrid_jax.runs import repeated_runs
 from hybrid_jax.train.objectives import next_token
 
@@ -42,15 +42,11 @@ def model(pattern: str, scan: bool) -> Decoder:
 
 def seconds(pattern: str, scan: bool) -> tuple[float, float]:
     """(trace and lower, compile) of loss and gradients."""
-    from flax import nnx
-
     decoder = model(pattern, scan)
     structure, _ = nnx.split(decoder)
-    ints, floats = (jax.ShapeDtypeStruct((2, 256), t) for t in (jnp.int32, jnp.float32))
-    batch = dict(input_ids=ints, segment_ids=ints, positions=ints, targets=ints, weights=floats)
     step = jax.jit(jax.grad(lambda p, b: next_token(join_model(structure, p), b)[0]))
     begin = time.perf_counter()
-    lowered = step.lower(abstract_parameters(decoder.config), batch)
+    lowered = step.lower(abstract_parameters(decoder.config), abstract_batch(2, 256))
     traced = time.perf_counter()
     lowered.compile()
     return traced - begin, time.perf_counter() - traced

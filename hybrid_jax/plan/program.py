@@ -15,19 +15,17 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from hybrid_jax.config import PARAMETER_KEYS, ModelConfig
+from hybrid_jax.data.layout import abstract_batch
 from hybrid_jax.layers.attention import KVCache
 from hybrid_jax.model import abstract_decoder
 from hybrid_jax.parallel.mesh import BATCH_AXES, check_mesh_fits
-from hybrid_jax.parallel.sharding import partition_spec
-from hybrid_jax.parameters import join_model, logical_axes, select_names
+from hybrid_jax.parallel.sharding import TOKENS, partition_spec
+from hybrid_jax.parameters import abstract_parameters, join_model, logical_axes
 from hybrid_jax.plan.flops import traced_flops
 from hybrid_jax.plan.wire import wire_bytes
-from hybrid_jax.stacking import stack, stacked_names, stacked_structure, training_runs
-from hybrid_jax.train.checkpoint import TrainState
+from hybrid_jax.train.arrangement import Arrangement, parameter_shardings
 from hybrid_jax.train.loop import make_step
-from hybrid_jax.train.optimizer import make_optimizer
 from hybrid_jax.train.phase import Phase
-from hybrid_jax.train.placement import BATCH, parameter_shardings, state_shardings
 
 STAGES = ("align", "train", "decode")
 
@@ -88,7 +86,7 @@ def topology_devices(chip: str, shape: str) -> list:
     """The devices of a TPU slice that is not there.
 
     Raises:
-      RuntimeError: libtpu is not installed.
+      FileNotFoundError: libtpu is not installed.
     """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -97,14 +95,9 @@ def topology_devices(chip: str, shape: str) -> list:
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:{shape}").devices)
     except (RuntimeError, ImportError) as error:
-        raise RuntimeError(
+        raise FileNotFoundError(
             f"the TPU compiler can not be loaded ({str(error).splitlines()[0]}); install it with pip install 'jax[tpu]'"
         ) from None
-
-
-def abstract_parameters(config: ModelConfig, dtype=jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
-    _, state = nnx.split(abstract_decoder(config, dtype))
-    return {".".join(map(str, p)): jax.ShapeDtypeStruct(v.shape, v.dtype) for p, v in nnx.to_flat_state(state)}
 
 
 def _local_bytes(tree) -> float:
@@ -141,34 +134,17 @@ def training_program(job: Job, mesh: Mesh) -> Program:
     check_mesh_fits(config, mesh, job.rows, job.seq_len)
     model = abstract_decoder(config, jnp.float32, jnp.bfloat16)
     model.remat = phase.remat
-    every = abstract_parameters(config)
-    chosen = select_names(every, phase.trainable)
-    runs = training_runs(config, chosen)
-    olds = stacked_names(config, runs)
-    structure, axes = stacked_structure(model, runs)
-    shapes = jax.eval_shape(lambda p: stack(p, olds), every)
-    names = {n for n, of in olds.items() if of[0] in chosen}
-    stacked = frozenset(n for n, of in olds.items() if len(of) > 1)
-    shardings = parameter_shardings(mesh, shapes, axes)
-    trainable = {n: x for n, x in shapes.items() if n in names}
-    optimizer = make_optimizer(phase, stacked)
-    state_where = state_shardings(mesh, optimizer, trainable, shardings)
-    state = _with(state_where, TrainState(trainable, jax.eval_shape(optimizer.init, trainable)))
-    frozen = {
-        n: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if x.ndim - (n in stacked) > 1 else x.dtype, sharding=shardings[n])
-        for n, x in shapes.items()
-        if n not in names
-    }
-    where = NamedSharding(mesh, partition_spec(mesh, BATCH))
-    batch = {
-        name: jax.ShapeDtypeStruct((job.rows, job.seq_len), jnp.float32 if name == "weights" else jnp.int32, sharding=where)
-        for name in ("input_ids", "segment_ids", "positions", "targets", "weights")
-    }
+    arrangement = Arrangement(model, phase)
+    trainable, frozen = arrangement.split(abstract_parameters(config))
+    state, frozen = jax.eval_shape(arrangement.make_state, trainable), jax.eval_shape(arrangement.make_frozen, frozen)
+    state_where = arrangement.state_shardings(mesh, state)
+    state, frozen = _with(state_where, state), _with(parameter_shardings(mesh, frozen, arrangement.axes), frozen)
+    batch = abstract_batch(job.rows, job.seq_len, NamedSharding(mesh, partition_spec(mesh, TOKENS)))
     local = job.tokens / math.prod(mesh.shape[a] for a in (*BATCH_AXES, "seq"))
     widths = {"none": 0, "full": config.hidden_size}
     widths["attention"] = config.hidden_size + config.num_heads * config.head_dim // mesh.shape["tensor"]
     return Program(
-        make_step(structure, phase, state_where, stacked),
+        make_step(arrangement, phase, state_where),
         (state, frozen, batch),
         mesh,
         parameters=_local_bytes(state.trainable) + _local_bytes(frozen),

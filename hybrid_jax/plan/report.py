@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from rich.table import Table
 
 from hybrid_jax.config import MixerSpec
@@ -92,5 +90,5 @@ def plan_json(plan: Plan, tokens: float, efficiency: float) -> dict:
         "seq_len": job.seq_len,
         "remat": job.remat,
         "floors": plan.floors,
-        "hours": None if job.stage == "decode" or math.isnan(tokens) else plan.hours(tokens, efficiency),
+        "hours": None if job.stage == "decode" else plan.hours(tokens, efficiency),
     }

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import re
 
-COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+from kernels_pallas.lab.hlo import program_sum
+
 COLLECTIVE = re.compile(
     r"= (.*?) (all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all|ragged-all-to-all)(-start)?\((.*)$"
 )
 SHAPE = re.compile(r"(\w+?)(\d*)\[([\d,]*)\]")
-CALLS = re.compile(
-    r"(?:calls|to_apply|called_computations|branch_computations|true_computation|false_computation)=\{?([^,}\s]+(?:, ?%[\w.\-]+)*)"
-)
 GROUPS = (
     (re.compile(r"replica_groups=\{\{([\d,]+)\}"), lambda m: m[1].count(",") + 1),
     (re.compile(r"replica_groups=\[(\d+),(\d+)\]"), lambda m: int(m[2])),
@@ -26,50 +23,12 @@ def wire_bytes(hlo: str) -> dict[str, float]:
     A ring's count: (n - 1) / n of the whole for all-gather, reduce-scatter and all-to-all among n devices, twice that for
     all-reduce, the operand for collective-permute.
     """
-    bodies: dict[str, list[str]] = {}
-    entry = current = None
-    for line in hlo.splitlines():
-        if match := COMPUTATION.match(line):
-            current = match.group(1)
-            bodies[current] = []
-            entry = current if line.startswith("ENTRY") else entry
-        elif current is not None:
-            bodies[current].append(line)
 
-    @functools.cache
-    def cost(name: str) -> tuple[tuple[str, float], ...]:
-        total: dict[str, float] = {}
-        for line in bodies.get(name, ()):
-            for kind, n in _line(line, bodies, cost):
-                total[kind] = total.get(kind, 0.0) + n
-        return tuple(total.items())
+    def of_line(line: str) -> dict[str, float]:
+        match = COLLECTIVE.search(line)
+        return {match[2]: _bytes(match, line)} if match else {}
 
-    return dict(cost(entry))
-
-
-def trip_count(condition: list[str]) -> int:
-    """Of a loop, from the lines of its condition: it counts from 0 to the constant it is compared with; 1 if unclear."""
-    limits = [int(m[1]) for line in condition if (m := re.search(r" s32\[\]\S* constant\((\d+)\)", line))]
-    return limits[0] if len(limits) == 1 else 1
-
-
-def _line(line, bodies, cost):
-    if " while(" in line:
-        body, condition = (re.search(rf"{part}=%?([\w.\-]+)", line).group(1) for part in ("body", "condition"))
-        known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
-        trips = int(known.group(1)) if known else trip_count(bodies.get(condition, []))
-        return [(kind, trips * n) for kind, n in cost(body)]
-    if " conditional(" in line:
-        names = re.search(r"branch_computations=\{([^}]*)\}", line)
-        branches = [cost(n.strip(" %")) for n in names.group(1).split(",")] if names else []
-        return max(branches, key=lambda c: sum(n for _, n in c), default=())
-    if match := COLLECTIVE.search(line):
-        return [(match[2], _bytes(match, line))]
-    inner = []
-    for match in CALLS.finditer(line):
-        for name in match.group(1).split(","):
-            inner += cost(name.strip(" %"))
-    return inner
+    return program_sum(hlo, of_line)
 
 
 def _size(shape: str) -> list[float]:

@@ -6,13 +6,13 @@ from flax import nnx
 
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.model import Decoder, abstract_decoder
-from hybrid_jax.parameters import Parameters, join_model, parameter_names, split_model
+from hybrid_jax.parameters import Parameters, abstract_parameters, join_model, split_model
 
 
 def _rebuild(config: ModelConfig, parameters: Parameters, compute_dtype) -> Decoder:
     """The decoder of `config` from those of `parameters` that it has."""
     structure, _ = nnx.split(abstract_decoder(config, compute_dtype=compute_dtype))
-    return join_model(structure, {n: parameters[n] for n in parameter_names(config)})
+    return join_model(structure, {n: parameters[n] for n in abstract_parameters(config)})
 
 
 def unfuse(model: Decoder) -> Decoder:

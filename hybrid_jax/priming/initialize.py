@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from hybrid_jax.config import ATTENTION, PARAMETER_KEYS, ModelConfig
 from hybrid_jax.model import Decoder, abstract_decoder
 from hybrid_jax.parallel.sharding import parameter_sharding
-from hybrid_jax.parameters import Parameters, join_model, logical_axes, parameter_names, split_model
+from hybrid_jax.parameters import Parameters, abstract_parameters, join_model, logical_axes, split_model
 
 
 def _gate(source: Parameters, config: ModelConfig):
@@ -106,7 +106,7 @@ def initialize_hybrid(model: Decoder, pattern: str, *, seed: int = 0, mesh: Mesh
     _, have = split_model(model)
     dtype = have["embed_tokens.embedding"].dtype
     structure, _ = nnx.split(abstract_decoder(config, dtype=dtype, compute_dtype=model.compute_dtype))
-    names = parameter_names(config)
+    names = abstract_parameters(config)
     fresh = _fresh(config, dtype, seed, {n for n in names if n not in have}, mesh)
     result = {name: have[name] if name in have else fresh[name] for name in names}
     for i, layer in enumerate(config.layers):

@@ -14,7 +14,9 @@ import pathlib
 from hybrid_jax.config import ATTENTION, MixerSpec, SWAConfig, format_pattern, parse_pattern
 from hybrid_jax.data import Corpus
 from hybrid_jax.evaluate.measures import retrieval_loss_and_accuracy, text_loss
+from hybrid_jax.files import write_text
 from hybrid_jax.model import Decoder
+from hybrid_jax.parallel.distributed import is_first
 from hybrid_jax.parameters import join_model, split_model
 from hybrid_jax.priming.initialize import initialize_hybrid
 
@@ -81,7 +83,8 @@ def choose_pattern(model: Decoder, pattern: str, select, corpus: Corpus, workdir
     selection = Selection(**select)
     scores = score_layers(model, corpus, selection)
     pattern = pattern_from_scores(scores, selection.mixer, selection.fraction)
-    record = {"pattern": pattern, "scores": scores, **dataclasses.asdict(selection)}
-    (workdir / "selection.json").write_text(json.dumps(record, indent=2) + "\n")
+    if is_first():
+        record = {"pattern": pattern, "scores": scores, **dataclasses.asdict(selection)}
+        write_text(workdir / "selection.json", json.dumps(record, indent=2) + "\n")
     print(f"select: {pattern}", flush=True)
     return pattern

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jax.sharding import Mesh
 
 from hybrid_jax.data import Corpus, training_batches
@@ -19,15 +18,15 @@ from hybrid_jax.data.layout import training_batch
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.distributed import whole_array
 from hybrid_jax.parallel.mesh import check_mesh_fits
-from hybrid_jax.parameters import count, join_model, select_names, split_model
-from hybrid_jax.stacking import stack, stacked_names, stacked_structure, training_runs, unstack
+from hybrid_jax.parameters import count, join_model, split_model
 from hybrid_jax.stopped import Stopped
+from hybrid_jax.train.arrangement import Arrangement
 from hybrid_jax.train.checkpoint import Checkpoints, TrainState
 from hybrid_jax.train.metrics import MetricWriter, progress_bar
 from hybrid_jax.train.objectives import OBJECTIVES
-from hybrid_jax.train.optimizer import learning_rate_schedule, make_optimizer
+from hybrid_jax.train.optimizer import learning_rate_schedule
 from hybrid_jax.train.phase import Phase
-from hybrid_jax.train.placement import in_mesh, initial_state, to_mesh
+from hybrid_jax.train.placement import in_mesh, to_mesh
 
 
 class _StopRequest:
@@ -48,16 +47,15 @@ class _StopRequest:
             signal.signal(s, handler)
 
 
-def make_step(structure, phase: Phase, shardings: TrainState | None = None, stacked: frozenset[str] = frozenset()):
+def make_step(arrangement: Arrangement, phase: Phase, shardings: TrainState | None = None):
     """The jitted step: (trainable, optimizer state), frozen, batch -> the next state, metrics.
 
     Frozen parameters have neither gradients nor optimizer state.
 
     Args:
       shardings: of the state, which the next one keeps.
-      stacked: names of parameters with a leading axis of layers.
     """
-    objective, optimizer = OBJECTIVES[phase.objective], make_optimizer(phase, stacked)
+    objective, optimizer, structure = OBJECTIVES[phase.objective], arrangement.optimizer, arrangement.structure
 
     def loss_fn(trainable, frozen, batch):
         return objective(join_model(structure, {**trainable, **frozen}), batch)
@@ -101,20 +99,12 @@ def train_phase(
     model.compute_dtype, model.remat = jnp.dtype(phase.compute_dtype), phase.remat
     if mesh is not None:
         check_mesh_fits(model.config, mesh, phase.batch_size, phase.seq_len)
-    _, parameters = split_model(model)
-    trainable_names = select_names(parameters, phase.trainable)
-    trainable = {n: p for n, p in parameters.items() if n in trainable_names}
-    frozen = {n: p for n, p in parameters.items() if n not in trainable_names}
-    if phase.frozen_dtype:
-        frozen = {n: p.astype(phase.frozen_dtype) if p.ndim > 1 else p for n, p in frozen.items()}
-    runs = training_runs(model.config, trainable_names)
-    names = stacked_names(model.config, runs)
-    structure, axes = stacked_structure(model, runs)
-    stacked = frozenset(n for n, olds in names.items() if len(olds) > 1)
-    total, training = count(parameters), count(trainable)
-    trainable, frozen = stack(trainable, names), stack(frozen, names)
-    state, shardings = initial_state(mesh, make_optimizer(phase, stacked), trainable, axes)
-    del parameters, trainable
+    arrangement = Arrangement(model, phase)
+    whole, parameters = split_model(model)
+    total, training = count(parameters), count(arrangement.split(parameters)[0])
+    del model  # its arrays go as soon as the caller lets them
+    state, frozen, shardings = arrangement.begin(mesh, parameters)
+    del parameters
     print(
         f"{name}: {phase.objective}, {phase.steps} steps of {phase.tokens_per_step:,} tokens; "
         f"training {training:,} of {total:,} parameters",
@@ -128,7 +118,7 @@ def train_phase(
         state, data_state = checkpoints.restore(done, state)
         batches.set_state(data_state)
         print(f"{name}: resumed at step {done}", flush=True)
-    step_fn, schedule = make_step(structure, phase, shardings, stacked), learning_rate_schedule(phase)
+    step_fn, schedule = make_step(arrangement, phase, shardings), learning_rate_schedule(phase)
     seq_devices = 1 if mesh is None else mesh.shape["seq"]
     begun, begun_at = time.perf_counter(), done
     with in_mesh(mesh), _StopRequest() as stop, progress_bar(name, phase.steps, done) as bar:
@@ -154,4 +144,4 @@ def train_phase(
                 checkpoints.close()
                 raise Stopped(f"{name}: stopped and saved at step {done} of {phase.steps}; the same command resumes")
     checkpoints.close()
-    return join_model(nnx.split(model)[0], unstack({**state.trainable, **frozen}, names))
+    return join_model(whole, arrangement.parameters(state, frozen))

@@ -10,14 +10,14 @@ import sys
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
 
 from hybrid_jax.config import GKAConfig, MoEConfig
 from hybrid_jax.data.layout import training_batch
 from hybrid_jax.parallel.mesh import make_mesh, parse_mesh
-from hybrid_jax.parallel.sharding import parameter_sharding, partition_spec
+from hybrid_jax.parallel.sharding import place
 from hybrid_jax.parameters import join_model, logical_axes, split_model
 from hybrid_jax.train.objectives import OBJECTIVES
+from hybrid_jax.train.placement import to_mesh
 from tests.conftest import relative_error, tiny_model
 
 # At the usual ridge of 0.02 the solve's condition number, squared in gradients, lifts float32's rounding to 1e-4 on one
@@ -68,14 +68,9 @@ def run_case(name):
     both = jax.value_and_grad(loss)
     want_loss, want = jax.device_get(jax.jit(both)(parameters, training_batch(raw)))
 
-    def to_mesh(x, sharding):
-        x = np.asarray(x)
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
-
     axes = logical_axes(model)
-    placed = {n: to_mesh(p, parameter_sharding(mesh, n, p.shape, axes[n])) for n, p in parameters.items()}
-    where = NamedSharding(mesh, partition_spec(mesh, ("batch", "sequence")))
-    batch = {n: to_mesh(x, where) for n, x in training_batch(raw, mesh.shape["seq"]).items()}
+    placed = {n: place(mesh, n, np.asarray(p), axes[n]) for n, p in parameters.items()}
+    batch = to_mesh(mesh, training_batch(raw, mesh.shape["seq"]))
     with jax.set_mesh(mesh):
         got_loss, got = jax.jit(both)(placed, batch)
     got = {n: multihost_utils.process_allgather(g, tiled=True) for n, g in got.items()}

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from hybrid_jax.data.layout import abstract_batch
 from hybrid_jax.parallel.attention import attend
 from hybrid_jax.parallel.mesh import make_mesh
-from hybrid_jax.parallel.sharding import partition_spec
+from hybrid_jax.parallel.sharding import TOKENS, partition_spec
 from hybrid_jax.parameters import join_model, split_model
 from hybrid_jax.plan.program import topology_devices
 from hybrid_jax.plan.wire import wire_bytes
@@ -30,11 +31,7 @@ def model_wire():
         for tokens in (128, 256):
             model = tiny_model(pattern, vocab_size=62)
             structure, parameters = split_model(model)
-            where = NamedSharding(mesh, partition_spec(mesh, ("batch", "sequence")))
-            batch = {
-                n: jax.ShapeDtypeStruct((1, tokens), jnp.float32 if n == "weights" else jnp.int32, sharding=where)
-                for n in ("input_ids", "segment_ids", "positions", "targets", "weights")
-            }
+            batch = abstract_batch(1, tokens, NamedSharding(mesh, partition_spec(mesh, TOKENS)))
             with jax.set_mesh(mesh):
                 step = jax.jit(jax.grad(lambda p, b, s=structure: OBJECTIVES["next_token"](join_model(s, p), b)[0]))
                 found[pattern][tokens] = sum(wire_bytes(step.lower(parameters, batch).compile().as_text()).values())
@@ -47,12 +44,12 @@ def _ring(topology, devices, tokens):
     def at(shape, *axes, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, partition_spec(mesh, axes)))
 
-    heads = ("batch", "sequence", "heads", None)
+    heads = (*TOKENS, "heads")
     arguments = (
         at((1, tokens, 2, 128), *heads),
         at((1, tokens, 1, 128), *heads),
         at((1, tokens, 1, 128), *heads),
-        at((1, tokens), "batch", "sequence", dtype=jnp.int32),
+        at((1, tokens), *TOKENS, dtype=jnp.int32),
     )
 
     def loss(q, k, v, segments):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from hybrid_jax import load_model
 from hybrid_jax.parameters import split_model
-from tests.conftest import relative_error
+from tests.conftest import free_port, relative_error
 from tests.train.test_training import made_source  # noqa: F401 (a fixture)
 
 CONFIG = r"""
@@ -29,12 +28,6 @@ def start(arguments, devices, env):
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", **env}
     command = [sys.executable, "-m", "hybrid_jax", *arguments]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def member(port, count, process):

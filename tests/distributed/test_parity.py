@@ -2,12 +2,12 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 
 import pytest
 
+from tests.conftest import free_port
 from tests.distributed.parity import CASES
 
 TOLERANCE = 1e-5
@@ -15,9 +15,7 @@ TOLERANCE = 1e-5
 
 def run_processes(module, processes, *arguments, devices=8, timeout=900, env=None):
     """Starts `python -m module PROCESS PROCESSES PORT *arguments` in every process; the first one's output."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     flags = f"--xla_force_host_platform_device_count={devices // processes}"
     env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **(env or {})}
     running = [

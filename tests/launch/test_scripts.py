@@ -2,11 +2,12 @@
 
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 
 import pytest
+
+from tests.conftest import free_port
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 COMMAND = ["prime", "--config=configs/prime_tiny.py:GKA", "--workdir=/data/my run"]
@@ -61,9 +62,7 @@ def test_missing_arguments_are_said(stand_ins, script):
 
 
 def test_slurm_s_environment_is_enough_to_find_each_other():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        job = str(s.getsockname()[1])
+    job = str(free_port())
     program = "import jax, hybrid_jax.parallel.distributed as d; d.initialize(); print(jax.process_index(), jax.device_count())"
     slurm = {"SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
     env = {**os.environ, **slurm, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}

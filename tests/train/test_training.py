@@ -15,7 +15,7 @@ from hybrid_jax.data.layout import training_batch
 from hybrid_jax.experiment import run_experiment
 from hybrid_jax.parameters import select_names, split_model
 from hybrid_jax.train import MetricWriter, Phase, Stopped, read_metrics, train_phase
-from hybrid_jax.train.checkpoint import TrainState
+from hybrid_jax.train.arrangement import Arrangement
 from hybrid_jax.train.loop import make_step
 from hybrid_jax.train.optimizer import decayed, learning_rate_schedule, make_optimizer
 from tests.conftest import tiny_model
@@ -161,16 +161,14 @@ def test_alignment_moves_the_student_towards_the_teacher():
 
     source = tiny_model("*-*-*")
     fused = fuse(initialize_hybrid(source, "*-GKA-*"), source)
-    structure, parameters = split_model(fused)
-    trainable = {n: parameters[n] for n in select_names(parameters, [r"\.gka\."])}
-    frozen = {n: v for n, v in parameters.items() if n not in trainable}
     ids = np.random.default_rng(0).integers(0, 61, (2, 16)).astype(np.int32)
     ones = np.ones_like(ids)
     batch = training_batch({"input_ids": ids, "segment_ids": ones, "loss_weights": ones.astype(np.float32)})
     for objective in ("align_decoder", "align_mixer", "align_residuals", "align_all", "align_none"):
-        p = phase(objective=objective, form="fused", steps=25)
-        step = make_step(structure, p)
-        state = TrainState({n: jnp.array(v) for n, v in trainable.items()}, make_optimizer(p).init(trainable))
+        p = phase(objective=objective, form="fused", steps=25, trainable=(r"\.gka\.",))
+        arrangement = Arrangement(fused, p)
+        state, frozen, _ = arrangement.begin(None, split_model(fused)[1])
+        step = make_step(arrangement, p)
         seen = []
         for _ in range(25):
             state, metrics = step(state, frozen, batch)

@@ -1,0 +1,58 @@
+"""Files and directories that are there whole or not at all: written beside, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+
+def check_new_directory(path: str | pathlib.Path) -> pathlib.Path:
+    """Checks, before any work, that `path` can become a new directory; leaves nothing behind.
+
+    Raises:
+      FileExistsError: something is there already.
+      PermissionError, NotADirectoryError: its parent can not be written.
+    """
+    path = pathlib.Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists already and is not empty; choose another output directory or remove it")
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise NotADirectoryError(f"can not write {path}: {parent} is a file")
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as e:
+        raise PermissionError(f"can not write {path}: {parent} is not writable ({e.strerror})") from None
+    return path
+
+
+@contextlib.contextmanager
+def new_directory(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
+    """A directory to fill, which becomes `path` if the block ends well and vanishes if not."""
+    path = check_new_directory(path)
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    work = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
+    try:
+        work.chmod(0o755)
+        yield work
+        if path.exists():
+            path.rmdir()
+        os.rename(work, path)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def write_text(path: str | pathlib.Path, text: str):
+    """Puts a text file in place of what was there."""
+    path = pathlib.Path(path)
+    work = path.with_name(f".{path.name}.{os.getpid()}")
+    work.write_text(text)
+    work.rename(path)

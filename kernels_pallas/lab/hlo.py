@@ -1,0 +1,69 @@
+"""Sums over the instructions of a compiled program, loops multiplied out, from its optimised HLO.
+
+The body of a loop is listed once, whatever its trip count: that stands at the `while`, or, where the compiler does
+not write it down (TPU), is the constant that the loop's condition compares its counter with.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Callable
+
+COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+LIMIT = re.compile(r" s32\[\]\S* constant\((\d+)\)")
+BRANCHES = re.compile(r"(?:branch_computations=\{([^}]*)\}|true_computation=(\S+), false_computation=(\S+))")
+CALLS = re.compile(r"(?:calls|to_apply|called_computations)=\{?([^,}\s]+(?:, ?%[\w.\-]+)*)")
+
+
+def program_sum(hlo: str, of_line: Callable[[str], dict[str, float]]) -> dict[str, float]:
+    """What one run of a program adds up to.
+
+    Args:
+      of_line: an instruction -> its amounts by name; empty: those of the computations that it calls. Of a
+        conditional the largest branch counts.
+    """
+    bodies: dict[str, list[str]] = {}
+    entry = current = None
+    for line in hlo.splitlines():
+        if match := COMPUTATION.match(line):
+            current = match.group(1)
+            bodies[current] = []
+            entry = current if line.startswith("ENTRY") else entry
+        elif current is not None:
+            bodies[current].append(line)
+
+    @functools.cache
+    def total(name: str) -> Counter:
+        result = Counter()
+        for line in bodies.get(name.strip(" %,"), ()):
+            result.update(amounts(line))
+        return result
+
+    def amounts(line: str) -> dict[str, float]:
+        if " while(" in line:
+            body, condition = (re.search(rf"{part}=%?([\w.\-]+)", line).group(1) for part in ("body", "condition"))
+            trips = _trip_count(line, bodies.get(condition, []))
+            return {kind: trips * n for kind, n in total(body).items()}
+        if own := of_line(line):
+            return own
+        if " conditional(" in line and (match := BRANCHES.search(line)):
+            names = match[1].split(",") if match[1] else match.group(2, 3)
+            return max(map(total, names), key=lambda amounts: sum(amounts.values()))
+        result = Counter()
+        for match in CALLS.finditer(line):
+            for name in match.group(1).split(","):
+                result.update(total(name))
+        return result
+
+    return dict(total(entry))
+
+
+def _trip_count(line: str, condition: list[str]) -> int:
+    """Of the loop at `line`, that counts from 0; 1 if its condition does not tell."""
+    if known := TRIPS.search(line):
+        return int(known.group(1))
+    limits = [int(match.group(1)) for text in condition if (match := LIMIT.search(text))]
+    return limits[0] if len(limits) == 1 else 1
