@@ -29,9 +29,10 @@ from hybrid_jax.convert import (
     save_model,
     write_model,
 )
-from hybrid_jax.data import load_documents, load_tokenizer, make_corpus
-from hybrid_jax.data.text import Document, split_documents
+from hybrid_jax.data import load_tokenizer, read_corpus, read_sources
+from hybrid_jax.data.documents import load_documents, pieces, split_documents
 from hybrid_jax.data.tokenizer import save_tokenizer, train_tokenizer
+from hybrid_jax.data.tokens import is_prepared
 from hybrid_jax.families import config_from_hf, config_to_hf
 from hybrid_jax.files import check_new_directory, new_directory
 from hybrid_jax.model import Decoder
@@ -58,12 +59,23 @@ def _check(config: ConfigDict) -> list[tuple[str, Phase]]:
     if bool(config.get("source")) == bool(config.get("model")):
         raise ValueError("the config needs either 'source' (a Hugging Face directory) or 'model' (a new model's config.json)")
     absent = [key for key in ("schedule", "phases", "data", "seed") if key not in config]
-    if absent or not {"text", "mix"} <= set(config.data):
-        raise ValueError(f"the config lacks {absent[0] if absent else 'data.text or data.mix'}; configs/ has whole examples")
+    if absent or "mix" not in config.data:
+        raise ValueError(f"the config lacks {absent[0] if absent else 'data.mix'}; configs/ has whole examples")
+    _check_data(config)
     missing = [name for name in config.schedule if name not in config.phases]
     if missing:
         raise ValueError(f"config.schedule names {missing[0]!r}, config.phases has {', '.join(config.phases) or 'none'}")
     return [(name, Phase.from_config(name, config.phases[name])) for name in config.schedule]
+
+
+def _check_data(config: ConfigDict):
+    """Checks that every source of text is there, without reading it."""
+    unknown = sorted(set(config.data) - {"text", "sources", "mix"})
+    if unknown:
+        raise ValueError(f"config.data has the unknown key {unknown[0]!r}; known: mix, sources, text")
+    for source in read_sources(config.data.to_dict()).values():
+        if not is_prepared(source.path):
+            pieces(source.path)
 
 
 def _check_phases_fit(model_config: ModelConfig, config: ConfigDict, phases: list[tuple[str, Phase]]):
@@ -102,10 +114,10 @@ def _claim(workdir: pathlib.Path, config: ConfigDict):
         (directory / "config.json").write_text(text + "\n")
 
 
-def _new_source(config: ConfigDict, documents: list[Document], directory: pathlib.Path):
+def _new_source(config: ConfigDict, directory: pathlib.Path):
     """A randomly initialised model with a tokenizer of its own, trained on the experiment's text."""
     model_config = config_from_hf(config.model.to_dict())
-    train, _ = split_documents(documents)
+    train, _ = split_documents(load_documents(config.data.text))
     tokenizer = train_tokenizer((d.text for d in train), model_config.vocab_size)
     if tokenizer.get_vocab_size() != model_config.vocab_size:
         raise ValueError(
@@ -133,8 +145,8 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path) -> pathlib.P
 
     Args:
       config: `source` or `model`; `pattern`, `select`, `mixers` for a hybrid; `schedule` (names, in order) and
-        `phases` (by name, see `Phase`); `data` with `text` and `mix`; `seed`; `mesh` (axis -> size, see
-        `parallel.mesh`), absent for one device.
+        `phases` (by name, see `Phase`); `data` (`mix`, and `text` or `sources`, see `data.corpus`); `seed`;
+        `mesh` (axis -> size, see `parallel.mesh`), absent for one device.
       workdir: where everything goes; of several processes all must see it.
 
     Returns:
@@ -151,7 +163,6 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path) -> pathlib.P
     mesh = make_mesh(config.mesh.to_dict()) if config.get("mesh") else None
     for _, phase in phases if mesh is not None else ():
         check_mesh_fits(source_config, mesh, phase.batch_size, phase.seq_len)
-    documents = load_documents(config.data.text)
     if config.get("source"):
         load_tokenizer(config.source)
     if is_first():
@@ -166,10 +177,10 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path) -> pathlib.P
     fresh = config.get("model") and not initial.exists()
     barrier("looked for a source")
     if fresh and is_first():
-        _new_source(config, documents, initial)
+        _new_source(config, initial)
     barrier("made the source")
     source = pathlib.Path(config.get("source") or initial)
-    corpus = make_corpus(documents, load_tokenizer(source), read_model_config(source).extra.get("eos_token_id"))
+    corpus = read_corpus(config.data.to_dict(), source, read_model_config(source).extra.get("eos_token_id"))
     if not initial.exists():
         model = load_model(source, dtype=jnp.float32, mesh=mesh)
         model.config = _with_mixer_options(model.config, mixers)

@@ -6,7 +6,7 @@ import torch
 import transformers
 
 from hybrid_jax import load_model
-from hybrid_jax.data import load_documents, load_tokenizer, make_corpus
+from hybrid_jax.data import load_tokenizer, read_corpus
 from hybrid_jax.evaluate.measures import retrieval_loss_and_accuracy, text_loss
 from tests.conftest import GOLDEN, relative_error
 
@@ -20,7 +20,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def corpus():
-    return make_corpus(load_documents("stdlib"), load_tokenizer(SOURCE), 0)
+    return read_corpus({"text": "stdlib"}, SOURCE, 0)
 
 
 def test_it_is_a_qwen3_of_the_promised_size(model):
@@ -43,9 +43,9 @@ def test_transformers_loads_it_and_gives_our_logits(model):
 
 
 def test_it_predicts_held_out_code_far_better_than_token_frequencies_do(model, corpus):
-    tokens, _ = corpus.train
+    tokens = corpus.train["text"][0].ids
     share = (np.bincount(tokens, minlength=4096) + 1) / (len(tokens) + 4096)
-    held_out, _ = corpus.held_out
+    held_out = corpus.held_out["text"][0].ids
     unigram = -np.log(share[held_out]).mean()
     assert text_loss(model, corpus, 256, 24) < 0.6 * unigram
 

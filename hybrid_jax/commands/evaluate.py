@@ -68,7 +68,7 @@ def run(args: argparse.Namespace):
     from tqdm import tqdm
 
     from hybrid_jax.convert import load_model
-    from hybrid_jax.data import load_documents, load_tokenizer, make_corpus
+    from hybrid_jax.data import read_corpus
     from hybrid_jax.evaluate.measures import retrieval_loss_and_accuracy, text_loss
     from hybrid_jax.evaluate.report import HEADER, Row, draw_recovery, markdown_table, table_cells
     from hybrid_jax.files import write_text
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace):
             row = Row(**{**old["row"], "name": name, "run": group, "stage": stage})
         else:
             model = load_model(path, dtype=jnp.float32)
-            corpus = corpus or make_corpus(load_documents(args.text), load_tokenizer(path), model.config.extra.get("eos_token_id"))
+            corpus = corpus or read_corpus({"text": args.text}, path, model.config.extra.get("eos_token_id"))
             loss = text_loss(model, corpus, args.seq_len, args.rows)
             accuracy = retrieval_loss_and_accuracy(model, corpus, args.seq_len, max(args.rows // 4, 1))[1]
             row = Row(name, str(path), model.config.pattern, loss, accuracy, group, stage)

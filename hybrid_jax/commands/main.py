@@ -12,6 +12,7 @@ from hybrid_jax.stopped import Stopped
 COMMANDS = {
     "convert": ("convert", "a Transformer directory into a hybrid one (stage 0), or a copy"),
     "export": ("export", "a run's outcome or a model directory to a clean Hugging Face directory"),
+    "prepare": ("prepare", "tokenise text or conversations ahead of time"),
     "select": ("select", "rank the layers and print a pattern"),
     "prime": ("experiments", "run a priming config: select, initialise, align, post-train"),
     "train": ("experiments", "run a training config"),

@@ -19,10 +19,10 @@ def run(args: argparse.Namespace):
     import jax.numpy as jnp
 
     from hybrid_jax.convert import load_model
-    from hybrid_jax.data import load_documents, load_tokenizer, make_corpus
+    from hybrid_jax.data import read_corpus
     from hybrid_jax.priming.select import Selection, pattern_from_scores, score_layers
 
     selection = Selection(args.mixer, args.fraction, args.window, args.rows, args.seq_len)
     model = load_model(args.source, dtype=jnp.float32)
-    corpus = make_corpus(load_documents(args.text), load_tokenizer(args.source), model.config.extra.get("eos_token_id"))
+    corpus = read_corpus({"text": args.text}, args.source, model.config.extra.get("eos_token_id"))
     print(pattern_from_scores(score_layers(model, corpus, selection), args.mixer, args.fraction))

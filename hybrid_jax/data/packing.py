@@ -1,44 +1,122 @@
-"""Rows of a fixed length cut from a stream of tokenised documents, with segments and positions.
+"""Rows of a fixed length packed from tokenised documents, with segments.
 
-A row is a dict: `input_ids`, `segment_ids` (1, 2, ... within the row; 0 is padding), `loss_weights`
-(the weight of predicting this token from those before it).
+A row is a dict of [length]: `input_ids`, `segment_ids` (1, 2, ... within the row; 0 is padding), `loss_weights` (the
+weight of predicting this token from those before it: 0 for the first of a segment). Row i is a function of the documents
+and i alone.
 """
 
 from __future__ import annotations
 
+import bisect
+from collections.abc import Sequence
+
 import numpy as np
-from tokenizers import Tokenizer
 
-from hybrid_jax.data.text import Document
+from hybrid_jax.data.tokens import Tokens
+
+PACKINGS = ("split", "first_fit")
+LONG = ("split", "cut", "drop")
+OPEN_ROWS = 64  # that first-fit looks at
 
 
-def tokenize(documents: list[Document], tokenizer: Tokenizer, end_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """The documents' tokens in one stream, each document closed by `end_id`, and where each begins."""
-    encoded = tokenizer.encode_batch([d.text for d in documents], add_special_tokens=False)
-    lengths = [len(e.ids) + 1 for e in encoded]
-    tokens = np.concatenate([np.asarray([*e.ids, end_id], np.int32) for e in encoded])
-    return tokens, np.cumsum([0, *lengths[:-1]])
+class Plan:
+    """Row r holds the pieces first[r] ... first[r + 1] - 1; piece p is tokens begin[p] ... begin[p] + size[p] - 1."""
+
+    def __init__(self, begin: np.ndarray, size: np.ndarray, first: np.ndarray):
+        self.begin, self.size, self.first = begin, size, first
+
+    def __len__(self):
+        return len(self.first) - 1
+
+
+def split_plan(starts: np.ndarray, length: int) -> Plan:
+    """The stream of documents cut every `length` tokens; no padding, what is left at the end goes unused."""
+    end = int(starts[-1]) // length * length
+    first_of_row = np.arange(0, end + 1, length)
+    begin = np.union1d(starts[starts < end], first_of_row[:-1]).astype(np.int64)
+    size = np.diff(np.append(begin, end)).astype(np.int32)
+    return Plan(begin[size > 0], size[size > 0], np.searchsorted(begin[size > 0], first_of_row))
+
+
+def first_fit_plan(starts: np.ndarray, length: int, long: str) -> Plan:
+    """Whole documents, each put in the first of the newest `OPEN_ROWS` rows that has room for it.
+
+    Args:
+      long: what becomes of a document longer than a row: `split` in rows and a rest, `cut` to a row, `drop`.
+    """
+    begin, size = np.asarray(starts[:-1], np.int64), np.diff(starts)
+    if long == "drop":
+        keep = size <= length
+        begin, size = begin[keep], size[keep]
+    elif long == "cut":
+        size = np.minimum(size, length)
+    else:
+        parts = -(-size // length)
+        nth = np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts)
+        begin = np.repeat(begin, parts) + nth * length
+        size = np.minimum(np.repeat(size, parts) - nth * length, length)
+    begin, size = begin[size > 0], size[size > 0].astype(np.int32)
+    row_of = np.empty(len(size), np.int64)
+    room, rows = np.zeros(OPEN_ROWS, np.int64), np.zeros(OPEN_ROWS, np.int64)
+    opened, oldest = 0, 0
+    for i, n in enumerate(size.tolist()):
+        slot = int(np.argmax(room >= n))
+        if room[slot] < n:
+            slot, oldest = oldest, (oldest + 1) % OPEN_ROWS
+            rows[slot], room[slot] = opened, length
+            opened += 1
+        row_of[i] = rows[slot]
+        room[slot] -= n
+    order = np.argsort(row_of, kind="stable")
+    return Plan(begin[order], size[order], np.searchsorted(row_of[order], np.arange(opened + 1)))
 
 
 class PackedRows:
-    """Row i holds tokens i*length ... of the stream; a document's part in a row is one segment."""
+    """Rows of one `Tokens`.
 
-    def __init__(self, tokens: np.ndarray, starts: np.ndarray, length: int):
-        if len(tokens) < length:
-            raise ValueError(f"the text has {len(tokens)} tokens, fewer than one row of {length}; give more text")
+    Args:
+      packing: `split` (the stream cut in rows, for text) or `first_fit` (whole documents and padding).
+      long: with `first_fit`, see there.
+    """
+
+    def __init__(self, tokens: Tokens, length: int, packing: str = "split", long: str = "split"):
+        for name, value, allowed in (("packing", packing, PACKINGS), ("long", long, LONG)):
+            if value not in allowed:
+                raise ValueError(f"{name} {value!r}: expected one of {', '.join(allowed)}")
         self.tokens, self.length = tokens, length
-        self.document = np.zeros(len(tokens), np.int32)
-        self.document[starts[1:]] = 1
-        self.document = np.cumsum(self.document, dtype=np.int32)
+        starts = tokens.starts
+        self.plan = split_plan(starts, length) if packing == "split" else first_fit_plan(starts, length, long)
 
     def __len__(self):
-        return len(self.tokens) // self.length
+        return len(self.plan)
 
     def __getitem__(self, i) -> dict[str, np.ndarray]:
-        where = slice(i * self.length, (i + 1) * self.length)
-        document = self.document[where]
-        segments = document - document[0] + 1
-        weights = np.ones(self.length, np.float32)
-        weights[1:] = segments[1:] == segments[:-1]  # a document's first token is not predicted from another's
-        weights[0] = 0
-        return {"input_ids": self.tokens[where], "segment_ids": segments.astype(np.int32), "loss_weights": weights}
+        ids, segments = np.zeros(self.length, np.int32), np.zeros(self.length, np.int32)
+        weights = np.zeros(self.length, np.float32)
+        at, (first, last) = 0, self.plan.first[i : i + 2]
+        pieces = zip(self.plan.begin[first:last].tolist(), self.plan.size[first:last].tolist(), strict=True)
+        for n, (begin, size) in enumerate(pieces, start=1):
+            end, where = at + size, slice(begin, begin + size)
+            ids[at:end], segments[at:end] = self.tokens.ids[where], n
+            weights[at + 1 : end] = 1 if self.tokens.weights is None else self.tokens.weights[begin + 1 : begin + size]
+            at = end
+        return {"input_ids": ids, "segment_ids": segments, "loss_weights": weights}
+
+    @property
+    def filled(self) -> float:
+        """The share of the rows that holds tokens."""
+        return float(self.plan.size.sum()) / max(len(self) * self.length, 1)
+
+
+class Joined:
+    """The rows of several sources, one after the other."""
+
+    def __init__(self, parts: Sequence):
+        self.parts, self.ends = list(parts), np.cumsum([len(p) for p in parts]).tolist()
+
+    def __len__(self):
+        return self.ends[-1] if self.ends else 0
+
+    def __getitem__(self, i):
+        part = bisect.bisect_right(self.ends, i)
+        return self.parts[part][i - (self.ends[part - 1] if part else 0)]

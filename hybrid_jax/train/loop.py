@@ -26,7 +26,7 @@ from hybrid_jax.train.metrics import MetricWriter, progress_bar
 from hybrid_jax.train.objectives import OBJECTIVES
 from hybrid_jax.train.optimizer import learning_rate_schedule
 from hybrid_jax.train.phase import Phase
-from hybrid_jax.train.placement import in_mesh, to_mesh
+from hybrid_jax.train.placement import in_mesh, own_rows, to_mesh
 
 
 class _StopRequest:
@@ -110,8 +110,16 @@ def train_phase(
         f"training {training:,} of {total:,} parameters",
         flush=True,
     )
-    rows = dict(batch_size=phase.batch_size, length=phase.seq_len, answer_weight=phase.answer_weight)
-    batches = training_batches(corpus, mix, seed=seed, **rows)
+    rows = own_rows(mesh, phase.batch_size)
+    batches = training_batches(
+        corpus,
+        mix,
+        batch_size=phase.batch_size,
+        length=phase.seq_len,
+        seed=seed,
+        answer_weight=phase.answer_weight,
+        rows=rows,
+    )
     checkpoints = Checkpoints(directory)
     done = checkpoints.latest() or 0
     if done:
@@ -123,7 +131,9 @@ def train_phase(
     begun, begun_at = time.perf_counter(), done
     with in_mesh(mesh), _StopRequest() as stop, progress_bar(name, phase.steps, done) as bar:
         while done < phase.steps:
-            state, metrics = step_fn(state, frozen, to_mesh(mesh, training_batch(next(batches), seq_devices)))
+            state, metrics = step_fn(
+                state, frozen, to_mesh(mesh, training_batch(next(batches), seq_devices), phase.batch_size, rows)
+            )
             done += 1
             bar.update()
             last = done == phase.steps

@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from hybrid_jax.data import Corpus, make_corpus, training_batches
+from hybrid_jax.data import Corpus, read_corpus, training_batches
+from hybrid_jax.data.documents import Document, is_held_out, load_documents, split_documents
 from hybrid_jax.data.packing import PackedRows
 from hybrid_jax.data.synthetic import Induction, KeyValueRetrieval
-from hybrid_jax.data.text import Document, is_held_out, load_documents, split_documents
-from hybrid_jax.data.tokenizer import ASK, END_OF_TEXT, PAIRS, train_tokenizer
+from hybrid_jax.data.tokenizer import ASK, END_OF_TEXT, PAIRS, save_tokenizer, train_tokenizer
+from hybrid_jax.data.tokens import Tokens
 
 TEXT = "def f(x):\n    return x + 1\n\nclass A:\n    pass\n" * 40
 
@@ -19,8 +20,9 @@ def corpus(tmp_path_factory) -> Corpus:
     folder = tmp_path_factory.mktemp("text")
     for i in range(40):
         (folder / f"file{i}.py").write_text(TEXT + f"# file {i}\n" * i)
-    tokenizer = train_tokenizer([TEXT], 300)
-    return make_corpus(load_documents(str(folder)), tokenizer)
+    model = tmp_path_factory.mktemp("model")
+    save_tokenizer(train_tokenizer([TEXT], 300), model, 256)
+    return read_corpus({"text": str(folder)}, model)
 
 
 def test_the_standard_library_is_real_text_and_splits_without_overlap():
@@ -55,16 +57,15 @@ def test_the_tokenizer_is_reversible_and_has_its_markers_first():
 
 
 def test_packed_rows_cover_the_stream_and_never_predict_across_documents():
-    tokens, starts = np.arange(20), np.array([0, 7, 9])
-    rows = PackedRows(tokens, starts, 8)
+    tokens = Tokens(np.arange(20), np.array([0, 7, 9, 20]))
+    rows = PackedRows(tokens, 8)
     assert len(rows) == 2
     first, second = rows[0], rows[1]
-    assert np.array_equal(np.concatenate([first["input_ids"], second["input_ids"]]), tokens[:16])
+    assert np.array_equal(np.concatenate([first["input_ids"], second["input_ids"]]), np.arange(16))
     assert first["segment_ids"].tolist() == [1] * 7 + [2]
     assert first["loss_weights"].tolist() == [0] + [1] * 6 + [0]
     assert second["segment_ids"].tolist() == [1] + [2] * 7
-    with pytest.raises(ValueError, match="fewer than one row"):
-        PackedRows(tokens, starts, 21)
+    assert len(PackedRows(tokens, 21)) == 0
 
 
 def test_retrieval_rows_ask_every_key_once_and_weigh_the_values():

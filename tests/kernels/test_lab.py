@@ -115,8 +115,22 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 """
 
 
+CONDITION = """\
+%cond (arg: s32[]) -> pred[] {
+  %limit = s32[]{:T(128)} constant(37)
+  ROOT %less = pred[] compare(%arg, %limit), direction=LT
+}
+"""
+
+
 def test_estimates_multiply_loops_out_and_leave_out_garbage():
     assert estimated_cycles(HLO) == 7 + 64 * 100
+
+
+def test_a_loop_whose_trips_are_not_written_down_runs_as_often_as_its_condition_says():
+    silent = HLO.replace(', backend_config={"known_trip_count":{"n":"64"}}', "")
+    assert estimated_cycles(silent.replace("ENTRY", CONDITION + "\nENTRY")) == 7 + 37 * 100
+    assert estimated_cycles(silent) == 7 + 100
 
 
 def test_the_report_draws_what_it_was_given(tmp_path):

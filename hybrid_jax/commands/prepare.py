@@ -1,0 +1,39 @@
+"""`prepare`: tokenise a source ahead of time, in parallel; the same command goes on after a crash."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    parser.add_argument("source", help="stdlib, a file (.jsonl, .parquet, .arrow, text), a folder of them, hf:NAME[:SPLIT]")
+    parser.add_argument("out", help="the directory to make, or to finish")
+    parser.add_argument("--tokenizer", required=True, help="a model directory")
+    parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument("--held-out", type=float, default=5.0, help="percent of the documents kept for evaluation")
+    parser.add_argument("--skip-bad", action="store_true", help="count unreadable records instead of ending at the first")
+
+
+def run(args: argparse.Namespace):
+    from hybrid_jax.convert import read_model_config
+    from hybrid_jax.data.prepare import prepare
+
+    if args.workers < 1 or not 0 <= args.held_out < 100:
+        raise ValueError("--workers must be at least 1 and --held-out lie in [0, 100)")
+    index = prepare(
+        args.source,
+        args.out,
+        args.tokenizer,
+        eos_token_id=read_model_config(args.tokenizer).extra.get("eos_token_id"),
+        workers=args.workers,
+        held_out_percent=args.held_out,
+        skip_bad=args.skip_bad,
+    )
+    train, held_out = index["train"], index["held_out"]
+    print(
+        f"{args.out}: {train['tokens']:,} tokens of {train['documents']:,} documents to train, "
+        f"{held_out['tokens']:,} of {held_out['documents']:,} held out, {len(index['shards'])} shards"
+    )
+    if index["bad"]:
+        first = next(s["first_bad"][0] for s in index["shards"] if s["first_bad"])
+        print(f"{index['bad']:,} records could not be read, the first: {first}")

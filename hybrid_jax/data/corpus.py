@@ -1,0 +1,128 @@
+"""What an experiment reads: its sources tokenised, their held-out parts, and the synthetic tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+
+from tokenizers import Tokenizer
+
+from hybrid_jax.data.documents import load_documents, split_documents
+from hybrid_jax.data.packing import LONG, PACKINGS, Joined, PackedRows
+from hybrid_jax.data.synthetic import Induction, KeyValueRetrieval
+from hybrid_jax.data.tokenizer import ASK, PAIRS, SPECIAL_TOKENS
+from hybrid_jax.data.tokens import Encoder, Tokens, is_prepared, load_prepared
+
+# Synthetic tasks draw from so many token ids, the first ordinary ones (a byte-level BPE's single bytes).
+NUM_SYMBOLS = 128
+SYNTHETIC = ("retrieval", "induction")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where documents come from and how they fill rows.
+
+    Args:
+      path: see `documents.pieces`, or a directory that `prepare` made.
+      packing, long: see `PackedRows`; by default conversations are packed whole, texts cut in rows.
+    """
+
+    path: str
+    packing: str = ""
+    long: str = "split"
+
+    def __post_init__(self):
+        for name, allowed in (("packing", ("", *PACKINGS)), ("long", LONG)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(filter(None, allowed))}")
+
+
+def read_sources(data: Mapping) -> dict[str, Source]:
+    """The sources of a config's `data`: `text`, a path, and `sources`, name -> {path, packing, long}.
+
+    Raises:
+      ValueError: none, an unknown key or value, or a name that a synthetic task has.
+    """
+    given = {"text": {"path": data["text"]}} if data.get("text") else {}
+    given |= dict(data.get("sources") or {})
+    if not given:
+        raise ValueError("config.data needs 'text' or 'sources'")
+    found = {}
+    for name, values in given.items():
+        if name in SYNTHETIC:
+            raise ValueError(f"data.sources.{name}: that name is a synthetic task's; choose another")
+        try:
+            found[name] = Source(**values)
+        except (TypeError, ValueError) as e:
+            raise ValueError(f"data.sources.{name}: {e}") from None
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Tokenised sources by name, with their held-out parts, and what the synthetic tasks need of the tokenizer."""
+
+    tokenizer: Tokenizer
+    sources: Mapping[str, Source]
+    train: Mapping[str, list[Tokens]]
+    held_out: Mapping[str, list[Tokens]]
+    markers: tuple[int, int]
+    symbols: tuple[int, int]
+
+    def retrieval(self, length: int, seed: int, **options) -> KeyValueRetrieval:
+        return KeyValueRetrieval(length, self.symbols, *self.markers, seed=seed, **options)
+
+    def rows(self, name: str, length: int, seed: int, answer_weight: float = 1.0):
+        """Training rows of one source, or of a synthetic task (`retrieval`, `induction`).
+
+        Raises:
+          ValueError: nothing has that name, or it does not fill one row.
+        """
+        if name == "retrieval":
+            return self.retrieval(length, seed, weight=answer_weight)
+        if name == "induction":
+            return Induction(length, self.symbols, seed=seed, weight=answer_weight)
+        if name not in self.train:
+            raise ValueError(f"unknown data source {name!r} in data.mix; have {', '.join([*self.train, *SYNTHETIC])}")
+        return self._packed(name, self.train[name], length)
+
+    def held_out_rows(self, length: int) -> Joined:
+        """Rows of the first source's held-out part."""
+        name = next(iter(self.held_out))
+        return self._packed(name, self.held_out[name], length)
+
+    def _packed(self, name: str, shards: list[Tokens], length: int) -> Joined:
+        source = self.sources[name]
+        packing = source.packing or ("first_fit" if any(t.weights is not None for t in shards) else "split")
+        rows = Joined([PackedRows(tokens, length, packing, source.long) for tokens in shards])
+        if not len(rows):
+            total = sum(len(t.ids) for t in shards)
+            raise ValueError(f"the source {name!r} has {total} tokens, fewer than one row of {length}; give more text")
+        return rows
+
+
+def read_corpus(data: Mapping, directory: str | pathlib.Path, eos_token_id=None) -> Corpus:
+    """Reads and tokenises what is not prepared.
+
+    Args:
+      data: `text` and/or `sources`, see `read_sources`.
+      directory: of the model whose tokenizer it is.
+      eos_token_id: of the model's config.
+
+    Raises:
+      ValueError: a source is not there or can not be read, or another tokenizer prepared it.
+    """
+    sources, encode = read_sources(data), Encoder(directory, eos_token_id)
+    train, held_out = {}, {}
+    for name, source in sources.items():
+        if is_prepared(source.path):
+            train[name], held_out[name] = load_prepared(source.path, encode.tokenizer)
+        else:
+            train[name], held_out[name] = ([encode(part)] for part in split_documents(load_documents(source.path)))
+    size = encode.tokenizer.get_vocab_size()
+    markers = [encode.tokenizer.token_to_id(t) for t in (PAIRS, ASK)]
+    if None in markers:  # a foreign tokenizer: any two ids serve as markers, the first two ordinary ones
+        markers = [1, 2]
+    symbols = (len(SPECIAL_TOKENS), min(len(SPECIAL_TOKENS) + NUM_SYMBOLS, size))
+    return Corpus(encode.tokenizer, sources, train, held_out, tuple(markers), symbols)

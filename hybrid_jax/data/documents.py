@@ -1,0 +1,257 @@
+"""Documents, plain text or conversations: the Python standard library, files of many formats, Hugging Face datasets.
+
+A source is cut in pieces, each read by itself: the unit of work when tokenising in parallel. Where a document
+is training data and where held out depends on its name alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import pathlib
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+HELD_OUT_PERCENT = 5
+PIECE_BYTES = 64 * 2**20
+PIECE_ROWS = 50_000  # of a Hugging Face dataset
+TEXT_FILES = (".py", ".txt", ".md", ".rst")
+_SKIP = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "turtledemo"}
+ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT
+FORMATS = (
+    "expected a 'text', 'messages' or 'conversations' (of role and content), 'instruction' and 'output', "
+    "or 'prompt' and 'completion' (or 'response')"
+)
+SOURCES = "'stdlib', a text file, .jsonl, .parquet or .arrow, a folder of such, or hf:NAME[:SPLIT]"
+
+
+class Document(NamedTuple):
+    """`text`, or `messages` ({role, content} each) of a conversation."""
+
+    name: str
+    text: str = ""
+    messages: tuple[dict, ...] = ()
+
+
+class Piece(NamedTuple):
+    """A part of a source: `reader`'s name and what it takes; the same for the same files."""
+
+    reader: str
+    arguments: tuple
+
+
+def document(name: str, record: Any) -> Document:
+    """A record of any of the known forms.
+
+    Raises:
+      ValueError: it has none of them.
+    """
+    if not isinstance(record, dict):
+        raise ValueError(f"{FORMATS}; got {type(record).__name__}")
+    turns = record.get("messages") or record.get("conversations")
+    if turns is not None:
+        return Document(name, messages=tuple(_message(turn) for turn in turns))
+    if isinstance(record.get("text"), str):
+        return Document(name, record["text"])
+    for asked, answers in (("instruction", ("output", "response")), ("prompt", ("completion", "response"))):
+        answer = next((record[a] for a in answers if isinstance(record.get(a), str)), None)
+        if isinstance(record.get(asked), str) and answer is not None:
+            question = "\n\n".join(filter(None, (record[asked], record.get("input"))))
+            return Document(name, messages=({"role": "user", "content": question}, {"role": "assistant", "content": answer}))
+    raise ValueError(f"{FORMATS}; got {', '.join(record) or 'nothing'}")
+
+
+def _message(turn: Any) -> dict:
+    if isinstance(turn, dict):
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if isinstance(role, str) and isinstance(content, str):
+            more = {k: v for k, v in turn.items() if k not in ("role", "from", "content", "value") and v is not None}
+            return {"role": ROLES.get(role, role), "content": content, **more}
+    raise ValueError(f"a message needs a role and a content, both text; got {turn!r:.80}")
+
+
+# Readers ------------------------------------------------------------------------------------------------------------
+
+
+def _read_files(root: str, names: tuple[str, ...], strict: bool) -> Iterator[tuple[str, Any]]:
+    for name in names:
+        path = pathlib.Path(root, name)
+        try:
+            yield name, {"text": path.read_text("utf-8", errors="strict" if strict else "replace")}
+        except UnicodeDecodeError:
+            continue  # a handful of the standard library's files exist to test other encodings
+
+
+def _read_jsonl(path: str, begin: int, end: int) -> Iterator[tuple[str, Any]]:
+    """The lines that begin in bytes [begin, end)."""
+    with open(path, "rb") as file:
+        if begin:
+            file.seek(begin - 1)
+            file.readline()
+        while (offset := file.tell()) < end and (line := file.readline()):
+            if not line.strip():
+                continue
+            try:
+                yield f"{pathlib.Path(path).name}:{offset}", json.loads(line)
+            except ValueError as e:
+                yield f"{pathlib.Path(path).name}:{offset}", e
+
+
+def _read_parquet(path: str, group: int) -> Iterator[tuple[str, Any]]:
+    table = _import("pyarrow.parquet", "pyarrow").ParquetFile(path).read_row_group(group)
+    for i, record in enumerate(table.to_pylist()):
+        yield f"{pathlib.Path(path).name}:{group}:{i}", record
+
+
+def _read_arrow(path: str) -> Iterator[tuple[str, Any]]:
+    """An Arrow file, or the stream that Hugging Face's `datasets` saves."""
+    pyarrow = _import("pyarrow", "pyarrow")
+    with pyarrow.memory_map(path) as file:
+        try:
+            table = pyarrow.ipc.open_file(file).read_all()
+        except pyarrow.ArrowInvalid:
+            file.seek(0)
+            table = pyarrow.ipc.open_stream(file).read_all()
+        for i, record in enumerate(table.to_pylist()):
+            yield f"{pathlib.Path(path).name}:{i}", record
+
+
+@functools.lru_cache(1)
+def _hugging_face(name: str, split: str):
+    return _import("datasets", "datasets").load_dataset(name, split=split)
+
+
+def _read_hugging_face(name: str, split: str, begin: int, end: int) -> Iterator[tuple[str, Any]]:
+    rows = _hugging_face(name, split)
+    for i in range(begin, end):
+        yield f"{name}:{split}:{i}", rows[i]
+
+
+READERS: dict[str, Callable[..., Iterator[tuple[str, Any]]]] = {
+    "files": _read_files,
+    "jsonl": _read_jsonl,
+    "parquet": _read_parquet,
+    "arrow": _read_arrow,
+    "hf": _read_hugging_face,
+}
+
+
+def _import(module: str, package: str):
+    try:
+        return __import__(module, fromlist=["_"])
+    except ImportError:
+        raise ValueError(f"reading this source needs {package}: pip install {package}") from None
+
+
+# Sources ------------------------------------------------------------------------------------------------------------
+
+
+def pieces(source: str) -> list[Piece]:
+    """The pieces of a source, in order.
+
+    Args:
+      source: `stdlib` (the sources of the running Python's standard library); a text file; a `.jsonl`, `.parquet` or
+        `.arrow` file of records (see `document`); a folder of such files; `hf:NAME[:SPLIT]` (needs `datasets`).
+
+    Raises:
+      ValueError: nothing is there, or what reads it is not installed.
+    """
+    if source == "stdlib":
+        root = pathlib.Path(sysconfig.get_paths()["stdlib"])
+        names = [p.relative_to(root) for p in sorted(root.rglob("*.py"))]
+        return _file_pieces(root, [n for n in names if _SKIP.isdisjoint(n.parts)], strict=True)
+    if source.startswith("hf:"):
+        _, name, *split = source.split(":")
+        split = split[0] if split else "train"
+        n = len(_hugging_face(name, split))
+        return [Piece("hf", (name, split, i, min(i + PIECE_ROWS, n))) for i in range(0, n, PIECE_ROWS)]
+    path = pathlib.Path(source)
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
+    found, texts = [], []
+    for file in files:
+        if file.suffix == ".jsonl":
+            size = file.stat().st_size
+            found += [Piece("jsonl", (str(file), i, min(i + PIECE_BYTES, size))) for i in range(0, size, PIECE_BYTES)]
+        elif file.suffix == ".parquet":
+            groups = _import("pyarrow.parquet", "pyarrow").ParquetFile(file).num_row_groups
+            found += [Piece("parquet", (str(file), i)) for i in range(groups)]
+        elif file.suffix == ".arrow":
+            found.append(Piece("arrow", (str(file),)))
+        elif file.suffix in TEXT_FILES or file == path:
+            texts.append(file)
+    root = path.parent if path.is_file() else path
+    found += _file_pieces(root, [f.relative_to(root) for f in texts], strict=False)
+    if not found:
+        raise ValueError(f"no text at {source!r}: give {SOURCES}")
+    return found
+
+
+def _file_pieces(root: pathlib.Path, names: list[pathlib.Path], strict: bool) -> list[Piece]:
+    groups, size = [[]], 0
+    for name in names:
+        size += (root / name).stat().st_size
+        if size > PIECE_BYTES and groups[-1]:
+            groups.append([])
+            size = 0
+        groups[-1].append(str(name))
+    return [Piece("files", (str(root), tuple(group), strict)) for group in groups if group]
+
+
+def read_piece(piece: Piece, on_bad: Callable[[str], None] | None = None) -> Iterator[Document]:
+    """The documents of a piece.
+
+    Args:
+      on_bad: told of a record that can not be read, instead of raising.
+
+    Raises:
+      ValueError: a record that can not be read; says where it is.
+    """
+    for name, record in READERS[piece.reader](*piece.arguments):
+        try:
+            if isinstance(record, ValueError):
+                raise ValueError(f"not JSON ({record})")
+            yield document(name, record)
+        except ValueError as e:
+            where = _place(piece, name)
+            if on_bad is None:
+                raise ValueError(f"{where}: {e}") from None
+            on_bad(f"{where}: {e}")
+
+
+def _place(piece: Piece, name: str) -> str:
+    """Where people look for a record."""
+    if piece.reader != "jsonl":
+        return name
+    path, offset = piece.arguments[0], int(name.rpartition(":")[2])
+    with open(path, "rb") as file:
+        line = 1
+        while offset > 0:
+            part = file.read(min(offset, 2**20))
+            line += part.count(b"\n")
+            offset -= len(part)
+    return f"{path}, line {line}"
+
+
+def load_documents(source: str) -> list[Document]:
+    """All documents of a source (see `pieces`)."""
+    return [d for piece in pieces(source) for d in read_piece(piece)]
+
+
+def is_held_out(name: str, percent: float = HELD_OUT_PERCENT) -> bool:
+    """Whether a document belongs to the held-out part: by a hash of its name, the same on every machine."""
+    h = int(hashlib.sha256(name.encode()).hexdigest(), 16)
+    return h % 100 * 100 + h // 100 % 100 < 100 * percent
+
+
+def split_documents(documents: Iterable[Document]) -> tuple[list[Document], list[Document]]:
+    """(training, held-out) documents; a single text gives its first and last parts instead."""
+    documents = list(documents)
+    train = [d for d in documents if not is_held_out(d.name)]
+    held_out = [d for d in documents if is_held_out(d.name)]
+    if (train and held_out) or any(d.messages for d in documents):
+        return train, held_out
+    everything = "\n".join(d.text for d in documents)
+    cut = len(everything) * (100 - HELD_OUT_PERCENT) // 100
+    return [Document("first part", everything[:cut])], [Document("last part", everything[cut:])]

@@ -1,0 +1,65 @@
+"""Rows of many sources, mixed and batched by grain, each process reading its own.
+
+The global order of rows depends on the seed and the step alone, not on processes or devices, so a run goes on with the
+same rows on another mesh. The iterator's state (in the checkpoint) counts steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import grain
+
+from hybrid_jax.data.corpus import Corpus
+
+
+@dataclasses.dataclass(frozen=True)
+class _Own:
+    """Of a dataset in batches of `batch_size`, some rows of every batch."""
+
+    dataset: grain.MapDataset
+    batch_size: int
+    rows: Sequence[int]
+
+    def __len__(self):
+        return len(self.dataset) // self.batch_size * len(self.rows)
+
+    def __getitem__(self, i):
+        step, n = divmod(i, len(self.rows))
+        return self.dataset[step * self.batch_size + self.rows[n]]
+
+
+def training_batches(
+    corpus: Corpus,
+    mix: Mapping[str, float],
+    *,
+    batch_size: int,
+    length: int,
+    seed: int,
+    answer_weight: float = 1.0,
+    rows: Sequence[int] | None = None,
+    threads: int = 1,
+):
+    """An endless, checkpointable iterator of batches {input_ids, segment_ids, loss_weights} [rows, length].
+
+    Args:
+      mix: source name -> share of the rows; shares need not sum to one, zeros are left out.
+      batch_size: rows of a step, of all processes together.
+      answer_weight: weight of the answers of synthetic rows.
+      rows: those of a step that this process wants; None: all.
+      threads: that read ahead.
+
+    Raises:
+      ValueError: an unknown source, or no positive share.
+    """
+    shares = {name: share for name, share in sorted(mix.items()) if share}
+    if not shares or min(shares.values()) < 0:
+        raise ValueError(f"data.mix needs at least one positive share and no negative one, got {dict(mix)}")
+    sources = [corpus.rows(name, length, seed, answer_weight) for name in shares]
+    parts = [grain.MapDataset.source(source).shuffle(seed=seed + n).repeat() for n, source in enumerate(sources)]
+    mixed = grain.MapDataset.mix(parts, weights=list(shares.values()))
+    if rows is not None:
+        mixed = grain.MapDataset.source(_Own(mixed, batch_size, tuple(rows)))
+    batches = mixed.batch(batch_size if rows is None else len(rows), drop_remainder=True)
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, 2 * threads))))

@@ -1,0 +1,154 @@
+"""Tokenised documents, end to end in one array: in memory or mapped from the shards of a prepared directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from hybrid_jax.data.chat import ChatTemplate
+from hybrid_jax.data.documents import Document
+from hybrid_jax.data.tokenizer import end_of_text_id, load_tokenizer
+
+INDEX = "index.json"
+FORMAT = "hybrid_jax tokens 1"
+BATCH = 512  # documents encoded at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Document i is ids[starts[i]:starts[i + 1]].
+
+    Args:
+      ids: [tokens], uint16 or uint32.
+      starts: [documents + 1].
+      weights: [tokens] uint8, 1 where a token is to be learnt; None: everywhere.
+      text_bytes: of the text they came from.
+    """
+
+    ids: np.ndarray
+    starts: np.ndarray
+    weights: np.ndarray | None = None
+    text_bytes: int = 0
+
+    def save(self, directory: pathlib.Path):
+        directory.mkdir(parents=True)
+        np.save(directory / "ids.npy", self.ids)
+        np.save(directory / "starts.npy", self.starts)
+        if self.weights is not None:
+            np.save(directory / "weights.npy", self.weights)
+
+    @classmethod
+    def join(cls, parts: Sequence[Tokens], dtype) -> Tokens:
+        """One after the other; of none, nothing, with ids of `dtype`."""
+        ends = np.cumsum([0] + [len(p.ids) for p in parts])
+        starts = [p.starts[:-1] + end for p, end in zip(parts, ends, strict=False)]
+        weights = None
+        if any(p.weights is not None for p in parts):
+            weights = np.concatenate([np.ones(len(p.ids), np.uint8) if p.weights is None else p.weights for p in parts])
+        ids = np.concatenate([np.zeros(0, dtype), *(p.ids for p in parts)])
+        return cls(ids, np.concatenate([*starts, ends[-1:]]).astype(np.int64), weights, sum(p.text_bytes for p in parts))
+
+    @classmethod
+    def load(cls, directory: pathlib.Path, text_bytes: int = 0) -> Tokens:
+        """Mapped, not read."""
+        weights = directory / "weights.npy"
+        return cls(
+            np.load(directory / "ids.npy", mmap_mode="r"),
+            np.load(directory / "starts.npy"),
+            np.load(weights, mmap_mode="r") if weights.exists() else None,
+            text_bytes,
+        )
+
+
+class Encoder:
+    """Documents -> tokens: texts closed by the end-of-text token, conversations by the model's chat template.
+
+    Args:
+      directory: a model directory with its tokenizer.
+      eos_token_id: of the model's config; see `end_of_text_id`.
+    """
+
+    def __init__(self, directory: str | pathlib.Path, eos_token_id=None):
+        self.directory, self.tokenizer = pathlib.Path(directory), load_tokenizer(directory)
+        self.end_id = end_of_text_id(self.tokenizer, eos_token_id)
+        self.dtype = np.dtype(np.uint16 if self.tokenizer.get_vocab_size() <= 2**16 else np.uint32)
+        self._template = None
+
+    @property
+    def template(self) -> ChatTemplate:
+        self._template = self._template or ChatTemplate(self.directory)
+        return self._template
+
+    def __call__(self, documents: Iterable[Document]) -> Tokens:
+        """Every document, in order.
+
+        Raises:
+          ValueError: a conversation and no template for it, or one that refuses it; names the document.
+        """
+        documents = list(documents)
+        return Tokens.join([self._encoded(documents[i : i + BATCH]) for i in range(0, len(documents), BATCH)], self.dtype)
+
+    def _encoded(self, documents: list[Document]) -> Tokens:
+        texts, spans = zip(*map(self._rendered, documents), strict=True)
+        ids, weights = [], []
+        for encoding, said in zip(self.tokenizer.encode_batch(list(texts), add_special_tokens=False), spans, strict=True):
+            closing = [] if said is not None else [self.end_id]
+            ids.append(np.asarray([*encoding.ids, *closing], self.dtype))
+            weights.append(np.ones(len(ids[-1]), np.uint8) if said is None else _inside(encoding.offsets, said))
+        starts = np.cumsum([0] + [len(x) for x in ids], dtype=np.int64)
+        chats = any(said is not None for said in spans)
+        size = sum(len(text.encode()) for text in texts)
+        return Tokens(np.concatenate(ids), starts, np.concatenate(weights) if chats else None, size)
+
+    def _rendered(self, document: Document):
+        if not document.messages:
+            return document.text, None
+        try:
+            return self.template.spans(document.messages)
+        except ValueError as e:
+            raise ValueError(f"{document.name}: {e}") from None
+
+
+def _inside(offsets, spans) -> np.ndarray:
+    """1 for the tokens whose characters begin inside one of the spans."""
+    begins = np.asarray([b for b, _ in offsets], np.int64).reshape(-1)
+    learnt = np.zeros(len(begins), np.uint8)
+    for begin, end in spans:
+        learnt[(begins >= begin) & (begins < end)] = 1
+    return learnt
+
+
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+    """The same for tokenizers that give the same ids."""
+    return hashlib.sha256(json.dumps(json.loads(tokenizer.to_str()), sort_keys=True).encode()).hexdigest()
+
+
+def is_prepared(path: str | pathlib.Path) -> bool:
+    return (pathlib.Path(path) / INDEX).is_file()
+
+
+def load_prepared(path: str | pathlib.Path, tokenizer: Tokenizer) -> tuple[list[Tokens], list[Tokens]]:
+    """(training, held-out) tokens of a prepared directory, shard by shard.
+
+    Raises:
+      ValueError: another tokenizer made it, or it is of another format.
+    """
+    path = pathlib.Path(path)
+    index = json.loads((path / INDEX).read_text())
+    if index.get("format") != FORMAT:
+        raise ValueError(f"{path} has the format {index.get('format')!r}, this version reads {FORMAT!r}; prepare it again")
+    if index["tokenizer"] != tokenizer_fingerprint(tokenizer):
+        raise ValueError(
+            f"{path} was prepared with the tokenizer of {index['tokenizer_from']}, which is not the model's; prepare it again"
+        )
+    parts = []
+    for part in ("train", "held_out"):
+        shards = [s for s in index["shards"] if s[part]["tokens"]]
+        parts.append([Tokens.load(path / s["name"] / part, s[part]["text_bytes"]) for s in shards])
+    return tuple(parts)

@@ -1,0 +1,98 @@
+"""Packing: every token once, whole documents where asked, and the same rows whoever reads them."""
+
+import json
+
+import numpy as np
+import pytest
+
+from hybrid_jax.data import training_batches
+from hybrid_jax.data.packing import Joined, PackedRows
+from hybrid_jax.data.tokens import Tokens
+from tests.data.test_data import corpus  # noqa: F401 (a fixture)
+
+
+def documents(sizes, weights=False):
+    starts = np.concatenate([[0], np.cumsum(np.asarray(sizes, np.int64))])
+    learnt = (np.arange(starts[-1]) % 3 == 0).astype(np.uint8) if weights else None
+    return Tokens(np.arange(1, starts[-1] + 1), starts, learnt)
+
+
+SIZES = np.random.default_rng(0).integers(1, 25, 200)
+
+
+def segments(rows):
+    """The tokens of every segment, and its weights."""
+    found = []
+    for row in (rows[i] for i in range(len(rows))):
+        for n in range(1, row["segment_ids"].max() + 1):
+            where = row["segment_ids"] == n
+            assert np.array_equal(np.flatnonzero(where), np.arange(np.argmax(where), np.argmax(where) + where.sum()))
+            found.append((row["input_ids"][where].tolist(), row["loss_weights"][where].tolist()))
+        assert not row["loss_weights"][row["segment_ids"] == 0].any()
+    return found
+
+
+def test_first_fit_keeps_documents_whole_and_uses_each_once():
+    tokens = documents(SIZES, weights=True)
+    rows = PackedRows(tokens, 32, "first_fit")
+    found = sorted(segments(rows))
+    assert [s for s, _ in found] == [list(range(a + 1, b + 1)) for a, b in zip(tokens.starts[:-1], tokens.starts[1:], strict=True)]
+    for ids, weights in found:
+        assert weights == [0.0, *tokens.weights[ids[1] - 1 : ids[-1]].tolist()] if len(ids) > 1 else weights == [0.0]
+    assert rows.filled > 0.9
+    assert len(rows) < len(PackedRows(documents([32] * len(SIZES)), 32, "first_fit"))
+
+
+@pytest.mark.parametrize("long, want", [("drop", [3, 8]), ("cut", [3, 8, 8, 8]), ("split", [3, 8, 8, 1, 8, 8, 8])])
+def test_documents_longer_than_a_row_are_dropped_cut_or_split(long, want):
+    rows = PackedRows(documents([3, 9, 8, 24]), 8, "first_fit", long)
+    assert sorted(len(ids) for ids, _ in segments(rows)) == sorted(want)
+
+
+def test_split_fills_every_row_and_predicts_across_no_border():
+    rows = PackedRows(documents(SIZES, weights=True), 32)
+    assert len(rows) == SIZES.sum() // 32 and rows.filled == 1
+    assert [t for ids, _ in segments(rows) for t in ids] == list(range(1, len(rows) * 32 + 1))
+    assert all(weights[0] == 0 for _, weights in segments(rows))
+
+
+def test_no_documents_and_empty_documents_make_no_rows():
+    assert len(PackedRows(documents([]), 8)) == len(PackedRows(documents([]), 8, "first_fit")) == 0
+    assert segments(PackedRows(documents([0, 3, 0]), 8, "first_fit")) == [([1, 2, 3], [0, 1, 1])]
+    with pytest.raises(ValueError, match="packing 'best': expected one of split, first_fit"):
+        PackedRows(documents([3]), 8, "best")
+
+
+def test_shards_joined_give_the_rows_of_each():
+    parts = [PackedRows(documents(s), 8) for s in ([20], [3], [16])]
+    joined = Joined(parts)
+    assert len(joined) == 4
+    assert [joined[i]["input_ids"][0] for i in range(4)] == [1, 9, 1, 9]
+
+
+MIX = {"text": 0.6, "retrieval": 0.4}
+
+
+def read(corpus, steps, rows=None, batch_size=6, threads=1):  # noqa: F811
+    stream = training_batches(corpus, MIX, batch_size=batch_size, length=128, seed=3, rows=rows, threads=threads)
+    return [next(stream) for _ in range(steps)]
+
+
+def test_processes_together_read_what_one_alone_reads(corpus):  # noqa: F811
+    alone = read(corpus, 4)
+    for parts in ([[0, 1, 2], [3, 4, 5]], [[0], [1, 2], [3, 4, 5]], [[0, 1, 2, 3, 4, 5]] * 2):
+        for rows in parts:
+            for mine, whole in zip(read(corpus, 4, rows, threads=3), alone, strict=True):
+                assert all(np.array_equal(mine[k], whole[k][rows]) for k in whole)
+
+
+def test_a_run_goes_on_with_the_same_rows_on_another_number_of_processes(corpus):  # noqa: F811
+    stream = training_batches(corpus, MIX, batch_size=6, length=128, seed=3, rows=[0, 1, 2])
+    for _ in range(3):
+        next(stream)
+    state = json.loads(json.dumps(stream.get_state()))
+    resumed = training_batches(corpus, MIX, batch_size=6, length=128, seed=3, rows=[4, 5])
+    resumed.set_state(state)
+    want = read(corpus, 5)[3:]
+    for batch in want:
+        assert np.array_equal(next(resumed)["input_ids"], batch["input_ids"][4:])
