@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -92,7 +93,8 @@ class Decoder(nnx.Module):
             head = dict(axes=("embed", "vocab"), std=std, rngs=rngs, dtype=dtype)
             self.lm_head = Linear(config.hidden_size, config.vocab_size, **head)
 
-    def _inputs(self, input_ids, segment_ids, positions):
+    def inputs(self, input_ids, segment_ids=None, positions=None):
+        """What the layers take: the embeddings [B,T,hidden], and {positions, segment_ids}."""
         if segment_ids is None:
             segment_ids = jnp.ones(input_ids.shape, jnp.int32)
         if positions is None:
@@ -154,11 +156,20 @@ class Decoder(nnx.Module):
             flat.append((path, variable.replace(x)))
         return nnx.from_flat_state(flat)
 
-    def hidden_states(self, input_ids, segment_ids=None, positions=None, state=None):
-        """[B,T] ids -> (final normed hidden [B,T,hidden], state); a fused model runs its student."""
-        hidden, at = self._inputs(input_ids, segment_ids, positions)
+    def hidden_states(self, input_ids, segment_ids=None, positions=None, state=None, stream: str = "student"):
+        """[B,T] ids -> (final normed hidden [B,T,hidden], state).
+
+        Args:
+          stream: of a fused model, `student` or (without a state) `teacher`.
+        """
+        hidden, at = self.inputs(input_ids, segment_ids, positions)
         if state is None:
-            hidden, _ = self._through_layers(lambda layer, h: (layer.run(layer.spec.kind, h, **at)[0].hidden, None), hidden)
+
+            def run(layer, h):
+                kind = layer.spec.teacher if stream == "teacher" else layer.spec.kind
+                return layer.run(kind, h, **at)[0].hidden, None
+
+            hidden, _ = self._through_layers(run, hidden)
             return self.norm(hidden), None
         states = []
         for layer, s in zip(self.layers, state, strict=True):
@@ -181,7 +192,7 @@ class Decoder(nnx.Module):
         bare = [(i, spec.symbol) for i, spec in enumerate(self.config.layers) if not spec.fused]
         if bare:
             raise ValueError(f"layer {bare[0][0]} ({bare[0][1]!r}) has no teacher; fuse the model first")
-        hidden, at = self._inputs(input_ids, segment_ids, positions)
+        hidden, at = self.inputs(input_ids, segment_ids, positions)
 
         def both(layer, streams):
             t, _ = layer.run(layer.spec.teacher, streams[0], **at)
@@ -211,7 +222,12 @@ class Decoder(nnx.Module):
 
 def abstract_decoder(config: ModelConfig, dtype=jnp.float32, compute_dtype=None) -> Decoder:
     """The decoder's shapes without its arrays."""
-    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, compute_dtype=compute_dtype))
+
+    def make():
+        key = jax.random.key(0)  # one for all: nothing is drawn, and drawing keys is most of the time this takes
+        return Decoder(config, rngs=types.SimpleNamespace(params=lambda: key), dtype=dtype, compute_dtype=compute_dtype)
+
+    return nnx.eval_shape(make)
 
 
 __all__ = ["Decoder", "LayerOutputs", "TwoStreams", "abstract_decoder"]

@@ -30,6 +30,11 @@ def join_model(structure: nnx.GraphDef, parameters: Mapping[str, jax.Array]) -> 
     return nnx.merge(structure, nnx.from_flat_state(paths))
 
 
+def with_config(model: Decoder, config: ModelConfig) -> Decoder:
+    """The same parameters in a model of another config, one that wants the same names and shapes."""
+    return join_model(nnx.split(abstract_decoder(config, compute_dtype=model.compute_dtype))[0], split_model(model)[1])
+
+
 def abstract_parameters(config: ModelConfig, dtype=jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
     """The names, shapes and dtypes of a model's parameters, without making it."""
     _, state = nnx.split(abstract_decoder(config, dtype))

@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pathlib
 import socket
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -16,6 +17,13 @@ from hybrid_jax.config import BMojoConfig, GKAConfig, ModelConfig, SWAConfig, pa
 from hybrid_jax.model import Decoder
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def free_compiled_programs():
+    """A process may map only so many pieces of memory, and every program for the CPU takes some: 300 tests' are too many."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from hybrid_jax import generate
 from tests.conftest import tiny_model
@@ -10,10 +11,17 @@ from tests.conftest import tiny_model
 PROMPTS = [[5, 6, 7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [9]]
 
 
+@nnx.jit
+def logits(model, ids, segments):
+    return model(ids, segments)
+
+
 def greedy_without_cache(model, prompt, n):
     ids = list(prompt)
     for _ in range(n):
-        ids.append(int(jnp.argmax(model(np.asarray([ids]))[0, -1])))
+        pad = 20 - len(ids)
+        segments = np.pad(np.ones((1, len(ids)), np.int32), ((0, 0), (0, pad)))
+        ids.append(int(jnp.argmax(logits(model, np.pad([ids], ((0, 0), (0, pad))), segments)[0, len(ids) - 1])))
     return ids[len(prompt) :]
 
 

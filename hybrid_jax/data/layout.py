@@ -9,6 +9,8 @@ import numpy as np
 
 from hybrid_jax.parallel.sequence import positions_of, to_zigzag
 
+TEACHER = ("teacher_ids", "teacher_log_probabilities")
+
 
 def training_batch(rows: Mapping[str, np.ndarray], seq_devices: int = 1) -> dict[str, np.ndarray]:
     """What every objective takes.
@@ -20,7 +22,7 @@ def training_batch(rows: Mapping[str, np.ndarray], seq_devices: int = 1) -> dict
 
     Returns:
       [B,T] each: `input_ids`, `segment_ids`, `positions`, and for the token that follows each one `targets` and
-      `weights` (0 at a row's end).
+      `weights` (0 at a row's end); as they are, `TEACHER`'s [B,T,k] where the rows have them.
     """
     ids, segments, weights = (np.asarray(rows[n]) for n in ("input_ids", "segment_ids", "loss_weights"))
     batch = {
@@ -30,6 +32,7 @@ def training_batch(rows: Mapping[str, np.ndarray], seq_devices: int = 1) -> dict
         "targets": np.pad(ids[:, 1:], ((0, 0), (0, 1))),
         "weights": np.pad(weights[:, 1:], ((0, 0), (0, 1))),
     }
+    batch |= {name: rows[name] for name in TEACHER if name in rows}
     return {name: to_zigzag(x, seq_devices) for name, x in batch.items()}
 
 

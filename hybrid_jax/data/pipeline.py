@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import grain
 
 from hybrid_jax.data.corpus import Corpus
+from hybrid_jax.data.teacher_cache import TeacherCache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,7 @@ def training_batches(
     answer_weight: float = 1.0,
     rows: Sequence[int] | None = None,
     threads: int = 1,
+    teacher_cache: str = "",
 ):
     """An endless, checkpointable iterator of batches {input_ids, segment_ids, loss_weights} [rows, length].
 
@@ -49,6 +51,7 @@ def training_batches(
       answer_weight: weight of the answers of synthetic rows.
       rows: those of a step that this process wants; None: all.
       threads: that read ahead.
+      teacher_cache: adds what a teacher thinks of each token, see `teacher_cache.TeacherCache`.
 
     Raises:
       ValueError: an unknown source, or no positive share.
@@ -62,4 +65,10 @@ def training_batches(
     if rows is not None:
         mixed = grain.MapDataset.source(_Own(mixed, batch_size, tuple(rows)))
     batches = mixed.batch(batch_size if rows is None else len(rows), drop_remainder=True)
+    if teacher_cache:
+        cache = TeacherCache(
+            teacher_cache, batch_size=batch_size, length=length, seed=seed, mix=shares, answer_weight=answer_weight
+        )
+        wanted = range(batch_size) if rows is None else rows
+        batches = batches.map_with_index(lambda step, batch: {**batch, **cache.read(step, wanted)})
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, 2 * threads))))

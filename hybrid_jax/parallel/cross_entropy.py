@@ -24,7 +24,7 @@ def cross_entropy(hidden, kernel, targets):
     Returns:
       [B, T].
     """
-    axis = "tensor" if axis_size("tensor") > 1 else None
+    axis = vocabulary_axis()
     arrays = (hidden, kernel.astype(hidden.dtype), targets)
 
     def local(hidden, kernel, targets):
@@ -33,14 +33,23 @@ def cross_entropy(hidden, kernel, targets):
     return per_device(local, arrays, (TOKENS, (None, "vocab"), TOKENS), TOKENS)
 
 
-def _in_tiles(x, tile):
+def vocabulary_axis() -> str | None:
+    """The mesh axis that cuts the vocabulary, if any does."""
+    return "tensor" if axis_size("tensor") > 1 else None
+
+
+def sum_over(axis: str | None, x):
+    return x if axis is None else jax.lax.psum(x, axis)
+
+
+def in_tiles(x, tile):
     """[tokens, ...] -> [tiles, tile, ...], padded with zeros."""
     x = pad_axis(x, 0, tile)
     return x.reshape(-1, tile, *x.shape[1:])
 
 
-def _flat(x, shape):
-    """The inverse of `_in_tiles`, in `shape`."""
+def flat(x, shape):
+    """The inverse of `in_tiles`, in `shape`."""
     return x.reshape(-1, *x.shape[2:])[: shape[0] * shape[1]].reshape(shape)
 
 
@@ -59,27 +68,23 @@ def _tiles(hidden, kernel, targets, axis):
 def _forward(hidden, kernel, targets, axis):
     tile = min(TILE, targets.size)
 
-    def sum_all(x):
-        return x if axis is None else jax.lax.psum(x, axis)
-
     def step(_, tiles):
         hidden, targets = tiles
         logits, wanted = _logits(hidden, kernel, targets, axis)
         top = jnp.max(logits, axis=-1)
         top = top if axis is None else jax.lax.pmax(top, axis)
-        lse = top + jnp.log(sum_all(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1)))
-        return None, (lse - sum_all(jnp.sum(jnp.where(wanted, logits, 0), axis=-1)), lse)
+        lse = top + jnp.log(sum_over(axis, jnp.sum(jnp.exp(logits - top[:, None]), axis=-1)))
+        return None, (lse - sum_over(axis, jnp.sum(jnp.where(wanted, logits, 0), axis=-1)), lse)
 
-    tiles = (_in_tiles(hidden.reshape(-1, hidden.shape[-1]), tile), _in_tiles(targets.reshape(-1), tile))
+    tiles = (in_tiles(hidden.reshape(-1, hidden.shape[-1]), tile), in_tiles(targets.reshape(-1), tile))
     losses, lse = jax.lax.scan(step, None, tiles)[1]
-    return _flat(losses, targets.shape), (hidden, kernel, targets, lse)
+    return flat(losses, targets.shape), (hidden, kernel, targets, lse)
 
 
 def _backward(axis, residuals, dlosses):
     """softmax - target, tile by tile; the kernel's gradient is summed over the tiles in float32."""
     hidden, kernel, targets, lse = residuals
-    if axis is not None:  # the losses are the same on every device of the axis, each with its share of their cotangent
-        dlosses = jax.lax.psum(dlosses, axis)
+    dlosses = sum_over(axis, dlosses)  # the same on every device of the axis, each with its share of their cotangent
     tile = lse.shape[1]
 
     def step(dkernel, tiles):
@@ -90,9 +95,9 @@ def _backward(axis, residuals, dlosses):
         return dkernel + more, jnp.matmul(dlogits, kernel.T)
 
     rows = (hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
-    tiles = (*(_in_tiles(x, tile) for x in rows), lse, _in_tiles(dlosses.reshape(-1), tile))
+    tiles = (*(in_tiles(x, tile) for x in rows), lse, in_tiles(dlosses.reshape(-1), tile))
     dkernel, dhidden = jax.lax.scan(step, jnp.zeros(kernel.shape, jnp.float32), tiles)
-    return _flat(dhidden, hidden.shape), dkernel.astype(kernel.dtype), None
+    return flat(dhidden, hidden.shape), dkernel.astype(kernel.dtype), None
 
 
 _tiles.defvjp(_forward, _backward)

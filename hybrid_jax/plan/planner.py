@@ -7,10 +7,10 @@ import math
 from collections.abc import Iterator
 
 from hybrid_jax.config import ATTENTION, MixerSpec, ModelConfig, parse_pattern
+from hybrid_jax.hardware import TPUS, Accelerator, accelerator, device_count
 from hybrid_jax.model import REMAT
 from hybrid_jax.parallel.mesh import BATCH_AXES, abstract_mesh, check_mesh_fits, make_mesh
 from hybrid_jax.parameters import abstract_parameters
-from hybrid_jax.plan.hardware import TPUS, Accelerator, accelerator, device_count
 from hybrid_jax.plan.program import (
     Compiled,
     Job,

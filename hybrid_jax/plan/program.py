@@ -16,16 +16,16 @@ from jax.sharding import Mesh, NamedSharding
 
 from hybrid_jax.config import PARAMETER_KEYS, ModelConfig
 from hybrid_jax.data.layout import abstract_batch
+from hybrid_jax.flops import traced_flops
 from hybrid_jax.layers.attention import KVCache
 from hybrid_jax.model import abstract_decoder
 from hybrid_jax.parallel.mesh import BATCH_AXES, check_mesh_fits
 from hybrid_jax.parallel.sharding import TOKENS, partition_spec
 from hybrid_jax.parameters import abstract_parameters, join_model, logical_axes
-from hybrid_jax.plan.flops import traced_flops
 from hybrid_jax.plan.wire import wire_bytes
 from hybrid_jax.train.arrangement import Arrangement, parameter_shardings
-from hybrid_jax.train.loop import make_step
 from hybrid_jax.train.phase import Phase
+from hybrid_jax.train.step import make_step
 
 STAGES = ("align", "train", "decode")
 
@@ -136,9 +136,9 @@ def training_program(job: Job, mesh: Mesh) -> Program:
     model.remat = phase.remat
     arrangement = Arrangement(model, phase)
     trainable, frozen = arrangement.split(abstract_parameters(config))
-    state, frozen = jax.eval_shape(arrangement.make_state, trainable), jax.eval_shape(arrangement.make_frozen, frozen)
+    state, frozen = jax.eval_shape(arrangement.make_state, trainable), jax.eval_shape(arrangement.make_frozen, frozen, trainable)
     state_where = arrangement.state_shardings(mesh, state)
-    state, frozen = _with(state_where, state), _with(parameter_shardings(mesh, frozen, arrangement.axes), frozen)
+    state, frozen = _with(state_where, state), _with(arrangement.frozen_shardings(mesh, frozen), frozen)
     batch = abstract_batch(job.rows, job.seq_len, NamedSharding(mesh, partition_spec(mesh, TOKENS)))
     local = job.tokens / math.prod(mesh.shape[a] for a in (*BATCH_AXES, "seq"))
     widths = {"none": 0, "full": config.hidden_size}

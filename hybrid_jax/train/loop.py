@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import signal
 import threading
-import time
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from hybrid_jax.data import Corpus, training_batches
@@ -18,15 +15,18 @@ from hybrid_jax.data.layout import training_batch
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.distributed import whole_array
 from hybrid_jax.parallel.mesh import check_mesh_fits
-from hybrid_jax.parameters import count, join_model, split_model
+from hybrid_jax.parameters import count, join_model, split_model, with_config
 from hybrid_jax.stopped import Stopped
 from hybrid_jax.train.arrangement import Arrangement
-from hybrid_jax.train.checkpoint import Checkpoints, TrainState
-from hybrid_jax.train.metrics import MetricWriter, progress_bar
-from hybrid_jax.train.objectives import OBJECTIVES
+from hybrid_jax.train.checkpoint import Checkpoints
+from hybrid_jax.train.health import first_bad
+from hybrid_jax.train.meter import Meter
+from hybrid_jax.train.metrics import MetricWriter, NoMetrics, progress_bar
 from hybrid_jax.train.optimizer import learning_rate_schedule
 from hybrid_jax.train.phase import Phase
 from hybrid_jax.train.placement import in_mesh, own_rows, to_mesh
+from hybrid_jax.train.profile import Profile
+from hybrid_jax.train.step import make_step
 
 
 class _StopRequest:
@@ -47,26 +47,29 @@ class _StopRequest:
             signal.signal(s, handler)
 
 
-def make_step(arrangement: Arrangement, phase: Phase, shardings: TrainState | None = None):
-    """The jitted step: (trainable, optimizer state), frozen, batch -> the next state, metrics.
+def prepared(model: Decoder, phase: Phase) -> Decoder:
+    """The model with what the phase says of it: compute dtype, rematerialisation, RoPE, context length."""
+    config = model.config
+    if phase.rope_theta:
+        config = dataclasses.replace(config, rope=dataclasses.replace(config.rope, theta=phase.rope_theta))
+    if phase.max_position_embeddings:
+        config = dataclasses.replace(config, max_position_embeddings=phase.max_position_embeddings)
+    if config is not model.config:
+        model = with_config(model, config)
+    model.compute_dtype, model.remat = jnp.dtype(phase.compute_dtype), phase.remat
+    return model
 
-    Frozen parameters have neither gradients nor optimizer state.
 
-    Args:
-      shardings: of the state, which the next one keeps.
-    """
-    objective, optimizer, structure = OBJECTIVES[phase.objective], arrangement.optimizer, arrangement.structure
-
-    def loss_fn(trainable, frozen, batch):
-        return objective(join_model(structure, {**trainable, **frozen}), batch)
-
-    def step(state: TrainState, frozen, batch):
-        (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.trainable, frozen, batch)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trainable)
-        metrics["grad_norm"] = optax.tree.norm(grads)
-        return TrainState(optax.apply_updates(state.trainable, updates), optimizer_state), metrics
-
-    return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
+def told(values: dict[str, float]) -> str:
+    """The few numbers beside the progress bar."""
+    parts = [f"loss {values['loss']:.4f}"]
+    if "tokens_per_second" in values:
+        parts.append(f"{values['tokens_per_second']:,.0f} tok/s")
+    if "mfu" in values:
+        parts.append(f"MFU {values['mfu']:.0%}")
+    if values["skipped"]:
+        parts.append(f"{values['skipped']:.0f} steps skipped")
+    return ", ".join(parts)
 
 
 def train_phase(
@@ -78,8 +81,9 @@ def train_phase(
     *,
     seed: int,
     directory: pathlib.Path,
-    writer: MetricWriter,
+    writer: MetricWriter | NoMetrics,
     mesh: Mesh | None = None,
+    profile: tuple[int, int] | None = None,
 ) -> Decoder:
     """Runs a phase from its start or its newest checkpoint.
 
@@ -87,26 +91,27 @@ def train_phase(
       model: the model in the phase's form.
       directory: where this phase's checkpoints live.
       mesh: what to spread it over; the model's parameters lie there already.
+      profile: first and last step to trace, into `directory`'s neighbour `profile`.
 
     Returns:
       The trained model.
 
     Raises:
       Stopped: on SIGINT or SIGTERM, after saving.
-      FloatingPointError: the loss is not finite; names the step.
-      ValueError: a pattern of `phase.trainable` matches nothing.
+      FloatingPointError: too many steps in a row were bad; names the steps and where the numbers went bad.
+      ValueError: a pattern of `phase.trainable` matches nothing, or no checkpoint can be read.
     """
-    model.compute_dtype, model.remat = jnp.dtype(phase.compute_dtype), phase.remat
+    model = prepared(model, phase)
     if mesh is not None:
-        check_mesh_fits(model.config, mesh, phase.batch_size, phase.seq_len)
-    arrangement = Arrangement(model, phase)
+        check_mesh_fits(model.config, mesh, phase.batch_size // phase.accumulate, phase.seq_len)
+    arrangement, meter = Arrangement(model, phase), Meter(phase, model)
     whole, parameters = split_model(model)
     total, training = count(parameters), count(arrangement.split(parameters)[0])
     del model  # its arrays go as soon as the caller lets them
     state, frozen, shardings = arrangement.begin(mesh, parameters)
     del parameters
     print(
-        f"{name}: {phase.objective}, {phase.steps} steps of {phase.tokens_per_step:,} tokens; "
+        f"{name}: {phase.objective}, {phase.steps:,} steps of {phase.tokens_per_step:,} tokens; "
         f"training {training:,} of {total:,} parameters",
         flush=True,
     )
@@ -119,37 +124,58 @@ def train_phase(
         seed=seed,
         answer_weight=phase.answer_weight,
         rows=rows,
+        teacher_cache=phase.teacher_cache,
     )
-    checkpoints = Checkpoints(directory)
-    done = checkpoints.latest() or 0
-    if done:
-        state, data_state = checkpoints.restore(done, state)
+    checkpoints = Checkpoints(directory, phase.keep, phase.keep_every)
+    done = saved = 0
+    if (found := checkpoints.restore_latest(state)) is not None:
+        done, state, data_state = found
+        saved = done
         batches.set_state(data_state)
         print(f"{name}: resumed at step {done}", flush=True)
     step_fn, schedule = make_step(arrangement, phase, shardings), learning_rate_schedule(phase)
     seq_devices = 1 if mesh is None else mesh.shape["seq"]
-    begun, begun_at = time.perf_counter(), done
-    with in_mesh(mesh), _StopRequest() as stop, progress_bar(name, phase.steps, done) as bar:
-        while done < phase.steps:
-            state, metrics = step_fn(
-                state, frozen, to_mesh(mesh, training_batch(next(batches), seq_devices), phase.batch_size, rows)
+
+    def look(step, metrics, batch):
+        """At a step's outcome, while the next one runs."""
+        if int(whole_array(metrics["skipped_in_a_row"])) >= phase.bad_steps:
+            where = first_bad(join_model(whole, arrangement.parameters(state, frozen)), batch)
+            loss, norm = (float(whole_array(metrics[n])) for n in ("loss", "grad_norm"))
+            raise FloatingPointError(
+                f"{name}: {phase.bad_steps} steps in a row were bad, the last is step {step} (loss {loss:.4g}, gradient norm "
+                f"{norm:.4g}); {where}. Nothing of them was kept; the last checkpoint is step {saved}. Lower "
+                "phase.learning_rate, or look at the data of these steps"
             )
+        if step % phase.log_every == 0 or step in (1, phase.steps):
+            values = {k: float(whole_array(v)) for k, v in metrics.items()}
+            values |= {"learning_rate": float(schedule(step - 1)), **meter.read(step)}
+            writer.write(name, step, values)
+            bar.set_postfix_str(told(values))
+        meter.begin(step)
+
+    pending = None
+    tracing = Profile(profile, directory.parent.parent / "profile" / name)
+    with in_mesh(mesh), _StopRequest() as stop, progress_bar(name, phase.steps, done) as bar, tracing:
+        while done < phase.steps:
+            with meter.waiting():
+                batch = training_batch(next(batches), seq_devices)
+            batch = to_mesh(mesh, batch, phase.batch_size, rows)
+            meter.count(state, frozen, batch)
+            tracing.before(done + 1)
+            state, metrics = step_fn(state, frozen, batch)
             done += 1
+            tracing.after(done, metrics)
+            if pending is not None:
+                look(*pending)
+            pending = (done, metrics, batch)
             bar.update()
             last = done == phase.steps
-            if done % phase.log_every == 0 or last or done == 1:
-                values = {k: float(whole_array(v)) for k, v in metrics.items()}
-                if not np.isfinite(values["loss"]):
-                    raise FloatingPointError(
-                        f"{name}: the loss is {values['loss']} at step {done}; the last checkpoint is step "
-                        f"{checkpoints.latest()}. Lower phase.learning_rate, or look at the data of this step"
-                    )
-                speed = (done - begun_at) * phase.tokens_per_step / (time.perf_counter() - begun)
-                values |= {"learning_rate": float(schedule(done - 1)), "tokens_per_second": speed}
-                writer.write(name, done, values)
-                bar.set_postfix_str(f"loss {values['loss']:.4f}, {speed:,.0f} tok/s")
+            if last or stop.asked:
+                look(*pending)
+                pending = None
             if done % phase.checkpoint_every == 0 or last or stop.asked:
                 checkpoints.save(done, state, batches.get_state())
+                saved = done
             if stop.asked and not last:
                 checkpoints.close()
                 raise Stopped(f"{name}: stopped and saved at step {done} of {phase.steps}; the same command resumes")

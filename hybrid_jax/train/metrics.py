@@ -1,15 +1,40 @@
-"""What one sees of a run: tensorboardX, the same numbers as JSON lines, a progress bar."""
+"""What is measured of a run and where it goes: tensorboardX, the same as JSON lines, a progress bar."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import pathlib
+import re
 import sys
+from collections.abc import Mapping
 
+import jax
+import optax
 import tensorboardX
 from tqdm import tqdm
 
+from hybrid_jax.config import PARAMETER_KEYS
 from hybrid_jax.parallel.distributed import is_first
+
+_MIXERS = "|".join(key for kind, key in PARAMETER_KEYS.items() if kind != "attention")
+GROUPS = {
+    "embedding": re.compile(r"embed_tokens|lm_head"),
+    "norm": re.compile(r"^norm\.|layernorm"),
+    "mlp": re.compile(r"\.mlp\."),
+    "mixer": re.compile(rf"\.({_MIXERS})\."),
+    "attention": re.compile(r"\.self_attn\."),
+}
+
+
+def gradient_norms(grads: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """`grad_norm`, and of every group of parameters that trains `grad_norm/GROUP`."""
+    groups: dict[str, list] = {}
+    for name, g in grads.items():
+        group = next((group for group, found in GROUPS.items() if found.search(name)), "other")
+        groups.setdefault(group, []).append(g)
+    return {"grad_norm": optax.tree.norm(grads), **{f"grad_norm/{n}": optax.tree.norm(g) for n, g in groups.items()}}
 
 
 class MetricWriter:
@@ -19,10 +44,13 @@ class MetricWriter:
         directory.mkdir(parents=True, exist_ok=True)
         self.board = tensorboardX.SummaryWriter(str(directory / "tensorboard"))
         self.lines = (directory / "metrics.jsonl").open("a")
+        if self.lines.tell() and not (directory / "metrics.jsonl").read_bytes().endswith(b"\n"):
+            self.lines.write("\n")  # a killed run's last line
 
     def write(self, phase: str, step: int, metrics: dict[str, float]):
         for name, value in metrics.items():
-            self.board.add_scalar(f"{phase}/{name}", value, step)
+            if math.isfinite(value):  # the JSON lines have the others
+                self.board.add_scalar(f"{phase}/{name}", value, step)
         self.lines.write(json.dumps({"phase": phase, "step": step, **metrics}) + "\n")
         self.lines.flush()
 
@@ -42,12 +70,14 @@ class NoMetrics:
 
 
 def read_metrics(directory: pathlib.Path) -> list[dict]:
-    """The lines of `metrics.jsonl`; of a step written twice (a resumed run) the last."""
+    """The lines of `metrics.jsonl`; of a step written twice (a resumed run) the last; torn lines (of a killed one) are left out."""
     path = directory / "metrics.jsonl"
-    if not path.exists():
-        return []
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return list({(r["phase"], r["step"]): r for r in rows}.values())
+    rows = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            rows[row["phase"], row["step"]] = row
+    return list(rows.values())
 
 
 def progress_bar(name: str, steps: int, done: int) -> tqdm:

@@ -18,10 +18,12 @@ _NOT_MUON = re.compile(r"(embed_tokens|lm_head|conv1d|\.mlp\.gate\.)")
 def learning_rate_schedule(phase: Phase) -> optax.Schedule:
     """Linear warmup to the peak, then the phase's shape down to `final_fraction` of it."""
     peak, rest = phase.learning_rate, max(phase.steps - phase.warmup_steps, 1)
+    end = peak * phase.final_fraction
     shape = {
         "constant": lambda: optax.constant_schedule(peak),
         "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=phase.final_fraction),
-        "linear": lambda: optax.linear_schedule(peak, peak * phase.final_fraction, rest),
+        "linear": lambda: optax.linear_schedule(peak, end, rest),
+        "wsd": lambda: optax.linear_schedule(peak, end, phase.decay_steps, rest - phase.decay_steps),
     }[phase.schedule]()
     if not phase.warmup_steps:
         return shape

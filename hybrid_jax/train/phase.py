@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 
 from hybrid_jax.model import REMAT
-from hybrid_jax.train.objectives import OBJECTIVES
+from hybrid_jax.train.objectives import FUSED, make_objective
 
-SCHEDULES = ("constant", "cosine", "linear")
+SCHEDULES = ("constant", "cosine", "linear", "wsd")
 OPTIMIZERS = ("adamw", "muon")
 
 
@@ -17,51 +17,73 @@ class Phase:
     """One stage of training.
 
     Args:
-      objective: key of `OBJECTIVES`.
+      objective, options: key of `OBJECTIVES`, and what it takes by name.
       form: what the model is turned into before the phase: `fused` (teacher beside student), `unfused`,
         or `as_is`.
       trainable: regular expressions on parameter names; what no one finds is frozen. `all` is everything.
-      steps: optimizer steps.
+      steps: optimizer steps; or `tokens`, for as many steps as those need.
       batch_size, seq_len: rows a step and tokens a row.
-      learning_rate, schedule, warmup_steps, final_fraction: the peak, its shape (constant, cosine,
-        linear), linear warmup, and the fraction of the peak at the end.
+      accumulate: parts in which a step's rows are computed, one after the other; their gradients are those of the whole.
+      learning_rate, schedule, final_fraction: the peak, its shape (constant; cosine; linear; wsd: warmup, stable, and
+        a linear decay over the last `decay_steps`), and the fraction of the peak at the end.
+      warmup_steps: linear, from nothing.
       optimizer: adamw, or muon (matrices by Muon, the rest by AdamW).
       weight_decay: on matrices alone (never norms, biases, A_log, dt_bias, D).
       clip: global gradient norm.
+      spike: a step whose gradient norm is so many times its running mean is skipped; 0: never. One whose loss or gradient
+        is not finite always is.
+      bad_steps: skipped steps in a row that end the phase.
+      rope_theta, max_position_embeddings: of the model from this phase on; 0 keeps them.
       compute_dtype: of activations.
       frozen_dtype: of the matrices that do not train, rounded (and so saved) if lower than the model's; empty keeps it.
       remat: what a layer keeps for its gradient: none (all of it), attention, full (its input alone).
       mix: source name -> share of the rows (see `hybrid_jax.data`); empty takes the experiment's `data.mix`.
       answer_weight: weight of a synthetic task's answer, against 1 for a token of text.
+      teacher_cache: for `distill_cached`, the directory made by `cache-teacher`.
       log_every, checkpoint_every: steps.
+      keep, keep_every: the newest checkpoints that stay, and the steps whose checkpoints stay until the phase ends.
     """
 
     objective: str
-    steps: int
+    steps: int = 0
+    tokens: int = 0
+    options: Mapping = dataclasses.field(default_factory=dict)
     form: str = "as_is"
     trainable: tuple[str, ...] = ("all",)
     batch_size: int = 8
     seq_len: int = 256
     learning_rate: float = 1e-4
+    accumulate: int = 1
     schedule: str = "cosine"
     warmup_steps: int = 0
+    decay_steps: int = 0
     final_fraction: float = 0.0
     optimizer: str = "adamw"
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.0
     clip: float = 1.0
+    spike: float = 0.0
+    bad_steps: int = 10
+    rope_theta: float = 0.0
+    max_position_embeddings: int = 0
     compute_dtype: str = "float32"
     frozen_dtype: str = ""
     remat: str = "none"
     mix: Mapping[str, float] = dataclasses.field(default_factory=dict)
     answer_weight: float = 1.0
+    teacher_cache: str = ""
     log_every: int = 10
     checkpoint_every: int = 200
+    keep: int = 2
+    keep_every: int = 0
 
     def __post_init__(self):
+        try:
+            make_objective(self.objective, self.options)
+        except ValueError as e:
+            raise ValueError(f"phase.{e}") from None
         for name, allowed in (
-            ("objective", OBJECTIVES),
             ("schedule", SCHEDULES),
             ("optimizer", OPTIMIZERS),
             ("form", ("fused", "unfused", "as_is")),
@@ -71,13 +93,23 @@ class Phase:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"phase.{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
-        for name in ("steps", "batch_size", "seq_len", "log_every", "checkpoint_every"):
+        if bool(self.steps) == bool(self.tokens):
+            raise ValueError(f"phase needs either steps or tokens, got steps {self.steps} and tokens {self.tokens}")
+        if self.tokens:
+            object.__setattr__(self, "steps", max(1, round(self.tokens / self.tokens_per_step)))
+        for name in ("steps", "batch_size", "seq_len", "accumulate", "bad_steps", "log_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"phase.{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(f"phase.warmup_steps must lie in 0 ... steps ({self.steps}), got {self.warmup_steps}")
-        if self.objective.startswith("align_") and self.form != "fused":
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"phase.accumulate {self.accumulate} does not divide phase.batch_size {self.batch_size}")
+        if self.schedule == "wsd" and not 0 < self.decay_steps <= self.steps - self.warmup_steps:
+            raise ValueError(f"phase.decay_steps of 'wsd' must lie in 1 ... steps - warmup_steps, got {self.decay_steps}")
+        if self.objective in FUSED and self.form != "fused":
             raise ValueError(f"phase.objective {self.objective!r} compares two streams; set phase.form = 'fused'")
+        if (self.objective == "distill_cached") != bool(self.teacher_cache):
+            raise ValueError("phase.objective 'distill_cached' and phase.teacher_cache need each other")
 
     @classmethod
     def from_config(cls, name: str, values: Mapping) -> Phase:

@@ -17,7 +17,7 @@ def run_processes(module, processes, *arguments, devices=8, timeout=900, env=Non
     """Starts `python -m module PROCESS PROCESSES PORT *arguments` in every process; the first one's output."""
     port = free_port()
     flags = f"--xla_force_host_platform_device_count={devices // processes}"
-    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **(env or {})}
+    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **(env or {})}
     running = [
         subprocess.Popen(
             [sys.executable, "-m", module, str(i), str(processes), str(port), *arguments],

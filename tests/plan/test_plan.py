@@ -11,8 +11,8 @@ import pytest
 
 from hybrid_jax.families import config_from_hf, config_to_hf
 from hybrid_jax.families.public import PUBLIC
-from hybrid_jax.plan.flops import traced_flops
-from hybrid_jax.plan.hardware import accelerator, device_count
+from hybrid_jax.flops import traced_flops
+from hybrid_jax.hardware import accelerator, device_count
 from hybrid_jax.plan.planner import make_plan, meshes, spread_pattern
 from hybrid_jax.plan.program import Job, abstract_parameters, state_bytes
 from hybrid_jax.plan.wire import wire_bytes

@@ -5,7 +5,6 @@ import os
 import signal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -16,8 +15,8 @@ from hybrid_jax.experiment import run_experiment
 from hybrid_jax.parameters import select_names, split_model
 from hybrid_jax.train import MetricWriter, Phase, Stopped, read_metrics, train_phase
 from hybrid_jax.train.arrangement import Arrangement
-from hybrid_jax.train.loop import make_step
 from hybrid_jax.train.optimizer import decayed, learning_rate_schedule, make_optimizer
+from hybrid_jax.train.step import make_step
 from tests.conftest import tiny_model
 from tests.data.test_data import corpus  # noqa: F401 (a fixture)
 
@@ -110,13 +109,6 @@ def test_a_stopped_run_resumes_bit_exactly(corpus, tmp_path, monkeypatch, optimi
     assert all(np.array_equal(whole[n], parts[n]) for n in whole)
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-
-
-def test_a_loss_that_is_not_finite_ends_the_phase_with_its_step(corpus, tmp_path):  # noqa: F811
-    model = model_for(corpus)
-    model.norm.weight[...] = model.norm.weight[...] * jnp.nan
-    with pytest.raises(FloatingPointError, match="step 1"):
-        train(corpus, tmp_path, model)
 
 
 def test_a_pattern_that_matches_nothing_is_refused(corpus, tmp_path):  # noqa: F811
@@ -239,7 +231,9 @@ def test_an_experiment_makes_every_stage_and_a_second_run_reuses_all(made_source
     assert run_experiment(config, tmp_path / "run") == out
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.safetensors")} == written
     with pytest.raises(ValueError, match="another config"):
-        run_experiment(experiment(source, seed=1), tmp_path / "run")
+        other = experiment(source, seed=1)
+        other.data.text = text
+        run_experiment(other, tmp_path / "run")
 
 
 def test_an_experiment_can_select_its_layers(made_source, tmp_path):

@@ -64,3 +64,26 @@ def device_count(chip: str, shape: str) -> int:
     for n in shape.split("x"):
         count *= int(n)
     return 2 * count if chip == "tpu7x" else count
+
+
+# What JAX calls them.
+KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+    "NVIDIA A100": "a100",
+    "NVIDIA H100": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+}
+
+
+def accelerator_of(device_kind: str) -> Accelerator | None:
+    """What `jax.Device.device_kind` names, if it is known."""
+    found = [name for name in KINDS if device_kind.startswith(name)]
+    return (TPUS | GPUS)[KINDS[max(found, key=len)]] if found else None

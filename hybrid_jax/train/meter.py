@@ -1,0 +1,60 @@
+"""How fast a phase runs: tokens a second, the share of the peak (MFU), waiting for data, memory."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+import jax
+
+from hybrid_jax.flops import traced_flops
+from hybrid_jax.hardware import accelerator_of
+from hybrid_jax.model import Decoder
+from hybrid_jax.train.arrangement import Arrangement
+from hybrid_jax.train.phase import Phase
+from hybrid_jax.train.step import make_step
+
+
+class Meter:
+    """Measures from `begin`, after the first step (which compiles), on.
+
+    MFU needs an accelerator whose peak is known; its FLOPs are the step's without rematerialisation.
+    """
+
+    def __init__(self, phase: Phase, model: Decoder):
+        self.tokens, self.waited = phase.tokens_per_step, 0.0
+        self.first = self.begun = self.flops = self._counted = None
+        self.kind = accelerator_of(jax.local_devices()[0].device_kind)
+        if self.kind is not None:
+            remat, model.remat = model.remat, "none"
+            self._counted = make_step(Arrangement(model, phase), phase)
+            model.remat = remat
+
+    def count(self, state, frozen, batch):
+        """Tells it a step's arguments, of which the first time it counts the FLOPs."""
+        if self._counted is not None:
+            self.flops, self._counted = traced_flops(self._counted, state, frozen, batch), None
+
+    def begin(self, step: int):
+        """After `step`, if it has not begun yet."""
+        if self.first is None:
+            self.first, self.begun, self.waited = step, time.perf_counter(), 0.0
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Around what waits for data."""
+        begin = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - begin
+
+    def read(self, step: int) -> dict[str, float]:
+        """After `step`; without speeds if there were none to measure."""
+        values = {}
+        if self.first is not None and step > self.first:
+            seconds, steps = time.perf_counter() - self.begun, step - self.first
+            values = {"tokens_per_second": steps * self.tokens / seconds, "data_wait": self.waited / seconds}
+            if self.kind is not None and self.flops:
+                values["mfu"] = steps * self.flops / seconds / (self.kind.flops * jax.device_count())
+        if memory := (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"):
+            values["peak_memory_gb"] = memory / 1e9
+        return values

@@ -1,0 +1,89 @@
+"""The jitted training step: gradients of the parts of a batch put together, the update, and what is not let in.
+
+A step whose loss or gradient is not finite, or whose gradient norm is a spike, changes nothing but `Health`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hybrid_jax.parallel.mesh import BATCH_AXES
+from hybrid_jax.parallel.sharding import TOKENS, axis_size, constrain
+from hybrid_jax.train.arrangement import Arrangement
+from hybrid_jax.train.checkpoint import Health, TrainState
+from hybrid_jax.train.metrics import gradient_norms
+from hybrid_jax.train.objectives import make_objective
+from hybrid_jax.train.phase import Phase
+
+DECAY, TRUSTED = 0.98, 20  # of the running mean of gradient norms; steps before it is relied on
+
+
+def make_step(arrangement: Arrangement, phase: Phase, shardings: TrainState | None = None):
+    """(state, frozen, batch) -> (the next state, metrics), jitted; the state is donated.
+
+    Frozen parameters have neither gradients nor optimizer state.
+
+    Args:
+      shardings: of the state, which the next one keeps.
+    """
+    objective = make_objective(phase.objective, phase.options)
+
+    def loss_of(trainable, frozen, batch):
+        model, teacher = arrangement.models(trainable, frozen)
+        return objective(model, batch, teacher)
+
+    def step(state: TrainState, frozen, batch):
+        grads, metrics = _gradients(loss_of, state.trainable, frozen, batch, phase.accumulate)
+        norms = gradient_norms(grads)
+        health, good = _judge(state.health, metrics["loss"], norms["grad_norm"], phase.spike)
+        updates, optimizer = arrangement.optimizer.update(grads, state.optimizer, state.trainable)
+        new = TrainState(optax.apply_updates(state.trainable, updates), optimizer, health)
+        kept = jax.tree.map(lambda old, new: jnp.where(good, new, old), state[:2], new[:2])
+        return TrainState(*kept, health), {**metrics, **norms, "skipped": health.skipped, "skipped_in_a_row": health.in_a_row}
+
+    return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
+
+
+def _judge(health: Health, loss, norm, spike: float) -> tuple[Health, jax.Array]:
+    """What is known of the run after this step, and whether the step counts."""
+    good = jnp.isfinite(loss) & jnp.isfinite(norm)
+    if spike:
+        good &= (health.steps < TRUSTED) | (norm < spike * health.mean_norm)
+    weight = jnp.where(health.steps == 0, 1.0, 1 - DECAY)
+    bad = 1 - good.astype(jnp.int32)
+    return Health(
+        steps=health.steps + 1 - bad,
+        mean_norm=jnp.where(good, health.mean_norm + weight * (norm - health.mean_norm), health.mean_norm),
+        skipped=health.skipped + bad,
+        in_a_row=(health.in_a_row + 1) * bad,
+    ), good
+
+
+def _gradients(loss_of, trainable, frozen, batch, parts: int):
+    """Gradients and metrics of the batch, from its parts one after the other, each weighing what its loss is a mean over."""
+    both = jax.grad(loss_of, has_aux=True)
+    if parts == 1:
+        grads, metrics = both(trainable, frozen, batch)
+        return grads, {name: x for name, x in metrics.items() if name != "weight"}
+    shards = math.prod(axis_size(a) for a in BATCH_AXES)
+
+    def cut(x):
+        """Part p has rows of every device."""
+        x = x.reshape(shards, parts, -1, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(x.reshape(parts, -1, *x.shape[3:]), None, *TOKENS)
+
+    def add(sums, part):
+        grads, metrics = both(trainable, frozen, part)
+        weight = metrics.pop("weight")
+        return jax.tree.map(lambda total, x: total + weight * x, sums, (grads, metrics, jnp.float32(1))), None
+
+    batch = {name: cut(x) for name, x in batch.items()}
+    shapes = jax.eval_shape(both, trainable, frozen, {name: x[0] for name, x in batch.items()})
+    shapes[1].pop("weight")
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (*shapes, jnp.float32(0)))
+    (grads, metrics, weight), _ = jax.lax.scan(add, zeros, batch)
+    return jax.tree.map(lambda x: x / jnp.maximum(weight, 1.0), (grads, metrics))

@@ -1,0 +1,91 @@
+"""Checkpoints: what is damaged is passed over, what was saved stays saved, whatever happens to the writer."""
+
+import pathlib
+import resource
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from hybrid_jax.train.checkpoint import Checkpoints
+from tests.data.test_data import corpus  # noqa: F401 (a fixture)
+from tests.train.test_training import arrays, losses, model_for, train
+
+
+def saved_steps(directory: pathlib.Path):
+    return sorted(int(p.name) for p in (directory / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def damage(directory: pathlib.Path, step: int):
+    """Cuts every file of a checkpoint's arrays short."""
+    for path in (directory / "checkpoints" / str(step) / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_as_if_it_had_not_been(corpus, tmp_path, capsys):  # noqa: F811
+    whole = arrays(train(corpus, tmp_path / "whole"))
+    train(corpus, tmp_path / "parts")
+    assert saved_steps(tmp_path / "parts") == [4, 6]
+    damage(tmp_path / "parts", 6)
+    capsys.readouterr()
+    again = arrays(train(corpus, tmp_path / "parts"))
+    told = capsys.readouterr().out
+    assert "step 6" in told and "can not be read, trying the one before" in told and "resumed at step 4" in told
+    assert all(np.array_equal(whole[n], again[n]) for n in whole)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert saved_steps(tmp_path / "parts") == [4, 6]
+
+
+def test_when_none_can_be_read_nothing_is_begun_anew(corpus, tmp_path):  # noqa: F811
+    train(corpus, tmp_path)
+    for step in saved_steps(tmp_path):
+        damage(tmp_path, step)
+    with pytest.raises(ValueError, match=r"none of the checkpoints in .* \(steps 6, 4\) can be read; repair or remove"):
+        train(corpus, tmp_path)
+    assert saved_steps(tmp_path) == [4, 6]
+
+
+def test_an_unfinished_checkpoint_is_no_checkpoint(corpus, tmp_path, capsys):  # noqa: F811
+    train(corpus, tmp_path)
+    (tmp_path / "checkpoints" / "6").rename(tmp_path / "checkpoints" / "6.orbax-checkpoint-tmp")
+    capsys.readouterr()
+    train(corpus, tmp_path)
+    assert "resumed at step 4" in capsys.readouterr().out
+
+
+def test_the_newest_stay_and_those_asked_for(corpus, tmp_path):  # noqa: F811
+    train(corpus, tmp_path, checkpoint_every=1, keep=2, keep_every=3)
+    assert saved_steps(tmp_path) == [3, 5, 6]
+
+
+def test_a_full_disk_ends_the_run_and_loses_nothing_earlier(corpus, tmp_path):  # noqa: F811
+    before = arrays(train(corpus, tmp_path, steps=2))
+    limit, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+    try:
+        with pytest.raises((OSError, ValueError)):
+            train(corpus, tmp_path, steps=4, schedule="constant")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    after = arrays(train(corpus, tmp_path, steps=2))
+    assert saved_steps(tmp_path)[0] == 2
+    assert all(np.array_equal(before[n], after[n]) for n in before)
+
+
+def test_health_is_restored_with_the_rest(corpus, tmp_path):  # noqa: F811
+    from hybrid_jax.parameters import split_model
+    from hybrid_jax.train.arrangement import Arrangement
+    from tests.train.test_training import phase
+
+    p, model = phase(), model_for(corpus)
+    state, _, _ = Arrangement(model, p).begin(None, split_model(model)[1])
+    state = state._replace(health=state.health._replace(skipped=state.health.skipped + 7))
+    checkpoints = Checkpoints(tmp_path / "c")
+    checkpoints.save(3, state, {"next": 1})
+    checkpoints.close()
+    step, got, data = Checkpoints(tmp_path / "c").restore_latest(state)
+    assert (step, data, int(got.health.skipped)) == (3, {"next": 1}, 7)
+    assert jax.tree.structure(got) == jax.tree.structure(state)

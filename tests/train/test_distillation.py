@@ -1,0 +1,111 @@
+"""Distillation: a student nears its teacher, which stays what it was whatever trains; cached answers do as well."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hybrid_jax.data.pipeline import training_batches
+from hybrid_jax.data.teacher_cache import TeacherCache
+from hybrid_jax.parameters import split_model
+from hybrid_jax.priming.fuse import fuse
+from hybrid_jax.priming.initialize import initialize_hybrid
+from hybrid_jax.train import Phase
+from hybrid_jax.train.arrangement import TEACHER, Arrangement
+from hybrid_jax.train.objectives import OBJECTIVES, distill
+from hybrid_jax.train.step import make_step
+from tests.conftest import relative_error, tiny_model
+from tests.data.test_data import corpus  # noqa: F401 (a fixture)
+from tests.train.test_steps import batch_of
+from tests.train.test_training import phase
+
+
+def fused(pattern="*-SWA-*"):
+    source = tiny_model("*-*-*")
+    return fuse(initialize_hybrid(source, pattern), source)
+
+
+def textbook(model, batch, kind="forward", temperature=1.0):
+    streams = model.two_streams(batch["input_ids"], batch["segment_ids"], batch["positions"])
+    log_q, log_p = (jax.nn.log_softmax(model.head(h) / temperature) for h in (streams.teacher, streams.student))
+    if kind == "reverse":
+        log_p, log_q = log_q, log_p
+    kl = jnp.sum(jnp.exp(log_q) * (log_q - log_p), axis=-1)
+    return jnp.sum(kl * batch["weights"]) / jnp.sum(batch["weights"])
+
+
+@pytest.mark.parametrize("kind, temperature", [("forward", 1.0), ("reverse", 2.0)])
+def test_the_loss_is_the_textbook_s(kind, temperature):
+    model, batch = fused(), batch_of()
+    loss, metrics = distill(model, batch, kind=kind, temperature=temperature, next_token_weight=0.5)
+    want = textbook(model, batch, kind, temperature)
+    assert relative_error(metrics["divergence"], want) < 1e-5
+    next_token = OBJECTIVES["next_token"](model, batch)[0]
+    assert relative_error(loss, temperature**2 * want + 0.5 * next_token) < 1e-5
+
+
+@pytest.mark.parametrize("trainable", [(r"\.swa\.",), ("all",)])
+def test_the_student_nears_a_teacher_that_stays(trainable):
+    model, batch = fused(), batch_of()
+    p = phase(objective="distill", form="fused", trainable=trainable, learning_rate=3e-3, options={"kind": "forward"})
+    arrangement = Arrangement(model, p)
+    state, frozen, _ = arrangement.begin(None, split_model(model)[1])
+    copies = {n for n in frozen if n.startswith(TEACHER)}
+    assert bool(copies) == (trainable == ("all",)) and not any(".swa." in n for n in copies)
+
+    def teacher(state):
+        own, other = arrangement.models(state.trainable, frozen)
+        return (other or own).hidden_states(batch["input_ids"], batch["segment_ids"], batch["positions"], stream="teacher")[0]
+
+    before, step, seen = np.asarray(teacher(state)), make_step(arrangement, p), []
+    for _ in range(25):
+        state, metrics = step(state, frozen, batch)
+        seen.append(float(metrics["loss"]))
+    assert seen[-1] < 0.5 * seen[0]
+    assert relative_error(teacher(state), before) < 1e-6
+    assert set(arrangement.parameters(state, frozen)) == set(split_model(model)[1])
+
+
+def test_options_that_an_objective_has_not_are_refused():
+    for changes, words in (
+        (dict(objective="distill", form="fused", options={"heat": 1}), "no option 'heat'; it has kind, temperature"),
+        (dict(objective="distill", form="fused", options={"kind": "both"}), "expected one of forward, reverse"),
+        (dict(objective="next_token", options={"kind": "forward"}), "it has none"),
+        (dict(objective="distill"), "form = 'fused'"),
+        (dict(objective="distill_cached"), "need each other"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            phase(**changes)
+
+
+ROWS = dict(batch_size=2, length=128, seed=0, answer_weight=1.0)
+
+
+def test_a_cache_holds_what_a_teacher_thinks_of_each_row(corpus, tmp_path):  # noqa: F811
+    from hybrid_jax.train.cache import cache_teacher
+
+    k = corpus.tokenizer.get_vocab_size()
+    teacher = tiny_model("*-*", vocab_size=k)
+    p = Phase.from_config("p", dict(objective="next_token", steps=3, batch_size=2, seq_len=128, compute_dtype="float32"))
+    cache_teacher(teacher, p, corpus, {"text": 1.0}, seed=0, out=tmp_path / "cache", k=k)
+    stream = training_batches(corpus, {"text": 1.0}, **ROWS, teacher_cache=str(tmp_path / "cache"))
+    plain = training_batches(corpus, {"text": 1.0}, **ROWS)
+    for _ in range(3):
+        batch, want = next(stream), next(plain)
+        assert np.array_equal(batch["input_ids"], want["input_ids"])
+        log_p = jax.nn.log_softmax(teacher(want["input_ids"], want["segment_ids"]))
+        got = np.take_along_axis(np.asarray(log_p), batch["teacher_ids"], axis=-1)
+        assert np.abs(got - batch["teacher_log_probabilities"]).max() < 1e-2
+        assert (np.diff(batch["teacher_log_probabilities"], axis=-1) <= 0).all()
+    with pytest.raises(FileNotFoundError, match="has no step 3"):
+        next(stream)
+    half = training_batches(corpus, {"text": 1.0}, **ROWS, teacher_cache=str(tmp_path / "cache"), rows=[1])
+    assert next(half)["teacher_ids"].shape == (1, 128, k)
+
+
+def test_a_cache_of_other_rows_is_refused(tmp_path):
+    TeacherCache(tmp_path / "c", 4, mix={"text": 1}, **ROWS)
+    with pytest.raises(ValueError, match="made with seed = 0, this phase has 1"):
+        TeacherCache(tmp_path / "c", mix={"text": 1}, **{**ROWS, "seed": 1})
+    with pytest.raises(FileNotFoundError, match="cache-teacher"):
+        TeacherCache(tmp_path / "d", mix={"text": 1}, **ROWS)
