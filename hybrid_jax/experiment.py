@@ -5,7 +5,7 @@ A working directory holds
     config.json       what is being run; another config in the same directory is refused
     stages/NN_NAME/   a Hugging Face directory of each finished stage, 00_initial first
     checkpoints/NAME/ of the phase under way
-    metrics.jsonl, tensorboard/
+    metrics.jsonl, tensorboard/, run.png
     model/            the outcome
 """
 
@@ -42,12 +42,13 @@ from hybrid_jax.parameters import abstract_parameters, select_names
 from hybrid_jax.priming.fuse import fuse, unfuse
 from hybrid_jax.priming.initialize import initialize_hybrid
 from hybrid_jax.priming.select import Selection, choose_pattern, pattern_from_scores
+from hybrid_jax.report import report_run
 from hybrid_jax.train import MetricWriter, NoMetrics, Phase, train_phase
 
 KEYS = {"source", "model", "pattern", "select", "mixers", "schedule", "phases", "data", "seed", "mesh"}
 
 
-def _check(config: ConfigDict) -> list[tuple[str, Phase]]:
+def phases_of_config(config: ConfigDict) -> list[tuple[str, Phase]]:
     """The phases in order, after everything that can be checked without work.
 
     Raises:
@@ -140,7 +141,7 @@ def stage_path(workdir: pathlib.Path, number: int, name: str) -> pathlib.Path:
     return workdir / "stages" / f"{number:02d}_{name}"
 
 
-def run_experiment(config: ConfigDict, workdir: str | pathlib.Path) -> pathlib.Path:
+def run_experiment(config: ConfigDict, workdir: str | pathlib.Path, profile: tuple[int, int] | None = None) -> pathlib.Path:
     """Runs a config, or what is left of it.
 
     Args:
@@ -148,6 +149,7 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path) -> pathlib.P
         `phases` (by name, see `Phase`); `data` (`mix`, and `text` or `sources`, see `data.corpus`); `seed`;
         `mesh` (axis -> size, see `parallel.mesh`), absent for one device.
       workdir: where everything goes; of several processes all must see it.
+      profile: first and last step of each phase to trace, into `profile/PHASE`.
 
     Returns:
       The directory of the exported model.
@@ -156,17 +158,20 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path) -> pathlib.P
       ValueError, FileNotFoundError, PermissionError, FileExistsError: bad input, before any work.
       Stopped: asked to stop; state saved.
     """
-    workdir, phases = pathlib.Path(workdir), _check(config)
+    workdir, phases = pathlib.Path(workdir), phases_of_config(config)
     source_config = check_model_directory(config.source) if config.get("source") else config_from_hf(config.model.to_dict())
     mixers = config.get("mixers", ConfigDict()).to_dict()
     _check_phases_fit(_with_mixer_options(source_config, mixers), config, phases)
-    mesh = make_mesh(config.mesh.to_dict()) if config.get("mesh") else None
-    for _, phase in phases if mesh is not None else ():
-        check_mesh_fits(source_config, mesh, phase.batch_size, phase.seq_len)
+    meshes = {name: _mesh_of(phase.mesh or config.get("mesh")) for name, phase in [("", phases[0][1]), *phases]}
+    for name, phase in phases:
+        if meshes[name] is not None:
+            check_mesh_fits(source_config, meshes[name], phase.batch_size // phase.accumulate, phase.seq_len)
     if config.get("source"):
         load_tokenizer(config.source)
     if is_first():
         _claim(workdir, config)
+        for leftover in (workdir / "stages").glob(".*"):  # of a killed run
+            shutil.rmtree(leftover)
     barrier("claimed")
     out = workdir / "model"
     if out.exists():
@@ -182,6 +187,7 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path) -> pathlib.P
     source = pathlib.Path(config.get("source") or initial)
     corpus = read_corpus(config.data.to_dict(), source, read_model_config(source).extra.get("eos_token_id"))
     if not initial.exists():
+        mesh = meshes[""]
         model = load_model(source, dtype=jnp.float32, mesh=mesh)
         model.config = _with_mixer_options(model.config, mixers)
         pattern = choose_pattern(model, config.get("pattern", ""), config.get("select"), corpus, workdir)
@@ -190,12 +196,12 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path) -> pathlib.P
     before = initial
     with contextlib.closing(MetricWriter(workdir) if is_first() else NoMetrics()) as writer:
         for number, (name, phase) in enumerate(phases, start=1):
-            stage = stage_path(workdir, number, name)
+            stage, mesh = stage_path(workdir, number, name), meshes[name]
             checkpoints = workdir / "checkpoints" / name
             if not stage.exists():
                 mix = dict(phase.mix) or config.data.mix.to_dict()
                 seed = config.seed + number
-                where = dict(directory=checkpoints, writer=writer, mesh=mesh)
+                where = dict(directory=checkpoints, writer=writer, mesh=mesh, profile=profile)
                 model = train_phase(
                     # not held here, so that the loop may free it
                     _in_form(load_model(before, dtype=jnp.float32, mesh=mesh), phase.form, source, mesh),
@@ -212,7 +218,13 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path) -> pathlib.P
                 shutil.rmtree(checkpoints, ignore_errors=True)
             before = stage
     save_model(unfuse(load_model(before, mesh=mesh)), out, tokenizer_from=source)
+    if is_first():
+        report_run(workdir)
     return out
+
+
+def _mesh_of(sizes) -> Mesh | None:
+    return make_mesh(dict(sizes)) if sizes else None
 
 
 def _in_form(model: Decoder, form: str, source: pathlib.Path, mesh: Mesh | None) -> Decoder:

@@ -35,11 +35,26 @@ def load_config(arguments: list[str]) -> ConfigDict:
 def add_arguments(parser: argparse.ArgumentParser):
     parser.epilog = "Fields of the config are overridden by --config.a.b=value."
     parser.add_argument("--workdir", required=True, help="everything the run writes goes here; the same one resumes it")
+    parser.add_argument("--profile", metavar="FIRST:LAST", help="steps of every phase to trace for XProf, e.g. 10:12")
     parser.add_argument("--config", required=True, metavar="FILE", help="an ml_collections config, e.g. configs/prime_tiny_gka.py")
+
+
+def steps_of(text: str | None) -> tuple[int, int] | None:
+    """`FIRST:LAST`.
+
+    Raises:
+      ValueError: it is not that.
+    """
+    if not text:
+        return None
+    first, _, last = text.partition(":")
+    if not (first.isdigit() and last.isdigit() and 0 < int(first) <= int(last)):
+        raise ValueError(f"--profile {text!r}: expected FIRST:LAST, e.g. 10:12")
+    return int(first), int(last)
 
 
 def run(args: argparse.Namespace):
     from hybrid_jax.experiment import run_experiment
 
-    out = run_experiment(load_config([f"--config={args.config}", *args.overrides]), args.workdir)
+    out = run_experiment(load_config([f"--config={args.config}", *args.overrides]), args.workdir, steps_of(args.profile))
     print(f"model: {out}")

@@ -17,10 +17,13 @@ COMMANDS = {
     "prime": ("experiments", "run a priming config: select, initialise, align, post-train"),
     "train": ("experiments", "run a training config"),
     "plan": ("plan", "what a job needs on a TPU slice or GPUs, compiled ahead of time"),
+    "cache-teacher": ("cache_teacher", "keep a teacher's likeliest tokens, to distil from"),
+    "sweep": ("sweep", "run a grid or list of overrides over configs and collect the results"),
     "evaluate": ("evaluate", "held-out loss and recall of models and runs: table, report, picture"),
     "generate": ("generate", "continue a prompt"),
 }
 SPREAD = {"prime", "train"}  # commands that run as one job of several processes
+CONFIGURED = {"experiments", "cache_teacher"}  # modules that take --config.a.b=value
 EXPECTED = (ValueError, OSError, NotImplementedError, FloatingPointError)
 
 
@@ -32,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         subparser = subparsers.add_parser(name, help=summary, description=summary)
         importlib.import_module(f"hybrid_jax.commands.{module}").add_arguments(subparser)
     args, rest = parser.parse_known_args(argv)
-    if rest and not (COMMANDS[args.command][0] == "experiments" and all(r.startswith("--config.") for r in rest)):
+    if rest and not (COMMANDS[args.command][0] in CONFIGURED and all(r.startswith("--config.") for r in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     module = importlib.import_module(f"hybrid_jax.commands.{COMMANDS[args.command][0]}")
     args.overrides = rest

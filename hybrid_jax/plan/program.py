@@ -24,6 +24,7 @@ from hybrid_jax.parallel.sharding import TOKENS, partition_spec
 from hybrid_jax.parameters import abstract_parameters, join_model, logical_axes
 from hybrid_jax.plan.wire import wire_bytes
 from hybrid_jax.train.arrangement import Arrangement, parameter_shardings
+from hybrid_jax.train.loop import prepared
 from hybrid_jax.train.phase import Phase
 from hybrid_jax.train.step import make_step
 
@@ -124,23 +125,21 @@ class Program:
     kept: float
 
 
-def training_program(job: Job, mesh: Mesh) -> Program:
-    """The step of `train.loop`, exactly: two streams or one, AdamW with float32 masters, frozen matrices in bf16.
+def training_program(config: ModelConfig, phase: Phase, mesh: Mesh) -> Program:
+    """The step of `train.loop`, exactly, for a model in the phase's form.
 
     Raises:
       ValueError: the mesh does not divide the model or the batch.
     """
-    config, phase = job.model_config, job.phase
-    check_mesh_fits(config, mesh, job.rows, job.seq_len)
-    model = abstract_decoder(config, jnp.float32, jnp.bfloat16)
-    model.remat = phase.remat
+    check_mesh_fits(config, mesh, phase.batch_size // phase.accumulate, phase.seq_len)
+    model = prepared(abstract_decoder(config), phase)
     arrangement = Arrangement(model, phase)
     trainable, frozen = arrangement.split(abstract_parameters(config))
     state, frozen = jax.eval_shape(arrangement.make_state, trainable), jax.eval_shape(arrangement.make_frozen, frozen, trainable)
     state_where = arrangement.state_shardings(mesh, state)
     state, frozen = _with(state_where, state), _with(arrangement.frozen_shardings(mesh, frozen), frozen)
-    batch = abstract_batch(job.rows, job.seq_len, NamedSharding(mesh, partition_spec(mesh, TOKENS)))
-    local = job.tokens / math.prod(mesh.shape[a] for a in (*BATCH_AXES, "seq"))
+    batch = abstract_batch(phase.batch_size, phase.seq_len, NamedSharding(mesh, partition_spec(mesh, TOKENS)))
+    local = phase.tokens_per_step / phase.accumulate / math.prod(mesh.shape[a] for a in (*BATCH_AXES, "seq"))
     widths = {"none": 0, "full": config.hidden_size}
     widths["attention"] = config.hidden_size + config.num_heads * config.head_dim // mesh.shape["tensor"]
     return Program(
@@ -193,7 +192,7 @@ def decoding_program(job: Job, mesh: Mesh) -> Program:
 
 
 def make_program(job: Job, mesh: Mesh) -> Program:
-    return (decoding_program if job.stage == "decode" else training_program)(job, mesh)
+    return decoding_program(job, mesh) if job.stage == "decode" else training_program(job.model_config, job.phase, mesh)
 
 
 @dataclasses.dataclass

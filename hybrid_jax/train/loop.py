@@ -102,6 +102,9 @@ def train_phase(
       ValueError: a pattern of `phase.trainable` matches nothing, or no checkpoint can be read.
     """
     model = prepared(model, phase)
+    if phase.epochs:
+        (source,) = mix
+        phase = phase.with_rows(len(corpus.rows(source, phase.seq_len, seed)))
     if mesh is not None:
         check_mesh_fits(model.config, mesh, phase.batch_size // phase.accumulate, phase.seq_len)
     arrangement, meter = Arrangement(model, phase), Meter(phase, model)

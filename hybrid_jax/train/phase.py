@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 from hybrid_jax.model import REMAT
@@ -21,12 +22,12 @@ class Phase:
       form: what the model is turned into before the phase: `fused` (teacher beside student), `unfused`,
         or `as_is`.
       trainable: regular expressions on parameter names; what no one finds is frozen. `all` is everything.
-      steps: optimizer steps; or `tokens`, for as many steps as those need.
+      steps: optimizer steps; or `tokens`, for as many steps as those need; or `epochs` over the rows of the phase's one source.
       batch_size, seq_len: rows a step and tokens a row.
       accumulate: parts in which a step's rows are computed, one after the other; their gradients are those of the whole.
       learning_rate, schedule, final_fraction: the peak, its shape (constant; cosine; linear; wsd: warmup, stable, and
         a linear decay over the last `decay_steps`), and the fraction of the peak at the end.
-      warmup_steps: linear, from nothing.
+      warmup_steps: linear, from nothing; or `warmup_fraction` of the steps.
       optimizer: adamw, or muon (matrices by Muon, the rest by AdamW).
       weight_decay: on matrices alone (never norms, biases, A_log, dt_bias, D).
       clip: global gradient norm.
@@ -40,6 +41,7 @@ class Phase:
       mix: source name -> share of the rows (see `hybrid_jax.data`); empty takes the experiment's `data.mix`.
       answer_weight: weight of a synthetic task's answer, against 1 for a token of text.
       teacher_cache: for `distill_cached`, the directory made by `cache-teacher`.
+      mesh: axis -> size (see `parallel.mesh`), in place of the experiment's.
       log_every, checkpoint_every: steps.
       keep, keep_every: the newest checkpoints that stay, and the steps whose checkpoints stay until the phase ends.
     """
@@ -47,6 +49,7 @@ class Phase:
     objective: str
     steps: int = 0
     tokens: int = 0
+    epochs: float = 0.0
     options: Mapping = dataclasses.field(default_factory=dict)
     form: str = "as_is"
     trainable: tuple[str, ...] = ("all",)
@@ -56,6 +59,7 @@ class Phase:
     accumulate: int = 1
     schedule: str = "cosine"
     warmup_steps: int = 0
+    warmup_fraction: float = 0.0
     decay_steps: int = 0
     final_fraction: float = 0.0
     optimizer: str = "adamw"
@@ -73,6 +77,7 @@ class Phase:
     mix: Mapping[str, float] = dataclasses.field(default_factory=dict)
     answer_weight: float = 1.0
     teacher_cache: str = ""
+    mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
     log_every: int = 10
     checkpoint_every: int = 200
     keep: int = 2
@@ -93,10 +98,24 @@ class Phase:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"phase.{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
-        if bool(self.steps) == bool(self.tokens):
-            raise ValueError(f"phase needs either steps or tokens, got steps {self.steps} and tokens {self.tokens}")
+        given = {name: getattr(self, name) for name in ("steps", "tokens", "epochs") if getattr(self, name)}
+        if len(given) != 1 or min(given.values()) < 0:
+            raise ValueError(f"phase needs one of steps, tokens and epochs, got {given or 'none'}")
+        if self.epochs and len(self.mix) != 1:
+            raise ValueError(f"phase.epochs needs a phase.mix of one source, got {dict(self.mix)}")
+        if self.warmup_steps and self.warmup_fraction:
+            raise ValueError("phase has both warmup_steps and warmup_fraction; give one")
         if self.tokens:
             object.__setattr__(self, "steps", max(1, round(self.tokens / self.tokens_per_step)))
+            object.__setattr__(self, "tokens", 0)
+        if self.epochs:
+            return  # `with_rows` says how many steps they are
+        if self.warmup_fraction:
+            object.__setattr__(self, "warmup_steps", math.ceil(self.warmup_fraction * self.steps))
+            object.__setattr__(self, "warmup_fraction", 0.0)
+        self._check_steps()
+
+    def _check_steps(self):
         for name in ("steps", "batch_size", "seq_len", "accumulate", "bad_steps", "log_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"phase.{name} must be at least 1, got {getattr(self, name)}")
@@ -126,6 +145,12 @@ class Phase:
             return cls(**{k: tuple(v) if k == "trainable" else v for k, v in values.items()})
         except (TypeError, ValueError) as e:
             raise ValueError(f"phase {name!r}: {e}") from None
+
+    def with_rows(self, rows: int) -> Phase:
+        """The phase in steps, where it is given in epochs, of a source of so many rows."""
+        if not self.epochs:
+            return self
+        return dataclasses.replace(self, steps=max(1, round(self.epochs * rows / self.batch_size)), epochs=0.0)
 
     @property
     def tokens_per_step(self) -> int:

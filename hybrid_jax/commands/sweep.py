@@ -1,0 +1,51 @@
+"""`sweep`: run a grid or list of overrides over configs, here or as an array job, and collect the results."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+
+# What tells a task of an array job which one it is.
+ARRAYS = ("SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX")
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    parser.add_argument("--config", required=True, metavar="FILE", help="a sweep config, e.g. configs/sweep_tiny.py")
+    parser.add_argument("--out", required=True, help="everything goes here; the same one resumes it")
+    parser.add_argument("--index", help="only this point, counted from 0; 'array' for the array job's (Slurm, GKE)")
+    parser.add_argument("--collect", action="store_true", help="run nothing: table and picture of what is there")
+    parser.add_argument("--list", action="store_true", help="print the points and run nothing")
+
+
+def run(args: argparse.Namespace):
+    from hybrid_jax.commands.experiments import load_config
+    from hybrid_jax.stopped import Stopped
+    from hybrid_jax.sweep import claim, collect, points_of, run_point
+
+    config, out = load_config([f"--config={args.config}"]), pathlib.Path(args.out)
+    points = points_of(config)
+    if args.list:
+        print("\n".join(f"{i} {p.name}: {' '.join(p.arguments)}" for i, p in enumerate(points)))
+        return
+    chosen = points
+    if args.index:
+        index = args.index
+        if index == "array":
+            index = next((os.environ[name] for name in ARRAYS if name in os.environ), "")
+        if not index.isdigit() or int(index) >= len(points):
+            raise ValueError(
+                f"--index {args.index}: expected 0 ... {len(points) - 1}, or 'array' in an array job ({', '.join(ARRAYS)})"
+            )
+        chosen = [points[int(index)]]
+    claim(out, points)
+    results = {}
+    for n, point in enumerate(chosen if not args.collect else (), start=1):
+        print(f"sweep: {n} of {len(chosen)}, {point.name}", flush=True)
+        results[point.name] = run_point(point, out, dict(config.get("evaluate") or {}))
+        if results[point.name]["status"] == "stopped":
+            raise Stopped(f"{point.name} was stopped and saved; the same command goes on")
+    rows = collect(out, points, results)
+    failed = [r for r in results.values() if r["status"] == "failed"]
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(rows)} points failed, the first: {failed[0]['name']}: {failed[0]['error']}")

@@ -1,0 +1,90 @@
+"""The published recipes: their numbers, and that every phase of every one is a step that compiles."""
+
+import pathlib
+
+import pytest
+
+from hybrid_jax.commands.experiments import load_config
+from hybrid_jax.experiment import phases_of_config
+from hybrid_jax.families import config_from_hf
+from hybrid_jax.families.public import PUBLIC
+from hybrid_jax.parallel.mesh import abstract_mesh, check_mesh_fits, make_mesh
+from hybrid_jax.parameters import abstract_parameters, select_names
+from hybrid_jax.plan.program import compile_program, program_flops, topology_devices, training_program
+
+RECIPE = "configs/priming_qwen3.py"
+SIZES, MIXERS = ("4B", "8B", "32B"), ("GKA", "GDN", "M2", "SWA")
+SLICES = {"4B": "4x4x4", "8B": "4x4x4", "32B": "4x4x8"}
+
+
+def recipe(size, mixer, last=""):
+    config = load_config([f"--config={RECIPE}:{size}-{mixer}{last}"])
+    return config, dict(phases_of_config(with_sources(config)))
+
+
+def with_sources(config):
+    """Its data stand nowhere: any text in their place."""
+    for source in config.data.sources.values():
+        source.path = str(pathlib.Path(__file__))
+    return config
+
+
+def model_of(config, phase):
+    """The hybrid in the phase's form."""
+    model = config_from_hf(PUBLIC[config.source]).with_pattern(config.pattern)
+    return model.fused() if phase.form == "fused" else model
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("size", SIZES)
+def test_a_recipe_trains_what_it_says_on_a_mesh_that_fits(size, mixer):
+    config, phases = recipe(size, mixer)
+    assert config.pattern.split("-").count(mixer) == len(config.pattern.split("-")) // 2
+    for name, phase in phases.items():
+        model, mesh = model_of(config, phase), abstract_mesh(dict(phase.mesh))
+        check_mesh_fits(model, mesh, phase.batch_size // phase.accumulate, phase.seq_len)
+        assert mesh.size == (128 if size == "32B" else 64)
+        names = select_names(abstract_parameters(model), phase.trainable)
+        if name == "align":
+            assert names and all(f".{ {'GKA': 'gka', 'GDN': 'gdn', 'M2': 'mamba', 'SWA': 'swa'}[mixer] }." in n for n in names)
+
+
+def test_the_numbers_are_the_published_ones():
+    _, phases = recipe("8B", "GKA")
+    align, long, instruct = phases["align"], phases["long_context"], phases["instruct"]
+    assert align.tokens_per_step == 2**21 and align.steps == 19_000 and align.warmup_steps == 720
+    assert (align.learning_rate, align.schedule, align.clip, align.objective) == (1e-4, "constant", 1.0, "align_none")
+    assert long.tokens_per_step == 48 * 131_072 and (long.steps, long.warmup_steps) == (4480, 209)
+    assert (long.rope_theta, long.max_position_embeddings, long.schedule) == (5e6, 131_072, "cosine")
+    assert instruct.tokens_per_step == 2**21 and instruct.with_rows(6400).steps == 200
+    assert instruct.with_rows(6400).warmup_steps == 6
+    reasoning = recipe("8B", "GKA", "-reasoning")[1]["reasoning"]
+    assert reasoning.tokens_per_step == 2**22 and reasoning.with_rows(1280).warmup_steps == 1
+
+
+def test_an_unknown_recipe_is_refused():
+    with pytest.raises(ValueError, match="SIZE-MIXER"):
+        load_config([f"--config={RECIPE}:14B-GKA"])
+
+
+def test_a_recipe_s_step_compiles_for_its_slice():
+    pytest.importorskip("libtpu")
+    config, phases = recipe("4B", "SWA")
+    mesh = make_mesh(dict(fsdp=64), topology_devices("v5p", "4x4x4"))
+    program = training_program(model_of(config, phases["align"]), phases["align"], mesh)
+    compiled = compile_program(program)
+    assert compiled.total < 95e9 and program_flops(program) > 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("size", SIZES)
+def test_every_phase_of_every_recipe_compiles_and_fits_its_slice(size, mixer):
+    config, phases = recipe(size, mixer)
+    phases |= recipe(size, mixer, "-reasoning")[1]
+    devices = topology_devices("v5p", SLICES[size])
+    for name, phase in phases.items():
+        phase = phase.with_rows(100_000)
+        compiled = compile_program(training_program(model_of(config, phase), phase, make_mesh(dict(phase.mesh), devices)))
+        print(f"{size} {mixer} {name}: {compiled.total / 1e9:.1f} GB a device, compiled in {compiled.seconds:.0f} s")
+        assert compiled.total < 102.8e9, name

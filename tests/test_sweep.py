@@ -1,0 +1,85 @@
+"""Sweeps: every point once, results in one table, a failure told and survived, and the rest done when asked again."""
+
+import json
+import shutil
+
+import pytest
+from ml_collections import ConfigDict
+
+from hybrid_jax.commands.main import main
+from hybrid_jax.sweep import Point, points_of
+from tests.train.test_training import made_source  # noqa: F401 (a fixture)
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config():
+    rows = dict(steps=2, batch_size=2, seq_len=32)
+    align = dict(form="fused", objective="align_mixer", trainable=(r"[.]swa[.]",), learning_rate=1e-4, **rows)
+    return ConfigDict(dict(
+        source="SOURCE", pattern="*-SWA", schedule=("align",), phases=dict(align=align),
+        data=dict(text="TEXT", mix=dict(text=1.0)), seed=0,
+    ))
+"""
+SWEEP = """
+from ml_collections import ConfigDict
+
+def get_config():
+    return ConfigDict(dict(configs=("BASE",), grid=dict(phases=dict(align=dict(learning_rate=(1e-3, 1e-2))), seed=(0,))))
+"""
+
+
+def test_points_are_every_combination():
+    config = ConfigDict({"configs": ("a.py:X", "b.py"), "grid": {"p": {"q": (1, 2)}, "r": ("s",)}, "points": ({"t": 0}, {"t": 1})})
+    points = points_of(config)
+    assert len(points) == 8 == len({p.name for p in points})
+    assert points[0] == Point("a.py:X", (("p.q", 1), ("r", "s"), ("t", 0)))
+    assert points[0].arguments == ["--config=a.py:X", "--config.p.q=1", "--config.r=s", "--config.t=0"]
+    for bad, words in (
+        ({"configs": ()}, "no configs"),
+        ({"configs": ("a", "a")}, "two points"),
+        ({"config": 1}, "unknown key 'config'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            points_of(ConfigDict(bad))
+
+
+@pytest.fixture
+def sweep(made_source, tmp_path):  # noqa: F811
+    source, text = made_source
+    (tmp_path / "base.py").write_text(CONFIG.replace("SOURCE", str(source)).replace("TEXT", text))
+    (tmp_path / "sweep.py").write_text(SWEEP.replace("BASE", str(tmp_path / "base.py")))
+    return ["sweep", f"--config={tmp_path / 'sweep.py'}", f"--out={tmp_path / 'out'}"]
+
+
+def test_points_run_one_by_one_as_an_array_and_are_collected(sweep, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    assert main([*sweep, "--list"]) == 0
+    assert "0 base,learning_rate=0.001,seed=0" in capsys.readouterr().out
+    assert main([*sweep, "--index", "0"]) == 0
+    statuses = {r["name"]: r["status"] for r in json.loads((out / "results.json").read_text())}
+    assert list(statuses.values()) == ["done", "not run"]
+    done = {p: p.stat().st_mtime_ns for p in (out / "results").iterdir()}
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    assert main([*sweep, "--index", "array"]) == 0
+    assert main([*sweep, "--collect"]) == 0
+    rows = json.loads((out / "results.json").read_text())
+    assert [r["status"] for r in rows] == ["done", "done"] and rows[0]["losses"]["align"] != rows[1]["losses"]["align"]
+    assert (out / "table.md").read_text().count("done") == 2 and (out / "sweep.png").stat().st_size > 5000
+    assert all(p.stat().st_mtime_ns == t for p, t in done.items())
+    assert (out / "runs" / rows[0]["name"] / "run.png").stat().st_size > 5000
+    assert main([*sweep, "--index", "2"]) == 1
+    assert "expected 0 ... 1" in capsys.readouterr().err
+    shutil.move(tmp_path / "sweep.py", tmp_path / "old.py")
+    (tmp_path / "sweep.py").write_text((tmp_path / "old.py").read_text().replace("1e-2", "2e-2"))
+    assert main([*sweep, "--collect"]) == 1
+    assert "holds another sweep" in capsys.readouterr().err
+
+
+def test_a_failed_point_is_told_and_the_others_run(sweep, tmp_path, capfd):
+    text = (tmp_path / "sweep.py").read_text()
+    (tmp_path / "sweep.py").write_text(text.replace("seed=(0,)", 'pattern=("*-XYZ", "*-SWA")').replace("(1e-3, 1e-2)", "(1e-3,)"))
+    assert main(sweep) == 1
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [r["status"] for r in rows] == ["failed", "done"] and "XYZ" in rows[0]["error"]
+    assert "1 of 2 points failed" in capfd.readouterr().err
