@@ -99,7 +99,7 @@ def _check_phases_fit(model_config: ModelConfig, config: ConfigDict, phases: lis
 
 
 def _claim(workdir: pathlib.Path, config: ConfigDict):
-    """Makes the working directory this config's, or checks that it is already.
+    """Makes the working directory this config's, or checks that it is already; on which mesh may change.
 
     Raises:
       ValueError: it belongs to another config.
@@ -107,12 +107,17 @@ def _claim(workdir: pathlib.Path, config: ConfigDict):
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True, default=list)
     record = workdir / "config.json"
     if record.exists():
-        if json.loads(record.read_text()) != json.loads(text):
+        if _without_meshes(json.loads(record.read_text())) != _without_meshes(json.loads(text)):
             raise ValueError(f"{workdir} holds a run of another config (compare {record}); choose another --workdir, or remove it")
         return
     check_new_directory(workdir)
     with new_directory(workdir) as directory:
         (directory / "config.json").write_text(text + "\n")
+
+
+def _without_meshes(config: dict) -> dict:
+    phases = {name: {k: v for k, v in phase.items() if k != "mesh"} for name, phase in config["phases"].items()}
+    return {k: v for k, v in config.items() if k != "mesh"} | {"phases": phases}
 
 
 def _new_source(config: ConfigDict, directory: pathlib.Path):

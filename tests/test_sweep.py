@@ -55,7 +55,7 @@ def sweep(made_source, tmp_path):  # noqa: F811
 def test_points_run_one_by_one_as_an_array_and_are_collected(sweep, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     assert main([*sweep, "--list"]) == 0
-    assert "0 base,learning_rate=0.001,seed=0" in capsys.readouterr().out
+    assert "0 base_learning_rate=0.001_seed=0" in capsys.readouterr().out
     assert main([*sweep, "--index", "0"]) == 0
     statuses = {r["name"]: r["status"] for r in json.loads((out / "results.json").read_text())}
     assert list(statuses.values()) == ["done", "not run"]

@@ -1,14 +1,17 @@
 """A job of several processes by the command that a laptop runs: the environment says who is who."""
 
-import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 
 from hybrid_jax import load_model
 from hybrid_jax.parameters import split_model
+from hybrid_jax.train import read_metrics
 from tests.conftest import free_port, relative_error
 from tests.train.test_training import made_source  # noqa: F401 (a fixture)
 
@@ -41,8 +44,7 @@ def write_config(path, source, mesh):
 
 
 def losses(workdir):
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return {(r["phase"], r["step"]): r["loss"] for r in rows}
+    return {(r["phase"], r["step"]): r["loss"] for r in read_metrics(workdir)}
 
 
 def test_a_run_on_two_processes_and_a_mesh_is_the_run_of_one_device(made_source, tmp_path):  # noqa: F811
@@ -61,6 +63,33 @@ def test_a_run_on_two_processes_and_a_mesh_is_the_run_of_one_device(made_source,
     want, got = (split_model(load_model(tmp_path / d / "model"))[1] for d in ("alone", "together"))
     for name, value in want.items():
         assert relative_error(got[name], value) < 1e-2, name
+
+
+def test_a_run_stopped_on_one_mesh_goes_on_on_another_and_on_more_processes(made_source, tmp_path):  # noqa: F811
+    def config(name, mesh):
+        argument = write_config(tmp_path / f"{name}.py", made_source, mesh)
+        path = tmp_path / f"{name}.py"
+        path.write_text(path.read_text().replace('"next_token", **each', '"next_token", **{**each, "steps": 40}'))
+        return argument
+
+    alone = start(["prime", config("alone", "dict()"), f"--workdir={tmp_path}/alone"], 1, {})
+    run = ["prime", config("first", "dict(seq=2)"), f"--workdir={tmp_path}/run"]
+    first = start(run, 2, {})
+    while not any(phase == "train" for phase, _ in losses(tmp_path / "run")):
+        assert first.poll() is None, first.stderr.read()[-2000:]
+        time.sleep(0.01)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(timeout=100) == 3, first.stderr.read()[-2000:]
+    stopped = int(re.search(r"saved at step (\d+) of 40", first.stderr.read())[1])
+    run[1], port = config("second", "dict(data=2, fsdp=2)"), free_port()
+    both = [start(run, 2, member(port, 2, i)) for i in range(2)]
+    outs = [p.communicate(timeout=900) for p in both]
+    assert [p.returncode for p in both] == [0, 0], outs[0][1][-2000:] + outs[1][1][-2000:]
+    assert f"resumed at step {stopped}" in outs[0][0] and 0 < stopped < 40
+    assert alone.wait(timeout=600) == 0, alone.stderr.read()[-2000:]
+    want, got = losses(tmp_path / "alone"), losses(tmp_path / "run")
+    assert got.keys() == want.keys()
+    assert np.allclose([got[k] for k in want], [want[k] for k in want], rtol=1e-3)
 
 
 def test_a_job_whose_other_host_is_missing_ends_and_says_so(tmp_path):
