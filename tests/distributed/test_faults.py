@@ -33,22 +33,24 @@ def test_a_run_killed_many_times_ends_as_if_nothing_had_happened(made_source, tm
         outs = [p.communicate(timeout=900) for p in processes]
         assert [p.returncode for p in processes] == [0, 0], outs[0][1][-3000:] + outs[1][1][-3000:]
 
-    begun = time.perf_counter()
+    def progress():
+        return len(losses(tmp_path / "run"))
+
     finish(both(tmp_path / "whole"))
-    seconds = time.perf_counter() - begun
-    rng, killed, places = random.Random(0), 0, []
-    while killed < KILLS:
-        processes = both(tmp_path / "run")
-        time.sleep(rng.uniform(0.2, 1.0) * seconds * 0.6)
-        ended = [p.poll() for p in processes]
+    rng, places = random.Random(0), []
+    for n in range(KILLS):
+        processes, before = both(tmp_path / "run"), progress()
+        if n % 4:  # some time after it went on; every fourth time while it starts
+            while progress() == before and None in [p.poll() for p in processes]:
+                time.sleep(0.02)
+        time.sleep(rng.uniform(0, 2.5 if n % 4 else 8))
+        assert [p.poll() for p in processes] == [None, None], "the run ended before it was killed often enough"
         for p in processes:
             p.kill()
+        for p in processes:
             p.communicate()
-        places.append((ended, max(losses(tmp_path / "run"), default=None)))
-        killed += 1
-        if ended == [0, 0]:
-            break
-    print(f"killed {killed} times, of a run of {seconds:.0f} s, after the steps {places}")
+        places.append(progress())
+    print(f"killed after {places} logged steps")
     finish(both(tmp_path / "run"))
     want, got = (split_model(load_model(tmp_path / d / "model"))[1] for d in ("whole", "run"))
     assert all(np.array_equal(got[n], want[n]) for n in want)
