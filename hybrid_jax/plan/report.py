@@ -67,13 +67,14 @@ def plan_table(plan: Plan, tokens: float, efficiency: float) -> Table:
 
 
 def cache_table(plan: Plan) -> Table:
-    """Caches and states of one sequence by context, the hybrid's against the source's."""
+    """Caches and states by context and batch, all devices together, the hybrid's against the source's."""
     config = plan.job.config
     source = config.with_pattern([MixerSpec("attention")] * config.num_layers)
-    table = Table("context", "source", "hybrid", "hybrid / source", title="caches and states of one sequence")
+    table = Table("context", "sequences", "source", "hybrid", "hybrid / source", title="caches and states")
     for context in sorted({*CONTEXTS, plan.job.seq_len}):
-        a, b = state_bytes(source, 1, context), state_bytes(config, 1, context)
-        table.add_row(f"{context:,}", _bytes(a), _bytes(b), f"{b / a:.2f}")
+        for rows in sorted({1, plan.job.rows}):
+            a, b = state_bytes(source, rows, context), state_bytes(config, rows, context)
+            table.add_row(f"{context:,}", f"{rows:,}", _bytes(a), _bytes(b), f"{b / a:.2f}")
     return table
 
 

@@ -156,7 +156,8 @@ def test_decoding_is_planned_with_its_caches(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     config = tiny_config("*-GKA-*-GKA", vocab_size=64, hidden_size=32)
     assert answer["caches"] == pytest.approx(state_bytes(config, 4, 256) / 4, rel=0.01)
-    assert "hybrid / source" in done.stdout
+    table = [[cell.strip() for cell in line.split("│")[1:3]] for line in done.stdout.splitlines() if line.startswith("│")]
+    assert ["256", "1"] in table and ["256", "4"] in table and ["131,072", "4"] in table and "hybrid / source" in done.stdout
 
 
 def test_bad_plans_are_refused(tmp_path):
