@@ -7,6 +7,7 @@ import pathlib
 import signal
 import threading
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -24,9 +25,9 @@ from hybrid_jax.train.meter import Meter
 from hybrid_jax.train.metrics import MetricWriter, NoMetrics, progress_bar
 from hybrid_jax.train.optimizer import learning_rate_schedule
 from hybrid_jax.train.phase import Phase
-from hybrid_jax.train.placement import in_mesh, own_rows, to_mesh
+from hybrid_jax.train.placement import flag, in_mesh, own_rows, to_mesh
 from hybrid_jax.train.profile import Profile
-from hybrid_jax.train.step import make_step
+from hybrid_jax.train.step import STOP, make_step
 
 
 class _StopRequest:
@@ -140,7 +141,7 @@ def train_phase(
     seq_devices = 1 if mesh is None else mesh.shape["seq"]
 
     def look(step, metrics, batch):
-        """At a step's outcome, while the next one runs."""
+        """At a step's outcome, while the next one runs; whether some process had been asked to stop before it."""
         if int(whole_array(metrics["skipped_in_a_row"])) >= phase.bad_steps:
             where = first_bad(join_model(whole, arrangement.parameters(state, frozen)), batch)
             loss, norm = (float(whole_array(metrics[n])) for n in ("loss", "grad_norm"))
@@ -150,11 +151,12 @@ def train_phase(
                 "phase.learning_rate, or look at the data of these steps"
             )
         if step % phase.log_every == 0 or step in (1, phase.steps):
-            values = {k: float(whole_array(v)) for k, v in metrics.items()}
+            values = {k: float(whole_array(v)) for k, v in metrics.items() if k != STOP}
             values |= {"learning_rate": float(schedule(step - 1)), **meter.read(step)}
             writer.write(name, step, values)
             bar.set_postfix_str(told(values))
         meter.begin(step)
+        return bool(whole_array(metrics[STOP]))
 
     pending = None
     tracing = Profile(profile, directory.parent.parent / "profile" / name)
@@ -162,24 +164,23 @@ def train_phase(
         while done < phase.steps:
             with meter.waiting():
                 batch = training_batch(next(batches), seq_devices)
-            batch = to_mesh(mesh, batch, phase.batch_size, rows)
+            batch = {**to_mesh(mesh, batch, phase.batch_size, rows), STOP: flag(mesh, stop.asked)}
             meter.count(state, frozen, batch)
             tracing.before(done + 1)
             state, metrics = step_fn(state, frozen, batch)
             done += 1
             tracing.after(done, metrics)
-            if pending is not None:
-                look(*pending)
+            told_to = look(*pending) if pending is not None else False  # one step late, but the same for every process
+            stopping = told_to if jax.process_count() > 1 else stop.asked
             pending = (done, metrics, batch)
             bar.update()
             last = done == phase.steps
-            if last or stop.asked:
+            if last or stopping:
                 look(*pending)
-                pending = None
-            if done % phase.checkpoint_every == 0 or last or stop.asked:
+            if done % phase.checkpoint_every == 0 or last or stopping:
                 checkpoints.save(done, state, batches.get_state())
                 saved = done
-            if stop.asked and not last:
+            if stopping and not last:
                 checkpoints.close()
                 raise Stopped(f"{name}: stopped and saved at step {done} of {phase.steps}; the same command resumes")
     checkpoints.close()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hybrid_jax.parallel.sharding import TOKENS, partition_spec
 
@@ -15,6 +15,14 @@ from hybrid_jax.parallel.sharding import TOKENS, partition_spec
 def in_mesh(mesh: Mesh | None):
     """The context in which programs for `mesh` are traced and run."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def flag(mesh: Mesh | None, value: bool) -> jax.Array:
+    """What each process says, an element a device; every process can have the largest by a program over the mesh."""
+    if mesh is None:
+        return jax.numpy.asarray([value], "float32")
+    where = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    return jax.make_array_from_callback((mesh.size,), where, lambda _: np.asarray([value], np.float32))
 
 
 def own_rows(mesh: Mesh | None, batch_size: int) -> list[int]:

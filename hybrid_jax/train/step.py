@@ -19,6 +19,7 @@ from hybrid_jax.train.metrics import gradient_norms
 from hybrid_jax.train.objectives import make_objective
 from hybrid_jax.train.phase import Phase
 
+STOP = "stop_asked"  # of a batch: whether a process was asked to stop; the metric of that name tells all of them
 DECAY, TRUSTED = 0.98, 20  # of the running mean of gradient norms; steps before it is relied on
 
 
@@ -37,13 +38,16 @@ def make_step(arrangement: Arrangement, phase: Phase, shardings: TrainState | No
         return objective(model, batch, teacher)
 
     def step(state: TrainState, frozen, batch):
-        grads, metrics = _gradients(loss_of, state.trainable, frozen, batch, phase.accumulate)
+        batch = dict(batch)
+        asked = {STOP: jnp.max(batch.pop(STOP))} if STOP in batch else {}
+        grads, metrics = gradients_of(loss_of, state.trainable, frozen, batch, phase.accumulate)
         norms = gradient_norms(grads)
         health, good = _judge(state.health, metrics["loss"], norms["grad_norm"], phase.spike)
         updates, optimizer = arrangement.optimizer.update(grads, state.optimizer, state.trainable)
         new = TrainState(optax.apply_updates(state.trainable, updates), optimizer, health)
         kept = jax.tree.map(lambda old, new: jnp.where(good, new, old), state[:2], new[:2])
-        return TrainState(*kept, health), {**metrics, **norms, "skipped": health.skipped, "skipped_in_a_row": health.in_a_row}
+        metrics |= {**norms, **asked, "skipped": health.skipped, "skipped_in_a_row": health.in_a_row}
+        return TrainState(*kept, health), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
 
@@ -63,7 +67,7 @@ def _judge(health: Health, loss, norm, spike: float) -> tuple[Health, jax.Array]
     ), good
 
 
-def _gradients(loss_of, trainable, frozen, batch, parts: int):
+def gradients_of(loss_of, trainable, frozen, batch, parts: int):
     """Gradients and metrics of the batch, from its parts one after the other, each weighing what its loss is a mean over."""
     both = jax.grad(loss_of, has_aux=True)
     if parts == 1:

@@ -18,6 +18,7 @@ from hybrid_jax.parallel.sharding import place
 from hybrid_jax.parameters import join_model, logical_axes, split_model
 from hybrid_jax.train.objectives import OBJECTIVES
 from hybrid_jax.train.placement import own_rows, to_mesh
+from hybrid_jax.train.step import gradients_of
 from tests.conftest import relative_error, tiny_model
 
 # At the usual ridge of 0.02 the solve's condition number, squared in gradients, lifts float32's rounding to 1e-4 on one
@@ -49,12 +50,16 @@ CASES = {
     "experts tensor": ("expert=2,fsdp=2,tensor=2", "*-GDN", 16, 4, "next_token", MIXTURE),
     "data2 seq4 of two processes": ("data=2,seq=4", "*-GKA-GDN", 40, 2, "next_token", {}),
     "fsdp2 seq2 tensor2 of two processes": ("fsdp=2,seq=2,tensor=2", "SWA-GKA-M2", 24, 2, "next_token", {}),
+    "distilled": ("data=2,seq=2,tensor=2", "*DA-SWA*", 24, 2, "distill", {}),
+    "in parts": ("data=2,fsdp=2,seq=2", "*-SWA", 24, 8, "next_token", {"parts": 2}),
     "scanned": ("fsdp=2,seq=4", "*-GKA-*-GKA-*-GKA", 24, 2, "next_token", {}),
 }
 
 
 def run_case(name):
     mesh_text, pattern, length, rows, objective, changes = CASES[name]
+    parts = changes.get("parts", 1)
+    changes = {n: x for n, x in changes.items() if n != "parts"}
     mesh = make_mesh(parse_mesh(mesh_text))
     model = tiny_model(pattern, vocab_size=62, gka=WELL_CONDITIONED, **changes)
     structure, parameters = split_model(model)
@@ -72,8 +77,16 @@ def run_case(name):
     placed = {n: place(mesh, n, np.asarray(p), axes[n]) for n, p in parameters.items()}
     mine = own_rows(mesh, rows)
     batch = to_mesh(mesh, {n: x[mine] for n, x in training_batch(raw, mesh.shape["seq"]).items()}, rows, mine)
+
+    def in_parts(parameters, batch):
+        grads, metrics = gradients_of(loss_and_metrics, parameters, {}, batch, parts)
+        return metrics["loss"], grads
+
+    def loss_and_metrics(parameters, frozen, batch):
+        return OBJECTIVES[objective](join_model(structure, parameters), batch)
+
     with jax.set_mesh(mesh):
-        got_loss, got = jax.jit(both)(placed, batch)
+        got_loss, got = jax.jit(in_parts if parts > 1 else both)(placed, batch)
     got = {n: multihost_utils.process_allgather(g, tiled=True) for n, g in got.items()}
     # of its own norm, or of a hundredth of the largest gradient's: rounding of six layers weighs on the smallest
     scale = max(float(np.linalg.norm(g)) for g in want.values())

@@ -65,27 +65,28 @@ def test_a_run_on_two_processes_and_a_mesh_is_the_run_of_one_device(made_source,
         assert relative_error(got[name], value) < 1e-2, name
 
 
-def test_a_run_stopped_on_one_mesh_goes_on_on_another_and_on_more_processes(made_source, tmp_path):  # noqa: F811
+def test_a_run_of_which_one_process_is_asked_to_stop_goes_on_on_another_mesh_and_alone(made_source, tmp_path):  # noqa: F811
     def config(name, mesh):
-        argument = write_config(tmp_path / f"{name}.py", made_source, mesh)
-        path = tmp_path / f"{name}.py"
-        path.write_text(path.read_text().replace('"next_token", **each', '"next_token", **{**each, "steps": 40}'))
+        argument, path = write_config(tmp_path / f"{name}.py", made_source, mesh), tmp_path / f"{name}.py"
+        path.write_text(path.read_text().replace('"next_token", **each', '"next_token", **{**each, "steps": 60}'))
         return argument
 
     alone = start(["prime", config("alone", "dict()"), f"--workdir={tmp_path}/alone"], 1, {})
-    run = ["prime", config("first", "dict(seq=2)"), f"--workdir={tmp_path}/run"]
-    first = start(run, 2, {})
-    while not any(phase == "train" for phase, _ in losses(tmp_path / "run")):
-        assert first.poll() is None, first.stderr.read()[-2000:]
-        time.sleep(0.01)
-    first.send_signal(signal.SIGTERM)
-    assert first.wait(timeout=100) == 3, first.stderr.read()[-2000:]
-    stopped = int(re.search(r"saved at step (\d+) of 40", first.stderr.read())[1])
-    run[1], port = config("second", "dict(data=2, fsdp=2)"), free_port()
+    run, port = ["prime", config("first", "dict(seq=2, data=2)"), f"--workdir={tmp_path}/run"], free_port()
     both = [start(run, 2, member(port, 2, i)) for i in range(2)]
-    outs = [p.communicate(timeout=900) for p in both]
-    assert [p.returncode for p in both] == [0, 0], outs[0][1][-2000:] + outs[1][1][-2000:]
-    assert f"resumed at step {stopped}" in outs[0][0] and 0 < stopped < 40
+    while not any(phase == "train" for phase, _ in losses(tmp_path / "run")):
+        assert both[0].poll() is None, both[0].stderr.read()[-2000:]
+        time.sleep(0.01)
+    both[1].send_signal(signal.SIGTERM)
+    outs = [p.communicate(timeout=300) for p in both]
+    assert [p.returncode for p in both] == [3, 3], outs[0][1][-2000:] + outs[1][1][-2000:]
+    stopped = [int(re.search(r"saved at step (\d+) of 60", errors)[1]) for _, errors in outs]
+    assert stopped[0] == stopped[1] and 0 < stopped[0] < 60
+    run[1] = config("second", "dict(fsdp=2)")
+    again = start(run, 2, {})
+    out, errors = again.communicate(timeout=900)
+    assert again.returncode == 0, errors[-2000:]
+    assert f"resumed at step {stopped[0]}" in out
     assert alone.wait(timeout=600) == 0, alone.stderr.read()[-2000:]
     want, got = losses(tmp_path / "alone"), losses(tmp_path / "run")
     assert got.keys() == want.keys()

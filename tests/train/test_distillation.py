@@ -5,19 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hybrid_jax.commands.main import main
 from hybrid_jax.data.pipeline import training_batches
 from hybrid_jax.data.teacher_cache import TeacherCache
 from hybrid_jax.parameters import split_model
 from hybrid_jax.priming.fuse import fuse
 from hybrid_jax.priming.initialize import initialize_hybrid
-from hybrid_jax.train import Phase
+from hybrid_jax.train import Phase, read_metrics
 from hybrid_jax.train.arrangement import TEACHER, Arrangement
 from hybrid_jax.train.objectives import OBJECTIVES, distill
 from hybrid_jax.train.step import make_step
 from tests.conftest import relative_error, tiny_model
 from tests.data.test_data import corpus  # noqa: F401 (a fixture)
 from tests.train.test_steps import batch_of
-from tests.train.test_training import phase
+from tests.train.test_training import made_source, phase  # noqa: F401 (a fixture)
 
 
 def fused(pattern="*-SWA-*"):
@@ -109,3 +110,32 @@ def test_a_cache_of_other_rows_is_refused(tmp_path):
         TeacherCache(tmp_path / "c", mix={"text": 1}, **{**ROWS, "seed": 1})
     with pytest.raises(FileNotFoundError, match="cache-teacher"):
         TeacherCache(tmp_path / "d", mix={"text": 1}, **ROWS)
+
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config():
+    rows = dict(steps=2, batch_size=2, seq_len=32, learning_rate=1e-3, log_every=1)
+    kd = dict(objective="distill_cached", teacher_cache="CACHE", options=dict(next_token_weight=0.5), **rows)
+    return ConfigDict(dict(source="SOURCE", pattern="*-SWA", schedule=("kd",), phases=dict(kd=kd), seed=0,
+                           data=dict(text="TEXT", mix=dict(text=1.0))))
+"""
+
+
+def test_a_run_distils_from_what_the_command_cached(made_source, tmp_path, capsys):  # noqa: F811
+    source, text = made_source
+    path, cache = tmp_path / "config.py", tmp_path / "cache"
+    path.write_text(CONFIG.replace("CACHE", str(cache)).replace("SOURCE", str(source)).replace("TEXT", text))
+    config = f"--config={path}"
+    assert main(["prime", config, f"--workdir={tmp_path / 'run'}"]) == 1
+    assert "hybrid-jax cache-teacher" in capsys.readouterr().err
+    assert main(["cache-teacher", config, "--phase", "kd", "--k", "8"]) == 0
+    written = {p: p.stat().st_mtime_ns for p in cache.rglob("*.npy")}
+    assert main(["cache-teacher", config, "--phase", "kd", "--k", "8"]) == 0
+    assert {p: p.stat().st_mtime_ns for p in cache.rglob("*.npy")} == written and len(written) == 4
+    assert main(["prime", config, f"--workdir={tmp_path / 'run'}"]) == 0
+    last = read_metrics(tmp_path / "run")[-1]
+    assert last["loss"] == pytest.approx(last["divergence"] + 0.5 * last["next_token"], rel=1e-5)
+    assert main(["cache-teacher", config, "--phase", "other"]) == 1
+    assert "schedule has kd" in capsys.readouterr().err
