@@ -74,6 +74,8 @@ def _check_data(config: ConfigDict):
     unknown = sorted(set(config.data) - {"text", "sources", "mix"})
     if unknown:
         raise ValueError(f"config.data has the unknown key {unknown[0]!r}; known: mix, sources, text")
+    if config.get("model") and not config.data.get("text"):
+        raise ValueError("a new 'model' needs data.text, to train its tokenizer on")
     for source in read_sources(config.data.to_dict()).values():
         if not is_prepared(source.path):
             pieces(source.path)

@@ -11,9 +11,10 @@ import orbax.checkpoint as ocp
 
 
 class Health(NamedTuple):
-    """Of a run so far: steps that counted, the running mean of their gradient norms, steps skipped, and those in a row."""
+    """Of a run so far: steps that counted, running means of their losses and gradient norms, steps skipped, those in a row."""
 
     steps: jax.Array
+    mean_loss: jax.Array
     mean_norm: jax.Array
     skipped: jax.Array
     in_a_row: jax.Array
@@ -21,7 +22,7 @@ class Health(NamedTuple):
     @classmethod
     def new(cls) -> Health:
         zero = jnp.zeros((), jnp.int32)
-        return cls(zero, jnp.zeros(()), zero, zero)
+        return cls(zero, jnp.zeros(()), jnp.zeros(()), zero, zero)
 
 
 class TrainState(NamedTuple):

@@ -31,7 +31,7 @@ class Phase:
       optimizer: adamw, or muon (matrices by Muon, the rest by AdamW).
       weight_decay: on matrices alone (never norms, biases, A_log, dt_bias, D).
       clip: global gradient norm.
-      spike: a step whose gradient norm is so many times its running mean is skipped; 0: never. One whose loss or gradient
+      spike: a step whose loss or gradient norm is so many times its running mean is skipped; 0: never. One of which either
         is not finite always is.
       bad_steps: skipped steps in a row that end the phase.
       rope_theta, max_position_embeddings: of the model from this phase on; 0 keeps them.

@@ -1,6 +1,6 @@
 """The jitted training step: gradients of the parts of a batch put together, the update, and what is not let in.
 
-A step whose loss or gradient is not finite, or whose gradient norm is a spike, changes nothing but `Health`.
+A step whose loss or gradient is not finite, or one of which is a spike, changes nothing but `Health`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hybrid_jax.train.objectives import make_objective
 from hybrid_jax.train.phase import Phase
 
 STOP = "stop_asked"  # of a batch: whether a process was asked to stop; the metric of that name tells all of them
-DECAY, TRUSTED = 0.98, 20  # of the running mean of gradient norms; steps before it is relied on
+DECAY, TRUSTED = 0.98, 20  # of the running means of loss and gradient norm; steps before it is relied on
 
 
 def make_step(arrangement: Arrangement, phase: Phase, shardings: TrainState | None = None):
@@ -56,12 +56,17 @@ def _judge(health: Health, loss, norm, spike: float) -> tuple[Health, jax.Array]
     """What is known of the run after this step, and whether the step counts."""
     good = jnp.isfinite(loss) & jnp.isfinite(norm)
     if spike:
-        good &= (health.steps < TRUSTED) | (norm < spike * health.mean_norm)
+        good &= (health.steps < TRUSTED) | (norm < spike * health.mean_norm) & (loss < spike * health.mean_loss)
     weight = jnp.where(health.steps == 0, 1.0, 1 - DECAY)
     bad = 1 - good.astype(jnp.int32)
+
+    def mean(old, new):
+        return jnp.where(good, old + weight * (new - old), old)
+
     return Health(
         steps=health.steps + 1 - bad,
-        mean_norm=jnp.where(good, health.mean_norm + weight * (norm - health.mean_norm), health.mean_norm),
+        mean_loss=mean(health.mean_loss, loss),
+        mean_norm=mean(health.mean_norm, norm),
         skipped=health.skipped + bad,
         in_a_row=(health.in_a_row + 1) * bad,
     ), good

@@ -74,9 +74,15 @@ def test_a_spike_is_skipped_once_the_mean_is_trusted():
     arrangement = Arrangement(model, p)
     state, frozen, _ = arrangement.begin(None, split_model(model)[1])
     step, batch = make_step(arrangement, p), batch_of()
-    norm = float(one_step(model, batch)[2]["grad_norm"])
-    for steps, mean, skipped in ((5, norm / 10, 0), (50, norm / 10, 1), (50, 0.9 * norm, 0)):
-        known = state.health._replace(steps=jnp.int32(steps), mean_norm=jnp.float32(mean))
+    loss, norm = (float(one_step(model, batch)[2][n]) for n in ("loss", "grad_norm"))
+    for steps, loss_then, norm_then, skipped in (
+        (5, loss, norm / 10, 0),
+        (50, loss, norm / 10, 1),
+        (50, loss / 10, norm, 1),
+        (50, 0.9 * loss, 0.9 * norm, 0),
+    ):
+        means = dict(mean_loss=jnp.float32(loss_then), mean_norm=jnp.float32(norm_then))
+        known = state.health._replace(steps=jnp.int32(steps), **means)
         copy = jax.tree.map(jnp.copy, state._replace(health=known))
         after, metrics = step(copy, frozen, batch)
         assert metrics["skipped"] == skipped

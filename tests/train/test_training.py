@@ -257,6 +257,9 @@ def test_an_experiment_can_select_its_layers(made_source, tmp_path):
         (dict(mixers={"gka_config": {"iterations": 3}}), "iterations"),
         (dict(pattern="*-GDN"), "phase 'align'"),
         (dict(data={"text": "/nowhere", "mix": {}}), "no text at '/nowhere'"),
+        (dict(data={"text": "", "mix": {}, "source": {}}), "config.data has the unknown key 'source'"),
+        (dict(data={"text": "", "mix": {}, "sources": {"web": {"path": "stdlib", "packing": "best"}}}), "data.sources.web: packing"),
+        (dict(data={"text": "", "mix": {}, "sources": {"retrieval": {"path": "stdlib"}}}), "a synthetic task's"),
     ],
 )
 def test_a_bad_experiment_is_refused_before_anything_is_written(made_source, tmp_path, changes, words):
