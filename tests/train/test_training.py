@@ -258,7 +258,7 @@ def test_an_experiment_can_select_its_layers(made_source, tmp_path):
         (dict(pattern="*-GDN"), "phase 'align'"),
         (dict(data={"text": "/nowhere", "mix": {}}), "no text at '/nowhere'"),
         (dict(data={"text": "", "mix": {}, "source": {}}), "config.data has the unknown key 'source'"),
-        (dict(data={"text": "", "mix": {}, "sources": {"web": {"path": "stdlib", "packing": "best"}}}), "data.sources.web: packing"),
+        (dict(data={"text": "", "mix": {}, "sources": {"web": {"path": "stdlib", "packing": "best"}}}), "web: packing 'best'"),
         (dict(data={"text": "", "mix": {}, "sources": {"retrieval": {"path": "stdlib"}}}), "a synthetic task's"),
     ],
 )
