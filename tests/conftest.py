@@ -16,6 +16,9 @@ from flax import nnx
 from hybrid_jax.config import BMojoConfig, GKAConfig, ModelConfig, SWAConfig, parse_pattern
 from hybrid_jax.model import Decoder
 
+if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:  # most of the tests' time is XLA's, optimising programs that run once
+    jax.config.update("jax_disable_most_optimizations", True)
+
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 

@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jax
 import pytest
 
 from hybrid_jax.commands.experiments import load_config
@@ -15,6 +16,13 @@ from hybrid_jax.plan.program import compile_program, program_flops, topology_dev
 RECIPE = "configs/priming_qwen3.py"
 SIZES, MIXERS = ("4B", "8B", "32B"), ("GKA", "GDN", "M2", "SWA")
 SLICES = {"4B": "4x4x4", "8B": "4x4x4", "32B": "4x4x8"}
+
+
+@pytest.fixture(autouse=True)
+def as_a_job_would_compile():
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def recipe(size, mixer, last=""):

@@ -9,10 +9,8 @@ import time
 
 import numpy as np
 
-from hybrid_jax import load_model
-from hybrid_jax.parameters import split_model
 from hybrid_jax.train import read_metrics
-from tests.conftest import free_port, relative_error
+from tests.conftest import free_port
 from tests.train.test_training import made_source  # noqa: F401 (a fixture)
 
 CONFIG = r"""
@@ -28,7 +26,8 @@ def get_config():
 
 
 def start(arguments, devices, env):
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", **env}
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", **flags, **env}
     command = [sys.executable, "-m", "hybrid_jax", *arguments]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -47,33 +46,15 @@ def losses(workdir):
     return {(r["phase"], r["step"]): r["loss"] for r in read_metrics(workdir)}
 
 
-def test_a_run_on_two_processes_and_a_mesh_is_the_run_of_one_device(made_source, tmp_path):  # noqa: F811
-    config = write_config(tmp_path / "alone.py", made_source, "dict()")
-    alone = start(["prime", config, f"--workdir={tmp_path}/alone"], 1, {})
-    assert alone.wait(timeout=600) == 0, alone.stderr.read()[-2000:]
-    config, port = write_config(tmp_path / "together.py", made_source, "dict(data=2, fsdp=2, seq=2)"), free_port()
-    job = ["prime", config, f"--workdir={tmp_path}/together"]
-    both = [start(job, 4, member(port, 2, i)) for i in range(2)]
-    outs = [p.communicate(timeout=900) for p in both]
-    assert [p.returncode for p in both] == [0, 0], outs[0][1][-2000:] + outs[1][1][-2000:]
-    want, got = losses(tmp_path / "alone"), losses(tmp_path / "together")
-    assert list(got) == [(p, s) for p in ("align", "train") for s in (1, 2, 3)]
-    assert np.allclose(list(got.values()), list(want.values()), rtol=1e-4)
-    assert want["train", 3] < want["train", 1] - 0.01
-    want, got = (split_model(load_model(tmp_path / d / "model"))[1] for d in ("alone", "together"))
-    for name, value in want.items():
-        assert relative_error(got[name], value) < 1e-2, name
-
-
-def test_a_run_of_which_one_process_is_asked_to_stop_goes_on_on_another_mesh_and_alone(made_source, tmp_path):  # noqa: F811
+def test_two_processes_of_which_one_is_asked_to_stop_and_one_on_another_mesh_are_the_run_of_one_device(made_source, tmp_path):  # noqa: F811
     def config(name, mesh):
         argument, path = write_config(tmp_path / f"{name}.py", made_source, mesh), tmp_path / f"{name}.py"
         path.write_text(path.read_text().replace('"next_token", **each', '"next_token", **{**each, "steps": 60}'))
         return argument
 
     alone = start(["prime", config("alone", "dict()"), f"--workdir={tmp_path}/alone"], 1, {})
-    run, port = ["prime", config("first", "dict(seq=2, data=2)"), f"--workdir={tmp_path}/run"], free_port()
-    both = [start(run, 2, member(port, 2, i)) for i in range(2)]
+    run, port = ["prime", config("first", "dict(data=2, fsdp=2, seq=2)"), f"--workdir={tmp_path}/run"], free_port()
+    both = [start(run, 4, member(port, 2, i)) for i in range(2)]
     while not any(phase == "train" for phase, _ in losses(tmp_path / "run")):
         assert both[0].poll() is None, both[0].stderr.read()[-2000:]
         time.sleep(0.01)
@@ -90,7 +71,10 @@ def test_a_run_of_which_one_process_is_asked_to_stop_goes_on_on_another_mesh_and
     assert alone.wait(timeout=600) == 0, alone.stderr.read()[-2000:]
     want, got = losses(tmp_path / "alone"), losses(tmp_path / "run")
     assert got.keys() == want.keys()
-    assert np.allclose([got[k] for k in want], [want[k] for k in want], rtol=1e-3)
+    for name, tolerance in (("align", 1e-4), ("train", 1e-3)):
+        steps = [k for k in want if k[0] == name]
+        assert np.allclose([got[k] for k in steps], [want[k] for k in steps], rtol=tolerance)
+    assert want["train", 60] < want["train", 1] - 0.01
 
 
 def test_a_job_whose_other_host_is_missing_ends_and_says_so(tmp_path):

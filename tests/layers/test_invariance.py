@@ -19,8 +19,13 @@ def model(symbol):
     return tiny_model(f"{symbol}-{symbol}")
 
 
+@nnx.jit
+def forward(model, ids, segments=None):
+    return model(ids, segments)
+
+
 def logits(symbol, ids, segments=None):
-    return np.asarray(model(symbol)(jnp.asarray(ids), None if segments is None else jnp.asarray(segments)))
+    return np.asarray(forward(model(symbol), ids, segments))
 
 
 @pytest.mark.parametrize("symbol", MIXERS)
@@ -41,7 +46,7 @@ def test_gradients_of_packed_rows_equal_those_of_separate_rows(symbol):
     def separate(m):
         return jnp.sum(jnp.sin(m(IDS[:, :9]))) + jnp.sum(jnp.sin(m(IDS[:, 9:])))
 
-    got, want = (jax.tree.leaves(nnx.grad(f)(model(symbol))) for f in (packed, separate))
+    got, want = (jax.tree.leaves(nnx.jit(nnx.grad(f))(model(symbol))) for f in (packed, separate))
     for a, b in zip(got, want, strict=True):
         assert relative_error(a, b) < 1e-3
 
@@ -55,15 +60,19 @@ def test_padding_on_either_side_changes_nothing(symbol, left):
     assert relative_error(logits(symbol, np.pad(IDS, pad), segments)[:, where], logits(symbol, IDS)) < 1e-4
 
 
+@nnx.jit
+def part_of(model, ids, positions, state):
+    return model.hidden_states(ids, None, positions, state)
+
+
 @pytest.mark.parametrize("symbol", MIXERS)
 @pytest.mark.parametrize("cuts", [(7,), (1, 2, 13), tuple(range(1, 21))])
 def test_prefill_in_parts_and_decoding_equal_the_whole(symbol, cuts):
     m = model(symbol)
     state, parts = m.init_state(2, 21), []
-    forward = nnx.jit(lambda m, ids, positions, state: m.hidden_states(ids, None, positions, state))
     for a, b in zip((0, *cuts), (*cuts, 21), strict=True):
         positions = jnp.broadcast_to(jnp.arange(a, b), (2, b - a))
-        hidden, state = forward(m, jnp.asarray(IDS[:, a:b]), positions, state)
+        hidden, state = part_of(m, jnp.asarray(IDS[:, a:b]), positions, state)
         parts.append(m.head(hidden))
     assert relative_error(jnp.concatenate(parts, axis=1), logits(symbol, IDS)) < 1e-4
 
@@ -85,9 +94,9 @@ def test_no_token_sees_a_later_one(symbol):
 @pytest.mark.parametrize("symbol", MIXERS)
 def test_bfloat16_activations_follow_float32(symbol):
     m = tiny_model(f"{symbol}-{symbol}")
-    want = m(IDS)
+    want = forward(m, IDS)
     m.compute_dtype = jnp.dtype(jnp.bfloat16)
-    got = m(IDS)
+    got = forward(m, IDS)
     assert got.dtype == jnp.bfloat16
     assert relative_error(got.astype(jnp.float32), want) < 0.05
 
@@ -122,7 +131,7 @@ def test_untied_bmojo_and_its_mixers_keep_decoding_equal():
 
 
 def check_decoding(m):
-    want = m(IDS)
-    hidden, state = m.hidden_states(IDS[:, :20], state=m.init_state(2, 21))
-    last, _ = m.hidden_states(IDS[:, 20:], positions=jnp.full((2, 1), 20), state=state)
+    want = forward(m, IDS)
+    hidden, state = part_of(m, IDS[:, :20], jnp.tile(jnp.arange(20), (2, 1)), m.init_state(2, 21))
+    last, _ = part_of(m, IDS[:, 20:], jnp.full((2, 1), 20), state)
     assert relative_error(m.head(jnp.concatenate([hidden, last], axis=1)), want) < 1e-4

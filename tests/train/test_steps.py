@@ -137,7 +137,7 @@ def test_schedules_have_their_shapes():
 def test_a_phase_counts_in_steps_or_in_tokens():
     assert phase(steps=0, tokens=1000).steps == 31  # of 32 tokens
     for changes in (dict(steps=0), dict(steps=3, tokens=100)):
-        with pytest.raises(ValueError, match="either steps or tokens"):
+        with pytest.raises(ValueError, match="one of steps, tokens and epochs"):
             phase(**changes)
 
 
