@@ -42,7 +42,6 @@ from hybrid_jax.parameters import abstract_parameters, select_names
 from hybrid_jax.priming.fuse import fuse, unfuse
 from hybrid_jax.priming.initialize import initialize_hybrid
 from hybrid_jax.priming.select import Selection, choose_pattern, pattern_from_scores
-from hybrid_jax.report import report_run
 from hybrid_jax.train import MetricWriter, NoMetrics, Phase, train_phase
 
 KEYS = {"source", "model", "pattern", "select", "mixers", "schedule", "phases", "data", "seed", "mesh"}
@@ -169,10 +168,10 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path, profile: tup
     source_config = check_model_directory(config.source) if config.get("source") else config_from_hf(config.model.to_dict())
     mixers = config.get("mixers", ConfigDict()).to_dict()
     _check_phases_fit(_with_mixer_options(source_config, mixers), config, phases)
-    meshes = {name: _mesh_of(phase.mesh or config.get("mesh")) for name, phase in [("", phases[0][1]), *phases]}
-    for name, phase in phases:
-        if meshes[name] is not None:
-            check_mesh_fits(source_config, meshes[name], phase.batch_size // phase.accumulate, phase.seq_len)
+    meshes = [_mesh_of(phase.mesh or config.get("mesh")) for _, phase in phases] or [_mesh_of(config.get("mesh"))]
+    for mesh, (_, phase) in zip(meshes, phases, strict=False):
+        if mesh is not None:
+            check_mesh_fits(source_config, mesh, phase.rows_at_a_time, phase.seq_len)
     if config.get("source"):
         load_tokenizer(config.source)
     if is_first():
@@ -194,16 +193,15 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path, profile: tup
     source = pathlib.Path(config.get("source") or initial)
     corpus = read_corpus(config.data.to_dict(), source, read_model_config(source).extra.get("eos_token_id"))
     if not initial.exists():
-        mesh = meshes[""]
-        model = load_model(source, dtype=jnp.float32, mesh=mesh)
+        model = load_model(source, dtype=jnp.float32, mesh=meshes[0])
         model.config = _with_mixer_options(model.config, mixers)
         pattern = choose_pattern(model, config.get("pattern", ""), config.get("select"), corpus, workdir)
-        save_model(initialize_hybrid(model, pattern, seed=config.seed, mesh=mesh), initial, tokenizer_from=source)
+        save_model(initialize_hybrid(model, pattern, seed=config.seed, mesh=meshes[0]), initial, tokenizer_from=source)
 
     before = initial
     with contextlib.closing(MetricWriter(workdir) if is_first() else NoMetrics()) as writer:
         for number, (name, phase) in enumerate(phases, start=1):
-            stage, mesh = stage_path(workdir, number, name), meshes[name]
+            stage, mesh = stage_path(workdir, number, name), meshes[number - 1]
             checkpoints = workdir / "checkpoints" / name
             if not stage.exists():
                 mix = dict(phase.mix) or config.data.mix.to_dict()
@@ -224,8 +222,10 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path, profile: tup
             if is_first():
                 shutil.rmtree(checkpoints, ignore_errors=True)
             before = stage
-    save_model(unfuse(load_model(before, mesh=mesh)), out, tokenizer_from=source)
+    save_model(unfuse(load_model(before, mesh=meshes[-1])), out, tokenizer_from=source)
     if is_first():
+        from hybrid_jax.report import report_run  # it draws: a second that no other process and no start need spend
+
         report_run(workdir)
     return out
 

@@ -19,10 +19,9 @@ ALIGNED = "mixer_mse/"
 def phases_of(workdir: pathlib.Path) -> dict[str, list[dict]]:
     """The logged steps of every phase, in order."""
     found: dict[str, list[dict]] = {}
-    for row in sorted(read_metrics(workdir), key=lambda r: r["step"]):
+    for row in read_metrics(workdir):
         found.setdefault(row["phase"], []).append(row)
-    order = list(dict.fromkeys(row["phase"] for row in read_metrics(workdir)))
-    return {name: found[name] for name in order}
+    return {name: sorted(rows, key=lambda r: r["step"]) for name, rows in found.items()}
 
 
 def alignment_of(rows: list[dict]) -> dict[int, tuple[float, float]]:

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.epilog = "Fields of the config are overridden by --config.a.b=value."
     parser.add_argument("--workdir", required=True, help="everything the run writes goes here; the same one resumes it")
     parser.add_argument("--profile", metavar="FIRST:LAST", help="steps of every phase to trace for XProf, e.g. 10:12")
-    parser.add_argument("--config", required=True, metavar="FILE", help="an ml_collections config, e.g. configs/prime_tiny_gka.py")
+    parser.add_argument("--config", required=True, metavar="FILE", help="an ml_collections config, e.g. configs/prime_tiny.py:GKA")
 
 
 def steps_of(text: str | None) -> tuple[int, int] | None:

@@ -62,13 +62,11 @@ def training_batches(
     sources = [corpus.rows(name, length, seed, answer_weight) for name in shares]
     parts = [grain.MapDataset.source(source).shuffle(seed=seed + n).repeat() for n, source in enumerate(sources)]
     mixed = grain.MapDataset.mix(parts, weights=list(shares.values()))
-    if rows is not None:
-        mixed = grain.MapDataset.source(_Own(mixed, batch_size, tuple(rows)))
-    batches = mixed.batch(batch_size if rows is None else len(rows), drop_remainder=True)
+    rows = tuple(range(batch_size) if rows is None else rows)
+    batches = grain.MapDataset.source(_Own(mixed, batch_size, rows)).batch(len(rows), drop_remainder=True)
     if teacher_cache:
         cache = TeacherCache(
             teacher_cache, batch_size=batch_size, length=length, seed=seed, mix=shares, answer_weight=answer_weight
         )
-        wanted = range(batch_size) if rows is None else rows
-        batches = batches.map_with_index(lambda step, batch: {**batch, **cache.read(step, wanted)})
+        batches = batches.map_with_index(lambda step, batch: {**batch, **cache.read(step, rows)})
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, 2 * threads))))

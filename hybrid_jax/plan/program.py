@@ -131,7 +131,7 @@ def training_program(config: ModelConfig, phase: Phase, mesh: Mesh) -> Program:
     Raises:
       ValueError: the mesh does not divide the model or the batch.
     """
-    check_mesh_fits(config, mesh, phase.batch_size // phase.accumulate, phase.seq_len)
+    check_mesh_fits(config, mesh, phase.rows_at_a_time, phase.seq_len)
     model = prepared(abstract_decoder(config), phase)
     arrangement = Arrangement(model, phase)
     trainable, frozen = arrangement.split(abstract_parameters(config))
@@ -139,7 +139,7 @@ def training_program(config: ModelConfig, phase: Phase, mesh: Mesh) -> Program:
     state_where = arrangement.state_shardings(mesh, state)
     state, frozen = _with(state_where, state), _with(arrangement.frozen_shardings(mesh, frozen), frozen)
     batch = abstract_batch(phase.batch_size, phase.seq_len, NamedSharding(mesh, partition_spec(mesh, TOKENS)))
-    local = phase.tokens_per_step / phase.accumulate / math.prod(mesh.shape[a] for a in (*BATCH_AXES, "seq"))
+    local = phase.rows_at_a_time * phase.seq_len / math.prod(mesh.shape[a] for a in (*BATCH_AXES, "seq"))
     widths = {"none": 0, "full": config.hidden_size}
     widths["attention"] = config.hidden_size + config.num_heads * config.head_dim // mesh.shape["tensor"]
     return Program(

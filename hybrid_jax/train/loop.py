@@ -107,7 +107,7 @@ def train_phase(
         (source,) = mix
         phase = phase.with_rows(len(corpus.rows(source, phase.seq_len, seed)))
     if mesh is not None:
-        check_mesh_fits(model.config, mesh, phase.batch_size // phase.accumulate, phase.seq_len)
+        check_mesh_fits(model.config, mesh, phase.rows_at_a_time, phase.seq_len)
     arrangement, meter = Arrangement(model, phase), Meter(phase, model)
     whole, parameters = split_model(model)
     total, training = count(parameters), count(arrangement.split(parameters)[0])

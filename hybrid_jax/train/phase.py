@@ -98,6 +98,15 @@ class Phase:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"phase.{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
+        for name in ("batch_size", "seq_len", "accumulate", "bad_steps", "log_every", "checkpoint_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"phase.{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"phase.accumulate {self.accumulate} does not divide phase.batch_size {self.batch_size}")
+        if self.objective in FUSED and self.form != "fused":
+            raise ValueError(f"phase.objective {self.objective!r} compares two streams; set phase.form = 'fused'")
+        if (self.objective == "distill_cached") != bool(self.teacher_cache):
+            raise ValueError("phase.objective 'distill_cached' and phase.teacher_cache need each other")
         given = {name: getattr(self, name) for name in ("steps", "tokens", "epochs") if getattr(self, name)}
         if len(given) != 1 or min(given.values()) < 0:
             raise ValueError(f"phase needs one of steps, tokens and epochs, got {given or 'none'}")
@@ -105,30 +114,21 @@ class Phase:
             raise ValueError(f"phase.epochs needs a phase.mix of one source, got {dict(self.mix)}")
         if self.warmup_steps and self.warmup_fraction:
             raise ValueError("phase has both warmup_steps and warmup_fraction; give one")
+        if not self.epochs:  # of epochs `with_rows` says how many steps they are
+            self._count_steps()
+
+    def _count_steps(self):
+        """`steps` and `warmup_steps` in place of what they follow from, and the checks that need them."""
         if self.tokens:
             object.__setattr__(self, "steps", max(1, round(self.tokens / self.tokens_per_step)))
             object.__setattr__(self, "tokens", 0)
-        if self.epochs:
-            return  # `with_rows` says how many steps they are
         if self.warmup_fraction:
             object.__setattr__(self, "warmup_steps", math.ceil(self.warmup_fraction * self.steps))
             object.__setattr__(self, "warmup_fraction", 0.0)
-        self._check_steps()
-
-    def _check_steps(self):
-        for name in ("steps", "batch_size", "seq_len", "accumulate", "bad_steps", "log_every", "checkpoint_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"phase.{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(f"phase.warmup_steps must lie in 0 ... steps ({self.steps}), got {self.warmup_steps}")
-        if self.batch_size % self.accumulate:
-            raise ValueError(f"phase.accumulate {self.accumulate} does not divide phase.batch_size {self.batch_size}")
         if self.schedule == "wsd" and not 0 < self.decay_steps <= self.steps - self.warmup_steps:
             raise ValueError(f"phase.decay_steps of 'wsd' must lie in 1 ... steps - warmup_steps, got {self.decay_steps}")
-        if self.objective in FUSED and self.form != "fused":
-            raise ValueError(f"phase.objective {self.objective!r} compares two streams; set phase.form = 'fused'")
-        if (self.objective == "distill_cached") != bool(self.teacher_cache):
-            raise ValueError("phase.objective 'distill_cached' and phase.teacher_cache need each other")
 
     @classmethod
     def from_config(cls, name: str, values: Mapping) -> Phase:
@@ -155,3 +155,8 @@ class Phase:
     @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.seq_len
+
+    @property
+    def rows_at_a_time(self) -> int:
+        """Rows of a part of a step."""
+        return self.batch_size // self.accumulate

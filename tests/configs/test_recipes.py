@@ -50,7 +50,7 @@ def test_a_recipe_trains_what_it_says_on_a_mesh_that_fits(size, mixer):
     assert config.pattern.split("-").count(mixer) == len(config.pattern.split("-")) // 2
     for name, phase in phases.items():
         model, mesh = model_of(config, phase), abstract_mesh(dict(phase.mesh))
-        check_mesh_fits(model, mesh, phase.batch_size // phase.accumulate, phase.seq_len)
+        check_mesh_fits(model, mesh, phase.rows_at_a_time, phase.seq_len)
         assert mesh.size == (128 if size == "32B" else 64)
         names = select_names(abstract_parameters(model), phase.trainable)
         if name == "align":

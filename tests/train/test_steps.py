@@ -141,6 +141,15 @@ def test_a_phase_counts_in_steps_or_in_tokens():
             phase(**changes)
 
 
+def test_a_phase_in_epochs_is_checked_before_its_steps_are_known():
+    unfused, parts = dict(objective="align_all"), dict(accumulate=3)
+    for changes, words in ((dict(batch_size=0), "batch_size"), (unfused, "form = 'fused'"), (parts, "accumulate 3")):
+        with pytest.raises(ValueError, match=words):
+            phase(**{**dict(steps=0, epochs=1.0, mix={"text": 1.0}, batch_size=4), **changes})
+    with pytest.raises(ValueError, match="batch_size"):
+        phase(steps=0, tokens=100, batch_size=0)
+
+
 def test_rope_and_context_of_a_phase_stay_with_the_model(corpus, tmp_path):  # noqa: F811
     model = model_for(corpus)
     after = train(corpus, tmp_path, model, steps=1, rope_theta=5e6, max_position_embeddings=512, learning_rate=0.0)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -234,6 +235,16 @@ def test_an_experiment_makes_every_stage_and_a_second_run_reuses_all(made_source
         other = experiment(source, seed=1)
         other.data.text = text
         run_experiment(other, tmp_path / "run")
+
+
+def test_an_experiment_without_phases_is_stage_0(made_source, tmp_path):
+    source, text = made_source
+    config = experiment(source, schedule=())
+    config.data.text = text
+    for _ in range(2):
+        assert load_model(run_experiment(config, tmp_path / "run")).config.pattern == "*-GKA"
+    shutil.rmtree(tmp_path / "run" / "model")
+    assert load_model(run_experiment(config, tmp_path / "run")).config.pattern == "*-GKA"
 
 
 def test_an_experiment_can_select_its_layers(made_source, tmp_path):
