@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hybrid_jax.parallel.embedding import lookup
 from hybrid_jax.parallel.sharding import axis_size, constrain
 
 
@@ -56,7 +57,7 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (vocab, hidden), dtype), axes=("vocab", "embed"))
 
     def __call__(self, ids, dtype):
-        return self.embedding[...][ids].astype(dtype)
+        return lookup(self.embedding[...], ids, dtype)
 
     def attend(self, x):
         return x @ self.embedding[...].astype(x.dtype).T

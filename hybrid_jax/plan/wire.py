@@ -14,7 +14,9 @@ GROUPS = (
     (re.compile(r"replica_groups=\{\{([\d,]+)\}"), lambda m: m[1].count(",") + 1),
     (re.compile(r"replica_groups=\[(\d+),(\d+)\]"), lambda m: int(m[2])),
 )
-MESH_GROUP = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+MESH_GROUP = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))? \{([^}]*)\}")
+# How the TPU compiler writes a reduce-scatter: an all-reduce of which the same fusion keeps a slice.
+SCATTER = re.compile(r"^%all-reduce-scatter[^\n]*\{$.*?^\}", re.MULTILINE | re.DOTALL)
 
 
 def wire_bytes(hlo: str) -> dict[str, float]:
@@ -28,7 +30,7 @@ def wire_bytes(hlo: str) -> dict[str, float]:
         match = COLLECTIVE.search(line)
         return {match[2]: _bytes(match, line)} if match else {}
 
-    return program_sum(hlo, of_line)
+    return program_sum(SCATTER.sub(lambda m: m[0].replace(" all-reduce(", " reduce-scatter-start("), hlo), of_line)
 
 
 def _size(shape: str) -> list[float]:

@@ -51,6 +51,6 @@ def to_mesh(mesh: Mesh | None, batch: Mapping[str, np.ndarray], batch_size: int,
             first = rows.index(begin)
             return x[first : first + end - begin, index[1]]
 
-        return jax.make_array_from_callback((batch_size, x.shape[1]), where, part)
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), where, part)
 
     return {name: spread(x) for name, x in batch.items()}

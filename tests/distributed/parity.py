@@ -51,6 +51,7 @@ CASES = {
     "data2 seq4 of two processes": ("data=2,seq=4", "*-GKA-GDN", 40, 2, "next_token", {}),
     "fsdp2 seq2 tensor2 of two processes": ("fsdp=2,seq=2,tensor=2", "SWA-GKA-M2", 24, 2, "next_token", {}),
     "distilled": ("data=2,seq=2,tensor=2", "*DA-SWA*", 24, 2, "distill", {}),
+    "cached": ("fsdp=2,seq=2,tensor=2", "*-SWA", 24, 2, "distill_cached", {}),
     "in parts": ("data=2,fsdp=2,seq=2", "*-SWA", 24, 8, "next_token", {"parts": 2}),
     "scanned": ("fsdp=2,seq=4", "*-GKA-*-GKA-*-GKA", 24, 2, "next_token", {}),
 }
@@ -66,6 +67,9 @@ def run_case(name):
     rng = np.random.default_rng(0)
     segments = packed(length, rows)
     raw = {"input_ids": rng.integers(0, 62, (rows, length)), "segment_ids": segments, "loss_weights": segments > 0}
+    if objective == "distill_cached":
+        log_q, ids = jax.lax.top_k(jax.nn.log_softmax(rng.normal(size=(rows, length, 62))), 5)
+        raw |= {"teacher_ids": np.asarray(ids), "teacher_log_probabilities": np.asarray(log_q)}
 
     def loss(parameters, batch):
         return OBJECTIVES[objective](join_model(structure, parameters), batch)[0]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_jax.parallel import divergence
+from hybrid_jax.parallel import divergence, tiles
 from hybrid_jax.parallel.divergence import top_k_divergence
 from tests.conftest import relative_error
 
@@ -27,7 +27,7 @@ def textbook(hidden, kernel, teacher, teacher_kernel, kind, temperature):
 @pytest.mark.parametrize("kind", divergence.KINDS)
 @pytest.mark.parametrize("tile, temperature", [(3, 1.0), (2048, 2.5)])
 def test_divergence_and_its_gradient_are_the_textbook_s(monkeypatch, kind, tile, temperature):
-    monkeypatch.setattr(divergence, "TILE", tile)
+    monkeypatch.setattr(tiles, "TILE", tile)
     hidden, kernel, teacher, teacher_kernel, d = arrays()
 
     def ours(hidden, kernel):
@@ -63,7 +63,7 @@ def test_all_tokens_known_is_the_whole_divergence():
 
 @pytest.mark.parametrize("tile", [3, 2048])
 def test_the_likeliest_tokens_and_the_rest_as_one_event(monkeypatch, tile):
-    monkeypatch.setattr(divergence, "TILE", tile)
+    monkeypatch.setattr(tiles, "TILE", tile)
     hidden, kernel, teacher, teacher_kernel, d = arrays()
     ids, log_q = known(teacher, teacher_kernel, 4)
 
@@ -80,7 +80,7 @@ def test_the_likeliest_tokens_and_the_rest_as_one_event(monkeypatch, tile):
 
 
 def test_logits_of_all_tokens_never_exist():
-    tokens, vocab = 4 * divergence.TILE, 1000
+    tokens, vocab = 4 * tiles.TILE, 1000
     shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((1, tokens, 8), (8, vocab), (1, tokens, 8), (8, vocab))]
     step = jax.jit(jax.grad(lambda *x: jnp.sum(divergence.divergence(*x)), argnums=(0, 1)))
     assert step.lower(*shapes).compile().memory_analysis().temp_size_in_bytes < 4 * tokens * vocab

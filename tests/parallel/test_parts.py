@@ -8,7 +8,7 @@ import pytest
 
 from hybrid_jax.config import MoEConfig
 from hybrid_jax.data.layout import training_batch
-from hybrid_jax.parallel import attention_block, cross_entropy
+from hybrid_jax.parallel import attention_block, cross_entropy, tiles
 from hybrid_jax.parallel.attention import Part, attend, parts_attention
 from hybrid_jax.parallel.attention_block import FULL, Mask
 from hybrid_jax.parallel.mesh import abstract_mesh, check_mesh_fits, make_mesh, parse_mesh
@@ -117,7 +117,7 @@ def test_a_summary_does_to_a_state_what_the_tokens_do(packed):
 
 @pytest.mark.parametrize("tile", [2048, 5])
 def test_cross_entropy_and_its_gradient_are_optax_s_whatever_the_tile(monkeypatch, tile):
-    monkeypatch.setattr(cross_entropy, "TILE", tile)
+    monkeypatch.setattr(tiles, "TILE", tile)
     hidden, kernel, d = random(2, 7, 8), random(8, 31, seed=1), random(2, 7, seed=2)
     targets = jax.random.randint(jax.random.key(3), (2, 7), 0, 31)
     got, pull = jax.vjp(lambda h, k: cross_entropy.cross_entropy(h, k, targets), hidden, kernel)

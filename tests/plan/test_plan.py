@@ -36,6 +36,11 @@ def test_flops_count_loops_and_branches_and_kernels():
 
 
 HLO = """
+%all-reduce-scatter.1 (input: f32[16]) -> f32[4] {
+  %all-reduce.7 = f32[16]{0} all-reduce(%input), replica_groups=mesh['a'=4,'b'=4], device_ids=([4,4]T(1,0)) {'b'}, to_apply=%add
+  ROOT %dynamic-slice.1 = f32[4]{0} dynamic-slice(%all-reduce.7, %i), dynamic_slice_sizes={4}
+}
+
 %body (p: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
   %ag = bf16[4,8]{1,0} all-gather(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
   %cp = (bf16[4,8]{1,0}, bf16[4,8]{1,0}, u32[], u32[]) collective-permute-start(%y), source_target_pairs={{0,1}}
@@ -49,12 +54,14 @@ HLO = """
 ENTRY %main (a: bf16[4,8]) -> bf16[4,8] {
   %w = (s32[], bf16[4,8]) while(%t), condition=%condition, body=%body
   %ar = f32[16]{0} all-reduce(%z), replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%add
+  %rs = f32[4]{0} fusion(%z), kind=kCustom, calls=%all-reduce-scatter.1
 }
 """
 
 
 def test_bytes_on_the_wire_are_read_from_hlo_with_loops_multiplied_out():
-    assert wire_bytes(HLO) == {"all-gather": 6 * 64 * 3 / 4, "collective-permute": 6 * 64, "all-reduce": 2 * 64 * 3 / 4}
+    want = {"all-gather": 6 * 48, "collective-permute": 6 * 64, "all-reduce": 2 * 48, "reduce-scatter": 48}
+    assert wire_bytes(HLO) == want
 
 
 # Parameters as the models' cards state them, in billions.

@@ -1,0 +1,41 @@
+"""Token embeddings from a table that is cut over the mesh: the tokens travel, not the table."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from hybrid_jax.parallel.sharding import RULES, TOKENS, axis_size, per_device
+
+
+def lookup(table, ids, dtype):
+    """table[ids] in `dtype`; the table's gradient is summed in the table's own.
+
+    Every device looks up its columns (and its rows, where `tensor` cuts the vocabulary) for the tokens of all devices among
+    which the columns are cut, and they exchange: as many bytes as the tokens' own hidden states.
+
+    Args:
+      table: [vocab, hidden].
+      ids: [B, T].
+
+    Returns:
+      [B, T, hidden].
+    """
+    columns = tuple(axis for axis in RULES["embed"] if axis_size(axis) > 1)
+    rows = tuple(axis for axis in RULES["vocab"] if axis_size(axis) > 1)
+
+    def local(table, ids):
+        if columns:
+            ids = jax.lax.all_gather(ids, columns)
+        if not rows:
+            found = table[ids].astype(dtype)
+        else:
+            here = ids - jax.lax.axis_index(rows) * len(table)
+            inside = (here >= 0) & (here < len(table))
+            found = jnp.where(inside[..., None], table[jnp.where(inside, here, 0)], 0).astype(dtype)
+            found = jax.lax.psum(found, rows)
+        if columns:
+            found = jax.lax.all_to_all(found, columns, split_axis=0, concat_axis=found.ndim - 1, tiled=True)[0]
+        return found
+
+    return per_device(local, (table, ids), (("vocab", "embed"), TOKENS), TOKENS)
