@@ -31,11 +31,13 @@ LAYERS = {
 DEPTH = {"4B": 36, "8B": 36, "32B": 64}
 CONTEXT = {"4B": 65_536, "8B": 131_072, "32B": 131_072}  # [H] full_pipeline: 4B at 64K, 8B at 128K; 32B [P]
 
-# Devices and how they are used at each length of row [O]: v5p:4x4x4 for 4B and 8B, v5p:4x4x8 for 32B.
+# How devices are used at each length of row [O]: v5p:4x4x4 for 4B and 8B, v5p:4x4x8 for 32B. Parameters are cut over two of
+# the torus' dimensions and repeated over `data`, the third: over all three the compiler gathers them by all-reduce, twice
+# the bytes.
 MESHES = {
-    "4B": {8192: dict(fsdp=64), 32_768: dict(fsdp=32, seq=2), 65_536: dict(fsdp=16, seq=4)},
-    "8B": {8192: dict(fsdp=64), 32_768: dict(fsdp=32, seq=2), 131_072: dict(fsdp=8, seq=8)},
-    "32B": {8192: dict(fsdp=64, seq=2), 32_768: dict(fsdp=32, seq=4), 131_072: dict(fsdp=8, seq=16)},
+    "4B": {8192: dict(fsdp=16), 32_768: dict(fsdp=8, seq=2), 65_536: dict(fsdp=4, seq=4)},
+    "8B": {8192: dict(fsdp=16), 32_768: dict(fsdp=8, seq=2), 131_072: dict(fsdp=2, seq=8)},
+    "32B": {8192: dict(fsdp=32), 32_768: dict(fsdp=8, seq=4), 131_072: dict(fsdp=2, seq=16)},
 }
 
 
@@ -102,7 +104,7 @@ def get_config(recipe: str = "8B-GKA") -> ConfigDict:
     third = {"instruct": instruct} if not last else {"reasoning": reasoning}
     phases = {"align": align, "long_context": long_context, **third}
     for phase in phases.values():
-        phase["mesh"] = MESHES[size][phase["seq_len"]]
+        phase["mesh"] = dict(data=4, **MESHES[size][phase["seq_len"]])
     sources = {
         "pretraining": {"path": "data/pretraining"},
         "long": {"path": "data/long"},

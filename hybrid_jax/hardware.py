@@ -26,7 +26,6 @@ _SQUARES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 
 GIB = 2.0**30
 TPUS: dict[str, Accelerator] = {
-    "v4": Accelerator(275e12, 30.75 * GIB, 1.228e12, 300e9, _cubes(512)),
     "v5e": Accelerator(197e12, 15.75 * GIB, 0.819e12, 200e9, _SQUARES),
     "v5p": Accelerator(459e12, 95.74 * GIB, 2.765e12, 600e9, _cubes(512)),
     "v6e": Accelerator(918e12, 31.25 * GIB, 1.640e12, 448e9, _SQUARES),
@@ -68,7 +67,6 @@ def device_count(chip: str, shape: str) -> int:
 
 # What JAX calls them.
 KINDS = {
-    "TPU v4": "v4",
     "TPU v5 lite": "v5e",
     "TPU v5e": "v5e",
     "TPU v5": "v5p",

@@ -15,7 +15,7 @@ from hybrid_jax.config import PARAMETER_KEYS, ModelConfig
 from hybrid_jax.layers import MLP, Embedding, Linear, MoE, RMSNorm, make_mixer
 from hybrid_jax.parallel import attention
 from hybrid_jax.parallel.sequence import positions_of
-from hybrid_jax.parallel.sharding import TOKENS, axis_size, constrain
+from hybrid_jax.parallel.sharding import TOKENS, axis_size, constrain, gathered
 from hybrid_jax.runs import Run, repeated_runs
 
 # What a layer keeps for its gradient -> the policy: everything, its attention's outputs, or only its input.
@@ -152,7 +152,7 @@ class Decoder(nnx.Module):
         for path, variable in nnx.to_flat_state(state):
             x = variable[...]
             if x.ndim > 1 and not any("conv1d" in str(key) for key in path):
-                x = constrain(x.astype(self.compute_dtype), *(None if a == "embed" else a for a in variable.axes))
+                x = gathered(x.astype(self.compute_dtype), tuple(variable.axes))
             flat.append((path, variable.replace(x)))
         return nnx.from_flat_state(flat)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from hybrid_jax.parallel.sharding import RULES, TOKENS, axis_size, per_device
+from hybrid_jax.parallel.sharding import TOKENS, axes_cutting, per_device
 
 
 def lookup(table, ids, dtype):
@@ -21,8 +21,7 @@ def lookup(table, ids, dtype):
     Returns:
       [B, T, hidden].
     """
-    columns = tuple(axis for axis in RULES["embed"] if axis_size(axis) > 1)
-    rows = tuple(axis for axis in RULES["vocab"] if axis_size(axis) > 1)
+    columns, rows = axes_cutting("embed"), axes_cutting("vocab")
 
     def local(table, ids):
         if columns:

@@ -6,6 +6,7 @@ under `per_device`, each device on its own part.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -86,10 +87,27 @@ def axis_size(name: str) -> int:
     return 1 if mesh is None else mesh.shape.get(name, 1)
 
 
+def axes_cutting(logical: str) -> tuple[str, ...]:
+    """The axes of the mesh in context that cut a logical axis."""
+    return tuple(axis for axis in RULES[logical] if axis_size(axis) > 1)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """x, laid out by its logical axes where a mesh is in context."""
     mesh = context_mesh()
     return x if mesh is None else jax.lax.with_sharding_constraint(x, partition_spec(mesh, axes))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gathered(x: jax.Array, axes: Axes) -> jax.Array:
+    """A parameter that lies by its logical axes, on every device whole but for `tensor` and `expert`.
+
+    Its gradient is cut as the parameter is: scattered as it is summed, half the bytes of a sum that all devices get.
+    """
+    return constrain(x, *(None if axis == "embed" else axis for axis in axes))
+
+
+gathered.defvjp(lambda x, axes: (gathered(x, axes), None), lambda axes, _, d: (constrain(d, *axes),))
 
 
 def per_device(function: Callable, arrays: Sequence, axes: Sequence, out_axes):

@@ -10,18 +10,18 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from hybrid_jax.parallel.sharding import TOKENS, axis_size, per_device
+from hybrid_jax.parallel.sharding import TOKENS, axes_cutting, per_device
 from kernels_pallas.operands import pad_axis
 
 TILE = 2048  # tokens of a device whose logits exist at a time
-HEAD = (None, "vocab")
+HEAD = ("embed", "vocab")
 
 
 class Vocabulary:
     """The vocabulary as a device holds it: whole, or its part of the mesh's `tensor` axis."""
 
     def __init__(self):
-        self.axis = "tensor" if axis_size("tensor") > 1 else None
+        self.axis = axes_cutting("vocab") or None
 
     def sum(self, x):
         """x over the devices that hold the vocabulary's parts."""
@@ -97,8 +97,14 @@ def loss_of_logits(value: Callable, slope: Callable, hidden, head, tokens: Seque
     losses = jax.custom_vjp(lambda *arrays: forward(*arrays)[0])
     losses.defvjp(forward, backward)
 
+    cut = axes_cutting("embed")
+
+    def whole(head):
+        """Gathered here, so that its gradient is scattered as it is summed."""
+        return jax.lax.all_gather(head, cut, axis=0, tiled=True) if cut else head
+
     def local(hidden, head, *others):
-        return losses(hidden, head, others[: len(tokens)], others[len(tokens) :])
+        return losses(hidden, whole(head), others[: len(tokens)], tuple(map(whole, others[len(tokens) :])))
 
     arrays = (hidden, head.astype(hidden.dtype), *tokens, *constants)
     return per_device(local, arrays, (TOKENS, HEAD, *[TOKENS] * len(tokens), *[HEAD] * len(constants)), TOKENS)

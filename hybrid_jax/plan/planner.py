@@ -87,8 +87,12 @@ def spread_pattern(text: str, config: ModelConfig) -> str:
     return "-".join(symbol if math.floor((i + 1) * share) > math.floor(i * share) else "*" for i in range(n))
 
 
-def meshes(job: Job, devices: int) -> Iterator[dict[str, int]]:
-    """Meshes of so many devices that divide the model, best first: few devices a row, parameters cut by the rest."""
+def meshes(job: Job, devices: int, copies: int = 1) -> Iterator[dict[str, int]]:
+    """Meshes of so many devices that divide the model, best first: few devices a row, parameters cut by the rest.
+
+    Args:
+      copies: of the parameters, the size of `data`.
+    """
     config = job.config
     wanted = 1 if job.stage == "decode" else max(1, job.seq_len // LOCAL_TOKENS)
     powers = [2**i for i in range(devices.bit_length()) if devices % 2**i == 0]
@@ -96,10 +100,10 @@ def meshes(job: Job, devices: int) -> Iterator[dict[str, int]]:
     for seq in powers if job.stage != "decode" else [1]:
         for tensor in powers:
             for expert in powers if config.moe else [1]:
-                rest, left = divmod(devices, seq * tensor * expert)
+                rest, left = divmod(devices, copies * seq * tensor * expert)
                 if left or not rest:
                     continue
-                sizes = {"fsdp": rest, "expert": expert, "seq": seq, "tensor": tensor}
+                sizes = {"data": copies, "fsdp": rest, "expert": expert, "seq": seq, "tensor": tensor}
                 far = abs(math.log2(seq / wanted)) + 1.5 * math.log2(tensor) + 0.5 * math.log2(expert)
                 found.append((far, {a: n for a, n in sizes.items() if n > 1} or {"data": 1}))
     for _, sizes in sorted(found, key=lambda f: f[0]):
@@ -108,6 +112,17 @@ def meshes(job: Job, devices: int) -> Iterator[dict[str, int]]:
         except ValueError:
             continue
         yield sizes
+
+
+def torus_meshes(job: Job, chip: str, hardware: Accelerator, shape: str) -> Iterator[dict[str, int]]:
+    """`meshes` of a slice. Where it is a torus of three long dimensions (v5p) first the one whose parameters are cut over
+    two of them, if it fits by estimate: over all three the compiler gathers by all-reduce, twice the bytes."""
+    devices = device_count(chip, shape)
+    if chip == "v5p" and min(map(int, shape.split("x"))) >= 4 and job.stage != "decode":
+        copied = next(meshes(job, devices, copies=2), None)
+        if copied and estimate(_with_rows(job, copied), copied) < 0.8 * hardware.hbm:
+            yield copied
+    yield from meshes(job, devices)
 
 
 def rows_of(sizes: dict[str, int]) -> int:
@@ -158,7 +173,7 @@ def make_plan(job: Job, topology: str, sizes: dict[str, int] | None = None, tell
         raise ValueError("--mesh needs a whole --topology, e.g. v5p:4x4x4; without one both are chosen")
     last = None
     for shape in hardware.slices:
-        candidate = next(meshes(job, device_count(chip, shape)), None)
+        candidate = next(torus_meshes(job, chip, hardware, shape), None)
         if candidate is None or estimate(_with_rows(job, candidate), candidate) > hardware.hbm:
             tell(f"{chip}:{shape}: by estimate too small")
             continue
@@ -177,7 +192,7 @@ def _with_rows(job: Job, sizes: dict[str, int]) -> Job:
 def _on(job, chip, hardware, shape, sizes, tell, advise=False) -> Plan:
     devices = device_count(chip, shape)
     if sizes is None:
-        sizes = next(meshes(job, devices), None)
+        sizes = next(torus_meshes(job, chip, hardware, shape), None)
         if sizes is None:
             raise ValueError(f"no mesh of {devices} devices divides this model and rows of {job.seq_len} tokens; give --mesh")
     job = _with_rows(job, sizes)
@@ -221,7 +236,7 @@ def _advice(plan: Plan, chip: str, shape: str, sizes, tell) -> str:
     if plan.job.remat != "full" and plan.job.stage != "decode":
         kept = list(REMAT)
         options += [(r, sizes) for r in kept[kept.index(plan.job.remat) + 1 :]]
-    options += [("full", other) for other in meshes(plan.job, plan.devices) if other != dict(sizes)]
+    options += [("full", other) for other in torus_meshes(plan.job, chip, plan.accelerator, shape) if other != dict(sizes)]
     for remat, other in options:
         job = dataclasses.replace(plan.job, remat=remat, rows=rows_of(other))
         if scale * estimate(job, other) > 0.95 * plan.accelerator.hbm:

@@ -25,6 +25,14 @@ def as_a_job_would_compile():
     jax.config.update("jax_disable_most_optimizations", True)
 
 
+@pytest.fixture
+def hasty_compiler():
+    """A third of the time, and the memory within a percent."""
+    jax.config.update("jax_exec_time_optimization_effort", -1.0)
+    yield
+    jax.config.update("jax_exec_time_optimization_effort", 0.0)
+
+
 def recipe(size, mixer, last=""):
     config = load_config([f"--config={RECIPE}:{size}-{mixer}{last}"])
     return config, dict(phases_of_config(with_sources(config)))
@@ -78,7 +86,7 @@ def test_an_unknown_recipe_is_refused():
 def test_a_recipe_s_step_compiles_for_its_slice():
     pytest.importorskip("libtpu")
     config, phases = recipe("4B", "SWA")
-    mesh = make_mesh(dict(fsdp=64), topology_devices("v5p", "4x4x4"))
+    mesh = make_mesh(dict(phases["align"].mesh), topology_devices("v5p", "4x4x4"))
     program = training_program(model_of(config, phases["align"]), phases["align"], mesh)
     compiled = compile_program(program)
     assert compiled.total < 95e9 and program_flops(program) > 0
@@ -87,7 +95,7 @@ def test_a_recipe_s_step_compiles_for_its_slice():
 @pytest.mark.long
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("size", SIZES)
-def test_every_phase_of_every_recipe_compiles_and_fits_its_slice(size, mixer):
+def test_every_phase_of_every_recipe_compiles_and_fits_its_slice(size, mixer, hasty_compiler):
     config, phases = recipe(size, mixer)
     phases |= recipe(size, mixer, "-reasoning")[1]
     devices = topology_devices("v5p", SLICES[size])

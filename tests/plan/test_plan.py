@@ -13,7 +13,7 @@ from hybrid_jax.families import config_from_hf, config_to_hf
 from hybrid_jax.families.public import PUBLIC
 from hybrid_jax.flops import traced_flops
 from hybrid_jax.hardware import accelerator, device_count
-from hybrid_jax.plan.planner import make_plan, meshes, spread_pattern
+from hybrid_jax.plan.planner import make_plan, meshes, spread_pattern, torus_meshes
 from hybrid_jax.plan.program import Job, abstract_parameters, state_bytes
 from hybrid_jax.plan.wire import wire_bytes
 from tests.conftest import tiny_config
@@ -120,6 +120,18 @@ def test_chosen_meshes_divide_the_model_and_cut_long_rows():
     assert next(meshes(Job(config, "train", 131072, 0), 64)) == {"fsdp": 8, "seq": 8}
     assert next(meshes(Job(config, "train", 8192, 0), 16)) == {"fsdp": 16}
     assert all(m.get("tensor", 1) <= 8 for m in meshes(Job(config, "train", 131072, 0), 256))
+
+
+def test_parameters_are_not_cut_over_all_three_dimensions_of_a_torus_where_they_need_not_be():
+    job = Job(config_from_hf(PUBLIC["Qwen/Qwen3-8B"]), "train", 131072, 0)
+
+    def first(chip, shape, **changes):
+        return next(torus_meshes(job, chip, accelerator(chip)[1]._replace(**changes), shape))
+
+    assert first("v5p", "4x4x4") == {"data": 2, "fsdp": 4, "seq": 8}
+    assert first("v5p", "4x4x4", hbm=20e9) == {"fsdp": 8, "seq": 8}  # two copies of the state would not fit
+    assert first("v5p", "2x4x4") == {"fsdp": 4, "seq": 8}
+    assert first("v5e", "8x8") == {"fsdp": 8, "seq": 8}
 
 
 def test_gpus_are_answered_by_formula_and_say_so():
