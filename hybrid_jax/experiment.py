@@ -4,7 +4,7 @@ A working directory holds
 
     config.json       what is being run; another config in the same directory is refused
     stages/NN_NAME/   a Hugging Face directory of each finished stage, 00_initial first
-    checkpoints/NAME/ of the phase under way
+    checkpoints/NAME/ of the phase under way; of one done, if it has keep_every
     metrics.jsonl, tensorboard/, run.png
     model/            the outcome
 """
@@ -31,6 +31,7 @@ from hybrid_jax.convert import (
 )
 from hybrid_jax.data import load_tokenizer, read_corpus, read_sources
 from hybrid_jax.data.documents import load_documents, pieces, split_documents
+from hybrid_jax.data.teacher_cache import TeacherCache
 from hybrid_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from hybrid_jax.data.tokens import is_prepared
 from hybrid_jax.families import config_from_hf, config_to_hf
@@ -174,6 +175,10 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path, profile: tup
             check_mesh_fits(source_config, mesh, phase.rows_at_a_time, phase.seq_len)
     if config.get("source"):
         load_tokenizer(config.source)
+    for number, (name, phase) in enumerate(phases, start=1):
+        if phase.teacher_cache and not stage_path(workdir, number, name).exists():
+            rows = dict(batch_size=phase.batch_size, length=phase.seq_len, answer_weight=phase.answer_weight)
+            TeacherCache(phase.teacher_cache, mix=_mix_of(config, phase), seed=config.seed + number, **rows).check(phase.steps)
     if is_first():
         _claim(workdir, config)
         for leftover in (workdir / "stages").glob(".*"):  # of a killed run
@@ -204,22 +209,20 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path, profile: tup
             stage, mesh = stage_path(workdir, number, name), meshes[number - 1]
             checkpoints = workdir / "checkpoints" / name
             if not stage.exists():
-                mix = dict(phase.mix) or config.data.mix.to_dict()
-                seed = config.seed + number
                 where = dict(directory=checkpoints, writer=writer, mesh=mesh, profile=profile)
                 model = train_phase(
                     # not held here, so that the loop may free it
-                    _in_form(load_model(before, dtype=jnp.float32, mesh=mesh), phase.form, source, mesh),
+                    in_form(load_model(before, dtype=jnp.float32, mesh=mesh), phase.form, source, mesh),
                     name,
                     phase,
                     corpus,
-                    mix,
-                    seed=seed,
+                    _mix_of(config, phase),
+                    seed=config.seed + number,
                     **where,
                 )
                 save_model(model, stage, tokenizer_from=source)
                 del model
-            if is_first():
+            if is_first() and not phase.keep_every:
                 shutil.rmtree(checkpoints, ignore_errors=True)
             before = stage
     save_model(unfuse(load_model(before, mesh=meshes[-1])), out, tokenizer_from=source)
@@ -230,11 +233,15 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path, profile: tup
     return out
 
 
+def _mix_of(config: ConfigDict, phase: Phase) -> dict[str, float]:
+    return dict(phase.mix) or config.data.mix.to_dict()
+
+
 def _mesh_of(sizes) -> Mesh | None:
     return make_mesh(dict(sizes)) if sizes else None
 
 
-def _in_form(model: Decoder, form: str, source: pathlib.Path, mesh: Mesh | None) -> Decoder:
+def in_form(model: Decoder, form: str, source: pathlib.Path, mesh: Mesh | None) -> Decoder:
     """The model as a phase wants it: teachers come from the source, and go."""
     if form == "unfused":
         return unfuse(model)

@@ -65,8 +65,6 @@ def training_batches(
     rows = tuple(range(batch_size) if rows is None else rows)
     batches = grain.MapDataset.source(_Own(mixed, batch_size, rows)).batch(len(rows), drop_remainder=True)
     if teacher_cache:
-        cache = TeacherCache(
-            teacher_cache, batch_size=batch_size, length=length, seed=seed, mix=shares, answer_weight=answer_weight
-        )
+        cache = TeacherCache(teacher_cache, batch_size=batch_size, length=length, seed=seed, mix=mix, answer_weight=answer_weight)
         batches = batches.map_with_index(lambda step, batch: {**batch, **cache.read(step, rows)})
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, 2 * threads))))

@@ -26,7 +26,8 @@ class TeacherCache:
 
     def __init__(self, path: str | pathlib.Path, k: int | None = None, *, mix: Mapping[str, float], **rows):
         self.path = pathlib.Path(path)
-        wanted = json.loads(json.dumps({**rows, "mix": dict(mix)}))
+        shares = {name: share for name, share in sorted(mix.items()) if share}
+        wanted = json.loads(json.dumps({**rows, "mix": shares}))
         record = self.path / RECORD
         if k is not None and not record.exists():
             self.path.mkdir(parents=True, exist_ok=True)
@@ -47,19 +48,25 @@ class TeacherCache:
         """The steps below `steps` that are not there yet."""
         return (step for step in range(steps) if not self._step(step).exists())
 
+    def check(self, steps: int):
+        """That it holds so many steps.
+
+        Raises:
+          FileNotFoundError: it does not; names the first that is missing.
+        """
+        if (step := next(self.missing(steps), None)) is not None:
+            raise FileNotFoundError(
+                f"{self.path} has no step {step} of {steps}: the teacher's answers end before the phase does; "
+                "hybrid-jax cache-teacher goes on where it stopped"
+            )
+
     def write(self, step: int, ids: np.ndarray, log_probabilities: np.ndarray):
         with new_directory(self._step(step)) as directory:
             np.save(directory / "ids.npy", ids.astype(np.uint32))
             np.save(directory / "log_probabilities.npy", log_probabilities.astype(np.float16))
 
     def read(self, step: int, rows: Sequence[int]) -> dict[str, np.ndarray]:
-        """Of some rows of a step.
-
-        Raises:
-          FileNotFoundError: the cache ends before it.
-        """
+        """Of some rows of a step."""
         directory = self._step(step)
-        if not directory.exists():
-            raise FileNotFoundError(f"{self.path} has no step {step}: the teacher's answers end before the phase does")
         ids, values = (np.load(directory / f"{n}.npy", mmap_mode="r")[list(rows)] for n in ("ids", "log_probabilities"))
         return {"teacher_ids": ids.astype(np.int32), "teacher_log_probabilities": values.astype(np.float32)}

@@ -5,6 +5,7 @@ The loop makes the state with it and the planner its shapes, so both have the sa
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -41,14 +42,17 @@ class Arrangement:
 
     def __init__(self, model: Decoder, phase: Phase):
         names = abstract_parameters(model.config)
-        self.chosen = select_names(names, phase.trainable)
+        self.phase, self.chosen = phase, select_names(names, phase.trainable)
         self.frozen_dtype, self.config = phase.frozen_dtype, model.config
         runs = training_runs(model.config, self.chosen)
         self.names = stacked_names(model.config, runs)
         self.structure, self.axes = stacked_structure(model, runs)
         self.stacked = frozenset(n for n, olds in self.names.items() if len(olds) > 1)
-        self.optimizer = make_optimizer(phase, self.stacked)
         self.copied = self._taught() if phase.objective == "distill" else frozenset()
+
+    @functools.cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        return make_optimizer(self.phase, self.stacked)
 
     def _taught(self) -> frozenset[str]:
         """The parameters that train and that the teacher reads too: of those it needs copies that stay."""

@@ -35,7 +35,7 @@ def cache_teacher(
     if not 1 <= k <= model.config.vocab_size:
         raise ValueError(f"k must lie in 1 ... {model.config.vocab_size}, the vocabulary, got {k}")
     rows = dict(batch_size=phase.batch_size, length=phase.seq_len, seed=seed, answer_weight=phase.answer_weight)
-    cache = TeacherCache(out, k, mix={n: share for n, share in sorted(mix.items()) if share}, **rows)
+    cache = TeacherCache(out, k, mix=mix, **rows)
     model.compute_dtype = jnp.dtype(phase.compute_dtype)
     structure, parameters = split_model(model)
 

@@ -105,3 +105,30 @@ class Checkpoints:
         """
         self.manager.wait_until_finished()
         self.manager.close()
+
+
+def restore_trainable(
+    directory: pathlib.Path, like: dict[str, jax.ShapeDtypeStruct], step: int | None = None
+) -> dict[str, jax.Array]:
+    """The parameters of a checkpoint (the newest if no step is given) without the optimizer's state.
+
+    Args:
+      like: shapes, dtypes and shardings of those that train, by their stacked names.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint, or none of that step; says which there are.
+      ValueError: it can not be read, or holds other parameters.
+    """
+    steps = ocp.utils.checkpoint_steps(directory) if directory.is_dir() else []
+    if not steps or step not in (None, *steps):
+        there = f"steps {', '.join(map(str, sorted(steps)))}" if steps else "none"
+        raise FileNotFoundError(f"no checkpoint{f' of step {step}' if step else ''} in {directory}; there: {there}")
+    step = max(steps) if step is None else step
+    wanted = ocp.args.PyTreeRestore(
+        {"trainable": like}, ocp.checkpoint_utils.construct_restore_args({"trainable": like}), partial_restore=True
+    )
+    try:
+        with ocp.CheckpointManager(directory.absolute(), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+            return manager.restore(step, args=ocp.args.Composite(state=wanted))["state"]["trainable"]
+    except (ValueError, OSError, KeyError, TypeError) as e:
+        raise ValueError(f"the checkpoint of step {step} in {directory} can not be read: {' '.join(str(e).split())[:300]}") from e

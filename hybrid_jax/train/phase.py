@@ -43,7 +43,7 @@ class Phase:
       teacher_cache: for `distill_cached`, the directory made by `cache-teacher`.
       mesh: axis -> size (see `parallel.mesh`), in place of the experiment's.
       log_every, checkpoint_every: steps.
-      keep, keep_every: the newest checkpoints that stay, and the steps whose checkpoints stay until the phase ends.
+      keep, keep_every: the newest checkpoints that stay, and the steps whose checkpoints outlive the phase (0: none do).
     """
 
     objective: str

@@ -1,0 +1,81 @@
+"""The model of a run at any point of it: its outcome, the end of a phase, or a checkpoint within one."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from hybrid_jax.convert import load_model
+from hybrid_jax.experiment import in_form, stage_path
+from hybrid_jax.model import Decoder
+from hybrid_jax.parameters import join_model, split_model
+from hybrid_jax.stacking import stack, unstack
+from hybrid_jax.train import Phase
+from hybrid_jax.train.arrangement import Arrangement, parameter_shardings
+from hybrid_jax.train.checkpoint import restore_trainable
+from hybrid_jax.train.loop import prepared
+
+
+def is_run(directory: str | pathlib.Path) -> bool:
+    return (pathlib.Path(directory) / "stages").is_dir()
+
+
+def tokenizer_of(workdir: str | pathlib.Path) -> pathlib.Path:
+    """A directory that has the run's tokenizer."""
+    return stage_path(pathlib.Path(workdir), 0, "initial")
+
+
+def load_run(
+    workdir: str | pathlib.Path, phase: str = "", step: int | None = None, *, dtype=jnp.float32, mesh: Mesh | None = None
+) -> Decoder:
+    """What a run had.
+
+    Of a checkpoint only the parameters are read, not the optimizer's state; what the phase does not train comes from the stage
+    before it. The model has the phase's form: `unfuse` makes a fused one the hybrid, `with_pattern` of its config the source.
+
+    Args:
+      workdir: the run's; it may be under way.
+      phase: default: the run's outcome.
+      step: a checkpoint's; default: the phase's end, or its newest checkpoint while it has none.
+
+    Raises:
+      FileNotFoundError: no run, or it has not come so far; says what there is.
+      ValueError: an unknown phase, or a checkpoint that can not be read.
+    """
+    workdir = pathlib.Path(workdir)
+    if not is_run(workdir):
+        raise FileNotFoundError(f"{workdir} is no run's working directory: it has no 'stages'")
+    config = json.loads((workdir / "config.json").read_text())
+    if not phase:
+        if not (workdir / "model").is_dir():
+            raise FileNotFoundError(
+                f"{workdir} has not finished; run its command again to resume it, or name a phase: {', '.join(config['schedule'])}"
+            )
+        return load_model(workdir / "model", dtype=dtype, mesh=mesh)
+    if phase not in config["schedule"]:
+        raise ValueError(f"{workdir} has no phase {phase!r}; it has {', '.join(config['schedule']) or 'none'}")
+    number = 1 + list(config["schedule"]).index(phase)
+    stage = stage_path(workdir, number, phase)
+    if step is None and stage.is_dir():
+        return load_model(stage, dtype=dtype, mesh=mesh)
+    before = stage_path(workdir, number - 1, (["initial", *config["schedule"]])[number - 1])
+    if not before.is_dir():
+        raise FileNotFoundError(f"{workdir} has not come to phase {phase!r}: {before} is not there yet")
+    source = pathlib.Path(config.get("source") or stage_path(workdir, 0, "initial"))
+    of_phase = Phase.from_config(phase, config["phases"][phase])
+    model = prepared(in_form(load_model(before, dtype=dtype, mesh=mesh), of_phase.form, source, mesh), of_phase)
+    return _with_checkpoint(model, of_phase, workdir / "checkpoints" / phase, step, mesh)
+
+
+def _with_checkpoint(model: Decoder, phase: Phase, directory: pathlib.Path, step: int | None, mesh: Mesh | None) -> Decoder:
+    """The model with a checkpoint's parameters in place of its own."""
+    arrangement, (structure, parameters) = Arrangement(model, phase), split_model(model)
+    wanted = jax.eval_shape(lambda p: stack(p, arrangement.names), arrangement.split(parameters)[0])
+    if mesh is not None:
+        where = parameter_shardings(mesh, wanted, arrangement.axes)
+        wanted = {name: x.update(sharding=where[name]) for name, x in wanted.items()}
+    return join_model(structure, {**parameters, **unstack(restore_trainable(directory, wanted, step), arrangement.names)})

@@ -1,0 +1,92 @@
+"""A run's model at any point of it, in whatever form the next one wants."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from hybrid_jax import load_model
+from hybrid_jax.commands.main import main
+from hybrid_jax.experiment import run_experiment
+from hybrid_jax.parallel.mesh import make_mesh
+from hybrid_jax.priming.fuse import unfuse
+from hybrid_jax.workdir import load_run
+from tests.train.test_training import arrays, experiment, made_source  # noqa: F401 (a fixture)
+
+
+@pytest.fixture(scope="module")
+def run(made_source, tmp_path_factory):  # noqa: F811
+    """A run of two phases, the first of which kept its checkpoints; its layers are stacked in training."""
+    source, text = made_source
+    config = experiment(source, pattern="GKA-GKA")
+    config.data.text = text
+    config.phases.align.update(dict(steps=5, checkpoint_every=2, keep_every=2, keep=1))
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    run_experiment(config, workdir)
+    return workdir
+
+
+def test_the_outcome_and_the_end_of_a_phase(run):
+    assert all(np.array_equal(v, arrays(load_model(run / "model"))[n]) for n, v in arrays(load_run(run)).items())
+    stage = arrays(load_model(run / "stages" / "01_align"))
+    for model in (load_run(run, "align"), load_run(run, "align", 5)):
+        assert model.config.pattern == "GKA*-GKA*"
+        assert all(np.array_equal(v, stage[n]) for n, v in arrays(model).items())
+
+
+@pytest.mark.parametrize("mesh", [None, make_mesh({"fsdp": 1}, jax.devices()[:1])])
+def test_a_checkpoint_within_a_phase_in_the_teacher_s_the_fused_and_the_hybrid_s_form(run, mesh):
+    initial, end = (arrays(load_model(run / "stages" / s)) for s in ("00_initial", "01_align"))
+    fused = load_run(run, "align", 2, mesh=mesh)
+    found = arrays(fused)
+    for name in found:
+        if ".gka." in name:
+            assert not np.array_equal(found[name], end[name]) or name.endswith("A_log"), name
+            assert not np.array_equal(found[name], initial[name]), name
+        elif ".self_attn." not in name:
+            assert np.array_equal(found[name], initial[name]), name
+    hybrid = unfuse(fused)
+    assert hybrid.config.pattern == "GKA-GKA" and all(np.array_equal(v, found[n]) for n, v in arrays(hybrid).items())
+
+
+def test_a_phase_under_way_is_had_at_its_newest_checkpoint(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    for gone in ("model", "stages/01_align", "stages/02_train", "checkpoints/align/5"):
+        shutil.rmtree(tmp_path / "run" / gone)
+    newest, step4 = arrays(load_run(tmp_path / "run", "align")), arrays(load_run(run, "align", 4))
+    assert all(np.array_equal(step4[n], v) for n, v in newest.items())
+    with pytest.raises(FileNotFoundError, match="has not finished; run its command again to resume it, or name a phase: align"):
+        load_run(tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="has not come to phase 'train'"):
+        load_run(tmp_path / "run", "train")
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--phase", "align"]) == 0
+    exported = load_model(tmp_path / "out")
+    assert exported.config.pattern == "GKA-GKA" and (tmp_path / "out" / "tokenizer.json").exists()
+    assert all(np.array_equal(newest[n], v) for n, v in arrays(exported).items())
+
+
+def test_what_is_not_there_is_named(run, tmp_path, capsys):
+    with pytest.raises(ValueError, match="has no phase 'algin'; it has align, train"):
+        load_run(run, "algin")
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 3 in .*; there: steps 2, 4, 5"):
+        load_run(run, "align", 3)
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 1 in .*; there: none"):
+        load_run(run, "train", 1)
+    with pytest.raises(FileNotFoundError, match="no run's working directory"):
+        load_run(tmp_path)
+    for arguments, words in (
+        ((run, "--step", "2"), "--step needs the --phase"),
+        ((run / "model", "--phase", "align"), "is no run's working directory"),
+    ):
+        assert main(["export", *map(str, arguments[:1]), str(tmp_path / "out"), *arguments[1:]]) == 1
+        assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_damaged_checkpoint_is_said_to_be_so(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints" / "align" / "2" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match="the checkpoint of step 2 in .* can not be read"):
+        load_run(tmp_path / "run", "align", 2)
