@@ -183,7 +183,8 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GKAConfig:
-    """Gated KalmaNet options (arXiv 2511.21016), named as in hybrid-model-factory's `gka_config`."""
+    """Gated KalmaNet options (arXiv 2511.21016), named as in hybrid-model-factory's `gka_config`; `precision` (fast,
+    accurate: of the kernels' solve) is ours."""
 
     num_iter: int = 30
     ridge_strength: float = 0.02
@@ -198,6 +199,7 @@ class GKAConfig:
     use_gate: bool = True
     use_v_conv: bool = True
     bp_lambda: bool = True
+    precision: str = "fast"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,6 +349,8 @@ class ModelConfig:
             raise ValueError(f"bmojo_config.ssm_mixer is {self.bmojo.ssm_mixer!r}; expected gka, gdn or mamba2")
         if not self.gka.use_forgetting_gate_kk and self.gka.num_iter:
             raise ValueError("gka_config.use_forgetting_gate_kk = false is not supported")
+        if self.gka.precision not in ("fast", "accurate"):
+            raise ValueError(f"gka_config.precision is {self.gka.precision!r}; expected fast or accurate")
         for i, layer in enumerate(self.layers):
             for kind in layer.kinds:
                 if kind in NOT_BUILT:

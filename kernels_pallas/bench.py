@@ -2,7 +2,8 @@
 
 A line is a case, our median and the peer's, and peer / ours: above 1 we are faster. Ours and the peer take turns.
 
-- `--peer torch`: transformers' own chunked rule in PyTorch (`torch_chunk_gated_delta_rule`), for CPUs.
+- `--peer torch`: transformers' own chunked rule in PyTorch (`torch_chunk_gated_delta_rule`), for CPUs. XLA multiplies
+  batches of small matrices on one core, so JAX is given a device a core and each takes its heads, as on a mesh.
 - `--peer fla`: flash-linear-attention's Triton kernels (gated delta rule, simple GLA), and cuDNN attention of the same
   sizes, for NVIDIA GPUs. Has not been run by us: no GPU was at hand.
 """
@@ -19,12 +20,21 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from kernels_pallas.lab.cases import CASES, Shape, program, random_arrays
 
 
-def our_call(name: str, shape: Shape, implementation: str | None, arrays) -> Callable[[], None]:
-    function = jax.jit(program(CASES[name], shape, implementation)[0])
+def our_call(name: str, shape: Shape, implementation: str | None, arrays, devices: int = 1) -> Callable[[], None]:
+    """A call of ours, each device with its heads."""
+    function = program(CASES[name], shape, implementation)[0]
+    if devices > 1:
+        mesh, of_tokens, of_states = jax.make_mesh((devices,), ("heads",)), P(None, None, "heads"), P(None, "heads")
+        outs = jax.tree.map(lambda x: of_tokens if x.shape[1] == shape.seq_len else of_states, jax.eval_shape(function, *arrays))
+        arrays = [jax.device_put(x, NamedSharding(mesh, of_tokens)) for x in arrays]
+        function = jax.shard_map(function, mesh=mesh, in_specs=of_tokens, out_specs=outs, check_vma=False)
+    function = jax.jit(function)
     return lambda: jax.block_until_ready(function(*arrays))
 
 
@@ -112,12 +122,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seq-len", type=int, nargs="+")
     parser.add_argument("--heads", type=int)
     parser.add_argument("--cores", type=int, help="CPU cores for both; default: all")
+    parser.add_argument("--devices", type=int, help="of the CPU, over which our heads are cut; default: a core each")
     parser.add_argument("--dim", type=int, nargs="+")
     options = parser.parse_args(argv)
     if options.cores:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])  # before JAX or torch count them
         os.environ["OMP_NUM_THREADS"] = str(options.cores)
     gpu = options.peer == "fla"
+    devices = 1 if gpu else options.devices or len(os.sched_getaffinity(0))
+    if devices > 1:
+        jax.config.update("jax_num_cpu_devices", devices)
     if gpu and jax.default_backend() != "gpu":
         print("--peer fla needs an NVIDIA GPU (its kernels are Triton's); on a CPU use --peer torch", file=sys.stderr)
         return 2
@@ -145,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
                 case = CASES[name]
                 arrays = random_arrays(case, shape)
                 calls = {
-                    "ours": our_call(name, shape, options.implementation or ("pallas_gpu" if gpu else "xla"), arrays),
+                    "ours": our_call(name, shape, options.implementation or ("pallas_gpu" if gpu else "xla"), arrays, devices),
                     "peer": torch_call(peer, arrays, case.backward, "cuda" if gpu else "cpu"),
                 }
                 if gpu:

@@ -1,8 +1,11 @@
 """The pattern language and the model's description."""
 
+import dataclasses
+
 import pytest
 
-from hybrid_jax.config import ATTENTION, MixerSpec, format_pattern, mixer_config_from_dict, parse_pattern
+from hybrid_jax.config import ATTENTION, GKAConfig, MixerSpec, format_pattern, mixer_config_from_dict, parse_pattern
+from hybrid_jax.families import config_from_hf, config_to_hf
 from tests.conftest import tiny_config
 
 
@@ -87,3 +90,13 @@ def test_unknown_and_unsupported_mixer_options_are_refused():
     with pytest.raises(ValueError, match="kv_proj_rank"):
         mixer_config_from_dict("gdn_config", {"kv_proj_rank": 8})
     assert mixer_config_from_dict("gka_config", {"hidden_size": 64, "num_iter": 3}).num_iter == 3
+
+
+def test_the_precision_of_gka_is_kept_and_told_only_where_it_is_not_the_usual():
+    model = tiny_config("*-GKA")
+    assert "precision" not in config_to_hf(model)["gka_config"]
+    accurate = dataclasses.replace(model, gka=GKAConfig(precision="accurate"))
+    assert config_to_hf(accurate)["gka_config"]["precision"] == "accurate"
+    assert config_from_hf(config_to_hf(accurate)).gka == accurate.gka
+    with pytest.raises(ValueError, match="expected fast or accurate"):
+        dataclasses.replace(model, gka=GKAConfig(precision="exact"))

@@ -124,6 +124,12 @@ def read_config(family: Family, hf: Mapping[str, Any]) -> ModelConfig:
     )
 
 
+def _options(mixer) -> dict[str, Any]:
+    """As hybrid-model-factory reads them: what it does not know is written only where it says something."""
+    unknown = {"precision"} if getattr(mixer, "precision", "fast") == "fast" else set()
+    return {name: value for name, value in dataclasses.asdict(mixer).items() if name not in unknown}
+
+
 def write_config(family: Family, config: ModelConfig, dtype: str) -> dict[str, Any]:
     """ModelConfig -> config.json, hybrid-model-factory's if there is any mixer but attention."""
     common = {
@@ -148,7 +154,7 @@ def write_config(family: Family, config: ModelConfig, dtype: str) -> dict[str, A
         return {**common, "architectures": [family.architecture], "model_type": family.model_type, "layer_types": types}
     used = {kind for layer in config.layers for kind in layer.kinds} | {config.bmojo.ssm_mixer}
     options = {
-        key: dataclasses.asdict(getattr(config, field))
+        key: _options(getattr(config, field))
         for key, (field, cls) in MIXER_CONFIGS.items()
         if field in used or getattr(config, field) != cls()
     }

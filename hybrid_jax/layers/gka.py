@@ -84,7 +84,7 @@ class GatedKalmaNet(nnx.Module):
             g = log_decay(self.a_proj(x), self.A_log[...], self.dt_bias[...])
         solve = dict(ridge_strength=gka.ridge_strength, num_iter=gka.num_iter, scale=D**-0.5 if gka.gla_rescale else 1.0)
         o, states = recurrence(
-            functools.partial(gated_kalmanet, bp_lambda=gka.bp_lambda, chunk_size=gka.chunk_size, **solve),
+            functools.partial(gated_kalmanet, bp_lambda=gka.bp_lambda, precision=gka.precision, chunk_size=gka.chunk_size, **solve),
             functools.partial(gated_kalmanet_step, **solve),
             lambda q, k, v, alpha, g, **kw: gated_kalmanet_summary(k, v, g, **kw),
             (q, k, v, alpha, g),

@@ -39,8 +39,7 @@ def gated_delta_rule(
       scale: multiplies q; default K^-0.5.
       initial_state: [B, H, K, V], or None for zeros.
       segment_ids: [B, T] int, or None.
-      chunk_size: tokens a chunk of the XLA and GPU forms, a power of two (default 64, or 32 for
-        small heads on a CPU); TPU chunks have 128.
+      chunk_size: tokens a chunk of the XLA and GPU forms, a power of two (default 64, or 32 on a CPU); TPU chunks have 128.
       implementation: "reference", "xla", "pallas_tpu", "pallas_gpu" or None (the best the backend has).
 
     Returns:

@@ -34,7 +34,7 @@ def unit_lower_inverse(L: jax.Array) -> jax.Array:
     C = L.shape[-1]
     L = L.reshape(-1, C, C)
     n, half = L.shape[0], C // 2
-    if C <= 8:
+    if C <= 8:  # on two CPU devices at once LAPACK's solves of 32 and more wait for each other's threads for ever
         identity = jnp.broadcast_to(jnp.eye(C, dtype=L.dtype), L.shape)
         return jax.lax.linalg.triangular_solve(L, identity, left_side=True, lower=True, unit_diagonal=True)
     diagonal = unit_lower_inverse(jnp.concatenate([L[:, :half, :half], L[:, half:, half:]]))
@@ -45,7 +45,7 @@ def unit_lower_inverse(L: jax.Array) -> jax.Array:
 
 
 def gated_delta_rule_chunked(q, k, v, log_decay, beta, state, segments, scale, chunk_size):
-    chunk_size = chunk_size or default_chunk(k.shape[-1], v.shape[-1])
+    chunk_size = chunk_size or default_chunk()
     if chunk_size & (chunk_size - 1):
         raise ValueError(f"gated_delta_rule: chunk_size must be a power of two, got {chunk_size}")
 

@@ -99,7 +99,7 @@ def gated_kalmanet_chunked(
     solver=solve_in_float32,
 ):
     chunk_size, out_dtype = (
-        chunk_size or default_chunk(k.shape[-1], v.shape[-1]),
+        chunk_size or default_chunk(),
         v.dtype if precision == "fast" else state[0].dtype,
     )
 

@@ -60,7 +60,7 @@ def read_write_backward(Q, K, V, H0, dO, dH, mask, decay: ChunkDecay):
 
 
 def linear_attention_chunked(q, k, v, log_decay, state, segments, scale, chunk_size):
-    chunk_size = chunk_size or default_chunk(k.shape[-1], v.shape[-1])
+    chunk_size = chunk_size or default_chunk()
 
     def run(arrays, state, segments):
         return _linear_attention(*arrays, state, segments, scale, chunk_size)
