@@ -35,7 +35,7 @@ def load_run(
     """What a run had.
 
     Of a checkpoint only the parameters are read, not the optimizer's state; what the phase does not train comes from the stage
-    before it. The model has the phase's form: `unfuse` makes a fused one the hybrid, `with_pattern` of its config the source.
+    before it. The model has the phase's form; `priming.fuse.unfuse` makes a fused one the hybrid.
 
     Args:
       workdir: the run's; it may be under way.
