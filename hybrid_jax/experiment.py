@@ -35,7 +35,7 @@ from hybrid_jax.data.teacher_cache import TeacherCache
 from hybrid_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from hybrid_jax.data.tokens import is_prepared
 from hybrid_jax.families import config_from_hf, config_to_hf
-from hybrid_jax.files import check_new_directory, new_directory
+from hybrid_jax.files import check_new_directory, check_writable, new_directory
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.distributed import barrier, is_first
 from hybrid_jax.parallel.mesh import check_mesh_fits, make_mesh
@@ -104,13 +104,16 @@ def _claim(workdir: pathlib.Path, config: ConfigDict):
     """Makes the working directory this config's, or checks that it is already; on which mesh may change.
 
     Raises:
-      ValueError: it belongs to another config.
+      ValueError: it belongs to another config. PermissionError: it can not be written any more.
     """
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True, default=list)
     record = workdir / "config.json"
     if record.exists():
         if _without_meshes(json.loads(record.read_text())) != _without_meshes(json.loads(text)):
             raise ValueError(f"{workdir} holds a run of another config (compare {record}); choose another --workdir, or remove it")
+        for place in (workdir, workdir / "stages", *(workdir / "checkpoints").glob("*")):
+            if place.is_dir():
+                check_writable(place)
         return
     check_new_directory(workdir)
     with new_directory(workdir) as directory:

@@ -25,12 +25,21 @@ def check_new_directory(path: str | pathlib.Path) -> pathlib.Path:
         parent = parent.parent
     if not parent.is_dir():
         raise NotADirectoryError(f"can not write {path}: {parent} is a file")
+    check_writable(parent, path)
+    return path
+
+
+def check_writable(directory: pathlib.Path, path: pathlib.Path | None = None):
+    """Checks by a file that vanishes that a directory takes files, e.g. `path`.
+
+    Raises:
+      PermissionError: it does not.
+    """
     try:
-        with tempfile.TemporaryFile(dir=parent):
+        with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as e:
-        raise PermissionError(f"can not write {path}: {parent} is not writable ({e.strerror})") from None
-    return path
+        raise PermissionError(f"can not write {path or directory}: {directory} is not writable ({e.strerror})") from None
 
 
 @contextlib.contextmanager

@@ -1,10 +1,15 @@
 """A run's model at any point of it, in whatever form the next one wants."""
 
+import errno
+import json
+import pathlib
 import shutil
+import tempfile
 
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from hybrid_jax import load_model
 from hybrid_jax.commands.main import main
@@ -90,3 +95,23 @@ def test_a_damaged_checkpoint_is_said_to_be_so(run, tmp_path):
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match="the checkpoint of step 2 in .* can not be read"):
         load_run(tmp_path / "run", "align", 2)
+
+
+@pytest.mark.parametrize("closed", ["", "stages", "checkpoints/align"])
+def test_a_run_that_can_not_be_written_any_more_is_refused_before_it_goes_on(run, tmp_path, monkeypatch, closed):
+    shutil.copytree(run, tmp_path / "run")
+    for gone in ("model", "stages/02_train"):
+        shutil.rmtree(tmp_path / "run" / gone)
+    before = sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*"))
+    temporary_file = tempfile.TemporaryFile
+
+    def read_only(*args, dir=None, **options):
+        if pathlib.Path(dir) == tmp_path / "run" / closed:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return temporary_file(*args, dir=dir, **options)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    config = ConfigDict(json.loads((tmp_path / "run" / "config.json").read_text()))
+    with pytest.raises(PermissionError, match="is not writable .Read-only file system"):
+        run_experiment(config, tmp_path / "run")
+    assert sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*")) == before
