@@ -19,22 +19,30 @@ from hybrid_jax.parallel.sharding import TOKENS, partition_spec
 from hybrid_jax.parameters import join_model, split_model
 from hybrid_jax.plan.program import topology_devices
 from hybrid_jax.plan.wire import wire_bytes
-from hybrid_jax.train.objectives import OBJECTIVES
 from tests.conftest import tiny_model
 
 
 def model_wire():
-    """{pattern: {tokens a row: bytes of collectives a device}} of loss and gradients, eight devices along `seq`."""
+    """{pattern: {tokens a row: bytes of collectives a device}} of a layer and its gradients, eight devices along `seq`."""
     mesh, found = make_mesh({"seq": 8}), {}
     for pattern in ("GKA", "GDN", "M2", "SWA", "*"):
         found[pattern] = {}
         for tokens in (128, 256):
             model = tiny_model(pattern, vocab_size=62)
             structure, parameters = split_model(model)
-            batch = abstract_batch(1, tokens, NamedSharding(mesh, partition_spec(mesh, TOKENS)))
+            where = NamedSharding(mesh, partition_spec(mesh, TOKENS))
+            embedded = jax.ShapeDtypeStruct((1, tokens, model.config.hidden_size), jnp.float32, sharding=where)
+
+            def loss(parameters, embedded, batch, structure=structure):
+                model = join_model(structure, parameters)
+                model.embed_tokens = lambda ids, dtype: embedded.astype(dtype)  # whose tokens do travel
+                hidden, _ = model.hidden_states(batch["input_ids"], batch["segment_ids"], batch["positions"])
+                return jnp.sum(hidden**2)
+
             with jax.set_mesh(mesh):
-                step = jax.jit(jax.grad(lambda p, b, s=structure: OBJECTIVES["next_token"](join_model(s, p), b)[0]))
-                found[pattern][tokens] = sum(wire_bytes(step.lower(parameters, batch).compile().as_text()).values())
+                step = jax.jit(jax.grad(loss, argnums=(0, 1)))
+                compiled = step.lower(parameters, embedded, abstract_batch(1, tokens, where)).compile()
+            found[pattern][tokens] = sum(wire_bytes(compiled.as_text()).values())
     return found
 
 
