@@ -172,7 +172,7 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path, profile: tup
     source_config = check_model_directory(config.source) if config.get("source") else config_from_hf(config.model.to_dict())
     mixers = config.get("mixers", ConfigDict()).to_dict()
     _check_phases_fit(_with_mixer_options(source_config, mixers), config, phases)
-    meshes = [_mesh_of(phase.mesh or config.get("mesh")) for _, phase in phases] or [_mesh_of(config.get("mesh"))]
+    meshes = [mesh_of(config, phase) for _, phase in phases] or [mesh_of(config)]
     for mesh, (_, phase) in zip(meshes, phases, strict=False):
         if mesh is not None:
             check_mesh_fits(source_config, mesh, phase.rows_at_a_time, phase.seq_len)
@@ -180,8 +180,8 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path, profile: tup
         load_tokenizer(config.source)
     for number, (name, phase) in enumerate(phases, start=1):
         if phase.teacher_cache and not stage_path(workdir, number, name).exists():
-            rows = dict(batch_size=phase.batch_size, length=phase.seq_len, answer_weight=phase.answer_weight)
-            TeacherCache(phase.teacher_cache, mix=_mix_of(config, phase), seed=config.seed + number, **rows).check(phase.steps)
+            described = phase.described_rows(mix_of(config, phase), config.seed + number)
+            TeacherCache(phase.teacher_cache, **described).check(phase.steps)
     if is_first():
         _claim(workdir, config)
         for leftover in (workdir / "stages").glob(".*"):  # of a killed run
@@ -219,7 +219,7 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path, profile: tup
                     name,
                     phase,
                     corpus,
-                    _mix_of(config, phase),
+                    mix_of(config, phase),
                     seed=config.seed + number,
                     **where,
                 )
@@ -236,11 +236,13 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path, profile: tup
     return out
 
 
-def _mix_of(config: ConfigDict, phase: Phase) -> dict[str, float]:
+def mix_of(config: ConfigDict, phase: Phase) -> dict[str, float]:
     return dict(phase.mix) or config.data.mix.to_dict()
 
 
-def _mesh_of(sizes) -> Mesh | None:
+def mesh_of(config: ConfigDict, phase: Phase | None = None) -> Mesh | None:
+    """The phase's own mesh, or the experiment's; None: one device."""
+    sizes = (phase and phase.mesh) or config.get("mesh")
     return make_mesh(dict(sizes)) if sizes else None
 
 

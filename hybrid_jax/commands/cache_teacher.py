@@ -21,7 +21,7 @@ def run(args: argparse.Namespace):
     from hybrid_jax.commands.experiments import load_config
     from hybrid_jax.convert import load_model
     from hybrid_jax.data import read_corpus
-    from hybrid_jax.experiment import phases_of_config
+    from hybrid_jax.experiment import mesh_of, mix_of, phases_of_config
     from hybrid_jax.train.cache import cache_teacher
 
     config = load_config([f"--config={args.config}", *args.overrides])
@@ -32,8 +32,10 @@ def run(args: argparse.Namespace):
     phase = phases[number - 1][1]
     if not phase.teacher_cache:
         raise ValueError(f"phase {args.phase!r} has no teacher_cache, the directory to write and to distil from")
-    teacher = load_model(args.teacher or config.source, dtype=jnp.float32)
+    mesh = mesh_of(config, phase)
+    teacher = load_model(args.teacher or config.source, dtype=jnp.float32, mesh=mesh)
     corpus = read_corpus(config.data.to_dict(), config.source, teacher.config.extra.get("eos_token_id"))
-    mix = dict(phase.mix) or config.data.mix.to_dict()
-    cache_teacher(teacher, phase, corpus, mix, seed=config.seed + number, out=pathlib.Path(phase.teacher_cache), k=args.k)
+    mix, seed = mix_of(config, phase), config.seed + number
+    phase = phase.in_steps(corpus, mix, seed)
+    cache_teacher(teacher, phase, corpus, mix, seed=seed, out=pathlib.Path(phase.teacher_cache), k=args.k, mesh=mesh)
     print(f"{phase.teacher_cache}: {phase.steps:,} steps of {phase.batch_size} rows, the {args.k} likeliest tokens each")

@@ -22,7 +22,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "held-out loss and recall of models and runs: table, report, picture"),
     "generate": ("generate", "continue a prompt"),
 }
-SPREAD = {"prime", "train"}  # commands that run as one job of several processes
+SPREAD = {"prime", "train", "cache-teacher"}  # commands that run as one job of several processes
 CONFIGURED = {"experiments", "cache_teacher"}  # modules that take --config.a.b=value
 EXPECTED = (ValueError, OSError, NotImplementedError, FloatingPointError)
 

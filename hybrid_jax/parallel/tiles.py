@@ -1,6 +1,6 @@
-"""Losses of logits that never exist for all tokens: tile by tile, the vocabulary cut over `tensor`.
+"""Of logits that never exist for all tokens: losses, and the likeliest tokens; the vocabulary is cut over `tensor`.
 
-Both passes scan over tiles of tokens; backward makes a tile's logits anew and the head's gradient is summed in float32.
+A scan over tiles of tokens makes them; a loss's backward makes a tile's anew and sums the head's gradient in float32.
 """
 
 from __future__ import annotations
@@ -18,10 +18,14 @@ HEAD = ("embed", "vocab")
 
 
 class Vocabulary:
-    """The vocabulary as a device holds it: whole, or its part of the mesh's `tensor` axis."""
+    """The vocabulary as a device holds it: whole, or its part of the mesh's `tensor` axis; made outside of `per_device`."""
 
     def __init__(self):
-        self.axis = axes_cutting("vocab") or None
+        self.axis, self.cut = axes_cutting("vocab") or None, axes_cutting("embed")
+
+    def head(self, part):
+        """[hidden, part of the vocabulary] from a device's part of `hidden` too; its gradient is scattered as it is summed."""
+        return jax.lax.all_gather(part, self.cut, axis=0, tiled=True) if self.cut else part
 
     def sum(self, x):
         """x over the devices that hold the vocabulary's parts."""
@@ -44,6 +48,19 @@ def logits_of(hidden, head):
     return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
 
 
+def _in_tiles(x):
+    """[B, T, ...] -> [tiles, tile, ...], padded with zeros."""
+    x = x.reshape(-1, *x.shape[2:])
+    tile = min(TILE, len(x))
+    return pad_axis(x, 0, tile).reshape(-1, tile, *x.shape[1:])
+
+
+def _flat(x, like):
+    """The inverse, with the two leading dimensions of `like`."""
+    B, T = like.shape[:2]
+    return x.reshape(-1, *x.shape[2:])[: B * T].reshape(B, T, *x.shape[2:])
+
+
 def loss_of_logits(value: Callable, slope: Callable, hidden, head, tokens: Sequence = (), constants: Sequence = ()):
     """The loss of every token whose logits are `hidden head`; gradients go to these two.
 
@@ -61,24 +78,13 @@ def loss_of_logits(value: Callable, slope: Callable, hidden, head, tokens: Seque
     """
     vocabulary = Vocabulary()
 
-    def in_tiles(x):
-        """[B, T, ...] -> [tiles, tile, ...], padded with zeros."""
-        x = x.reshape(-1, *x.shape[2:])
-        tile = min(TILE, len(x))
-        return pad_axis(x, 0, tile).reshape(-1, tile, *x.shape[1:])
-
-    def flat(x, like):
-        """The inverse, with the two leading dimensions of `like`."""
-        B, T = like.shape[:2]
-        return x.reshape(-1, *x.shape[2:])[: B * T].reshape(B, T, *x.shape[2:])
-
     def forward(hidden, head, tokens, constants):
         def step(_, tile):
             hidden, tokens = tile
             return None, value(vocabulary, logits_of(hidden, head), tokens, constants)
 
-        _, (losses, kept) = jax.lax.scan(step, None, jax.tree.map(in_tiles, (hidden, tokens)))
-        return flat(losses, hidden), (hidden, head, tokens, constants, kept)
+        _, (losses, kept) = jax.lax.scan(step, None, jax.tree.map(_in_tiles, (hidden, tokens)))
+        return _flat(losses, hidden), (hidden, head, tokens, constants, kept)
 
     def backward(residuals, slopes):
         hidden, head, tokens, constants, kept = residuals
@@ -90,21 +96,47 @@ def loss_of_logits(value: Callable, slope: Callable, hidden, head, tokens: Seque
             dlogits = dlogits.astype(hidden.dtype)
             return dhead + logits_of(hidden.T, dlogits), jnp.matmul(dlogits, head.T)
 
-        tiles = (*jax.tree.map(in_tiles, (hidden, tokens, slopes)), kept)
+        tiles = (*jax.tree.map(_in_tiles, (hidden, tokens, slopes)), kept)
         dhead, dhidden = jax.lax.scan(step, jnp.zeros(head.shape, jnp.float32), tiles)
-        return flat(dhidden, hidden), dhead.astype(head.dtype), None, None
+        return _flat(dhidden, hidden), dhead.astype(head.dtype), None, None
 
     losses = jax.custom_vjp(lambda *arrays: forward(*arrays)[0])
     losses.defvjp(forward, backward)
 
-    cut = axes_cutting("embed")
-
-    def whole(head):
-        """Gathered here, so that its gradient is scattered as it is summed."""
-        return jax.lax.all_gather(head, cut, axis=0, tiled=True) if cut else head
-
     def local(hidden, head, *others):
-        return losses(hidden, whole(head), others[: len(tokens)], tuple(map(whole, others[len(tokens) :])))
+        return losses(hidden, vocabulary.head(head), others[: len(tokens)], tuple(map(vocabulary.head, others[len(tokens) :])))
 
     arrays = (hidden, head.astype(hidden.dtype), *tokens, *constants)
     return per_device(local, arrays, (TOKENS, HEAD, *[TOKENS] * len(tokens), *[HEAD] * len(constants)), TOKENS)
+
+
+def likeliest(hidden, head, k: int):
+    """The k likeliest next tokens of every token, the best first.
+
+    Args:
+      hidden: [B, T, hidden].
+      head: [hidden, vocab]; k is at most vocab.
+
+    Returns:
+      (ids int32, log-probabilities float32), [B, T, k] each.
+    """
+    vocabulary = Vocabulary()
+
+    def local(hidden, head):
+        head = vocabulary.head(head)
+        size = head.shape[1]
+
+        def step(_, hidden):
+            logits = logits_of(hidden, head)
+            found, ids = jax.lax.top_k(logits, min(k, size))
+            if vocabulary.axis is not None:  # the best of the parts' best
+                ids = ids + jax.lax.axis_index(vocabulary.axis) * size
+                found, ids = (jax.lax.all_gather(x, vocabulary.axis, axis=1, tiled=True) for x in (found, ids))
+                found, at = jax.lax.top_k(found, k)
+                ids = jnp.take_along_axis(ids, at, axis=1)
+            return None, (ids, found - vocabulary.log_sum_exp(logits))
+
+        _, tiles = jax.lax.scan(step, None, _in_tiles(hidden))
+        return tuple(_flat(x, hidden) for x in tiles)
+
+    return per_device(local, (hidden, head.astype(hidden.dtype)), (TOKENS, HEAD), (TOKENS, TOKENS))

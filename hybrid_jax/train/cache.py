@@ -2,63 +2,100 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from hybrid_jax.data import Corpus, training_batches
 from hybrid_jax.data.layout import training_batch
 from hybrid_jax.data.teacher_cache import TeacherCache
 from hybrid_jax.model import Decoder
-from hybrid_jax.parameters import join_model, split_model
+from hybrid_jax.parallel.distributed import barrier, is_first, whole_array
+from hybrid_jax.parallel.mesh import check_mesh_fits
+from hybrid_jax.parallel.sequence import from_zigzag
+from hybrid_jax.parallel.tiles import likeliest
+from hybrid_jax.parameters import split_model
+from hybrid_jax.train.arrangement import Arrangement
 from hybrid_jax.train.metrics import progress_bar
 from hybrid_jax.train.phase import Phase
-
-TILE = 2048  # tokens whose logits exist at a time
+from hybrid_jax.train.placement import in_mesh, own_rows, to_mesh
 
 
 def cache_teacher(
-    model: Decoder, phase: Phase, corpus: Corpus, mix: Mapping[str, float], *, seed: int, out: pathlib.Path, k: int
+    model: Decoder,
+    phase: Phase,
+    corpus: Corpus,
+    mix: Mapping[str, float],
+    *,
+    seed: int,
+    out: pathlib.Path,
+    k: int,
+    mesh: Mesh | None = None,
 ) -> TeacherCache:
     """The k likeliest tokens after every token of every step of `phase`; goes on where it was.
 
     Args:
-      model: the teacher; the phase's `compute_dtype` is used.
+      model: the teacher.
+      phase: in steps; its `compute_dtype`, `frozen_dtype` and `accumulate` are the teacher's too.
       mix, seed: of the phase that will distil.
+      out: of several processes the first writes.
+      mesh: what to spread it over; the model's parameters lie there already. The cache does not depend on it.
 
     Raises:
-      ValueError: `out` holds a cache of other rows, or k is more than the vocabulary.
+      ValueError: `out` holds a cache of other rows, k is more than the vocabulary, or the mesh does not fit.
     """
     if not 1 <= k <= model.config.vocab_size:
         raise ValueError(f"k must lie in 1 ... {model.config.vocab_size}, the vocabulary, got {k}")
-    rows = dict(batch_size=phase.batch_size, length=phase.seq_len, seed=seed, answer_weight=phase.answer_weight)
-    cache = TeacherCache(out, k, mix=mix, **rows)
+    if mesh is not None:
+        check_mesh_fits(model.config, mesh, phase.rows_at_a_time, phase.seq_len)
+    described = phase.described_rows(mix, seed)
+    if is_first():
+        TeacherCache(out, k, **described)
+    barrier("described the cache")
+    cache = TeacherCache(out, k, **described)
+    missing = list(cache.missing(phase.steps))
+    barrier("looked for what is missing")
+
     model.compute_dtype = jnp.dtype(phase.compute_dtype)
-    structure, parameters = split_model(model)
+    nothing_trains = dict(trainable=(), objective="next_token", options={}, form="as_is", teacher_cache="")
+    arrangement = Arrangement(model, dataclasses.replace(phase, **nothing_trains))
+    parameters = split_model(model)[1]
+    del model
+    where = None
+    if mesh is not None:
+        where = arrangement.frozen_shardings(mesh, jax.eval_shape(arrangement.make_frozen, parameters, {}))
+    parameters = jax.jit(arrangement.make_frozen, out_shardings=where)(parameters, {})
 
     @jax.jit
-    def likeliest(parameters, batch):
-        model = join_model(structure, parameters)
+    def answers(parameters, batch):
+        model, _ = arrangement.models({}, parameters)
         hidden, _ = model.hidden_states(batch["input_ids"], batch["segment_ids"], batch["positions"])
+        return likeliest(hidden, model.head_kernel, k)
 
-        def row(hidden):
-            return jax.lax.top_k(jax.nn.log_softmax(model.head(hidden).astype(jnp.float32)), k)
+    seq_devices = 1 if mesh is None else mesh.shape["seq"]
+    at_a_time = phase.rows_at_a_time
+    mine = own_rows(mesh, at_a_time)
+    rows = [begin + row for begin in range(0, phase.batch_size, at_a_time) for row in mine]
 
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        values, ids = jax.lax.map(row, flat, batch_size=min(TILE, len(flat)))
-        return ids.reshape(*hidden.shape[:2], k), values.reshape(*hidden.shape[:2], k)
+    def answers_in_time(part):
+        found = answers(parameters, to_mesh(mesh, training_batch(part, seq_devices), at_a_time, mine))
+        return tuple(from_zigzag(whole_array(x), seq_devices) for x in found)
 
-    missing = list(cache.missing(phase.steps))
-    stream = training_batches(corpus, mix, **rows)
+    stream = training_batches(corpus, **described, rows=rows)
     step = 0
-    with progress_bar("cache-teacher", phase.steps, phase.steps - len(missing)) as bar:
+    with in_mesh(mesh), progress_bar("cache-teacher", phase.steps, phase.steps - len(missing)) as bar:
         for wanted in missing:
             while step <= wanted:
                 batch = next(stream)
                 step += 1
-            cache.write(wanted, *map(np.asarray, likeliest(parameters, training_batch(batch))))
+            parts = [{n: x[i : i + len(mine)] for n, x in batch.items()} for i in range(0, len(rows), len(mine))]
+            ids, log_probabilities = (np.concatenate(x) for x in zip(*map(answers_in_time, parts), strict=True))
+            if is_first():
+                cache.write(wanted, ids, log_probabilities)
             bar.update()
     return cache

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from hybrid_jax.data import Corpus, training_batches
 from hybrid_jax.data.layout import training_batch
+from hybrid_jax.data.teacher_cache import TeacherCache
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.distributed import whole_array
 from hybrid_jax.parallel.mesh import check_mesh_fits
@@ -101,11 +102,9 @@ def train_phase(
       Stopped: on SIGINT or SIGTERM, after saving.
       FloatingPointError: too many steps in a row were bad; names the steps and where the numbers went bad.
       ValueError: a pattern of `phase.trainable` matches nothing, or no checkpoint can be read.
+      FileNotFoundError: the teacher's cache ends before the phase does.
     """
-    model = prepared(model, phase)
-    if phase.epochs:
-        (source,) = mix
-        phase = phase.with_rows(len(corpus.rows(source, phase.seq_len, seed)))
+    model, phase = prepared(model, phase), phase.in_steps(corpus, mix, seed)
     if mesh is not None:
         check_mesh_fits(model.config, mesh, phase.rows_at_a_time, phase.seq_len)
     arrangement, meter = Arrangement(model, phase), Meter(phase, model)
@@ -120,16 +119,10 @@ def train_phase(
         flush=True,
     )
     rows = own_rows(mesh, phase.batch_size)
-    batches = training_batches(
-        corpus,
-        mix,
-        batch_size=phase.batch_size,
-        length=phase.seq_len,
-        seed=seed,
-        answer_weight=phase.answer_weight,
-        rows=rows,
-        teacher_cache=phase.teacher_cache,
-    )
+    described = phase.described_rows(mix, seed)
+    if phase.teacher_cache:
+        TeacherCache(phase.teacher_cache, **described).check(phase.steps)
+    batches = training_batches(corpus, **described, rows=rows, teacher_cache=phase.teacher_cache)
     checkpoints = Checkpoints(directory, phase.keep, phase.keep_every)
     done = saved = 0
     if (found := checkpoints.restore_latest(state)) is not None:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+from hybrid_jax.data import Corpus
 from hybrid_jax.model import REMAT
 from hybrid_jax.train.objectives import FUSED, make_objective
 
@@ -146,11 +147,22 @@ class Phase:
         except (TypeError, ValueError) as e:
             raise ValueError(f"phase {name!r}: {e}") from None
 
+    def in_steps(self, corpus: Corpus, mix: Mapping[str, float], seed: int) -> Phase:
+        """The phase in steps, where it is given in epochs of its one source."""
+        if not self.epochs:
+            return self
+        (source,) = (name for name, share in mix.items() if share)
+        return self.with_rows(len(corpus.rows(source, self.seq_len, seed)))
+
     def with_rows(self, rows: int) -> Phase:
         """The phase in steps, where it is given in epochs, of a source of so many rows."""
         if not self.epochs:
             return self
         return dataclasses.replace(self, steps=max(1, round(self.epochs * rows / self.batch_size)), epochs=0.0)
+
+    def described_rows(self, mix: Mapping[str, float], seed: int) -> dict:
+        """What says which rows the phase sees, as `training_batches` and `TeacherCache` take it."""
+        return dict(mix=mix, batch_size=self.batch_size, length=self.seq_len, seed=seed, answer_weight=self.answer_weight)
 
     @property
     def tokens_per_step(self) -> int:

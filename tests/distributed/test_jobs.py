@@ -1,5 +1,6 @@
 """A job of several processes by the command that a laptop runs: the environment says who is who."""
 
+import functools
 import os
 import re
 import signal
@@ -9,10 +10,10 @@ import time
 
 import numpy as np
 
-from hybrid_jax import load_model
+from hybrid_jax import load_model, save_model
 from hybrid_jax.parameters import split_model
 from hybrid_jax.train import read_metrics
-from tests.conftest import free_port, relative_error
+from tests.conftest import free_port, relative_error, tiny_model
 from tests.train.test_training import made_source  # noqa: F401 (a fixture)
 
 CONFIG = r"""
@@ -81,6 +82,41 @@ def test_two_processes_of_which_one_is_asked_to_stop_and_one_on_another_mesh_are
     want, got = (split_model(load_model(tmp_path / d / "model"))[1] for d in ("alone", "run"))
     for name, value in want.items():
         assert relative_error(got[name], value) < 1e-2, name
+
+
+DISTILL = r"""
+from ml_collections import ConfigDict
+
+def get_config():
+    rows = dict(epochs=0.5, mix=dict(text=1.0), batch_size=4, seq_len=32, accumulate=2)
+    kd = dict(objective="distill_cached", teacher_cache="CACHE", **rows)
+    return ConfigDict(dict(source="SOURCE", mesh=MESH, schedule=("kd",), seed=3, phases=dict(kd=kd),
+                           data=dict(text="TEXT", mix=dict(text=1.0))))
+"""
+
+
+def test_the_teacher_of_two_processes_answers_as_that_of_one_device(made_source, tmp_path):  # noqa: F811
+    source, text = made_source
+    save_model(tiny_model("*-*-*", vocab_size=270), tmp_path / "teacher", tokenizer_from=source)
+
+    def command(name, mesh):
+        given = {"CACHE": tmp_path / name, "SOURCE": tmp_path / "teacher", "TEXT": text, "MESH": mesh}
+        config = functools.reduce(lambda text, word: text.replace(word, str(given[word])), given, DISTILL)
+        (tmp_path / f"{name}.py").write_text(config)
+        return ["cache-teacher", f"--config={tmp_path / name}.py", "--phase", "kd", "--k", "200"]
+
+    port = free_port()
+    both = [start(command("mesh", "dict(data=2, seq=2, tensor=2)"), 4, member(port, 2, i)) for i in range(2)]
+    for process in (*both, start(command("alone", "dict()"), 1, {})):
+        _, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors[-2000:]
+    steps = sorted(p.name for p in (tmp_path / "alone").glob("step-*"))
+    assert len(steps) > 1
+    for step in steps:
+        want, got = (tmp_path / name / step for name in ("alone", "mesh"))
+        a, b = (np.load(d / "log_probabilities.npy").astype(np.float32) for d in (want, got))
+        assert a.shape == (4, 32, 200) and np.allclose(a, b, rtol=2e-3)  # float16's
+        assert (np.load(want / "ids.npy") == np.load(got / "ids.npy")).mean() > 0.99  # all but ties
 
 
 def test_a_job_whose_other_host_is_missing_ends_and_says_so(tmp_path):
