@@ -25,7 +25,10 @@ def pad_axis(x: jax.Array, axis: int, multiple: int) -> jax.Array:
 
 
 def parts(x: jax.Array, low, n: int = 2) -> tuple[jax.Array, ...]:
-    """x as a sum of up to n numbers of the operands' dtype `low`: itself, or n bf16 numbers (8 bits of mantissa each)."""
+    """x as a sum of up to n numbers of the operands' dtype `low`: itself, or n bf16 numbers (8 bits of mantissa each).
+
+    Of interpreted kernels XLA may leave the rounding out, and with it the low parts: `--xla_allow_excess_precision=false`.
+    """
     if low in (x.dtype, jnp.float32):
         return (x.astype(low),)
     high = x.astype(low)

@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Interpreted kernels run in XLA, which else takes x -> bf16 -> float32 for x; Mosaic and Triton round, and the kernels count on it.
+os.environ["XLA_FLAGS"] = f"--xla_allow_excess_precision=false {os.environ.get('XLA_FLAGS', '')}"
 
 import pathlib
 import socket

@@ -3,6 +3,7 @@
 The numbers are exact and repeatable for a version of libtpu; `python -m tests.kernels.test_lab` records them anew.
 """
 
+import importlib.metadata
 import json
 import math
 import pathlib
@@ -16,7 +17,7 @@ from kernels_pallas.lab.schedule import read_schedules
 
 RECORD = pathlib.Path(__file__).parents[1] / "golden" / "lab.json"
 SHAPE = dict(seq_len=1024, heads=8)
-ROOM = 1.02
+ROOM, ROOM_OF_ANOTHER_LIBTPU = 1.02, 1.1
 # per token and head at 8192 tokens, 32 heads, 128 dims, bf16: what this package promises (v5e, v5p, v6e)
 PROMISES = {
     "gated_delta_rule": (12, 6, 8),
@@ -43,11 +44,12 @@ def results(chip):
 @pytest.mark.parametrize("chip", list(CHIPS))
 def test_every_kernel_compiles_and_its_bundles_stay_under_the_record(chip):
     pytest.importorskip("libtpu")
-    record = json.loads(RECORD.read_text())[chip]
+    record = json.loads(RECORD.read_text())
+    room = ROOM if record["libtpu"] == importlib.metadata.version("libtpu") else ROOM_OF_ANOTHER_LIBTPU
     for name, result in results(chip).items():
         assert "error" not in result, result
         for kernel in result["kernels"]:
-            assert kernel["bundles_grid_step"] <= ROOM * record[f"{name}/{kernel['kernel']}"], (name, kernel)
+            assert kernel["bundles_grid_step"] <= room * record[chip][f"{name}/{kernel['kernel']}"], (name, kernel)
         if name in PROMISES and chip != "tpu7x":
             assert result["bundles_token_head"] <= PROMISES[name][list(CHIPS).index(chip)]
 
@@ -157,7 +159,7 @@ def test_an_unknown_chip_or_case_is_refused(capsys):
 
 
 if __name__ == "__main__":
-    found = {}
+    found = {"libtpu": importlib.metadata.version("libtpu")}
     for chip in CHIPS:
         kernels = [(name, kernel) for name, result in results(chip).items() for kernel in result["kernels"]]
         found[chip] = {f"{name}/{kernel['kernel']}": kernel["bundles_grid_step"] for name, kernel in kernels}

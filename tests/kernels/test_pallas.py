@@ -200,8 +200,10 @@ def test_the_gpu_kernels_lower_for_cuda(name, dtype, monkeypatch):
     monkeypatch.setattr(triton, "backend", lambda: "gpu")
     function, arrays = program(CASES[name], Shape(1, 256, 2, 128, 64, dtype), "pallas_gpu")
     check = jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
-    exported = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=[check])
-    assert "__gpu$xla.gpu.triton" in exported(*(jax.ShapeDtypeStruct(*a) for a in arrays)).mlir_module()
+    export = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=[check])
+    gpu = jax.sharding.AbstractMesh((), (), abstract_device=jax.sharding.AbstractDevice("NVIDIA H100", None, "gpu"))
+    with jax.sharding.use_abstract_mesh(gpu):
+        assert "__gpu$xla.gpu.triton" in export(*(jax.ShapeDtypeStruct(*a) for a in arrays)).mlir_module()
 
 
 def test_none_means_the_best_the_backend_has(monkeypatch):
