@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
-import torch
 import transformers
 
 from hybrid_jax import load_model
 from hybrid_jax.data import load_tokenizer, read_corpus
 from hybrid_jax.evaluate.measures import retrieval_loss_and_accuracy, text_loss
 from tests.conftest import GOLDEN, relative_error
+
+torch = pytest.importorskip("torch")
 
 SOURCE = GOLDEN.parents[1] / "launch" / "tiny_qwen3"
 

@@ -5,12 +5,13 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
 from flax import nnx
 
 from hybrid_jax import load_model, save_model
 from tests.conftest import relative_error
+
+torch = pytest.importorskip("torch")
 
 BASE = dict(
     vocab_size=97,

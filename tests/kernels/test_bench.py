@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import sys
 import jax
@@ -26,6 +28,7 @@ def bench(*arguments):
 
 
 def test_each_device_has_its_heads_and_a_line_has_both_times_and_their_ratio():
+    pytest.importorskip("torch")
     done = bench("--rounds", "1", "--heads", "2", "--dim", "8", "--seq-len", "32", "--devices", "2")
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line.split() for line in done.stdout.splitlines()[1:]]
