@@ -188,15 +188,17 @@ def test_prepared_tokens_are_those_made_on_the_fly(model, lines, tmp_path):
 def test_a_killed_preparation_goes_on_and_ends_as_if_nothing_had_happened(model, lines, tmp_path):
     want, out = tmp_path / "want", tmp_path / "out"
     prepare(str(lines), want, str(model))
-    command = [sys.executable, "-c", PROGRAM, str(lines), str(out), str(model)]
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    command = [sys.executable, program, str(lines), str(out), str(model)]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
-    while not list(out.glob("shard-*")):
+    while len(list(out.glob("shard-*"))) < 2 or not list(out.glob(".shard-*")):
         assert process.poll() is None
         time.sleep(0.01)
     os.killpg(process.pid, 9)
     process.wait()
     done = {p.name: p.stat().st_mtime_ns for p in out.glob("shard-*")}
-    assert not (out / "index.json").exists() and len(done) < len(list(want.glob("shard-*")))
+    assert not (out / "index.json").exists() and len(done) == 2 < len(list(want.glob("shard-*")))
     prepare(str(lines), out, str(model))
     assert contents(out) == contents(want)
     assert {p.name: p.stat().st_mtime_ns for p in out.glob("shard-*") if p.name in done} == done
@@ -205,10 +207,20 @@ def test_a_killed_preparation_goes_on_and_ends_as_if_nothing_had_happened(model,
     assert contents(out) == before
 
 
+# Its workers, who read this too, hang while they write the third shard.
 PROGRAM = """
-import sys, time
+import pathlib, sys, time
 from hybrid_jax.data import documents, prepare
+
 documents.PIECE_BYTES = 4000
+write = prepare.write_text
+
+def write_text(path, text):
+    if len(list(pathlib.Path(sys.argv[2]).glob("shard-*"))) == 2:
+        time.sleep(1000)
+    write(path, text)
+
+prepare.write_text = write_text
 if __name__ == "__main__":
     prepare.prepare(*sys.argv[1:])
 """
