@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from kernels_pallas.lab.chips import CHIPS
 
 MARK = "LAB-RESULT "
+# What `schedule.read_schedules` reads of a kernel; all of the compiler's passes take longer to write than to run.
+DUMPED = "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=original|final_"
 
 
 def compile_cases(chip: str, cases: Sequence[str], shape: dict | None = None, xla: bool = True) -> Iterator[dict]:
@@ -33,7 +35,7 @@ def compile_cases(chip: str, cases: Sequence[str], shape: dict | None = None, xl
     with contextlib.ExitStack() as stack:
         dump = stack.enter_context(tempfile.TemporaryDirectory())
         request = dict(chip=chip, cases=list(cases), shape=shape or {})
-        forms = [_worker(stack, request | dict(dump=dump), f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true")]
+        forms = [_worker(stack, request | dict(dump=dump), f"--xla_jf_dump_to={dump} {DUMPED}")]
         if xla:
             forms.append(_worker(stack, request | dict(dump=None), ""))
         for results in zip(*forms, strict=True):
