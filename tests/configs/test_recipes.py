@@ -83,7 +83,7 @@ def test_an_unknown_recipe_is_refused():
         load_config([f"--config={RECIPE}:14B-GKA"])
 
 
-def test_a_recipe_s_step_compiles_for_its_slice():
+def test_a_recipe_s_step_compiles_for_its_slice(hasty_compiler):
     pytest.importorskip("libtpu")
     config, phases = recipe("4B", "SWA")
     mesh = make_mesh(dict(phases["align"].mesh), topology_devices("v5p", "4x4x4"))
