@@ -237,6 +237,7 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path, profile: tup
 
 
 def mix_of(config: ConfigDict, phase: Phase) -> dict[str, float]:
+    """The phase's own shares of the sources, or the experiment's."""
     return dict(phase.mix) or config.data.mix.to_dict()
 
 

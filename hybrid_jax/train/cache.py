@@ -66,10 +66,7 @@ def cache_teacher(
     arrangement = Arrangement(model, dataclasses.replace(phase, **nothing_trains))
     parameters = split_model(model)[1]
     del model
-    where = None
-    if mesh is not None:
-        where = arrangement.frozen_shardings(mesh, jax.eval_shape(arrangement.make_frozen, parameters, {}))
-    parameters = jax.jit(arrangement.make_frozen, out_shardings=where)(parameters, {})
+    _, parameters, _ = arrangement.begin(mesh, parameters)
 
     @jax.jit
     def answers(parameters, batch):

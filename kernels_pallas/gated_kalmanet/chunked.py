@@ -98,10 +98,8 @@ def gated_kalmanet_chunked(
     precision,
     solver=solve_in_float32,
 ):
-    chunk_size, out_dtype = (
-        chunk_size or default_chunk(),
-        v.dtype if precision == "fast" else state[0].dtype,
-    )
+    chunk_size = chunk_size or default_chunk()
+    out_dtype = v.dtype if precision == "fast" else state[0].dtype
 
     def run(arrays, state, segments):
         (q, k, v, alpha, log_decay), (h_kk, h_kv) = arrays, state

@@ -1,5 +1,7 @@
 """Distillation: a student nears its teacher, which stays what it was whatever trains; cached answers do as well."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,3 +143,15 @@ def test_a_run_distils_from_what_the_command_cached(made_source, tmp_path, capsy
     assert last["loss"] == pytest.approx(last["divergence"] + 0.5 * last["next_token"], rel=1e-5)
     assert main(["cache-teacher", config, "--phase", "other"]) == 1
     assert "schedule has kd" in capsys.readouterr().err
+
+
+def test_a_cache_that_ends_before_a_phase_in_epochs_is_refused_by_name(made_source, tmp_path, capsys):  # noqa: F811
+    source, text = made_source
+    path, cache = tmp_path / "config.py", tmp_path / "cache"
+    in_epochs = CONFIG.replace("steps=2,", "epochs=0.1, mix=dict(text=1.0),")
+    path.write_text(in_epochs.replace("CACHE", str(cache)).replace("SOURCE", str(source)).replace("TEXT", text))
+    assert main(["cache-teacher", f"--config={path}", "--phase", "kd", "--k", "4"]) == 0
+    *_, last = sorted(cache.glob("step-*"))
+    shutil.rmtree(last)
+    assert main(["prime", f"--config={path}", f"--workdir={tmp_path / 'run'}"]) == 1
+    assert f"has no step {int(last.name.removeprefix('step-'))} of" in capsys.readouterr().err
