@@ -10,14 +10,18 @@ A sweep's directory holds
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import pathlib
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -26,26 +30,31 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from ml_collections import ConfigDict
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from hybrid_jax.files import check_new_directory, new_directory, write_text
 from hybrid_jax.report import phases_of
 
 KEYS = {"configs", "grid", "points", "evaluate"}
+EVALUATE_KEYS = {"text", "seq_len", "rows"}
 STOPPED = 3  # the exit code of a run that can be resumed
+LOSS_LABELS = {True: "held-out loss (nats/token)", False: "last loss of the last phase"}
+LONGEST_NAME = 100  # characters; file systems take 255 bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A config file (with its argument after a colon) and the values of its fields that are overridden."""
+    """One run of a sweep.
 
+    Args:
+      name: of its directory and of its row; says what distinguishes it from the sweep's other points.
+      config: a config file, with its argument after a colon.
+      overrides: (field of the config, value), e.g. `("phases.align.steps", 60)`.
+    """
+
+    name: str
     config: str
     overrides: tuple[tuple[str, Any], ...]
-
-    @property
-    def name(self) -> str:
-        parts = [re.sub(r"\.py\b", "", pathlib.PurePath(self.config).name), *(f"{k.split('.')[-1]}={v}" for k, v in self.overrides)]
-        return re.sub(r"[^\w.=+-]+", "_", ",".join(parts)).strip("_")[:120]
 
     @property
     def arguments(self) -> list[str]:
@@ -57,25 +66,58 @@ def points_of(config: ConfigDict) -> list[Point]:
     (its fields, each with a value); both nested like the config.
 
     Raises:
-      ValueError: an unknown key, nothing to run, or two points of one name.
+      ValueError: an unknown key, nothing to run, or the same point twice.
     """
-    unknown = sorted(set(config) - KEYS)
-    if unknown:
-        raise ValueError(f"the sweep has the unknown key {unknown[0]!r}; known: {', '.join(sorted(KEYS))}")
+    _check_keys("the sweep", config, KEYS)
+    _check_keys("sweep.evaluate", config.get("evaluate") or {}, EVALUATE_KEYS)
     grid = _flat(config.get("grid") or {})
+    single = next((k for k, v in grid.items() if not isinstance(v, (tuple, list))), None)
+    if single:
+        raise ValueError(
+            f"sweep.grid.{single} must be a tuple of values, got {grid[single]!r}; for one value write ({grid[single]!r},)"
+        )
     combined = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     listed = [_flat(p) for p in config.get("points") or [{}]]
-    found = [
-        Point(str(file), tuple({**one, **other}.items()))
-        for file in config.get("configs") or ()
-        for one in combined
-        for other in listed
+    found = [(str(file), {**one, **other}) for file in config.get("configs") or () for one in combined for other in listed]
+    if not found:
+        raise ValueError("the sweep has no configs, or an empty grid")
+    twice = next((pair for i, pair in enumerate(found) if pair in found[:i]), None)
+    if twice:
+        raise ValueError(f"the sweep has the same point twice: {twice[0]} with {twice[1]}")
+    names = _names(found)
+    return [Point(name, file, tuple(fields.items())) for name, (file, fields) in zip(names, found, strict=True)]
+
+
+def _check_keys(where: str, values: Mapping, known: set[str]):
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"{where} has the unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
+
+
+def _names(points: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """A name for each (config, overrides): the config where there are several, and the fields whose values differ.
+
+    A field is called by the shortest end of its path that no other such field has. A long name ends in a hash instead.
+    """
+    missing = object()
+    fields = dict.fromkeys(k for _, overrides in points for k in overrides)
+    varying = [k for k in fields if len({repr(o.get(k, missing)) for _, o in points}) > 1]
+    ends = {k: ["_".join(k.split(".")[-n:]) for n in range(1, k.count(".") + 2)] for k in varying}
+    short = {k: next((e for e in ends[k] if sum(e in other for other in ends.values()) == 1), ends[k][-1]) for k in varying}
+    several = len({file for file, _ in points}) > 1 or not varying
+    names = []
+    for file, overrides in points:
+        stem = re.sub(r"\.py\b", "", pathlib.PurePath(file).name)
+        parts = [stem] * several + [f"{short[k]}={overrides[k]}" for k in varying if k in overrides]
+        names.append(re.sub(r"[^\w.=+-]+", "_", ",".join(parts)).strip("_") or "default")
+    return [
+        name if len(name) <= LONGEST_NAME and names.count(name) == 1 else f"{name[: LONGEST_NAME - 9]}-{_hash(point)}"
+        for name, point in zip(names, points, strict=True)
     ]
-    names = [p.name for p in found]
-    twice = next((n for n in names if names.count(n) > 1), None)
-    if not found or twice:
-        raise ValueError(f"two points of the sweep are called {twice!r}" if twice else "the sweep has no configs, or an empty grid")
-    return found
+
+
+def _hash(point) -> str:
+    return hashlib.sha256(repr(point).encode()).hexdigest()[:8]
 
 
 def _flat(values: Mapping, prefix: str = "") -> dict[str, Any]:
@@ -118,36 +160,68 @@ def run_point(point: Point, out: pathlib.Path, evaluate: Mapping[str, Any]) -> d
         return json.loads(kept.read_text())
     workdir = out / "runs" / point.name
     result = {"name": point.name, "config": point.config, "overrides": dict(point.overrides), "status": "done"}
-    code, error = _command("prime", *point.arguments, f"--workdir={workdir}")
-    if code == 0:
+    status, error = _command("prime", *point.arguments, f"--workdir={workdir}")
+    if status == "done":
         result["losses"] = {name: rows[-1]["loss"] for name, rows in phases_of(workdir).items()}
         if evaluate:
             flags = [f"--{k.replace('_', '-')}={v}" for k, v in evaluate.items()]
-            code, error = _command("evaluate", f"--model=it={workdir / 'model'}", f"--out={workdir / 'evaluation'}", *flags)
-        if code == 0 and evaluate:
-            (row,) = json.loads((workdir / "evaluation" / "results.json").read_text())
-            result |= {"held_out_loss": row["row"]["text_loss"], "retrieval": row["row"]["retrieval_accuracy"]}
-    if code:
-        result |= {"status": "stopped" if code == STOPPED else "failed", "error": error}
-    if result["status"] == "done":
+            status, error = _command("evaluate", f"--model=it={workdir / 'model'}", f"--out={workdir / 'evaluation'}", *flags)
+    if status == "done" and evaluate:
+        (row,) = json.loads((workdir / "evaluation" / "results.json").read_text())
+        result |= {"held_out_loss": row["row"]["text_loss"], "retrieval": row["row"]["retrieval_accuracy"]}
+    if status != "done":
+        result |= {"status": status, "error": error}
+    if status == "done":
         kept.parent.mkdir(exist_ok=True)
         write_text(kept, json.dumps(result, indent=1) + "\n")
     return result
 
 
-def _command(*arguments: str) -> tuple[int, str]:
-    """(exit code, the last line of its errors)."""
+def _command(*arguments: str) -> tuple[str, str]:
+    """Runs a command to its end: (`done`, `failed` or `stopped`, the last line of its errors).
+
+    While it runs, SIGINT and SIGTERM to this process become one SIGTERM to the command, which then saves and ends; this
+    process waits for it. A second SIGINT kills it. (A signal to the process group reaches the command directly as well,
+    which changes nothing.)
+    """
     process = subprocess.Popen([sys.executable, "-m", "hybrid_jax", *arguments], stderr=subprocess.PIPE, text=True)
     last = ""
-    try:
+    with _passing_signals(process) as received:
         for line in process.stderr:
             sys.stderr.write(line)
             last = line.strip() or last
-    except BaseException:
-        process.terminate()  # it saves and ends
-        process.wait()
-        raise
-    return process.wait(), last
+        code = process.wait()
+    if code == 0:
+        return ("stopped" if received else "done"), "stopped between two commands" if received else ""
+    return ("stopped" if received or code == STOPPED else "failed"), last
+
+
+@contextlib.contextmanager
+def _passing_signals(process: subprocess.Popen) -> Iterator[list[int]]:
+    """The signals received in this block, in order; see `_command`. Other threads than the main one leave signals alone."""
+    received: list[int] = []
+
+    def handle(number, _):
+        if number == signal.SIGINT and signal.SIGINT in received:
+            process.kill()
+        elif not received:
+            print(
+                "sweep: waiting until the running point has saved its state; Ctrl-C again ends it at once",
+                file=sys.stderr,
+                flush=True,
+            )
+            process.terminate()
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def collect(out: pathlib.Path, points: Sequence[Point], results: Mapping[str, dict]) -> list[dict]:
@@ -169,7 +243,7 @@ def collect(out: pathlib.Path, points: Sequence[Point], results: Mapping[str, di
         )
         for row in rows
     ]
-    table = Table(*header, title=str(out))
+    table = Table(*(Column(name, overflow="fold") for name in header), title=str(out))
     for line in cells:
         table.add_row(*line)
     Console(width=None if Console().is_terminal else 140).print(table)
@@ -187,11 +261,15 @@ def _number(value, form) -> str:
 def draw_sweep(rows: Sequence[Mapping], path: pathlib.Path):
     """A bar a point: held-out loss where it was evaluated, else the last phase's loss."""
     done = [row for row in rows if row["status"] == "done"]
-    values = [row.get("held_out_loss", list(row["losses"].values())[-1]) for row in done]
-    figure, axis = plt.subplots(figsize=(8, 1 + 0.4 * max(len(done), 1)), constrained_layout=True)
-    axis.barh([row["name"] for row in done], values)
+    evaluated = bool(done) and all("held_out_loss" in row for row in done)
+    values = [row["held_out_loss"] if evaluated else list(row["losses"].values())[-1] for row in done]
+    names = [row["name"].replace(",", "\n") for row in done]
+    lines = sum(1 + name.count("\n") for name in names)
+    figure, axis = plt.subplots(figsize=(9, 1.5 + 0.3 * max(lines, 1)), layout="constrained")
+    axis.barh(range(len(done)), values)
+    axis.set_yticks(range(len(done)), names, fontsize=8)
     axis.invert_yaxis()
-    axis.set_xlabel("held-out loss (nats/token)" if done and "held_out_loss" in done[0] else "last loss")
+    axis.set(title=f"{path.absolute().parent.name}: {len(done)} of {len(rows)} points", xlabel=LOSS_LABELS[evaluated])
     if values:
         axis.set_xlim(left=0.95 * min(values))
     axis.grid(alpha=0.3, axis="x")

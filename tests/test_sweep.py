@@ -1,13 +1,17 @@
 """Sweeps: every point once, results in one table, a failure told and survived, and the rest done when asked again."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 from ml_collections import ConfigDict
 
 from hybrid_jax.commands.main import main
-from hybrid_jax.sweep import Point, points_of
+from hybrid_jax.sweep import points_of
 from tests.train.test_training import made_source  # noqa: F401 (a fixture)
 
 CONFIG = """
@@ -33,15 +37,53 @@ def test_points_are_every_combination():
     config = ConfigDict({"configs": ("a.py:X", "b.py"), "grid": {"p": {"q": (1, 2)}, "r": ("s",)}, "points": ({"t": 0}, {"t": 1})})
     points = points_of(config)
     assert len(points) == 8 == len({p.name for p in points})
-    assert points[0] == Point("a.py:X", (("p.q", 1), ("r", "s"), ("t", 0)))
+    assert (points[0].config, points[0].overrides) == ("a.py:X", (("p.q", 1), ("r", "s"), ("t", 0)))
     assert points[0].arguments == ["--config=a.py:X", "--config.p.q=1", "--config.r=s", "--config.t=0"]
     for bad, words in (
         ({"configs": ()}, "no configs"),
-        ({"configs": ("a", "a")}, "two points"),
+        ({"configs": ("a", "a")}, "same point twice"),
+        ({"configs": ("a",), "grid": {"p": {"steps": 3}}}, r"sweep.grid.p.steps must be a tuple of values, got 3"),
+        ({"configs": ("a",), "evaluate": {"row": 3}}, r"sweep.evaluate has the unknown key 'row'"),
         ({"config": 1}, "unknown key 'config'"),
     ):
         with pytest.raises(ValueError, match=words):
             points_of(ConfigDict(bad))
+
+
+def test_a_point_is_named_by_what_varies_and_no_two_names_are_equal():
+    constant = {"source": "/a/long/path", "train": {"steps": 20}}
+    config = {"configs": ("c/x.py:GDN",), "grid": {"align": {"lr": (1, 2)}, "train": {"lr": (3,)}}, "points": (constant,)}
+    assert [p.name for p in points_of(ConfigDict(config))] == ["lr=1", "lr=2"]
+    both = config | {"grid": {"align": {"lr": (1,)}}, "points": ({"train": {"lr": 1}}, {"train": {"lr": 2}}, {"align": {"lr": 2}})}
+    assert [p.name for p in points_of(ConfigDict(both))] == ["align_lr=1_train_lr=1", "align_lr=1_train_lr=2", "align_lr=2"]
+    long = config | {"grid": {"pattern": ("*-GKA" * 60 + "-GDN", "*-GKA" * 60 + "-GKA")}}
+    names = [p.name for p in points_of(ConfigDict(long))]
+    assert len(set(names)) == 2 and max(map(len, names)) <= 100
+    colliding = config | {"grid": {"pattern": ("*-GKA", "*_GKA")}}  # one character is replaced by the other in a file's name
+    assert len({p.name for p in points_of(ConfigDict(colliding))}) == 2
+
+
+@pytest.mark.parametrize("whom", ["the sweep", "its process group"])
+def test_a_sweep_asked_to_stop_waits_until_its_point_has_saved(tmp_path, whom):
+    child = tmp_path / "child"
+    child.write_text(
+        f"#!{sys.executable}\nimport pathlib, signal, sys, time\n"
+        "asked = []\nsignal.signal(signal.SIGTERM, lambda *_: asked.append(1))\n"
+        "print('running', file=sys.stderr, flush=True)\n"
+        "while not asked:\n    print('a step', file=sys.stderr, flush=True)\n    time.sleep(0.02)\n"
+        "for _ in range(10):\n    print('saving', file=sys.stderr, flush=True)\n    time.sleep(0.02)\n"
+        f"pathlib.Path({str(tmp_path / 'saved')!r}).touch()\nsys.exit(3)\n"
+    )
+    child.chmod(0o755)
+    sweep = f"import sys; from hybrid_jax.sweep import _command; sys.executable = {str(child)!r}; print(_command('prime')[0])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", sweep], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stderr.readline() == "running\n"
+    (os.kill if whom == "the sweep" else os.killpg)(process.pid, signal.SIGTERM)
+    out, errors = process.communicate(timeout=60)
+    assert out == "stopped\n" and process.returncode == 0 and (tmp_path / "saved").exists()
+    assert "waiting until the running point has saved" in errors
 
 
 @pytest.fixture
@@ -55,7 +97,7 @@ def sweep(made_source, tmp_path):  # noqa: F811
 def test_points_run_one_by_one_as_an_array_and_are_collected(sweep, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     assert main([*sweep, "--list"]) == 0
-    assert "0 base_learning_rate=0.001_seed=0" in capsys.readouterr().out
+    assert "0 learning_rate=0.001: " in capsys.readouterr().out
     assert main([*sweep, "--index", "0"]) == 0
     statuses = {r["name"]: r["status"] for r in json.loads((out / "results.json").read_text())}
     assert list(statuses.values()) == ["done", "not run"]
@@ -83,3 +125,14 @@ def test_a_failed_point_is_told_and_the_others_run(sweep, tmp_path, capfd):
     rows = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [r["status"] for r in rows] == ["failed", "done"] and "XYZ" in rows[0]["error"]
     assert "1 of 2 points failed" in capfd.readouterr().err
+
+
+def test_a_misspelt_field_of_the_grid_is_found_before_any_point_runs(sweep, tmp_path, capsys):
+    text = (tmp_path / "sweep.py").read_text()
+    for wrong, words in (("learning_rat=", "learning_rat"), ("batch_size=", "batch_size")):
+        (tmp_path / "sweep.py").write_text(text.replace("learning_rate=", wrong))
+        for more in (["--list"], []):
+            assert main([*sweep, *more]) == 1
+            error = capsys.readouterr().err
+            assert "2 of 2 points cannot run" in error and words in error
+    assert not (tmp_path / "out").exists()

@@ -18,6 +18,25 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--list", action="store_true", help="print the points and run nothing")
 
 
+def check_points(points):
+    """Reads every point's config with its overrides, so that a wrong key or value is found before anything runs.
+
+    Raises:
+      ValueError: names the first wrong point, and how many are wrong.
+    """
+    from hybrid_jax.commands.experiments import load_config
+    from hybrid_jax.experiment import phases_of_config
+
+    wrong = []
+    for point in points:
+        try:
+            phases_of_config(load_config(point.arguments))
+        except (ValueError, OSError) as e:
+            wrong.append((point.name, e))
+    if wrong:
+        raise ValueError(f"{len(wrong)} of {len(points)} points cannot run, the first: {wrong[0][0]}: {wrong[0][1]}")
+
+
 def run(args: argparse.Namespace):
     from hybrid_jax.commands.experiments import load_config
     from hybrid_jax.stopped import Stopped
@@ -25,6 +44,8 @@ def run(args: argparse.Namespace):
 
     config, out = load_config([f"--config={args.config}"]), pathlib.Path(args.out)
     points = points_of(config)
+    if not args.collect:
+        check_points(points)
     if args.list:
         print("\n".join(f"{i} {p.name}: {' '.join(p.arguments)}" for i, p in enumerate(points)))
         return
@@ -44,7 +65,7 @@ def run(args: argparse.Namespace):
         print(f"sweep: {n} of {len(chosen)}, {point.name}", flush=True)
         results[point.name] = run_point(point, out, dict(config.get("evaluate") or {}))
         if results[point.name]["status"] == "stopped":
-            raise Stopped(f"{point.name} was stopped and saved; the same command goes on")
+            raise Stopped(f"{point.name} was stopped; the same command resumes the sweep")
     rows = collect(out, points, results)
     failed = [r for r in results.values() if r["status"] == "failed"]
     if failed:
