@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import pathlib
 import shutil
@@ -65,3 +66,9 @@ def write_text(path: str | pathlib.Path, text: str):
     work = path.with_name(f".{path.name}.{os.getpid()}")
     work.write_text(text)
     work.rename(path)
+
+
+def file_hash(path: str | pathlib.Path) -> str:
+    """The SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

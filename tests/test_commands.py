@@ -9,6 +9,7 @@ import pytest
 
 from hybrid_jax import load_model, save_model
 from hybrid_jax.commands.main import COMMANDS, main
+from hybrid_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from tests.conftest import GOLDEN, tiny_model
 
 
@@ -153,6 +154,50 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         save_model(tiny_model("*"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def two_tokenizers(tmp_path_factory):
+    """Two small models of one text, each with a tokenizer of its own."""
+    root = tmp_path_factory.mktemp("evaluation")
+    lines = [f"line {i} of {i * i} words: {'abc def ghi jkl'[i % 9 :]}" for i in range(1500)]
+    (root / "text.txt").write_text("\n".join(lines))
+    for name, size in (("small", 280), ("large", 400)):
+        save_model(tiny_model("*", vocab_size=size), root / name)
+        save_tokenizer(train_tokenizer(lines, size), root / name, 256)
+    return root
+
+
+def evaluated(root, out, *models, capsys):
+    """{name: its loss} by `evaluate --out`, and what it printed."""
+    flags = [f"--model={m}={root / m}" for m in models]
+    assert main(["evaluate", *flags, "--text", str(root / "text.txt"), "--rows=4", "--seq-len=80", "--out", str(out)]) == 0
+    rows = [r["row"] for r in json.loads((out / "results.json").read_text())]
+    return {r["name"]: r["text_loss"] for r in rows}, "".join(capsys.readouterr())
+
+
+def test_every_model_is_evaluated_with_its_own_tokenizer(two_tokenizers, tmp_path, capsys):
+    alone = {m: evaluated(two_tokenizers, tmp_path / m, m, capsys=capsys)[0][m] for m in ("small", "large")}
+    for order in (("small", "large"), ("large", "small")):
+        losses, printed = evaluated(two_tokenizers, tmp_path / "-".join(order), *order, capsys=capsys)
+        assert losses == alone
+        assert "2 different tokenizers" in printed
+    assert "tokenizer" not in evaluated(two_tokenizers, tmp_path / "again", "small", capsys=capsys)[1]
+
+
+@pytest.mark.parametrize("changed", ["text.txt", "config.json", "tokenizer.json"])
+def test_a_stored_result_is_used_only_while_nothing_it_depends_on_has_changed(two_tokenizers, tmp_path, capsys, changed):
+    root = shutil.copytree(two_tokenizers, tmp_path / "root")
+    out = tmp_path / "out"
+    evaluated(root, out, "small", capsys=capsys)
+    stored = json.loads((out / "results.json").read_text())
+    stored[0]["row"]["text_loss"] = 1.25  # a value that no evaluation gives
+    (out / "results.json").write_text(json.dumps(stored))
+    assert evaluated(root, out, "small", capsys=capsys)[0]["small"] == 1.25
+    path = root / changed if changed == "text.txt" else root / "small" / changed
+    path.write_text(path.read_text() + "\n")
+    losses, printed = evaluated(root, out, "small", capsys=capsys)
+    assert losses["small"] != 1.25 and "measured again" in printed and changed.removesuffix(".txt") in printed
 
 
 def test_evaluation_results_are_reused_and_drawn(tmp_path, capsys):

@@ -38,10 +38,16 @@ def _to_measure(args) -> list[tuple[str, pathlib.Path, str, int]]:
     return found
 
 
-def _fingerprint(path: pathlib.Path, args) -> list:
-    """What a result depends on: the weights' files and the settings."""
-    files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in path.glob("*.safetensors"))
-    return json.loads(json.dumps([str(path.absolute()), files, args.text, args.seq_len, args.rows]))
+def _fingerprint(path: pathlib.Path, args: argparse.Namespace) -> dict:
+    """What a result depends on, by name: a stored result is reused only if all of it is the same."""
+    from hybrid_jax.data.corpus import source_stamp
+    from hybrid_jax.files import file_hash
+
+    found = {p.name: file_hash(p) for p in sorted(path.glob("*.json"))}
+    found |= {"weights": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(path.glob("*.safetensors"))]}
+    found |= {"path": str(path.absolute()), "--text": args.text, "the text": source_stamp(args.text)}
+    found |= {"--seq-len": args.seq_len, "--rows": args.rows}
+    return json.loads(json.dumps(found))
 
 
 def _continuations(args, rows) -> str:
@@ -68,9 +74,10 @@ def run(args: argparse.Namespace):
     from tqdm import tqdm
 
     from hybrid_jax.convert import load_model
-    from hybrid_jax.data import read_corpus
+    from hybrid_jax.data import load_tokenizer, read_corpus
+    from hybrid_jax.data.tokens import tokenizer_fingerprint
     from hybrid_jax.evaluate.measures import retrieval_loss_and_accuracy, text_loss
-    from hybrid_jax.evaluate.report import HEADER, Row, draw_recovery, markdown_table, table_cells
+    from hybrid_jax.evaluate.report import HEADER, Row, draw_recovery, markdown_table, notes, table_cells
     from hybrid_jax.files import write_text
 
     todo = _to_measure(args)
@@ -80,18 +87,24 @@ def run(args: argparse.Namespace):
         out.mkdir(parents=True, exist_ok=True)
         if (out / "results.json").exists():
             known = {r["row"]["path"]: r for r in json.loads((out / "results.json").read_text())}
-    records, corpus = [], None
+    records, corpora = [], {}
     for name, path, group, stage in tqdm(todo, desc="evaluate", unit="model"):
         fingerprint = _fingerprint(path, args)
         old = known.get(str(path))
-        if old and old["fingerprint"] == fingerprint:
+        changed = [k for k in fingerprint if not old or old["fingerprint"].get(k) != fingerprint[k]]
+        if not changed:
             row = Row(**{**old["row"], "name": name, "run": group, "stage": stage})
         else:
+            if old:
+                tqdm.write(f"{name}: measured again, changed since the stored result: {', '.join(changed)}")
             model = load_model(path, dtype=jnp.float32)
-            corpus = corpus or read_corpus({"text": args.text}, path, model.config.extra.get("eos_token_id"))
-            loss = text_loss(model, corpus, args.seq_len, args.rows)
-            accuracy = retrieval_loss_and_accuracy(model, corpus, args.seq_len, max(args.rows // 4, 1))[1]
-            row = Row(name, str(path), model.config.pattern, loss, accuracy, group, stage)
+            eos = model.config.extra.get("eos_token_id")
+            key = (tokenizer_fingerprint(load_tokenizer(path)), str(eos))  # each model reads the text by its own tokenizer
+            if key not in corpora:
+                corpora[key] = read_corpus({"text": args.text}, path, eos)
+            loss = text_loss(model, corpora[key], args.seq_len, args.rows)
+            accuracy = retrieval_loss_and_accuracy(model, corpora[key], args.seq_len, max(args.rows // 4, 1))[1]
+            row = Row(name, str(path), model.config.pattern, loss, accuracy, group, stage, key[0][:12])
         records.append({"row": dataclasses.asdict(row), "fingerprint": fingerprint})
         if out is not None:
             write_text(out / "results.json", json.dumps(records, indent=2) + "\n")
@@ -101,12 +114,14 @@ def run(args: argparse.Namespace):
     for cells in table_cells(rows):
         table.add_row(*cells)
     Console(width=None if Console().is_terminal else 120).print(table)
+    for note in notes(rows):
+        print(f"note: {note}")
     if args.prompt:
         text = _continuations(args, rows)
         print(text)
     if out is not None:
         draw_recovery(rows, out / "recovery.png")
-        parts = ["# Recovery", markdown_table(rows), "![recovery](recovery.png)"]
+        parts = ["# Recovery", markdown_table(rows), *notes(rows), "![recovery](recovery.png)"]
         if args.prompt:
             parts += ["## Continuations (greedy)", text]
         write_text(out / "report.md", "\n\n".join(parts) + "\n")

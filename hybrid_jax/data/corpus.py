@@ -8,11 +8,12 @@ from collections.abc import Mapping
 
 from tokenizers import Tokenizer
 
-from hybrid_jax.data.documents import load_documents, split_documents
+from hybrid_jax.data.documents import load_documents, piece_stamp, pieces, split_documents
 from hybrid_jax.data.packing import LONG, PACKINGS, Joined, PackedRows
 from hybrid_jax.data.synthetic import Induction, KeyValueRetrieval
 from hybrid_jax.data.tokenizer import ASK, PAIRS, SPECIAL_TOKENS
-from hybrid_jax.data.tokens import Encoder, Tokens, is_prepared, load_prepared
+from hybrid_jax.data.tokens import INDEX, Encoder, Tokens, is_prepared, load_prepared
+from hybrid_jax.files import file_hash
 
 # Synthetic tasks draw from so many token ids, the first ordinary ones (a byte-level BPE's single bytes).
 NUM_SYMBOLS = 128
@@ -57,6 +58,11 @@ def read_sources(data: Mapping) -> dict[str, Source]:
         except (TypeError, ValueError) as e:
             raise ValueError(f"data.sources.{name}: {e}") from None
     return found
+
+
+def source_stamp(path: str) -> list:
+    """What changes when the text of a source changes: the size and time of every file, or a prepared directory's index."""
+    return [file_hash(pathlib.Path(path) / INDEX)] if is_prepared(path) else [piece_stamp(piece) for piece in pieces(path)]
 
 
 @dataclasses.dataclass(frozen=True)

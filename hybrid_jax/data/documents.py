@@ -199,6 +199,16 @@ def _file_pieces(root: pathlib.Path, names: list[pathlib.Path], strict: bool) ->
     return [Piece("files", (str(root), tuple(group), strict)) for group in groups if group]
 
 
+def piece_stamp(piece: Piece) -> list:
+    """The piece, with the size and the time of change (ns) of every file it reads; of Hugging Face data, their fingerprint."""
+    if piece.reader == "hf":
+        name, split = piece.arguments[:2]
+        return [*piece, _hugging_face(name, split)._fingerprint]
+    root, *more = piece.arguments
+    files = [pathlib.Path(root, name) for name in more[0]] if piece.reader == "files" else [pathlib.Path(root)]
+    return [*piece, [[f.stat().st_size, f.stat().st_mtime_ns] for f in files]]
+
+
 def read_piece(piece: Piece, on_bad: Callable[[str], None] | None = None) -> Iterator[Document]:
     """The documents of a piece.
 

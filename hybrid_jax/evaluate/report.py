@@ -16,7 +16,13 @@ NOTHING_LOST = 0.02  # nats a token
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One model's measures; `run` groups the stages of one hybrid, `stage` numbers them from 0."""
+    """One model's measures.
+
+    Args:
+      text_loss: nats per token of held-out text.
+      run, stage: `run` groups the stages of one hybrid, `stage` numbers them from 0.
+      tokenizer: identifies the tokenizer; losses per token are comparable only between equal ones.
+    """
 
     name: str
     path: str
@@ -25,14 +31,16 @@ class Row:
     retrieval_accuracy: float
     run: str = ""
     stage: int = 0
+    tokenizer: str = ""
 
 
 def recovered(row: Row, rows: Sequence[Row]) -> float | None:
     """The share of the loss that stage 0 lost on held-out text and `row` has won back.
 
-    None for a source, and where stage 0 lost less than `NOTHING_LOST`: there is nothing to win back.
+    None for a source, where no source has the same tokenizer, and where stage 0 lost less than `NOTHING_LOST`: there is
+    nothing to win back.
     """
-    sources = [r for r in rows if not r.run]
+    sources = [r for r in rows if not r.run and r.tokenizer == row.tokenizer]
     starts = [r for r in rows if r.run == row.run and r.stage == 0]
     if not row.run or not sources or not starts or row.stage == 0:
         return None
@@ -63,6 +71,17 @@ def markdown_table(rows: Sequence[Row]) -> str:
     code = [(name, f"`{pattern}`", *rest) for name, pattern, *rest in table_cells(rows)]  # a bare * is emphasis
     lines = [HEADER, tuple("---" for _ in HEADER), *code]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What a reader of the table must know, a sentence each."""
+    groups: dict[str, list[str]] = {}
+    for row in rows:
+        groups.setdefault(row.tokenizer, []).append(row.name)
+    if len(groups) < 2:
+        return []
+    named = "; ".join(", ".join(names) for names in groups.values())
+    return [f"the models have {len(groups)} different tokenizers ({named}): compare losses per token only within a group."]
 
 
 def draw_recovery(rows: Sequence[Row], path: pathlib.Path):
