@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from hybrid_jax.commands.main import main
-from hybrid_jax.sweep import points_of
+from hybrid_jax.sweep import collect, points_of
 from tests.train.test_training import made_source  # noqa: F401 (a fixture)
 
 CONFIG = """
@@ -125,6 +125,23 @@ def test_a_failed_point_is_told_and_the_others_run(sweep, tmp_path, capfd):
     rows = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [r["status"] for r in rows] == ["failed", "done"] and "XYZ" in rows[0]["error"]
     assert "1 of 2 points failed" in capfd.readouterr().err
+
+
+def test_every_number_of_the_table_stands_in_its_column(tmp_path):
+    points = points_of(ConfigDict({"configs": ("a.py", "b.py")}))
+    numbers = {"losses": {"align": 0.5, "train": 2.25}, "held_out_loss": 3.125, "retrieval": 0.75}
+    done = {"name": "a", "config": "a.py", "overrides": {}, "status": "done", **numbers}
+    collect(tmp_path, points, {"a": done})
+    header, _, *lines = [line.strip("| ").split(" | ") for line in (tmp_path / "table.md").read_text().splitlines()]
+    assert dict(zip(header, lines[0], strict=True)) == {
+        "point": "a",
+        "status": "done",
+        "align loss": "0.5000",
+        "train loss": "2.2500",
+        "held-out loss": "3.1250",
+        "retrieval": "75.0%",
+    }
+    assert lines[1][:3] == ["b", "not run", "–"]
 
 
 def test_a_misspelt_field_of_the_grid_is_found_before_any_point_runs(sweep, tmp_path, capsys):
