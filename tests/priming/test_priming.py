@@ -1,11 +1,14 @@
 """Stage 0, fusing, selection."""
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from hybrid_jax.config import SWAConfig
 from hybrid_jax.parameters import split_model
+from hybrid_jax.priming import select
 from hybrid_jax.priming.fuse import fuse, unfuse
 from hybrid_jax.priming.initialize import initialize_hybrid
 from hybrid_jax.priming.select import Selection, pattern_from_scores
@@ -93,6 +96,15 @@ def test_a_mixer_can_teach_another():
     streams = fused.two_streams(jnp.asarray(IDS))
     assert relative_error(fused.head(streams.teacher), initialize_hybrid(source, "*-GDN")(IDS)) > 0  # fresh parts differ
     assert unfuse(fused).config.pattern == "*-GKA"
+
+
+def test_the_configured_share_of_the_layers_is_converted_and_recorded(monkeypatch, tmp_path):
+    monkeypatch.setattr(select, "score_layers", lambda *_: [0.3, 0.2, -0.1, 0.4])
+    how = {"mixer": "GDN", "fraction": 0.25, "window": 4}
+    pattern = select.choose_pattern(tiny_model("*-*-*-*"), "", how, None, tmp_path)
+    record = json.loads((tmp_path / "selection.json").read_text())
+    assert pattern == record["pattern"] == "*-*-GDN-*"
+    assert (record["scores"], record["fraction"], record["window"]) == ([0.3, 0.2, -0.1, 0.4], 0.25, 4)
 
 
 def test_selection_converts_the_cheapest_layers():

@@ -1,0 +1,112 @@
+"""Mutations of the operations: references, chunked forms and their gradients, TPU kernels."""
+
+from tests.mutations import Mutation
+
+GOLDEN, PROPERTIES, PALLAS = "tests/kernels/test_golden_ops.py", "tests/kernels/test_properties.py", "tests/kernels/test_pallas.py"
+CHUNKS, LINEAR = "kernels_pallas/chunks.py", "kernels_pallas/linear_attention/chunked.py"
+KALMANET, CHEBYSHEV = "kernels_pallas/gated_kalmanet/chunked.py", "kernels_pallas/gated_kalmanet/chebyshev.py"
+
+MUTATIONS = [
+    Mutation(
+        CHUNKS,
+        "coarse = jax.lax.stop_gradient(jnp.round(g * 64) / 64)",
+        "coarse = jax.lax.stop_gradient(jnp.zeros_like(g))",
+        "cumulative decays lose their last bits",
+        (PROPERTIES,),
+    ),
+    Mutation(
+        CHUNKS,
+        "sees_start, survives, through = seg == carried, seg == seg[..., -1:], (seg[..., -1:] == carried)[..., 0]",
+        "sees_start, survives, through = seg == carried, seg == seg, (seg[..., -1:] == carried)[..., 0]",
+        "earlier segments stay in the state",
+        (PROPERTIES,),
+    ),
+    Mutation(
+        CHUNKS,
+        "inside &= seg[..., :, None] == seg[..., None, :]",
+        "inside &= seg[..., :, None] >= seg[..., None, :]",
+        "a segment sees the one before it",
+        (PROPERTIES,),
+    ),
+    Mutation(
+        CHUNKS,
+        "jnp.tril(jnp.ones((chunk_size, chunk_size), bool))",
+        "jnp.tril(jnp.ones((chunk_size, chunk_size), bool), -1)",
+        "a token does not see itself",
+        (GOLDEN,),
+    ),
+    Mutation(
+        CHUNKS,
+        "return total[..., None, None] * state + update, state",
+        "return total[..., None, None] * state + update, total[..., None, None] * state + update",
+        "a chunk starts from the state at its end",
+        (GOLDEN, PROPERTIES),
+    ),
+    Mutation(CHUNKS, "- carried[..., None]  # the", "# the", "packed rows lose the state at every chunk on a CPU", (PROPERTIES,)),
+    Mutation(LINEAR, "dK = kept + matmul", "dK = matmul", "keys get no gradient from later chunks", ("tests/kernels",)),
+    Mutation(
+        LINEAR, "dV = dV + decay.keep", "dV = dV + 0 * decay.keep", "values get no gradient from later chunks", ("tests/kernels",)
+    ),
+    Mutation(
+        LINEAR,
+        "+ decay.total * jnp.sum(dH * H0, axis=(-2, -1))",
+        "",
+        "decays get no gradient from the state that passes a chunk",
+        ("tests/kernels",),
+    ),
+    Mutation(
+        LINEAR,
+        "- jnp.sum(E, axis=-2) - kept",
+        "- jnp.sum(E, axis=-2)",
+        "decays get no gradient from what a chunk keeps",
+        ("tests/kernels",),
+    ),
+    Mutation(
+        CHEBYSHEV,
+        "s = 1.0 / (F * (ridge_strength + 0.5))",
+        "s = 1.0 / (F * (ridge_strength + 1.0))",
+        "the first step of the solve is too short",
+        (GOLDEN,),
+    ),
+    Mutation(
+        CHEBYSHEV,
+        "- (omega - 1.0) * previous, x, omega",
+        "- omega * previous, x, omega",
+        "the iteration forgets its momentum",
+        (GOLDEN,),
+    ),
+    Mutation(CHEBYSHEV, "return 1, ((8, 2),)", "return 1, ((0, 2),)", "no iteration of the fast solve is accurate", (PALLAS,)),
+    Mutation(KALMANET, "return (w, *pull(-w))", "return (w, *pull(w))", "the solve's gradient has the wrong sign", (GOLDEN,)),
+    Mutation(
+        KALMANET,
+        "ridge_strength * (norms if bp_lambda else jax.lax.stop_gradient(norms))",
+        "ridge_strength * jax.lax.stop_gradient(norms)",
+        "bp_lambda is ignored",
+        (GOLDEN, PROPERTIES),
+    ),
+    Mutation(
+        KALMANET, "2 * decay.reach * cross", "decay.reach * cross", "the norm counts its cross term once", (GOLDEN, PROPERTIES)
+    ),
+    Mutation(KALMANET, "* (x - qc)", "* x", "alpha adds the solution instead of interpolating", (GOLDEN,)),
+    Mutation(
+        "kernels_pallas/linear_attention/reference.py",
+        "jnp.where(begin.reshape(-1, *(1,) * (s.ndim - 1)), 0, s)",
+        "s",
+        "the reference does not reset the state of a segment",
+        (PROPERTIES,),
+    ),
+    Mutation(
+        "kernels_pallas/ssd.py",
+        "(x * dt[..., None]).astype(x.dtype), dt * a",
+        "x, dt * a",
+        "dt does not scale the input",
+        (PROPERTIES, "tests/convert/test_hmf.py"),
+    ),
+    Mutation(
+        "kernels_pallas/short_conv/__init__.py",
+        "y, state = short_conv_update(x, weight, bias, state.astype(x.dtype))",
+        "y, state = short_conv_update(x, weight[:, ::-1], bias, state.astype(x.dtype))",
+        "decoding convolves backwards in time",
+        (PROPERTIES,),
+    ),
+]

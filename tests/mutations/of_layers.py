@@ -1,0 +1,118 @@
+"""Mutations of the mixers and of the MLPs."""
+
+from tests.mutations import Mutation
+
+HMF, PARITY, INVARIANCE = (
+    "tests/convert/test_hmf.py",
+    "tests/convert/test_transformers_parity.py",
+    "tests/layers/test_invariance.py",
+)
+GKA, GDN, MAMBA2 = "hybrid_jax/layers/gka.py", "hybrid_jax/layers/gdn.py", "hybrid_jax/layers/mamba2.py"
+RECURRENT, MLP, BMOJO = "hybrid_jax/layers/recurrent.py", "hybrid_jax/layers/mlp.py", "hybrid_jax/layers/bmojo.py"
+
+MUTATIONS = [
+    Mutation(
+        GKA,
+        "+ 1e-6\n            k, v = beta * k, beta * v",
+        "+ 1e-6\n            k, v = beta * k, v",
+        "beta does not gate v",
+        (HMF,),
+    ),
+    Mutation(
+        GKA,
+        "jnp.ones((B, T, H), jnp.float32)",
+        "jnp.zeros((B, T, H), jnp.float32)",
+        "without the alpha connection the solve is left out",
+        ("tests/layers",),
+    ),
+    Mutation(GKA, "scale=D**-0.5 if gka.gla_rescale else 1.0", "scale=D**-0.5", "gla_rescale is ignored", ("tests/layers",)),
+    Mutation(
+        GKA,
+        "l2_normalize(a, eps_outside=True)",
+        "l2_normalize(a, eps_outside=False)",
+        "q and k are normalized with another epsilon",
+        ("tests/layers", HMF),
+    ),
+    Mutation(
+        GKA, "o = o * jax.nn.silu(self.g_proj(x))", "o = o * jax.nn.sigmoid(self.g_proj(x))", "the output gate is a sigmoid", (HMF,)
+    ),
+    Mutation(
+        GKA, "num_iter=gka.num_iter", "num_iter=gka.num_iter - 1", "one iteration of the solve is missing", (HMF, "tests/layers")
+    ),
+    Mutation(GDN, "beta = 2 * beta", "beta = 1 * beta", "allow_neg_eigval is ignored", ("tests/layers",)),
+    Mutation(
+        GDN,
+        "l2_normalize(a, eps_outside=False)",
+        "l2_normalize(a, eps_outside=True)",
+        "q and k are normalized with another epsilon",
+        ("tests/layers", HMF),
+    ),
+    Mutation(GDN, "self.o_norm(o).reshape(B, T, H * D)", "o.reshape(B, T, H * D)", "the output is not normalized", (HMF,)),
+    Mutation(
+        MAMBA2,
+        "y = y * jax.nn.silu(z).reshape(y.shape)\n        y = rms_norm(y, self.norm.weight[...].reshape(H, D), NORM_EPS)",
+        "y = rms_norm(y, self.norm.weight[...].reshape(H, D), NORM_EPS)\n        y = y * jax.nn.silu(z).reshape(y.shape)",
+        "the norm comes before the gate",
+        (HMF,),
+    ),
+    Mutation(MAMBA2, "self.D[...][:, None] * v", "0 * self.D[...][:, None] * v", "the skip D x is missing", (HMF,)),
+    Mutation(
+        MAMBA2,
+        "normed = config.qk_norm and config.mamba2.use_qk_norm",
+        "normed = config.qk_norm",
+        "use_qk_norm is ignored",
+        ("tests/layers", "tests/priming"),
+    ),
+    Mutation(
+        RECURRENT,
+        "jnp.repeat(x, num_heads // x.shape[-2], axis=-2)",
+        "jnp.concatenate([x] * (num_heads // x.shape[-2]), axis=-2)",
+        "heads are tiled instead of repeated in place",
+        (HMF,),
+    ),
+    Mutation(RECURRENT, "-jnp.exp(a_log.astype(f32))", "-jnp.exp(-a_log.astype(f32))", "the decay's rate is inverted", (HMF,)),
+    Mutation(
+        BMOJO,
+        "scores(fading_q, fading, W)",
+        "scores(fading_q, fading, W - 1)",
+        "decoding sees one fading token too many",
+        (INVARIANCE,),
+    ),
+    Mutation(BMOJO, "((0, W), (W, 2 * W))", "((0, W), (W, 2 * W - 1))", "the fading window is one token short", (HMF, INVARIANCE)),
+    Mutation(
+        BMOJO,
+        "_, k, v = Attention.project(first, f, positions)",
+        "_, k, v = Attention.project(self, f, positions)",
+        "untied fading keys use the first projections",
+        ("tests/layers",),
+    ),
+    Mutation(MLP, "if moe.norm_topk_prob:", "if True:", "norm_topk_prob is ignored", (PARITY,)),
+    Mutation(
+        MLP,
+        "jax.nn.softmax((rows @ router).astype(jnp.float32), axis=-1)",
+        "jax.nn.sigmoid((rows @ router).astype(jnp.float32))",
+        "the router is a sigmoid",
+        (PARITY,),
+    ),
+    Mutation(
+        MLP,
+        "out * weights.reshape(-1)[order, None]",
+        "out * weights.reshape(-1)[:, None]",
+        "experts' weights are not sorted with their rows",
+        (PARITY, HMF),
+    ),
+    Mutation(
+        MLP,
+        "jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)",
+        "self.gate_proj(x) * jax.nn.silu(self.up_proj(x))",
+        "gate and up are exchanged",
+        (PARITY,),
+    ),
+    Mutation(
+        "hybrid_jax/layers/linear.py",
+        "f = f * jax.lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True) + eps)",
+        "f = f * jax.lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True)) + eps",
+        "epsilon is added after the root",
+        ("tests/layers", PARITY),
+    ),
+]

@@ -1,0 +1,83 @@
+"""Mutations of the decoder, of stacked layers, of measures and of the choice of layers."""
+
+from tests.mutations import Mutation
+
+MEASURES, REPORT = "tests/evaluate/test_measures.py", "tests/evaluate/test_report.py"
+PARTS, INVARIANCE = "tests/parallel/test_parts.py", "tests/layers/test_invariance.py"
+PARITY, PRIMING = "tests/convert/test_transformers_parity.py", "tests/priming/test_priming.py"
+MODEL, STACKING, RUNS = "hybrid_jax/model.py", "hybrid_jax/stacking.py", "hybrid_jax/runs.py"
+SELECT, EVALUATE = "hybrid_jax/priming/select.py", "hybrid_jax/evaluate/measures.py"
+
+MUTATIONS = [
+    Mutation(
+        SELECT,
+        "selection.mixer, selection.fraction)",
+        "selection.mixer, 1 - selection.fraction)",
+        "converts the layers that should stay",
+        (PRIMING,),
+    ),
+    Mutation(
+        SELECT, "key=lambda i: (scores[i], i)", "key=lambda i: (-scores[i], i)", "converts the layers that cost most", (PRIMING,)
+    ),
+    Mutation(
+        SELECT,
+        '- whole)\n        print(f"select',
+        '+ whole)\n        print(f"select',
+        "a score is the loss, not the rise of the loss",
+        (MEASURES,),
+    ),
+    Mutation(SELECT, "return text + retrieval", "return text - retrieval", "a layer that harms retrieval looks cheap", (MEASURES,)),
+    Mutation(SELECT, "swa=SWAConfig(selection.window)", "swa=SWAConfig()", "layers are scored with another window", (MEASURES,)),
+    Mutation(EVALUATE, "losses * weights", "losses", "padding and prompts count in the loss", (MEASURES,)),
+    Mutation(EVALUATE, "right * weights", "right", "padding and prompts count in the accuracy", (MEASURES,)),
+    Mutation(EVALUATE, "short = BATCH - len(part)", "short = 0", "the last batch has another shape", (MEASURES,)),
+    Mutation(
+        EVALUATE,
+        "np.linspace(0, len(held_out) - 1, min(rows, len(held_out)))",
+        "np.arange(min(rows, len(held_out)))",
+        "rows are the first ones instead of evenly spaced",
+        (MEASURES,),
+    ),
+    Mutation(
+        "hybrid_jax/evaluate/report.py",
+        "starts[0].text_loss - sources[0].text_loss",
+        "starts[0].text_loss - row.text_loss",
+        "recovery is not a share of what was lost",
+        (REPORT,),
+    ),
+    Mutation(
+        "hybrid_jax/evaluate/report.py",
+        "if lost < NOTHING_LOST else",
+        "if lost < -NOTHING_LOST else",
+        "a share of nothing is reported",
+        (REPORT,),
+    ),
+    Mutation(
+        MODEL,
+        "hidden = constrain(hidden + mixed, *TOKENS)",
+        "hidden = constrain(hidden + mixed + hidden, *TOKENS)",
+        "the residual stream is doubled",
+        (PARITY,),
+    ),
+    Mutation(
+        MODEL,
+        'kind = layer.spec.teacher if stream == "teacher" else layer.spec.kind',
+        "kind = layer.spec.kind",
+        "the teacher's stream goes through the student's mixers",
+        ("tests/train/test_distillation.py",),
+    ),
+    Mutation(
+        STACKING,
+        "axes[name] = (None, *axes[name])",
+        "axes[name] = (*axes[name], None)",
+        "stacked parameters are sharded along the wrong dimension",
+        (PARTS, "tests/distributed/test_parity.py", "tests/plan/test_plan.py"),
+    ),
+    Mutation(
+        RUNS,
+        "range(self.start + n, self.stop, self.length)",
+        "range(self.start + n, self.stop, self.length)[::-1]",
+        "stacked layers are in reverse order",
+        (PARTS, "tests/train/test_steps.py"),
+    ),
+]

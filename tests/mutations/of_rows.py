@@ -1,0 +1,98 @@
+"""Mutations of what makes rows and batches: packing, synthetic tasks, layout, placement on a mesh."""
+
+from tests.mutations import Mutation
+
+PACKING, DATA, PARTS = "tests/data/test_packing.py", "tests/data/test_data.py", "tests/parallel/test_parts.py"
+ROWS, SYNTHETIC, LAYOUT = "hybrid_jax/data/packing.py", "hybrid_jax/data/synthetic.py", "hybrid_jax/data/layout.py"
+SEQUENCE = "hybrid_jax/parallel/sequence.py"
+
+MUTATIONS = [
+    Mutation(ROWS, "weights[at + 1 : end] =", "weights[at:end] =", "the first token of a segment is learned", (PACKING, DATA)),
+    Mutation(
+        ROWS,
+        "self.tokens.weights[begin + 1 : begin + size]",
+        "self.tokens.weights[begin : begin + size - 1]",
+        "weights one token late",
+        (PACKING,),
+    ),
+    Mutation(
+        ROWS,
+        "begin = np.union1d(starts[starts < end], first_of_row[:-1])",
+        "begin = first_of_row[:-1]",
+        "documents of a row share a segment",
+        (DATA,),
+    ),
+    Mutation(ROWS, "keep = size <= length", "keep = size < length", "a document of exactly a row is dropped", (PACKING,)),
+    Mutation(
+        ROWS,
+        "np.minimum(np.repeat(size, parts) - nth * length, length)",
+        "np.minimum(np.repeat(size, parts), length)",
+        "the rest of a split document is too long",
+        (PACKING,),
+    ),
+    Mutation(
+        ROWS,
+        "return self.parts[part][i - (self.ends[part - 1] if part else 0)]",
+        "return self.parts[part][i % len(self.parts[part])]",
+        "rows of joined sources repeat",
+        (PACKING,),
+    ),
+    Mutation(
+        SYNTHETIC,
+        "keys = rng.choice(np.arange(*self.symbols), n, replace=False)",
+        "keys = rng.choice(np.arange(*self.symbols), n)",
+        "keys of a block repeat",
+        (DATA,),
+    ),
+    Mutation(
+        SYNTHETIC,
+        "order = rng.permutation(n)",
+        "order = np.arange(n)",
+        "keys are asked in the order in which they were given",
+        (DATA,),
+    ),
+    Mutation(
+        SYNTHETIC,
+        "weights[2 * n + 3 :: 2] = self.weight",
+        "weights[2 * n + 2 :: 2] = self.weight",
+        "keys are learned instead of values",
+        (DATA,),
+    ),
+    Mutation(
+        SYNTHETIC,
+        "n = int(rng.integers(self.min_pairs, self.max_pairs + 1))",
+        "n = self.max_pairs",
+        "every block has the most pairs",
+        (DATA,),
+    ),
+    Mutation(
+        SYNTHETIC,
+        "weights[period + 1 :] = self.weight",
+        "weights[period:] = self.weight",
+        "the token that nothing predicts is learned",
+        (DATA,),
+    ),
+    Mutation(LAYOUT, "np.pad(ids[:, 1:], ((0, 0), (0, 1)))", "ids", "targets are the inputs", (PARTS,)),
+    Mutation(LAYOUT, "np.pad(weights[:, 1:], ((0, 0), (0, 1)))", "weights", "weights belong to the wrong targets", (PARTS,)),
+    Mutation(
+        LAYOUT,
+        '"positions": positions_of(segments)',
+        '"positions": np.broadcast_to(np.arange(ids.shape[1]), ids.shape)',
+        "positions go on over segments",
+        (PARTS,),
+    ),
+    Mutation(
+        SEQUENCE,
+        "chunks[[i, 2 * devices - 1 - i]]",
+        "chunks[[i, 2 * devices - 2 - i]]",
+        "a device has the wrong late chunk",
+        (PARTS,),
+    ),
+    Mutation(
+        SEQUENCE,
+        "np.argsort(zigzag_order(x.shape[axis], devices))",
+        "zigzag_order(x.shape[axis], devices)",
+        "the layout is applied twice instead of undone",
+        (PARTS,),
+    ),
+]
