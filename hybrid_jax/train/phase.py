@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from hybrid_jax.data import Corpus
 from hybrid_jax.model import REMAT
-from hybrid_jax.train.objectives import FUSED, make_objective
+from hybrid_jax.train.objectives import OBJECTIVES, make_objective
 
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
 OPTIMIZERS = ("adamw", "muon")
@@ -104,10 +104,12 @@ class Phase:
                 raise ValueError(f"phase.{name} must be at least 1, got {getattr(self, name)}")
         if self.batch_size % self.accumulate:
             raise ValueError(f"phase.accumulate {self.accumulate} does not divide phase.batch_size {self.batch_size}")
-        if self.objective in FUSED and self.form != "fused":
+        objective = OBJECTIVES[self.objective]
+        if objective.two_streams and self.form != "fused":
             raise ValueError(f"phase.objective {self.objective!r} compares two streams; set phase.form = 'fused'")
-        if (self.objective == "distill_cached") != bool(self.teacher_cache):
-            raise ValueError("phase.objective 'distill_cached' and phase.teacher_cache need each other")
+        if objective.teacher_cache != bool(self.teacher_cache):
+            wants = "needs" if objective.teacher_cache else "does not read"
+            raise ValueError(f"phase.objective {self.objective!r} {wants} a phase.teacher_cache")
         given = {name: getattr(self, name) for name in ("steps", "tokens", "epochs") if getattr(self, name)}
         if len(given) != 1 or min(given.values()) < 0:
             raise ValueError(f"phase needs one of steps, tokens and epochs, got {given or 'none'}")

@@ -72,10 +72,14 @@ def test_the_student_nears_a_teacher_that_stays(trainable):
 def test_options_that_an_objective_has_not_are_refused():
     for changes, words in (
         (dict(objective="distill", form="fused", options={"heat": 1}), "no option 'heat'; it has kind, temperature"),
-        (dict(objective="distill", form="fused", options={"kind": "both"}), "expected one of forward, reverse"),
+        (dict(objective="distill", form="fused", options={"kind": "both"}), "options.kind must be one of 'forward', 'reverse'"),
         (dict(objective="next_token", options={"kind": "forward"}), "it has none"),
         (dict(objective="distill"), "form = 'fused'"),
-        (dict(objective="distill_cached"), "need each other"),
+        (dict(objective="distill_cached"), "'distill_cached' needs a phase.teacher_cache"),
+        (dict(teacher_cache="here"), "'next_token' does not read a phase.teacher_cache"),
+        (dict(objective="distill", form="fused", options={"temperature": 0}), "options.temperature must be a number above 0"),
+        (dict(objective="distill", form="fused", options={"divergence_weight": "1"}), "options.divergence_weight must be a number"),
+        (dict(objective="align_all", form="fused", options={"pre_lm_head": 1}), "options.pre_lm_head must be true or false"),
     ):
         with pytest.raises(ValueError, match=words):
             phase(**changes)
