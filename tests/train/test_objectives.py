@@ -1,11 +1,9 @@
-"""Objectives and what a phase says of them, against torch's losses and plain sums: weights, temperature, directions, what trains."""
+"""Objectives and what a phase says of them, against torch: weights, temperature, direction; which parameters train."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from torch.nn.functional import cross_entropy, kl_div
 
 from hybrid_jax.parameters import split_model
 from hybrid_jax.train.arrangement import Arrangement, trained_names
@@ -13,6 +11,9 @@ from hybrid_jax.train.objectives import make_objective
 from tests.conftest import tiny_config, tiny_model
 from tests.train.test_steps import batch_of
 from tests.train.test_training import phase
+
+torch = pytest.importorskip("torch")
+functional = torch.nn.functional
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,9 @@ def mean(losses, batch):
 
 
 def next_token(student, batch):
-    return mean(cross_entropy(student, torch.tensor(np.asarray(batch["targets"], np.int64)).reshape(-1), reduction="none"), batch)
+    return mean(
+        functional.cross_entropy(student, torch.tensor(np.asarray(batch["targets"], np.int64)).reshape(-1), reduction="none"), batch
+    )
 
 
 @pytest.mark.parametrize("kind", ["forward", "reverse"])
@@ -41,7 +44,7 @@ def test_distillation_is_torch_s_weighed_as_its_options_say(streams, kind):
     log_q, log_p = ((x / 2.0).log_softmax(-1) for x in (teacher, student))
     if kind == "reverse":
         log_q, log_p = log_p, log_q
-    want = mean(kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1), batch)  # KL(q | p)
+    want = mean(functional.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1), batch)  # KL(q | p)
     assert float(metrics["divergence"]) == pytest.approx(want, rel=1e-5)
     assert float(metrics["next_token"]) == pytest.approx(next_token(student, batch), rel=1e-5)
     assert float(loss) == pytest.approx(0.25 * 4.0 * want + 0.5 * next_token(student, batch), rel=1e-5)
@@ -59,7 +62,9 @@ def test_cached_distillation_is_torch_s_weighed_as_its_options_say(streams):
     loss, metrics = make_objective("distill_cached", dict(divergence_weight=0.25, next_token_weight=0.5))(
         model, {**batch, **cached}
     )
-    want = mean(kl_div(student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none").sum(-1), batch)
+    want = mean(
+        functional.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none").sum(-1), batch
+    )
     assert float(metrics["divergence"]) == pytest.approx(want, rel=1e-4)
     assert float(loss) == pytest.approx(0.25 * want + 0.5 * next_token(student, batch), rel=1e-4)
 
