@@ -41,7 +41,7 @@ from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.distributed import barrier, is_first
 from hybrid_jax.parallel.mesh import check_mesh_fits, make_mesh
 from hybrid_jax.priming.fuse import check_teacher, fuse, unfuse
-from hybrid_jax.priming.initialize import initialize_hybrid
+from hybrid_jax.priming.initialize import check_convertible, initialize_hybrid
 from hybrid_jax.priming.select import Selection, choose_pattern, pattern_from_scores
 from hybrid_jax.train import MetricWriter, NoMetrics, Phase, train_phase
 from hybrid_jax.train.arrangement import trained_names
@@ -87,14 +87,15 @@ def _check_phases_fit(model_config: ModelConfig, config: ConfigDict, phases: lis
     source can teach it.
 
     Raises:
-      ValueError: the pattern is invalid, a phase's pattern of names matches nothing, or the source cannot be the teacher of a
-        fused phase; names the phase.
+      ValueError: the pattern is invalid or converts what is not attention, a phase's pattern of names matches nothing, or the
+        source cannot be the teacher of a fused phase; names the phase.
     """
     pattern = config.get("pattern")
     if not pattern and config.get("select"):
         selection = Selection(**config.select)
         pattern = pattern_from_scores([0.0] * model_config.num_layers, selection.mixer, selection.fraction)
     hybrid = model_config.with_pattern(pattern) if pattern else model_config
+    check_convertible(model_config, hybrid)
     for name, phase in phases:
         form = {"fused": hybrid.fused, "unfused": hybrid.unfused, "as_is": lambda: hybrid}[phase.form]()
         try:

@@ -75,7 +75,8 @@ class Arrangement:
     def _arrange_teacher(self, model: Decoder, teacher: Decoder | None, runs: Sequence[Run]):
         """What of the teacher is its own: the parameters that differ or train, and its structure where it has any or computes
         otherwise."""
-        own, teacher = teacher_stream(model), teacher_stream(model if teacher is None else teacher)
+        own = teacher_stream(model)
+        teacher = own if teacher is None else teacher_stream(teacher)
         check_teacher(model.config, teacher.config)
         teacher.compute_dtype = model.compute_dtype
         have, taught = split_model(own)[1], split_model(teacher)[1]

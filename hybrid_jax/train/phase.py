@@ -20,9 +20,10 @@ class Phase:
 
     Args:
       objective, options: key of `OBJECTIVES`, and what it takes by name.
-      form: what the model is turned into before the phase: `fused` (teacher beside student), `unfused`,
+      form: what the model is turned into before the phase: `fused` (teacher, which is the source, beside student), `unfused`,
         or `as_is`.
-      trainable: regular expressions on parameter names; what no one finds is frozen. `all` is everything.
+      trainable: regular expressions on parameter names; what no one finds is frozen. `all` is everything. What the teacher alone
+        reads never trains.
       steps: optimizer steps; or `tokens`, for as many steps as those need; or `epochs` over the rows of the phase's one source.
       batch_size, seq_len: rows a step and tokens a row.
       accumulate: parts in which a step's rows are computed, one after the other; their gradients are those of the whole.
@@ -35,7 +36,7 @@ class Phase:
       spike: a step whose loss or gradient norm is so many times its running mean is skipped; 0: never. One of which either
         is not finite always is.
       bad_steps: skipped steps in a row that end the phase.
-      rope_theta, max_position_embeddings: of the model from this phase on; 0 keeps them.
+      rope_theta, max_position_embeddings: of the model from this phase on, not of its teacher; 0 keeps them.
       compute_dtype: of activations.
       frozen_dtype: of the matrices that do not train, rounded (and so saved) if lower than the model's; empty keeps it.
       remat: what a layer keeps for its gradient: none (all of it), attention, full (its input alone).

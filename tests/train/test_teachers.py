@@ -20,7 +20,7 @@ from hybrid_jax.parameters import join_model, split_model
 from hybrid_jax.plan.planner import make_plan
 from hybrid_jax.plan.program import Job
 from hybrid_jax.plan.report import plan_rows
-from hybrid_jax.priming.fuse import fuse, share
+from hybrid_jax.priming.fuse import check_teacher, fuse, share
 from hybrid_jax.priming.initialize import initialize_hybrid
 from hybrid_jax.train import read_metrics
 from hybrid_jax.train.arrangement import TEACHER, Arrangement
@@ -203,7 +203,6 @@ def test_a_resumed_phase_has_the_same_teacher(run, tmp_path):
 
 def test_a_source_that_cannot_teach_a_fused_phase_is_refused_at_once(source_and_text, tmp_path):
     source, text = source_and_text
-    fused = initialize_hybrid(load_model(source), "*DA-GKA*")
     config = experiment(tmp_path / "hybrid", pattern="")
     config.data.text = text
     save_model(initialize_hybrid(load_model(source), "*-GKA"), tmp_path / "hybrid", tokenizer_from=source)
@@ -212,10 +211,23 @@ def test_a_source_that_cannot_teach_a_fused_phase_is_refused_at_once(source_and_
     ):
         run_experiment(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    save_model(fused, tmp_path / "fused", tokenizer_from=source)  # its own teacher stream is the teacher
-    config.source = str(tmp_path / "fused")
-    config.schedule = ()
-    assert load_model(run_experiment(config, tmp_path / "run")).config.pattern == "*-GKA"
+    config.pattern = "GKA-GDN"
+    with pytest.raises(ValueError, match="layer 1 is 'GKA': only attention can become 'GDN'"):
+        run_experiment(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_fused_source_teaches_by_its_teacher_stream():
+    source = tiny_model("*-*")
+    fused = moved(fuse(initialize_hybrid(source, "*-SWA"), source), (".swa.",))
+    check_teacher(fused.config, fused.config)
+    arrangement = Arrangement(fused, p := phase(objective="distill", form="fused"), fused)
+    state, frozen, _ = arrangement.begin(None, split_model(fused)[1])
+    assert relative_error(logits_of_the_teacher(arrangement, state, frozen), source(IDS)) < 1e-6
+    with pytest.raises(ValueError, match="the teacher's vocab_size is 64, the model's is 61"):
+        Arrangement(fused, p, tiny_model("*-*", vocab_size=64))
+    with pytest.raises(ValueError, match="must have the model's 2 layers, it has 1"):
+        Arrangement(fused, p, tiny_model("*"))
 
 
 def test_alignment_does_not_see_padding():
