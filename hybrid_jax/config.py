@@ -69,6 +69,11 @@ class MixerSpec:
         return self.teacher == self.kind == ATTENTION
 
     @property
+    def teaching(self) -> str:
+        """The kind that the teacher stream computes: the teacher's, or the only one."""
+        return self.teacher or self.kind
+
+    @property
     def kinds(self) -> tuple[str, ...]:
         """The mixers whose weights the layer holds, student first."""
         return (self.kind,) if self.teacher in (None, self.kind) else (self.kind, self.teacher)
@@ -395,3 +400,7 @@ class ModelConfig:
     def unfused(self) -> ModelConfig:
         """The one-stream form: teachers dropped."""
         return self.with_pattern([s.unfused() for s in self.layers])
+
+    def teacher(self) -> ModelConfig:
+        """The one-stream form of the teacher stream; of a model that is not fused, the model itself."""
+        return self.with_pattern([MixerSpec(s.teaching) for s in self.layers])

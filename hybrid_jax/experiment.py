@@ -12,6 +12,7 @@ A working directory holds
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import pathlib
 import shutil
@@ -39,11 +40,11 @@ from hybrid_jax.files import check_new_directory, check_writable, new_directory
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.distributed import barrier, is_first
 from hybrid_jax.parallel.mesh import check_mesh_fits, make_mesh
-from hybrid_jax.parameters import abstract_parameters, select_names
-from hybrid_jax.priming.fuse import fuse, unfuse
-from hybrid_jax.priming.initialize import initialize_hybrid
+from hybrid_jax.priming.fuse import check_teacher, fuse, unfuse
+from hybrid_jax.priming.initialize import check_convertible, initialize_hybrid
 from hybrid_jax.priming.select import Selection, choose_pattern, pattern_from_scores
 from hybrid_jax.train import MetricWriter, NoMetrics, Phase, train_phase
+from hybrid_jax.train.arrangement import trained_names
 
 KEYS = {"source", "model", "pattern", "select", "mixers", "schedule", "phases", "data", "seed", "mesh"}
 
@@ -82,20 +83,25 @@ def _check_data(config: ConfigDict):
 
 
 def _check_phases_fit(model_config: ModelConfig, config: ConfigDict, phases: list[tuple[str, Phase]]):
-    """Checks the pattern, or how to select one, and that every phase finds the parameters it wants to train.
+    """Checks the pattern, or how to select one, and of every phase that it finds the parameters it wants to train and that the
+    source can teach it.
 
     Raises:
-      ValueError: the pattern is invalid, or a phase's pattern of names matches nothing; names the phase.
+      ValueError: the pattern is invalid or converts what is not attention, a phase's pattern of names matches nothing, or the
+        source cannot be the teacher of a fused phase; names the phase.
     """
     pattern = config.get("pattern")
     if not pattern and config.get("select"):
         selection = Selection(**config.select)
         pattern = pattern_from_scores([0.0] * model_config.num_layers, selection.mixer, selection.fraction)
     hybrid = model_config.with_pattern(pattern) if pattern else model_config
+    check_convertible(model_config, hybrid)
     for name, phase in phases:
         form = {"fused": hybrid.fused, "unfused": hybrid.unfused, "as_is": lambda: hybrid}[phase.form]()
         try:
-            select_names(abstract_parameters(form), phase.trainable)
+            if phase.form == "fused":
+                check_teacher(form, model_config)
+            trained_names(form, phase.trainable)
         except ValueError as e:
             raise ValueError(f"phase {name!r}: {e}") from None
 
@@ -213,6 +219,7 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path, profile: tup
             checkpoints = workdir / "checkpoints" / name
             if not stage.exists():
                 where = dict(directory=checkpoints, writer=writer, mesh=mesh, profile=profile)
+                teacher = functools.partial(load_model, source, dtype=jnp.float32, mesh=mesh)
                 model = train_phase(
                     # not held here, so that the loop may free it
                     in_form(load_model(before, dtype=jnp.float32, mesh=mesh), phase.form, source, mesh),
@@ -221,6 +228,7 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path, profile: tup
                     corpus,
                     mix_of(config, phase),
                     seed=config.seed + number,
+                    teacher=teacher,
                     **where,
                 )
                 save_model(model, stage, tokenizer_from=source)
@@ -248,10 +256,9 @@ def mesh_of(config: ConfigDict, phase: Phase | None = None) -> Mesh | None:
 
 
 def in_form(model: Decoder, form: str, source: pathlib.Path, mesh: Mesh | None) -> Decoder:
-    """The model as a phase wants it: teachers come from the source, and go."""
+    """The model in a phase's form. A fused one gets the source's attention; the loop makes the source itself its teacher."""
     if form == "unfused":
         return unfuse(model)
     if form == "fused" and not model.config.is_fused:
-        teacher = load_model(source, dtype=jnp.float32, mesh=mesh)
-        return fuse(model, teacher)
+        return fuse(model, load_model(source, dtype=jnp.float32, mesh=mesh))
     return model

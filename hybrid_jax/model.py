@@ -104,16 +104,18 @@ class Decoder(nnx.Module):
         hidden = constrain(self.embed_tokens(input_ids, self.compute_dtype), *TOKENS)
         return hidden, dict(positions=positions, segment_ids=segment_ids)
 
-    def _through_layers(self, run_layer: Callable, carry):
-        """carry -> run_layer(layer, carry) -> (carry, out) through all layers; the outs in a list, one a layer.
+    def _through_layers(self, run_layer: Callable, carry, *others: Decoder):
+        """carry -> run_layer(layer, *others' layers, carry) -> (carry, out) through all layers; the outs in a list, one per layer.
 
         Layers that repeat are scanned: compiled once, however many. Their parameters come stacked (`stacking`) or
-        are stacked here.
+        are stacked here. The others have as many layers, stacked in the same runs.
         """
+        models = (self, *others)
         if self.runs is not None:
-            runs, bodies = self.runs, iter(self.layers)
+            runs = self.runs
+            bodies = zip(*(model.layers for model in models), strict=True)
         else:
-            keys = list(zip(self.config.layers, self.config.attention_windows, strict=True))
+            keys = list(zip(*(x for m in models for x in (m.config.layers, m.config.attention_windows)), strict=True))
             runs = repeated_runs(keys) if self.scan else [Run(i, 1, 1) for i in range(len(keys))]
 
         def unit(graphs, states, carry):
@@ -126,24 +128,29 @@ class Decoder(nnx.Module):
                 outs.append(out)
             return carry, outs
 
+        def unit_of(run):
+            """The graphs of each layer of the unit, of each model, and their states, stacked where the run repeats."""
+            if self.runs is not None:
+                split = [[nnx.split(layer) for layer in next(bodies)] for _ in range(run.length)]
+                return [[g for g, _ in layers] for layers in split], [[s for _, s in layers] for layers in split]
+            split = [[[nnx.split(m.layers[i]) for i in place] for m in models] for place in run.places]
+            graphs = [[layers[0][0] for layers in of_models] for of_models in split]
+            return graphs, [[_stack_states([s for _, s in layers]) for layers in of_models] for of_models in split]
+
         outs = []
         for run in runs:
-            if self.runs is not None:
-                graphs, states = zip(*(nnx.split(next(bodies)) for _ in range(run.length)), strict=True)
-            else:
-                split = [[nnx.split(self.layers[i]) for i in place] for place in run.places]
-                graphs = [layers[0][0] for layers in split]
-                states = [_stack_states([state for _, state in layers]) for layers in split]
+            graphs, states = unit_of(run)
             if run.count == 1:
                 carry, out = unit(graphs, states, carry)
                 outs += out
                 continue
-            carry, out = jax.lax.scan(lambda c, s, graphs=graphs: unit(graphs, s, c), carry, list(states))
+            carry, out = jax.lax.scan(lambda c, s, graphs=graphs: unit(graphs, s, c), carry, states)
             outs += [jax.tree.map(lambda x, n=n: x[n], out[m]) for n in range(run.count) for m in range(run.length)]
         return carry, outs
 
-    def _run_merged(self, run_layer, graph, state, carry):
-        return run_layer(nnx.merge(graph, self._computed(state)), carry)
+    def _run_merged(self, run_layer, graphs, states, carry):
+        layers = [nnx.merge(graph, self._computed(state)) for graph, state in zip(graphs, states, strict=True)]
+        return run_layer(*layers, carry)
 
     def _computed(self, state: nnx.State) -> nnx.State:
         """A layer's parameters as it computes with them: matrices in the compute dtype, and then gathered, on every device
@@ -160,13 +167,13 @@ class Decoder(nnx.Module):
         """[B,T] ids -> (final normed hidden [B,T,hidden], state).
 
         Args:
-          stream: of a fused model, `student` or (without a state) `teacher`.
+          stream: of a fused model, `student` or (without a state) `teacher`, with this model's own parameters.
         """
         hidden, at = self.inputs(input_ids, segment_ids, positions)
         if state is None:
 
             def run(layer, h):
-                kind = layer.spec.teacher if stream == "teacher" else layer.spec.kind
+                kind = layer.spec.teaching if stream == "teacher" else layer.spec.kind
                 return layer.run(kind, h, **at)[0].hidden, None
 
             hidden, _ = self._through_layers(run, hidden)
@@ -179,12 +186,19 @@ class Decoder(nnx.Module):
         return self.norm(hidden), tuple(states)
 
     def two_streams(
-        self, input_ids, segment_ids=None, positions=None, compare: Callable = lambda teacher, student: (teacher, student)
+        self,
+        input_ids,
+        segment_ids=None,
+        positions=None,
+        compare: Callable = lambda teacher, student: (teacher, student),
+        teacher: Decoder | None = None,
     ) -> TwoStreams:
         """Teacher and student through a fused model; the student never sees the teacher's states.
 
         Args:
           compare: (teacher's, student's `LayerOutputs`) -> what is kept of a layer; default: both.
+          teacher: a model with as many layers whose parameters, RoPE and embeddings the teacher stream has; default: this
+            model's own.
 
         Raises:
           ValueError: a layer has no teacher.
@@ -193,14 +207,17 @@ class Decoder(nnx.Module):
         if bare:
             raise ValueError(f"layer {bare[0][0]} ({bare[0][1]!r}) has no teacher; fuse the model first")
         hidden, at = self.inputs(input_ids, segment_ids, positions)
+        others = () if teacher is None else (teacher,)
+        start = hidden if teacher is None else teacher.inputs(input_ids, segment_ids, positions)[0]
 
-        def both(layer, streams):
-            t, _ = layer.run(layer.spec.teacher, streams[0], **at)
-            s, _ = layer.run(layer.spec.kind, streams[1], **at)
+        def both(layer, *rest):
+            (taught, student), other = rest[-1], rest[0] if others else layer
+            t, _ = other.run(other.spec.teaching, taught, **at)
+            s, _ = layer.run(layer.spec.kind, student, **at)
             return (t.hidden, s.hidden), compare(t, s)
 
-        (teacher, student), layers = self._through_layers(both, (hidden, hidden))
-        return TwoStreams(tuple(layers), self.norm(teacher), self.norm(student))
+        (taught, student), layers = self._through_layers(both, (start, hidden), *others)
+        return TwoStreams(tuple(layers), (teacher or self).norm(taught), self.norm(student))
 
     def head(self, hidden):
         """Final hidden states -> logits [..., vocab], in the compute dtype."""

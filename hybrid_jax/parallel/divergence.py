@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from hybrid_jax.parallel.tiles import logits_of, loss_of_logits
 
 KINDS = ("forward", "reverse")
-REST = 1e-9  # the least probability of all unknown tokens together
+EXCLUDED = -1e30  # a logit that counts for nothing
 
 
 def divergence(hidden, head, teacher_hidden, teacher_head, *, kind: str = "forward", temperature: float = 1.0):
@@ -56,6 +56,9 @@ def divergence(hidden, head, teacher_hidden, teacher_head, *, kind: str = "forwa
 def top_k_divergence(hidden, head, ids, log_probabilities):
     """KL(teacher | student) where of the teacher only its k likeliest tokens are known, all others as one event.
 
+    The student's probability of the others is summed over them, not 1 minus the sum over the known ones, which would cancel for
+    a confident student. The teacher's is 1 minus the sum of what is known.
+
     Args:
       hidden, head: as in `divergence`.
       ids, log_probabilities: [B, T, k], distinct ids.
@@ -66,27 +69,32 @@ def top_k_divergence(hidden, head, ids, log_probabilities):
     return loss_of_logits(_top_k_value, _top_k_slope, hidden, head, (ids, jax.lax.stop_gradient(log_probabilities)))
 
 
-def _known(vocabulary, logits, lse, ids):
-    """(places of the known tokens in this part of the vocabulary, which are here, their log p there)."""
-    here = vocabulary.local(ids, logits.shape[-1])
-    inside = (here >= 0) & (here < logits.shape[-1])
-    place = jnp.where(inside, here, 0)
-    return place, inside, jnp.take_along_axis(logits, place, axis=-1) - lse
+def _known(vocabulary, logits, ids):
+    """(which of the known tokens this part of the vocabulary has, their row and place there, beyond its end where it has not)."""
+    size = logits.shape[-1]
+    here = vocabulary.local(ids, size)
+    inside = (here >= 0) & (here < size)
+    return inside, (jnp.arange(len(ids))[:, None], jnp.where(inside, here, size))
 
 
 def _top_k_value(vocabulary, logits, tokens, _):
     (ids, log_q), lse = tokens, vocabulary.log_sum_exp(logits)
-    _, inside, log_p = _known(vocabulary, logits, lse, ids)
-    log_p, q = vocabulary.sum(jnp.where(inside, log_p, 0)), jnp.exp(log_q)
-    rest_p, rest_q = (jnp.maximum(1 - jnp.sum(x, axis=-1), REST) for x in (jnp.exp(log_p), q))
-    found = jnp.sum(q * (log_q - log_p), axis=-1) + rest_q * (jnp.log(rest_q) - jnp.log(rest_p))
-    return found, (lse, rest_q / rest_p)
+    inside, at = _known(vocabulary, logits, ids)
+    log_p = vocabulary.sum(jnp.where(inside, logits.at[at].get(mode="fill", fill_value=0) - lse, 0))
+    lse_rest = vocabulary.log_sum_exp(logits.at[at].set(EXCLUDED, mode="drop"))
+    q = jnp.exp(log_q)
+    rest_q = jnp.maximum(1 - jnp.sum(q, axis=-1, keepdims=True), 0)
+    rest_q = jnp.where(lse_rest > EXCLUDED / 2, rest_q, 0)  # else there are no others
+    log_rest_q = jnp.log(jnp.where(rest_q > 0, rest_q, 1))
+    found = jnp.sum(q * (log_q - log_p), axis=-1) + (rest_q * (log_rest_q - (lse_rest - lse)))[:, 0]
+    return found, (lse, lse_rest, rest_q)
 
 
 def _top_k_slope(vocabulary, logits, kept, tokens, _):
-    """p - q of the known tokens, p (1 - rest q / rest p) of all others."""
-    (ids, log_q), (lse, share) = tokens, kept
-    place, inside, log_p = _known(vocabulary, logits, lse, ids)
-    share, row = share[:, None], jnp.arange(len(ids))[:, None]
-    known = jnp.where(inside, jnp.exp(log_p) * share - jnp.exp(log_q), 0)
-    return (jnp.exp(logits - lse) * (1 - share)).at[row, place].add(known)
+    """p - q of the known tokens; of all others p - rest q * p / rest p. (The q's sum is 1, or more by their rounding.)"""
+    (ids, log_q), (lse, lse_rest, rest_q) = tokens, kept
+    q = jnp.exp(log_q)
+    _, at = _known(vocabulary, logits, ids)
+    total = jnp.sum(q, axis=-1, keepdims=True) + rest_q
+    rest = rest_q * jnp.exp(logits.at[at].set(EXCLUDED, mode="drop") - lse_rest)
+    return (total * jnp.exp(logits - lse) - rest).at[at].add(-q, mode="drop")

@@ -47,6 +47,7 @@ class Plan:
     compile_seconds: float
     note: str = ""
     advice: str = ""
+    teacher: float = 0.0  # of `parameters`, a fixed teacher's own copies
 
     @property
     def floors(self) -> dict[str, float]:
@@ -221,6 +222,7 @@ def _plan(job, topology, hardware, devices, sizes, program: Program, compiled: C
         optimizer=program.optimizer,
         caches=program.caches,
         kept=program.kept,
+        teacher=program.teacher,
         temporaries=max(compiled.temporaries - program.kept, 0.0),
         total=compiled.total,
         wire=compiled.wire,
@@ -277,6 +279,7 @@ def _analytic(job, chip, hardware, shape, devices, sizes) -> Plan:
         optimizer=program.optimizer,
         caches=program.caches,
         kept=program.kept,
+        teacher=program.teacher,
         temporaries=max(total - held - program.kept, 0.0),
         total=max(total, held + program.kept),
         wire=wire,

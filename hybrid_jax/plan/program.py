@@ -23,7 +23,7 @@ from hybrid_jax.parallel.mesh import BATCH_AXES, check_mesh_fits
 from hybrid_jax.parallel.sharding import TOKENS, partition_spec
 from hybrid_jax.parameters import abstract_parameters, join_model, logical_axes
 from hybrid_jax.plan.wire import wire_bytes
-from hybrid_jax.train.arrangement import Arrangement, parameter_shardings
+from hybrid_jax.train.arrangement import TEACHER, Arrangement, parameter_shardings
 from hybrid_jax.train.loop import prepared
 from hybrid_jax.train.phase import Phase
 from hybrid_jax.train.step import make_step
@@ -114,7 +114,10 @@ def _with(shardings, shapes):
 
 @dataclasses.dataclass
 class Program:
-    """A step ready to be traced: the function, its abstract arguments, and what of them is what (bytes a device)."""
+    """A step ready to be traced: the function, its abstract arguments, and what of them is what (bytes a device).
+
+    Of the parameters `teacher` are a fixed teacher's own copies.
+    """
 
     function: Any
     arguments: tuple
@@ -123,6 +126,7 @@ class Program:
     optimizer: float
     caches: float
     kept: float
+    teacher: float = 0.0
 
 
 def training_program(config: ModelConfig, phase: Phase, mesh: Mesh) -> Program:
@@ -135,7 +139,8 @@ def training_program(config: ModelConfig, phase: Phase, mesh: Mesh) -> Program:
     model = prepared(abstract_decoder(config), phase)
     arrangement = Arrangement(model, phase)
     trainable, frozen = arrangement.split(abstract_parameters(config))
-    state, frozen = jax.eval_shape(arrangement.make_state, trainable), jax.eval_shape(arrangement.make_frozen, frozen, trainable)
+    copies = arrangement.copies(abstract_parameters(config))
+    state, frozen = jax.eval_shape(arrangement.make_state, trainable), jax.eval_shape(arrangement.make_frozen, frozen, copies)
     state_where = arrangement.state_shardings(mesh, state)
     state, frozen = _with(state_where, state), _with(arrangement.frozen_shardings(mesh, frozen), frozen)
     batch = abstract_batch(phase.batch_size, phase.seq_len, NamedSharding(mesh, partition_spec(mesh, TOKENS)))
@@ -150,6 +155,7 @@ def training_program(config: ModelConfig, phase: Phase, mesh: Mesh) -> Program:
         optimizer=_local_bytes(state.optimizer),
         caches=0.0,
         kept=2.0 * config.num_layers * local * widths[phase.remat],
+        teacher=_local_bytes({n: x for n, x in frozen.items() if n.startswith(TEACHER)}),
     )
 
 

@@ -31,6 +31,8 @@ def plan_rows(plan: Plan, tokens: float, efficiency: float) -> list[tuple[str, s
         ("fits", f"{verdict}: {_bytes(plan.total)} of {size} a device" + (f" ({plan.note})" if plan.note else "")),
         ("  parameters", _bytes(plan.parameters)),
     ]
+    if plan.teacher:
+        rows.append(("  of which the teacher's own copies", _bytes(plan.teacher)))
     if job.stage == "decode":
         rows.append(("  caches and states", _bytes(plan.caches)))
     else:
@@ -83,7 +85,10 @@ def plan_json(plan: Plan, tokens: float, efficiency: float) -> dict:
     fields = ("topology", "mesh", "devices", "fits", "compiled", "parameters", "optimizer", "caches", "kept", "temporaries")
     job = plan.job
     return {
-        **{name: getattr(plan, name) for name in (*fields, "total", "wire", "flops", "compile_seconds", "note", "advice")},
+        **{
+            name: getattr(plan, name)
+            for name in (*fields, "total", "teacher", "wire", "flops", "compile_seconds", "note", "advice")
+        },
         "hbm": plan.accelerator.hbm,
         "stage": job.stage,
         "pattern": job.config.pattern,

@@ -1,11 +1,16 @@
-"""Between the one-stream and the two-stream form of a hybrid. Weights are shared, not copied."""
+"""Between the one-stream and the two-stream form of a hybrid, and who its teacher is. Weights are shared, not copied."""
 
 from __future__ import annotations
 
+import dataclasses
+
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from hybrid_jax.config import ModelConfig
+from hybrid_jax.config import MIXER_CONFIGS, ModelConfig
 from hybrid_jax.model import Decoder, abstract_decoder
+from hybrid_jax.parallel.distributed import whole_array
 from hybrid_jax.parameters import Parameters, abstract_parameters, join_model, split_model
 
 
@@ -23,10 +28,67 @@ def unfuse(model: Decoder) -> Decoder:
 def fuse(model: Decoder, source: Decoder) -> Decoder:
     """The two-stream form: every mixer beside the source's attention, shared attention on both streams.
 
+    Its teacher stream is the source only while the parameters that both streams read are the source's; training takes
+    the source itself as the teacher.
+
     Raises:
-      ValueError: the two are not of one shape, or share no attention weights to teach with.
+      ValueError: the source cannot be the teacher (see `check_teacher`).
     """
-    parameters = {**split_model(source)[1], **split_model(model)[1]}
-    if source.config.num_layers != model.config.num_layers or source.config.is_hybrid:
-        raise ValueError(f"the teacher must be the hybrid's Transformer, got pattern {source.config.pattern!r}")
-    return _rebuild(model.config.fused(), parameters, model.compute_dtype)
+    fused = model.config.fused()
+    check_teacher(fused, source.config)
+    return _rebuild(fused, {**split_model(source)[1], **split_model(model)[1]}, model.compute_dtype)
+
+
+def check_teacher(fused: ModelConfig, source: ModelConfig):
+    """Checks that the source can teach a fused model: every layer's teacher is the source's own mixer.
+
+    Raises:
+      ValueError: it cannot; names the first layer, or the first size, that differs.
+    """
+    taught, teacher = fused.teacher(), source.teacher()
+    if taught.num_layers != teacher.num_layers:
+        raise ValueError(f"the teacher must have the model's {taught.num_layers} layers, it has {teacher.num_layers}")
+    for i, (wanted, found) in enumerate(zip(taught.layers, teacher.layers, strict=True)):
+        if wanted != found:
+            raise ValueError(
+                f"layer {i} of the fused model is {fused.layers[i].symbol!r}: it learns from {wanted.symbol!r}, the source has "
+                f"{found.symbol!r} there. The teacher must be the source itself; take a Transformer as source, or another form"
+            )
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "attention_windows"):
+        wanted, found = getattr(taught, name), getattr(teacher, name)
+        if wanted != found:
+            raise ValueError(f"the teacher's {name} is {found!r}, the model's is {wanted!r}")
+
+
+def teacher_stream(model: Decoder) -> Decoder:
+    """The teacher stream of a fused model as a model of one stream, with the same arrays."""
+    return _rebuild(model.config.teacher(), split_model(model)[1], model.compute_dtype)
+
+
+def same_function(one: ModelConfig, other: ModelConfig) -> bool:
+    """Whether two models of equal parameters compute the same; options of mixers that neither has do not count."""
+    kinds = {spec.kind for config in (one, other) for spec in config.layers}
+    unused = [] if "bmojo" in kinds else [name for name, _ in MIXER_CONFIGS.values() if name not in kinds]
+    return one == dataclasses.replace(other, **{name: getattr(one, name) for name in unused})
+
+
+def share(teacher: Decoder, model: Decoder, dtype: str = "") -> Decoder:
+    """The teacher with the model's own arrays in place of those of its own that equal them.
+
+    Args:
+      dtype: in which matrices are compared; empty: their own.
+    """
+
+    @jax.jit
+    def equal(a, b):
+        low = (lambda x: x.astype(dtype)) if dtype and a.ndim > 1 else (lambda x: x)
+        return jnp.array_equal(low(a), low(b))
+
+    own = split_model(model)[1]
+    structure, parameters = split_model(teacher)
+
+    def same(name: str) -> bool:
+        a, b = parameters[name], own.get(name)
+        return a is b or b is not None and bool(whole_array(equal(a, b)))
+
+    return join_model(structure, {n: own[n] if same(n) else x for n, x in parameters.items()})

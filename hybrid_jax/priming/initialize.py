@@ -92,6 +92,17 @@ def _fresh(config: ModelConfig, dtype, seed: int, names: set[str], mesh: Mesh | 
     return jax.jit(make, out_shardings=where)()
 
 
+def check_convertible(have: ModelConfig, wanted: ModelConfig):
+    """Checks that every mixer of `wanted` that `have` lacks replaces attention.
+
+    Raises:
+      ValueError: one does not; names the layer.
+    """
+    for i, (old, new) in enumerate(zip(have.layers, wanted.layers, strict=True)):
+        if ATTENTION not in old.kinds and not set(new.kinds) <= set(old.kinds):
+            raise ValueError(f"layer {i} is {old.symbol!r}: only attention can become {new.symbol!r}")
+
+
 def initialize_hybrid(model: Decoder, pattern: str, *, seed: int = 0, mesh: Mesh | None = None) -> Decoder:
     """The hybrid that `pattern` describes, its mixers initialised from the model's attention.
 
@@ -103,6 +114,7 @@ def initialize_hybrid(model: Decoder, pattern: str, *, seed: int = 0, mesh: Mesh
       ValueError: the pattern is invalid, or a layer that would be converted is not attention.
     """
     config = model.config.with_pattern(pattern)
+    check_convertible(model.config, config)
     _, have = split_model(model)
     dtype = have["embed_tokens.embedding"].dtype
     structure, _ = nnx.split(abstract_decoder(config, dtype=dtype, compute_dtype=model.compute_dtype))
@@ -117,8 +129,6 @@ def initialize_hybrid(model: Decoder, pattern: str, *, seed: int = 0, mesh: Mesh
             wanted = {n.removeprefix(prefix): v for n, v in fresh.items() if n.startswith(prefix)}
             if not wanted:
                 continue
-            if not source:
-                raise ValueError(f"layer {i} is {model.config.layers[i].symbol!r}: only attention can become {layer.symbol!r}")
             copied = RECIPES[kind](source, wanted, config)
             result |= {prefix + n: _like(v.astype(dtype), wanted[n]) for n, v in copied.items()}
     return join_model(structure, result)

@@ -6,19 +6,22 @@ The loop makes the state with it and the planner its shapes, so both have the sa
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hybrid_jax.config import PARAMETER_KEYS
+from hybrid_jax.config import ModelConfig
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.sharding import parameter_sharding
-from hybrid_jax.parameters import Parameters, abstract_parameters, join_model, select_names
+from hybrid_jax.parameters import Parameters, abstract_parameters, join_model, select_names, split_model
+from hybrid_jax.priming.fuse import check_teacher, same_function, teacher_stream
+from hybrid_jax.runs import Run
 from hybrid_jax.stacking import stack, stacked_names, stacked_structure, training_runs, unstack
 from hybrid_jax.train.checkpoint import Health, TrainState
+from hybrid_jax.train.objectives import OBJECTIVES
 from hybrid_jax.train.optimizer import make_optimizer
 from hybrid_jax.train.phase import Phase
 
@@ -30,36 +33,62 @@ def parameter_shardings(mesh: Mesh, shapes: Mapping, axes: Mapping[str, tuple]) 
     return {name: parameter_sharding(mesh, name, x.shape, axes[name]) for name, x in shapes.items()}
 
 
+def trained_names(config: ModelConfig, patterns: Iterable[str]) -> set[str]:
+    """The parameters that train. Those that the teacher stream alone reads never do.
+
+    Raises:
+      ValueError: a pattern matches no parameter, or none but the teacher's.
+    """
+    names = abstract_parameters(config)
+    teachers = names.keys() - abstract_parameters(config.unfused()).keys()
+    chosen = [(pattern, select_names(names, [pattern]) - teachers) for pattern in patterns]
+    if empty := [pattern for pattern, found in chosen if not found]:
+        raise ValueError(f"the pattern {empty[0]!r} matches only parameters of the teacher, which never trains")
+    return set().union(*(found for _, found in chosen))
+
+
 class Arrangement:
     """Of a model (its arrays are not touched) for a phase.
 
     `structure` is of the stacked model, `names` maps its parameters to those they stand for, `optimizer` is over the
-    stacked ones that train.
+    stacked ones that train. `copied` are the parameters (by the model's own names) of which the teacher has its own.
+
+    Args:
+      teacher: who teaches where the phase's objective has a teacher; default: the model's own teacher stream as it is.
+        Parameters that are the same arrays in both are shared while they are frozen (see `priming.fuse.share`).
 
     Raises:
-      ValueError: a pattern of `phase.trainable` matches nothing.
+      ValueError: a pattern of `phase.trainable` matches nothing, or the teacher cannot teach this model.
     """
 
-    def __init__(self, model: Decoder, phase: Phase):
-        names = abstract_parameters(model.config)
-        self.phase, self.chosen = phase, select_names(names, phase.trainable)
+    def __init__(self, model: Decoder, phase: Phase, teacher: Decoder | None = None):
+        self.phase, self.chosen = phase, trained_names(model.config, phase.trainable)
         self.frozen_dtype, self.config = phase.frozen_dtype, model.config
         runs = training_runs(model.config, self.chosen)
         self.names = stacked_names(model.config, runs)
         self.structure, self.axes = stacked_structure(model, runs)
         self.stacked = frozenset(n for n, olds in self.names.items() if len(olds) > 1)
-        self.copied = self._taught() if phase.objective == "distill" else frozenset()
+        self.copied, self.teacher_structure = frozenset(), None
+        if OBJECTIVES[phase.objective].two_streams:
+            self._arrange_teacher(model, teacher, runs)
+
+    def _arrange_teacher(self, model: Decoder, teacher: Decoder | None, runs: Sequence[Run]):
+        """What of the teacher is its own: the parameters that differ or train, and its structure where it has any or computes
+        otherwise."""
+        own = teacher_stream(model)
+        teacher = own if teacher is None else teacher_stream(teacher)
+        check_teacher(model.config, teacher.config)
+        teacher.compute_dtype = model.compute_dtype
+        have, taught = split_model(own)[1], split_model(teacher)[1]
+        differ = {n for n in have if n in self.chosen or taught[n] is not have[n]}
+        self.copied = frozenset(n for olds in self.names.values() if differ.intersection(olds) for n in olds)
+        if self.copied or not same_function(own.config, teacher.config):
+            self.teacher_structure = stacked_structure(teacher, runs)[0]
+            self.teacher_names = frozenset(stacked_names(teacher.config, runs))
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
         return make_optimizer(self.phase, self.stacked)
-
-    def _taught(self) -> frozenset[str]:
-        """The parameters that train and that the teacher reads too: of those it needs copies that stay."""
-        own = tuple(
-            f"layers.{i}.{PARAMETER_KEYS[s.kind]}." for i, s in enumerate(self.config.layers) if s.fused and s.kind != s.teacher
-        )
-        return frozenset(n for n in self.chosen if not n.startswith(own))
 
     def split(self, parameters: Parameters) -> tuple[Parameters, Parameters]:
         """(those that train, the frozen ones), by the model's own names."""
@@ -71,29 +100,32 @@ class Arrangement:
         parameters = {n: jnp.copy(p) for n, p in stack(trainable, self.names).items()}
         return TrainState(parameters, self.optimizer.init(parameters), Health.new())
 
-    def make_frozen(self, frozen: Parameters, trainable: Parameters) -> Parameters:
-        """What does not train, matrices in `frozen_dtype`, and the teacher's copies of what does; under jit."""
+    def copies(self, teacher: Mapping) -> dict:
+        """Of a teacher's parameters (or their shapes), by the model's own names, those of which it has its own."""
+        return {n: teacher[n] for n in sorted(self.copied)}
+
+    def make_frozen(self, frozen: Parameters, copies: Parameters) -> Parameters:
+        """What does not train and the teacher's `copies`, matrices in `frozen_dtype`; under jit."""
 
         def low(parameters):
             dtype = self.frozen_dtype
             return stack({n: p.astype(dtype) if dtype and p.ndim > 1 else p for n, p in parameters.items()}, self.names)
 
-        copies = low({n: jnp.copy(p) for n, p in trainable.items() if n in self.copied})
-        return {**low(frozen), **{TEACHER + n: p for n, p in copies.items()}}
+        return {**low(frozen), **{TEACHER + n: jnp.copy(p) for n, p in low(copies).items()}}
 
     def frozen_shardings(self, mesh: Mesh, frozen: Mapping) -> dict[str, NamedSharding]:
         """Of `make_frozen`'s parameters (or their shapes)."""
         return parameter_shardings(mesh, frozen, {**self.axes, **{TEACHER + n: a for n, a in self.axes.items()}})
 
     def models(self, trainable: Parameters, frozen: Parameters) -> tuple[Decoder, Decoder | None]:
-        """The model, and the teacher where it is not the model's own frozen part."""
+        """The model, and the teacher where it is not the model's own frozen part; the teacher takes no gradient."""
         own = {n: p for n, p in frozen.items() if not n.startswith(TEACHER)}
         model = join_model(self.structure, {**trainable, **own})
-        if not self.copied:
+        if self.teacher_structure is None:
             return model, None
         copies = {n.removeprefix(TEACHER): p for n, p in frozen.items() if n.startswith(TEACHER)}
-        fixed = jax.lax.stop_gradient({**trainable, **own})
-        return model, join_model(self.structure, {**fixed, **copies})
+        fixed = {n: p for n, p in {**own, **copies}.items() if n in self.teacher_names}
+        return model, join_model(self.teacher_structure, jax.lax.stop_gradient(fixed))
 
     def parameters(self, state: TrainState, frozen: Parameters) -> Parameters:
         """All parameters by the model's own names."""
@@ -111,12 +143,16 @@ class Arrangement:
         )
         return TrainState(own, moments, Health(*[replicated] * len(Health._fields)))
 
-    def begin(self, mesh: Mesh | None, parameters: Parameters) -> tuple[TrainState, Parameters, TrainState | None]:
-        """The state, the frozen parameters and the state's shardings, from a model's parameters."""
+    def begin(
+        self, mesh: Mesh | None, parameters: Parameters, teacher: Parameters | None = None
+    ) -> tuple[TrainState, Parameters, TrainState | None]:
+        """The state, the frozen parameters and the state's shardings, from a model's parameters and its teacher's (default: the
+        model's)."""
         trainable, frozen = self.split(parameters)
+        copies = self.copies(teacher or parameters)
         where = frozen_where = None
         if mesh is not None:
             where = self.state_shardings(mesh, jax.eval_shape(self.make_state, trainable))
-            frozen_where = self.frozen_shardings(mesh, jax.eval_shape(self.make_frozen, frozen, trainable))
+            frozen_where = self.frozen_shardings(mesh, jax.eval_shape(self.make_frozen, frozen, copies))
         state = jax.jit(self.make_state, out_shardings=where)(trainable)
-        return state, jax.jit(self.make_frozen, out_shardings=frozen_where)(frozen, trainable), where
+        return state, jax.jit(self.make_frozen, out_shardings=frozen_where)(frozen, copies), where

@@ -6,6 +6,7 @@ import dataclasses
 import pathlib
 import signal
 import threading
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +19,14 @@ from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.distributed import whole_array
 from hybrid_jax.parallel.mesh import check_mesh_fits
 from hybrid_jax.parameters import count, join_model, split_model, with_config
+from hybrid_jax.priming.fuse import share, teacher_stream
 from hybrid_jax.stopped import Stopped
 from hybrid_jax.train.arrangement import Arrangement
 from hybrid_jax.train.checkpoint import Checkpoints
 from hybrid_jax.train.health import first_bad
 from hybrid_jax.train.meter import Meter
 from hybrid_jax.train.metrics import MetricWriter, NoMetrics, progress_bar
+from hybrid_jax.train.objectives import OBJECTIVES
 from hybrid_jax.train.optimizer import learning_rate_schedule
 from hybrid_jax.train.phase import Phase
 from hybrid_jax.train.placement import flag, in_mesh, own_rows, to_mesh
@@ -62,6 +65,13 @@ def prepared(model: Decoder, phase: Phase) -> Decoder:
     return model
 
 
+def _source(model: Decoder, phase: Phase, teacher: Callable[[], Decoder] | None) -> Decoder | None:
+    """Who teaches in the phase, sharing what it can with the model; None: nobody, the objective has no teacher."""
+    if not OBJECTIVES[phase.objective].two_streams:
+        return None
+    return teacher_stream(model) if teacher is None else share(teacher_stream(teacher()), model, phase.frozen_dtype)
+
+
 def told(values: dict[str, float]) -> str:
     """The few numbers beside the progress bar."""
     parts = [f"loss {values['loss']:.4f}"]
@@ -86,6 +96,7 @@ def train_phase(
     writer: MetricWriter | NoMetrics,
     mesh: Mesh | None = None,
     profile: tuple[int, int] | None = None,
+    teacher: Callable[[], Decoder] | None = None,
 ) -> Decoder:
     """Runs a phase from its start or its newest checkpoint.
 
@@ -94,6 +105,8 @@ def train_phase(
       directory: where this phase's checkpoints live.
       mesh: what to spread it over; the model's parameters lie there already.
       profile: first and last step to trace, into `directory`'s neighbour `profile`.
+      teacher: makes the source, which teaches where the objective compares two streams, in its place on the mesh; default: the
+        model's own teacher stream as it is here. It does not change, and takes neither RoPE nor context length from the phase.
 
     Returns:
       The trained model.
@@ -104,18 +117,21 @@ def train_phase(
       ValueError: a pattern of `phase.trainable` matches nothing, or no checkpoint can be read.
       FileNotFoundError: the teacher's cache ends before the phase does.
     """
+    source = _source(model, phase, teacher)
     model, phase = prepared(model, phase), phase.in_steps(corpus, mix, seed)
     if mesh is not None:
         check_mesh_fits(model.config, mesh, phase.rows_at_a_time, phase.seq_len)
-    arrangement, meter = Arrangement(model, phase), Meter(phase, model)
+    arrangement, meter = Arrangement(model, phase, source), Meter(phase, model, source)
     whole, parameters = split_model(model)
     total, training = count(parameters), count(arrangement.split(parameters)[0])
-    del model  # its arrays go as soon as the caller lets them
-    state, frozen, shardings = arrangement.begin(mesh, parameters)
-    del parameters
+    taught = {} if source is None else split_model(source)[1]
+    copied = count(arrangement.copies(taught))
+    del model, source  # their arrays go as soon as the caller lets them
+    state, frozen, shardings = arrangement.begin(mesh, parameters, taught)
+    del parameters, taught
     print(
         f"{name}: {phase.objective}, {phase.steps:,} steps of {phase.tokens_per_step:,} tokens; "
-        f"training {training:,} of {total:,} parameters",
+        f"training {training:,} of {total:,} parameters" + (f", the teacher keeps {copied:,} of its own" if copied else ""),
         flush=True,
     )
     rows = own_rows(mesh, phase.batch_size)

@@ -21,13 +21,13 @@ class Meter:
     MFU needs an accelerator whose peak is known; its FLOPs are the step's without rematerialisation.
     """
 
-    def __init__(self, phase: Phase, model: Decoder):
+    def __init__(self, phase: Phase, model: Decoder, teacher: Decoder | None = None):
         self.tokens, self.waited = phase.tokens_per_step, 0.0
         self.first = self.begun = self.flops = self._counted = None
         self.kind = accelerator_of(jax.local_devices()[0].device_kind)
         if self.kind is not None:
             remat, model.remat = model.remat, "none"
-            self._counted = make_step(Arrangement(model, phase), phase)
+            self._counted = make_step(Arrangement(model, phase, teacher), phase)
             model.remat = remat
 
     def count(self, state, frozen, batch):

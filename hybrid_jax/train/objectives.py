@@ -1,19 +1,22 @@
-"""Objectives: small functions (model, batch, teacher, **options) -> (loss, metrics).
+"""Objectives: small functions (model, batch, teacher, **options) -> (loss, metrics), and what each of them needs.
 
 A batch is what `hybrid_jax.data.layout.training_batch` makes: `input_ids`, `segment_ids`, `positions`, `targets`
 and `weights`, [B,T] each, in the mesh's order of tokens. Of the metrics `weight` says what the loss is a mean over, so that
-parts of a batch can be put together again.
+parts of a batch can be put together again. A teacher never changes: see `Objective.two_streams`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from hybrid_jax.checks import check_boolean, check_choice, check_number
 from hybrid_jax.model import Decoder, LayerOutputs
 from hybrid_jax.parallel.cross_entropy import cross_entropy
 from hybrid_jax.parallel.divergence import KINDS, divergence, top_k_divergence
@@ -48,19 +51,17 @@ def distill(
     loss = divergence_weight * temperature^2 * KL + next_token_weight * cross-entropy, weighted means over tokens.
 
     Args:
-      teacher: a fused model whose teacher stream it is; None: the model's own, whose parameters do not train.
-      kind: `forward` KL(teacher | student) or `reverse`.
+      model: a fused one.
+      teacher: whose the teacher stream is; None: the model's own, whose parameters are frozen.
+      kind: `forward` KL(teacher | student) or `reverse`, KL(student | teacher).
+      temperature: divides both models' logits.
     """
     at = (batch["input_ids"], batch["segment_ids"], batch["positions"])
-    if teacher is None:
-        streams = model.two_streams(*at, compare=lambda t, s: ())
-        wanted, hidden, head = streams.teacher, streams.student, model.head_kernel
-    else:
-        wanted, head = teacher.hidden_states(*at, stream="teacher")[0], teacher.head_kernel
-        hidden = model.hidden_states(*at)[0]
-    found = divergence(hidden, model.head_kernel, wanted, head, kind=kind, temperature=temperature)
+    streams = model.two_streams(*at, compare=lambda t, s: (), teacher=teacher)
+    head = (teacher or model).head_kernel
+    found = divergence(streams.student, model.head_kernel, streams.teacher, head, kind=kind, temperature=temperature)
     found, weight = _weighted_mean(found, batch["weights"])
-    return _mixed(model, batch, hidden, found, weight, divergence_weight * temperature**2, next_token_weight)
+    return _mixed(model, batch, streams.student, found, weight, divergence_weight * temperature**2, next_token_weight)
 
 
 def distill_cached(model: Decoder, batch, teacher=None, *, divergence_weight: float = 1.0, next_token_weight: float = 0.0):
@@ -80,75 +81,119 @@ def _mixed(model, batch, hidden, found, weight, divergence_weight, next_token_we
     return loss, {"loss": loss, "weight": weight, **metrics}
 
 
-def _mse(a, b):
-    """Mean over every element, in float32; `b` is the teacher and takes no gradient."""
-    return jnp.mean(jnp.square(a.astype(jnp.float32) - jax.lax.stop_gradient(b).astype(jnp.float32)))
+def _mse(student, teacher, real):
+    """Mean square over every element of the real tokens, in float32; the teacher takes no gradient.
+
+    Args:
+      student, teacher: [B,T,hidden].
+      real: [B,T] bool, False at padding.
+    """
+    error = jnp.square(student.astype(jnp.float32) - jax.lax.stop_gradient(teacher).astype(jnp.float32))
+    total = jnp.sum(jnp.where(real[..., None], error, 0))
+    return total / jnp.maximum(jnp.sum(real) * jnp.float32(student.shape[-1]), 1.0)
 
 
-def _compare(field):
-    return lambda teacher, student: _mse(getattr(student, field), getattr(teacher, field))
-
-
-def _residuals(teacher: LayerOutputs, student: LayerOutputs):
-    return _compare("mixer")(teacher, student) + _compare("mlp")(teacher, student)
-
-
-# hybrid-model-factory's `hybrid_lw_distill_target`: (teacher, student) outputs of a layer -> its loss.
+# hybrid-model-factory's `hybrid_lw_distill_target`: the parts of `LayerOutputs` whose errors are added to a layer's loss.
 ALIGN_TARGETS = {
-    "decoder": _compare("hidden"),
-    "mixer": _compare("mixer"),
-    "residuals": _residuals,
-    "all": lambda t, s: _residuals(t, s) + _compare("hidden")(t, s),
-    "none": lambda t, s: jnp.zeros(()),
+    "decoder": ("hidden",),
+    "mixer": ("mixer",),
+    "residuals": ("mixer", "mlp"),
+    "all": ("mixer", "mlp", "hidden"),
+    "none": (),
 }
 
 
-def align(model: Decoder, batch, teacher=None, *, target: str, pre_lm_head: bool = True):
+def align(model: Decoder, batch, teacher: Decoder | None = None, *, target: str, pre_lm_head: bool = True):
     """Stage 1 of Priming (arXiv 2605.08301): the student stream imitates the teacher's.
 
-    loss = sum over layers of target(layer) / number of layers + MSE(final normed states) if `pre_lm_head`.
+    loss = sum over layers of target(layer) / number of layers + MSE(final normed states) if `pre_lm_head`. Every mean is over
+    the elements of real tokens: padding (segment 0) counts for nothing.
     Metrics hold every layer's mixer error, `mixer_mse/N`, whatever the target.
+
+    Args:
+      model: a fused one.
+      teacher: whose the teacher stream is; None: the model's own, whose parameters are frozen.
+      target: a key of `ALIGN_TARGETS`.
     """
+    real = batch["segment_ids"] > 0
 
-    del teacher
+    def compare(taught: LayerOutputs, student: LayerOutputs):
+        errors = {part: _mse(getattr(student, part), getattr(taught, part), real) for part in {"mixer", *ALIGN_TARGETS[target]}}
+        return sum((errors[part] for part in ALIGN_TARGETS[target]), jnp.zeros(())), errors["mixer"]
 
-    def compare(teacher, student):
-        return ALIGN_TARGETS[target](teacher, student), _compare("mixer")(teacher, student)
-
-    streams = model.two_streams(batch["input_ids"], batch["segment_ids"], batch["positions"], compare)
+    at = (batch["input_ids"], batch["segment_ids"], batch["positions"])
+    streams = model.two_streams(*at, compare, teacher)
     loss = sum(of_layer for of_layer, _ in streams.layers) / len(streams.layers)
-    final = _mse(streams.student, streams.teacher)
+    final = _mse(streams.student, streams.teacher, real)
     if pre_lm_head:
         loss = loss + final
-    metrics = {"loss": loss, "weight": jnp.float32(batch["input_ids"].size), "pre_lm_head_mse": final}
+    metrics = {"loss": loss, "weight": jnp.sum(real).astype(jnp.float32), "pre_lm_head_mse": final}
     for i, (_, mixer) in enumerate(streams.layers):
         if not model.config.layers[i].shared:
             metrics[f"mixer_mse/{i:02d}"] = mixer
     return loss, metrics
 
 
-OBJECTIVES = {
-    "next_token": next_token,
-    "distill": distill,
-    "distill_cached": distill_cached,
-    **{f"align_{target}": functools.partial(align, target=target) for target in ALIGN_TARGETS},
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A loss and what it needs.
+
+    Args:
+      loss: (model, batch, teacher, **options) -> (loss, metrics); its options are its keyword-only arguments.
+      two_streams: it compares a fused model's two streams. Then it gets as teacher a model that does not change, or None where
+        that is the model's own frozen part.
+      teacher_cache: it reads a teacher's answers from the batch (`cache-teacher` makes them).
+      checks: option -> (name, value) -> value, raises ValueError if the value is bad.
+    """
+
+    loss: Callable
+    two_streams: bool = False
+    teacher_cache: bool = False
+    checks: Mapping[str, Callable[[str, Any], Any]] = dataclasses.field(default_factory=dict)
+
+    def __call__(self, model: Decoder, batch, teacher: Decoder | None = None, **options):
+        return self.loss(model, batch, teacher, **options)
+
+    @property
+    def options(self) -> list[str]:
+        """The names of the options, in the order of the loss's arguments."""
+        bound = self.loss.keywords if isinstance(self.loss, functools.partial) else {}
+        arguments = inspect.signature(self.loss).parameters.items()
+        return [n for n, p in arguments if p.kind == p.KEYWORD_ONLY and n not in bound]
+
+
+_WEIGHTS = dict.fromkeys(("divergence_weight", "next_token_weight"), functools.partial(check_number, minimum=0))
+_DISTILL = {
+    "kind": functools.partial(check_choice, choices=KINDS),
+    "temperature": functools.partial(check_number, above=0),
+    **_WEIGHTS,
 }
 
-FUSED = {"distill", *(name for name in OBJECTIVES if name.startswith("align_"))}  # those that need a teacher beside the student
+OBJECTIVES = {
+    "next_token": Objective(next_token),
+    "distill": Objective(distill, two_streams=True, checks=_DISTILL),
+    "distill_cached": Objective(distill_cached, teacher_cache=True, checks=_WEIGHTS),
+    **{
+        f"align_{target}": Objective(
+            functools.partial(align, target=target), two_streams=True, checks={"pre_lm_head": check_boolean}
+        )
+        for target in ALIGN_TARGETS
+    },
+}
 
 
 def make_objective(name: str, options: Mapping) -> Callable:
     """The objective with its options.
 
     Raises:
-      ValueError: no objective has that name, or it has not that option.
+      ValueError: no objective has that name, or it does not have that option, or not with that value.
     """
-    if name not in OBJECTIVES:
-        raise ValueError(f"objective is {name!r}; expected one of {', '.join(OBJECTIVES)}")
-    known = [n for n, p in inspect.signature(OBJECTIVES[name]).parameters.items() if p.kind == p.KEYWORD_ONLY and n != "target"]
+    check_choice("objective", name, OBJECTIVES)
+    objective = OBJECTIVES[name]
+    known = objective.options
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(f"objective {name!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
-    if options.get("kind", "forward") not in KINDS:
-        raise ValueError(f"objective option kind is {options['kind']!r}; expected one of {', '.join(KINDS)}")
-    return functools.partial(OBJECTIVES[name], **options)
+    checks = objective.checks
+    checked = {n: checks[n](f"options.{n}", value) if n in checks else value for n, value in options.items()}
+    return functools.partial(objective, **checked)

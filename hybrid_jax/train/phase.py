@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from hybrid_jax.data import Corpus
 from hybrid_jax.model import REMAT
-from hybrid_jax.train.objectives import FUSED, make_objective
+from hybrid_jax.train.objectives import OBJECTIVES, make_objective
 
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
 OPTIMIZERS = ("adamw", "muon")
@@ -20,9 +20,10 @@ class Phase:
 
     Args:
       objective, options: key of `OBJECTIVES`, and what it takes by name.
-      form: what the model is turned into before the phase: `fused` (teacher beside student), `unfused`,
+      form: what the model is turned into before the phase: `fused` (teacher, which is the source, beside student), `unfused`,
         or `as_is`.
-      trainable: regular expressions on parameter names; what no one finds is frozen. `all` is everything.
+      trainable: regular expressions on parameter names; what no one finds is frozen. `all` is everything. What the teacher alone
+        reads never trains.
       steps: optimizer steps; or `tokens`, for as many steps as those need; or `epochs` over the rows of the phase's one source.
       batch_size, seq_len: rows a step and tokens a row.
       accumulate: parts in which a step's rows are computed, one after the other; their gradients are those of the whole.
@@ -35,7 +36,7 @@ class Phase:
       spike: a step whose loss or gradient norm is so many times its running mean is skipped; 0: never. One of which either
         is not finite always is.
       bad_steps: skipped steps in a row that end the phase.
-      rope_theta, max_position_embeddings: of the model from this phase on; 0 keeps them.
+      rope_theta, max_position_embeddings: of the model from this phase on, not of its teacher; 0 keeps them.
       compute_dtype: of activations.
       frozen_dtype: of the matrices that do not train, rounded (and so saved) if lower than the model's; empty keeps it.
       remat: what a layer keeps for its gradient: none (all of it), attention, full (its input alone).
@@ -104,10 +105,12 @@ class Phase:
                 raise ValueError(f"phase.{name} must be at least 1, got {getattr(self, name)}")
         if self.batch_size % self.accumulate:
             raise ValueError(f"phase.accumulate {self.accumulate} does not divide phase.batch_size {self.batch_size}")
-        if self.objective in FUSED and self.form != "fused":
+        objective = OBJECTIVES[self.objective]
+        if objective.two_streams and self.form != "fused":
             raise ValueError(f"phase.objective {self.objective!r} compares two streams; set phase.form = 'fused'")
-        if (self.objective == "distill_cached") != bool(self.teacher_cache):
-            raise ValueError("phase.objective 'distill_cached' and phase.teacher_cache need each other")
+        if objective.teacher_cache != bool(self.teacher_cache):
+            wants = "needs" if objective.teacher_cache else "does not read"
+            raise ValueError(f"phase.objective {self.objective!r} {wants} a phase.teacher_cache")
         given = {name: getattr(self, name) for name in ("steps", "tokens", "epochs") if getattr(self, name)}
         if len(given) != 1 or min(given.values()) < 0:
             raise ValueError(f"phase needs one of steps, tokens and epochs, got {given or 'none'}")

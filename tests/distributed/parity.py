@@ -50,6 +50,7 @@ CASES = {
     "experts tensor": ("expert=2,fsdp=2,tensor=2", "*-GDN", 16, 4, "next_token", MIXTURE),
     "data2 seq4 of two processes": ("data=2,seq=4", "*-GKA-GDN", 40, 2, "next_token", {}),
     "fsdp2 seq2 tensor2 of two processes": ("fsdp=2,seq=2,tensor=2", "SWA-GKA-M2", 24, 2, "next_token", {}),
+    "a teacher of its own": ("data=2,seq=2,tensor=2", "*DA-SWA*", 24, 2, "align_all", {"teacher": True}),
     "distilled": ("data=2,seq=2,tensor=2", "*DA-SWA*", 24, 2, "distill", {}),
     "cached": ("fsdp=2,seq=2,tensor=2", "*-SWA", 24, 2, "distill_cached", {}),
     "in parts": ("data=2,fsdp=2,seq=2", "*-SWA", 24, 8, "next_token", {"parts": 2}),
@@ -59,8 +60,8 @@ CASES = {
 
 def run_case(name):
     mesh_text, pattern, length, rows, objective, changes = CASES[name]
-    parts = changes.get("parts", 1)
-    changes = {n: x for n, x in changes.items() if n != "parts"}
+    parts, own_teacher = changes.get("parts", 1), changes.get("teacher", False)
+    changes = {n: x for n, x in changes.items() if n not in ("parts", "teacher")}
     mesh = make_mesh(parse_mesh(mesh_text))
     model = tiny_model(pattern, vocab_size=62, gka=WELL_CONDITIONED, **changes)
     structure, parameters = split_model(model)
@@ -71,18 +72,22 @@ def run_case(name):
         log_q, ids = jax.lax.top_k(jax.nn.log_softmax(rng.normal(size=(rows, length, 62))), 5)
         raw |= {"teacher_ids": np.asarray(ids), "teacher_log_probabilities": np.asarray(log_q)}
 
-    def loss(parameters, batch):
-        return OBJECTIVES[objective](join_model(structure, parameters), batch)[0]
+    source = tiny_model("-".join("*" * len(model.layers)), seed=1, vocab_size=62) if own_teacher else model
+    source_structure, taught = split_model(source)
+
+    def loss(parameters, batch, taught):
+        teacher = join_model(source_structure, taught) if own_teacher else None
+        return OBJECTIVES[objective](join_model(structure, parameters), batch, teacher)[0]
 
     both = jax.value_and_grad(loss)
-    want_loss, want = jax.device_get(jax.jit(both)(parameters, training_batch(raw)))
+    want_loss, want = jax.device_get(jax.jit(both)(parameters, training_batch(raw), taught))
 
-    axes = logical_axes(model)
-    placed = {n: place(mesh, n, np.asarray(p), axes[n]) for n, p in parameters.items()}
+    axes = {**logical_axes(source), **logical_axes(model)}
+    placed, placed_taught = ({n: place(mesh, n, np.asarray(p), axes[n]) for n, p in x.items()} for x in (parameters, taught))
     mine = own_rows(mesh, rows)
     batch = to_mesh(mesh, {n: x[mine] for n, x in training_batch(raw, mesh.shape["seq"]).items()}, rows, mine)
 
-    def in_parts(parameters, batch):
+    def in_parts(parameters, batch, _):
         grads, metrics = gradients_of(loss_and_metrics, parameters, {}, batch, parts)
         return metrics["loss"], grads
 
@@ -90,7 +95,7 @@ def run_case(name):
         return OBJECTIVES[objective](join_model(structure, parameters), batch)
 
     with jax.set_mesh(mesh):
-        got_loss, got = jax.jit(in_parts if parts > 1 else both)(placed, batch)
+        got_loss, got = jax.jit(in_parts if parts > 1 else both)(placed, batch, placed_taught)
     got = {n: multihost_utils.process_allgather(g, tiled=True) for n, g in got.items()}
     # of its own norm, or of a hundredth of the largest gradient's: rounding of six layers weighs on the smallest
     scale = max(float(np.linalg.norm(g)) for g in want.values())

@@ -51,7 +51,14 @@ def check(cases, processes):
 
 ALONE = [c for c in CASES if c.startswith("seq8 ")]
 SPLIT = [c for c in CASES if c.endswith("of two processes")]
-LONG = [*ALONE, "fsdp4 tensor2", "experts tensor", "scanned", SPLIT[1]]  # the same code by other meshes, or a mixer at a time
+LONG = [
+    *ALONE,
+    "fsdp4 tensor2",
+    "experts tensor",
+    "scanned",
+    "a teacher of its own",
+    SPLIT[1],
+]  # the same code by other meshes, or a mixer at a time
 TOGETHER = [c for c in CASES if c not in SPLIT + LONG]
 
 

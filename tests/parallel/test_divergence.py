@@ -79,6 +79,35 @@ def test_the_likeliest_tokens_and_the_rest_as_one_event(monkeypatch, tile):
         assert relative_error(a, b) < 1e-4
 
 
+def events_in_float64(logits, ids, log_q):
+    """The divergence over the known tokens and the rest, and its gradient by the logits, by their definitions."""
+    logits, q = np.asarray(logits, np.float64), np.exp(np.asarray(log_q, np.float64))
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    known = np.zeros(p.shape, bool)
+    np.put_along_axis(known, np.asarray(ids), True, axis=-1)
+    spread = np.zeros(p.shape)
+    np.put_along_axis(spread, np.asarray(ids), q, axis=-1)
+    rest_p, rest_q = np.where(known, 0, p).sum(-1), 1 - q.sum(-1)
+    p_known = np.take_along_axis(p, np.asarray(ids), axis=-1)
+    value = (q * np.log(q / p_known)).sum(-1) + rest_q * np.log(rest_q / rest_p)
+    return value, p - np.where(known, spread, p * (rest_q / rest_p)[..., None])
+
+
+@pytest.mark.parametrize("gap", [1.0, 10.0, 25.0, 60.0])
+def test_the_rest_of_a_confident_student_is_as_exact_as_in_float64(gap):
+    """Its known tokens stand `gap` nats above all others: of 1 - sum p nothing is left in float32."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(1, 5, V)).astype(np.float32)
+    ids = np.argsort(rng.normal(size=(1, 5, V)), axis=-1)[..., :3]
+    np.put_along_axis(logits, ids, np.take_along_axis(logits, ids, axis=-1) + np.float32(gap), axis=-1)
+    log_q = jnp.log(jnp.asarray([0.5, 0.3, 0.15], jnp.float32) * jnp.ones((1, 5, 3)))
+    got, pull = jax.vjp(lambda x: top_k_divergence(x, jnp.eye(V), ids, log_q), jnp.asarray(logits))
+    value, slope = events_in_float64(logits, ids, log_q)
+    assert relative_error(got, value) < 5e-6
+    assert relative_error(pull(jnp.ones((1, 5)))[0], slope) < 5e-6
+
+
 def test_logits_of_all_tokens_never_exist():
     tokens, vocab = 4 * tiles.TILE, 1000
     shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((1, tokens, 8), (8, vocab), (1, tokens, 8), (8, vocab))]

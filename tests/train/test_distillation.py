@@ -72,10 +72,14 @@ def test_the_student_nears_a_teacher_that_stays(trainable):
 def test_options_that_an_objective_has_not_are_refused():
     for changes, words in (
         (dict(objective="distill", form="fused", options={"heat": 1}), "no option 'heat'; it has kind, temperature"),
-        (dict(objective="distill", form="fused", options={"kind": "both"}), "expected one of forward, reverse"),
+        (dict(objective="distill", form="fused", options={"kind": "both"}), "options.kind must be one of 'forward', 'reverse'"),
         (dict(objective="next_token", options={"kind": "forward"}), "it has none"),
         (dict(objective="distill"), "form = 'fused'"),
-        (dict(objective="distill_cached"), "need each other"),
+        (dict(objective="distill_cached"), "'distill_cached' needs a phase.teacher_cache"),
+        (dict(teacher_cache="here"), "'next_token' does not read a phase.teacher_cache"),
+        (dict(objective="distill", form="fused", options={"temperature": 0}), "options.temperature must be a number above 0"),
+        (dict(objective="distill", form="fused", options={"divergence_weight": "1"}), "options.divergence_weight must be a number"),
+        (dict(objective="align_all", form="fused", options={"pre_lm_head": 1}), "options.pre_lm_head must be true or false"),
     ):
         with pytest.raises(ValueError, match=words):
             phase(**changes)
@@ -89,7 +93,9 @@ def test_a_cache_holds_what_a_teacher_thinks_of_each_row(corpus, tmp_path):  # n
 
     k = corpus.tokenizer.get_vocab_size()
     teacher = tiny_model("*-*", vocab_size=k)
-    p = Phase.from_config("p", dict(objective="next_token", steps=3, batch_size=2, seq_len=128, compute_dtype="float32"))
+    student = dict(rope_theta=1e6, max_position_embeddings=512)  # a phase's RoPE is not its teacher's
+    rows = dict(steps=3, batch_size=2, seq_len=128)
+    p = Phase.from_config("p", dict(objective="next_token", compute_dtype="float32", **rows, **student))
     cache_teacher(teacher, p, corpus, {"text": 1.0}, seed=0, out=tmp_path / "cache", k=k)
     stream = training_batches(corpus, {"text": 1.0}, **ROWS, teacher_cache=str(tmp_path / "cache"))
     plain = training_batches(corpus, {"text": 1.0}, **ROWS)
@@ -121,7 +127,8 @@ from ml_collections import ConfigDict
 
 def get_config():
     rows = dict(steps=2, batch_size=2, seq_len=32, learning_rate=1e-3, log_every=1)
-    kd = dict(objective="distill_cached", teacher_cache="CACHE", options=dict(next_token_weight=0.5), **rows)
+    weights = dict(divergence_weight=0.25, next_token_weight=0.5)
+    kd = dict(objective="distill_cached", teacher_cache="CACHE", options=weights, **rows)
     return ConfigDict(dict(source="SOURCE", pattern="*-SWA", schedule=("kd",), phases=dict(kd=kd), seed=0,
                            data=dict(text="TEXT", mix=dict(text=1.0))))
 """
@@ -140,7 +147,7 @@ def test_a_run_distils_from_what_the_command_cached(made_source, tmp_path, capsy
     assert {p: p.stat().st_mtime_ns for p in cache.rglob("*.npy")} == written and len(written) == 4
     assert main(["prime", config, f"--workdir={tmp_path / 'run'}"]) == 0
     last = read_metrics(tmp_path / "run")[-1]
-    assert last["loss"] == pytest.approx(last["divergence"] + 0.5 * last["next_token"], rel=1e-5)
+    assert last["loss"] == pytest.approx(0.25 * last["divergence"] + 0.5 * last["next_token"], rel=1e-5)
     assert main(["cache-teacher", config, "--phase", "other"]) == 1
     assert "schedule has kd" in capsys.readouterr().err
 

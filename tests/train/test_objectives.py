@@ -1,0 +1,95 @@
+"""Objectives and what a phase says of them, against torch: weights, temperature, direction; which parameters train."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hybrid_jax.parameters import split_model
+from hybrid_jax.train.arrangement import Arrangement, trained_names
+from hybrid_jax.train.objectives import make_objective
+from tests.conftest import tiny_config, tiny_model
+from tests.train.test_steps import batch_of
+from tests.train.test_training import phase
+
+torch = pytest.importorskip("torch")
+functional = torch.nn.functional
+
+
+@pytest.fixture(scope="module")
+def streams():
+    """A fused model, a batch whose tokens weigh unevenly, and both streams' logits as torch's float64."""
+    model, batch = tiny_model("*DA-SWA*"), batch_of(rows=2)
+    found = model.two_streams(batch["input_ids"], batch["segment_ids"], batch["positions"])
+    logits = (torch.tensor(np.asarray(model.head(h), np.float64)).reshape(-1, 61) for h in (found.teacher, found.student))
+    return model, batch, *logits
+
+
+def mean(losses, batch):
+    weights = torch.tensor(np.asarray(batch["weights"], np.float64)).reshape(-1)
+    return float((losses * weights).sum() / weights.sum())
+
+
+def next_token(student, batch):
+    return mean(
+        functional.cross_entropy(student, torch.tensor(np.asarray(batch["targets"], np.int64)).reshape(-1), reduction="none"), batch
+    )
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse"])
+def test_distillation_is_torch_s_weighed_as_its_options_say(streams, kind):
+    model, batch, teacher, student = streams
+    options = dict(kind=kind, temperature=2.0, divergence_weight=0.25, next_token_weight=0.5)
+    loss, metrics = make_objective("distill", options)(model, batch)
+    log_q, log_p = ((x / 2.0).log_softmax(-1) for x in (teacher, student))
+    if kind == "reverse":
+        log_q, log_p = log_p, log_q
+    want = mean(functional.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1), batch)  # KL(q | p)
+    assert float(metrics["divergence"]) == pytest.approx(want, rel=1e-5)
+    assert float(metrics["next_token"]) == pytest.approx(next_token(student, batch), rel=1e-5)
+    assert float(loss) == pytest.approx(0.25 * 4.0 * want + 0.5 * next_token(student, batch), rel=1e-5)
+    assert metrics["weight"] == batch["weights"].sum()
+
+
+def test_cached_distillation_is_torch_s_weighed_as_its_options_say(streams):
+    model, batch, teacher, student = streams
+    log_q, ids = teacher.log_softmax(-1).topk(61)
+    shape = (*batch["input_ids"].shape, 61)
+    cached = {
+        "teacher_ids": jnp.asarray(ids.numpy().reshape(shape)),
+        "teacher_log_probabilities": jnp.asarray(log_q.numpy().reshape(shape)),
+    }
+    loss, metrics = make_objective("distill_cached", dict(divergence_weight=0.25, next_token_weight=0.5))(
+        model, {**batch, **cached}
+    )
+    want = mean(
+        functional.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none").sum(-1), batch
+    )
+    assert float(metrics["divergence"]) == pytest.approx(want, rel=1e-4)
+    assert float(loss) == pytest.approx(0.25 * want + 0.5 * next_token(student, batch), rel=1e-4)
+
+
+def test_only_what_a_pattern_finds_anywhere_in_a_name_trains():
+    config = tiny_config("*-SWA-*")
+    assert trained_names(config, [r"layers\.1\.swa\.q_", "^norm"]) == {
+        "layers.1.swa.q_proj.kernel",
+        "layers.1.swa.q_norm.weight",
+        "norm.weight",
+    }
+    assert trained_names(config, ["all"]) == set(split_model(tiny_model("*-SWA-*"))[1])
+    layernorms = {f"layers.{i}.{n}_layernorm.weight" for i in range(3) for n in ("input", "post_attention")}
+    assert trained_names(config, ["layernorm"]) == layernorms
+
+
+def test_frozen_matrices_alone_are_rounded_to_the_frozen_dtype():
+    model = tiny_model("*-SWA")
+    p = phase(trainable=(r"\.swa\.",), frozen_dtype="bfloat16")
+    parameters = split_model(model)[1]
+    state, frozen, _ = Arrangement(model, p).begin(None, parameters)
+    assert {n for n, x in frozen.items() if x.dtype == jnp.bfloat16} == {n for n, x in frozen.items() if x.ndim > 1}
+    for name, x in {**state.trainable, **frozen}.items():
+        want = torch.tensor(np.asarray(parameters[name]))
+        if x.dtype == jnp.bfloat16:
+            want = want.to(torch.bfloat16).to(torch.float32)
+        assert np.array_equal(np.asarray(x.astype(jnp.float32)), want.numpy()), name
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.trainable)) and "norm.weight" in frozen
