@@ -64,6 +64,30 @@ def test_bytes_on_the_wire_are_read_from_hlo_with_loops_multiplied_out():
     assert wire_bytes(HLO) == want
 
 
+ASYNCHRONOUS = {
+    # two arrays gathered by one instruction, 1024 -> 4096 elements each: three quarters of 2 x 8192 bytes
+    "((bf16[1024]{0}, bf16[1024]{0}), (bf16[4096]{0}, bf16[4096]{0})) all-gather-start(%a, %b)": 12288,
+    "(bf16[1024]{0}, bf16[4096]{0}) all-gather-start(%a)": 6144,
+    "(f32[4096]{0:T(1024)}, f32[4096]{0:T(1024)}) all-reduce-start(%a, %b)": 2 * 2 * 12288,
+    "f32[4096]{0} all-reduce-start(%a)": 2 * 12288,
+    "(f32[4096]{0}, f32[4096]{0}) all-reduce(%a, %b)": 2 * 2 * 12288,
+    "((f32[4096]{0}, f32[64]{0}), (f32[1024]{0}, f32[16]{0}), s32[]) reduce-scatter-start(%a, %b)": 12288 + 192,
+    "(f32[1024]{0}, f32[16]{0}) reduce-scatter(%a, %b)": 12288 + 192,
+    "((f32[64]{0}, bf16[32]{0}), (f32[64]{0}, bf16[32]{0}), u32[], u32[]) collective-permute-start(%a, %b)": 320,
+    "(f32[64]{0}, f32[64]{0}, u32[], u32[]) collective-permute-start(%a)": 256,
+    "((f32[64]{0}), f32[64]{0}, u32[]) all-to-all-start(%a)": 192,
+    "(f8e4m3fn[64]{0}, f8e5m2[64]{0}, pred[64]{0}) all-to-all(%a, %b, %c)": 144,
+}
+
+
+@pytest.mark.parametrize("groups", ["replica_groups={{0,1,2,3}}", "replica_groups={}", "replica_groups=[2,4]<=[8]"])
+def test_every_array_of_a_collective_is_counted_once(groups):
+    partitions = 4 if groups.endswith("={}") else 8
+    for line, want in ASYNCHRONOUS.items():
+        hlo = f"HloModule jit_f, num_partitions={partitions}\n\nENTRY %main (p: f32[1]) -> f32[1] {{\n  %x = {line}, {groups}\n}}\n"
+        assert sum(wire_bytes(hlo).values()) == want, line
+
+
 # Parameters as the models' cards state them, in billions.
 @pytest.mark.parametrize(
     "name, billions",
