@@ -44,7 +44,7 @@ class Mask(NamedTuple):
         return bool(len(visible_tiles(self, T, S, max(T, S))))
 
 
-CAUSAL, FULL = Mask(), Mask(nearest=None)
+FULL = Mask(nearest=None)
 
 
 def block_forward(q, k, v, q_segments, k_segments, mask: Mask):
