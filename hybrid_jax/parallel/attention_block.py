@@ -236,8 +236,8 @@ def _use_splash(q, k) -> bool:
 
 
 @functools.lru_cache
-def _splash_kernel(mask: Mask, T: int, S: int, heads: int):
-    """The kernel's mask tables and block sizes; the tables are numpy work, done once a shape."""
+def _splash_kernel(mask: Mask, T: int, S: int, heads: int, interpret: bool):
+    """The kernel's mask tables and block sizes; the tables are numpy work, done once for each shape."""
     bq, bk = (next(b for b in (512, 256, LANES) if n % b == 0) for n in (T, S))
     left = None if mask.window is None else mask.window - 1
     right = None if mask.nearest is None else -mask.nearest
@@ -270,7 +270,7 @@ def _splash_kernel(mask: Mask, T: int, S: int, heads: int):
         attn_logits_soft_cap=None,
         residual_checkpoint_name=None,
         mask_function=function,
-        interpret=False,
+        interpret=interpret,
     )
 
 
@@ -279,7 +279,7 @@ def _heads_first(x):
 
 
 def _splash_forward(q, k, v, q_segments, k_segments, mask):
-    kernel = _splash_kernel(mask, q.shape[1], k.shape[1], q.shape[2])
+    kernel = _splash_kernel(mask, q.shape[1], k.shape[1], q.shape[2], interpret=backend() != "tpu")
 
     def row(q, k, v, q_segments, k_segments):
         return kernel(q, k, v, splash.SegmentIds(q_segments, k_segments))
@@ -290,7 +290,7 @@ def _splash_forward(q, k, v, q_segments, k_segments, mask):
 
 
 def _splash_backward(q, k, v, q_segments, k_segments, mask, o, lse, do):
-    kernel = _splash_kernel(mask, q.shape[1], k.shape[1], q.shape[2])
+    kernel = _splash_kernel(mask, q.shape[1], k.shape[1], q.shape[2], interpret=backend() != "tpu")
     options = {n: kernel.kwargs[n] for n in ("mask_value", "is_mqa", "block_sizes", "mask_function", "attn_logits_soft_cap")}
     scale = q.shape[-1] ** -0.5
 
@@ -298,7 +298,12 @@ def _splash_backward(q, k, v, q_segments, k_segments, mask, o, lse, do):
         ids = splash.SegmentIds(q_segments, k_segments)
         residuals = (q, k, v, ids, None, o, lse, kernel.dq_mask_info, kernel.dkv_mask_info)
         grads = splash._splash_attention_bwd(
-            save_residuals=False, residual_checkpoint_name=None, interpret=False, res=residuals, do=do, **options
+            save_residuals=False,
+            residual_checkpoint_name=None,
+            interpret=kernel.kwargs["interpret"],
+            res=residuals,
+            do=do,
+            **options,
         )
         return grads[3:6]
 
