@@ -110,7 +110,7 @@ def _parts_backward(masks, residuals, do):
     parts, segment_ids, o, lse = residuals
     grads = []
     for p, mask in zip(parts, masks, strict=True):
-        d = block_backward(p.q, p.k, p.v, segment_ids, p.k_segments, mask, o.astype(lse.dtype), lse, do)
+        d = block_backward(p.q, p.k, p.v, segment_ids, p.k_segments, mask, o, lse, do)
         grads.append(Part(*(x.astype(y.dtype) for x, y in zip(d, p[:3], strict=True)), None))
     return tuple(grads), None
 
@@ -148,23 +148,21 @@ def ring_attention(q, k, v, segment_ids, window: int | None = None):
 
 
 def _pairs(step):
-    """What is computed with the keys from `step` devices before, two pairs: (chunks of queries, chunks of keys, distances).
-
-    The distance is the number of chunks from the keys' to the queries'.
-    """
+    """Pairs of chunks with the keys from `step` devices before: (queries' chunk, keys' chunk, how many chunks between them)."""
     n, i = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
     other = (i - step) % n
     same = jnp.where(i >= step, 0, 1)  # front and front, or back and back
-    return jnp.stack([1, same]), jnp.stack([0, same]), (2 * n - 1 - i - other, jnp.abs(i - other))
+    return (1, 0, 2 * n - 1 - i - other), (same, same, jnp.abs(i - other))
 
 
-def _pair(block, distance, window, queries, keys):
-    """block(queries, keys, mask) of two chunks whose distance, 1 or more, only the running program knows."""
+def _of_pair(block, pair, window, queries, keys):
+    """block(queries, keys, mask) of two chunks; their distance, 1 or more, only the running program knows."""
+    ours, theirs, distance = pair
+    queries, keys = tuple(x[ours] for x in queries), tuple(x[theirs] for x in keys)
     if window is None:
         return block(queries, keys, FULL)
     c = queries[0].shape[1]
-    nothing = Mask(None, 1 - c)
-    masks = []
+    nothing, masks = Mask(None, 1 - c), []
     for d in range(1, 2 * jax.lax.axis_size(AXIS)):
         mask = FULL if (d + 1) * c <= window else Mask(None, window, offset=d * c)
         masks.append(mask if mask.shows(c, c) else nothing)
@@ -173,28 +171,10 @@ def _pair(block, distance, window, queries, keys):
     return jax.lax.switch(which, [functools.partial(block, mask=mask) for mask in different], queries, keys)
 
 
-def _both_pairs(block, step, window, queries, keys):
-    """(chunks of queries, chunks of keys, what the block gives of each pair, stacked) with the keys from `step` devices before."""
-    ours, theirs, distances = _pairs(step)
-    queries, keys = (tuple(x[i] for x in xs) for xs, i in ((queries, ours), (keys, theirs)))
-    if window is None:
-        found = _chunks_of(block(*(tuple(map(as_rows, xs)) for xs in (queries, keys)), FULL))
-    else:
-        each = [_pair(block, distances[r], window, *(tuple(x[r] for x in xs) for xs in (queries, keys))) for r in range(2)]
-        found = jax.tree.map(lambda *x: jnp.stack(x), *each)
-    return ours, theirs, found
-
-
-def _own_pairs(block, window, queries, keys):
-    """What the block gives of the device's own chunks: front and front, back and back, stacked; then back and front."""
-    n, i = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
-    alike = _chunks_of(block(*(tuple(map(as_rows, xs)) for xs in (queries, keys)), Mask(0, window)))
-    across = _pair(block, 2 * (n - i) - 1, window, tuple(x[1] for x in queries), tuple(x[0] for x in keys))
-    return alike, across
-
-
-def _chunks_of(tree):
-    return jax.tree.map(as_chunks, tree)
+def _alike(block, window, queries, keys):
+    """The same of the device's own front and front, back and back: [2, ...]."""
+    queries, keys = (tuple(map(as_rows, xs)) for xs in (queries, keys))
+    return tuple(map(as_chunks, block(queries, keys, Mask(0, window))))
 
 
 def _forward_block(queries, keys, mask):
@@ -207,60 +187,61 @@ def _backward_block(queries, keys, mask):
     return block_backward(q, k, v, q_segments, k_segments, mask, o, lse, do)
 
 
-def _merge_at(parts, chunk, more):
-    merged = merge(tuple(x[chunk] for x in parts), more)
-    return tuple(x.at[chunk].set(y) for x, y in zip(parts, merged, strict=True))
-
-
 def _ring_forward(q, k, v, segment_ids, window):
     n = jax.lax.axis_size(AXIS)
     segments = split(segment_ids)
     queries, keys = (split(q), segments), (split(k), split(v), segments)
-    coming = _next(keys)
-    parts, across = _own_pairs(_forward_block, window, queries, keys)
-    parts = _merge_at(parts, 1, across)
 
-    def add(s, keys, parts):
-        ours, _, found = _both_pairs(_forward_block, s, window, queries, keys)
-        for r in range(2):
-            parts = _merge_at(parts, ours[r], tuple(x[r] for x in found))
+    def add(pair, keys, parts):
+        at = pair[0]
+        merged = merge(tuple(x[at] for x in parts), _of_pair(_forward_block, pair, window, queries, keys))
+        return tuple(x.at[at].set(y) for x, y in zip(parts, merged, strict=True))
+
+    def step(s, state):
+        keys, parts = state
+        for pair in _pairs(s):
+            parts = add(pair, keys, parts)
         return parts
 
-    coming, parts = jax.lax.fori_loop(1, n - 1, lambda s, state: (_next(state[0]), add(s, *state)), (coming, parts))
-    o, lse = add(n - 1, coming, parts)
+    coming = _next(keys)
+    parts = add(_pairs(0)[0], keys, _alike(_forward_block, window, queries, keys))
+    state = jax.lax.fori_loop(1, n - 1, lambda s, state: (_next(state[0]), step(s, state)), (coming, parts))
+    o, lse = step(n - 1, state)
     o, lse = checkpoint_name((join(o).astype(q.dtype), lse), SAVED)
     return o, (q, k, v, segment_ids, o, lse)
 
 
 def _ring_backward(window, residuals, do):
+    """The gradients of keys travel with them, and come home while the device's own keys are used."""
     q, k, v, segment_ids, o, lse = residuals
     n = jax.lax.axis_size(AXIS)
     segments = split(segment_ids)
-    queries = (split(q), segments, split(o.astype(lse.dtype)), lse, split(do))
-    keys = (split(k), split(v), segments)
-    coming = _next(keys)
-    (dq, *own), (across_q, *across) = _own_pairs(_backward_block, window, queries, keys)
-    dq, own = dq.at[1].add(across_q), [x.at[0].add(y) for x, y in zip(own, across, strict=True)]
+    queries, keys = (split(q), segments, split(o), lse, split(do)), (split(k), split(v), segments)
 
-    def add(s, keys, dq, dkv):
-        ours, theirs, (more, *found) = _both_pairs(_backward_block, s, window, queries, keys)
-        for r in range(2):
-            dq = dq.at[ours[r]].add(more[r])
-            dkv = tuple(x.at[theirs[r]].add(y[r]) for x, y in zip(dkv, found, strict=True))
+    def add(pair, keys, dq, dkv):
+        more, *found = _of_pair(_backward_block, pair, window, queries, keys)
+        return dq.at[pair[0]].add(more), tuple(x.at[pair[1]].add(y) for x, y in zip(dkv, found, strict=True))
+
+    def step(s, keys, dq, dkv):
+        for pair in _pairs(s):
+            dq, dkv = add(pair, keys, dq, dkv)
         return dq, dkv
 
-    def step(s, state):
+    def one(s, state):
         keys, dq, dkv = state
-        return _next(keys), *add(s, keys, dq, _next(dkv))  # the gradients of keys travel with them
+        return _next(keys), *step(s, keys, dq, _next(dkv))
 
-    nothing = tuple(map(jnp.zeros_like, own))
-    if n == 2:
-        dq, dkv = add(1, coming, dq, nothing)
-    else:
-        state = _next(coming), *add(1, coming, dq, nothing)
-        coming, dq, dkv = jax.lax.fori_loop(2, n - 1, step, state)
-        dq, dkv = add(n - 1, coming, dq, _next(dkv))
-    dk, dv = (join(x + y) for x, y in zip(own, _next(dkv), strict=True))  # home
+    coming = _next(keys)
+    dq, *dkv = (jnp.zeros(x.shape, lse.dtype) for x in (queries[0], *keys[:2]))
+    if n > 2:
+        state = _next(coming), *step(1, coming, dq, dkv)
+        coming, dq, dkv = jax.lax.fori_loop(2, n - 1, one, state)
+        dkv = _next(dkv)
+    dq, dkv = step(n - 1, coming, dq, dkv)
+    home = _next(dkv)
+    own = _alike(_backward_block, window, queries, keys)
+    dq, dkv = add(_pairs(0)[0], keys, dq + own[0], own[1:])
+    dk, dv = (join(x + y) for x, y in zip(home, dkv, strict=True))
     return join(dq).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 

@@ -71,7 +71,7 @@ def block_backward(q, k, v, q_segments, k_segments, mask: Mask, o, lse, do):
         return tuple(jnp.zeros(x.shape, accumulator(x)) for x in (q, k, v))
     if _use_splash(q, k):
         return _splash_backward(q, k, v, q_segments, k_segments, mask, o, lse, do)
-    delta = jnp.sum(o * do.astype(o.dtype), axis=-1)
+    delta = jnp.sum(o.astype(lse.dtype) * do.astype(lse.dtype), axis=-1)
     return _tiled_backward(mask, (q, q_segments, do, lse.swapaxes(1, 2), delta), (k, v, k_segments))
 
 
