@@ -1,7 +1,7 @@
 """FLOPs of a program, from its jaxpr: loops multiplied out, Pallas grids and every device of a mesh counted.
 
-Matmuls only. Of a conditional the dearest branch counts. Splash attention skips the tiles above the diagonal of a square
-(causal) call: half of them and half a diagonal are left out.
+Matmuls only. Of a conditional the dearest branch counts. Splash attention skips the tiles above the diagonal of a causal
+call: half of those off the diagonal are left out of a square call that has a mask.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _equation(e) -> float:
         # rows [n, k] each through one group's matrix [g, k, m]; of the matrices' gradient rows [n, m] come second
         return 2.0 * math.prod(lhs) * (e.outvars[0].aval.shape[-1] if len(rhs) == 3 else rhs[-1])
     if name == "pallas_call":
-        return _pallas(params)
+        return _pallas(e)
     inner = sum(_count(j) for j in _jaxprs({k: v for k, v in params.items() if k != "branches"}))
     if name == "cond":
         return max(_count(b.jaxpr) for b in params["branches"])
@@ -42,14 +42,16 @@ def _equation(e) -> float:
     return inner
 
 
-def _pallas(params) -> float:
-    grid = params["grid_mapping"].grid
-    inner = math.prod(grid) * _count(params["jaxpr"])
-    name = str(params.get("name") or params.get("name_and_src_info") or "")
+def _pallas(e) -> float:
+    grid = e.params["grid_mapping"].grid
+    inner = math.prod(grid) * _count(e.params["jaxpr"])
+    name = str(e.params.get("name") or e.params.get("name_and_src_info") or "")
     if "splash" in name and len(grid) == 3:
-        others = grid[1:] if "dkv" not in name else (grid[0], grid[2])
-        if others[0] == others[1]:
-            return inner * (1 + 1 / others[0]) / 2
+        queries, keys = grid[1:] if "dkv" not in name else (grid[0], grid[2])
+        # of operands with two axes: the segments of queries and of keys, and the places that a mask compares
+        masked = sum(len(v.aval.shape) == 2 for v in e.invars) > 2
+        if masked and queries == keys:
+            return inner * (1 + 1 / queries) / 2
     return inner
 
 

@@ -236,6 +236,10 @@ class Decoder(nnx.Module):
         """Empty caches and recurrent states for generating up to `max_length` tokens a row."""
         return tuple(layer.mixer(layer.spec.kind).init_state(batch, max_length, self.compute_dtype) for layer in self.layers)
 
+    def state_axes(self):
+        """The logical axes of every array of `init_state`, in its structure."""
+        return tuple(layer.mixer(layer.spec.kind).state_axes() for layer in self.layers)
+
 
 def abstract_decoder(config: ModelConfig, dtype=jnp.float32, compute_dtype=None) -> Decoder:
     """The decoder's shapes without its arrays."""

@@ -1,7 +1,8 @@
 """Token mixers and the rest of a decoder layer (Flax NNX).
 
 A mixer has one face: `mixer(x, *, positions, segment_ids, state=None) -> (y, state)` with x, y
-[B, T, hidden], and `init_state(batch, max_length, dtype)`; state None starts from nothing.
+[B, T, hidden], `init_state(batch, max_length, dtype)`; state None starts from nothing; and `state_axes()`, the same
+structure with each array's logical axes in its place (`parallel.sharding.RULES`), one name or None for each dimension.
 """
 
 from __future__ import annotations

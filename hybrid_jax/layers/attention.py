@@ -30,6 +30,10 @@ class KVCache(NamedTuple):
     next_slot: jax.Array
 
 
+_HEADS, _SLOTS = ("batch", None, "kv_heads", None), ("batch", None)
+CACHE_AXES = KVCache(_HEADS, _HEADS, _SLOTS, _SLOTS, ())  # each array's logical axes
+
+
 def attention_mask(q_positions, q_segments, k_positions, k_segments, window=None, nearest=0):
     """[B, T, S] True where a query may see a key: same segment, and 0 <= distance - nearest < window."""
     distance = q_positions[:, :, None] - k_positions[:, None, :] - nearest
@@ -115,3 +119,6 @@ class Attention(nnx.Module):
     def init_state(self, batch: int, max_length: int, dtype=jnp.float32) -> KVCache:
         length = max_length if self.window is None else self.window - 1
         return empty_cache(batch, length, self.config.num_kv_heads, self.config.head_dim, dtype)
+
+    def state_axes(self) -> KVCache:
+        return CACHE_AXES

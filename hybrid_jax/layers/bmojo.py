@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hybrid_jax.config import PARAMETER_KEYS, ModelConfig
-from hybrid_jax.layers.attention import Attention, KVCache, attention_mask, empty_cache, extend_window
+from hybrid_jax.layers.attention import CACHE_AXES, Attention, KVCache, attention_mask, empty_cache, extend_window
 from hybrid_jax.layers.gdn import GatedDeltaNet
 from hybrid_jax.layers.gka import GatedKalmaNet
 from hybrid_jax.layers.linear import Linear, RMSNorm
@@ -105,3 +105,6 @@ class BMojoF(nnx.Module):
         c = self.config
         cache = empty_cache(batch, 2 * c.bmojo.window_size - 1, c.num_kv_heads, c.head_dim, dtype)
         return BMojoState(getattr(self, self.mixer_key).init_state(batch, max_length, dtype), cache, cache)
+
+    def state_axes(self) -> BMojoState:
+        return BMojoState(getattr(self, self.mixer_key).state_axes(), CACHE_AXES, CACHE_AXES)

@@ -12,6 +12,7 @@ from flax import nnx
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.layers.linear import Linear, RMSNorm
 from hybrid_jax.layers.recurrent import (
+    STATE_AXES,
     ShortConv,
     init_a_log,
     init_dt_bias,
@@ -97,3 +98,6 @@ class GatedDeltaNet(nnx.Module):
         H, D = self.config.num_heads, self.config.head_dim
         convs = (c and c.init_state(batch, dtype) for c in (self.q_conv1d, self.k_conv1d, self.v_conv1d))
         return GDNState(jnp.zeros((batch, H, D, D), jnp.float32), *convs)
+
+    def state_axes(self) -> GDNState:
+        return GDNState(STATE_AXES, *(c and c.state_axes() for c in (self.q_conv1d, self.k_conv1d, self.v_conv1d)))

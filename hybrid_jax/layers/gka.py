@@ -12,6 +12,7 @@ from flax import nnx
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.layers.linear import Linear, RMSNorm
 from hybrid_jax.layers.recurrent import (
+    STATE_AXES,
     ShortConv,
     init_a_log,
     init_dt_bias,
@@ -102,3 +103,6 @@ class GatedKalmaNet(nnx.Module):
         zeros = jnp.zeros((batch, H, D, D), jnp.float32)
         convs = (c and c.init_state(batch, dtype) for c in (self.q_conv1d, self.k_conv1d, self.v_conv1d))
         return GKAState(zeros, zeros, *convs)
+
+    def state_axes(self) -> GKAState:
+        return GKAState(STATE_AXES, STATE_AXES, *(c and c.state_axes() for c in (self.q_conv1d, self.k_conv1d, self.v_conv1d)))

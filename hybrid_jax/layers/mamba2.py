@@ -11,7 +11,7 @@ from flax import nnx
 
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.layers.linear import Linear, RMSNorm, rms_norm
-from hybrid_jax.layers.recurrent import ShortConv, init_a_log, init_dt_bias, repeat_heads
+from hybrid_jax.layers.recurrent import STATE_AXES, ShortConv, init_a_log, init_dt_bias, repeat_heads
 from hybrid_jax.parallel.recurrence import recurrence
 from kernels_pallas import linear_attention, linear_attention_step, linear_attention_summary, ssd_inputs
 
@@ -74,3 +74,6 @@ class Mamba2(nnx.Module):
         del max_length
         H, D = self.config.num_heads, self.config.head_dim
         return Mamba2State(jnp.zeros((batch, H, D, D), jnp.float32), self.conv1d.init_state(batch, dtype))
+
+    def state_axes(self) -> Mamba2State:
+        return Mamba2State(STATE_AXES, self.conv1d.state_axes())

@@ -12,6 +12,8 @@ from flax import nnx
 from hybrid_jax.parallel.recurrence import convolution
 from kernels_pallas.gated_kalmanet.chebyshev import safe_sqrt
 
+STATE_AXES = ("batch", "heads", None, None)  # logical axes of a state [B,H,K,V]
+
 
 def l2_normalize(x, *, eps=1e-6, eps_outside: bool):
     """x / (|x| + eps), or x / sqrt(|x|^2 + eps) if not `eps_outside`; a zero vector has gradient 0 / finite.
@@ -81,3 +83,6 @@ class ShortConv(nnx.Module):
     def init_state(self, batch, dtype):
         dim, size = self.kernel.shape
         return jnp.zeros((batch, size - 1, dim), dtype)
+
+    def state_axes(self):
+        return ("batch", None, self.kernel.axes[0])

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from hybrid_jax.parallel.attention_block import CAUSAL, EMPTY, FULL, Mask, block_backward, block_forward, merge
+from hybrid_jax.parallel.attention_block import FULL, Mask, block_backward, block_forward, merge
 from hybrid_jax.parallel.sequence import AXIS, as_chunks, as_rows, halo, halo_segments, join, split
 from hybrid_jax.parallel.sharding import TOKENS, axis_size, per_device
 
@@ -41,9 +41,18 @@ def attend(q, k, v, segment_ids, window: int | None = None):
       segment_ids: [B, T].
       window: keys a query sees, itself included; None for all.
     """
-    if window is None and axis_size("seq") > 1:
-        return per_device(ring_attention, (q, k, v, segment_ids), (HEADS, HEADS, HEADS, TOKENS), HEADS)
+    T, n = q.shape[1], axis_size("seq")
+    if window is not None and window >= T:
+        window = None
+    # a chunk with its halo against what a chunk meets in the ring: half of the row
+    if n > 1 and (window is None or window + T // (2 * n) > T // 2):
+        ring = functools.partial(_ring, window)
+        return per_device(ring, (q, k, v, segment_ids), (HEADS, HEADS, HEADS, TOKENS), HEADS)
     return attend_windows((q,), (k,), (v,), ((0, window),), segment_ids)
+
+
+def _ring(window, q, k, v, segment_ids):
+    return ring_attention(q, k, v, segment_ids, window)
 
 
 def attend_windows(qs: Sequence, ks: Sequence, vs: Sequence, windows: Sequence[tuple[int, int | None]], segment_ids):
@@ -62,12 +71,14 @@ def _at_hand(windows, segment_ids, qs, ks, vs):
 
 
 def _by_halo(windows, segment_ids, qs, ks, vs):
-    """Tokens cut over the mesh: each chunk with the tokens before it that its windows reach."""
+    """Tokens cut over the mesh: each chunk with the tokens before it that its windows reach, at most the row's."""
     segments = split(segment_ids)
+    c = segments.shape[2]
+    row = (2 * jax.lax.axis_size(AXIS) - 1) * c  # tokens before the last chunk
     parts, masks = [], []
     for q, k, v, (nearest, window) in zip(qs, ks, vs, windows, strict=True):
         reach = window - 1
-        before = -reach % 128 + reach if segments.shape[2] >= 128 else reach  # whole tiles of a TPU
+        before = min(-reach % 128 + reach if c >= 128 else reach, row)  # whole tiles of a TPU
 
         def extended(x, before=before):
             chunks = split(x)
@@ -99,7 +110,7 @@ def _parts_backward(masks, residuals, do):
     parts, segment_ids, o, lse = residuals
     grads = []
     for p, mask in zip(parts, masks, strict=True):
-        d = block_backward(p.q, p.k, p.v, segment_ids, p.k_segments, mask, o.astype(lse.dtype), lse, do)
+        d = block_backward(p.q, p.k, p.v, segment_ids, p.k_segments, mask, o, lse, do)
         grads.append(Part(*(x.astype(y.dtype) for x, y in zip(d, p[:3], strict=True)), None))
     return tuple(grads), None
 
@@ -116,71 +127,122 @@ def _next(x):
     return jax.lax.ppermute(x, AXIS, [(i, (i + 1) % n) for i in range(n)])
 
 
-@jax.custom_vjp
-def ring_attention(q, k, v, segment_ids):
-    """Causal attention of a device's two chunks over the whole row; inside `per_device`, in the zig-zag layout.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def ring_attention(q, k, v, segment_ids, window: int | None = None):
+    """Causal attention of a device's two chunks over the row; inside `per_device`, in the zig-zag layout.
 
-    Of the keys that come from another device each query chunk sees all or nothing: those of an earlier device
-    show their front to all our queries, those of a later one show both chunks to our back. So every step is
-    2c x c, whoever we are. The next keys travel while these are used.
+    Of the keys that come from another device the back chunk of queries sees the front one, and either the front sees
+    the front (those of an earlier device) or the back the back (a later one): two pairs of chunks in every step, on
+    every device. The next keys travel while these are used; after n - 1 steps of n devices all have been everywhere.
+
+    Args:
+      q: [B, 2c, H, D], a device's chunks of c tokens.
+      k, v: [B, 2c, Hkv, D].
+      segment_ids: [B, 2c].
+      window: keys a query sees, itself included; None for all.
+
+    Returns:
+      [B, 2c, H, D] in q's dtype.
     """
-    return _ring_forward(q, k, v, segment_ids)[0]
+    return _ring_forward(q, k, v, segment_ids, window)[0]
 
 
-def _from_earlier(step):
-    return jax.lax.axis_index(AXIS) >= step
+def _pairs(step):
+    """Pairs of chunks with the keys from `step` devices before: (queries' chunk, keys' chunk, how many chunks between them)."""
+    n, i = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
+    other = (i - step) % n
+    same = jnp.where(i >= step, 0, 1)  # front and front, or back and back
+    return (1, 0, 2 * n - 1 - i - other), (same, same, jnp.abs(i - other))
 
 
-def _ring_forward(q, k, v, segment_ids):
-    c = q.shape[1] // 2
-    keys = (k, v, segment_ids)
+def _of_pair(block, pair, window, queries, keys):
+    """block(queries, keys, mask) of two chunks; their distance, 1 or more, only the running program knows."""
+    ours, theirs, distance = pair
+    queries, keys = tuple(x[ours] for x in queries), tuple(x[theirs] for x in keys)
+    if window is None:
+        return block(queries, keys, FULL)
+    c = queries[0].shape[1]
+    nothing, masks = Mask(None, 1 - c), []
+    for d in range(1, 2 * jax.lax.axis_size(AXIS)):
+        mask = FULL if (d + 1) * c <= window else Mask(None, window, offset=d * c)
+        masks.append(mask if mask.shows(c, c) else nothing)
+    different = list(dict.fromkeys(masks))
+    which = jnp.asarray([different.index(mask) for mask in masks], jnp.int32)[distance - 1]
+    return jax.lax.switch(which, [functools.partial(block, mask=mask) for mask in different], queries, keys)
+
+
+def _alike(block, window, queries, keys):
+    """The same of the device's own front and front, back and back: [2, ...]."""
+    queries, keys = (tuple(map(as_rows, xs)) for xs in (queries, keys))
+    return tuple(map(as_chunks, block(queries, keys, Mask(0, window))))
+
+
+def _forward_block(queries, keys, mask):
+    (q, q_segments), (k, v, k_segments) = queries, keys
+    return block_forward(q, k, v, q_segments, k_segments, mask)
+
+
+def _backward_block(queries, keys, mask):
+    (q, q_segments, o, lse, do), (k, v, k_segments) = queries, keys
+    return block_backward(q, k, v, q_segments, k_segments, mask, o, lse, do)
+
+
+def _ring_forward(q, k, v, segment_ids, window):
+    n = jax.lax.axis_size(AXIS)
+    segments = split(segment_ids)
+    queries, keys = (split(q), segments), (split(k), split(v), segments)
+
+    def add(pair, keys, parts):
+        at = pair[0]
+        merged = merge(tuple(x[at] for x in parts), _of_pair(_forward_block, pair, window, queries, keys))
+        return tuple(x.at[at].set(y) for x, y in zip(parts, merged, strict=True))
+
+    def step(s, state):
+        keys, parts = state
+        for pair in _pairs(s):
+            parts = add(pair, keys, parts)
+        return parts
+
     coming = _next(keys)
-    parts = block_forward(q, k, v, segment_ids, segment_ids, CAUSAL)
-
-    def earlier(k, v, segments):
-        return block_forward(q, k[:, :c], v[:, :c], segment_ids, segments[:, :c], FULL)
-
-    def later(k, v, segments):
-        o, lse = block_forward(q[:, c:], k, v, segment_ids[:, c:], segments, FULL)
-        return jnp.pad(o, ((0, 0), (c, 0), (0, 0), (0, 0))), jnp.pad(lse, ((0, 0), (0, 0), (c, 0)), constant_values=EMPTY)
-
-    def step(s, carry):
-        keys, parts = carry
-        coming = _next(keys)
-        return coming, merge(parts, jax.lax.cond(_from_earlier(s), earlier, later, *keys))
-
-    _, (o, lse) = jax.lax.fori_loop(1, jax.lax.axis_size(AXIS), step, (coming, parts))
-    o, lse = checkpoint_name((o.astype(q.dtype), lse), SAVED)
+    parts = add(_pairs(0)[0], keys, _alike(_forward_block, window, queries, keys))
+    state = jax.lax.fori_loop(1, n - 1, lambda s, state: (_next(state[0]), step(s, state)), (coming, parts))
+    o, lse = step(n - 1, state)
+    o, lse = checkpoint_name((join(o).astype(q.dtype), lse), SAVED)
     return o, (q, k, v, segment_ids, o, lse)
 
 
-def _ring_backward(residuals, do):
+def _ring_backward(window, residuals, do):
+    """The gradients of keys travel with them, and come home while the device's own keys are used."""
     q, k, v, segment_ids, o, lse = residuals
-    c = q.shape[1] // 2
-    o = o.astype(lse.dtype)
-    keys = (k, v, segment_ids)
+    n = jax.lax.axis_size(AXIS)
+    segments = split(segment_ids)
+    queries, keys = (split(q), segments, split(o), lse, split(do)), (split(k), split(v), segments)
+
+    def add(pair, keys, dq, dkv):
+        more, *found = _of_pair(_backward_block, pair, window, queries, keys)
+        return dq.at[pair[0]].add(more), tuple(x.at[pair[1]].add(y) for x, y in zip(dkv, found, strict=True))
+
+    def step(s, keys, dq, dkv):
+        for pair in _pairs(s):
+            dq, dkv = add(pair, keys, dq, dkv)
+        return dq, dkv
+
+    def one(s, state):
+        keys, dq, dkv = state
+        return _next(keys), *step(s, keys, dq, _next(dkv))
+
     coming = _next(keys)
-    dq, *dkv = block_backward(q, k, v, segment_ids, segment_ids, CAUSAL, o, lse, do)
-
-    def earlier(k, v, segments):
-        front = (k[:, :c], v[:, :c], segment_ids, segments[:, :c])
-        dq, dk, dv = block_backward(q, *front, FULL, o, lse, do)
-        return dq, *(jnp.pad(x, ((0, 0), (0, c), (0, 0), (0, 0))) for x in (dk, dv))
-
-    def later(k, v, segments):
-        back = (segment_ids[:, c:], segments, FULL, o[:, c:], lse[:, :, c:], do[:, c:])
-        dq, dk, dv = block_backward(q[:, c:], k, v, *back)
-        return jnp.pad(dq, ((0, 0), (c, 0), (0, 0), (0, 0))), dk, dv
-
-    def step(s, carry):
-        keys, dkv, dq = carry
-        coming, dkv = _next(keys), _next(tuple(dkv))  # the keys' gradients travel with them
-        more, *own = jax.lax.cond(_from_earlier(s), earlier, later, *keys)
-        return coming, tuple(map(jnp.add, dkv, own)), dq + more
-
-    _, dkv, dq = jax.lax.fori_loop(1, jax.lax.axis_size(AXIS), step, (coming, tuple(dkv), dq))
-    dk, dv = _next(dkv)  # home
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    dq, *dkv = (jnp.zeros(x.shape, lse.dtype) for x in (queries[0], *keys[:2]))
+    if n > 2:
+        state = _next(coming), *step(1, coming, dq, dkv)
+        coming, dq, dkv = jax.lax.fori_loop(2, n - 1, one, state)
+        dkv = _next(dkv)
+    dq, dkv = step(n - 1, coming, dq, dkv)
+    home = _next(dkv)
+    own = _alike(_backward_block, window, queries, keys)
+    dq, dkv = add(_pairs(0)[0], keys, dq + own[0], own[1:])
+    dk, dv = (join(x + y) for x, y in zip(home, dkv, strict=True))
+    return join(dq).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
 ring_attention.defvjp(_ring_forward, _ring_backward)

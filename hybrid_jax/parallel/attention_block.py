@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as splash_mask_info
@@ -38,8 +39,12 @@ class Mask(NamedTuple):
             seen &= distance >= self.nearest
         return seen if self.window is None else seen & (distance < self.window)
 
+    def shows(self, T: int, S: int) -> bool:
+        """Whether any of T queries sees any of S keys."""
+        return bool(len(visible_tiles(self, T, S, max(T, S))))
 
-CAUSAL, FULL = Mask(), Mask(nearest=None)
+
+FULL = Mask(nearest=None)
 
 
 def block_forward(q, k, v, q_segments, k_segments, mask: Mask):
@@ -53,6 +58,8 @@ def block_forward(q, k, v, q_segments, k_segments, mask: Mask):
     Returns:
       o [B, T, H, D] and lse [B, H, T], both float32; zeros and `EMPTY` for a query that sees nothing.
     """
+    if not mask.shows(q.shape[1], k.shape[1]):
+        return jnp.zeros(q.shape, accumulator(q)), jnp.full((len(q), q.shape[2], q.shape[1]), EMPTY, accumulator(q))
     if _use_splash(q, k):
         return _splash_forward(q, k, v, q_segments, k_segments, mask)
     return _tiled_forward(mask, (q, q_segments), (k, v, k_segments))
@@ -60,9 +67,11 @@ def block_forward(q, k, v, q_segments, k_segments, mask: Mask):
 
 def block_backward(q, k, v, q_segments, k_segments, mask: Mask, o, lse, do):
     """The block's share of dq, dk, dv (float32), given the whole softmax's o and lse and the cotangent of o."""
+    if not mask.shows(q.shape[1], k.shape[1]):
+        return tuple(jnp.zeros(x.shape, accumulator(x)) for x in (q, k, v))
     if _use_splash(q, k):
         return _splash_backward(q, k, v, q_segments, k_segments, mask, o, lse, do)
-    delta = jnp.sum(o * do.astype(o.dtype), axis=-1)
+    delta = jnp.sum(o.astype(lse.dtype) * do.astype(lse.dtype), axis=-1)
     return _tiled_backward(mask, (q, q_segments, do, lse.swapaxes(1, 2), delta), (k, v, k_segments))
 
 
@@ -110,31 +119,82 @@ def merge(first, second):
     return w1 * o1 + w2 * o2, lse
 
 
+def _tile_size(mask: Mask) -> int:
+    """`TILE`, or about the width of a narrower window: of two tiles that a query meets at most half is in vain."""
+    if mask.nearest is None or mask.window is None:
+        return TILE
+    width = max(mask.window - mask.nearest, 1)
+    return min(TILE, max(LANES, 1 << (width - 1).bit_length()))
+
+
+def visible_tiles(mask: Mask, T: int, S: int, tile: int) -> np.ndarray:
+    """[n, 2] the tiles (of T queries, of S keys) between which the mask shows anything, by tiles of queries."""
+    i0, j0 = np.arange(0, T, tile)[:, None], np.arange(0, S, tile)
+    i1, j1 = np.minimum(i0 + tile, T) - 1, np.minimum(j0 + tile, S) - 1
+    farthest, nearest = i1 + mask.offset - j0, i0 + mask.offset - j1
+    seen = np.ones(farthest.shape, bool)
+    if mask.nearest is not None:
+        seen &= farthest >= mask.nearest
+    if mask.window is not None:
+        seen &= nearest < mask.window
+    return np.argwhere(seen).astype(np.int32)
+
+
+def _over_tiles(mask, queries, keys, results, step):
+    """Runs `step` over the tiles of queries and keys that the mask shows, one after the other.
+
+    Tiles whose segments have no id in common are passed over when the program runs: at most those whose ranges of ids
+    do not meet in any row.
+
+    Args:
+      queries, keys: arrays [B, T, ...], [B, S, ...]; the segments come second in `queries` and last in `keys`.
+      results: (tile of queries, tile of keys, tile) -> the arrays that the steps add to, in tiles.
+      step: (results, i, j, tile of queries, tile of keys, visible) -> results.
+    """
+    T, S, tile = queries[0].shape[1], keys[0].shape[1], _tile_size(mask)
+    q_tiles, k_tiles = (tuple(_tiles(x, tile) for x in xs) for xs in (queries, keys))
+
+    def one(results, pair):
+        i, j = pair
+        mine, theirs = (jax.tree.map(lambda x, n=n: x[n], tiles) for tiles, n in ((q_tiles, i), (k_tiles, j)))
+        at_i, at_j = i * tile + jnp.arange(tile), j * tile + jnp.arange(tile)
+
+        def compute(results):
+            visible = mask.visible(at_i, at_j) & (at_i < T)[:, None] & (at_j < S)
+            return step(results, i, j, mine, theirs, visible)
+
+        (q_low, q_high), (k_low, k_high) = _id_range(mine[1], at_i < T), _id_range(theirs[-1], at_j < S)
+        meet = jnp.any((q_low <= k_high) & (k_low <= q_high))
+        return jax.lax.cond(meet, compute, lambda results: results, results), None
+
+    pairs = visible_tiles(mask, T, S, tile)
+    return jax.lax.scan(one, results(q_tiles, k_tiles, tile), (pairs[:, 0], pairs[:, 1]))[0]
+
+
+def _id_range(segment_ids, real):
+    """[B] the smallest and the largest id of each row's real tokens."""
+    limits = jnp.iinfo(segment_ids.dtype)
+    low = jnp.min(jnp.where(real, segment_ids, limits.max), axis=1)
+    return low, jnp.max(jnp.where(real, segment_ids, limits.min), axis=1)
+
+
 def _tiled_forward(mask, queries, keys):
-    """Forward over tiles: for each tile of queries a running merge over the tiles of keys."""
-    (q, q_segments), T, S = queries, queries[0].shape[1], keys[0].shape[1]
-    if T <= TILE and S <= TILE:
-        return _tile_forward(q, q_segments, *keys, mask.visible(jnp.arange(T), jnp.arange(S)))
+    """Forward over tiles: of each tile of queries a running merge over the tiles of keys that it sees."""
+    (q, _), T, S = queries, queries[0].shape[1], keys[0].shape[1]
+    if max(T, S) <= _tile_size(mask):
+        return _tile_forward(*queries, *keys, mask.visible(jnp.arange(T), jnp.arange(S)))
     B, _, H, D = q.shape
-    key_tiles = tuple(_tiles(x, TILE) for x in keys)
-    j0 = jnp.arange(0, key_tiles[0].shape[0] * TILE, TILE)
+    dtype = accumulator(q)
 
-    def for_queries(tile):
-        i0, q, q_segments = tile
+    def nothing(q_tiles, _, tile):
+        n = len(q_tiles[0])
+        return jnp.zeros((n, B, tile, H, D), dtype), jnp.full((n, B, H, tile), EMPTY, dtype)
 
-        def add(parts, tile):
-            j0, k, v, k_segments = tile
-            j = j0 + jnp.arange(TILE)
-            visible = mask.visible(i0 + jnp.arange(TILE), j) & (j < S)
-            return merge(parts, _tile_forward(q, q_segments, k, v, k_segments, visible)), None
+    def add(parts, i, _, queries, keys, visible):
+        merged = merge(tuple(x[i] for x in parts), _tile_forward(*queries, *keys, visible))
+        return tuple(x.at[i].set(y) for x, y in zip(parts, merged, strict=True))
 
-        dtype = accumulator(q)
-        nothing = (jnp.zeros((B, TILE, H, D), dtype), jnp.full((B, H, TILE), EMPTY, dtype))
-        return jax.lax.scan(add, nothing, (j0, *key_tiles))[0]
-
-    q_tiles = _tiles(q, TILE)
-    i0 = jnp.arange(0, q_tiles.shape[0] * TILE, TILE)
-    o, lse = jax.lax.map(for_queries, (i0, q_tiles, _tiles(q_segments, TILE)))
+    o, lse = _over_tiles(mask, queries, keys, nothing, add)
     return _untile(o, T), _untile(lse.swapaxes(2, 3), T).swapaxes(1, 2)
 
 
@@ -154,27 +214,17 @@ def _tile_backward(q, q_segments, do, lse, delta, k, v, k_segments, visible):
 
 def _tiled_backward(mask, queries, keys):
     T, S = queries[0].shape[1], keys[0].shape[1]
-    if T <= TILE and S <= TILE:
+    if max(T, S) <= _tile_size(mask):
         return _tile_backward(*queries, *keys, mask.visible(jnp.arange(T), jnp.arange(S)))
-    q_tiles, key_tiles = (tuple(_tiles(x, TILE) for x in xs) for xs in (queries, keys))
-    i0, j0 = (jnp.arange(0, x[0].shape[0] * TILE, TILE) for x in (q_tiles, key_tiles))
 
-    def for_keys(dq, tile):
-        j0, *key_tile = tile
-        j = j0 + jnp.arange(TILE)
+    def zeros(q_tiles, k_tiles, _):
+        return tuple(jnp.zeros(x.shape, accumulator(x)) for x in (q_tiles[0], *k_tiles[:2]))
 
-        def add(dkv, tile):
-            i0, *query_tile = tile
-            i = i0 + jnp.arange(TILE)
-            visible = mask.visible(i, j) & (i < T)[:, None] & (j < S)
-            dq, dk, dv = _tile_backward(*query_tile, *key_tile, visible)
-            return (dkv[0] + dk, dkv[1] + dv), dq
+    def add(grads, i, j, queries, keys, visible):
+        more = _tile_backward(*queries, *keys, visible)
+        return tuple(x.at[n].add(y) for x, n, y in zip(grads, (i, j, j), more, strict=True))
 
-        zeros = jnp.zeros(key_tile[0].shape, accumulator(key_tile[0]))
-        dkv, dq_tiles = jax.lax.scan(add, (zeros, zeros), (i0, *q_tiles))
-        return dq + dq_tiles, dkv
-
-    dq, (dk, dv) = jax.lax.scan(for_keys, jnp.zeros(q_tiles[0].shape, accumulator(queries[0])), (j0, *key_tiles))
+    dq, dk, dv = _over_tiles(mask, queries, keys, zeros, add)
     return _untile(dq, T), _untile(dk, S), _untile(dv, S)
 
 
@@ -186,8 +236,8 @@ def _use_splash(q, k) -> bool:
 
 
 @functools.lru_cache
-def _splash_kernel(mask: Mask, T: int, S: int, heads: int):
-    """The kernel's mask tables and block sizes; the tables are numpy work, done once a shape."""
+def _splash_kernel(mask: Mask, T: int, S: int, heads: int, interpret: bool):
+    """The kernel's mask tables and block sizes; the tables are numpy work, done once for each shape."""
     bq, bk = (next(b for b in (512, 256, LANES) if n % b == 0) for n in (T, S))
     left = None if mask.window is None else mask.window - 1
     right = None if mask.nearest is None else -mask.nearest
@@ -220,7 +270,7 @@ def _splash_kernel(mask: Mask, T: int, S: int, heads: int):
         attn_logits_soft_cap=None,
         residual_checkpoint_name=None,
         mask_function=function,
-        interpret=False,
+        interpret=interpret,
     )
 
 
@@ -229,7 +279,7 @@ def _heads_first(x):
 
 
 def _splash_forward(q, k, v, q_segments, k_segments, mask):
-    kernel = _splash_kernel(mask, q.shape[1], k.shape[1], q.shape[2])
+    kernel = _splash_kernel(mask, q.shape[1], k.shape[1], q.shape[2], interpret=backend() != "tpu")
 
     def row(q, k, v, q_segments, k_segments):
         return kernel(q, k, v, splash.SegmentIds(q_segments, k_segments))
@@ -240,7 +290,7 @@ def _splash_forward(q, k, v, q_segments, k_segments, mask):
 
 
 def _splash_backward(q, k, v, q_segments, k_segments, mask, o, lse, do):
-    kernel = _splash_kernel(mask, q.shape[1], k.shape[1], q.shape[2])
+    kernel = _splash_kernel(mask, q.shape[1], k.shape[1], q.shape[2], interpret=backend() != "tpu")
     options = {n: kernel.kwargs[n] for n in ("mask_value", "is_mqa", "block_sizes", "mask_function", "attn_logits_soft_cap")}
     scale = q.shape[-1] ** -0.5
 
@@ -248,7 +298,12 @@ def _splash_backward(q, k, v, q_segments, k_segments, mask, o, lse, do):
         ids = splash.SegmentIds(q_segments, k_segments)
         residuals = (q, k, v, ids, None, o, lse, kernel.dq_mask_info, kernel.dkv_mask_info)
         grads = splash._splash_attention_bwd(
-            save_residuals=False, residual_checkpoint_name=None, interpret=False, res=residuals, do=do, **options
+            save_residuals=False,
+            residual_checkpoint_name=None,
+            interpret=kernel.kwargs["interpret"],
+            res=residuals,
+            do=do,
+            **options,
         )
         return grads[3:6]
 

@@ -17,10 +17,9 @@ from jax.sharding import Mesh, NamedSharding
 from hybrid_jax.config import PARAMETER_KEYS, ModelConfig
 from hybrid_jax.data.layout import abstract_batch
 from hybrid_jax.flops import traced_flops
-from hybrid_jax.layers.attention import KVCache
 from hybrid_jax.model import abstract_decoder
 from hybrid_jax.parallel.mesh import BATCH_AXES, check_mesh_fits
-from hybrid_jax.parallel.sharding import TOKENS, partition_spec
+from hybrid_jax.parallel.sharding import TOKENS, parameter_sharding, partition_spec
 from hybrid_jax.parameters import abstract_parameters, join_model, logical_axes
 from hybrid_jax.plan.wire import wire_bytes
 from hybrid_jax.train.arrangement import TEACHER, Arrangement, parameter_shardings
@@ -174,18 +173,11 @@ def decoding_program(job: Job, mesh: Mesh) -> Program:
     parameters = _with(parameter_shardings(mesh, shapes, logical_axes(model)), shapes)
     states = jax.eval_shape(lambda: model.init_state(job.rows, job.seq_len))
 
-    def place(axes):
-        return lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, partition_spec(mesh, axes[: x.ndim])))
+    def place(x, axes):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parameter_sharding(mesh, "a decoding state", x.shape, axes))
 
-    def one(state):
-        if isinstance(state, KVCache):
-            heads, slots = place(("batch", None, "kv_heads", None)), place(("batch", None))
-            return jax.tree.map(lambda x: heads(x) if x.ndim == 4 else slots(x), state)
-        recurrent, tail = place(("batch", "heads", None, None)), place(("batch", None, "heads"))
-        return jax.tree.map(lambda x: recurrent(x) if x.ndim == 4 else tail(x), state)
-
-    states = jax.tree.map(one, states, is_leaf=lambda x: isinstance(x, KVCache))
-    ids = place(("batch", None))(jax.ShapeDtypeStruct((job.rows, 1), jnp.int32))
+    states = jax.tree.map(place, states, model.state_axes())
+    ids = place(jax.ShapeDtypeStruct((job.rows, 1), jnp.int32), ("batch", None))
 
     def step(states, parameters, ids, positions):
         decoder = join_model(structure, parameters)

@@ -8,13 +8,19 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
+from jax.sharding import PartitionSpec as P
 
 from hybrid_jax.families import config_from_hf, config_to_hf
 from hybrid_jax.families.public import PUBLIC
 from hybrid_jax.flops import traced_flops
 from hybrid_jax.hardware import accelerator, device_count
+from hybrid_jax.layers.mamba2 import Mamba2, Mamba2State
+from hybrid_jax.parallel import attention_block
+from hybrid_jax.parallel.attention_block import FULL, Mask
+from hybrid_jax.parallel.mesh import abstract_mesh
 from hybrid_jax.plan.planner import make_plan, meshes, spread_pattern, torus_meshes
-from hybrid_jax.plan.program import Job, abstract_parameters, state_bytes
+from hybrid_jax.plan.program import Job, abstract_parameters, decoding_program, state_bytes
 from hybrid_jax.plan.wire import wire_bytes
 from tests.conftest import tiny_config
 
@@ -33,6 +39,45 @@ def test_flops_count_loops_and_branches_and_kernels():
     assert traced_flops(lambda w: jax.lax.ragged_dot(x, w, sizes), jnp.zeros((2, 8, 6))) == 2 * 4 * 8 * 6
     f = jax.checkpoint(lambda w: jnp.sum((x @ w) ** 2))
     assert traced_flops(jax.grad(f), jnp.zeros((8, 6))) == 3 * 2 * 4 * 8 * 6  # forward, again, and the weights' gradient
+
+
+def test_flops_of_a_pallas_kernel_are_those_of_every_step_of_its_grid():
+    def kernel(x, y, o):
+        o[...] = x[...] @ y[...]
+
+    rows, whole = pl.BlockSpec((8, 16), lambda i, j: (i, 0)), pl.BlockSpec((16, 128), lambda i, j: (0, j))
+    tiled = pl.pallas_call(
+        kernel,
+        grid=(3, 2),
+        in_specs=[rows, whole],
+        out_specs=pl.BlockSpec((8, 128), lambda i, j: (i, j)),
+        out_shape=jax.ShapeDtypeStruct((24, 256), jnp.float32),
+    )
+    assert traced_flops(tiled, jnp.zeros((24, 16)), jnp.zeros((16, 256))) == 2 * 24 * 16 * 256
+
+
+def test_flops_are_those_of_every_device_of_a_mesh():
+    def local(x, w):
+        return x @ w
+
+    mesh = abstract_mesh({"fsdp": 4, "tensor": 2})
+    cut = jax.shard_map(local, mesh=mesh, in_specs=(P("fsdp"), P(None, "tensor")), out_specs=P("fsdp", "tensor"), check_vma=False)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert traced_flops(cut, jnp.zeros((16, 8)), jnp.zeros((8, 6))) == 2 * 16 * 8 * 6
+
+
+@pytest.mark.parametrize("mask, tiles", [(Mask(), 10), (FULL, 16)])
+def test_flops_of_splash_attention_leave_out_what_a_causal_mask_hides(monkeypatch, mask, tiles):
+    """2048 tokens are 4 x 4 tiles of 512, of which 10 are on the diagonal or below it; 3 query heads of 128 numbers."""
+    monkeypatch.setattr(attention_block, "_use_splash", lambda q, k: True)
+    q, ids = jnp.zeros((1, 2048, 3, 128), jnp.bfloat16), jnp.ones((1, 2048), jnp.int32)
+    product = 2 * 3 * 512 * 512 * 128
+    forward = traced_flops(lambda q: attention_block.block_forward(q, q, q, ids, ids, mask), q)
+    lse = jnp.zeros((1, 3, 2048))
+    backward = traced_flops(lambda q: attention_block.block_backward(q, q, q, ids, ids, mask, q, lse, q), q)
+    assert forward == 2 * tiles * product  # scores and values
+    rows = 2 * 3 * 2048 * 128  # o times its cotangent, summed
+    assert backward == 7 * tiles * product + rows  # kernels for dk and dv, for dq; both make the scores and their gradient
 
 
 HLO = """
@@ -62,6 +107,30 @@ ENTRY %main (a: bf16[4,8]) -> bf16[4,8] {
 def test_bytes_on_the_wire_are_read_from_hlo_with_loops_multiplied_out():
     want = {"all-gather": 6 * 48, "collective-permute": 6 * 64, "all-reduce": 2 * 48, "reduce-scatter": 48}
     assert wire_bytes(HLO) == want
+
+
+ASYNCHRONOUS = {
+    # two arrays gathered by one instruction, 1024 -> 4096 elements each: three quarters of 2 x 8192 bytes
+    "((bf16[1024]{0}, bf16[1024]{0}), (bf16[4096]{0}, bf16[4096]{0})) all-gather-start(%a, %b)": 12288,
+    "(bf16[1024]{0}, bf16[4096]{0}) all-gather-start(%a)": 6144,
+    "(f32[4096]{0:T(1024)}, f32[4096]{0:T(1024)}) all-reduce-start(%a, %b)": 2 * 2 * 12288,
+    "f32[4096]{0} all-reduce-start(%a)": 2 * 12288,
+    "(f32[4096]{0}, f32[4096]{0}) all-reduce(%a, %b)": 2 * 2 * 12288,
+    "((f32[4096]{0}, f32[64]{0}), (f32[1024]{0}, f32[16]{0}), s32[]) reduce-scatter-start(%a, %b)": 12288 + 192,
+    "(f32[1024]{0}, f32[16]{0}) reduce-scatter(%a, %b)": 12288 + 192,
+    "((f32[64]{0}, bf16[32]{0}), (f32[64]{0}, bf16[32]{0}), u32[], u32[]) collective-permute-start(%a, %b)": 320,
+    "(f32[64]{0}, f32[64]{0}, u32[], u32[]) collective-permute-start(%a)": 256,
+    "((f32[64]{0}), f32[64]{0}, u32[]) all-to-all-start(%a)": 192,
+    "(f8e4m3fn[64]{0}, f8e5m2[64]{0}, pred[64]{0}) all-to-all(%a, %b, %c)": 144,
+}
+
+
+@pytest.mark.parametrize("groups", ["replica_groups={{0,1,2,3}}", "replica_groups={}", "replica_groups=[2,4]<=[8]"])
+def test_every_array_of_a_collective_is_counted_once(groups):
+    partitions = 4 if groups.endswith("={}") else 8
+    for line, want in ASYNCHRONOUS.items():
+        hlo = f"HloModule jit_f, num_partitions={partitions}\n\nENTRY %main (p: f32[1]) -> f32[1] {{\n  %x = {line}, {groups}\n}}\n"
+        assert sum(wire_bytes(hlo).values()) == want, line
 
 
 # Parameters as the models' cards state them, in billions.
@@ -139,6 +208,38 @@ def test_gpus_are_answered_by_formula_and_say_so():
     plan = make_plan(Job(config, "train", 8192, 0), "h100:2")
     assert not plan.compiled and "not compiled" in plan.note and plan.fits is False
     assert make_plan(Job(config, "train", 8192, 0), "h100:64").fits
+
+
+def states_by_device(pattern, sizes):
+    """Of a decoding step's states: (whole shape, a device's shape) by path."""
+    program = decoding_program(Job(tiny_config(pattern, vocab_size=64), "decode", 32, 4), abstract_mesh(sizes))
+    return {
+        jax.tree_util.keystr(path): (x.shape, x.sharding.shard_shape(x.shape))
+        for path, x in jax.tree_util.tree_leaves_with_path(program.arguments[0])
+    }
+
+
+def test_decode_states_are_cut_by_the_axes_that_their_mixers_declare():
+    """Rows over fsdp, heads and channels of heads over tensor; slots, windows and head dimensions not at all."""
+    found = states_by_device("*-GKA-GDN-M2-SWA-BMF", {"fsdp": 2, "tensor": 2})
+    assert len(found) == 5 + 5 + 4 + 2 + 5 + (5 + 5 + 5)
+    for path, (shape, local) in found.items():
+        cut = [i for i, (a, b) in enumerate(zip(shape, local, strict=True)) if a != b]
+        heads = [1] if path.endswith((".h_kk", ".h_kv", ".S")) else [2] if path.endswith((".k", ".v", "conv")) else []
+        assert cut == ([0, *heads] if shape else []), path
+
+
+def test_a_state_of_any_rank_is_cut_as_it_says(monkeypatch):
+    """A diagonal state-space state [B, D, N], channels over tensor, and a state of five axes with heads third."""
+    axes = Mamba2State(("batch", None, "heads", None, None), ("batch", "heads", None))
+
+    def states(self, batch, max_length, dtype):
+        return Mamba2State(jnp.zeros((batch, 3, 4, 2, 2)), jnp.zeros((batch, 8, 16)))
+
+    monkeypatch.setattr(Mamba2, "init_state", states)
+    monkeypatch.setattr(Mamba2, "state_axes", lambda self: axes)
+    found = states_by_device("*-M2", {"fsdp": 2, "tensor": 2})
+    assert found["[1].S"] == ((4, 3, 4, 2, 2), (2, 3, 2, 2, 2)) and found["[1].conv"] == ((4, 8, 16), (2, 4, 16))
 
 
 PROGRAM = """
