@@ -47,12 +47,11 @@ class Arrangement:
         runs = training_runs(model.config, self.chosen)
         self.names = stacked_names(model.config, runs)
         self.structure, self.axes = stacked_structure(model, runs)
-        self.stacked = frozenset(n for n, olds in self.names.items() if len(olds) > 1)
         self.copied = self._taught() if phase.objective == "distill" else frozenset()
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        return make_optimizer(self.phase, self.stacked)
+        return make_optimizer(self.phase)
 
     def _taught(self) -> frozenset[str]:
         """The parameters that train and that the teacher reads too: of those it needs copies that stay."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a phase, by orbax: parameters, optimizer state, the run's health and the data iterator's state at a step."""
+"""Checkpoints of a phase, by orbax: of a step the state, and beside it the data iterator's and the logging interval's."""
 
 from __future__ import annotations
 
@@ -51,20 +51,20 @@ class Checkpoints:
         self.directory = directory.absolute()
         self.manager = ocp.CheckpointManager(self.directory, options=options)
 
-    def save(self, step: int, state: TrainState, data_state: dict):
-        """Starts saving; an error of the save before this one is raised here.
+    def save(self, step: int, state: TrainState, beside: dict):
+        """Starts saving the state, and as JSON what is `beside` it; an error of the save before this one is raised here.
 
         Raises:
           OSError: the last save failed (disk full, directory gone).
         """
         self.manager.save(
             step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(_as_dict(state)), data=ocp.args.JsonSave(data_state)),
+            args=ocp.args.Composite(state=ocp.args.StandardSave(_as_dict(state)), data=ocp.args.JsonSave(beside)),
             force=True,
         )
 
     def restore_latest(self, like: TrainState) -> tuple[int, TrainState, dict] | None:
-        """(step, state, the data iterator's state) of the newest checkpoint that can be read; None if there never was one.
+        """(step, state, what was saved beside it) of the newest checkpoint that can be read; None if there never was one.
 
         The state comes in the shapes and shardings of `like`, whatever mesh, devices and processes saved it. One that can not be
         read is left out with a warning and removed, so that its step can be saved again.
