@@ -30,7 +30,9 @@ from hybrid_jax.convert import (
     write_model,
 )
 from hybrid_jax.data import load_tokenizer, read_corpus, read_sources
+from hybrid_jax.data.corpus import SYNTHETIC
 from hybrid_jax.data.documents import load_documents, pieces, split_documents
+from hybrid_jax.data.pipeline import sources_of
 from hybrid_jax.data.teacher_cache import TeacherCache
 from hybrid_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from hybrid_jax.data.tokens import is_prepared
@@ -66,7 +68,23 @@ def phases_of_config(config: ConfigDict) -> list[tuple[str, Phase]]:
     missing = [name for name in config.schedule if name not in config.phases]
     if missing:
         raise ValueError(f"config.schedule names {missing[0]!r}, config.phases has {', '.join(config.phases) or 'none'}")
-    return [(name, Phase.from_config(name, config.phases[name])) for name in config.schedule]
+    twice = [name for n, name in enumerate(config.schedule) if name in config.schedule[:n]]
+    if twice:
+        raise ValueError(
+            f"config.schedule names {twice[0]!r} twice, but checkpoints and metrics go by the phase's name; add a phase with the "
+            "same values under another name to config.phases and schedule that one"
+        )
+    phases = [(name, Phase.from_config(name, config.phases[name])) for name in config.schedule]
+    known = (*read_sources(config.data.to_dict()), *SYNTHETIC)
+    for name, phase in phases:
+        mix = mix_of(config, phase)
+        try:
+            unknown = sorted(set(sources_of(mix)) - set(known))
+        except ValueError as e:
+            raise ValueError(f"phase {name!r}: {e}") from None
+        if unknown:
+            raise ValueError(f"phase {name!r} mixes the unknown data source {unknown[0]!r}; known: {', '.join(known)}")
+    return phases
 
 
 def _check_data(config: ConfigDict):
