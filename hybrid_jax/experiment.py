@@ -2,11 +2,12 @@
 
 A working directory holds
 
-    config.json       what is being run; another config in the same directory is refused
+    config.json       what is being run; another config in the same directory is refused, but for more steps (see `lengthen`)
     stages/NN_NAME/   a Hugging Face directory of each finished stage, 00_initial first
     checkpoints/NAME/ of the phase under way; of one done, if it has keep_every
     metrics.jsonl, tensorboard/, run.png
     model/            the outcome
+    before_lengthening/  outcomes of phases that were given more steps when they had ended
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from hybrid_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from hybrid_jax.data.tokens import is_prepared
 from hybrid_jax.families import config_from_hf, config_to_hf
 from hybrid_jax.files import check_new_directory, check_writable, new_directory
+from hybrid_jax.lengthen import lengthen_phases
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.distributed import barrier, is_first
 from hybrid_jax.parallel.mesh import check_mesh_fits, make_mesh
@@ -119,13 +121,15 @@ def _check_phases_fit(model_config: ModelConfig, config: ConfigDict, phases: lis
 
 
 def _claim(workdir: pathlib.Path, config: ConfigDict):
-    """Makes the working directory this config's, or checks that it is already; on which mesh may change.
+    """Makes the working directory this config's, or checks that it is already; meshes may change, and phases get more steps.
 
     Raises:
       ValueError: it belongs to another config. PermissionError: it can not be written any more.
     """
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True, default=list)
     record = workdir / "config.json"
+    stages = {name: stage_path(workdir, number, name) for number, name in enumerate(config.schedule, start=1)}
+    lengthen_phases(record, json.loads(text), stages, lambda old, new: _without_meshes(old) == _without_meshes(new))
     if record.exists():
         if _without_meshes(json.loads(record.read_text())) != _without_meshes(json.loads(text)):
             raise ValueError(f"{workdir} holds a run of another config (compare {record}); choose another --workdir, or remove it")

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hybrid_jax.files import check_new_directory, new_directory, write_text
-from hybrid_jax.report import phases_of
+from hybrid_jax.report import final_loss, phases_of
 
 KEYS = {"configs", "grid", "points", "evaluate"}
 STOPPED = 3  # the exit code of a run that can be resumed
@@ -120,7 +120,7 @@ def run_point(point: Point, out: pathlib.Path, evaluate: Mapping[str, Any]) -> d
     result = {"name": point.name, "config": point.config, "overrides": dict(point.overrides), "status": "done"}
     code, error = _command("prime", *point.arguments, f"--workdir={workdir}")
     if code == 0:
-        result["losses"] = {name: rows[-1]["loss"] for name, rows in phases_of(workdir).items()}
+        result["losses"] = {name: final_loss(rows) for name, rows in phases_of(workdir).items()}
         if evaluate:
             flags = [f"--{k.replace('_', '-')}={v}" for k, v in evaluate.items()]
             code, error = _command("evaluate", f"--model=it={workdir / 'model'}", f"--out={workdir / 'evaluation'}", *flags)

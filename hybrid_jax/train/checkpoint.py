@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import pathlib
 import re
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from hybrid_jax.files import unused
 from hybrid_jax.parallel.distributed import barrier, is_first
 
 READ_ERRORS = (ValueError, OSError, KeyError, TypeError)  # that orbax raises when it restores
@@ -122,7 +122,7 @@ class Checkpoints:
                     kind = OSError if may_pass(e) else ValueError
                     raise kind(
                         f"the checkpoint of step {step} in {self.directory} could not be read: {_reason(e)}; nothing was changed. "
-                        "If the cause has passed, the same command resumes; to resume from the checkpoint before, move this one away"
+                        "If the cause has passed, the same command resumes; to go on from the one before, move this one away"
                     ) from e
                 print(
                     f"the checkpoint of step {step} in {self.directory} is damaged and can not be read, trying the one before: "
@@ -157,8 +157,7 @@ class Checkpoints:
     def _set_aside(self, steps: Sequence[int]):
         if is_first():
             for step in steps:
-                names = (f"damaged-{step}{f'.{n}' if n else ''}" for n in itertools.count())
-                new = next(path for name in names if not (path := self.directory / name).exists())
+                new = unused(self.directory / f"damaged-{step}")
                 (self.directory / str(step)).rename(new)
                 print(f"the damaged checkpoint of step {step} is now {new}", flush=True)
         if steps:
