@@ -20,6 +20,7 @@ READ_ERRORS = (ValueError, OSError, KeyError, TypeError)  # that orbax raises wh
 WAITS = (1.0, 5.0, 25.0)  # seconds before each further attempt
 _STATUS = re.compile(r"[A-Z_]{5,}(?=: )")  # of TensorStore, at the beginning of a ValueError's message
 _DECODED_WRONG = ("DATA_LOSS", "OUT_OF_RANGE")  # a checksum or a header is wrong, a file is too short
+_UNDECODABLE = re.compile(r"Error decoding|corrupt|decompress")  # what was read is not what a writer writes
 
 
 def _status(error: Exception) -> str:
@@ -35,17 +36,18 @@ def _is_missing(error: Exception) -> bool:
 def is_damage(error: Exception) -> bool:
     """Whether an error of reading proves that the files are not those that were saved: missing, too short, or undecodable."""
     broken = isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)) or _status(error) in _DECODED_WRONG
-    return broken or _is_missing(error)
+    undecodable = isinstance(error, ValueError) and not _status(error) and bool(_UNDECODABLE.search(str(error)))
+    return broken or undecodable or _is_missing(error)
 
 
 def may_pass(error: Exception) -> bool:
     """Whether reading again may succeed: input and output, a network, a file that another host does not show yet."""
     status = _status(error)
-    return isinstance(error, OSError) or _is_missing(error) or bool(status and status not in (*_DECODED_WRONG, "INVALID_ARGUMENT"))
+    return isinstance(error, OSError) or _is_missing(error) or bool(status and status not in _DECODED_WRONG)
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return " ".join(str(error).split(" [tensorstore_spec")[0].split())[:600]
 
 
 class Health(NamedTuple):
