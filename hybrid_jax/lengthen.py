@@ -32,7 +32,7 @@ def lengthen_phases(record: pathlib.Path, new: dict, stages: Mapping[str, pathli
       same: whether two configs are of the same run.
 
     Raises:
-      ValueError: a finished phase can not be lengthened any more; says why and what to do.
+      ValueError: a finished phase cannot be lengthened any more; says why and what to do.
     """
     if not record.exists():
         return
@@ -81,10 +81,10 @@ def _check_can_go_on(name: str, phase: Phase, checkpoints: pathlib.Path, stages:
     names = list(stages)
     later = [n for n in names[names.index(name) + 1 :] if stages[n].exists() or _newest(checkpoints / n)]
     if later:
-        raise ValueError(f"phase {name!r} can not be lengthened: phase {later[0]!r} has been trained from its result; {advice}")
+        raise ValueError(f"phase {name!r} cannot be lengthened: phase {later[0]!r} has been trained from its result; {advice}")
     if _newest(checkpoints / name) < phase.steps:
         raise ValueError(
-            f"phase {name!r} can not be lengthened: it is finished, and its last checkpoint, which held the optimizer's state, was "
+            f"phase {name!r} cannot be lengthened: it is finished, and its last checkpoint, which held the optimizer's state, was "
             f"removed because phase.keep_every is {phase.keep_every}; {advice}. A phase with keep_every keeps it"
         )
 
