@@ -2,11 +2,12 @@
 
 A working directory holds
 
-    config.json       what is being run; another config in the same directory is refused
+    config.json       what is being run; another config in the same directory is refused, but for more steps (see `lengthen`)
     stages/NN_NAME/   a Hugging Face directory of each finished stage, 00_initial first
     checkpoints/NAME/ of the phase under way; of one done, if it has keep_every
     metrics.jsonl, tensorboard/, run.png
     model/            the outcome
+    before_lengthening/  outcomes of phases that were given more steps when they had ended
 """
 
 from __future__ import annotations
@@ -31,12 +32,15 @@ from hybrid_jax.convert import (
     write_model,
 )
 from hybrid_jax.data import load_tokenizer, read_corpus, read_sources
+from hybrid_jax.data.corpus import SYNTHETIC
 from hybrid_jax.data.documents import load_documents, pieces, split_documents
+from hybrid_jax.data.pipeline import sources_of
 from hybrid_jax.data.teacher_cache import TeacherCache
 from hybrid_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from hybrid_jax.data.tokens import is_prepared
 from hybrid_jax.families import config_from_hf, config_to_hf
 from hybrid_jax.files import check_new_directory, check_writable, new_directory
+from hybrid_jax.lengthen import lengthen_phases
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.distributed import barrier, is_first
 from hybrid_jax.parallel.mesh import check_mesh_fits, make_mesh
@@ -67,7 +71,23 @@ def phases_of_config(config: ConfigDict) -> list[tuple[str, Phase]]:
     missing = [name for name in config.schedule if name not in config.phases]
     if missing:
         raise ValueError(f"config.schedule names {missing[0]!r}, config.phases has {', '.join(config.phases) or 'none'}")
-    return [(name, Phase.from_config(name, config.phases[name])) for name in config.schedule]
+    twice = [name for n, name in enumerate(config.schedule) if name in config.schedule[:n]]
+    if twice:
+        raise ValueError(
+            f"config.schedule names {twice[0]!r} twice, but checkpoints and metrics go by the phase's name; add a phase with the "
+            "same values under another name to config.phases and schedule that one"
+        )
+    phases = [(name, Phase.from_config(name, config.phases[name])) for name in config.schedule]
+    known = (*read_sources(config.data.to_dict()), *SYNTHETIC)
+    for name, phase in phases:
+        mix = mix_of(config, phase)
+        try:
+            unknown = sorted(set(sources_of(mix)) - set(known))
+        except ValueError as e:
+            raise ValueError(f"phase {name!r}: {e}") from None
+        if unknown:
+            raise ValueError(f"phase {name!r} mixes the unknown data source {unknown[0]!r}; known: {', '.join(known)}")
+    return phases
 
 
 def _check_data(config: ConfigDict):
@@ -107,13 +127,15 @@ def _check_phases_fit(model_config: ModelConfig, config: ConfigDict, phases: lis
 
 
 def _claim(workdir: pathlib.Path, config: ConfigDict):
-    """Makes the working directory this config's, or checks that it is already; on which mesh may change.
+    """Makes the working directory this config's, or checks that it is already; meshes may change, and phases get more steps.
 
     Raises:
       ValueError: it belongs to another config. PermissionError: it can not be written any more.
     """
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True, default=list)
     record = workdir / "config.json"
+    stages = {name: stage_path(workdir, number, name) for number, name in enumerate(config.schedule, start=1)}
+    lengthen_phases(record, json.loads(text), stages, lambda old, new: _without_meshes(old) == _without_meshes(new))
     if record.exists():
         if _without_meshes(json.loads(record.read_text())) != _without_meshes(json.loads(text)):
             raise ValueError(f"{workdir} holds a run of another config (compare {record}); choose another --workdir, or remove it")

@@ -60,6 +60,12 @@ def new_directory(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
         raise
 
 
+def unused(path: pathlib.Path) -> pathlib.Path:
+    """`path`, or with .1, .2, ... after it, whichever is not there yet."""
+    names = (path, *(path.with_name(f"{path.name}.{n}") for n in range(1, 1000)))
+    return next(p for p in names if not p.exists())
+
+
 def write_text(path: str | pathlib.Path, text: str):
     """Puts a text file in place of what was there."""
     path = pathlib.Path(path)

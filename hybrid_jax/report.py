@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import pathlib
 
 import matplotlib
@@ -13,11 +15,12 @@ from rich.table import Table
 
 from hybrid_jax.train.metrics import read_metrics
 
-ALIGNED = "mixer_mse/"
+ALIGNED, SOURCE = "mixer_mse/", "loss/"
+STYLES = ("--", ":", "-.")  # of the lines of a phase's sources
 
 
 def phases_of(workdir: pathlib.Path) -> dict[str, list[dict]]:
-    """The logged steps of every phase, in order."""
+    """The logged intervals of every phase, in order; one in which no step counted has no losses."""
     found: dict[str, list[dict]] = {}
     for row in read_metrics(workdir):
         found.setdefault(row["phase"], []).append(row)
@@ -25,9 +28,20 @@ def phases_of(workdir: pathlib.Path) -> dict[str, list[dict]]:
 
 
 def alignment_of(rows: list[dict]) -> dict[int, tuple[float, float]]:
-    """Layer -> its mixer's mean squared error at the first and at the last logged step."""
-    names = [n for n in rows[0] if n.startswith(ALIGNED)]
-    return {int(n.removeprefix(ALIGNED)): (rows[0][n], rows[-1][n]) for n in names}
+    """Layer -> its mixer's mean squared error in the first and in the last logged interval."""
+    found = {int(n.removeprefix(ALIGNED)): values for n, (_, values) in curves_of(rows, ALIGNED).items()}
+    return {layer: (values[0], values[-1]) for layer, values in sorted(found.items())}
+
+
+def final_loss(rows: list[dict]) -> float:
+    """Of the last logged interval in which a step counted; NaN if none did."""
+    return next((row["loss"] for row in reversed(rows) if "loss" in row), math.nan)
+
+
+def curves_of(rows: list[dict], prefix: str) -> dict[str, tuple[list[int], list[float]]]:
+    """Metrics of a name that begins so -> (steps, values) of the intervals that have them."""
+    names = sorted({n for row in rows for n in row if n.startswith(prefix)})
+    return {n: tuple(zip(*((row["step"], row[n]) for row in rows if n in row), strict=True)) for n in names}
 
 
 def report_run(workdir: pathlib.Path):
@@ -37,13 +51,14 @@ def report_run(workdir: pathlib.Path):
         return
     table = Table("phase", "steps", "skipped", "loss", "mixer error", "tokens/s", title=str(workdir))
     for name, rows in phases.items():
-        first, last, aligned = rows[0], rows[-1], alignment_of(rows).values()
+        last, aligned = rows[-1], alignment_of(rows).values()
+        _, losses = curves_of(rows, "loss").get("loss", ((), ()))
         errors = [f"{sum(e) / len(aligned):.4g}" for e in zip(*aligned, strict=True)]
         table.add_row(
             name,
             f"{last['step']:,}",
             f"{last.get('skipped', 0):.0f}",
-            f"{first['loss']:.4f} → {last['loss']:.4f}",
+            f"{losses[0]:.4f} → {losses[-1]:.4f}" if losses else "–",
             " → ".join(errors) or "–",
             f"{last['tokens_per_second']:,.0f}" if "tokens_per_second" in last else "–",
         )
@@ -52,12 +67,18 @@ def report_run(workdir: pathlib.Path):
 
 
 def draw_run(phases: dict[str, list[dict]], path: pathlib.Path):
-    """Loss over all phases' steps; beside it every layer's alignment error before and after."""
+    """Loss over all phases' steps, of a mix each source's own too; beside it every layer's alignment error before and after."""
     aligned = {name: found for name, rows in phases.items() if (found := alignment_of(rows))}
     figure, axes = plt.subplots(1, 1 + len(aligned), figsize=(5.5 * (1 + len(aligned)), 4), constrained_layout=True, squeeze=False)
     begin = 0
-    for name, rows in phases.items():
-        axes[0, 0].plot([begin + r["step"] for r in rows], [r["loss"] for r in rows], label=name)
+    for number, (name, rows) in enumerate(phases.items()):
+        curves = curves_of(rows, "loss")
+        whole, color = curves.pop("loss", ((), ())), f"C{number}"
+        axes[0, 0].plot([begin + step for step in whole[0]], whole[1], label=name, color=color)
+        own = curves.items() if len(curves) > 1 else ()
+        for (source, (steps, values)), style in zip(own, itertools.cycle(STYLES), strict=False):
+            label = f"{name}: {source.removeprefix(SOURCE)}"
+            axes[0, 0].plot([begin + step for step in steps], values, style, label=label, color=color, linewidth=1)
         begin += rows[-1]["step"]
     axes[0, 0].set(xlabel="step", ylabel="loss", yscale="log")
     axes[0, 0].legend()

@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from hybrid_jax.files import check_new_directory, new_directory, write_text
-from hybrid_jax.report import phases_of
+from hybrid_jax.report import final_loss, phases_of
 
 KEYS = {"configs", "grid", "points", "evaluate"}
 EVALUATE_KEYS = {"text", "seq_len", "rows"}
@@ -162,7 +162,7 @@ def run_point(point: Point, out: pathlib.Path, evaluate: Mapping[str, Any]) -> d
     result = {"name": point.name, "config": point.config, "overrides": dict(point.overrides), "status": "done"}
     status, error = _command("prime", *point.arguments, f"--workdir={workdir}")
     if status == "done":
-        result["losses"] = {name: rows[-1]["loss"] for name, rows in phases_of(workdir).items()}
+        result["losses"] = {name: final_loss(rows) for name, rows in phases_of(workdir).items()}
         if evaluate:
             flags = [f"--{k.replace('_', '-')}={v}" for k, v in evaluate.items()]
             status, error = _command("evaluate", f"--model=it={workdir / 'model'}", f"--out={workdir / 'evaluation'}", *flags)

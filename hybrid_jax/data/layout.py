@@ -10,6 +10,7 @@ import numpy as np
 from hybrid_jax.parallel.sequence import positions_of, to_zigzag
 
 TEACHER = ("teacher_ids", "teacher_log_probabilities")
+SOURCE = "source"  # of a batch: which source every token comes from, by `pipeline.sources_of`
 
 
 def training_batch(rows: Mapping[str, np.ndarray], seq_devices: int = 1) -> dict[str, np.ndarray]:
@@ -17,12 +18,12 @@ def training_batch(rows: Mapping[str, np.ndarray], seq_devices: int = 1) -> dict
 
     Args:
       rows: `input_ids`, `segment_ids` [B,T] and `loss_weights` [B,T], the weight of predicting a token from those
-        before it; in order of time.
+        before it; in order of time. With `source` [B], the number of each row's source, the batch has it too.
       seq_devices: size of the mesh axis `seq`; above 1 the tokens come in its zig-zag order.
 
     Returns:
       [B,T] each: `input_ids`, `segment_ids`, `positions`, and for the token that follows each one `targets` and
-      `weights` (0 at a row's end); as they are, `TEACHER`'s [B,T,k] where the rows have them.
+      `weights` (0 at a row's end); where the rows have them, `SOURCE` [B,T], and as they are `TEACHER`'s [B,T,k].
     """
     ids, segments, weights = (np.asarray(rows[n]) for n in ("input_ids", "segment_ids", "loss_weights"))
     batch = {
@@ -33,6 +34,8 @@ def training_batch(rows: Mapping[str, np.ndarray], seq_devices: int = 1) -> dict
         "weights": np.pad(weights[:, 1:], ((0, 0), (0, 1))),
     }
     batch |= {name: rows[name] for name in TEACHER if name in rows}
+    if SOURCE in rows:
+        batch[SOURCE] = np.broadcast_to(np.asarray(rows[SOURCE], np.int32)[:, None], ids.shape)
     return {name: to_zigzag(x, seq_devices) for name, x in batch.items()}
 
 

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import grain
+import numpy as np
 
 from hybrid_jax.data.corpus import Corpus
 from hybrid_jax.data.teacher_cache import TeacherCache
@@ -31,6 +32,24 @@ class _Own:
         return self.dataset[step * self.batch_size + self.rows[n]]
 
 
+def sources_of(mix: Mapping[str, float]) -> tuple[str, ...]:
+    """The sources that give rows; a batch's `source` numbers them in this order.
+
+    Raises:
+      ValueError: no positive share, or a negative one.
+    """
+    found = {name: share for name, share in sorted(mix.items()) if share}
+    if not found or min(found.values()) < 0:
+        raise ValueError(f"data.mix needs at least one positive share and no negative one, got {dict(mix)}")
+    return tuple(found)
+
+
+def _numbered(source, number: int, seed: int) -> grain.MapDataset:
+    """The rows of a source in random order, again and again, each with the source's number."""
+    rows = grain.MapDataset.source(source).shuffle(seed=seed + number).repeat()
+    return rows.map(lambda row: {**row, "source": np.int32(number)})
+
+
 def training_batches(
     corpus: Corpus,
     mix: Mapping[str, float],
@@ -43,7 +62,7 @@ def training_batches(
     threads: int = 1,
     teacher_cache: str = "",
 ):
-    """An endless, checkpointable iterator of batches {input_ids, segment_ids, loss_weights} [rows, length].
+    """An endless, checkpointable iterator of batches {input_ids, segment_ids, loss_weights} [rows, length], {source} [rows].
 
     Args:
       mix: source name -> share of the rows; shares need not sum to one, zeros are left out.
@@ -56,12 +75,9 @@ def training_batches(
     Raises:
       ValueError: an unknown source, or no positive share.
     """
-    shares = {name: share for name, share in sorted(mix.items()) if share}
-    if not shares or min(shares.values()) < 0:
-        raise ValueError(f"data.mix needs at least one positive share and no negative one, got {dict(mix)}")
-    sources = [corpus.rows(name, length, seed, answer_weight) for name in shares]
-    parts = [grain.MapDataset.source(source).shuffle(seed=seed + n).repeat() for n, source in enumerate(sources)]
-    mixed = grain.MapDataset.mix(parts, weights=list(shares.values()))
+    names = sources_of(mix)
+    sources = [corpus.rows(name, length, seed, answer_weight) for name in names]
+    mixed = grain.MapDataset.mix([_numbered(s, n, seed) for n, s in enumerate(sources)], weights=[mix[name] for name in names])
     rows = tuple(range(batch_size) if rows is None else rows)
     batches = grain.MapDataset.source(_Own(mixed, batch_size, rows)).batch(len(rows), drop_remainder=True)
     if teacher_cache:

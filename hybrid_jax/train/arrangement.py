@@ -67,7 +67,6 @@ class Arrangement:
         runs = training_runs(model.config, self.chosen)
         self.names = stacked_names(model.config, runs)
         self.structure, self.axes = stacked_structure(model, runs)
-        self.stacked = frozenset(n for n, olds in self.names.items() if len(olds) > 1)
         self.copied, self.teacher_structure = frozenset(), None
         if OBJECTIVES[phase.objective].two_streams:
             self._arrange_teacher(model, teacher, runs)
@@ -88,7 +87,7 @@ class Arrangement:
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        return make_optimizer(self.phase, self.stacked)
+        return make_optimizer(self.phase)
 
     def split(self, parameters: Parameters) -> tuple[Parameters, Parameters]:
         """(those that train, the frozen ones), by the model's own names."""

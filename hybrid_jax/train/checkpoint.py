@@ -1,13 +1,53 @@
-"""Checkpoints of a phase, by orbax: parameters, optimizer state, the run's health and the data iterator's state at a step."""
+"""Checkpoints of a phase, by orbax: of a step the state, and beside it the data iterator's and the logging interval's."""
 
 from __future__ import annotations
 
+import json
 import pathlib
+import re
+import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+
+from hybrid_jax.files import unused
+from hybrid_jax.parallel.distributed import barrier, is_first
+
+READ_ERRORS = (ValueError, OSError, KeyError, TypeError)  # that orbax raises when it restores
+WAITS = (1.0, 5.0, 25.0)  # seconds before each further attempt
+_STATUS = re.compile(r"[A-Z_]{5,}(?=: )")  # of TensorStore, at the beginning of a ValueError's message
+_DECODED_WRONG = ("DATA_LOSS", "OUT_OF_RANGE")  # a checksum or a header is wrong, a file is too short
+_UNDECODABLE = re.compile(r"Error decoding|corrupt|decompress")  # what was read is not what a writer writes
+
+
+def _status(error: Exception) -> str:
+    found = _STATUS.match(str(error))
+    return found.group() if found else ""
+
+
+def _is_missing(error: Exception) -> bool:
+    absent = isinstance(error, KeyError) and "was not found in the checkpoint" in str(error)
+    return absent or isinstance(error, FileNotFoundError) or _status(error) == "NOT_FOUND"
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether an error of reading proves that the files are not those that were saved: missing, too short, or undecodable."""
+    broken = isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)) or _status(error) in _DECODED_WRONG
+    undecodable = isinstance(error, ValueError) and not _status(error) and bool(_UNDECODABLE.search(str(error)))
+    return broken or undecodable or _is_missing(error)
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether reading again may succeed: input and output, a network, a file that another host does not show yet."""
+    status = _status(error)
+    return isinstance(error, OSError) or _is_missing(error) or bool(status and status not in _DECODED_WRONG)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split(" [tensorstore_spec")[0].split())[:600]
 
 
 class Health(NamedTuple):
@@ -51,43 +91,49 @@ class Checkpoints:
         self.directory = directory.absolute()
         self.manager = ocp.CheckpointManager(self.directory, options=options)
 
-    def save(self, step: int, state: TrainState, data_state: dict):
-        """Starts saving; an error of the save before this one is raised here.
+    def save(self, step: int, state: TrainState, beside: dict):
+        """Starts saving the state, and as JSON what is `beside` it; an error of the save before this one is raised here.
 
         Raises:
           OSError: the last save failed (disk full, directory gone).
         """
         self.manager.save(
             step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(_as_dict(state)), data=ocp.args.JsonSave(data_state)),
+            args=ocp.args.Composite(state=ocp.args.StandardSave(_as_dict(state)), data=ocp.args.JsonSave(beside)),
             force=True,
         )
 
     def restore_latest(self, like: TrainState) -> tuple[int, TrainState, dict] | None:
-        """(step, state, the data iterator's state) of the newest checkpoint that can be read; None if there never was one.
+        """(step, state, what was saved beside it) of the newest checkpoint that is not damaged; None if there never was one.
 
-        The state comes in the shapes and shardings of `like`, whatever mesh, devices and processes saved it. One that can not be
-        read is left out with a warning and removed, so that its step can be saved again.
+        The state comes in the shapes and shardings of `like`, whatever mesh, devices and processes saved it. Damaged ones (see
+        `is_damage`) are passed over with a warning; when an older one has been read they are renamed to `damaged-STEP`, so that
+        their steps can be saved again. Nothing is ever deleted.
 
         Raises:
-          ValueError: there are checkpoints and none can be read.
+          ValueError: there are checkpoints and all are damaged, or one holds other parameters than `like`.
+          OSError: one could not be read, now, for a reason other than damage; it is left as it is.
         """
-        steps = sorted(self.manager.all_steps(), reverse=True)
+        steps, damaged = sorted(self.manager.all_steps(), reverse=True), []
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_dict(like))
         for step in steps:
             try:
-                got = self.manager.restore(
-                    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore())
-                )
-            except (ValueError, OSError, KeyError, TypeError) as e:
-                reason = " ".join(str(e).split())[:300]
+                got = self._read(step, target)
+            except READ_ERRORS as e:
+                if not is_damage(e):
+                    kind = OSError if may_pass(e) else ValueError
+                    raise kind(
+                        f"the checkpoint of step {step} in {self.directory} could not be read: {_reason(e)}; nothing was changed. "
+                        "If the cause has passed, the same command resumes; to go on from the one before, move this one away"
+                    ) from e
                 print(
-                    f"the checkpoint of step {step} in {self.directory} can not be read, trying the one before: {reason}",
+                    f"the checkpoint of step {step} in {self.directory} is damaged and can not be read, trying the one before: "
+                    f"{_reason(e)}",
                     flush=True,
                 )
+                damaged.append(step)
                 continue
-            for bad in (s for s in steps if s > step):
-                self.manager.delete(bad)
+            self._set_aside(damaged)
             state = {**got["state"], "health": Health(**got["state"]["health"])}
             return step, TrainState(**state), got["data"]
         if steps:
@@ -96,6 +142,29 @@ class Checkpoints:
                 "the directory to begin the phase anew"
             )
         return None
+
+    def _read(self, step: int, target):
+        """What a checkpoint holds; tries again after an error that may pass."""
+        for wait in (*WAITS, None):
+            try:
+                return self.manager.restore(
+                    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore())
+                )
+            except READ_ERRORS as e:
+                if wait is None or not may_pass(e):
+                    raise
+                print(f"reading the checkpoint of step {step} failed, again in {wait:.0f} s: {_reason(e)}", flush=True)
+                time.sleep(wait)
+
+    def _set_aside(self, steps: Sequence[int]):
+        if is_first():
+            for step in steps:
+                new = unused(self.directory / f"damaged-{step}")
+                (self.directory / str(step)).rename(new)
+                print(f"the damaged checkpoint of step {step} is now {new}", flush=True)
+        if steps:
+            barrier("set damaged checkpoints aside")
+            self.manager.reload()
 
     def close(self):
         """Waits for the last save.
@@ -131,4 +200,4 @@ def restore_trainable(
         with ocp.CheckpointManager(directory.absolute(), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
             return manager.restore(step, args=ocp.args.Composite(state=wanted))["state"]["trainable"]
     except (ValueError, OSError, KeyError, TypeError) as e:
-        raise ValueError(f"the checkpoint of step {step} in {directory} can not be read: {' '.join(str(e).split())[:300]}") from e
+        raise ValueError(f"the checkpoint of step {step} in {directory} can not be read: {_reason(e)}") from e

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from hybrid_jax.data import Corpus, training_batches
 from hybrid_jax.data.layout import training_batch
+from hybrid_jax.data.pipeline import sources_of
 from hybrid_jax.data.teacher_cache import TeacherCache
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.distributed import whole_array
@@ -24,10 +25,10 @@ from hybrid_jax.stopped import Stopped
 from hybrid_jax.train.arrangement import Arrangement
 from hybrid_jax.train.checkpoint import Checkpoints
 from hybrid_jax.train.health import first_bad
+from hybrid_jax.train.interval import LATEST, Interval
 from hybrid_jax.train.meter import Meter
 from hybrid_jax.train.metrics import MetricWriter, NoMetrics, progress_bar
 from hybrid_jax.train.objectives import OBJECTIVES
-from hybrid_jax.train.optimizer import learning_rate_schedule
 from hybrid_jax.train.phase import Phase
 from hybrid_jax.train.placement import flag, in_mesh, own_rows, to_mesh
 from hybrid_jax.train.profile import Profile
@@ -74,7 +75,7 @@ def _source(model: Decoder, phase: Phase, teacher: Callable[[], Decoder] | None)
 
 def told(values: dict[str, float]) -> str:
     """The few numbers beside the progress bar."""
-    parts = [f"loss {values['loss']:.4f}"]
+    parts = [f"loss {values['loss']:.4f}"] if "loss" in values else []
     if "tokens_per_second" in values:
         parts.append(f"{values['tokens_per_second']:,.0f} tok/s")
     if "mfu" in values:
@@ -139,18 +140,22 @@ def train_phase(
     if phase.teacher_cache:
         TeacherCache(phase.teacher_cache, **described).check(phase.steps)
     batches = training_batches(corpus, **described, rows=rows, teacher_cache=phase.teacher_cache)
-    checkpoints = Checkpoints(directory, phase.keep, phase.keep_every)
+    checkpoints, interval = Checkpoints(directory, phase.keep, phase.keep_every), Interval(sources_of(mix))
     done = saved = 0
     if (found := checkpoints.restore_latest(state)) is not None:
-        done, state, data_state = found
+        done, state, saved_beside = found
         saved = done
-        batches.set_state(data_state)
+        batches.set_state(saved_beside["rows"])
+        interval.set_state(saved_beside["interval"])
         print(f"{name}: resumed at step {done}", flush=True)
-    step_fn, schedule = make_step(arrangement, phase, shardings), learning_rate_schedule(phase)
+    step_fn = make_step(arrangement, phase, shardings, interval.sources)
     seq_devices = 1 if mesh is None else mesh.shape["seq"]
 
-    def look(step, metrics, batch):
-        """At a step's outcome, while the next one runs; whether some process had been asked to stop before it."""
+    def look(step, metrics, batch, sums):
+        """At a step's outcome, while the next one runs; whether some process had been asked to stop before it.
+
+        `sums` are of the interval that the step ends, if it ends one.
+        """
         if int(whole_array(metrics["skipped_in_a_row"])) >= phase.bad_steps:
             where = first_bad(join_model(whole, arrangement.parameters(state, frozen)), batch)
             loss, norm = (float(whole_array(metrics[n])) for n in ("loss", "grad_norm"))
@@ -159,15 +164,15 @@ def train_phase(
                 f"{norm:.4g}); {where}. Nothing of them was kept; the last checkpoint is step {saved}. Lower "
                 "phase.learning_rate, or look at the data of these steps"
             )
-        if step % phase.log_every == 0 or step in (1, phase.steps):
-            values = {k: float(whole_array(v)) for k, v in metrics.items() if k != STOP}
-            values |= {"learning_rate": float(schedule(step - 1)), **meter.read(step)}
+        if sums is not None:
+            latest = {name: float(whole_array(metrics[name])) for name in LATEST}
+            values = {**interval.means(sums), **latest, **meter.read(step)}
             writer.write(name, step, values)
             bar.set_postfix_str(told(values))
         meter.begin(step)
         return bool(whole_array(metrics[STOP]))
 
-    pending = None
+    pending, told_to = None, False
     tracing = Profile(profile, directory.parent.parent / "profile" / name)
     with in_mesh(mesh), _StopRequest() as stop, progress_bar(name, phase.steps, done) as bar, tracing:
         while done < phase.steps:
@@ -179,15 +184,18 @@ def train_phase(
             state, metrics = step_fn(state, frozen, batch)
             done += 1
             tracing.after(done, metrics)
-            told_to = look(*pending) if pending is not None else False  # one step late, but the same for every process
+            interval.add(metrics)
+            if pending is not None:
+                told_to |= look(*pending)  # one step late, but the same for every process
             stopping = told_to if jax.process_count() > 1 else stop.asked
-            pending = (done, metrics, batch)
-            bar.update()
             last = done == phase.steps
-            if last or stopping:
-                look(*pending)
+            logged = done % phase.log_every == 0 or done == 1 or last
+            pending = (done, metrics, batch, interval.take() if logged else None)
+            bar.update()
             if done % phase.checkpoint_every == 0 or last or stopping:
-                checkpoints.save(done, state, batches.get_state())
+                told_to |= look(*pending)  # so that what is saved has been logged
+                pending = None
+                checkpoints.save(done, state, {"rows": batches.get_state(), "interval": interval.state()})
                 saved = done
             if stopping and not last:
                 checkpoints.close()

@@ -2,7 +2,8 @@
 
 A batch is what `hybrid_jax.data.layout.training_batch` makes: `input_ids`, `segment_ids`, `positions`, `targets`
 and `weights`, [B,T] each, in the mesh's order of tokens. Of the metrics `weight` says what the loss is a mean over, so that
-parts of a batch can be put together again. A teacher never changes: see `Objective.two_streams`.
+parts of a batch can be put together again, and `PER_TOKEN`, where there is one, holds every token's loss and weight [B,T].
+A teacher never changes: see `Objective.two_streams`.
 """
 
 from __future__ import annotations
@@ -21,19 +22,21 @@ from hybrid_jax.model import Decoder, LayerOutputs
 from hybrid_jax.parallel.cross_entropy import cross_entropy
 from hybrid_jax.parallel.divergence import KINDS, divergence, top_k_divergence
 
+PER_TOKEN = "per_token"
 
 def _weighted_mean(losses, weights):
     """Over all tokens, and what it weighs: the sum of the weights."""
     weight = jnp.sum(weights)
-    return jnp.sum(losses * weights) / jnp.maximum(weight, 1.0), weight
+    return jnp.sum(losses * weights) / jnp.where(weight > 0, weight, 1.0), weight
 
 
 def next_token(model: Decoder, batch, teacher: Decoder | None = None):
     """Weighted mean next-token cross-entropy: of text, or of what an assistant says (the data's weights make it SFT)."""
     del teacher
     hidden, _ = model.hidden_states(batch["input_ids"], batch["segment_ids"], batch["positions"])
-    loss, weight = _weighted_mean(cross_entropy(hidden, model.head_kernel, batch["targets"]), batch["weights"])
-    return loss, {"loss": loss, "weight": weight}
+    losses = cross_entropy(hidden, model.head_kernel, batch["targets"])
+    loss, weight = _weighted_mean(losses, batch["weights"])
+    return loss, {"loss": loss, "weight": weight, PER_TOKEN: (losses, batch["weights"])}
 
 
 def distill(
@@ -60,8 +63,7 @@ def distill(
     streams = model.two_streams(*at, compare=lambda t, s: (), teacher=teacher)
     head = (teacher or model).head_kernel
     found = divergence(streams.student, model.head_kernel, streams.teacher, head, kind=kind, temperature=temperature)
-    found, weight = _weighted_mean(found, batch["weights"])
-    return _mixed(model, batch, streams.student, found, weight, divergence_weight * temperature**2, next_token_weight)
+    return _mixed(model, batch, streams.student, found, divergence_weight * temperature**2, next_token_weight)
 
 
 def distill_cached(model: Decoder, batch, teacher=None, *, divergence_weight: float = 1.0, next_token_weight: float = 0.0):
@@ -69,16 +71,17 @@ def distill_cached(model: Decoder, batch, teacher=None, *, divergence_weight: fl
     del teacher
     hidden, _ = model.hidden_states(batch["input_ids"], batch["segment_ids"], batch["positions"])
     found = top_k_divergence(hidden, model.head_kernel, batch["teacher_ids"], batch["teacher_log_probabilities"])
-    found, weight = _weighted_mean(found, batch["weights"])
-    return _mixed(model, batch, hidden, found, weight, divergence_weight, next_token_weight)
+    return _mixed(model, batch, hidden, found, divergence_weight, next_token_weight)
 
 
-def _mixed(model, batch, hidden, found, weight, divergence_weight, next_token_weight):
-    loss, metrics = divergence_weight * found, {"divergence": found}
+def _mixed(model, batch, hidden, found, divergence_weight, next_token_weight):
+    mean, weight = _weighted_mean(found, batch["weights"])
+    loss, metrics, losses = divergence_weight * mean, {"divergence": mean}, divergence_weight * found
     if next_token_weight:
-        metrics["next_token"], _ = _weighted_mean(cross_entropy(hidden, model.head_kernel, batch["targets"]), batch["weights"])
-        loss = loss + next_token_weight * metrics["next_token"]
-    return loss, {"loss": loss, "weight": weight, **metrics}
+        entropies = cross_entropy(hidden, model.head_kernel, batch["targets"])
+        metrics["next_token"], _ = _weighted_mean(entropies, batch["weights"])
+        loss, losses = loss + next_token_weight * metrics["next_token"], losses + next_token_weight * entropies
+    return loss, {"loss": loss, "weight": weight, PER_TOKEN: (losses, batch["weights"]), **metrics}
 
 
 def _mse(student, teacher, real):
@@ -118,7 +121,8 @@ def align(model: Decoder, batch, teacher: Decoder | None = None, *, target: str,
     real = batch["segment_ids"] > 0
 
     def compare(taught: LayerOutputs, student: LayerOutputs):
-        errors = {part: _mse(getattr(student, part), getattr(taught, part), real) for part in {"mixer", *ALIGN_TARGETS[target]}}
+        parts = dict.fromkeys(("mixer", *ALIGN_TARGETS[target]))  # in an order that every process has
+        errors = {part: _mse(getattr(student, part), getattr(taught, part), real) for part in parts}
         return sum((errors[part] for part in ALIGN_TARGETS[target]), jnp.zeros(())), errors["mixer"]
 
     at = (batch["input_ids"], batch["segment_ids"], batch["positions"])

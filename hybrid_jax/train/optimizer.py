@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import jax
 import optax
@@ -12,11 +13,18 @@ from optax import contrib
 from hybrid_jax.train.phase import Phase
 
 _NOT_DECAYED = re.compile(r"(norm\w*\.weight|\.bias|\.A_log|\.dt_bias|\.D)$")
+_MATRIX = re.compile(r"(\.kernel|\.experts\.\w+)$")  # in the last two axes; layers and experts may be stacked before them
 _NOT_MUON = re.compile(r"(embed_tokens|lm_head|conv1d|\.mlp\.gate\.)")
+MUON = contrib.MuonDimensionNumbers(-2, -1)
+MUON_RMS = 0.2  # of an update, as AdamW's (arXiv 2502.16982)
 
 
 def learning_rate_schedule(phase: Phase) -> optax.Schedule:
-    """Linear warmup to the peak, then the phase's shape down to `final_fraction` of it."""
+    """Steps done -> the learning rate of the next one: linear warmup to the peak, then the phase's shape.
+
+    With s steps done, w of warmup, N in all: peak * (s + 1) / w while s < w; from there on the shape, which is at the peak
+    at s = w and would be at `final_fraction` of it at s = N.
+    """
     peak, rest = phase.learning_rate, max(phase.steps - phase.warmup_steps, 1)
     end = peak * phase.final_fraction
     shape = {
@@ -36,32 +44,35 @@ def decayed(parameters: Mapping[str, jax.Array]) -> dict[str, bool]:
     return {name: not _NOT_DECAYED.search("." + name) for name in parameters}
 
 
-def make_optimizer(phase: Phase, stacked: Collection[str] = ()) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW or Muon.
+def muon_matrices(parameters: Mapping[str, jax.Array]) -> dict[str, bool]:
+    """Which parameters Muon updates: every projection and every expert's; not embeddings, head, router and convolutions."""
+    return {name: bool(_MATRIX.search(name)) and not _NOT_MUON.search(name) for name in parameters}
 
-    Args:
-      stacked: names of parameters with a leading axis of layers, each of which is a matrix to Muon.
+
+def make_optimizer(phase: Phase) -> optax.GradientTransformation:
+    """Gradients -> directions, of which a step subtracts the learning rate times: clipped, by AdamW or Muon, with decay.
+
+    The directions do not depend on the learning rate, so that the schedule can follow the steps of the phase and the moments
+    only those that counted. Under Muon, what is no matrix of its gets exactly AdamW's directions.
     """
-    schedule = learning_rate_schedule(phase)
-    if phase.optimizer == "adamw":
-        update = optax.adamw(schedule, phase.beta1, phase.beta2, weight_decay=phase.weight_decay, mask=decayed)
-    else:
-
-        def matrices(parameters):
-            def one(path, p):
-                lead = int(path[0].key in stacked)
-                matrix = p.ndim - lead == 2 and not _NOT_MUON.search(path[0].key)
-                return contrib.MuonDimensionNumbers(lead, lead + 1) if matrix else None
-
-            return jax.tree_util.tree_map_with_path(one, parameters)
-
-        update = contrib.muon(
-            schedule,
-            weight_decay=phase.weight_decay,
-            weight_decay_mask=decayed,
-            adam_b1=phase.beta1,
-            adam_b2=phase.beta2,
-            muon_weight_dimension_numbers=matrices,
-            consistent_rms=0.2,
+    adam = optax.scale_by_adam(phase.beta1, phase.beta2)
+    if phase.optimizer == "muon":
+        adam = optax.partition(
+            {
+                "muon": optax.chain(contrib.scale_by_muon(weight_dimension_numbers=_all_matrices), optax.stateless(_of_one_rms)),
+                "adamw": adam,
+            },
+            lambda parameters: {n: "muon" if muon else "adamw" for n, muon in muon_matrices(parameters).items()},
         )
-    return optax.chain(optax.clip_by_global_norm(phase.clip), update)
+    clip = optax.clip_by_global_norm(phase.clip) if phase.clip else optax.identity()
+    return optax.chain(clip, adam, optax.add_decayed_weights(phase.weight_decay, decayed))
+
+
+def _all_matrices(parameters):
+    """For every array that is there; what the partition left out stays out."""
+    return jax.tree.map(lambda _: MUON, parameters)
+
+
+def _of_one_rms(updates, _):
+    """Orthogonal matrices, scaled so that the root of their mean square is `MUON_RMS` whatever their shape."""
+    return jax.tree.map(lambda x: MUON_RMS * math.sqrt(max(x.shape[-2:])) * x, updates)

@@ -4,14 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 
+from hybrid_jax.checks import check_choice, check_integer, check_number
 from hybrid_jax.data import Corpus
 from hybrid_jax.model import REMAT
 from hybrid_jax.train.objectives import OBJECTIVES, make_objective
 
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
 OPTIMIZERS = ("adamw", "muon")
+
+CHOICES = {
+    "schedule": SCHEDULES,
+    "optimizer": OPTIMIZERS,
+    "form": ("fused", "unfused", "as_is"),
+    "compute_dtype": ("float32", "bfloat16"),
+    "frozen_dtype": ("", "float32", "bfloat16"),
+    "remat": tuple(REMAT),
+}
+INTEGERS = {  # name -> the least
+    **dict.fromkeys(("batch_size", "seq_len", "accumulate", "bad_steps", "log_every", "checkpoint_every", "keep"), 1),
+    **dict.fromkeys(("steps", "tokens", "warmup_steps", "decay_steps", "max_position_embeddings", "keep_every"), 0),
+}
+NUMBERS = {
+    **dict.fromkeys(("epochs", "learning_rate", "weight_decay", "clip", "rope_theta", "answer_weight"), dict(minimum=0)),
+    **dict.fromkeys(("warmup_fraction", "final_fraction"), dict(minimum=0, maximum=1)),
+    **dict.fromkeys(("beta1", "beta2"), dict(minimum=0, below=1)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +48,17 @@ class Phase:
       batch_size, seq_len: rows a step and tokens a row.
       accumulate: parts in which a step's rows are computed, one after the other; their gradients are those of the whole.
       learning_rate, schedule, final_fraction: the peak, its shape (constant; cosine; linear; wsd: warmup, stable, and
-        a linear decay over the last `decay_steps`), and the fraction of the peak at the end.
+        a linear decay over the last `decay_steps`), and the fraction of the peak at the end. The schedule follows the steps of
+        the phase, each of which takes a batch of the data: a skipped step uses up its place, so the phase always ends at the
+        end of its schedule. Moments and their bias corrections follow the steps that counted.
       warmup_steps: linear, from nothing; or `warmup_fraction` of the steps.
-      optimizer: adamw, or muon (matrices by Muon, the rest by AdamW).
-      weight_decay: on matrices alone (never norms, biases, A_log, dt_bias, D).
-      clip: global gradient norm.
-      spike: a step whose loss or gradient norm is so many times its running mean is skipped; 0: never. One of which either
-        is not finite always is.
+      optimizer: adamw; or muon, for projections and experts, each a matrix of its own (momentum 0.95, Nesterov), and AdamW
+        for all others: embeddings, head, router, convolutions, norms, biases.
+      beta1, beta2: AdamW's, in [0, 1).
+      weight_decay: times the learning rate, by either optimizer; never of norms, biases, A_log, dt_bias and D.
+      clip: the largest global norm of the gradient; 0: no clipping.
+      spike: a step whose loss or gradient norm is so many times its running mean is skipped, above 1; 0: never. One of which
+        either is not finite always is.
       bad_steps: skipped steps in a row that end the phase.
       rope_theta, max_position_embeddings: of the model from this phase on, not of its teacher; 0 keeps them.
       compute_dtype: of activations.
@@ -44,7 +68,8 @@ class Phase:
       answer_weight: weight of a synthetic task's answer, against 1 for a token of text.
       teacher_cache: for `distill_cached`, the directory made by `cache-teacher`.
       mesh: axis -> size (see `parallel.mesh`), in place of the experiment's.
-      log_every, checkpoint_every: steps.
+      log_every: steps, of which the means are logged (see `train.interval`); step 1 is logged on its own.
+      checkpoint_every: steps.
       keep, keep_every: the newest checkpoints that stay, and the steps whose checkpoints outlive the phase (0: none do).
     """
 
@@ -90,19 +115,7 @@ class Phase:
             make_objective(self.objective, self.options)
         except ValueError as e:
             raise ValueError(f"phase.{e}") from None
-        for name, allowed in (
-            ("schedule", SCHEDULES),
-            ("optimizer", OPTIMIZERS),
-            ("form", ("fused", "unfused", "as_is")),
-            ("compute_dtype", ("float32", "bfloat16")),
-            ("frozen_dtype", ("", "float32", "bfloat16")),
-            ("remat", tuple(REMAT)),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"phase.{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
-        for name in ("batch_size", "seq_len", "accumulate", "bad_steps", "log_every", "checkpoint_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"phase.{name} must be at least 1, got {getattr(self, name)}")
+        self._check_values()
         if self.batch_size % self.accumulate:
             raise ValueError(f"phase.accumulate {self.accumulate} does not divide phase.batch_size {self.batch_size}")
         objective = OBJECTIVES[self.objective]
@@ -112,7 +125,7 @@ class Phase:
             wants = "needs" if objective.teacher_cache else "does not read"
             raise ValueError(f"phase.objective {self.objective!r} {wants} a phase.teacher_cache")
         given = {name: getattr(self, name) for name in ("steps", "tokens", "epochs") if getattr(self, name)}
-        if len(given) != 1 or min(given.values()) < 0:
+        if len(given) != 1:
             raise ValueError(f"phase needs one of steps, tokens and epochs, got {given or 'none'}")
         if self.epochs and len(self.mix) != 1:
             raise ValueError(f"phase.epochs needs a phase.mix of one source, got {dict(self.mix)}")
@@ -120,6 +133,33 @@ class Phase:
             raise ValueError("phase has both warmup_steps and warmup_fraction; give one")
         if not self.epochs:  # of epochs `with_rows` says how many steps they are
             self._count_steps()
+
+    def _check_values(self):
+        """Every value on its own.
+
+        Raises:
+          ValueError: one that nobody can mean; names it.
+        """
+        for name, choices in CHOICES.items():
+            check_choice(f"phase.{name}", getattr(self, name), choices)
+        for name, least in INTEGERS.items():
+            check_integer(f"phase.{name}", getattr(self, name), minimum=least)
+        for name, bounds in NUMBERS.items():
+            check_number(f"phase.{name}", getattr(self, name), **bounds)
+        if check_number("phase.spike", self.spike, minimum=0) and self.spike <= 1:
+            raise ValueError(f"phase.spike must be above 1, or 0 for never, got {self.spike}: the mean itself would be skipped")
+        for name, share in dict(self.mix).items():
+            check_number(f"phase.mix.{name}", share, minimum=0)
+        if self.mix and not any(dict(self.mix).values()):
+            raise ValueError(f"phase.mix needs at least one positive share, got {dict(self.mix)}; leave it out for data.mix")
+        if not isinstance(self.trainable, (tuple, list)):
+            raise ValueError(f"phase.trainable must be a list of regular expressions, got {self.trainable!r}")
+        for pattern in self.trainable:
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as e:
+                raise ValueError(f"phase.trainable has {pattern!r}, which is no regular expression: {e}") from None
+        object.__setattr__(self, "trainable", tuple(self.trainable))
 
     def _count_steps(self):
         """`steps` and `warmup_steps` in place of what they follow from, and the checks that need them."""
@@ -146,9 +186,12 @@ class Phase:
         if unknown:
             raise ValueError(f"phase {name!r} has the unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
         try:
-            return cls(**{k: tuple(v) if k == "trainable" else v for k, v in values.items()})
+            phase = cls(**values)
         except (TypeError, ValueError) as e:
             raise ValueError(f"phase {name!r}: {e}") from None
+        if not phase.trainable:
+            raise ValueError(f"phase {name!r}: phase.trainable is empty, so nothing would train; 'all' is everything")
+        return phase
 
     def in_steps(self, corpus: Corpus, mix: Mapping[str, float], seed: int) -> Phase:
         """The phase in steps, where it is given in epochs of its one source."""

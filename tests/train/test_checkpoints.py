@@ -5,12 +5,16 @@ import resource
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hybrid_jax.parameters import split_model
+from hybrid_jax.train import checkpoint
+from hybrid_jax.train.arrangement import Arrangement
 from hybrid_jax.train.checkpoint import Checkpoints
 from tests.data.test_data import corpus  # noqa: F401 (a fixture)
-from tests.train.test_training import arrays, losses, model_for, train
+from tests.train.test_training import arrays, losses, model_for, phase, train
 
 
 def saved_steps(directory: pathlib.Path):
@@ -36,6 +40,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_as_if_it_had_not_b
     assert all(np.array_equal(whole[n], again[n]) for n in whole)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert saved_steps(tmp_path / "parts") == [4, 6]
+    aside = tmp_path / "parts" / "checkpoints" / "damaged-6"
+    assert str(aside) in told and list((aside / "state").rglob("manifest.ocdbt")), "renamed, not deleted"
 
 
 def test_when_none_can_be_read_nothing_is_begun_anew(corpus, tmp_path):  # noqa: F811
@@ -75,11 +81,84 @@ def test_a_full_disk_ends_the_run_and_loses_nothing_earlier(corpus, tmp_path):  
     assert all(np.array_equal(before[n], after[n]) for n in before)
 
 
-def test_health_is_restored_with_the_rest(corpus, tmp_path):  # noqa: F811
-    from hybrid_jax.parameters import split_model
-    from hybrid_jax.train.arrangement import Arrangement
-    from tests.train.test_training import phase
+@pytest.fixture
+def saved(tmp_path, monkeypatch):
+    """Two checkpoints, and the state to restore like; nothing waits before it reads again."""
+    monkeypatch.setattr(checkpoint, "WAITS", (0.0, 0.0))
+    parameters = {"w": jnp.arange(6.0).reshape(2, 3)}
+    state = checkpoint.TrainState(parameters, {"m": jnp.ones(3)}, checkpoint.Health.new())
+    writer = Checkpoints(tmp_path / "checkpoints")
+    for step in (3, 5):
+        writer.save(step, state._replace(trainable={"w": step + parameters["w"]}), {"at": step})
+    writer.close()
+    return tmp_path, state
 
+
+def values_of(directory: pathlib.Path, step: int) -> pathlib.Path:
+    """The file that holds a checkpoint's arrays."""
+    return max((directory / "checkpoints" / str(step) / "state" / "d").iterdir(), key=lambda p: p.stat().st_size)
+
+
+def test_an_error_of_the_disk_that_stays_ends_the_run_and_changes_nothing(saved, capsys):
+    directory, state = saved
+    path = values_of(directory, 5)
+    path.rename(path.with_name("kept"))
+    path.symlink_to(path.name)  # to itself: the system cannot open it
+    with pytest.raises(OSError, match="of step 5 in .* could not be read: .*symbolic links.*nothing was changed"):
+        Checkpoints(directory / "checkpoints").restore_latest(state)
+    assert capsys.readouterr().out.count("again in") == 2
+    path.unlink()
+    path.with_name("kept").rename(path)
+    step, got, beside = Checkpoints(directory / "checkpoints").restore_latest(state)
+    assert (step, beside) == (5, {"at": 5}) and got.trainable["w"][0, 0] == 5
+
+
+def test_an_error_that_passes_is_waited_for(saved, monkeypatch, capsys):
+    directory, state = saved
+    real, errors = checkpoint.ocp.CheckpointManager.restore, [TimeoutError("timed out"), ValueError("UNAVAILABLE: try later")]
+
+    def restore(self, step, **options):
+        if errors:
+            raise errors.pop(0)
+        return real(self, step, **options)
+
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "restore", restore)
+    step, got, _ = Checkpoints(directory / "checkpoints").restore_latest(state)
+    assert step == 5 and got.trainable["w"][1, 2] == 10 and saved_steps(directory) == [3, 5]
+    assert "timed out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["values", "metadata", "iterator", "item"])
+def test_whatever_part_is_damaged_it_is_renamed_and_the_one_before_is_taken(saved, part):
+    directory, state = saved
+    five = directory / "checkpoints" / "5"
+    if part == "values":
+        path = values_of(directory, 5)
+        path.write_bytes(path.read_bytes()[:-8] + b"damaged!")
+    elif part == "item":
+        (five / "data").rename(directory / "elsewhere")
+    else:
+        path = five / {"metadata": "state/_METADATA", "iterator": "data/metadata"}[part]
+        path.write_bytes(path.read_bytes()[:-2])
+    (directory / "checkpoints" / "damaged-5").mkdir()  # of an earlier time
+    checkpoints = Checkpoints(directory / "checkpoints")
+    step, got, beside = checkpoints.restore_latest(state)
+    assert (step, beside) == (3, {"at": 3}) and got.trainable["w"][0, 0] == 3
+    assert saved_steps(directory) == [3] and (directory / "checkpoints" / "damaged-5.1" / "state").is_dir()
+    checkpoints.save(5, got, {"at": 5})
+    checkpoints.close()
+    assert saved_steps(directory) == [3, 5]
+
+
+def test_a_checkpoint_of_other_parameters_is_not_called_damaged(saved):
+    directory, state = saved
+    for other in ({"v": jnp.zeros((2, 3))}, {"w": jnp.zeros((2, 4))}):
+        with pytest.raises(ValueError, match="step 5 in .* could not be read: .*nothing was changed"):
+            Checkpoints(directory / "checkpoints").restore_latest(state._replace(trainable=other))
+    assert saved_steps(directory) == [3, 5]
+
+
+def test_health_is_restored_with_the_rest(corpus, tmp_path):  # noqa: F811
     p, model = phase(), model_for(corpus)
     state, _, _ = Arrangement(model, p).begin(None, split_model(model)[1])
     state = state._replace(health=state.health._replace(skipped=state.health.skipped + 7))

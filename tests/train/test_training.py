@@ -123,10 +123,10 @@ def test_a_pattern_that_matches_nothing_is_refused(corpus, tmp_path):  # noqa: F
         (dict(objective="mse"), "objective"),
         (dict(steps=0), "steps"),
         (dict(warmup_steps=9), "warmup_steps"),
-        (dict(optimizer="sgd"), "adamw, muon"),
+        (dict(optimizer="sgd"), "'adamw', 'muon'"),
         (dict(objective="align_mixer"), "form = 'fused'"),
         (dict(stepz=1), "unknown key 'stepz'"),
-        (dict(schedule="exp"), "constant, cosine, linear"),
+        (dict(schedule="exp"), "'constant', 'cosine', 'linear'"),
     ],
 )
 def test_bad_phases_are_refused_by_name(changes, words):
