@@ -21,7 +21,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from hybrid_jax.checks import check_known
 from hybrid_jax.config import MIXER_CONFIGS, ModelConfig
+from hybrid_jax.config_file import flat
 from hybrid_jax.convert import (
     check_model_directory,
     load_model,
@@ -35,9 +37,10 @@ from hybrid_jax.data.teacher_cache import TeacherCache
 from hybrid_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from hybrid_jax.data.tokens import is_prepared
 from hybrid_jax.families import config_from_hf, config_to_hf
-from hybrid_jax.files import check_new_directory, check_writable, new_directory
+from hybrid_jax.fields import fields_of
+from hybrid_jax.files import check_new_directory, check_writable, find_shipped, new_directory
 from hybrid_jax.model import Decoder
-from hybrid_jax.parallel.distributed import barrier, is_first
+from hybrid_jax.parallel.distributed import barrier, is_first, say
 from hybrid_jax.parallel.mesh import check_mesh_fits, make_mesh
 from hybrid_jax.parameters import abstract_parameters, select_names
 from hybrid_jax.priming.fuse import fuse, unfuse
@@ -45,7 +48,7 @@ from hybrid_jax.priming.initialize import initialize_hybrid
 from hybrid_jax.priming.select import Selection, choose_pattern, pattern_from_scores
 from hybrid_jax.train import MetricWriter, NoMetrics, Phase, train_phase
 
-KEYS = {"source", "model", "pattern", "select", "mixers", "schedule", "phases", "data", "seed", "mesh"}
+DIFFERENCES = 5  # of two configs, that a message names
 
 
 def phases_of_config(config: ConfigDict) -> list[tuple[str, Phase]]:
@@ -54,9 +57,7 @@ def phases_of_config(config: ConfigDict) -> list[tuple[str, Phase]]:
     Raises:
       ValueError: an unknown key, a phase that is not there, or a bad value in one.
     """
-    unknown = sorted(set(config) - KEYS)
-    if unknown:
-        raise ValueError(f"the config has the unknown key {unknown[0]!r}; known: {', '.join(sorted(KEYS))}")
+    check_known("the config", config, fields_of(config))
     if bool(config.get("source")) == bool(config.get("model")):
         raise ValueError("the config needs either 'source' (a Hugging Face directory) or 'model' (a new model's config.json)")
     absent = [key for key in ("schedule", "phases", "data", "seed") if key not in config]
@@ -71,9 +72,7 @@ def phases_of_config(config: ConfigDict) -> list[tuple[str, Phase]]:
 
 def _check_data(config: ConfigDict):
     """Checks that every source of text is there, without reading it."""
-    unknown = sorted(set(config.data) - {"text", "sources", "mix"})
-    if unknown:
-        raise ValueError(f"config.data has the unknown key {unknown[0]!r}; known: mix, sources, text")
+    check_known("config.data", config.data, fields_of(config)["data"])
     if config.get("model") and not config.data.get("text"):
         raise ValueError("a new 'model' needs data.text, to train its tokenizer on")
     for source in read_sources(config.data.to_dict()).values():
@@ -109,8 +108,13 @@ def _claim(workdir: pathlib.Path, config: ConfigDict):
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True, default=list)
     record = workdir / "config.json"
     if record.exists():
-        if _without_meshes(json.loads(record.read_text())) != _without_meshes(json.loads(text)):
-            raise ValueError(f"{workdir} holds a run of another config (compare {record}); choose another --workdir, or remove it")
+        differences = _differences(json.loads(record.read_text()), json.loads(text))
+        if differences:
+            more = f" and {len(differences) - DIFFERENCES} more" if len(differences) > DIFFERENCES else ""
+            raise ValueError(
+                f"{workdir} holds a run of another config: {'; '.join(differences[:DIFFERENCES])}{more} (compare {record}); "
+                "choose another --workdir, or remove this one"
+            )
         for place in (workdir, workdir / "stages", *(workdir / "checkpoints").glob("*")):
             if place.is_dir():
                 check_writable(place)
@@ -123,6 +127,37 @@ def _claim(workdir: pathlib.Path, config: ConfigDict):
 def _without_meshes(config: dict) -> dict:
     phases = {name: {k: v for k, v in phase.items() if k != "mesh"} for name, phase in config["phases"].items()}
     return {k: v for k, v in config.items() if k != "mesh"} | {"phases": phases}
+
+
+def _differences(old: dict, new: dict) -> list[str]:
+    """The fields in which two configs differ, a sentence each, but for meshes and ways to write the same path."""
+    old, new = (flat(_without_meshes(_with_absolute_paths(c))) for c in (old, new))
+    absent = "absent"
+    return [
+        f"{name} is {new.get(name, absent)!r} now and was {old.get(name, absent)!r}"
+        for name in sorted({*old, *new})
+        if old.get(name, absent) != new.get(name, absent)
+    ]
+
+
+def _with_absolute_paths(config: dict) -> dict:
+    """The config with the paths of its source and texts made absolute, where something is there; see `find_shipped`."""
+
+    def absolute(path):
+        if not isinstance(path, str) or path in ("", "stdlib") or path.startswith("hf:"):
+            return path
+        found = find_shipped(path)
+        return str(found.absolute()) if found.exists() else path
+
+    def within(values, *keys):
+        return {**values, **{k: absolute(values[k]) for k in keys if k in values}} if isinstance(values, dict) else values
+
+    config = within(config, "source")
+    if isinstance(data := config.get("data"), dict):
+        config["data"] = data = within(data, "text")
+        if isinstance(data.get("sources"), dict):
+            data["sources"] = {name: within(source, "path") for name, source in data["sources"].items()}
+    return config
 
 
 def _new_source(config: ConfigDict, directory: pathlib.Path):
@@ -141,9 +176,7 @@ def _new_source(config: ConfigDict, directory: pathlib.Path):
 
 def _with_mixer_options(model_config: ModelConfig, options: dict) -> ModelConfig:
     """The model with the experiment's `mixers` (swa_config and the like) in place of its own."""
-    unknown = sorted(set(options) - set(MIXER_CONFIGS))
-    if unknown:
-        raise ValueError(f"config.mixers has the unknown key {unknown[0]!r}; known: {', '.join(MIXER_CONFIGS)}")
+    check_known("config.mixers", options, MIXER_CONFIGS)
     return config_from_hf({**config_to_hf(model_config), **options})
 
 
@@ -168,6 +201,7 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path, profile: tup
       ValueError, FileNotFoundError, PermissionError, FileExistsError: bad input, before any work.
       Stopped: asked to stop; state saved.
     """
+    config = ConfigDict(_with_absolute_paths(config.to_dict()))
     workdir, phases = pathlib.Path(workdir), phases_of_config(config)
     source_config = check_model_directory(config.source) if config.get("source") else config_from_hf(config.model.to_dict())
     mixers = config.get("mixers", ConfigDict()).to_dict()
@@ -189,7 +223,7 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path, profile: tup
     barrier("claimed")
     out = workdir / "model"
     if out.exists():
-        print(f"done already: {out}")
+        say(f"done already: {out}")
         return out
 
     initial = stage_path(workdir, 0, "initial")

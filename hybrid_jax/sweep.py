@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
+from hybrid_jax.config_file import flat
 from hybrid_jax.files import check_new_directory, new_directory, write_text
 from hybrid_jax.report import phases_of
 
@@ -62,9 +63,9 @@ def points_of(config: ConfigDict) -> list[Point]:
     unknown = sorted(set(config) - KEYS)
     if unknown:
         raise ValueError(f"the sweep has the unknown key {unknown[0]!r}; known: {', '.join(sorted(KEYS))}")
-    grid = _flat(config.get("grid") or {})
+    grid = flat(config.get("grid") or {})
     combined = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    listed = [_flat(p) for p in config.get("points") or [{}]]
+    listed = [flat(p) for p in config.get("points") or [{}]]
     found = [
         Point(str(file), tuple({**one, **other}.items()))
         for file in config.get("configs") or ()
@@ -75,14 +76,6 @@ def points_of(config: ConfigDict) -> list[Point]:
     twice = next((n for n in names if names.count(n) > 1), None)
     if not found or twice:
         raise ValueError(f"two points of the sweep are called {twice!r}" if twice else "the sweep has no configs, or an empty grid")
-    return found
-
-
-def _flat(values: Mapping, prefix: str = "") -> dict[str, Any]:
-    """{a: {b: x}} -> {"a.b": x}."""
-    found = {}
-    for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, (Mapping, ConfigDict)) else {prefix + key: value}
     return found
 
 

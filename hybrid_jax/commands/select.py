@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 
+from hybrid_jax.commands.options import directory, integer, number
+
 
 def add_arguments(parser: argparse.ArgumentParser):
-    parser.add_argument("source", help="a Hugging Face directory with its tokenizer")
+    parser.add_argument("source", type=directory, help="a Hugging Face directory with its tokenizer")
     parser.add_argument("--mixer", default="GKA", help="symbol of the mixer in the printed pattern")
-    parser.add_argument("--fraction", type=float, default=0.5, help="of the layers to convert")
-    parser.add_argument("--window", type=int, default=16, help="of the sliding-window attention used to score")
-    parser.add_argument("--rows", type=int, default=16, help="held-out rows of text and of retrieval")
-    parser.add_argument("--seq-len", type=int, default=256, help="tokens a row")
+    parser.add_argument("--fraction", type=number(above=0, maximum=1), default=0.5, help="of the layers to convert")
+    parser.add_argument("--window", type=integer(minimum=1), default=16, help="of the sliding-window attention used to score")
+    parser.add_argument("--rows", type=integer(minimum=1), default=16, help="held-out rows of text and of retrieval")
+    parser.add_argument("--seq-len", type=integer(minimum=1), default=256, help="tokens a row")
     parser.add_argument("--text", default="stdlib", help="'stdlib', a .jsonl file, a text file or a folder")
 
 

@@ -16,7 +16,7 @@ from hybrid_jax.data import Corpus
 from hybrid_jax.evaluate.measures import retrieval_loss_and_accuracy, text_loss
 from hybrid_jax.files import write_text
 from hybrid_jax.model import Decoder
-from hybrid_jax.parallel.distributed import is_first
+from hybrid_jax.parallel.distributed import is_first, say
 from hybrid_jax.parameters import join_model, split_model
 from hybrid_jax.priming.initialize import initialize_hybrid
 
@@ -61,7 +61,7 @@ def score_layers(model: Decoder, corpus: Corpus, selection: Selection) -> list[f
         symbols = list(config.layers)
         symbols[i] = MixerSpec("swa")
         scores.append(loss(initialize_hybrid(model, format_pattern(symbols))) - whole)
-        print(f"select: layer {i} as SWA({selection.window}) costs {scores[-1]:+.4f} nats", flush=True)
+        say(f"select: layer {i} as SWA({selection.window}) costs {scores[-1]:+.4f} nats")
     return scores
 
 
@@ -86,5 +86,5 @@ def choose_pattern(model: Decoder, pattern: str, select, corpus: Corpus, workdir
     if is_first():
         record = {"pattern": pattern, "scores": scores, **dataclasses.asdict(selection)}
         write_text(workdir / "selection.json", json.dumps(record, indent=2) + "\n")
-    print(f"select: {pattern}", flush=True)
+    say(f"select: {pattern}")
     return pattern

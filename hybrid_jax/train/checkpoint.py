@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from hybrid_jax.parallel.distributed import say
+
 
 class Health(NamedTuple):
     """Of a run so far: steps that counted, running means of their losses and gradient norms, steps skipped, those in a row."""
@@ -81,10 +83,7 @@ class Checkpoints:
                 )
             except (ValueError, OSError, KeyError, TypeError) as e:
                 reason = " ".join(str(e).split())[:300]
-                print(
-                    f"the checkpoint of step {step} in {self.directory} can not be read, trying the one before: {reason}",
-                    flush=True,
-                )
+                say(f"the checkpoint of step {step} in {self.directory} cannot be read, trying the one before: {reason}")
                 continue
             for bad in (s for s in steps if s > step):
                 self.manager.delete(bad)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import signal
-import threading
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +13,10 @@ from hybrid_jax.data import Corpus, training_batches
 from hybrid_jax.data.layout import training_batch
 from hybrid_jax.data.teacher_cache import TeacherCache
 from hybrid_jax.model import Decoder
-from hybrid_jax.parallel.distributed import whole_array
+from hybrid_jax.parallel.distributed import say, whole_array
 from hybrid_jax.parallel.mesh import check_mesh_fits
 from hybrid_jax.parameters import count, join_model, split_model, with_config
-from hybrid_jax.stopped import Stopped
+from hybrid_jax.stopped import Stopped, StopRequest
 from hybrid_jax.train.arrangement import Arrangement
 from hybrid_jax.train.checkpoint import Checkpoints
 from hybrid_jax.train.health import first_bad
@@ -29,24 +27,6 @@ from hybrid_jax.train.phase import Phase
 from hybrid_jax.train.placement import flag, in_mesh, own_rows, to_mesh
 from hybrid_jax.train.profile import Profile
 from hybrid_jax.train.step import STOP, make_step
-
-
-class _StopRequest:
-    """Turns SIGINT and SIGTERM into a flag for the time of a phase."""
-
-    def __enter__(self):
-        self.asked, self.previous = False, {}
-        if threading.current_thread() is threading.main_thread():
-            for s in (signal.SIGINT, signal.SIGTERM):
-                self.previous[s] = signal.signal(s, self._ask)
-        return self
-
-    def _ask(self, *_):
-        self.asked = True
-
-    def __exit__(self, *_):
-        for s, handler in self.previous.items():
-            signal.signal(s, handler)
 
 
 def prepared(model: Decoder, phase: Phase) -> Decoder:
@@ -113,10 +93,9 @@ def train_phase(
     del model  # its arrays go as soon as the caller lets them
     state, frozen, shardings = arrangement.begin(mesh, parameters)
     del parameters
-    print(
+    say(
         f"{name}: {phase.objective}, {phase.steps:,} steps of {phase.tokens_per_step:,} tokens; "
-        f"training {training:,} of {total:,} parameters",
-        flush=True,
+        f"training {training:,} of {total:,} parameters"
     )
     rows = own_rows(mesh, phase.batch_size)
     described = phase.described_rows(mix, seed)
@@ -129,7 +108,7 @@ def train_phase(
         done, state, data_state = found
         saved = done
         batches.set_state(data_state)
-        print(f"{name}: resumed at step {done}", flush=True)
+        say(f"{name}: resumed at step {done}")
     step_fn, schedule = make_step(arrangement, phase, shardings), learning_rate_schedule(phase)
     seq_devices = 1 if mesh is None else mesh.shape["seq"]
 
@@ -153,7 +132,7 @@ def train_phase(
 
     pending = None
     tracing = Profile(profile, directory.parent.parent / "profile" / name)
-    with in_mesh(mesh), _StopRequest() as stop, progress_bar(name, phase.steps, done) as bar, tracing:
+    with in_mesh(mesh), StopRequest(name) as stop, progress_bar(name, phase.steps, done) as bar, tracing:
         while done < phase.steps:
             with meter.waiting():
                 batch = training_batch(next(batches), seq_devices)
@@ -169,11 +148,11 @@ def train_phase(
             bar.update()
             last = done == phase.steps
             if last or stopping:
-                look(*pending)
+                stopping |= look(*pending)
             if done % phase.checkpoint_every == 0 or last or stopping:
                 checkpoints.save(done, state, batches.get_state())
                 saved = done
-            if stopping and not last:
+            if stopping:
                 checkpoints.close()
                 raise Stopped(f"{name}: stopped and saved at step {done} of {phase.steps}; the same command resumes")
     checkpoints.close()

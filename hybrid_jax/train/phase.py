@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+from hybrid_jax.checks import check_known
 from hybrid_jax.data import Corpus
 from hybrid_jax.model import REMAT
 from hybrid_jax.train.objectives import FUSED, make_objective
@@ -138,10 +139,7 @@ class Phase:
         Raises:
           ValueError: an unknown or missing key, or a bad value; the message names the phase.
         """
-        known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(f"phase {name!r} has the unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        check_known(f"phase {name!r}", values, {f.name for f in dataclasses.fields(cls)})
         try:
             return cls(**{k: tuple(v) if k == "trainable" else v for k, v in values.items()})
         except (TypeError, ValueError) as e:
