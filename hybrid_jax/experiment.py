@@ -134,7 +134,7 @@ def _differences(old: dict, new: dict) -> list[str]:
     old, new = (flat(_without_meshes(_with_absolute_paths(c))) for c in (old, new))
     absent = "absent"
     return [
-        f"{name} is {new.get(name, absent)!r} now and was {old.get(name, absent)!r}"
+        f"config.{name} is {new.get(name, absent)!r} now and was {old.get(name, absent)!r}"
         for name in sorted({*old, *new})
         if old.get(name, absent) != new.get(name, absent)
     ]

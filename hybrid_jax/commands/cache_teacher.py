@@ -39,7 +39,7 @@ def run(args: argparse.Namespace):
     if not phase.teacher_cache:
         raise ValueError(f"phase {args.phase!r} has no teacher_cache, the directory to write and to distil from")
     mesh = mesh_of(config, phase)
-    source = find_shipped(config.source)
+    source = find_shipped(config.get("source") or "")
     teacher = load_model(args.teacher or source, dtype=jnp.float32, mesh=mesh)
     corpus = read_corpus(config.data.to_dict(), source, teacher.config.extra.get("eos_token_id"))
     mix, seed = mix_of(config, phase), config.seed + number

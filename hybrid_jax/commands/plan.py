@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def run(args: argparse.Namespace):
     import json
+    import os
 
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # read when JAX is imported: there is no TPU to ask for its metadata
     import jax
     from rich.console import Console
 

@@ -11,9 +11,10 @@ import dataclasses
 import json
 import pathlib
 
+from hybrid_jax.checks import check_integer, check_number
 from hybrid_jax.config import ATTENTION, MixerSpec, SWAConfig, format_pattern, parse_pattern
 from hybrid_jax.data import Corpus
-from hybrid_jax.evaluate.measures import retrieval_loss_and_accuracy, text_loss
+from hybrid_jax.evaluate.measures import PAIRS, retrieval_loss_and_accuracy, text_loss
 from hybrid_jax.files import write_text
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.distributed import is_first, say
@@ -39,8 +40,9 @@ class Selection:
     seq_len: int = 256
 
     def __post_init__(self):
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"select.fraction must lie in (0, 1], got {self.fraction}")
+        check_number("select.fraction", self.fraction, above=0, maximum=1)
+        for name, minimum in (("window", 1), ("rows", 1), ("seq_len", 4 * PAIRS + 2)):
+            check_integer(f"select.{name}", getattr(self, name), minimum=minimum)
         if parse_pattern(self.mixer)[0].kind == ATTENTION:
             raise ValueError(f"select.mixer must be a mixer, got {self.mixer!r}")
 
