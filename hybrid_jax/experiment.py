@@ -62,7 +62,7 @@ def phases_of_config(config: ConfigDict) -> list[tuple[str, Phase]]:
         raise ValueError("the config needs either 'source' (a Hugging Face directory) or 'model' (a new model's config.json)")
     absent = [key for key in ("schedule", "phases", "data", "seed") if key not in config]
     if absent or "mix" not in config.data:
-        raise ValueError(f"the config lacks {absent[0] if absent else 'data.mix'}; configs/ has whole examples")
+        raise ValueError(f"the config lacks {absent[0] if absent else 'data.mix'}; configs/prime_tiny.py is a complete example")
     _check_data(config)
     missing = [name for name in config.schedule if name not in config.phases]
     if missing:
