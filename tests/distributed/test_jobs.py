@@ -137,7 +137,7 @@ def test_a_failure_of_the_first_process_alone_ends_the_job_with_its_message(made
     both = [start(["prime", config, f"--workdir={tmp_path}/run"], 1, member(port, 2, i)) for i in range(2)]
     errors = [p.communicate(timeout=120)[1] for p in both]
     assert [p.returncode for p in both] == [1, 1], errors
-    assert all("config.seed is 3 now and was 4" in e and "Traceback" not in e for e in errors)
+    assert all("holds a run of another config: config.data.mix.text is 1.0 now" in e and "Traceback" not in e for e in errors)
     assert "on process 0, which ended the job" in errors[1]
 
 
