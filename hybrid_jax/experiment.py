@@ -84,14 +84,23 @@ def _check_phases_fit(model_config: ModelConfig, config: ConfigDict, phases: lis
     """Checks the pattern, or how to select one, and that every phase finds the parameters it wants to train.
 
     Raises:
-      ValueError: the pattern is invalid, or a phase's pattern of names matches nothing; names the phase.
+      ValueError: the pattern is invalid, or a phase's pattern of names matches nothing, or its rows are longer than the model's
+        positions; names the phase.
     """
-    pattern = config.get("pattern")
+    pattern, positions = config.get("pattern"), model_config.max_position_embeddings
+    if config.get("select"):
+        check_known("config.select", config.select, fields_of(config)["select"])
     if not pattern and config.get("select"):
         selection = Selection(**config.select)
         pattern = pattern_from_scores([0.0] * model_config.num_layers, selection.mixer, selection.fraction)
     hybrid = model_config.with_pattern(pattern) if pattern else model_config
     for name, phase in phases:
+        positions = phase.max_position_embeddings or positions
+        if phase.seq_len > positions:
+            raise ValueError(
+                f"phase {name!r}: seq_len {phase.seq_len:,} is more than the model's max_position_embeddings, {positions:,}; "
+                "lower it, or set the phase's max_position_embeddings"
+            )
         form = {"fused": hybrid.fused, "unfused": hybrid.unfused, "as_is": lambda: hybrid}[phase.form]()
         try:
             select_names(abstract_parameters(form), phase.trainable)

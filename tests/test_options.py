@@ -3,6 +3,7 @@
 import types
 
 import numpy as np
+import pytest
 from ml_collections import ConfigDict
 
 import hybrid_jax.convert
@@ -11,7 +12,7 @@ import hybrid_jax.experiment
 import hybrid_jax.priming.select
 from hybrid_jax import load_model, save_model
 from hybrid_jax.commands.main import main
-from hybrid_jax.experiment import _with_mixer_options, mesh_of, mix_of
+from hybrid_jax.experiment import _check_phases_fit, _with_mixer_options, mesh_of, mix_of
 from hybrid_jax.parameters import split_model
 from hybrid_jax.priming.select import Selection
 from hybrid_jax.train import Phase
@@ -33,6 +34,7 @@ def test_select_scores_what_its_options_say_and_prints_the_cheapest(monkeypatch,
         seen["selection"] = selection
         return [0.3, 0.1, 0.2, 0.4]
 
+    monkeypatch.setattr(hybrid_jax.convert, "read_model_config", lambda _: tiny_config("*-*-*-*"))
     monkeypatch.setattr(hybrid_jax.convert, "load_model", load)
     monkeypatch.setattr(hybrid_jax.data, "read_corpus", corpus)
     monkeypatch.setattr(hybrid_jax.priming.select, "score_layers", scores)
@@ -40,6 +42,8 @@ def test_select_scores_what_its_options_say_and_prints_the_cheapest(monkeypatch,
     assert main(["select", "src", *options]) == 0
     assert seen == {"source": "src", "text": ("t", "src"), "selection": Selection("GDN", 0.75, 9, 5, 77)}
     assert capsys.readouterr().out == "GDN-GDN-GDN-*\n"
+    assert main(["select", "src", "--seq-len", "257"]) == 1
+    assert "--seq-len 257 is more than the model's max_position_embeddings, 256" in capsys.readouterr().err
 
 
 def test_prime_passes_its_config_its_directory_and_the_steps_to_trace(monkeypatch, capsys):
@@ -81,3 +85,14 @@ def test_a_phase_s_own_mix_and_mesh_go_before_the_experiment_s():
     assert mix_of(config, plain) == {"text": 1.0} and mix_of(config, own) == {"retrieval": 0.5, "text": 0.5}
     assert mesh_of(config, plain) is not None and mesh_of(ConfigDict(dict(data={})), plain) is None
     assert mesh_of(ConfigDict(dict(data={})), own) is not None
+
+
+def test_rows_longer_than_the_model_s_positions_are_refused_unless_a_phase_raises_them():
+    def check(*phases):
+        _check_phases_fit(
+            tiny_config("*"), ConfigDict(), [(f"p{i}", Phase("next_token", steps=1, **p)) for i, p in enumerate(phases)]
+        )
+
+    check(dict(seq_len=256), dict(seq_len=512, max_position_embeddings=512), dict(seq_len=512))
+    with pytest.raises(ValueError, match="phase 'p1': seq_len 257 is more than the model's max_position_embeddings, 256"):
+        check(dict(seq_len=256), dict(seq_len=257))
