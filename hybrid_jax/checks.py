@@ -6,9 +6,10 @@ user would look for: the option, or the key with its path (`phase.learning_rate`
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 
@@ -83,3 +84,16 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(repr(c) for c in choices)}, got {value!r}")
     return value
+
+
+def check_known(where: str, names: Iterable[str], known: Collection[str]):
+    """All keys of a group (`where`) are known ones.
+
+    Raises:
+      ValueError: one is not; names it, the nearest known one, and all of them.
+    """
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, 1, cutoff=0.5)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"{where} has the unknown key {unknown[0]!r}{hint}; known: {', '.join(sorted(known)) or 'none'}")

@@ -23,7 +23,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from hybrid_jax.checks import check_known
 from hybrid_jax.config import MIXER_CONFIGS, ModelConfig
+from hybrid_jax.config_file import flat
 from hybrid_jax.convert import (
     check_model_directory,
     load_model,
@@ -39,10 +41,11 @@ from hybrid_jax.data.teacher_cache import TeacherCache
 from hybrid_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from hybrid_jax.data.tokens import is_prepared
 from hybrid_jax.families import config_from_hf, config_to_hf
-from hybrid_jax.files import check_new_directory, check_writable, new_directory
+from hybrid_jax.fields import fields_of
+from hybrid_jax.files import check_new_directory, check_writable, find_shipped, new_directory
 from hybrid_jax.lengthen import lengthen_phases
 from hybrid_jax.model import Decoder
-from hybrid_jax.parallel.distributed import barrier, is_first
+from hybrid_jax.parallel.distributed import barrier, is_first, say
 from hybrid_jax.parallel.mesh import check_mesh_fits, make_mesh
 from hybrid_jax.priming.fuse import check_teacher, fuse, unfuse
 from hybrid_jax.priming.initialize import check_convertible, initialize_hybrid
@@ -50,7 +53,7 @@ from hybrid_jax.priming.select import Selection, choose_pattern, pattern_from_sc
 from hybrid_jax.train import MetricWriter, NoMetrics, Phase, train_phase
 from hybrid_jax.train.arrangement import trained_names
 
-KEYS = {"source", "model", "pattern", "select", "mixers", "schedule", "phases", "data", "seed", "mesh"}
+DIFFERENCES = 5  # of two configs, that a message names
 
 
 def phases_of_config(config: ConfigDict) -> list[tuple[str, Phase]]:
@@ -59,14 +62,12 @@ def phases_of_config(config: ConfigDict) -> list[tuple[str, Phase]]:
     Raises:
       ValueError: an unknown key, a phase that is not there, or a bad value in one.
     """
-    unknown = sorted(set(config) - KEYS)
-    if unknown:
-        raise ValueError(f"the config has the unknown key {unknown[0]!r}; known: {', '.join(sorted(KEYS))}")
+    check_known("the config", config, fields_of(config))
     if bool(config.get("source")) == bool(config.get("model")):
         raise ValueError("the config needs either 'source' (a Hugging Face directory) or 'model' (a new model's config.json)")
     absent = [key for key in ("schedule", "phases", "data", "seed") if key not in config]
     if absent or "mix" not in config.data:
-        raise ValueError(f"the config lacks {absent[0] if absent else 'data.mix'}; configs/ has whole examples")
+        raise ValueError(f"the config lacks {absent[0] if absent else 'data.mix'}; configs/prime_tiny.py is a complete example")
     _check_data(config)
     missing = [name for name in config.schedule if name not in config.phases]
     if missing:
@@ -92,9 +93,7 @@ def phases_of_config(config: ConfigDict) -> list[tuple[str, Phase]]:
 
 def _check_data(config: ConfigDict):
     """Checks that every source of text is there, without reading it."""
-    unknown = sorted(set(config.data) - {"text", "sources", "mix"})
-    if unknown:
-        raise ValueError(f"config.data has the unknown key {unknown[0]!r}; known: mix, sources, text")
+    check_known("config.data", config.data, fields_of(config)["data"])
     if config.get("model") and not config.data.get("text"):
         raise ValueError("a new 'model' needs data.text, to train its tokenizer on")
     for source in read_sources(config.data.to_dict()).values():
@@ -107,16 +106,24 @@ def _check_phases_fit(model_config: ModelConfig, config: ConfigDict, phases: lis
     source can teach it.
 
     Raises:
-      ValueError: the pattern is invalid or converts what is not attention, a phase's pattern of names matches nothing, or the
-        source cannot be the teacher of a fused phase; names the phase.
+      ValueError: the pattern is invalid or converts what is not attention, a phase's pattern of names matches nothing, its rows
+        are longer than the model's positions, or the source cannot be the teacher of a fused phase; names the phase.
     """
-    pattern = config.get("pattern")
+    pattern, positions = config.get("pattern"), model_config.max_position_embeddings
+    if config.get("select"):
+        check_known("config.select", config.select, fields_of(config)["select"])
     if not pattern and config.get("select"):
         selection = Selection(**config.select)
         pattern = pattern_from_scores([0.0] * model_config.num_layers, selection.mixer, selection.fraction)
     hybrid = model_config.with_pattern(pattern) if pattern else model_config
     check_convertible(model_config, hybrid)
     for name, phase in phases:
+        positions = phase.max_position_embeddings or positions
+        if phase.seq_len > positions:
+            raise ValueError(
+                f"phase {name!r}: seq_len {phase.seq_len:,} is more than the model's max_position_embeddings, {positions:,}; "
+                "lower it, or set the phase's max_position_embeddings"
+            )
         form = {"fused": hybrid.fused, "unfused": hybrid.unfused, "as_is": lambda: hybrid}[phase.form]()
         try:
             if phase.form == "fused":
@@ -137,8 +144,13 @@ def _claim(workdir: pathlib.Path, config: ConfigDict):
     stages = {name: stage_path(workdir, number, name) for number, name in enumerate(config.schedule, start=1)}
     lengthen_phases(record, json.loads(text), stages, lambda old, new: _without_meshes(old) == _without_meshes(new))
     if record.exists():
-        if _without_meshes(json.loads(record.read_text())) != _without_meshes(json.loads(text)):
-            raise ValueError(f"{workdir} holds a run of another config (compare {record}); choose another --workdir, or remove it")
+        differences = _differences(json.loads(record.read_text()), json.loads(text))
+        if differences:
+            more = f" and {len(differences) - DIFFERENCES} more" if len(differences) > DIFFERENCES else ""
+            raise ValueError(
+                f"{workdir} holds a run of another config: {'; '.join(differences[:DIFFERENCES])}{more} (compare {record}); "
+                "choose another --workdir, or remove this one"
+            )
         for place in (workdir, workdir / "stages", *(workdir / "checkpoints").glob("*")):
             if place.is_dir():
                 check_writable(place)
@@ -151,6 +163,37 @@ def _claim(workdir: pathlib.Path, config: ConfigDict):
 def _without_meshes(config: dict) -> dict:
     phases = {name: {k: v for k, v in phase.items() if k != "mesh"} for name, phase in config["phases"].items()}
     return {k: v for k, v in config.items() if k != "mesh"} | {"phases": phases}
+
+
+def _differences(old: dict, new: dict) -> list[str]:
+    """The fields in which two configs differ, a sentence each, but for meshes and ways to write the same path."""
+    old, new = (flat(_without_meshes(_with_absolute_paths(c))) for c in (old, new))
+    absent = "absent"
+    return [
+        f"config.{name} is {new.get(name, absent)!r} now and was {old.get(name, absent)!r}"
+        for name in sorted({*old, *new})
+        if old.get(name, absent) != new.get(name, absent)
+    ]
+
+
+def _with_absolute_paths(config: dict) -> dict:
+    """The config with the paths of its source and texts made absolute, where something is there; see `find_shipped`."""
+
+    def absolute(path):
+        if not isinstance(path, str) or path in ("", "stdlib") or path.startswith("hf:"):
+            return path
+        found = find_shipped(path)
+        return str(found.absolute()) if found.exists() else path
+
+    def within(values, *keys):
+        return {**values, **{k: absolute(values[k]) for k in keys if k in values}} if isinstance(values, dict) else values
+
+    config = within(config, "source")
+    if isinstance(data := config.get("data"), dict):
+        config["data"] = data = within(data, "text")
+        if isinstance(data.get("sources"), dict):
+            data["sources"] = {name: within(source, "path") for name, source in data["sources"].items()}
+    return config
 
 
 def _new_source(config: ConfigDict, directory: pathlib.Path):
@@ -169,9 +212,7 @@ def _new_source(config: ConfigDict, directory: pathlib.Path):
 
 def _with_mixer_options(model_config: ModelConfig, options: dict) -> ModelConfig:
     """The model with the experiment's `mixers` (swa_config and the like) in place of its own."""
-    unknown = sorted(set(options) - set(MIXER_CONFIGS))
-    if unknown:
-        raise ValueError(f"config.mixers has the unknown key {unknown[0]!r}; known: {', '.join(MIXER_CONFIGS)}")
+    check_known("config.mixers", options, MIXER_CONFIGS)
     return config_from_hf({**config_to_hf(model_config), **options})
 
 
@@ -196,6 +237,7 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path, profile: tup
       ValueError, FileNotFoundError, PermissionError, FileExistsError: bad input, before any work.
       Stopped: asked to stop; state saved.
     """
+    config = ConfigDict(_with_absolute_paths(config.to_dict()))
     workdir, phases = pathlib.Path(workdir), phases_of_config(config)
     source_config = check_model_directory(config.source) if config.get("source") else config_from_hf(config.model.to_dict())
     mixers = config.get("mixers", ConfigDict()).to_dict()
@@ -217,7 +259,7 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path, profile: tup
     barrier("claimed")
     out = workdir / "model"
     if out.exists():
-        print(f"done already: {out}")
+        say(f"done already: {out}")
         return out
 
     initial = stage_path(workdir, 0, "initial")

@@ -1,4 +1,5 @@
-"""Files and directories that are there whole or not at all: written beside, then renamed."""
+"""Files and directories that appear complete or not at all: written under another name, then renamed. And the files that
+come with the package."""
 
 from __future__ import annotations
 
@@ -9,6 +10,29 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterator
+
+_PACKAGE = pathlib.Path(__file__).parent
+SHIPPED = _PACKAGE / "shipped"  # in an installed package; in a checkout the same folders are beside the package
+SHIPPED_FOLDERS = ("configs", "launch/tiny_qwen3")
+
+
+def shipped_root() -> pathlib.Path:
+    """The folder that holds `configs/` and `launch/tiny_qwen3/`: the checkout, or a folder of the installed package."""
+    return SHIPPED if SHIPPED.is_dir() else _PACKAGE.parent
+
+
+def find_shipped(path: str | pathlib.Path) -> pathlib.Path:
+    """`path`, or, where nothing is at that relative path, the file or folder of that name that comes with the package.
+
+    `configs/prime_tiny.py`, `prime_tiny.py` and `launch/tiny_qwen3` are found from every working directory.
+    """
+    path = pathlib.Path(path)
+    if path.is_absolute() or path.exists():
+        return path
+    root = shipped_root()
+    there = root / "configs" / path if len(path.parts) == 1 else root / path
+    ships = ".." not in path.parts and any(there.is_relative_to(root / folder) for folder in SHIPPED_FOLDERS)
+    return there if ships and there.exists() else path
 
 
 def check_new_directory(path: str | pathlib.Path) -> pathlib.Path:

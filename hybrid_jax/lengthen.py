@@ -11,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from hybrid_jax.files import unused, write_text
+from hybrid_jax.parallel.distributed import say
 from hybrid_jax.train.optimizer import learning_rate_schedule
 from hybrid_jax.train.phase import Phase
 
@@ -55,10 +56,10 @@ def lengthen_phases(record: pathlib.Path, new: dict, stages: Mapping[str, pathli
             for result in (record.parent / "model", stages[n]):
                 if result.exists():
                     result.rename(aside / result.name)
-            print(f"{n}: the result of {before[n].steps:,} steps is now in {aside}", flush=True)
+            say(f"{n}: the result of {before[n].steps:,} steps is now in {aside}")
     write_text(record, json.dumps(adopted, indent=2, sort_keys=True) + "\n")
     for n in changed:
-        print(_said(n, before[n], after[n], done[n]), flush=True)
+        say(_said(n, before[n], after[n], done[n]))
 
 
 def _counts(phase: Mapping) -> dict:

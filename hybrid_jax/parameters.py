@@ -57,9 +57,8 @@ def select_names(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
     for pattern in patterns:
         found = set(names) if pattern == "all" else {n for n in names if re.search(pattern, n)}
         if not found:
-            raise ValueError(
-                f"the pattern {pattern!r} matches no parameter; parameters are called like {names[0]!r}, {names[-1]!r}"
-            )
+            kinds = sorted({re.sub(r"^(layers\.)\d+(\.\w+).*", r"\1N\2", n) for n in names})
+            raise ValueError(f"the pattern {pattern!r} matches no parameter; the model has {', '.join(kinds)}")
         chosen |= found
     return chosen
 

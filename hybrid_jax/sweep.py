@@ -32,6 +32,8 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Column, Table
 
+from hybrid_jax.checks import check_known
+from hybrid_jax.config_file import flat
 from hybrid_jax.files import check_new_directory, new_directory, write_text
 from hybrid_jax.report import final_loss, phases_of
 
@@ -68,16 +70,16 @@ def points_of(config: ConfigDict) -> list[Point]:
     Raises:
       ValueError: an unknown key, nothing to run, or the same point twice.
     """
-    _check_keys("the sweep", config, KEYS)
-    _check_keys("sweep.evaluate", config.get("evaluate") or {}, EVALUATE_KEYS)
-    grid = _flat(config.get("grid") or {})
+    check_known("the sweep", config, KEYS)
+    check_known("sweep.evaluate", config.get("evaluate") or {}, EVALUATE_KEYS)
+    grid = flat(config.get("grid") or {})
     single = next((k for k, v in grid.items() if not isinstance(v, (tuple, list))), None)
     if single:
         raise ValueError(
             f"sweep.grid.{single} must be a tuple of values, got {grid[single]!r}; for one value write ({grid[single]!r},)"
         )
     combined = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    listed = [_flat(p) for p in config.get("points") or [{}]]
+    listed = [flat(p) for p in config.get("points") or [{}]]
     found = [(str(file), {**one, **other}) for file in config.get("configs") or () for one in combined for other in listed]
     if not found:
         raise ValueError("the sweep has no configs, or an empty grid")
@@ -86,12 +88,6 @@ def points_of(config: ConfigDict) -> list[Point]:
         raise ValueError(f"the sweep has the same point twice: {twice[0]} with {twice[1]}")
     names = _names(found)
     return [Point(name, file, tuple(fields.items())) for name, (file, fields) in zip(names, found, strict=True)]
-
-
-def _check_keys(where: str, values: Mapping, known: set[str]):
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ValueError(f"{where} has the unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
 
 
 def _names(points: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
@@ -118,14 +114,6 @@ def _names(points: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
 
 def _hash(point) -> str:
     return hashlib.sha256(repr(point).encode()).hexdigest()[:8]
-
-
-def _flat(values: Mapping, prefix: str = "") -> dict[str, Any]:
-    """{a: {b: x}} -> {"a.b": x}."""
-    found = {}
-    for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, (Mapping, ConfigDict)) else {prefix + key: value}
-    return found
 
 
 def claim(out: pathlib.Path, points: Sequence[Point]):

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 
+from hybrid_jax.commands.options import OVERRIDES, directory, integer
+
 
 def add_arguments(parser: argparse.ArgumentParser):
-    parser.epilog = "Fields of the config are overridden by --config.a.b=value."
+    parser.description += f". {OVERRIDES}"
     parser.add_argument("--config", required=True, metavar="FILE", help="an experiment config")
     parser.add_argument("--phase", required=True, help="the phase that will distil")
-    parser.add_argument("--teacher", help="a model directory with the source's tokenizer; default: the source itself")
-    parser.add_argument("--k", type=int, default=64, help="tokens kept of every distribution")
+    parser.add_argument(
+        "--teacher", type=directory, help="a model directory with the source's tokenizer; default: the source itself"
+    )
+    parser.add_argument("--k", type=integer(minimum=1), default=64, help="tokens kept of every distribution")
 
 
 def run(args: argparse.Namespace):
@@ -22,6 +26,8 @@ def run(args: argparse.Namespace):
     from hybrid_jax.convert import load_model
     from hybrid_jax.data import read_corpus
     from hybrid_jax.experiment import mesh_of, mix_of, phases_of_config
+    from hybrid_jax.files import find_shipped
+    from hybrid_jax.parallel.distributed import say
     from hybrid_jax.train.cache import cache_teacher
 
     config = load_config([f"--config={args.config}", *args.overrides])
@@ -33,9 +39,10 @@ def run(args: argparse.Namespace):
     if not phase.teacher_cache:
         raise ValueError(f"phase {args.phase!r} has no teacher_cache, the directory to write and to distil from")
     mesh = mesh_of(config, phase)
-    teacher = load_model(args.teacher or config.source, dtype=jnp.float32, mesh=mesh)
-    corpus = read_corpus(config.data.to_dict(), config.source, teacher.config.extra.get("eos_token_id"))
+    source = find_shipped(config.get("source") or "")
+    teacher = load_model(args.teacher or source, dtype=jnp.float32, mesh=mesh)
+    corpus = read_corpus(config.data.to_dict(), source, teacher.config.extra.get("eos_token_id"))
     mix, seed = mix_of(config, phase), config.seed + number
     phase = phase.in_steps(corpus, mix, seed)
     cache_teacher(teacher, phase, corpus, mix, seed=seed, out=pathlib.Path(phase.teacher_cache), k=args.k, mesh=mesh)
-    print(f"{phase.teacher_cache}: {phase.steps:,} steps of {phase.batch_size} rows, the {args.k} likeliest tokens each")
+    say(f"{phase.teacher_cache}: {phase.steps:,} steps of {phase.batch_size} rows, the {args.k} likeliest tokens each")

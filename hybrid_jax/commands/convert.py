@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 
+from hybrid_jax.commands.options import directory, integer
+
 
 def add_arguments(parser: argparse.ArgumentParser):
-    parser.add_argument("source", help="a Hugging Face directory, or a hybrid one")
+    parser.add_argument("source", type=directory, help="a Hugging Face directory, or a hybrid one")
     parser.add_argument("out", help="the directory to make")
     parser.add_argument("--pattern", help="one symbol a layer, e.g. '*-GKA-*-GKA'; without it the model is copied")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the parameters; default: the source's")
-    parser.add_argument("--seed", type=int, default=0, help="of what the pattern initialises afresh")
+    parser.add_argument("--seed", type=integer(minimum=0), default=0, help="of what the pattern initializes afresh")
 
 
 def run(args: argparse.Namespace):

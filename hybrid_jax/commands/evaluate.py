@@ -7,14 +7,19 @@ import dataclasses
 import json
 import pathlib
 
+from hybrid_jax.commands.options import integer
+from hybrid_jax.files import find_shipped
+
 
 def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--model", action="append", default=[], metavar="NAME=DIR", help="a model; may be repeated")
     parser.add_argument("--run", action="append", default=[], metavar="NAME=DIR", help="a run: every stage of it; may be repeated")
     parser.add_argument("--out", help="directory for report.md, recovery.png and results.json; results there are reused")
     parser.add_argument("--text", default="stdlib", help="'stdlib', a .jsonl file, a text file or a folder")
-    parser.add_argument("--seq-len", type=int, default=256, help="tokens a row")
-    parser.add_argument("--rows", type=int, default=128, help="rows of held-out text; a quarter as many of retrieval")
+    parser.add_argument("--seq-len", type=integer(minimum=1), default=256, help="tokens a row")
+    parser.add_argument(
+        "--rows", type=integer(minimum=1), default=128, help="rows of held-out text; a quarter as many of retrieval"
+    )
     parser.add_argument("--prompt", help="also show how each model and each run's outcome continue this")
 
 
@@ -22,7 +27,7 @@ def _named(text: str) -> tuple[str, pathlib.Path]:
     name, _, path = text.partition("=")
     if not path:
         raise ValueError(f"expected NAME=DIR, got {text!r}")
-    return name, pathlib.Path(path)
+    return name, find_shipped(path)
 
 
 def _to_measure(args) -> list[tuple[str, pathlib.Path, str, int]]:
@@ -71,7 +76,6 @@ def run(args: argparse.Namespace):
     import jax.numpy as jnp
     from rich.console import Console
     from rich.table import Table
-    from tqdm import tqdm
 
     from hybrid_jax.convert import load_model
     from hybrid_jax.data import load_tokenizer, read_corpus
@@ -79,6 +83,8 @@ def run(args: argparse.Namespace):
     from hybrid_jax.evaluate.measures import retrieval_loss_and_accuracy, text_loss
     from hybrid_jax.evaluate.report import HEADER, Row, draw_recovery, markdown_table, notes, table_cells
     from hybrid_jax.files import write_text
+    from hybrid_jax.parallel.distributed import say
+    from hybrid_jax.progress import progress_bar
 
     todo = _to_measure(args)
     out = pathlib.Path(args.out) if args.out else None
@@ -88,7 +94,7 @@ def run(args: argparse.Namespace):
         if (out / "results.json").exists():
             known = {r["row"]["path"]: r for r in json.loads((out / "results.json").read_text())}
     records, corpora = [], {}
-    for name, path, group, stage in tqdm(todo, desc="evaluate", unit="model"):
+    for name, path, group, stage in progress_bar(todo, name="evaluate", unit="model"):
         fingerprint = _fingerprint(path, args)
         old = known.get(str(path))
         changed = [k for k in fingerprint if not old or old["fingerprint"].get(k) != fingerprint[k]]
@@ -96,7 +102,7 @@ def run(args: argparse.Namespace):
             row = Row(**{**old["row"], "name": name, "run": group, "stage": stage})
         else:
             if old:
-                tqdm.write(f"{name}: measured again, changed since the stored result: {', '.join(changed)}")
+                say(f"{name}: measured again, changed since the stored result: {', '.join(changed)}")
             model = load_model(path, dtype=jnp.float32)
             eos = model.config.extra.get("eos_token_id")
             key = (tokenizer_fingerprint(load_tokenizer(path)), str(eos))  # each model reads the text by its own tokenizer

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 
+from hybrid_jax.commands.options import directory, integer, number
+
 
 def add_arguments(parser: argparse.ArgumentParser):
-    parser.add_argument("source", help="a run's working directory, or a model directory")
+    parser.add_argument("source", type=directory, help="a run's working directory, or a model directory")
     parser.add_argument("out", help="the Hugging Face directory to make")
     parser.add_argument("--phase", default="", help="of a run: this phase's end, or its newest checkpoint; default: the outcome")
-    parser.add_argument("--step", type=int, help="with --phase: this checkpoint")
+    parser.add_argument("--step", type=integer(minimum=0), help="with --phase: this checkpoint")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights; default: the source's")
-    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="larger models are written in several files")
+    parser.add_argument("--max-shard-gb", type=number(above=0), default=5.0, help="larger models are written in several files")
     parser.add_argument("--keep-teacher", action="store_true", help="keep a fused model fused")
 
 

@@ -1,54 +1,137 @@
-"""`hybrid-jax COMMAND`: the table of commands, and errors without tracebacks."""
+"""`hybrid-jax COMMAND`: the table of commands, and errors without tracebacks.
+
+Nothing here or at the top of a command's module imports JAX or another large library: `--help` answers at once.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import sys
+import traceback
 
-from hybrid_jax.stopped import Stopped
+from hybrid_jax.commands.options import Parser
+from hybrid_jax.commands.quiet import silence_libraries
+from hybrid_jax.stopped import EXIT_CODE, Stopped, terminable
 
-# Command -> (module with `add_arguments` and `run`, what it does).
+# Command -> (module with `add_arguments` and `run`, what it does, an example of its arguments).
 COMMANDS = {
-    "convert": ("convert", "a Transformer directory into a hybrid one (stage 0), or a copy"),
-    "export": ("export", "a run's outcome or a model directory to a clean Hugging Face directory"),
-    "prepare": ("prepare", "tokenise text or conversations ahead of time"),
-    "select": ("select", "rank the layers and print a pattern"),
-    "prime": ("experiments", "run a priming config: select, initialise, align, post-train"),
-    "train": ("experiments", "run a training config"),
-    "plan": ("plan", "what a job needs on a TPU slice or GPUs, compiled ahead of time"),
-    "cache-teacher": ("cache_teacher", "keep a teacher's likeliest tokens, to distil from"),
-    "sweep": ("sweep", "run a grid or list of overrides over configs and collect the results"),
-    "evaluate": ("evaluate", "held-out loss and recall of models and runs: table, report, picture"),
-    "generate": ("generate", "continue a prompt"),
+    "convert": (
+        "convert",
+        "a Transformer directory into a hybrid one (stage 0), or a copy",
+        "launch/tiny_qwen3 hybrid --pattern '*-GKA-*-GKA-*-GKA-*-GKA'",
+    ),
+    "export": (
+        "export",
+        "a run's outcome or a model directory to a clean Hugging Face directory",
+        "runs/mine out --dtype bfloat16",
+    ),
+    "prepare": (
+        "prepare",
+        "tokenize text or conversations ahead of time",
+        "conversations.jsonl data/instruct --tokenizer Qwen3-8B --workers 16",
+    ),
+    "select": ("select", "rank the layers and print a pattern", "Qwen3-0.6B --mixer GKA --fraction 0.5 --text my_text"),
+    "prime": (
+        "experiments",
+        "run a priming config: select, initialize, align, post-train",
+        "--config=configs/prime_tiny.py:GKA --workdir=runs/mine --config.phases.align.steps=200",
+    ),
+    "train": ("experiments", "run a training config", "--config=configs/source_tiny_qwen3.py --workdir=runs/source"),
+    "plan": (
+        "plan",
+        "what a job needs on a TPU slice or GPUs, compiled ahead of time",
+        "--source Qwen/Qwen3-8B --pattern GKA:0.5 --topology v5p:4x4x4 --seq-len 131072 --stage align",
+    ),
+    "cache-teacher": (
+        "cache_teacher",
+        "keep a teacher's likeliest tokens, to distil from",
+        "--config=my_config.py --phase distil --k 64",
+    ),
+    "sweep": (
+        "sweep",
+        "run a grid or list of overrides over configs and collect the results",
+        "--config=configs/sweep_tiny.py --out runs/sweep",
+    ),
+    "evaluate": (
+        "evaluate",
+        "held-out loss and recall of models and runs: table, report, picture",
+        "--model source=launch/tiny_qwen3 --run mine=runs/mine --out runs/report",
+    ),
+    "generate": ("generate", "continue a prompt", "launch/tiny_qwen3 'def main():'"),
 }
 SPREAD = {"prime", "train", "cache-teacher"}  # commands that run as one job of several processes
-CONFIGURED = {"experiments", "cache_teacher"}  # modules that take --config.a.b=value
+CONFIGURED = {"experiments", "cache_teacher"}  # modules that take --config.a.b=VALUE
+RESUMABLE = {"prime", "train", "cache-teacher", "prepare", "sweep", "evaluate"}
 EXPECTED = (ValueError, OSError, NotImplementedError, FloatingPointError)
+EXIT_CODES = (
+    f"exit codes: 0 done; 1 failed, with a message; 2 wrong options; {EXIT_CODE} stopped by Ctrl-C or SIGTERM (prime, train, "
+    "sweep,\nprepare, cache-teacher and evaluate go on from there when the same command is given again)"
+)
+
+
+def _parsers() -> tuple[Parser, dict[str, Parser]]:
+    """The parser of everything, and that of each command."""
+    parser = Parser(prog="hybrid-jax", description="Turn pretrained Transformers into hybrids.", epilog=EXIT_CODES)
+    subparsers, found = parser.add_subparsers(dest="command", required=True, metavar="COMMAND"), {}
+    for name, (module, summary, example) in COMMANDS.items():
+        epilog = f"example:\n  hybrid-jax {name} {example}\n\n{EXIT_CODES}"
+        found[name] = subparsers.add_parser(name, help=summary, description=summary, epilog=epilog)
+        _module(module).add_arguments(found[name])
+    return parser, found
+
+
+def _module(name: str):
+    return importlib.import_module(f"hybrid_jax.commands.{name}")
+
+
+def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments of a command; `overrides` has the `--config.a.b=VALUE`. Wrong ones end the process with code 2."""
+    parser, commands = _parsers()
+    args, rest = parser.parse_known_args(argv)
+    takes_overrides = COMMANDS[args.command][0] in CONFIGURED
+    args.overrides = [r for r in rest if takes_overrides and r.startswith("--config.")]
+    unknown = [r for r in rest if r not in args.overrides]
+    if unknown:
+        commands[args.command].refuse(unknown)
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0 done, 1 a stated error, 3 stopped and resumable."""
-    parser = argparse.ArgumentParser(prog="hybrid-jax", description="Turn pretrained Transformers into hybrids.")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (module, summary) in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=summary, description=summary)
-        importlib.import_module(f"hybrid_jax.commands.{module}").add_arguments(subparser)
-    args, rest = parser.parse_known_args(argv)
-    if rest and not (COMMANDS[args.command][0] in CONFIGURED and all(r.startswith("--config.") for r in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    module = importlib.import_module(f"hybrid_jax.commands.{COMMANDS[args.command][0]}")
-    args.overrides = rest
+    """Runs a command; returns its exit code: 0 done, 1 a stated error, 3 stopped and, of most commands, resumable.
+
+    A process of a job of several that fails or is stopped alone ends the others too, see `parallel.distributed.end_job`.
+    """
+    args = read_arguments(argv)
+    silence_libraries()
     try:
         if args.command in SPREAD:
             from hybrid_jax.parallel.distributed import initialize
 
             initialize()
-        module.run(args)
+        with terminable():
+            _module(COMMANDS[args.command][0]).run(args)
     except EXPECTED as e:
-        print(f"hybrid-jax {args.command}: {' '.join(str(e).split())}", file=sys.stderr)
-        return 1
-    except Stopped as e:
+        return _failed(args.command, " ".join(str(e).split()), 1)
+    except KeyboardInterrupt:
+        more = "; the same command goes on with what is left" if args.command in RESUMABLE else ""
+        return _failed(args.command, f"stopped{more}", EXIT_CODE)
+    except Stopped as e:  # by every process of a job, after the same step
         print(f"hybrid-jax {args.command}: {e}", file=sys.stderr)
-        return 3
+        return EXIT_CODE
+    except Exception as e:
+        traceback.print_exc()
+        return _failed(args.command, f"{type(e).__name__}: {e}", 1)
     return 0
+
+
+def _failed(command: str, message: str, code: int) -> int:
+    """Prints why this process ends; of a job, ends the others."""
+    message = f"hybrid-jax {command}: {message}"
+    if command in SPREAD:
+        from hybrid_jax.parallel.distributed import end_job, in_job
+
+        if in_job():
+            end_job(message, code)
+    print(message, file=sys.stderr)
+    return code

@@ -5,30 +5,39 @@ from __future__ import annotations
 import argparse
 import pathlib
 
+from hybrid_jax.commands.options import directory, integer, number
+
 
 def add_arguments(parser: argparse.ArgumentParser):
-    parser.add_argument("--source", required=True, help="a directory with config.json (no weights needed), or a public name")
+    parser.add_argument(
+        "--source", required=True, type=directory, help="a directory with config.json (no weights needed), or a public name"
+    )
     parser.add_argument("--pattern", default="", help="one symbol a layer, or e.g. GKA:0.5; default: the source as it is")
     parser.add_argument("--topology", required=True, help="v5p:4x4x4, v5p (the smallest slice that fits), h100:64, …")
     parser.add_argument("--mesh", help="e.g. fsdp=8,seq=8; default: chosen")
-    parser.add_argument("--seq-len", type=int, default=8192, help="tokens a row; of context when decoding")
+    parser.add_argument("--seq-len", type=integer(minimum=1), default=8192, help="tokens a row; of context when decoding")
     parser.add_argument("--stage", default="train", help="align, train or decode")
-    parser.add_argument("--rows", type=int, default=0, help="rows a step; default: one for every part of the batch")
+    parser.add_argument("--rows", type=integer(minimum=0), default=0, help="rows a step; default: one for every part of the batch")
     parser.add_argument("--remat", default="full", help="none, attention or full: what layers keep for their gradient")
     parser.add_argument("--trainable", nargs="+", default=(), help="patterns of the parameters that train")
-    parser.add_argument("--tokens", type=float, default=1e9, help="to go, for the hours")
-    parser.add_argument("--efficiency", type=float, default=0.4, help="of the floor that is reached, for the hours")
+    parser.add_argument("--tokens", type=number(above=0), default=1e9, help="to go, for the hours")
+    parser.add_argument(
+        "--efficiency", type=number(above=0, maximum=1), default=0.4, help="of the floor that is reached, for the hours"
+    )
     parser.add_argument("--json", help="write the plan here too")
 
 
 def run(args: argparse.Namespace):
     import json
+    import os
 
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # read when JAX is imported: there is no TPU to ask for its metadata
     import jax
     from rich.console import Console
 
     jax.config.update("jax_platforms", "cpu")  # the devices planned for are not there
 
+    from hybrid_jax.checks import check_choice
     from hybrid_jax.convert.load import read_model_config
     from hybrid_jax.families import config_from_hf
     from hybrid_jax.families.public import PUBLIC
@@ -39,10 +48,8 @@ def run(args: argparse.Namespace):
     from hybrid_jax.plan.program import Job
     from hybrid_jax.plan.report import cache_table, plan_json, plan_table
 
-    if args.remat not in REMAT:
-        raise ValueError(f"--remat {args.remat!r}: expected one of {', '.join(REMAT)}")
-    if not 0 < args.efficiency <= 1 or args.tokens <= 0 or args.seq_len < 1 or args.rows < 0:
-        raise ValueError("--efficiency must lie in (0, 1], --tokens and --seq-len must be positive, --rows must not be negative")
+    check_choice("--remat", args.remat, REMAT)
+    mesh = parse_mesh(args.mesh) if args.mesh else None
     if args.source in PUBLIC:
         config = config_from_hf(PUBLIC[args.source])
     elif pathlib.Path(args.source).is_dir():
@@ -53,7 +60,7 @@ def run(args: argparse.Namespace):
         config = config.with_pattern(spread_pattern(args.pattern, config))
     job = Job(config.unfused(), args.stage, args.seq_len, args.rows, tuple(args.trainable), args.remat)
     console = Console(width=None if Console().is_terminal else 140)
-    plan = make_plan(job, args.topology, parse_mesh(args.mesh) if args.mesh else None, tell=console.print)
+    plan = make_plan(job, args.topology, mesh, tell=console.print)
     console.print(plan_table(plan, args.tokens, args.efficiency))
     if args.stage == "decode":
         console.print(cache_table(plan))

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 
+from hybrid_jax.commands.options import directory, integer, number
+
 
 def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("source", help="stdlib, a file (.jsonl, .parquet, .arrow, text), a folder of them, hf:NAME[:SPLIT]")
     parser.add_argument("out", help="the directory to make, or to finish")
-    parser.add_argument("--tokenizer", required=True, help="a model directory")
-    parser.add_argument("--workers", type=int, default=1, help="processes")
-    parser.add_argument("--held-out", type=float, default=5.0, help="percent of the documents kept for evaluation")
+    parser.add_argument("--tokenizer", required=True, type=directory, help="a model directory")
+    parser.add_argument("--workers", type=integer(minimum=1), default=1, help="processes")
+    parser.add_argument(
+        "--held-out", type=number(minimum=0, below=100), default=5.0, help="percent of the documents kept for evaluation"
+    )
     parser.add_argument("--skip-bad", action="store_true", help="count unreadable records instead of ending at the first")
 
 
@@ -18,8 +22,6 @@ def run(args: argparse.Namespace):
     from hybrid_jax.convert import read_model_config
     from hybrid_jax.data.prepare import prepare
 
-    if args.workers < 1 or not 0 <= args.held_out < 100:
-        raise ValueError("--workers must be at least 1 and --held-out lie in [0, 100)")
     index = prepare(
         args.source,
         args.out,

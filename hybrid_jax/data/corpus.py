@@ -91,20 +91,23 @@ class Corpus:
             return Induction(length, self.symbols, seed=seed, weight=answer_weight)
         if name not in self.train:
             raise ValueError(f"unknown data source {name!r} in data.mix; have {', '.join([*self.train, *SYNTHETIC])}")
-        return self._packed(name, self.train[name], length)
+        return self._packed(name, self.train[name], length, "training")
 
     def held_out_rows(self, length: int) -> Joined:
         """Rows of the first source's held-out part."""
         name = next(iter(self.held_out))
-        return self._packed(name, self.held_out[name], length)
+        return self._packed(name, self.held_out[name], length, "held-out")
 
-    def _packed(self, name: str, shards: list[Tokens], length: int) -> Joined:
+    def _packed(self, name: str, shards: list[Tokens], length: int, part: str) -> Joined:
         source = self.sources[name]
         packing = source.packing or ("first_fit" if any(t.weights is not None for t in shards) else "split")
         rows = Joined([PackedRows(tokens, length, packing, source.long) for tokens in shards])
         if not len(rows):
             total = sum(len(t.ids) for t in shards)
-            raise ValueError(f"the source {name!r} has {total} tokens, fewer than one row of {length}; give more text")
+            raise ValueError(
+                f"the {part} part of the source {name!r} has {total:,} tokens, fewer than one row of {length:,}; give more text, "
+                "or lower seq_len"
+            )
         return rows
 
 

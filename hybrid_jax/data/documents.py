@@ -184,7 +184,8 @@ def pieces(source: str) -> list[Piece]:
     root = path.parent if path.is_file() else path
     found += _file_pieces(root, [f.relative_to(root) for f in texts], strict=False)
     if not found:
-        raise ValueError(f"no text at {source!r}: give {SOURCES}")
+        empty = f"the folder {source!r} has no text files" if path.is_dir() else f"the file {source!r} is empty"
+        raise ValueError(f"{empty if path.exists() else f'no text at {source!r}'}: give {SOURCES}")
     return found
 
 

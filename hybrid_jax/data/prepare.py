@@ -18,12 +18,11 @@ import shutil
 from collections.abc import Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 from hybrid_jax.data.documents import HELD_OUT_PERCENT, Piece, is_held_out, pieces, read_piece
 from hybrid_jax.data.tokenizer import load_tokenizer
 from hybrid_jax.data.tokens import FORMAT, INDEX, Encoder, Tokens, tokenizer_fingerprint
 from hybrid_jax.files import new_directory, write_text
+from hybrid_jax.progress import progress_bar
 
 PLAN, SUMMARY = "plan.json", "shard.json"
 AT_A_TIME = 4096  # documents
@@ -95,7 +94,7 @@ def _stamp(piece: Piece) -> Any:
 
 
 def _run(todo: Sequence[tuple[str, Piece]], workers: int, settings: tuple, total: int):
-    bar = tqdm(total=total, initial=total - len(todo), desc="prepare", unit="piece", mininterval=1)
+    bar = progress_bar(name="prepare", unit="piece", total=total, done=total - len(todo))
     tokens = 0
     with bar, _pool(workers, settings) as pool:
         running = {pool.submit(_shard, *work) for work in todo}

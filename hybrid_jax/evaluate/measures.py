@@ -15,6 +15,7 @@ from hybrid_jax.parallel.cross_entropy import cross_entropy
 from hybrid_jax.parameters import join_model, split_model
 
 BATCH = 8
+PAIRS = 16  # of a retrieval block, which has 4 * PAIRS + 2 tokens
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -49,7 +50,7 @@ def text_loss(model: Decoder, corpus: Corpus, seq_len: int, rows: int) -> float:
     return loss / weight
 
 
-def retrieval_loss_and_accuracy(model: Decoder, corpus: Corpus, seq_len: int, rows: int, pairs: int = 16):
+def retrieval_loss_and_accuracy(model: Decoder, corpus: Corpus, seq_len: int, rows: int, pairs: int = PAIRS):
     """Mean loss (nats) and accuracy of the values asked for, blocks of exactly `pairs` pairs."""
     task = corpus.retrieval(seq_len, HELD_OUT_SEED, min_pairs=pairs, max_pairs=pairs)
     loss, right, weight = _weighted_sums(model, (task[i] for i in range(rows)))

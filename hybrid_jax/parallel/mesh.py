@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from hybrid_jax.checks import check_known
 from hybrid_jax.config import ModelConfig
 
 AXES = ("data", "fsdp", "expert", "seq", "tensor")
@@ -36,6 +37,7 @@ def parse_mesh(text: str) -> dict[str, int]:
         if not size.lstrip("-").isdigit() or name in sizes:
             raise ValueError(f"expected a mesh like 'fsdp=8,seq=4', got {text!r}")
         sizes[name] = int(size)
+    check_known("the mesh", sizes, AXES)
     return sizes
 
 
@@ -49,9 +51,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
       ValueError: an unknown axis, or sizes whose product is not the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    unknown = sorted(set(sizes) - set(AXES))
-    if unknown:
-        raise ValueError(f"a mesh has no axis {unknown[0]!r}; axes: {', '.join(AXES)}")
+    check_known("the mesh", sizes, AXES)
     shape = {axis: int(sizes.get(axis, 1)) for axis in AXES}
     free = [axis for axis, n in shape.items() if n == -1]
     fixed = math.prod(n for n in shape.values() if n != -1)

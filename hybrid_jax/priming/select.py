@@ -11,12 +11,13 @@ import dataclasses
 import json
 import pathlib
 
+from hybrid_jax.checks import check_integer, check_number
 from hybrid_jax.config import ATTENTION, MixerSpec, SWAConfig, format_pattern, parse_pattern
 from hybrid_jax.data import Corpus
-from hybrid_jax.evaluate.measures import retrieval_loss_and_accuracy, text_loss
+from hybrid_jax.evaluate.measures import PAIRS, retrieval_loss_and_accuracy, text_loss
 from hybrid_jax.files import write_text
 from hybrid_jax.model import Decoder
-from hybrid_jax.parallel.distributed import is_first
+from hybrid_jax.parallel.distributed import is_first, say
 from hybrid_jax.parameters import join_model, split_model
 from hybrid_jax.priming.initialize import initialize_hybrid
 
@@ -39,8 +40,9 @@ class Selection:
     seq_len: int = 256
 
     def __post_init__(self):
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"select.fraction must lie in (0, 1], got {self.fraction}")
+        check_number("select.fraction", self.fraction, above=0, maximum=1)
+        for name, minimum in (("window", 1), ("rows", 1), ("seq_len", 4 * PAIRS + 2)):
+            check_integer(f"select.{name}", getattr(self, name), minimum=minimum)
         if parse_pattern(self.mixer)[0].kind == ATTENTION:
             raise ValueError(f"select.mixer must be a mixer, got {self.mixer!r}")
 
@@ -61,7 +63,7 @@ def score_layers(model: Decoder, corpus: Corpus, selection: Selection) -> list[f
         symbols = list(config.layers)
         symbols[i] = MixerSpec("swa")
         scores.append(loss(initialize_hybrid(model, format_pattern(symbols))) - whole)
-        print(f"select: layer {i} as SWA({selection.window}) costs {scores[-1]:+.4f} nats", flush=True)
+        say(f"select: layer {i} as SWA({selection.window}) costs {scores[-1]:+.4f} nats")
     return scores
 
 
@@ -86,5 +88,5 @@ def choose_pattern(model: Decoder, pattern: str, select, corpus: Corpus, workdir
     if is_first():
         record = {"pattern": pattern, "scores": scores, **dataclasses.asdict(selection)}
         write_text(workdir / "selection.json", json.dumps(record, indent=2) + "\n")
-    print(f"select: {pattern}", flush=True)
+    say(f"select: {pattern}")
     return pattern

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from hybrid_jax.files import unused
-from hybrid_jax.parallel.distributed import barrier, is_first
+from hybrid_jax.parallel.distributed import barrier, is_first, say
 
 READ_ERRORS = (ValueError, OSError, KeyError, TypeError)  # that orbax raises when it restores
 WAITS = (1.0, 5.0, 25.0)  # seconds before each further attempt
@@ -126,10 +126,9 @@ class Checkpoints:
                         f"the checkpoint of step {step} in {self.directory} could not be read: {_reason(e)}; nothing was changed. "
                         "If the cause has passed, the same command resumes; to go on from the one before, move this one away"
                     ) from e
-                print(
-                    f"the checkpoint of step {step} in {self.directory} is damaged and can not be read, trying the one before: "
-                    f"{_reason(e)}",
-                    flush=True,
+                say(
+                    f"the checkpoint of step {step} in {self.directory} is damaged and cannot be read, trying the one before: "
+                    f"{_reason(e)}"
                 )
                 damaged.append(step)
                 continue

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import signal
-import threading
 from collections.abc import Callable
 
 import jax
@@ -17,11 +15,11 @@ from hybrid_jax.data.layout import training_batch
 from hybrid_jax.data.pipeline import sources_of
 from hybrid_jax.data.teacher_cache import TeacherCache
 from hybrid_jax.model import Decoder
-from hybrid_jax.parallel.distributed import whole_array
+from hybrid_jax.parallel.distributed import say, whole_array
 from hybrid_jax.parallel.mesh import check_mesh_fits
 from hybrid_jax.parameters import count, join_model, split_model, with_config
 from hybrid_jax.priming.fuse import share, teacher_stream
-from hybrid_jax.stopped import Stopped
+from hybrid_jax.stopped import Stopped, StopRequest
 from hybrid_jax.train.arrangement import Arrangement
 from hybrid_jax.train.checkpoint import Checkpoints
 from hybrid_jax.train.health import first_bad
@@ -33,24 +31,6 @@ from hybrid_jax.train.phase import Phase
 from hybrid_jax.train.placement import flag, in_mesh, own_rows, to_mesh
 from hybrid_jax.train.profile import Profile
 from hybrid_jax.train.step import STOP, make_step
-
-
-class _StopRequest:
-    """Turns SIGINT and SIGTERM into a flag for the time of a phase."""
-
-    def __enter__(self):
-        self.asked, self.previous = False, {}
-        if threading.current_thread() is threading.main_thread():
-            for s in (signal.SIGINT, signal.SIGTERM):
-                self.previous[s] = signal.signal(s, self._ask)
-        return self
-
-    def _ask(self, *_):
-        self.asked = True
-
-    def __exit__(self, *_):
-        for s, handler in self.previous.items():
-            signal.signal(s, handler)
 
 
 def prepared(model: Decoder, phase: Phase) -> Decoder:
@@ -130,10 +110,9 @@ def train_phase(
     del model, source  # their arrays go as soon as the caller lets them
     state, frozen, shardings = arrangement.begin(mesh, parameters, taught)
     del parameters, taught
-    print(
+    say(
         f"{name}: {phase.objective}, {phase.steps:,} steps of {phase.tokens_per_step:,} tokens; "
-        f"training {training:,} of {total:,} parameters" + (f", the teacher keeps {copied:,} of its own" if copied else ""),
-        flush=True,
+        f"training {training:,} of {total:,} parameters" + (f", the teacher keeps {copied:,} of its own" if copied else "")
     )
     rows = own_rows(mesh, phase.batch_size)
     described = phase.described_rows(mix, seed)
@@ -147,7 +126,7 @@ def train_phase(
         saved = done
         batches.set_state(saved_beside["rows"])
         interval.set_state(saved_beside["interval"])
-        print(f"{name}: resumed at step {done}", flush=True)
+        say(f"{name}: resumed at step {done}")
     step_fn = make_step(arrangement, phase, shardings, interval.sources)
     seq_devices = 1 if mesh is None else mesh.shape["seq"]
 
@@ -174,7 +153,7 @@ def train_phase(
 
     pending, told_to = None, False
     tracing = Profile(profile, directory.parent.parent / "profile" / name)
-    with in_mesh(mesh), _StopRequest() as stop, progress_bar(name, phase.steps, done) as bar, tracing:
+    with in_mesh(mesh), StopRequest(name) as stop, progress_bar(name, phase.steps, done) as bar, tracing:
         while done < phase.steps:
             with meter.waiting():
                 batch = training_batch(next(batches), seq_devices)
@@ -196,8 +175,8 @@ def train_phase(
                 told_to |= look(*pending)  # so that what is saved has been logged
                 pending = None
                 checkpoints.save(done, state, {"rows": batches.get_state(), "interval": interval.state()})
-                saved = done
-            if stopping and not last:
+                saved, stopping = done, stopping or told_to
+            if stopping:
                 checkpoints.close()
                 raise Stopped(f"{name}: stopped and saved at step {done} of {phase.steps}; the same command resumes")
     checkpoints.close()

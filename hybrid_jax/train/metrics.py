@@ -7,14 +7,14 @@ import json
 import math
 import pathlib
 import re
-import sys
 from collections.abc import Mapping
 
 import jax
 import optax
 import tensorboardX
-from tqdm import tqdm
+import tqdm
 
+from hybrid_jax import progress
 from hybrid_jax.config import PARAMETER_KEYS
 from hybrid_jax.parallel.distributed import is_first
 
@@ -80,8 +80,6 @@ def read_metrics(directory: pathlib.Path) -> list[dict]:
     return list(rows.values())
 
 
-def progress_bar(name: str, steps: int, done: int) -> tqdm:
-    """A bar in steps, with what is left; one line now and then where nobody watches a terminal."""
-    interval = 0.5 if sys.stderr.isatty() else 30
-    disable = not is_first()
-    return tqdm(total=steps, initial=done, desc=name, unit="step", mininterval=interval, dynamic_ncols=True, disable=disable)
+def progress_bar(name: str, steps: int, done: int) -> tqdm.tqdm:
+    """A bar in steps, on the first process."""
+    return progress.progress_bar(name=name, unit="step", total=steps, done=done, shown=is_first())

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 
-from hybrid_jax.checks import check_choice, check_integer, check_number
+from hybrid_jax.checks import check_choice, check_integer, check_known, check_number
 from hybrid_jax.data import Corpus
 from hybrid_jax.model import REMAT
 from hybrid_jax.train.objectives import OBJECTIVES, make_objective
@@ -181,10 +181,7 @@ class Phase:
         Raises:
           ValueError: an unknown or missing key, or a bad value; the message names the phase.
         """
-        known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(f"phase {name!r} has the unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        check_known(f"phase {name!r}", values, {f.name for f in dataclasses.fields(cls)})
         try:
             phase = cls(**values)
         except (TypeError, ValueError) as e:

@@ -6,6 +6,8 @@ import pathlib
 
 import jax
 
+from hybrid_jax.parallel.distributed import say
+
 
 class Profile:
     """Around a loop; `before` and `after` every step.
@@ -26,7 +28,7 @@ class Profile:
         if self.running and step >= self.steps[1]:
             jax.block_until_ready(result)
             self._stop()
-            print(f"profile of steps {self.steps[0]} to {self.steps[1]}: {self.directory}", flush=True)
+            say(f"profile of steps {self.steps[0]} to {self.steps[1]}: {self.directory}")
 
     def _stop(self):
         jax.profiler.stop_trace()

@@ -64,6 +64,7 @@ def test_two_processes_of_which_one_is_asked_to_stop_and_one_on_another_mesh_are
     both[1].send_signal(signal.SIGTERM)
     outs = [p.communicate(timeout=300) for p in both]
     assert [p.returncode for p in both] == [3, 3], outs[0][1][-2000:] + outs[1][1][-2000:]
+    assert "training" in outs[0][0] and outs[1][0] == ""  # what a job says it says once
     stopped = [int(re.search(r"saved at step (\d+) of 60", errors)[1]) for _, errors in outs]
     assert stopped[0] == stopped[1] and 0 < stopped[0] < 60
     run[1] = config("second", "dict(fsdp=2)")
@@ -126,6 +127,18 @@ def test_a_job_whose_other_host_is_missing_ends_and_says_so(tmp_path):
     assert process.returncode == 1
     assert "not all processes of the job came up within 5 s" in errors
     assert not (tmp_path / "run").exists()
+
+
+def test_a_failure_of_the_first_process_alone_ends_the_job_with_its_message(made_source, tmp_path):  # noqa: F811
+    """It would leave the second one at a barrier: only the first claims the directory, which holds another run."""
+    config, port = write_config(tmp_path / "config.py", made_source, "dict(data=2)"), free_port()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"phases": {}, "seed": 4}')
+    both = [start(["prime", config, f"--workdir={tmp_path}/run"], 1, member(port, 2, i)) for i in range(2)]
+    errors = [p.communicate(timeout=120)[1] for p in both]
+    assert [p.returncode for p in both] == [1, 1], errors
+    assert all("holds a run of another config: config.data.mix.text is 1.0 now" in e and "Traceback" not in e for e in errors)
+    assert "on process 0, which ended the job" in errors[1]
 
 
 def test_half_an_environment_is_refused(tmp_path):

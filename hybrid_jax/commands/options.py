@@ -1,0 +1,71 @@
+"""The parsers of the commands: values checked when the command line is read, help with defaults, errors in one line.
+
+parser.add_argument("--rows", type=integer(minimum=1), default=16, help="...")
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+from hybrid_jax.checks import check_integer, check_number
+from hybrid_jax.files import find_shipped
+
+
+def _checked(convert: Callable[[str], Any], check: Callable, bounds: dict) -> Callable[[str], Any]:
+    def read(text: str):
+        try:
+            value = convert(text)
+        except ValueError:
+            value = text
+        try:
+            return check("it", value, **bounds)
+        except ValueError as e:
+            raise argparse.ArgumentTypeError(str(e).removeprefix("it ")) from None
+
+    return read
+
+
+def integer(**bounds: int) -> Callable[[str], int]:
+    """What reads an option's integer; bounds as `check_integer` takes them."""
+    return _checked(int, check_integer, bounds)
+
+
+def number(**bounds: float) -> Callable[[str], float]:
+    """What reads an option's finite number; bounds as `check_number` takes them."""
+    return _checked(float, check_number, bounds)
+
+
+OVERRIDES = "Fields of the config are overridden by --config.a.b=VALUE, e.g. --config.phases.align.steps=200 --config.mesh.fsdp=2."
+
+
+def directory(text: str) -> str:
+    """A directory of a model or a run; one of those that come with the package (`launch/tiny_qwen3`) is found from everywhere."""
+    return str(find_shipped(text))
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults behind each option that has one, examples as they are written."""
+
+    def _get_help_string(self, action):
+        absent = action.default is None or action.default is False or action.default in ("", (), [])
+        return action.help if absent else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line and end the process with code 2."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, formatter_class=_Help, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; `{self.prog} --help` lists the options\n")
+
+    def refuse(self, unknown: Iterable[str]) -> NoReturn:
+        """Names options that the command does not have, and what they may be misspellings of."""
+        unknown, known = list(unknown), [name for action in self._actions for name in action.option_strings if name != "--help"]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1, cutoff=0.7)
+        hint = f"; did you mean {near[0]}?" if near else "" if OVERRIDES not in self.description else f"; {OVERRIDES[:-1]}"
+        self.error(f"{'unknown options' if len(unknown) > 1 else 'unknown option'} {' '.join(unknown)}{hint}")

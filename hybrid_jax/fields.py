@@ -1,0 +1,49 @@
+"""The fields that an experiment's config may have: for overrides of fields that it does not name, and to say what is misspelt."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from hybrid_jax.config import MIXER_CONFIGS
+from hybrid_jax.data.corpus import SYNTHETIC, Source
+from hybrid_jax.parallel.mesh import AXES
+from hybrid_jax.priming.select import Selection
+from hybrid_jax.train.phase import Phase
+
+_EMPTY = {"str": "", "int": 0, "float": 0.0, "bool": False}  # of a field without a default
+
+
+def fields_of(config: Mapping) -> dict[str, Any]:
+    """Every field that an experiment may have, nested, each with a value of its type; groups are dicts.
+
+    Args:
+      config: names the phases and the sources.
+    """
+    data = config.get("data") or {}
+    sources = {name: _defaults(Source) for name in data.get("sources") or {}}
+    mix, mesh = dict.fromkeys(("text", *sources, *SYNTHETIC), 0.0), dict.fromkeys(AXES, 1)
+    return {
+        "source": "",
+        "model": {},
+        "pattern": "",
+        "select": _defaults(Selection),
+        "mixers": {key: _defaults(cls) for key, (_, cls) in MIXER_CONFIGS.items()},
+        "schedule": (),
+        "phases": {name: _defaults(Phase) | {"mix": mix, "mesh": mesh} for name in config.get("phases") or {}},
+        "data": {"text": "", "sources": sources, "mix": mix},
+        "seed": 0,
+        "mesh": mesh,
+    }
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    """The fields of a dataclass with their defaults."""
+    found = {}
+    for f in dataclasses.fields(cls):
+        if f.default_factory is not dataclasses.MISSING:
+            found[f.name] = f.default_factory()
+        else:
+            found[f.name] = _EMPTY.get(f.type) if f.default is dataclasses.MISSING else f.default
+    return found

@@ -1,0 +1,44 @@
+"""Progress bars: redrawn on a terminal; a line now and then where the output goes to a file."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from tqdm import tqdm
+
+SECONDS = 30.0  # between two lines in a file
+
+
+class _Lines(tqdm):
+    """A bar that is written as lines: at its start, at most every `SECONDS`, and at its end."""
+
+    _written = float("-inf")
+
+    def refresh(self, *_, **__):
+        if time.monotonic() - self._written >= SECONDS:
+            self._line()
+
+    def _line(self):
+        self._written = time.monotonic()
+        self.fp.write(f"{self}\n")
+        self.fp.flush()
+
+    def close(self):
+        if not self.disable:
+            self._line()
+            self._decr_instances(self)
+            self.disable = True
+
+
+def progress_bar(items=None, *, name: str, unit: str, total: int | None = None, done: int = 0, shown: bool = True) -> tqdm:
+    """A bar over `items`, or one that `update()` moves, on stderr.
+
+    Args:
+      total, done: how many units there are (default: `len(items)`), and how many are done at the start.
+      shown: False draws nothing: for all processes of a job but the first.
+    """
+    options = dict(total=total, initial=done, desc=name, unit=unit, disable=not shown)
+    if sys.stderr.isatty():
+        return tqdm(items, mininterval=0.5, dynamic_ncols=True, **options)
+    return _Lines(items, file=sys.stderr, ncols=100, **options)

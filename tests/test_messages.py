@@ -1,0 +1,155 @@
+"""The command line's words: every number is checked, a misspelling is named with its neighbour, and help is there at once."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from ml_collections import ConfigDict
+
+from hybrid_jax.commands.main import COMMANDS, main, read_arguments
+from hybrid_jax.config_file import load_config
+from hybrid_jax.experiment import _claim, mesh_of
+
+PRIME = ["prime", "--config=configs/prime_tiny.py:GKA", "--workdir=run"]
+
+
+def refused(capsys, *arguments):
+    """The one line with which a wrong command line ends, and the exit code 2."""
+    with pytest.raises(SystemExit) as e:
+        main(list(arguments))
+    error = capsys.readouterr().err.strip()
+    assert e.value.code == 2 and len(error.splitlines()) == 1
+    return error
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("select", "m", "--rows", "0"), "--rows: must be an integer at least 1, got 0"),
+        (("select", "m", "--seq-len", "-5"), "--seq-len: must be an integer at least 1, got -5"),
+        (("select", "m", "--window", "1.5"), "--window: must be an integer at least 1, got '1.5'"),
+        (("select", "m", "--fraction", "nan"), "--fraction: must be a number above 0 and at most 1, got nan"),
+        (("evaluate", "--rows", "0"), "--rows: must be an integer at least 1, got 0"),
+        (("evaluate", "--seq-len", "0"), "--seq-len: must be an integer at least 1, got 0"),
+        (("prepare", "a", "b", "--tokenizer", "c", "--workers", "0"), "--workers: must be an integer at least 1, got 0"),
+        (("prepare", "a", "b", "--tokenizer", "c", "--held-out", "100"), "--held-out: must be a number at least 0 and below 100"),
+        (("convert", "a", "b", "--seed", "-1"), "--seed: must be an integer at least 0, got -1"),
+        (("export", "a", "b", "--max-shard-gb", "0"), "--max-shard-gb: must be a number above 0, got 0.0"),
+        (("export", "a", "b", "--phase", "p", "--step", "-2"), "--step: must be an integer at least 0, got -2"),
+        (("cache-teacher", "--config=c", "--phase", "p", "--k", "0"), "--k: must be an integer at least 1, got 0"),
+        (
+            ("plan", "--source", "a", "--topology", "v5p", "--efficiency", "2"),
+            "--efficiency: must be a number above 0 and at most 1",
+        ),
+        (("plan", "--source", "a", "--topology", "v5p", "--rows", "-1"), "--rows: must be an integer at least 0, got -1"),
+        ((*PRIME, "--profile", "5:2"), "--profile: must be FIRST:LAST, e.g. 10:12, got '5:2'"),
+    ],
+)
+def test_a_number_that_nobody_can_mean_is_refused_where_it_enters(capsys, arguments, words):
+    assert words in refused(capsys, *arguments)
+
+
+def test_an_unknown_option_is_blamed_alone_and_its_neighbour_is_named(capsys):
+    error = refused(capsys, *PRIME, "--steps=3", "--config.seed=2")
+    assert "unknown option --steps=3; Fields of the config" in error and "seed" not in error
+    assert "--fraction" not in refused(capsys, "select", "m", "--rosw=3", "--fraction", "1")
+    assert "did you mean --rows?" in refused(capsys, "select", "m", "--rosw=3")
+
+
+def overridden(*overrides):
+    return load_config(["--config=prime_tiny.py:GKA", *overrides])
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("typo=1", "config has the unknown key 'typo'; known: data, mesh"),
+        ("phases.align.stps=3", "config.phases.align has the unknown key 'stps' (did you mean 'steps'?)"),
+        ("phases.algin.steps=3", "config.phases has the unknown key 'algin' (did you mean 'align'?)"),
+        ("mesh.fsd=2", "config.mesh has the unknown key 'fsd' (did you mean 'fsdp'?)"),
+        ("data.mix.txt=1", "config.data.mix has the unknown key 'txt' (did you mean 'text'?)"),
+        ("seed.x=1", "config.seed is one value, it has no field 'x'"),
+        ("mesh=2", "config.mesh is a group; set its fields, --config.mesh.NAME=VALUE"),
+        ("seed", "--config.seed needs a value: --config.seed=VALUE"),
+        ("seed=1.5", "config.seed must be an integer, got '1.5'"),
+        ("phases.align.learning_rate=fast", "config.phases.align.learning_rate must be a number, got 'fast'"),
+        ("mixers.gka_config.use_gate=no", "config.mixers.gka_config.use_gate must be true or false, got 'no'"),
+        ("schedule=align train", "config.schedule must be a Python tuple"),
+    ],
+)
+def test_a_wrong_override_is_one_clear_sentence(override, words):
+    with pytest.raises(ValueError) as e:
+        overridden(f"--config.{override}")
+    assert str(e.value).startswith(words) and "\n" not in str(e.value)
+
+
+def test_every_field_can_be_set_whether_or_not_the_config_names_it():
+    config = overridden(
+        "--config.mesh.fsdp=1", "--config.phases.train.mesh.seq=1", "--config.phases.align.weight_decay=1",
+        "--config.phases.align.learning_rate=1", "--config.phases.train.trainable=('gka', 'norm')",
+        "--config.mixers.gka_config.use_gate=false", "--config.schedule=('train',)", "--config.pattern=*-GKA",
+    )  # fmt: skip
+    assert config.mesh.to_dict() == {"fsdp": 1} and config.phases.train.mesh.to_dict() == {"seq": 1}
+    assert mesh_of(config).shape["fsdp"] == 1 and mesh_of(overridden()) is None
+    for value in (config.phases.align.weight_decay, config.phases.align.learning_rate):
+        assert value == 1.0 and isinstance(value, float)
+    assert config.phases.train.trainable == ("gka", "norm") and config.schedule == ("train",)
+    assert config.mixers.gka_config.use_gate is False and config.pattern == "*-GKA"
+
+
+def test_an_error_within_a_config_is_said_with_its_file(tmp_path):
+    (tmp_path / "c.py").write_text("def get_config():\n    return 1 / 0\n")
+    with pytest.raises(ValueError, match="c.py: ZeroDivisionError: division by zero"):
+        load_config([f"--config={tmp_path / 'c.py'}"])
+    with pytest.raises(ValueError, match="no config file at 'nothing.py'; hybrid_jax comes with configs/prime_tiny.py"):
+        load_config(["--config=nothing.py"])
+
+
+def test_another_config_in_a_workdir_is_refused_with_the_fields_that_differ(tmp_path, monkeypatch):
+    config = ConfigDict(dict(source="launch/tiny_qwen3", seed=1, phases=dict(train=dict(steps=20, mesh=dict(fsdp=2)))))
+    _claim(tmp_path / "run", config)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # the source is the same one from here
+    config.phases.train.mesh.fsdp = 4
+    _claim(tmp_path / "run", config)
+    config.phases.train.steps, config.phases.train.clip = 30, 0.5
+    with pytest.raises(ValueError) as e:
+        _claim(tmp_path / "run", config)
+    words = "config.phases.train.clip is 0.5 now and was 'absent'; config.phases.train.steps is 30 now and was 20 (compare"
+    assert words in str(e.value)
+
+
+def test_help_shows_defaults_an_example_and_the_exit_codes(capsys):
+    for command, (_, _, example) in COMMANDS.items():
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        text = capsys.readouterr().out
+        assert f"hybrid-jax {command} {example}" in text and "3 stopped by Ctrl-C or SIGTERM" in text
+        assert "default: None" not in text and "default: False" not in text
+    with pytest.raises(SystemExit):
+        main(["select", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for default in ("(default: GKA)", "(default: 0.5)", "(default: 256)", "(default: stdlib)"):
+        assert default in text
+
+
+def test_the_examples_of_help_are_command_lines_that_are_read():
+    import shlex
+
+    for command, (_, _, example) in COMMANDS.items():
+        assert read_arguments([command, *shlex.split(example)]).command == command
+
+
+def test_help_and_the_parsers_import_no_large_library():
+    program = "import json, sys; import hybrid_jax.commands.main as m; m._parsers(); print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    large = {"jax", "flax", "numpy", "transformers", "orbax", "matplotlib", "grain", "tokenizers", "ml_collections", "absl", "rich"}
+    assert not large & set(json.loads(done.stdout))
+
+
+def test_the_package_s_functions_are_functions_whatever_was_imported_before():
+    import hybrid_jax
+    import hybrid_jax.generate  # sets the attribute of that name, which must stay the function
+
+    assert all(callable(getattr(hybrid_jax, name)) for name in hybrid_jax.__all__)
