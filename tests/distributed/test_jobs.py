@@ -24,7 +24,8 @@ def get_config():
     align = dict(form="fused", objective="align_all", trainable=(r"\.gdn\.",), **each)
     train = dict(form="unfused", objective="next_token", **each)
     return ConfigDict(dict(source="SOURCE", pattern="*-GDN", mesh=MESH, schedule=("align", "train"), seed=3,
-                           phases=dict(align=align, train=train), data=dict(text="TEXT", mix=dict(text=1.0))))
+                           phases=dict(align=align, train=train),
+                           data=dict(text="TEXT", sources=dict(more=dict(path="TEXT")), mix=dict(text=0.6, more=0.4))))
 """
 
 
@@ -80,6 +81,9 @@ def test_two_processes_of_which_one_is_asked_to_stop_and_one_on_another_mesh_are
         assert np.allclose([got[k] for k in steps], [want[k] for k in steps], rtol=tolerance)
     assert np.allclose([got["train", n] for n in (1, 2, 3)], [want["train", n] for n in (1, 2, 3)], rtol=1e-4)
     assert want["train", 3] < want["train", 1] - 0.01
+    own = [{(r["step"], n): r[n] for r in read_metrics(tmp_path / d) for n in r if n.startswith("loss/")} for d in ("alone", "run")]
+    assert own[0].keys() == own[1].keys() and {n for _, n in own[0]} == {"loss/text", "loss/more"}
+    assert all(np.isclose(own[1][k], x, rtol=1e-3) for k, x in own[0].items())
     want, got = (split_model(load_model(tmp_path / d / "model"))[1] for d in ("alone", "run"))
     for name, value in want.items():
         assert relative_error(got[name], value) < 1e-2, name
