@@ -5,10 +5,13 @@ The Jinja template is rendered by transformers, in its sandbox.
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import re
 from collections.abc import Sequence
+
+from hybrid_jax.data.answers import Answers, Finder
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -21,7 +24,7 @@ class ChatTemplate:
     """
 
     def __init__(self, directory: str | pathlib.Path):
-        directory = pathlib.Path(directory)
+        self.directory = directory = pathlib.Path(directory)
         config = directory / "tokenizer_config.json"
         self.config = json.loads(config.read_text()) if config.is_file() else {}
         own = directory / "chat_template.jinja"
@@ -57,33 +60,28 @@ class ChatTemplate:
         except TemplateError as e:
             raise ValueError(f"the chat template refuses this conversation: {e}") from None
 
-    def spans(self, messages: Sequence[dict]) -> tuple[str, list[tuple[int, int]]]:
-        """The rendered conversation and the (begin, end) characters of the assistant's turns, their ends included.
+    @functools.cached_property
+    def _find(self) -> Finder:
+        file = self.directory / "tokenizer.json"
+        added = json.loads(file.read_text()).get("added_tokens", []) if file.is_file() else []
+        return Finder(self.render, {*(token["content"] for token in added), *self.special.values()})
 
-        From `{% generation %}` marks where the template has them; else a turn begins where the prompt for it ends, and
-        ends with the end-of-turn token.
+    def answers(self, messages: Sequence[dict]) -> Answers:
+        """The rendered conversation and the assistant's turns in it.
+
+        From `{% generation %}` marks where the template has them, else as `data.answers` proves them.
 
         Raises:
-          ValueError: the template refuses the conversation, or rewrites earlier turns so that none can be found.
+          ValueError: the template refuses the conversation, or no answer can be found in what it renders.
         """
-        if GENERATION.search(self.template):
-            self.render(messages)  # refusals in our words
-            (text,), (found,) = self._render(messages, return_assistant_tokens_mask=True)
-            return text, [tuple(span) for span in found]
-        text, found = self.render(messages), []
-        end_token = self.special.get("eos_token") or ""
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = self.render(messages[:i], add_generation_prompt=True)
-            if not text.startswith(prompt):
-                raise ValueError(
-                    f"the chat template renders turn {i} differently in the whole conversation than as a prompt; give a "
-                    "template with {% generation %} marks"
-                )
-            begin = len(prompt)
-            said = text.find(message["content"].strip(), begin)
-            after = (begin if said < 0 else said) + len(message["content"].strip())
-            end = text.find(end_token, after) + len(end_token) if end_token and end_token in text[after:] else len(text)
-            found.append((begin, end))
-        return text, found
+        if not GENERATION.search(self.template):
+            return self._find(messages)
+        self.render(messages)  # refusals in our words
+        (text,), (found,) = self._render(messages, return_assistant_tokens_mask=True)
+        if not found and any(message["role"] == "assistant" for message in messages):
+            raise ValueError("the chat template has {% generation %} marks, but marks none of this conversation's answers")
+        return Answers(text, [tuple(span) for span in found])
+
+    def spans(self, messages: Sequence[dict]) -> tuple[str, list[tuple[int, int]]]:
+        """`answers`, its text and spans alone."""
+        return self.answers(messages)[:2]
