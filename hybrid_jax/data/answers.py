@@ -29,19 +29,26 @@ class Answers(NamedTuple):
     Args:
       text: as the model reads it.
       spans: (begin, end) characters of the assistant's turns in it, each with its end-of-turn token.
-      rewritten: of these turns, those that the template renders differently because other turns follow.
+      rewritten: of these turns, those that the complete rendering shows differently than the conversation up to them.
       left_out: the assistant's other turns, whose place could not be proven.
+      absent: messages of others whose content is not in the text, as a template may move, change or ignore it.
     """
 
     text: str
     spans: list[tuple[int, int]]
     rewritten: int = 0
     left_out: int = 0
+    absent: int = 0
 
 
 def shared_prefix(*texts: str) -> int:
     """How many characters the texts have in common at their beginning."""
     return len(os.path.commonprefix(texts))
+
+
+def absent(messages: Sequence[dict], text: str) -> int:
+    """How many messages that are not the assistant's have a content that is not in the text."""
+    return sum(m["role"] != "assistant" and m["content"].strip() not in text for m in messages)
 
 
 def with_placeholders(messages: Sequence[dict], which: Iterable[int], number: int = 0) -> list[dict]:
@@ -81,12 +88,16 @@ class Finder:
         if not last or not before_another or said not in last or said not in before_another:
             return ""
         tails = [text.partition(said)[2] for text in (last, before_another)]
-        after = tails[0][: shared_prefix(*tails)]
+        after = tails[0][: self._outside(tails[0], shared_prefix(*tails))]
         return after[: self._last_added(after)]
 
     def _last_added(self, text: str) -> int:
         """Where the last added token in a text ends; the text's length if it has none."""
         return max((match.end() for match in self.added.finditer(text)), default=len(text))
+
+    def _outside(self, text: str, at: int) -> int:
+        """`at`, or where the added token begins that it is inside of."""
+        return next((match.start() for match in self.added.finditer(text) if match.start() < at < match.end()), at)
 
     def __call__(self, messages: Sequence[dict]) -> Answers:
         """The answers of a conversation.
@@ -109,7 +120,7 @@ class Finder:
                 "the chat template renders every answer differently in the complete conversation than by itself, so what the "
                 "assistant said cannot be found; give a template with {% generation %} marks around it"
             )
-        return Answers(text, spans, rewritten, left_out)
+        return Answers(text, spans, rewritten, left_out, absent(messages, text))
 
     def _plain(self, messages: Sequence[dict], i: int, text: str) -> tuple[int, int] | None:
         """The span of a turn that is rendered in the same way whatever follows."""
@@ -119,22 +130,30 @@ class Finder:
         said = alone[begin:]
         at = said.rfind(self.end_of_turn) if self.end_of_turn else -1
         end = begin + (at + len(self.end_of_turn) if at >= 0 else self._last_added(said))
-        return (begin, end) if text.startswith(alone[:end]) else None
+        if not text.startswith(alone[:end]):
+            return None
+        others = [m["content"].strip() for m in messages if m["role"] != "assistant"]
+        if any(other and other in text[begin:end] for other in others):  # by chance, or the template moved it here
+            own = self._own_text(messages, i, text)
+            return (begin, end) if own is not None and own[0] == begin and own[1] >= end else None
+        return begin, end
 
     def _rewritten(self, messages: Sequence[dict], i: int, text: str) -> tuple[int, int] | None:
-        """The span of a turn that is rendered differently because of what follows: its text that no other message changes."""
+        """The span of a turn that is rendered differently because of what follows."""
+        own = self._own_text(messages, i, text)
+        at = text.rfind(self.end_of_turn, *own) if own is not None and self.end_of_turn else -1
+        return (own[0], at + len(self.end_of_turn)) if at >= 0 else None
+
+    def _own_text(self, messages: Sequence[dict], i: int, text: str) -> tuple[int, int] | None:
+        """From where turn i begins, the characters that no other message changes."""
         others = with_placeholders(messages, (j for j in range(len(messages)) if j != i))
         changed = self._try(others)
-        if not self.end_of_turn or changed is None:
+        if changed is None:
             return None
         for find in (self._after_prompt, self._content):
-            begin, other = find(messages, i, text), find(others, i, changed)
-            if begin is None or other is None:
-                continue
-            end = begin + shared_prefix(text[begin:], changed[other:])
-            at = text.rfind(self.end_of_turn, begin, end)
-            if at >= 0:
-                return begin, at + len(self.end_of_turn)
+            begin, same = find(messages, i, text), find(others, i, changed)
+            if begin is not None and same is not None:
+                return begin, begin + shared_prefix(text[begin:], changed[same:])
         return None
 
     def _after_prompt(self, messages: Sequence[dict], i: int, text: str) -> int | None:
@@ -146,7 +165,9 @@ class Finder:
             return len(prompt)
         # A prompt may open a block of thoughts that the finished turn does not have.
         before, shared = self._try(messages[:i]), shared_prefix(text, prompt)
-        return shared if before and len(before) <= shared and prompt.startswith(before) else None
+        if not before or len(before) > shared or not prompt.startswith(before):
+            return None
+        return self._outside(text, shared)
 
     def _content(self, messages: Sequence[dict], i: int, text: str) -> int | None:
         """Where the content of message i begins in the complete rendering."""

@@ -11,7 +11,7 @@ import pathlib
 import re
 from collections.abc import Sequence
 
-from hybrid_jax.data.answers import Answers, Finder
+from hybrid_jax.data.answers import Answers, Finder, absent
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -80,7 +80,7 @@ class ChatTemplate:
         (text,), (found,) = self._render(messages, return_assistant_tokens_mask=True)
         if not found and any(message["role"] == "assistant" for message in messages):
             raise ValueError("the chat template has {% generation %} marks, but marks none of this conversation's answers")
-        return Answers(text, [tuple(span) for span in found])
+        return Answers(text, [tuple(span) for span in found], absent=absent(messages, text))
 
     def spans(self, messages: Sequence[dict]) -> tuple[str, list[tuple[int, int]]]:
         """`answers`, its text and spans alone."""
