@@ -50,7 +50,8 @@ MISTRAL = (  # turns alternate, only answers have an end, the system message is 
     "{%- for m in loop_messages %}{%- if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{- raise_exception('turns must alternate') }}{%- endif %}"
     "{%- if m['role'] == 'user' %}{%- if loop.last and system is defined %}"
-    "{{- '[INST] ' + system + '\\n\\n' + m['content'] + '[/INST]' }}{%- else %}{{- '[INST] ' + m['content'] + '[/INST]' }}{%- endif %}"
+    "{{- '[INST] ' + system + '\\n\\n' + m['content'] + '[/INST]' }}"
+    "{%- else %}{{- '[INST] ' + m['content'] + '[/INST]' }}{%- endif %}"
     "{%- else %}{{- ' ' + m['content'] + eos_token }}{%- endif %}{%- endfor %}"
 )
 PHI = (  # a second end after the last turn
