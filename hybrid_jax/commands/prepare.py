@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from hybrid_jax.checks import check_integer, check_number
+
 
 def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("source", help="stdlib, a file (.jsonl, .parquet, .arrow, text), a folder of them, hf:NAME[:SPLIT]")
@@ -12,14 +14,18 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--held-out", type=float, default=5.0, help="percent of the documents kept for evaluation")
     parser.add_argument("--skip-bad", action="store_true", help="count unreadable records instead of ending at the first")
+    parser.add_argument(
+        "--replace-invalid", action="store_true", help="put U+FFFD in place of bytes that are not UTF-8, and count them"
+    )
 
 
 def run(args: argparse.Namespace):
     from hybrid_jax.convert import read_model_config
     from hybrid_jax.data.prepare import prepare
+    from hybrid_jax.data.tokens import notes
 
-    if args.workers < 1 or not 0 <= args.held_out < 100:
-        raise ValueError("--workers must be at least 1 and --held-out lie in [0, 100)")
+    check_integer("--workers", args.workers, minimum=1)
+    check_number("--held-out", args.held_out, minimum=0, below=100)
     index = prepare(
         args.source,
         args.out,
@@ -28,6 +34,7 @@ def run(args: argparse.Namespace):
         workers=args.workers,
         held_out_percent=args.held_out,
         skip_bad=args.skip_bad,
+        replace_invalid=args.replace_invalid,
     )
     train, held_out = index["train"], index["held_out"]
     print(
@@ -37,3 +44,5 @@ def run(args: argparse.Namespace):
     if index["bad"]:
         first = next(s["first_bad"][0] for s in index["shards"] if s["first_bad"])
         print(f"{index['bad']:,} records could not be read, the first: {first}")
+    for note in notes(index["counts"]):
+        print(note)

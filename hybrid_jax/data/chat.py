@@ -6,6 +6,7 @@ The Jinja template is rendered by transformers, in its sandbox.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import pathlib
 import re
@@ -14,6 +15,23 @@ from collections.abc import Sequence
 from hybrid_jax.data.answers import Answers, Finder, absent
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def _read(directory: pathlib.Path) -> tuple[str | None, dict[str, str]]:
+    """A model directory's chat template, and the special tokens that it may name."""
+    path, own = directory / "tokenizer_config.json", directory / "chat_template.jinja"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    template = own.read_text() if own.is_file() else config.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = next((t["template"] for t in template if t["name"] == "default"), None)
+    tokens = {n: config.get(n) for n in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    return template, {n: t["content"] if isinstance(t, dict) else t for n, t in tokens.items() if t is not None}
+
+
+def template_fingerprint(directory: str | pathlib.Path) -> str:
+    """Of the chat template and the tokens that it may name; empty where there is no template."""
+    template, special = _read(pathlib.Path(directory))
+    return hashlib.sha256(json.dumps([template, special], sort_keys=True).encode()).hexdigest() if template else ""
 
 
 class ChatTemplate:
@@ -25,12 +43,7 @@ class ChatTemplate:
 
     def __init__(self, directory: str | pathlib.Path):
         self.directory = directory = pathlib.Path(directory)
-        config = directory / "tokenizer_config.json"
-        self.config = json.loads(config.read_text()) if config.is_file() else {}
-        own = directory / "chat_template.jinja"
-        template = own.read_text() if own.is_file() else self.config.get("chat_template")
-        if isinstance(template, list):  # several by name
-            template = next((t["template"] for t in template if t["name"] == "default"), None)
+        template, self.special = _read(directory)
         if not template:
             raise ValueError(
                 f"{directory} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); "
@@ -41,8 +54,6 @@ class ChatTemplate:
         except ImportError:
             raise ValueError("chat templates need transformers: pip install transformers jinja2") from None
         self.template, self._render_all = template, render_jinja_template
-        tokens = {n: self.config.get(n) for n in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        self.special = {n: t["content"] if isinstance(t, dict) else t for n, t in tokens.items() if t is not None}
 
     def _render(self, messages, **options):
         return self._render_all([list(messages)], chat_template=self.template, **options, **self.special)

@@ -117,7 +117,7 @@ def read_corpus(data: Mapping, directory: str | pathlib.Path, eos_token_id=None)
     train, held_out = {}, {}
     for name, source in sources.items():
         if is_prepared(source.path):
-            train[name], held_out[name] = load_prepared(source.path, encode.tokenizer)
+            train[name], held_out[name] = load_prepared(source.path, encode.tokenizer, encode.identity)
         else:
             train[name], held_out[name] = ([encode(part)] for part in split_documents(load_documents(source.path)))
     size = encode.tokenizer.get_vocab_size()

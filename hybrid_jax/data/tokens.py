@@ -13,12 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from tokenizers import Tokenizer
 
-from hybrid_jax.data.chat import ChatTemplate
+from hybrid_jax.data.chat import ChatTemplate, template_fingerprint
 from hybrid_jax.data.documents import Document
 from hybrid_jax.data.tokenizer import added_around, end_of_text_id, load_tokenizer
 
 INDEX = "index.json"
-FORMAT = "hybrid_jax tokens 1"
+FORMAT = "hybrid_jax tokens 2"
 BATCH = 512  # documents encoded at a time
 NOTES = {  # what an encoder counts, in words
     "rewritten": "answers are rendered differently because other turns follow (a template may remove earlier thoughts); "
@@ -27,6 +27,8 @@ NOTES = {  # what an encoder counts, in words
     "ignores them",
     "left_out": "answers are not learned: the chat template renders them so that their place cannot be proven",
     "unanswered": "conversations have no answer to learn",
+    "replaced_documents": "documents had bytes that are not UTF-8",
+    "replaced_characters": "characters of them were replaced by U+FFFD",
 }
 
 
@@ -39,12 +41,26 @@ class Tokens:
       starts: [documents + 1].
       weights: [tokens] uint8, 1 where a token is to be learnt; None: everywhere.
       text_bytes: of the text they came from.
+      digest: their `fingerprint` where it is known already.
     """
 
     ids: np.ndarray
     starts: np.ndarray
     weights: np.ndarray | None = None
     text_bytes: int = 0
+    digest: str = ""
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the tokens, the documents' ends and the weights."""
+        if self.digest:
+            return self.digest
+        found = hashlib.sha256()
+        for array in (self.ids, self.starts, self.weights):
+            found.update(b"none" if array is None else f"{array.dtype} {array.shape}".encode())
+            if array is not None:
+                found.update(np.ascontiguousarray(array))
+        return found.hexdigest()
 
     def save(self, directory: pathlib.Path):
         directory.mkdir(parents=True)
@@ -65,7 +81,7 @@ class Tokens:
         return cls(ids, np.concatenate([*starts, ends[-1:]]).astype(np.int64), weights, sum(p.text_bytes for p in parts))
 
     @classmethod
-    def load(cls, directory: pathlib.Path, text_bytes: int = 0) -> Tokens:
+    def load(cls, directory: pathlib.Path, text_bytes: int = 0, digest: str = "") -> Tokens:
         """Mapped, not read."""
         weights = directory / "weights.npy"
         return cls(
@@ -73,6 +89,7 @@ class Tokens:
             np.load(directory / "starts.npy"),
             np.load(weights, mmap_mode="r") if weights.exists() else None,
             text_bytes,
+            digest,
         )
 
 
@@ -100,6 +117,16 @@ class Encoder:
         self._plain = Tokenizer.from_str(self.tokenizer.to_str())
         self._plain.post_processor = None
         self.counts = collections.Counter()
+
+    @property
+    def identity(self) -> dict:
+        """What decides the tokens of a document, in JSON's types: encoders that give the same tokens have the same."""
+        return {
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "document_begin": self.begin_ids,
+            "document_end": self.end_ids,
+            "chat_template": template_fingerprint(self.directory),
+        }
 
     @functools.cached_property
     def template(self) -> ChatTemplate:
@@ -162,11 +189,16 @@ def is_prepared(path: str | pathlib.Path) -> bool:
     return (pathlib.Path(path) / INDEX).is_file()
 
 
-def load_prepared(path: str | pathlib.Path, tokenizer: Tokenizer) -> tuple[list[Tokens], list[Tokens]]:
+def load_prepared(
+    path: str | pathlib.Path, tokenizer: Tokenizer, identity: Mapping | None = None
+) -> tuple[list[Tokens], list[Tokens]]:
     """(training, held-out) tokens of a prepared directory, shard by shard.
 
+    Args:
+      identity: of the encoder that would make them, see `Encoder.identity`; None: only the tokenizer must be the same.
+
     Raises:
-      ValueError: another tokenizer made it, or it is of another format.
+      ValueError: they were made differently, or are of another format; says what differs.
     """
     path = pathlib.Path(path)
     index = json.loads((path / INDEX).read_text())
@@ -176,8 +208,14 @@ def load_prepared(path: str | pathlib.Path, tokenizer: Tokenizer) -> tuple[list[
         raise ValueError(
             f"{path} was prepared with the tokenizer of {index['tokenizer_from']}, which is not the model's; prepare it again"
         )
+    for name, value in (identity or {}).items():
+        if index[name] != value and index[name] != "":
+            raise ValueError(
+                f"{path} was prepared with {name} = {index[name]!r:.40}, this model has {value!r:.40}; prepare it again with "
+                "this model's directory"
+            )
     parts = []
     for part in ("train", "held_out"):
         shards = [s for s in index["shards"] if s[part]["tokens"]]
-        parts.append([Tokens.load(path / s["name"] / part, s[part]["text_bytes"]) for s in shards])
+        parts.append([Tokens.load(path / s["name"] / part, s[part]["text_bytes"], s[part]["digest"]) for s in shards])
     return tuple(parts)
