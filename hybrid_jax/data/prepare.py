@@ -16,7 +16,7 @@ import json
 import multiprocessing
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -91,8 +91,10 @@ def prepare(
 
 def _differences(old: Mapping, plan: Mapping) -> tuple[list[str], list[str]]:
     """(in the settings, in the source) what differs between two plans, in words."""
-    settings = [n for n in plan if n not in ("source", "tokenizer_from", "pieces", *LENIENT) and old.get(n) != plan[n]]
-    return [f"{n} was {old.get(n)!r:.40}, now {plan[n]!r:.40}" for n in settings], changes(old.get("pieces", []), plan["pieces"])
+    names = [n for n in plan if n not in ("source", "tokenizer_from", "pieces", *LENIENT) and old.get(n) != plan[n]]
+    if "format" in names:  # the rest cannot be compared
+        return [f"its format was {old.get('format')!r}, now {FORMAT!r}"], []
+    return [f"{n} was {old[n]!r:.40}, now {plan[n]!r:.40}" for n in names], changes(old["pieces"], plan["pieces"])
 
 
 def _refuse(out: pathlib.Path, differences: list[str]):
@@ -111,8 +113,7 @@ def _is_done(out: pathlib.Path, plan: Mapping) -> bool:
     if not (out / INDEX).exists() or not (out / PLAN).exists():
         return False
     old, index = (json.loads((out / name).read_text()) for name in (PLAN, INDEX))
-    settings, source = ([], []) if old.get("format") == FORMAT else ([f"its format is {old.get('format')!r}, now {FORMAT!r}"], [])
-    settings, source = (settings, source) if settings else _differences(old, plan)
+    settings, source = _differences(old, plan)
     counts = index.get("counts", {})
     for name, count in (("skip_bad", index.get("bad")), ("replace_invalid", counts.get("replaced_documents"))):
         if count and not plan[name]:
@@ -136,13 +137,10 @@ def _start_or_go_on(out: pathlib.Path, plan: Mapping, names: Sequence[str]):
             return
         _refuse(out, [f"it has {len(finished)} finished shards and no {PLAN}"])
     old = json.loads((out / PLAN).read_text())
-    if old.get("format") != FORMAT:
-        _refuse(out, [f"its format is {old.get('format')!r}, now {FORMAT!r}"])
     settings, source = _differences(old, plan)
     if settings and finished:
         _refuse(out, settings)
     write_text(out / PLAN, json.dumps(plan) + "\n")
-    (out / INDEX).unlink(missing_ok=True)
     wanted = dict(zip(names, plan["pieces"], strict=True))
     stale = [shard for shard in finished if not _is_of_use(shard, wanted.get(shard.name), plan)]
     for leftover in (*stale, *out.glob(".shard-*")):
@@ -162,13 +160,23 @@ def _is_of_use(shard: pathlib.Path, piece: Mapping | None, plan: Mapping) -> boo
 def _run(todo: Sequence[tuple[str, Piece, dict]], workers: int, settings: tuple, total: int):
     bar = tqdm(total=total, initial=total - len(todo), desc="prepare", unit="piece", mininterval=1)
     tokens = 0
-    with bar, _pool(workers, settings) as pool:
+    with bar:
+        for made in _made(todo, workers, settings):
+            tokens += made
+            bar.update()
+            bar.set_postfix_str(f"{tokens:,} tokens")
+
+
+def _made(todo: Sequence[tuple[str, Piece, dict]], workers: int, settings: tuple) -> Iterator[int]:
+    """Makes the shards, by this process alone or by several others; yields the tokens of each."""
+    if workers == 1:
+        _start(*settings)
+        yield from (_shard(*work) for work in todo)
+        return
+    with _pool(workers, settings) as pool:
         running = {pool.submit(_shard, *work) for work in todo}
         try:
-            for done in concurrent.futures.as_completed(running):
-                tokens += done.result()
-                bar.update()
-                bar.set_postfix_str(f"{tokens:,} tokens")
+            yield from (done.result() for done in concurrent.futures.as_completed(running))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -48,4 +48,4 @@ def changes(before: Sequence[Mapping], now: Sequence[Mapping]) -> list[str]:
             found.append(f"{name} changed ({sizes})")
     if not found and list(before) != list(now):
         found = ["the source is divided into other pieces"]
-    return found[:SHOWN] + ([f"and {len(found) - SHOWN:,} other files"] if len(found) > SHOWN else [])
+    return found[:SHOWN] + ([f"and {len(found) - SHOWN:,} more"] if len(found) > SHOWN else [])
