@@ -18,12 +18,15 @@ def run(args: argparse.Namespace):
 
     import jax.numpy as jnp
 
+    from hybrid_jax.checks import check_integer
     from hybrid_jax.commands.experiments import load_config
-    from hybrid_jax.convert import load_model
-    from hybrid_jax.data import read_corpus
+    from hybrid_jax.convert import load_model, read_model_config
+    from hybrid_jax.data import load_tokenizer, read_corpus
+    from hybrid_jax.data.tokens import tokenizer_fingerprint
     from hybrid_jax.experiment import mesh_of, mix_of, phases_of_config
     from hybrid_jax.train.cache import cache_teacher
 
+    check_integer("--k", args.k, minimum=1)
     config = load_config([f"--config={args.config}", *args.overrides])
     phases = phases_of_config(config)
     number = next((n for n, (name, _) in enumerate(phases, start=1) if name == args.phase), None)
@@ -32,9 +35,16 @@ def run(args: argparse.Namespace):
     phase = phases[number - 1][1]
     if not phase.teacher_cache:
         raise ValueError(f"phase {args.phase!r} has no teacher_cache, the directory to write and to distil from")
+    if args.teacher and (pathlib.Path(args.teacher) / "tokenizer.json").exists():
+        own, source = (tokenizer_fingerprint(load_tokenizer(path)) for path in (args.teacher, config.source))
+        if own != source:
+            raise ValueError(
+                f"--teacher {args.teacher} has another tokenizer than the source {config.source}: its answers would be of other "
+                "tokens than the student's; give a teacher with the source's tokenizer"
+            )
     mesh = mesh_of(config, phase)
     teacher = load_model(args.teacher or config.source, dtype=jnp.float32, mesh=mesh)
-    corpus = read_corpus(config.data.to_dict(), config.source, teacher.config.extra.get("eos_token_id"))
+    corpus = read_corpus(config.data.to_dict(), config.source, read_model_config(config.source).extra.get("eos_token_id"))
     mix, seed = mix_of(config, phase), config.seed + number
     phase = phase.in_steps(corpus, mix, seed)
     cache_teacher(teacher, phase, corpus, mix, seed=seed, out=pathlib.Path(phase.teacher_cache), k=args.k, mesh=mesh)

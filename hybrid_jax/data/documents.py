@@ -278,12 +278,23 @@ def is_held_out(name: str, percent: float = HELD_OUT_PERCENT) -> bool:
 
 
 def split_documents(documents: Iterable[Document]) -> tuple[list[Document], list[Document]]:
-    """(training, held-out) documents; a single text gives its first and last parts instead."""
+    """(training, held-out) documents, by their names.
+
+    Where that would leave one of the parts empty, texts are divided by their length instead: the last 5 percent of the
+    characters are held out, and the document in which they begin gives its first part to training. No document is joined to
+    another.
+    """
     documents = list(documents)
     train = [d for d in documents if not is_held_out(d.name)]
     held_out = [d for d in documents if is_held_out(d.name)]
     if (train and held_out) or any(d.messages for d in documents):
         return train, held_out
-    everything = "\n".join(d.text for d in documents)
-    cut = len(everything) * (100 - HELD_OUT_PERCENT) // 100
-    return [Document("first part", everything[:cut])], [Document("last part", everything[cut:])]
+    left = sum(len(d.text) for d in documents) * (100 - HELD_OUT_PERCENT) // 100
+    train, held_out = [], []
+    for d in documents:
+        if d.text[:left]:
+            train.append(d._replace(text=d.text[:left]))
+        if d.text[left:]:
+            held_out.append(d._replace(text=d.text[left:]))
+        left = max(left - len(d.text), 0)
+    return train, held_out
