@@ -78,8 +78,8 @@ def run(args: argparse.Namespace):
     from rich.table import Table
 
     from hybrid_jax.convert import load_model
-    from hybrid_jax.data import load_tokenizer, read_corpus
-    from hybrid_jax.data.tokens import tokenizer_fingerprint
+    from hybrid_jax.data import read_corpus
+    from hybrid_jax.data.tokens import Encoder
     from hybrid_jax.evaluate.measures import retrieval_loss_and_accuracy, text_loss
     from hybrid_jax.evaluate.report import HEADER, Row, draw_recovery, markdown_table, notes, table_cells
     from hybrid_jax.files import write_text
@@ -105,12 +105,13 @@ def run(args: argparse.Namespace):
                 say(f"{name}: measured again, changed since the stored result: {', '.join(changed)}")
             model = load_model(path, dtype=jnp.float32)
             eos = model.config.extra.get("eos_token_id")
-            key = (tokenizer_fingerprint(load_tokenizer(path)), str(eos))  # each model reads the text by its own tokenizer
+            encoding = Encoder(path, eos).identity  # each model reads the text by its own tokenizer
+            key = json.dumps(encoding, sort_keys=True)
             if key not in corpora:
                 corpora[key] = read_corpus({"text": args.text}, path, eos)
             loss = text_loss(model, corpora[key], args.seq_len, args.rows)
             accuracy = retrieval_loss_and_accuracy(model, corpora[key], args.seq_len, max(args.rows // 4, 1))[1]
-            row = Row(name, str(path), model.config.pattern, loss, accuracy, group, stage, key[0][:12])
+            row = Row(name, str(path), model.config.pattern, loss, accuracy, group, stage, encoding["tokenizer"][:12])
         records.append({"row": dataclasses.asdict(row), "fingerprint": fingerprint})
         if out is not None:
             write_text(out / "results.json", json.dumps(records, indent=2) + "\n")

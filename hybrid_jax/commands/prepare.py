@@ -16,11 +16,15 @@ def add_arguments(parser: argparse.ArgumentParser):
         "--held-out", type=number(minimum=0, below=100), default=5.0, help="percent of the documents kept for evaluation"
     )
     parser.add_argument("--skip-bad", action="store_true", help="count unreadable records instead of ending at the first")
+    parser.add_argument(
+        "--replace-invalid", action="store_true", help="put U+FFFD in place of bytes that are not UTF-8, and count them"
+    )
 
 
 def run(args: argparse.Namespace):
     from hybrid_jax.convert import read_model_config
     from hybrid_jax.data.prepare import prepare
+    from hybrid_jax.data.tokens import notes
 
     index = prepare(
         args.source,
@@ -30,6 +34,7 @@ def run(args: argparse.Namespace):
         workers=args.workers,
         held_out_percent=args.held_out,
         skip_bad=args.skip_bad,
+        replace_invalid=args.replace_invalid,
     )
     train, held_out = index["train"], index["held_out"]
     print(
@@ -39,3 +44,5 @@ def run(args: argparse.Namespace):
     if index["bad"]:
         first = next(s["first_bad"][0] for s in index["shards"] if s["first_bad"])
         print(f"{index['bad']:,} records could not be read, the first: {first}")
+    for note in notes(index["counts"]):
+        print(note)

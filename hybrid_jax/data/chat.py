@@ -5,12 +5,33 @@ The Jinja template is rendered by transformers, in its sandbox.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import pathlib
 import re
 from collections.abc import Sequence
 
+from hybrid_jax.data.answers import Answers, Finder, absent
+
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def _read(directory: pathlib.Path) -> tuple[str | None, dict[str, str]]:
+    """A model directory's chat template, and the special tokens that it may name."""
+    path, own = directory / "tokenizer_config.json", directory / "chat_template.jinja"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    template = own.read_text() if own.is_file() else config.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = next((t["template"] for t in template if t["name"] == "default"), None)
+    tokens = {n: config.get(n) for n in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    return template, {n: t["content"] if isinstance(t, dict) else t for n, t in tokens.items() if t is not None}
+
+
+def template_fingerprint(directory: str | pathlib.Path) -> str:
+    """Of the chat template and the tokens that it may name; empty where there is no template."""
+    template, special = _read(pathlib.Path(directory))
+    return hashlib.sha256(json.dumps([template, special], sort_keys=True).encode()).hexdigest() if template else ""
 
 
 class ChatTemplate:
@@ -21,13 +42,8 @@ class ChatTemplate:
     """
 
     def __init__(self, directory: str | pathlib.Path):
-        directory = pathlib.Path(directory)
-        config = directory / "tokenizer_config.json"
-        self.config = json.loads(config.read_text()) if config.is_file() else {}
-        own = directory / "chat_template.jinja"
-        template = own.read_text() if own.is_file() else self.config.get("chat_template")
-        if isinstance(template, list):  # several by name
-            template = next((t["template"] for t in template if t["name"] == "default"), None)
+        self.directory = directory = pathlib.Path(directory)
+        template, self.special = _read(directory)
         if not template:
             raise ValueError(
                 f"{directory} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); "
@@ -38,8 +54,6 @@ class ChatTemplate:
         except ImportError:
             raise ValueError("chat templates need transformers: pip install transformers jinja2") from None
         self.template, self._render_all = template, render_jinja_template
-        tokens = {n: self.config.get(n) for n in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        self.special = {n: t["content"] if isinstance(t, dict) else t for n, t in tokens.items() if t is not None}
 
     def _render(self, messages, **options):
         return self._render_all([list(messages)], chat_template=self.template, **options, **self.special)
@@ -57,33 +71,28 @@ class ChatTemplate:
         except TemplateError as e:
             raise ValueError(f"the chat template refuses this conversation: {e}") from None
 
-    def spans(self, messages: Sequence[dict]) -> tuple[str, list[tuple[int, int]]]:
-        """The rendered conversation and the (begin, end) characters of the assistant's turns, their ends included.
+    @functools.cached_property
+    def _find(self) -> Finder:
+        file = self.directory / "tokenizer.json"
+        added = json.loads(file.read_text()).get("added_tokens", []) if file.is_file() else []
+        return Finder(self.render, {*(token["content"] for token in added), *self.special.values()})
 
-        From `{% generation %}` marks where the template has them; else a turn begins where the prompt for it ends, and
-        ends with the end-of-turn token.
+    def answers(self, messages: Sequence[dict]) -> Answers:
+        """The rendered conversation and the assistant's turns in it.
+
+        From `{% generation %}` marks where the template has them, else as `data.answers` proves them.
 
         Raises:
-          ValueError: the template refuses the conversation, or rewrites earlier turns so that none can be found.
+          ValueError: the template refuses the conversation, or no answer can be found in what it renders.
         """
-        if GENERATION.search(self.template):
-            self.render(messages)  # refusals in our words
-            (text,), (found,) = self._render(messages, return_assistant_tokens_mask=True)
-            return text, [tuple(span) for span in found]
-        text, found = self.render(messages), []
-        end_token = self.special.get("eos_token") or ""
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = self.render(messages[:i], add_generation_prompt=True)
-            if not text.startswith(prompt):
-                raise ValueError(
-                    f"the chat template renders turn {i} differently in the whole conversation than as a prompt; give a "
-                    "template with {% generation %} marks"
-                )
-            begin = len(prompt)
-            said = text.find(message["content"].strip(), begin)
-            after = (begin if said < 0 else said) + len(message["content"].strip())
-            end = text.find(end_token, after) + len(end_token) if end_token and end_token in text[after:] else len(text)
-            found.append((begin, end))
-        return text, found
+        if not GENERATION.search(self.template):
+            return self._find(messages)
+        self.render(messages)  # refusals in our words
+        (text,), (found,) = self._render(messages, return_assistant_tokens_mask=True)
+        if not found and any(message["role"] == "assistant" for message in messages):
+            raise ValueError("the chat template has {% generation %} marks, but marks none of this conversation's answers")
+        return Answers(text, [tuple(span) for span in found], absent=absent(messages, text))
+
+    def spans(self, messages: Sequence[dict]) -> tuple[str, list[tuple[int, int]]]:
+        """`answers`, its text and spans alone."""
+        return self.answers(messages)[:2]

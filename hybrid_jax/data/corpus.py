@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 from tokenizers import Tokenizer
 
-from hybrid_jax.data.documents import load_documents, piece_stamp, pieces, split_documents
+from hybrid_jax.data.documents import load_documents, pieces, split_documents
 from hybrid_jax.data.packing import LONG, PACKINGS, Joined, PackedRows
+from hybrid_jax.data.stamps import stamp
 from hybrid_jax.data.synthetic import Induction, KeyValueRetrieval
 from hybrid_jax.data.tokenizer import ASK, PAIRS, SPECIAL_TOKENS
-from hybrid_jax.data.tokens import INDEX, Encoder, Tokens, is_prepared, load_prepared
+from hybrid_jax.data.tokens import INDEX, Encoder, Tokens, is_prepared, load_prepared, notes
 from hybrid_jax.files import file_hash
+from hybrid_jax.parallel.distributed import say
 
 # Synthetic tasks draw from so many token ids, the first ordinary ones (a byte-level BPE's single bytes).
 NUM_SYMBOLS = 128
@@ -62,12 +67,16 @@ def read_sources(data: Mapping) -> dict[str, Source]:
 
 def source_stamp(path: str) -> list:
     """What changes when the text of a source changes: the size and time of every file, or a prepared directory's index."""
-    return [file_hash(pathlib.Path(path) / INDEX)] if is_prepared(path) else [piece_stamp(piece) for piece in pieces(path)]
+    return [file_hash(pathlib.Path(path) / INDEX)] if is_prepared(path) else [stamp(piece, path) for piece in pieces(path)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Tokenised sources by name, with their held-out parts, and what the synthetic tasks need of the tokenizer."""
+    """Tokenized sources by name, with their held-out parts, and what the synthetic tasks need of the tokenizer.
+
+    Args:
+      encoding: what decides the tokens of a text, see `Encoder.identity`.
+    """
 
     tokenizer: Tokenizer
     sources: Mapping[str, Source]
@@ -75,6 +84,21 @@ class Corpus:
     held_out: Mapping[str, list[Tokens]]
     markers: tuple[int, int]
     symbols: tuple[int, int]
+    encoding: Mapping = dataclasses.field(default_factory=dict)
+
+    def identity(self, mix: Mapping[str, float]) -> dict[str, Any]:
+        """What the rows of a mix are made of, beside their length and order: how text became tokens, and of each source the
+        tokens and how they are packed. The same for the same rows, whatever the sources' paths are."""
+        found = dict(self.encoding)
+        for name in sorted(n for n, share in mix.items() if share):
+            if name in SYNTHETIC:
+                found[name] = [*self.markers, *self.symbols]
+                continue
+            source, digests = self.sources[name], [tokens.fingerprint for tokens in self.train[name]]
+            found[f"{name}.tokens"] = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+            found[f"{name}.packing"] = self._packing(name, self.train[name])
+            found[f"{name}.long"] = source.long
+        return json.loads(json.dumps(found))
 
     def retrieval(self, length: int, seed: int, **options) -> KeyValueRetrieval:
         return KeyValueRetrieval(length, self.symbols, *self.markers, seed=seed, **options)
@@ -98,10 +122,12 @@ class Corpus:
         name = next(iter(self.held_out))
         return self._packed(name, self.held_out[name], length, "held-out")
 
+    def _packing(self, name: str, shards: list[Tokens]) -> str:
+        return self.sources[name].packing or ("first_fit" if any(t.weights is not None for t in shards) else "split")
+
     def _packed(self, name: str, shards: list[Tokens], length: int, part: str) -> Joined:
-        source = self.sources[name]
-        packing = source.packing or ("first_fit" if any(t.weights is not None for t in shards) else "split")
-        rows = Joined([PackedRows(tokens, length, packing, source.long) for tokens in shards])
+        packing, long = self._packing(name, shards), self.sources[name].long
+        rows = Joined([PackedRows(tokens, length, packing, long) for tokens in shards])
         if not len(rows):
             total = sum(len(t.ids) for t in shards)
             raise ValueError(
@@ -126,12 +152,15 @@ def read_corpus(data: Mapping, directory: str | pathlib.Path, eos_token_id=None)
     train, held_out = {}, {}
     for name, source in sources.items():
         if is_prepared(source.path):
-            train[name], held_out[name] = load_prepared(source.path, encode.tokenizer)
+            train[name], held_out[name] = load_prepared(source.path, encode.tokenizer, encode.identity)
         else:
+            encode.counts.clear()
             train[name], held_out[name] = ([encode(part)] for part in split_documents(load_documents(source.path)))
+            for note in notes(encode.counts):
+                say(f"{name}: {note}")
     size = encode.tokenizer.get_vocab_size()
     markers = [encode.tokenizer.token_to_id(t) for t in (PAIRS, ASK)]
     if None in markers:  # a foreign tokenizer: any two ids serve as markers, the first two ordinary ones
         markers = [1, 2]
     symbols = (len(SPECIAL_TOKENS), min(len(SPECIAL_TOKENS) + NUM_SYMBOLS, size))
-    return Corpus(encode.tokenizer, sources, train, held_out, tuple(markers), symbols)
+    return Corpus(encode.tokenizer, sources, train, held_out, tuple(markers), symbols, encode.identity)

@@ -14,6 +14,8 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+from hybrid_jax.data.text import check_text, decode
+
 HELD_OUT_PERCENT = 5
 PIECE_BYTES = 64 * 2**20
 PIECE_ROWS = 50_000  # of a Hugging Face dataset
@@ -28,11 +30,12 @@ SOURCES = "'stdlib', a text file, .jsonl, .parquet or .arrow, a folder of such, 
 
 
 class Document(NamedTuple):
-    """`text`, or `messages` ({role, content} each) of a conversation."""
+    """`text`, or `messages` ({role, content} each) of a conversation; `replaced` characters were not UTF-8."""
 
     name: str
     text: str = ""
     messages: tuple[dict, ...] = ()
+    replaced: int = 0
 
 
 class Piece(NamedTuple):
@@ -54,12 +57,13 @@ def document(name: str, record: Any) -> Document:
     if turns is not None:
         return Document(name, messages=tuple(_message(turn) for turn in turns))
     if isinstance(record.get("text"), str):
-        return Document(name, record["text"])
+        return Document(name, check_text(record["text"]))
     for asked, answers in (("instruction", ("output", "response")), ("prompt", ("completion", "response"))):
         answer = next((record[a] for a in answers if isinstance(record.get(a), str)), None)
         if isinstance(record.get(asked), str) and answer is not None:
             question = "\n\n".join(filter(None, (record[asked], record.get("input"))))
-            return Document(name, messages=({"role": "user", "content": question}, {"role": "assistant", "content": answer}))
+            said = (("user", question), ("assistant", answer))
+            return Document(name, messages=tuple({"role": role, "content": check_text(text)} for role, text in said))
     raise ValueError(f"{FORMATS}; got {', '.join(record) or 'nothing'}")
 
 
@@ -68,23 +72,26 @@ def _message(turn: Any) -> dict:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if isinstance(role, str) and isinstance(content, str):
             more = {k: v for k, v in turn.items() if k not in ("role", "from", "content", "value") and v is not None}
-            return {"role": ROLES.get(role, role), "content": content, **more}
+            return {"role": ROLES.get(role, role), "content": check_text(content), **more}
     raise ValueError(f"a message needs a role and a content, both text; got {turn!r:.80}")
 
 
 # Readers ------------------------------------------------------------------------------------------------------------
 
+# A record's name, the record or why it cannot be read, and how many characters replace bytes that are not UTF-8.
+Records = Iterator[tuple[str, Any, int]]
 
-def _read_files(root: str, names: tuple[str, ...], strict: bool) -> Iterator[tuple[str, Any]]:
+
+def _read_files(root: str, names: tuple[str, ...], replace: bool = False) -> Records:
     for name in names:
-        path = pathlib.Path(root, name)
         try:
-            yield name, {"text": path.read_text("utf-8", errors="strict" if strict else "replace")}
-        except UnicodeDecodeError:
-            continue  # a handful of the standard library's files exist to test other encodings
+            text, replaced = decode(pathlib.Path(root, name).read_bytes(), replace)
+            yield name, {"text": text.replace("\r\n", "\n").replace("\r", "\n")}, replaced
+        except ValueError as e:
+            yield name, e, 0
 
 
-def _read_jsonl(path: str, begin: int, end: int) -> Iterator[tuple[str, Any]]:
+def _read_jsonl(path: str, begin: int, end: int, replace: bool = False) -> Records:
     """The lines that begin in bytes [begin, end)."""
     with open(path, "rb") as file:
         if begin:
@@ -93,19 +100,37 @@ def _read_jsonl(path: str, begin: int, end: int) -> Iterator[tuple[str, Any]]:
         while (offset := file.tell()) < end and (line := file.readline()):
             if not line.strip():
                 continue
+            record, replaced = None, 0
             try:
-                yield f"{pathlib.Path(path).name}:{offset}", json.loads(line)
+                text, replaced = decode(line, replace)
+                try:
+                    record = json.loads(text)
+                except (ValueError, RecursionError) as e:
+                    raise ValueError(f"not JSON ({e})") from None
             except ValueError as e:
-                yield f"{pathlib.Path(path).name}:{offset}", e
+                record = e
+            yield f"{pathlib.Path(path).name}:{offset}", record, replaced
 
 
-def _read_parquet(path: str, group: int) -> Iterator[tuple[str, Any]]:
+def _rows(table, name: str) -> Records:
+    """The rows of a table of pyarrow; one by one where some are not UTF-8."""
+    try:
+        records = table.to_pylist()
+    except UnicodeDecodeError as e:
+        if table.num_rows > 1:
+            parts = (_rows(table.slice(i, 1), name) for i in range(table.num_rows))
+            records = [record for part in parts for _, record, _ in part]
+        else:
+            records = [ValueError(f"not UTF-8 (byte 0x{e.object[e.start]:02x} at offset {e.start})")]
+    yield from ((f"{name}:{i}", record, 0) for i, record in enumerate(records))
+
+
+def _read_parquet(path: str, group: int, replace: bool = False) -> Records:
     table = _import("pyarrow.parquet", "pyarrow").ParquetFile(path).read_row_group(group)
-    for i, record in enumerate(table.to_pylist()):
-        yield f"{pathlib.Path(path).name}:{group}:{i}", record
+    yield from _rows(table, f"{pathlib.Path(path).name}:{group}")
 
 
-def _read_arrow(path: str) -> Iterator[tuple[str, Any]]:
+def _read_arrow(path: str, replace: bool = False) -> Records:
     """An Arrow file, or the stream that Hugging Face's `datasets` saves."""
     pyarrow = _import("pyarrow", "pyarrow")
     with pyarrow.memory_map(path) as file:
@@ -114,8 +139,7 @@ def _read_arrow(path: str) -> Iterator[tuple[str, Any]]:
         except pyarrow.ArrowInvalid:
             file.seek(0)
             table = pyarrow.ipc.open_stream(file).read_all()
-        for i, record in enumerate(table.to_pylist()):
-            yield f"{pathlib.Path(path).name}:{i}", record
+        yield from _rows(table, pathlib.Path(path).name)
 
 
 @functools.lru_cache(1)
@@ -123,13 +147,18 @@ def _hugging_face(name: str, split: str):
     return _import("datasets", "datasets").load_dataset(name, split=split)
 
 
-def _read_hugging_face(name: str, split: str, begin: int, end: int) -> Iterator[tuple[str, Any]]:
+def dataset_fingerprint(name: str, split: str) -> str:
+    """Of a Hugging Face dataset, by which `datasets` knows its content."""
+    return str(getattr(_hugging_face(name, split), "_fingerprint", ""))
+
+
+def _read_hugging_face(name: str, split: str, begin: int, end: int, replace: bool = False) -> Records:
     rows = _hugging_face(name, split)
     for i in range(begin, end):
-        yield f"{name}:{split}:{i}", rows[i]
+        yield f"{name}:{split}:{i}", rows[i], 0
 
 
-READERS: dict[str, Callable[..., Iterator[tuple[str, Any]]]] = {
+READERS: dict[str, Callable[..., Records]] = {
     "files": _read_files,
     "jsonl": _read_jsonl,
     "parquet": _read_parquet,
@@ -161,7 +190,7 @@ def pieces(source: str) -> list[Piece]:
     if source == "stdlib":
         root = pathlib.Path(sysconfig.get_paths()["stdlib"])
         names = [p.relative_to(root) for p in sorted(root.rglob("*.py"))]
-        return _file_pieces(root, [n for n in names if _SKIP.isdisjoint(n.parts)], strict=True)
+        return _file_pieces(root, [n for n in names if _SKIP.isdisjoint(n.parts)])
     if source.startswith("hf:"):
         _, name, *split = source.split(":")
         split = split[0] if split else "train"
@@ -182,14 +211,14 @@ def pieces(source: str) -> list[Piece]:
         elif file.suffix in TEXT_FILES or file == path:
             texts.append(file)
     root = path.parent if path.is_file() else path
-    found += _file_pieces(root, [f.relative_to(root) for f in texts], strict=False)
+    found += _file_pieces(root, [f.relative_to(root) for f in texts])
     if not found:
         empty = f"the folder {source!r} has no text files" if path.is_dir() else f"the file {source!r} is empty"
         raise ValueError(f"{empty if path.exists() else f'no text at {source!r}'}: give {SOURCES}")
     return found
 
 
-def _file_pieces(root: pathlib.Path, names: list[pathlib.Path], strict: bool) -> list[Piece]:
+def _file_pieces(root: pathlib.Path, names: list[pathlib.Path]) -> list[Piece]:
     groups, size = [[]], 0
     for name in names:
         size += (root / name).stat().st_size
@@ -197,33 +226,24 @@ def _file_pieces(root: pathlib.Path, names: list[pathlib.Path], strict: bool) ->
             groups.append([])
             size = 0
         groups[-1].append(str(name))
-    return [Piece("files", (str(root), tuple(group), strict)) for group in groups if group]
+    return [Piece("files", (str(root), tuple(group))) for group in groups if group]
 
 
-def piece_stamp(piece: Piece) -> list:
-    """The piece, with the size and the time of change (ns) of every file it reads; of Hugging Face data, their fingerprint."""
-    if piece.reader == "hf":
-        name, split = piece.arguments[:2]
-        return [*piece, _hugging_face(name, split)._fingerprint]
-    root, *more = piece.arguments
-    files = [pathlib.Path(root, name) for name in more[0]] if piece.reader == "files" else [pathlib.Path(root)]
-    return [*piece, [[f.stat().st_size, f.stat().st_mtime_ns] for f in files]]
-
-
-def read_piece(piece: Piece, on_bad: Callable[[str], None] | None = None) -> Iterator[Document]:
+def read_piece(piece: Piece, on_bad: Callable[[str], None] | None = None, replace: bool = False) -> Iterator[Document]:
     """The documents of a piece.
 
     Args:
-      on_bad: told of a record that can not be read, instead of raising.
+      on_bad: is given the description of a record that cannot be read, instead of an error that ends the reading.
+      replace: put U+FFFD in place of bytes that are not UTF-8, and count it in `Document.replaced`.
 
     Raises:
-      ValueError: a record that can not be read; says where it is.
+      ValueError: a record that cannot be read; says where it is.
     """
-    for name, record in READERS[piece.reader](*piece.arguments):
+    for name, record, replaced in READERS[piece.reader](*piece.arguments, replace=replace):
         try:
             if isinstance(record, ValueError):
-                raise ValueError(f"not JSON ({record})")
-            yield document(name, record)
+                raise record
+            yield document(name, record)._replace(replaced=replaced)
         except ValueError as e:
             where = _place(piece, name)
             if on_bad is None:
@@ -233,6 +253,8 @@ def read_piece(piece: Piece, on_bad: Callable[[str], None] | None = None) -> Ite
 
 def _place(piece: Piece, name: str) -> str:
     """Where people look for a record."""
+    if piece.reader == "files":
+        return str(pathlib.Path(piece.arguments[0], name))
     if piece.reader != "jsonl":
         return name
     path, offset = piece.arguments[0], int(name.rpartition(":")[2])
@@ -257,12 +279,23 @@ def is_held_out(name: str, percent: float = HELD_OUT_PERCENT) -> bool:
 
 
 def split_documents(documents: Iterable[Document]) -> tuple[list[Document], list[Document]]:
-    """(training, held-out) documents; a single text gives its first and last parts instead."""
+    """(training, held-out) documents, by their names.
+
+    Where that would leave one of the parts empty, texts are divided by their length instead: the last 5 percent of the
+    characters are held out, and the document in which they begin gives its first part to training. No document is joined to
+    another.
+    """
     documents = list(documents)
     train = [d for d in documents if not is_held_out(d.name)]
     held_out = [d for d in documents if is_held_out(d.name)]
     if (train and held_out) or any(d.messages for d in documents):
         return train, held_out
-    everything = "\n".join(d.text for d in documents)
-    cut = len(everything) * (100 - HELD_OUT_PERCENT) // 100
-    return [Document("first part", everything[:cut])], [Document("last part", everything[cut:])]
+    left = sum(len(d.text) for d in documents) * (100 - HELD_OUT_PERCENT) // 100
+    train, held_out = [], []
+    for d in documents:
+        if d.text[:left]:
+            train.append(d._replace(text=d.text[:left]))
+        if d.text[left:]:
+            held_out.append(d._replace(text=d.text[left:]))
+        left = max(left - len(d.text), 0)
+    return train, held_out

@@ -73,7 +73,7 @@ def training_batches(
       teacher_cache: adds what a teacher thinks of each token, see `teacher_cache.TeacherCache`.
 
     Raises:
-      ValueError: an unknown source, or no positive share.
+      ValueError: an unknown source, no positive share, or a teacher's cache of other rows.
     """
     names = sources_of(mix)
     sources = [corpus.rows(name, length, seed, answer_weight) for name in names]
@@ -81,6 +81,7 @@ def training_batches(
     rows = tuple(range(batch_size) if rows is None else rows)
     batches = grain.MapDataset.source(_Own(mixed, batch_size, rows)).batch(len(rows), drop_remainder=True)
     if teacher_cache:
-        cache = TeacherCache(teacher_cache, batch_size=batch_size, length=length, seed=seed, mix=mix, answer_weight=answer_weight)
+        described = dict(batch_size=batch_size, length=length, seed=seed, mix=mix, answer_weight=answer_weight)
+        cache = TeacherCache(teacher_cache, made_of=corpus.identity(mix), **described)
         batches = batches.map_with_index(lambda step, batch: {**batch, **cache.read(step, rows)})
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, 2 * threads))))

@@ -1,6 +1,6 @@
 """What a teacher thinks of every token of a phase: its likeliest tokens, kept step by step.
 
-DIR/cache.json          of which rows, and how many tokens
+DIR/cache.json          of which rows (text, packing, tokenizer, mix, seed), which teacher, and how many tokens
 DIR/step-0000000/       ids.npy and log_probabilities.npy, [rows, length, k]
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,17 +18,38 @@ from hybrid_jax.files import new_directory, write_text
 RECORD = "cache.json"
 
 
+def _short(value: Any) -> str:
+    """A value for a message; of a hash its beginning."""
+    return value[:12] + "..." if isinstance(value, str) and len(value) == 64 else str(value)
+
+
 class TeacherCache:
     """A cache of the rows that these arguments of `training_batches` make.
 
+    Args:
+      path: its directory.
+      k: tokens kept of every distribution, to make one or go on with it; None: to read.
+      mix, rows: which rows, in which order.
+      made_of: what else decides the answers: the rows' text, packing and tokenizer (`Corpus.identity`), and `teacher` where
+        one is at hand. What is not given is not compared.
+
     Raises:
-      ValueError: the directory holds a cache of other rows; names the difference. FileNotFoundError: it holds none.
+      ValueError: the directory holds a cache of other rows or of another teacher; names the first difference.
+      FileNotFoundError: it holds none.
     """
 
-    def __init__(self, path: str | pathlib.Path, k: int | None = None, *, mix: Mapping[str, float], **rows):
+    def __init__(
+        self,
+        path: str | pathlib.Path,
+        k: int | None = None,
+        *,
+        mix: Mapping[str, float],
+        made_of: Mapping[str, Any] | None = None,
+        **rows,
+    ):
         self.path = pathlib.Path(path)
         shares = {name: share for name, share in sorted(mix.items()) if share}
-        wanted = json.loads(json.dumps({**rows, "mix": shares}))
+        wanted = json.loads(json.dumps({**rows, "mix": shares, **(made_of or {})}))
         record = self.path / RECORD
         if k is not None and not record.exists():
             self.path.mkdir(parents=True, exist_ok=True)
@@ -35,11 +57,16 @@ class TeacherCache:
         if not record.exists():
             raise FileNotFoundError(f"{path} holds no teacher's answers; make them with hybrid-jax cache-teacher")
         found = json.loads(record.read_text())
-        self.k = found.pop("k")
-        differs = [n for n in wanted if wanted[n] != found[n]] if k in (None, self.k) else ["k"]
-        if differs:
-            n = differs[0]
-            raise ValueError(f"{path} was made with {n} = {found.get(n, self.k)}, this phase has {wanted.get(n, k)}")
+        self.k = found["k"]
+        for name, value in {**wanted, "k": self.k if k is None else k}.items():
+            if name not in found:
+                raise ValueError(f"{path} does not say with which {name} it was made; remove it and make it again")
+            if found[name] != value:
+                who = "this teacher is" if name == "teacher" else "this phase has"
+                raise ValueError(
+                    f"{path} was made with {name} = {_short(found[name])}, {who} {_short(value)}; make another with hybrid-jax "
+                    "cache-teacher, in another directory"
+                )
 
     def _step(self, step: int) -> pathlib.Path:
         return self.path / f"step-{step:07d}"

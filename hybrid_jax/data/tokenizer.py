@@ -42,7 +42,10 @@ def save_tokenizer(tokenizer: Tokenizer, directory: pathlib.Path, max_length: in
 
 
 def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
-    """The tokenizer of a model directory.
+    """The tokenizer of a model directory, which gives every token of a text, in one way.
+
+    What a tokenizer.json may store beside its vocabulary does not apply to training text: truncation and padding are
+    switched off, and so is BPE dropout (a random choice among the ways to split a word).
 
     Raises:
       FileNotFoundError: the directory has no tokenizer.json.
@@ -50,7 +53,36 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
     path = pathlib.Path(directory) / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(f"no tokenizer.json in {directory}; give a model directory that has its tokenizer")
-    return Tokenizer.from_file(str(path))
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None) is not None:
+        model = tokenizer.model
+        model.dropout = None
+        tokenizer.model = model
+    return tokenizer
+
+
+def added_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer itself puts before and after a text, e.g. a beginning-of-sequence token.
+
+    They come from the post-processor in tokenizer.json, as in transformers; for most models of the Qwen family there are none.
+    """
+    for probe in ("a", "1", "."):
+        plain = tokenizer.encode(probe, add_special_tokens=False).ids
+        found = tokenizer.encode(probe, add_special_tokens=True).ids
+        for n in range(len(found) - len(plain) + 1 if plain else 0):
+            if found[n : n + len(plain)] == plain:
+                return found[:n], found[n + len(plain) :]
+    return [], []
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text to be continued: as a document begins in training, without what ends one.
+
+    Not for a rendered conversation, whose template writes its own beginning.
+    """
+    return added_around(tokenizer)[0] + tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def end_of_text_id(tokenizer: Tokenizer, eos_token_id=None) -> int:

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from hybrid_jax.data.chat import ChatTemplate
+from hybrid_jax.data.chat import ChatTemplate, template_fingerprint
 from hybrid_jax.data.documents import Document
-from hybrid_jax.data.tokenizer import end_of_text_id, load_tokenizer
+from hybrid_jax.data.tokenizer import added_around, end_of_text_id, load_tokenizer
 
 INDEX = "index.json"
-FORMAT = "hybrid_jax tokens 1"
+FORMAT = "hybrid_jax tokens 2"
 BATCH = 512  # documents encoded at a time
+NOTES = {  # what an encoder counts, in words
+    "rewritten": "answers are rendered differently because other turns follow (a template may remove earlier thoughts); "
+    "they are learned as rendered",
+    "absent": "messages that are not the assistant's are not in the rendered text as given: the chat template changes or "
+    "ignores them",
+    "left_out": "answers are not learned: the chat template renders them so that their place cannot be proven",
+    "unanswered": "conversations have no answer to learn",
+    "replaced_documents": "documents had bytes that are not UTF-8",
+    "replaced_characters": "characters of them were replaced by U+FFFD",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +41,26 @@ class Tokens:
       starts: [documents + 1].
       weights: [tokens] uint8, 1 where a token is to be learnt; None: everywhere.
       text_bytes: of the text they came from.
+      digest: their `fingerprint` where it is known already.
     """
 
     ids: np.ndarray
     starts: np.ndarray
     weights: np.ndarray | None = None
     text_bytes: int = 0
+    digest: str = ""
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the tokens, the documents' ends and the weights."""
+        if self.digest:
+            return self.digest
+        found = hashlib.sha256()
+        for array in (self.ids, self.starts, self.weights):
+            found.update(b"none" if array is None else f"{array.dtype} {array.shape}".encode())
+            if array is not None:
+                found.update(np.ascontiguousarray(array))
+        return found.hexdigest()
 
     def save(self, directory: pathlib.Path):
         directory.mkdir(parents=True)
@@ -55,7 +81,7 @@ class Tokens:
         return cls(ids, np.concatenate([*starts, ends[-1:]]).astype(np.int64), weights, sum(p.text_bytes for p in parts))
 
     @classmethod
-    def load(cls, directory: pathlib.Path, text_bytes: int = 0) -> Tokens:
+    def load(cls, directory: pathlib.Path, text_bytes: int = 0, digest: str = "") -> Tokens:
         """Mapped, not read."""
         weights = directory / "weights.npy"
         return cls(
@@ -63,27 +89,48 @@ class Tokens:
             np.load(directory / "starts.npy"),
             np.load(weights, mmap_mode="r") if weights.exists() else None,
             text_bytes,
+            digest,
         )
 
 
 class Encoder:
-    """Documents -> tokens: texts closed by the end-of-text token, conversations by the model's chat template.
+    """Documents -> tokens: texts between the tokens that begin and end a document, conversations by the chat template.
+
+    A text begins with what the tokenizer itself puts there (see `added_around`) and ends with what it puts after a text,
+    else with the end-of-text token.
 
     Args:
       directory: a model directory with its tokenizer.
       eos_token_id: of the model's config; see `end_of_text_id`.
+
+    Attributes:
+      counts: what happened to conversations, see `NOTES`.
     """
 
     def __init__(self, directory: str | pathlib.Path, eos_token_id=None):
         self.directory, self.tokenizer = pathlib.Path(directory), load_tokenizer(directory)
-        self.end_id = end_of_text_id(self.tokenizer, eos_token_id)
+        self.begin_ids, after = added_around(self.tokenizer)
+        self.end_ids = after or [end_of_text_id(self.tokenizer, eos_token_id)]
+        self.end_id = self.end_ids[-1]
         self.dtype = np.dtype(np.uint16 if self.tokenizer.get_vocab_size() <= 2**16 else np.uint32)
-        self._template = None
+        # Without the post-processor, which may trim the offsets of tokens, so that a space would seem to begin elsewhere.
+        self._plain = Tokenizer.from_str(self.tokenizer.to_str())
+        self._plain.post_processor = None
+        self.counts = collections.Counter()
 
     @property
+    def identity(self) -> dict:
+        """What decides the tokens of a document, in JSON's types: encoders that give the same tokens have the same."""
+        return {
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "document_begin": self.begin_ids,
+            "document_end": self.end_ids,
+            "chat_template": template_fingerprint(self.directory),
+        }
+
+    @functools.cached_property
     def template(self) -> ChatTemplate:
-        self._template = self._template or ChatTemplate(self.directory)
-        return self._template
+        return ChatTemplate(self.directory)
 
     def __call__(self, documents: Iterable[Document]) -> Tokens:
         """Every document, in order.
@@ -97,10 +144,11 @@ class Encoder:
     def _encoded(self, documents: list[Document]) -> Tokens:
         texts, spans = zip(*map(self._rendered, documents), strict=True)
         ids, weights = [], []
-        for encoding, said in zip(self.tokenizer.encode_batch(list(texts), add_special_tokens=False), spans, strict=True):
-            closing = [] if said is not None else [self.end_id]
-            ids.append(np.asarray([*encoding.ids, *closing], self.dtype))
-            weights.append(np.ones(len(ids[-1]), np.uint8) if said is None else _inside(encoding.offsets, said))
+        encodings = self._plain.encode_batch(list(texts), add_special_tokens=False)
+        for encoding, text, said in zip(encodings, texts, spans, strict=True):
+            around = (self.begin_ids, self.end_ids) if said is None else ([], [])
+            ids.append(np.asarray([*around[0], *encoding.ids, *around[1]], self.dtype))
+            weights.append(np.ones(len(ids[-1]), np.uint8) if said is None else _inside(encoding.offsets, text, said))
         starts = np.cumsum([0] + [len(x) for x in ids], dtype=np.int64)
         chats = any(said is not None for said in spans)
         size = sum(len(text.encode()) for text in texts)
@@ -110,17 +158,25 @@ class Encoder:
         if not document.messages:
             return document.text, None
         try:
-            return self.template.spans(document.messages)
+            answers = self.template.answers(document.messages)
         except ValueError as e:
             raise ValueError(f"{document.name}: {e}") from None
+        found = {name: getattr(answers, name) for name in ("rewritten", "left_out", "absent")}
+        self.counts.update(found, unanswered=not answers.spans)
+        return answers.text, answers.spans
 
 
-def _inside(offsets, spans) -> np.ndarray:
-    """1 for the tokens whose characters begin inside one of the spans."""
-    begins = np.asarray([b for b, _ in offsets], np.int64).reshape(-1)
+def notes(counts: Mapping[str, int]) -> list[str]:
+    """What to say about an encoder's `counts`."""
+    return [f"{counts[name]:,} {words}" for name, words in NOTES.items() if counts.get(name)]
+
+
+def _inside(offsets, text: str, spans) -> np.ndarray:
+    """1 for the tokens inside one of the spans; the first of a span may begin with the spaces before it."""
+    begins, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
     learnt = np.zeros(len(begins), np.uint8)
     for begin, end in spans:
-        learnt[(begins >= begin) & (begins < end)] = 1
+        learnt[(begins >= len(text[:begin].rstrip())) & (ends > begin) & (ends <= end)] = 1
     return learnt
 
 
@@ -133,11 +189,16 @@ def is_prepared(path: str | pathlib.Path) -> bool:
     return (pathlib.Path(path) / INDEX).is_file()
 
 
-def load_prepared(path: str | pathlib.Path, tokenizer: Tokenizer) -> tuple[list[Tokens], list[Tokens]]:
+def load_prepared(
+    path: str | pathlib.Path, tokenizer: Tokenizer, identity: Mapping | None = None
+) -> tuple[list[Tokens], list[Tokens]]:
     """(training, held-out) tokens of a prepared directory, shard by shard.
 
+    Args:
+      identity: of the encoder that would make them, see `Encoder.identity`; None: only the tokenizer must be the same.
+
     Raises:
-      ValueError: another tokenizer made it, or it is of another format.
+      ValueError: they were made differently, or are of another format; says what differs.
     """
     path = pathlib.Path(path)
     index = json.loads((path / INDEX).read_text())
@@ -147,8 +208,14 @@ def load_prepared(path: str | pathlib.Path, tokenizer: Tokenizer) -> tuple[list[
         raise ValueError(
             f"{path} was prepared with the tokenizer of {index['tokenizer_from']}, which is not the model's; prepare it again"
         )
+    for name, value in (identity or {}).items():
+        if index[name] != value and index[name] != "":
+            raise ValueError(
+                f"{path} was prepared with {name} = {index[name]!r:.40}, this model has {value!r:.40}; prepare it again with "
+                "this model's directory"
+            )
     parts = []
     for part in ("train", "held_out"):
         shards = [s for s in index["shards"] if s[part]["tokens"]]
-        parts.append([Tokens.load(path / s["name"] / part, s[part]["text_bytes"]) for s in shards])
+        parts.append([Tokens.load(path / s["name"] / part, s[part]["text_bytes"], s[part]["digest"]) for s in shards])
     return tuple(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import pathlib
 from collections.abc import Mapping
 
@@ -26,6 +27,30 @@ from hybrid_jax.train.phase import Phase
 from hybrid_jax.train.placement import in_mesh, own_rows, to_mesh
 
 
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+    """[2] uint32 of an array's bits and where they are; integers, so that it does not depend on how `x` is sharded."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+    place, stride = jnp.zeros(x.shape, jnp.uint32), 1
+    for axis in reversed(range(x.ndim)):
+        place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= x.shape[axis]
+
+    def mixed(factor):
+        found = (bits ^ (place * jnp.uint32(0x9E3779B9))) * jnp.uint32(factor)
+        return jnp.sum((found ^ (found >> 15)) * jnp.uint32(0x2C1B3C6D), dtype=jnp.uint32)
+
+    return jnp.stack([mixed(0x85EBCA6B), mixed(0xC2B2AE35)])
+
+
+def teacher_fingerprint(model: Decoder) -> str:
+    """The same for the same configuration and weights, on every mesh; every process of a job calls it."""
+    found = hashlib.sha256(repr(dataclasses.replace(model.config, extra={})).encode())
+    for name, x in sorted(split_model(model)[1].items()):
+        found.update(f"{name} {x.shape} {x.dtype} {whole_array(_checksum(x)).tolist()}".encode())
+    return found.hexdigest()
+
+
 def cache_teacher(
     model: Decoder,
     phase: Phase,
@@ -47,17 +72,19 @@ def cache_teacher(
       mesh: what to spread it over; the model's parameters lie there already. The cache does not depend on it.
 
     Raises:
-      ValueError: `out` holds a cache of other rows, k is more than the vocabulary, or the mesh does not fit.
+      ValueError: `out` holds a cache of other rows or of another teacher, k is more than the vocabulary, or the mesh does not
+        fit.
     """
     if not 1 <= k <= model.config.vocab_size:
         raise ValueError(f"k must lie in 1 ... {model.config.vocab_size}, the vocabulary, got {k}")
     if mesh is not None:
         check_mesh_fits(model.config, mesh, phase.rows_at_a_time, phase.seq_len)
     described = phase.described_rows(mix, seed)
+    made_of = {**corpus.identity(mix), "teacher": teacher_fingerprint(model)}
     if is_first():
-        TeacherCache(out, k, **described)
+        TeacherCache(out, k, made_of=made_of, **described)
     barrier("described the cache")
-    cache = TeacherCache(out, k, **described)
+    cache = TeacherCache(out, k, made_of=made_of, **described)
     missing = list(cache.missing(phase.steps))
     barrier("looked for what is missing")
 

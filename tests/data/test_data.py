@@ -49,6 +49,13 @@ def test_a_single_document_is_split_into_its_first_and_last_part():
     assert len(train[0].text) == 950 and len(held_out[0].text) == 50
 
 
+def test_few_documents_are_divided_by_length_and_stay_documents():
+    documents = [Document(name, name * 100) for name in "abc"]
+    assert not any(is_held_out(d.name) for d in documents)
+    train, held_out = split_documents(documents)
+    assert [d.text for d in train] == ["a" * 100, "b" * 100, "c" * 85] and [d.text for d in held_out] == ["c" * 15]
+
+
 def test_the_tokenizer_is_reversible_and_has_its_markers_first():
     tokenizer = train_tokenizer([TEXT], 300)
     assert [tokenizer.token_to_id(t) for t in (END_OF_TEXT, PAIRS, ASK)] == [0, 1, 2]

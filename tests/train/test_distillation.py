@@ -1,5 +1,6 @@
 """Distillation: a student nears its teacher, which stays what it was whatever trains; cached answers do as well."""
 
+import dataclasses
 import shutil
 
 import jax
@@ -15,6 +16,7 @@ from hybrid_jax.priming.fuse import fuse
 from hybrid_jax.priming.initialize import initialize_hybrid
 from hybrid_jax.train import Phase, read_metrics
 from hybrid_jax.train.arrangement import TEACHER, Arrangement
+from hybrid_jax.train.cache import cache_teacher, teacher_fingerprint
 from hybrid_jax.train.objectives import OBJECTIVES, distill
 from hybrid_jax.train.step import make_step
 from tests.conftest import relative_error, tiny_model
@@ -89,8 +91,6 @@ ROWS = dict(batch_size=2, length=128, seed=0, answer_weight=1.0)
 
 
 def test_a_cache_holds_what_a_teacher_thinks_of_each_row(corpus, tmp_path):  # noqa: F811
-    from hybrid_jax.train.cache import cache_teacher
-
     k = corpus.tokenizer.get_vocab_size()
     teacher = tiny_model("*-*", vocab_size=k)
     student = dict(rope_theta=1e6, max_position_embeddings=512)  # a phase's RoPE is not its teacher's
@@ -120,6 +120,36 @@ def test_a_cache_of_other_rows_is_refused(tmp_path):
         TeacherCache(tmp_path / "c", mix={"text": 1}, **{**ROWS, "seed": 1})
     with pytest.raises(FileNotFoundError, match="cache-teacher"):
         TeacherCache(tmp_path / "d", mix={"text": 1}, **ROWS)
+
+
+def test_a_cache_is_not_continued_with_another_teacher(corpus, tmp_path):  # noqa: F811
+    k = corpus.tokenizer.get_vocab_size()
+    p = Phase.from_config("p", dict(objective="next_token", steps=1, batch_size=2, seq_len=128))
+    made_of = {**corpus.identity({"text": 1.0}), "teacher": teacher_fingerprint(tiny_model("*", vocab_size=k))}
+    TeacherCache(tmp_path / "cache", 4, mix={"text": 1.0}, made_of=made_of, **ROWS)
+    with pytest.raises(ValueError, match="was made with teacher = .*, this teacher is"):
+        cache_teacher(tiny_model("*", vocab_size=k, seed=1), p, corpus, {"text": 1.0}, seed=0, out=tmp_path / "cache", k=4)
+
+
+def test_a_teacher_is_known_by_every_weight_and_its_configuration():
+    def changed(change):
+        model = tiny_model("*")
+        change(model)
+        return teacher_fingerprint(model)
+
+    def one_bit(model):
+        kernel = model.embed_tokens.embedding
+        kernel[...] = kernel[...].at[3, 2].set(jnp.nextafter(kernel[3, 2], 9.0))
+
+    def two_rows_swapped(model):
+        kernel = model.embed_tokens.embedding
+        kernel[...] = kernel[...].at[jnp.array([3, 4])].set(kernel[jnp.array([4, 3])])
+
+    def epsilon(model):
+        model.config = dataclasses.replace(model.config, rms_norm_eps=1e-5)
+
+    found = [changed(c) for c in (lambda model: None, one_bit, two_rows_swapped, epsilon)]
+    assert len(set(found)) == 4 and changed(lambda model: None) == found[0]
 
 
 CONFIG = """
