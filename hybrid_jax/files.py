@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 
 def check_new_directory(path: str | pathlib.Path) -> pathlib.Path:
@@ -65,3 +67,32 @@ def write_text(path: str | pathlib.Path, text: str):
     work = path.with_name(f".{path.name}.{os.getpid()}")
     work.write_text(text)
     work.rename(path)
+
+
+def _not_a_number(text: str) -> float:
+    if text == "NaN":
+        raise ValueError("NaN is not JSON")
+    return float(text)  # Infinity: older checkpoints have it in limits
+
+
+def read_json(path: str | pathlib.Path) -> dict[str, Any]:
+    """Reads a JSON file that holds one object, e.g. a checkpoint's `config.json`.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is not valid JSON, too deeply nested, contains NaN, or holds something other than an object; names the file.
+    """
+    path = pathlib.Path(path)
+    try:
+        value = json.loads(path.read_bytes().decode(), parse_constant=_not_a_number)
+    except RecursionError:
+        raise ValueError(f"{path} is not usable JSON (too deeply nested)") from None
+    except ValueError as e:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise ValueError(f"{path} is not valid JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, {{...}}, it holds {_kind(value)}")
+    return value
+
+
+def _kind(value: Any) -> str:
+    return {list: "an array", str: "a string", type(None): "null", bool: "a boolean"}.get(type(value), "a number")

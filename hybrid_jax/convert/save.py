@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 from safetensors.numpy import save_file
 
-from hybrid_jax.convert.load import INDEX, SINGLE
 from hybrid_jax.convert.names import hf_tensors
+from hybrid_jax.convert.weights import INDEX, SINGLE
 from hybrid_jax.families import config_to_hf
 from hybrid_jax.files import new_directory
 from hybrid_jax.model import Decoder
