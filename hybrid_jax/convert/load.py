@@ -84,6 +84,7 @@ def _checked(files: TensorFiles, config: ModelConfig) -> tuple[ModelConfig, dict
         table[name] = [(t, _stored_name(files, config, t.name)) for t in hf_tensors(name, config)]
         for tensor, stored in table[name]:
             shapes[stored] = _hf_shape(tensor, parameter.shape if tensor.expert is None else parameter.shape[1:])
+    files.check_dtypes([n for n in shapes if n in files.files])  # first: quantized checkpoints have other names too
     unused = {n for n in files if n.endswith(_IGNORED)} | ({HEAD} if config.tie_embeddings else set())
     missing, extra = sorted(shapes.keys() - set(files)), sorted(set(files) - shapes.keys() - unused)
     if missing or extra:
@@ -93,7 +94,7 @@ def _checked(files: TensorFiles, config: ModelConfig) -> tuple[ModelConfig, dict
         raise ValueError(
             f"{files.path}: the tensors do not fit config.json ({config.family}, pattern {config.pattern}): {'; '.join(parts)}"
         )
-    files.check(shapes)
+    files.check_shapes(shapes)
     return config, table
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -86,20 +86,15 @@ class TensorFiles(contextlib.ExitStack):
     def __iter__(self):
         return iter(self.files)
 
-    def check(self, shapes: Mapping[str, tuple[int, ...]]):
-        """Checks tensors by the files' headers: each has its shape and a dtype of weights.
+    def check_dtypes(self, names: Iterable[str]):
+        """Checks by the files' headers that tensors have a dtype of weights.
 
         Raises:
           ValueError: one has not; names it.
         """
         double = []
-        for name, shape in shapes.items():
-            header = self.files[name].get_slice(name)
-            if tuple(header.get_shape()) != tuple(shape):
-                raise ValueError(
-                    f"{self.path}: tensor {name} must have shape {tuple(shape)} by config.json, it has {tuple(header.get_shape())}"
-                )
-            dtype = header.get_dtype()
+        for name in names:
+            dtype = self.files[name].get_slice(name).get_dtype()
             if dtype not in DTYPES:
                 raise ValueError(
                     f"{self.path}: tensor {name} has dtype {dtype}, weights must be {', '.join(DTYPES.values())}; "
@@ -110,6 +105,17 @@ class TensorFiles(contextlib.ExitStack):
         if double:
             notice(f"{self.path}: {len(double)} tensors are float64 and are read as float32, the first {double[0]}")
 
+    def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]):
+        """Checks by the files' headers that tensors have these shapes.
+
+        Raises:
+          ValueError: one has not; names it.
+        """
+        for name, shape in shapes.items():
+            has = tuple(self.files[name].get_slice(name).get_shape())
+            if has != tuple(shape):
+                raise ValueError(f"{self.path}: tensor {name} must have shape {tuple(shape)} by config.json, it has {has}")
+
     def read(self, name: str) -> np.ndarray:
         """One tensor."""
         return self.files[name].get_tensor(name)
@@ -117,7 +123,7 @@ class TensorFiles(contextlib.ExitStack):
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors have the same shape and values; reads a few rows of them at a time."""
         a, b = (self.files[name].get_slice(name) for name in (one, other))
-        if a.get_shape() != b.get_shape():
+        if a.get_shape() != b.get_shape() or not a.get_shape() or not {a.get_dtype(), b.get_dtype()} <= set(DTYPES):
             return False
         rows = a.get_shape()[0]
         parts = (slice(i, min(i + ROWS, rows)) for i in range(0, rows, ROWS))

@@ -98,7 +98,8 @@ def test_weights_that_are_not_floating_point_are_refused_at_the_check(directory,
 
     tensors = load_file(directory / SINGLE)
     name = "model.layers.0.mlp.up_proj.weight"
-    save_file({**tensors, name: tensors[name].to(getattr(torch, dtype))}, directory / SINGLE)
+    scale = {name + "_scale_inv": torch.ones(1)}  # as quantized checkpoints have
+    save_file({**tensors, **scale, name: tensors[name].to(getattr(torch, dtype))}, directory / SINGLE)
     for check in (check_model_directory, load_model, lambda d: load_model(d, dtype="float32")):
         with pytest.raises(ValueError, match=rf"{re.escape(name)} has dtype {named}.*bfloat16"):
             check(directory)
