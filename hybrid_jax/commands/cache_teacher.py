@@ -19,8 +19,8 @@ def run(args: argparse.Namespace):
     import jax.numpy as jnp
 
     from hybrid_jax.commands.experiments import load_config
-    from hybrid_jax.convert import load_model
-    from hybrid_jax.data import read_corpus
+    from hybrid_jax.convert import check_model_directory, load_model
+    from hybrid_jax.data import check_tokenizer_fits, load_tokenizer, read_corpus
     from hybrid_jax.experiment import mesh_of, mix_of, phases_of_config
     from hybrid_jax.train.cache import cache_teacher
 
@@ -32,6 +32,9 @@ def run(args: argparse.Namespace):
     phase = phases[number - 1][1]
     if not phase.teacher_cache:
         raise ValueError(f"phase {args.phase!r} has no teacher_cache, the directory to write and to distil from")
+    tokenizer = load_tokenizer(config.source)
+    for directory in dict.fromkeys((config.source, args.teacher or config.source)):
+        check_tokenizer_fits(tokenizer, check_model_directory(directory).vocab_size, config.source)
     mesh = mesh_of(config, phase)
     teacher = load_model(args.teacher or config.source, dtype=jnp.float32, mesh=mesh)
     corpus = read_corpus(config.data.to_dict(), config.source, teacher.config.extra.get("eos_token_id"))

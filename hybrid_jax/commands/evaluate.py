@@ -67,13 +67,15 @@ def run(args: argparse.Namespace):
     from rich.table import Table
     from tqdm import tqdm
 
-    from hybrid_jax.convert import load_model
-    from hybrid_jax.data import read_corpus
+    from hybrid_jax.convert import load_model, read_model_config
+    from hybrid_jax.data import check_tokenizer_fits, load_tokenizer, read_corpus
     from hybrid_jax.evaluate.measures import retrieval_loss_and_accuracy, text_loss
     from hybrid_jax.evaluate.report import HEADER, Row, draw_recovery, markdown_table, table_cells
     from hybrid_jax.files import write_text
 
     todo = _to_measure(args)
+    for _, path, _, _ in todo:
+        check_tokenizer_fits(load_tokenizer(path), read_model_config(path).vocab_size, path)
     out = pathlib.Path(args.out) if args.out else None
     known = {}
     if out is not None:
