@@ -147,7 +147,7 @@ def load_model(path, pattern: str | None = None, dtype=None, mesh=None, *, seed:
         dtype = jnp.dtype(dtype)
         check_choice("dtype", dtype.name, DTYPES.values())
     with TensorFiles(pathlib.Path(path)) as files:
-        config, table = _checked(files, config)
+        config, table = _checked(files, dataclasses.replace(config, directory=str(path)))
         parameters = dict(_read_parameters(files, config, table, dtype, mesh))
     compute = dtype or jnp.dtype(parameters["embed_tokens.embedding"].dtype)
     structure, _ = nnx.split(abstract_decoder(config, dtype=compute))

@@ -1,14 +1,16 @@
 """Conversations through the tokenizer's own chat template, with the spans that the assistant said.
 
-The Jinja template is rendered by transformers, in its sandbox.
+The Jinja template is rendered by transformers, in its sandbox, in a process of its own (`chat_process`).
 """
 
 from __future__ import annotations
 
-import json
 import pathlib
 import re
 from collections.abc import Sequence
+
+from hybrid_jax.data.chat_process import check_renderer, render_in_process
+from hybrid_jax.files import read_json
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -23,7 +25,7 @@ class ChatTemplate:
     def __init__(self, directory: str | pathlib.Path):
         directory = pathlib.Path(directory)
         config = directory / "tokenizer_config.json"
-        self.config = json.loads(config.read_text()) if config.is_file() else {}
+        self.config = read_json(config) if config.is_file() else {}
         own = directory / "chat_template.jinja"
         template = own.read_text() if own.is_file() else self.config.get("chat_template")
         if isinstance(template, list):  # several by name
@@ -33,29 +35,21 @@ class ChatTemplate:
                 f"{directory} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); "
                 "conversations need one: take an instruct model's tokenizer files"
             )
-        try:
-            from transformers.utils.chat_template_utils import render_jinja_template
-        except ImportError:
-            raise ValueError("chat templates need transformers: pip install transformers jinja2") from None
-        self.template, self._render_all = template, render_jinja_template
+        check_renderer()
+        self.template = template
         tokens = {n: self.config.get(n) for n in ("bos_token", "eos_token", "pad_token", "unk_token")}
         self.special = {n: t["content"] if isinstance(t, dict) else t for n, t in tokens.items() if t is not None}
 
     def _render(self, messages, **options):
-        return self._render_all([list(messages)], chat_template=self.template, **options, **self.special)
+        return render_in_process(self.template, list(messages), **options, **self.special)
 
     def render(self, messages: Sequence[dict], *, add_generation_prompt: bool = False) -> str:
         """The conversation as the model reads it.
 
         Raises:
-          ValueError: the template refuses it.
+          ValueError: the template refuses it, fails, or takes too long or too much memory.
         """
-        from jinja2 import TemplateError
-
-        try:
-            return self._render(messages, add_generation_prompt=add_generation_prompt)[0][0]
-        except TemplateError as e:
-            raise ValueError(f"the chat template refuses this conversation: {e}") from None
+        return self._render(messages, add_generation_prompt=add_generation_prompt)[0]
 
     def spans(self, messages: Sequence[dict]) -> tuple[str, list[tuple[int, int]]]:
         """The rendered conversation and the (begin, end) characters of the assistant's turns, their ends included.
@@ -67,9 +61,7 @@ class ChatTemplate:
           ValueError: the template refuses the conversation, or rewrites earlier turns so that none can be found.
         """
         if GENERATION.search(self.template):
-            self.render(messages)  # refusals in our words
-            (text,), (found,) = self._render(messages, return_assistant_tokens_mask=True)
-            return text, [tuple(span) for span in found]
+            return self._render(messages, return_assistant_tokens_mask=True)
         text, found = self.render(messages), []
         end_token = self.special.get("eos_token") or ""
         for i, message in enumerate(messages):
