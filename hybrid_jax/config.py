@@ -301,6 +301,7 @@ class ModelConfig:
         1 + beta * log(1 + floor(position / original_max_position_embeddings)).
       extra: keys of the source's config.json that the decoder does not use (token ids and the like);
         they are written back on export and take no part in comparisons.
+      directory: where the model was loaded from, or empty; it takes no part in comparisons and is not written.
     """
 
     family: str
@@ -329,6 +330,7 @@ class ModelConfig:
     swa: SWAConfig = SWAConfig()
     bmojo: BMojoConfig = BMojoConfig()
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+    directory: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self):
         if not self.layers:

@@ -33,7 +33,7 @@ from hybrid_jax.convert import (
     save_model,
     write_model,
 )
-from hybrid_jax.data import load_tokenizer, read_corpus, read_sources
+from hybrid_jax.data import check_tokenizer_fits, load_tokenizer, read_corpus, read_sources
 from hybrid_jax.data.corpus import SYNTHETIC
 from hybrid_jax.data.documents import load_documents, pieces, split_documents
 from hybrid_jax.data.pipeline import sources_of
@@ -247,7 +247,7 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path, profile: tup
         if mesh is not None:
             check_mesh_fits(source_config, mesh, phase.rows_at_a_time, phase.seq_len)
     if config.get("source"):
-        load_tokenizer(config.source)
+        check_tokenizer_fits(load_tokenizer(config.source), source_config.vocab_size, config.source)
     for number, (name, phase) in enumerate(phases, start=1):
         if phase.teacher_cache and not stage_path(workdir, number, name).exists():
             described = phase.described_rows(mix_of(config, phase), config.seed + number)

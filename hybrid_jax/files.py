@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 _PACKAGE = pathlib.Path(__file__).parent
 SHIPPED = _PACKAGE / "shipped"  # in an installed package; in a checkout the same folders are beside the package
@@ -102,3 +104,32 @@ def file_hash(path: str | pathlib.Path) -> str:
     """The SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _not_a_number(text: str) -> float:
+    if text == "NaN":
+        raise ValueError("NaN is not JSON")
+    return float(text)  # Infinity: older checkpoints have it in limits
+
+
+def read_json(path: str | pathlib.Path) -> dict[str, Any]:
+    """Reads a JSON file that holds one object, e.g. a checkpoint's `config.json`.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is not valid JSON, too deeply nested, contains NaN, or holds something other than an object; names the file.
+    """
+    path = pathlib.Path(path)
+    try:
+        value = json.loads(path.read_bytes().decode(), parse_constant=_not_a_number)
+    except RecursionError:
+        raise ValueError(f"{path} is not usable JSON (too deeply nested)") from None
+    except ValueError as e:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise ValueError(f"{path} is not valid JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, {{...}}, it holds {_kind(value)}")
+    return value
+
+
+def _kind(value: Any) -> str:
+    return {list: "an array", str: "a string", type(None): "null", bool: "a boolean"}.get(type(value), "a number")

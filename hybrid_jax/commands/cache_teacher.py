@@ -23,8 +23,8 @@ def run(args: argparse.Namespace):
     import jax.numpy as jnp
 
     from hybrid_jax.commands.experiments import load_config
-    from hybrid_jax.convert import load_model, read_model_config
-    from hybrid_jax.data import load_tokenizer, read_corpus
+    from hybrid_jax.convert import check_model_directory, load_model
+    from hybrid_jax.data import check_tokenizer_fits, load_tokenizer, read_corpus
     from hybrid_jax.data.tokens import tokenizer_fingerprint
     from hybrid_jax.experiment import mesh_of, mix_of, phases_of_config
     from hybrid_jax.files import find_shipped
@@ -40,16 +40,18 @@ def run(args: argparse.Namespace):
     if not phase.teacher_cache:
         raise ValueError(f"phase {args.phase!r} has no teacher_cache, the directory to write and to distil from")
     source = find_shipped(config.get("source") or "")
-    if args.teacher and (pathlib.Path(args.teacher) / "tokenizer.json").exists():
-        own, wanted = (tokenizer_fingerprint(load_tokenizer(path)) for path in (args.teacher, source))
-        if own != wanted:
-            raise ValueError(
-                f"--teacher {args.teacher} has another tokenizer than the source {source}: its answers would be of other "
-                "tokens than the student's; give a teacher with the source's tokenizer"
-            )
+    tokenizer = load_tokenizer(source)
+    for model in dict.fromkeys((source, pathlib.Path(args.teacher or source))):
+        check_tokenizer_fits(tokenizer, check_model_directory(model).vocab_size, source)
+    given = args.teacher and (pathlib.Path(args.teacher) / "tokenizer.json").exists()
+    if given and tokenizer_fingerprint(load_tokenizer(args.teacher)) != tokenizer_fingerprint(tokenizer):
+        raise ValueError(
+            f"--teacher {args.teacher} has another tokenizer than the source {source}: its answers would be of other "
+            "tokens than the student's; give a teacher with the source's tokenizer"
+        )
     mesh = mesh_of(config, phase)
     teacher = load_model(args.teacher or source, dtype=jnp.float32, mesh=mesh)
-    corpus = read_corpus(config.data.to_dict(), source, read_model_config(source).extra.get("eos_token_id"))
+    corpus = read_corpus(config.data.to_dict(), source, check_model_directory(source).extra.get("eos_token_id"))
     mix, seed = mix_of(config, phase), config.seed + number
     phase = phase.in_steps(corpus, mix, seed)
     cache_teacher(teacher, phase, corpus, mix, seed=seed, out=pathlib.Path(phase.teacher_cache), k=args.k, mesh=mesh)

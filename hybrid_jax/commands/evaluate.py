@@ -60,6 +60,7 @@ def _continuations(args, rows) -> str:
 
     from hybrid_jax.convert import load_model
     from hybrid_jax.data import load_tokenizer
+    from hybrid_jax.data.tokenizer import encode_prompt
     from hybrid_jax.generate import generate
 
     last = {r.run or r.name: r for r in rows}  # a run's rows come in order: the last one stays
@@ -67,7 +68,7 @@ def _continuations(args, rows) -> str:
     for row in last.values():
         tokenizer = load_tokenizer(row.path)
         model = load_model(row.path, dtype=jnp.float32)
-        (new,) = generate(model, [tokenizer.encode(args.prompt, add_special_tokens=False).ids], max_new_tokens=64)
+        (new,) = generate(model, [encode_prompt(tokenizer, args.prompt)], max_new_tokens=64)
         parts.append(f"**{row.name}**\n\n```python\n{args.prompt}{tokenizer.decode(new)}\n```")
     return "\n\n".join(parts)
 
@@ -77,8 +78,8 @@ def run(args: argparse.Namespace):
     from rich.console import Console
     from rich.table import Table
 
-    from hybrid_jax.convert import load_model
-    from hybrid_jax.data import read_corpus
+    from hybrid_jax.convert import load_model, read_model_config
+    from hybrid_jax.data import check_tokenizer_fits, load_tokenizer, read_corpus
     from hybrid_jax.data.tokens import Encoder
     from hybrid_jax.evaluate.measures import retrieval_loss_and_accuracy, text_loss
     from hybrid_jax.evaluate.report import HEADER, Row, draw_recovery, markdown_table, notes, table_cells
@@ -87,6 +88,8 @@ def run(args: argparse.Namespace):
     from hybrid_jax.progress import progress_bar
 
     todo = _to_measure(args)
+    for _, path, _, _ in todo:
+        check_tokenizer_fits(load_tokenizer(path), read_model_config(path).vocab_size, path)
     out = pathlib.Path(args.out) if args.out else None
     known = {}
     if out is not None:

@@ -1,38 +1,89 @@
-"""`generate MODEL PROMPT`."""
+"""`generate MODEL [PROMPT]`."""
 
 from __future__ import annotations
 
 import argparse
+import pathlib
+import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    parser.add_argument("model", help="a model directory with its tokenizer")
-    parser.add_argument("prompt", help="the text to continue")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("model", help="a model directory with its tokenizer, e.g. RUN/model")
+    parser.add_argument("prompt", nargs="?", help="the text to continue; without it, or with '-', it is read from stdin")
+    parser.add_argument("--file", metavar="FILE", help="read the prompt from this file")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a user's message: use the model's chat template")
+    parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="at most so many tokens (default: %(default)s)")
+    said = "default: as the model's generation_config.json says, else"
+    parser.add_argument("--temperature", type=float, help=f"0 is greedy ({said} 0)")
+    parser.add_argument("--top-p", type=float, help=f"keep the likeliest tokens of this probability ({said} 1, all)")
+    parser.add_argument("--top-k", type=int, help=f"keep so many of the likeliest tokens ({said} 0, all)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    """The prompt's text; of a file or stdin without the last line break.
+
+    Raises:
+      ValueError: no prompt, two of them, or one that is not UTF-8.
+    """
+    if args.system is not None and not args.chat:
+        raise ValueError("--system needs --chat")
+    if args.prompt is not None and args.file:
+        raise ValueError("give either a prompt or --file, not both")
+    if args.prompt not in (None, "-"):
+        return args.prompt
+    if not args.file and args.prompt is None and sys.stdin.isatty():
+        raise ValueError("no prompt: give one as an argument, by --file, or on stdin")
+    data = pathlib.Path(args.file).read_bytes() if args.file else sys.stdin.buffer.read()
+    try:
+        return data.decode().removesuffix("\n")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"the prompt in {args.file or 'stdin'} is not UTF-8 text ({e})") from None
+
+
+def _sampling(args: argparse.Namespace, defaults):
+    """The model's own sampling with the options that were given in its place."""
+    import dataclasses
+
+    given = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k") if getattr(args, name) is not None}
+    sampling = dataclasses.replace(defaults, **given)
+    if sampling.greedy and given.keys() & {"top_p", "top_k"}:
+        raise ValueError("--top-p and --top-k have no effect on greedy generation; give --temperature above 0 too")
+    return sampling
 
 
 def run(args: argparse.Namespace):
+    import dataclasses
+
     import jax.numpy as jnp
 
-    from hybrid_jax.convert import load_model
-    from hybrid_jax.data import load_tokenizer
-    from hybrid_jax.data.tokenizer import end_of_text_id
-    from hybrid_jax.generate import generate
+    from hybrid_jax.convert import check_model_directory, load_model
+    from hybrid_jax.data import check_tokenizer_fits, load_tokenizer
+    from hybrid_jax.data.chat import ChatTemplate
+    from hybrid_jax.data.tokenizer import END_OF_TEXT, encode_prompt
+    from hybrid_jax.generate import check_prompts, generate, generation_defaults
+    from hybrid_jax.parallel.distributed import notice
 
-    tokenizer = load_tokenizer(args.model)
+    config = check_model_directory(args.model)
+    tokenizer = check_tokenizer_fits(load_tokenizer(args.model), config.vocab_size, args.model)
+    defaults = generation_defaults(args.model, config)
+    sampling = _sampling(args, defaults.sampling)
+    prompt = _prompt(args)
+    if args.chat:
+        messages = [{"role": "system", "content": args.system}] if args.system is not None else []
+        messages.append({"role": "user", "content": prompt})
+        text = ChatTemplate(args.model).render(messages, add_generation_prompt=True)
+    else:
+        text = prompt
+    # Chat templates write the tokens that begin a document themselves.
+    ids = tokenizer.encode(text, add_special_tokens=False).ids if args.chat else encode_prompt(tokenizer, text)
+    check_prompts(config, [ids], args.max_new_tokens)
+    if sampling == defaults.sampling and not sampling.greedy:
+        notice(f"sampling as the model's generation_config.json says: {sampling}")
+    ends = defaults.eos_ids
+    if ends is None:  # nothing says: a tokenizer of ours does
+        ends = [i for i in [tokenizer.token_to_id(END_OF_TEXT)] if i is not None]
     model = load_model(args.model, dtype=jnp.float32)
-    eos = end_of_text_id(tokenizer, model.config.extra.get("eos_token_id"))
-    ids = tokenizer.encode(args.prompt, add_special_tokens=False).ids
-    (new,) = generate(
-        model,
-        [ids],
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        eos_id=eos,
-        seed=args.seed,
-    )
-    print(args.prompt + tokenizer.decode(new))
+    (new,) = generate(model, [ids], max_new_tokens=args.max_new_tokens, eos_id=ends, seed=args.seed, **dataclasses.asdict(sampling))
+    print(("" if args.chat else prompt) + tokenizer.decode(new))

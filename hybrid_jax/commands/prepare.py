@@ -23,14 +23,17 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def run(args: argparse.Namespace):
     from hybrid_jax.convert import read_model_config
+    from hybrid_jax.data import check_tokenizer_fits, load_tokenizer
     from hybrid_jax.data.prepare import prepare
     from hybrid_jax.data.tokens import notes
 
+    config = read_model_config(args.tokenizer)
+    check_tokenizer_fits(load_tokenizer(args.tokenizer), config.vocab_size, args.tokenizer)
     index = prepare(
         args.source,
         args.out,
         args.tokenizer,
-        eos_token_id=read_model_config(args.tokenizer).extra.get("eos_token_id"),
+        eos_token_id=config.extra.get("eos_token_id"),
         workers=args.workers,
         held_out_percent=args.held_out,
         skip_bad=args.skip_bad,

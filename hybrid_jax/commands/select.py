@@ -20,14 +20,17 @@ def add_arguments(parser: argparse.ArgumentParser):
 def run(args: argparse.Namespace):
     import jax.numpy as jnp
 
-    from hybrid_jax.convert import load_model, read_model_config
-    from hybrid_jax.data import read_corpus
+    from hybrid_jax.convert import check_model_directory, load_model
+    from hybrid_jax.data import check_tokenizer_fits, load_tokenizer, read_corpus
     from hybrid_jax.priming.select import Selection, pattern_from_scores, score_layers
 
     selection = Selection(args.mixer, args.fraction, args.window, args.rows, args.seq_len)
-    positions = read_model_config(args.source).max_position_embeddings
-    if args.seq_len > positions:
-        raise ValueError(f"--seq-len {args.seq_len:,} is more than the model's max_position_embeddings, {positions:,}")
+    config = check_model_directory(args.source)
+    check_tokenizer_fits(load_tokenizer(args.source), config.vocab_size, args.source)
+    if args.seq_len > config.max_position_embeddings:
+        raise ValueError(
+            f"--seq-len {args.seq_len:,} is more than the model's max_position_embeddings, {config.max_position_embeddings:,}"
+        )
     model = load_model(args.source, dtype=jnp.float32)
     corpus = read_corpus({"text": args.text}, args.source, model.config.extra.get("eos_token_id"))
     print(pattern_from_scores(score_layers(model, corpus, selection), args.mixer, args.fraction))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
+import dataclasses
 import pathlib
 from collections.abc import Iterator
 
@@ -11,25 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 
+from hybrid_jax.checks import check_choice
 from hybrid_jax.config import ModelConfig
-from hybrid_jax.convert.names import hf_tensors
+from hybrid_jax.convert.names import Tensor, hf_tensors
+from hybrid_jax.convert.weights import DTYPES, TensorFiles
 from hybrid_jax.families import config_from_hf
+from hybrid_jax.files import read_json
 from hybrid_jax.model import Decoder, abstract_decoder
+from hybrid_jax.parallel.distributed import notice
 from hybrid_jax.parallel.sharding import place
 from hybrid_jax.parameters import abstract_parameters, join_model, logical_axes
 from hybrid_jax.priming.initialize import initialize_hybrid
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _IGNORED = ("rotary_emb.inv_freq",)
-
-
-def _read_json(path: pathlib.Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path} is not valid JSON ({e})") from None
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def read_model_config(path: str | pathlib.Path) -> ModelConfig:
@@ -42,54 +37,15 @@ def read_model_config(path: str | pathlib.Path) -> ModelConfig:
     path = pathlib.Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"no model directory at {path}; give a folder with config.json and *.safetensors")
+    if (path / "stages").is_dir():
+        model = path / "model"
+        hint = f"its model is {model}" if model.is_dir() else "it has no model yet: run its command again to finish it"
+        raise ValueError(
+            f"{path} is the working directory of a run, not a model directory; {hint}, its stages are in {path / 'stages'}"
+        )
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} has no config.json; is it a Hugging Face model directory?")
-    return config_from_hf(_read_json(path / "config.json"))
-
-
-class TensorFiles(contextlib.ExitStack):
-    """The safetensors files of a directory, sharded or not, opened and checked at once.
-
-    Raises:
-      FileNotFoundError: no weights, or a shard that the index names is missing.
-      ValueError: a file is truncated or not safetensors.
-    """
-
-    def __init__(self, path: pathlib.Path):
-        super().__init__()
-        self.path = path
-        if (path / INDEX).is_file():
-            shards = sorted(set(_read_json(path / INDEX)["weight_map"].values()))
-        elif (path / SINGLE).is_file():
-            shards = [SINGLE]
-        else:
-            kinds = sorted({p.suffix for p in path.iterdir()})
-            raise FileNotFoundError(
-                f"{path} has neither {SINGLE} nor {INDEX} (file endings there: {', '.join(kinds)}); "
-                "only safetensors weights are read"
-            )
-        missing = [s for s in shards if not (path / s).is_file()]
-        if missing:
-            raise FileNotFoundError(
-                f"{path}: {len(missing)} of {len(shards)} shards are missing, the first is {missing[0]}; download them again"
-            )
-        self.files = {}
-        for shard in shards:
-            try:
-                file = self.enter_context(safe_open(path / shard, framework="numpy"))
-            except SafetensorError as e:
-                raise ValueError(f"{path / shard} is truncated or not a safetensors file ({e}); download it again") from None
-            self.files.update(dict.fromkeys(file.keys(), file))
-
-    def __iter__(self):
-        return iter(self.files)
-
-    def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """One tensor, checked against the shape that the config implies."""
-        tensor = self.files[name].get_tensor(name)
-        if tensor.shape != shape:
-            raise ValueError(f"{self.path}: tensor {name} must have shape {shape} by config.json, it has {tensor.shape}")
-        return tensor
+    return config_from_hf(read_json(path / "config.json"))
 
 
 def _hf_shape(tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -97,10 +53,40 @@ def _hf_shape(tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tensor.to_hf(np.broadcast_to(np.int8(0), shape)).shape
 
 
-def _check_names(files: TensorFiles, wanted: set[str], config: ModelConfig):
-    ignored = set() if not config.tie_embeddings else {"lm_head.weight"}
-    have = {n for n in files if n not in ignored and not n.endswith(_IGNORED)}
-    missing, extra = sorted(wanted - have), sorted(have - wanted)
+def _tied_as_stored(files: TensorFiles, config: ModelConfig) -> ModelConfig:
+    """The config with the tying that the files have: as in transformers, a head that differs from the embedding is kept."""
+    if not config.tie_embeddings or not {EMBEDDING, HEAD} <= set(files) or files.equal(EMBEDDING, HEAD):
+        return config
+    notice(
+        f"{files.path}: config.json has tie_word_embeddings = true, but {HEAD} differs from {EMBEDDING}; both are kept, "
+        "as transformers does (set tie_word_embeddings to false in config.json)"
+    )
+    return dataclasses.replace(config, tie_embeddings=False)
+
+
+def _stored_name(files: TensorFiles, config: ModelConfig, name: str) -> str:
+    """The tensor that holds `name`: of a tied model the head may be stored in place of the embedding."""
+    return HEAD if name == EMBEDDING and config.tie_embeddings and EMBEDDING not in files and HEAD in files else name
+
+
+def _checked(files: TensorFiles, config: ModelConfig) -> tuple[ModelConfig, dict[str, list[tuple[Tensor, str]]]]:
+    """Checks the files' tensors against the config by their headers.
+
+    Returns:
+      The config with the tying of the files, and for every parameter the tensors that make it, each with the name it is stored by.
+
+    Raises:
+      ValueError: a name, shape or dtype that does not fit.
+    """
+    config = _tied_as_stored(files, config)
+    table, shapes = {}, {}
+    for name, parameter in abstract_parameters(config).items():
+        table[name] = [(t, _stored_name(files, config, t.name)) for t in hf_tensors(name, config)]
+        for tensor, stored in table[name]:
+            shapes[stored] = _hf_shape(tensor, parameter.shape if tensor.expert is None else parameter.shape[1:])
+    files.check_dtypes([n for n in shapes if n in files.files])  # first: quantized checkpoints have other names too
+    unused = {n for n in files if n.endswith(_IGNORED)} | ({HEAD} if config.tie_embeddings else set())
+    missing, extra = sorted(shapes.keys() - set(files)), sorted(set(files) - shapes.keys() - unused)
     if missing or extra:
         parts = [
             f"{len(names)} {word}, the first {names[0]}" for names, word in ((missing, "missing"), (extra, "unexpected")) if names
@@ -108,36 +94,36 @@ def _check_names(files: TensorFiles, wanted: set[str], config: ModelConfig):
         raise ValueError(
             f"{files.path}: the tensors do not fit config.json ({config.family}, pattern {config.pattern}): {'; '.join(parts)}"
         )
+    files.check_shapes(shapes)
+    return config, table
 
 
 def check_model_directory(path: str | pathlib.Path) -> ModelConfig:
-    """Checks a directory without reading its weights: config.json, every shard, every tensor's name.
+    """Checks a directory by config.json and the headers of its files: every tensor's name, shape and dtype.
+
+    Weights are read only where config.json ties the head to the embedding and the files hold both.
+
+    Returns:
+      The config, untied if the files hold a head that differs from the embedding.
 
     Raises:
       FileNotFoundError, ValueError: as `load_model`.
     """
     config = read_model_config(path)
     with TensorFiles(pathlib.Path(path)) as files:
-        _check_names(files, {t.name for name in abstract_parameters(config) for t in hf_tensors(name, config)}, config)
-    return config
+        return _checked(files, config)[0]
 
 
-def read_parameters(path, config: ModelConfig, dtype=None, mesh=None) -> Iterator[tuple[str, jax.Array]]:
-    """Yields (name, array) for every parameter of a directory's model; all names are checked first.
-
-    Raises:
-      FileNotFoundError, ValueError: as `TensorFiles`; names or shapes that do not fit the config.
-    """
+def _read_parameters(
+    files: TensorFiles, config: ModelConfig, table: dict[str, list[tuple[Tensor, str]]], dtype=None, mesh=None
+) -> Iterator[tuple[str, jax.Array]]:
+    """Yields (name, array) for every parameter; `table` is `_checked`'s."""
     axes = logical_axes(abstract_decoder(config))
-    shapes = {name: p.shape for name, p in abstract_parameters(config).items()}
-    table = {name: hf_tensors(name, config) for name in shapes}
-    with TensorFiles(pathlib.Path(path)) as files:
-        _check_names(files, {t.name for tensors in table.values() for t in tensors}, config)
-        for name, tensors in table.items():
-            shape = shapes[name] if tensors[0].expert is None else shapes[name][1:]
-            parts = [t.from_hf(files.read(t.name, _hf_shape(t, shape))) for t in tensors]
-            value = parts[0] if tensors[0].expert is None else np.stack(parts)
-            yield name, place(mesh, name, value.astype(dtype or value.dtype), axes[name])
+    for name, tensors in table.items():
+        parts = [t.from_hf(files.read(stored)) for t, stored in tensors]
+        value = parts[0] if tensors[0][0].expert is None else np.stack(parts)
+        single = jnp.float32 if value.dtype == np.float64 else value.dtype
+        yield name, place(mesh, name, value.astype(dtype or single), axes[name])
 
 
 def load_model(path, pattern: str | None = None, dtype=None, mesh=None, *, seed: int = 0) -> Decoder:
@@ -152,13 +138,17 @@ def load_model(path, pattern: str | None = None, dtype=None, mesh=None, *, seed:
 
     Raises:
       FileNotFoundError: the directory, its config or a shard is missing.
-      ValueError: an unknown family, an invalid pattern, a truncated file, tensors that do not fit.
+      ValueError: an unknown family, an invalid pattern or dtype, a truncated file, tensors that do not fit.
     """
     config = read_model_config(path)
     if pattern is not None:
         config.with_pattern(pattern)  # refuse before reading gigabytes
-    dtype = None if dtype is None else jnp.dtype(dtype)
-    parameters = dict(read_parameters(path, config, dtype, mesh))
+    if dtype is not None:
+        dtype = jnp.dtype(dtype)
+        check_choice("dtype", dtype.name, DTYPES.values())
+    with TensorFiles(pathlib.Path(path)) as files:
+        config, table = _checked(files, dataclasses.replace(config, directory=str(path)))
+        parameters = dict(_read_parameters(files, config, table, dtype, mesh))
     compute = dtype or jnp.dtype(parameters["embed_tokens.embedding"].dtype)
     structure, _ = nnx.split(abstract_decoder(config, dtype=compute))
     model = join_model(structure, parameters)

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 import numpy as np
 from safetensors.numpy import save_file
 
-from hybrid_jax.convert.load import INDEX, SINGLE
 from hybrid_jax.convert.names import hf_tensors
+from hybrid_jax.convert.weights import INDEX, SINGLE
 from hybrid_jax.families import config_to_hf
 from hybrid_jax.files import new_directory
 from hybrid_jax.model import Decoder
-from hybrid_jax.parallel.distributed import barrier, is_first, whole_array
+from hybrid_jax.parallel.distributed import barrier, is_first, notice, whole_array
 from hybrid_jax.parameters import split_model
 
 TOKENIZER_FILES = (
@@ -64,14 +64,25 @@ def _write_weights(model: Decoder, directory: pathlib.Path, max_shard_bytes: int
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def _tokenizer_directory(model: Decoder, tokenizer_from) -> pathlib.Path | None:
+    """Where a saved model's tokenizer files come from; see `save_model`."""
+    if tokenizer_from is None and model.config.directory:
+        source = pathlib.Path(model.config.directory)
+        if source.is_dir():
+            return source
+        notice(f"{source}, where the model was loaded from, is not there any more: the model is saved without tokenizer files")
+    return pathlib.Path(tokenizer_from) if tokenizer_from else None
+
+
 def write_model(model: Decoder, directory: pathlib.Path, *, tokenizer_from=None, max_shard_bytes: int = 5_000_000_000):
     """Writes a model's files into a directory that exists; see `save_model`."""
     _write_weights(model, directory, max_shard_bytes)
     dtype = str(model.embed_tokens.embedding[...].dtype)
     (directory / "config.json").write_text(json.dumps(config_to_hf(model.config, dtype), indent=2) + "\n")
+    source = _tokenizer_directory(model, tokenizer_from)
     for name in TOKENIZER_FILES:
-        if tokenizer_from and (pathlib.Path(tokenizer_from) / name).is_file():
-            shutil.copyfile(pathlib.Path(tokenizer_from) / name, directory / name)
+        if source is not None and (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
 
 
 def save_model(model: Decoder, path, *, tokenizer_from=None, max_shard_bytes: int = 5_000_000_000):
@@ -80,7 +91,8 @@ def save_model(model: Decoder, path, *, tokenizer_from=None, max_shard_bytes: in
     Args:
       model: any decoder; its parameters keep their dtype.
       path: a directory that does not exist yet, or is empty.
-      tokenizer_from: a directory whose tokenizer files are copied byte for byte.
+      tokenizer_from: a directory whose tokenizer files are copied byte for byte. None: the directory the model was
+        loaded from, if it was. False: no tokenizer files.
       max_shard_bytes: larger models are written in several files with an index.
 
     Of several processes the first one writes.

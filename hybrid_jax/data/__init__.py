@@ -2,8 +2,8 @@
 
 from hybrid_jax.data.corpus import Corpus, read_corpus, read_sources
 from hybrid_jax.data.pipeline import training_batches
-from hybrid_jax.data.tokenizer import load_tokenizer
+from hybrid_jax.data.tokenizer import check_tokenizer_fits, load_tokenizer
 
-__all__ = ["HELD_OUT_SEED", "Corpus", "load_tokenizer", "read_corpus", "read_sources", "training_batches"]
+__all__ = ["HELD_OUT_SEED", "Corpus", "check_tokenizer_fits", "load_tokenizer", "read_corpus", "read_sources", "training_batches"]
 
 HELD_OUT_SEED = 987_654_321

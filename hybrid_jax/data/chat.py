@@ -1,6 +1,6 @@
 """Conversations through the tokenizer's own chat template, with the spans that the assistant said.
 
-The Jinja template is rendered by transformers, in its sandbox.
+The Jinja template is rendered by transformers, in its sandbox, in a process of its own (`chat_process`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import re
 from collections.abc import Sequence
 
 from hybrid_jax.data.answers import Answers, Finder, absent
+from hybrid_jax.data.chat_process import check_renderer, render_in_process
+from hybrid_jax.files import read_json
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -20,7 +22,7 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 def _read(directory: pathlib.Path) -> tuple[str | None, dict[str, str]]:
     """A model directory's chat template, and the special tokens that it may name."""
     path, own = directory / "tokenizer_config.json", directory / "chat_template.jinja"
-    config = json.loads(path.read_text()) if path.is_file() else {}
+    config = read_json(path) if path.is_file() else {}
     template = own.read_text() if own.is_file() else config.get("chat_template")
     if isinstance(template, list):  # several by name
         template = next((t["template"] for t in template if t["name"] == "default"), None)
@@ -49,32 +51,24 @@ class ChatTemplate:
                 f"{directory} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); "
                 "conversations need one: take an instruct model's tokenizer files"
             )
-        try:
-            from transformers.utils.chat_template_utils import render_jinja_template
-        except ImportError:
-            raise ValueError("chat templates need transformers: pip install transformers jinja2") from None
-        self.template, self._render_all = template, render_jinja_template
+        check_renderer()
+        self.template = template
 
     def _render(self, messages, **options):
-        return self._render_all([list(messages)], chat_template=self.template, **options, **self.special)
+        return render_in_process(self.template, list(messages), **options, **self.special)
 
     def render(self, messages: Sequence[dict], *, add_generation_prompt: bool = False) -> str:
         """The conversation as the model reads it.
 
         Raises:
-          ValueError: the template refuses it.
+          ValueError: the template refuses it, fails, or takes too long or too much memory.
         """
-        from jinja2 import TemplateError
-
-        try:
-            return self._render(messages, add_generation_prompt=add_generation_prompt)[0][0]
-        except TemplateError as e:
-            raise ValueError(f"the chat template refuses this conversation: {e}") from None
+        return self._render(messages, add_generation_prompt=add_generation_prompt)[0]
 
     @functools.cached_property
     def _find(self) -> Finder:
         file = self.directory / "tokenizer.json"
-        added = json.loads(file.read_text()).get("added_tokens", []) if file.is_file() else []
+        added = read_json(file).get("added_tokens", []) if file.is_file() else []
         return Finder(self.render, {*(token["content"] for token in added), *self.special.values()})
 
     def answers(self, messages: Sequence[dict]) -> Answers:
@@ -87,11 +81,10 @@ class ChatTemplate:
         """
         if not GENERATION.search(self.template):
             return self._find(messages)
-        self.render(messages)  # refusals in our words
-        (text,), (found,) = self._render(messages, return_assistant_tokens_mask=True)
+        text, found = self._render(messages, return_assistant_tokens_mask=True)
         if not found and any(message["role"] == "assistant" for message in messages):
             raise ValueError("the chat template has {% generation %} marks, but marks none of this conversation's answers")
-        return Answers(text, [tuple(span) for span in found], absent=absent(messages, text))
+        return Answers(text, found, absent=absent(messages, text))
 
     def spans(self, messages: Sequence[dict]) -> tuple[str, list[tuple[int, int]]]:
         """`answers`, its text and spans alone."""

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from hybrid_jax.files import read_json
+
 END_OF_TEXT, PAIRS, ASK = "<|endoftext|>", "<|pairs|>", "<|ask|>"
 SPECIAL_TOKENS = (END_OF_TEXT, PAIRS, ASK)
 
@@ -49,17 +51,41 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
 
     Raises:
       FileNotFoundError: the directory has no tokenizer.json.
+      ValueError: tokenizer.json is not a tokenizer.
     """
     path = pathlib.Path(directory) / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(f"no tokenizer.json in {directory}; give a model directory that has its tokenizer")
-    tokenizer = Tokenizer.from_file(str(path))
+    read_json(path)
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as e:  # what tokenizers raises
+        raise ValueError(f"{path} is not a tokenizer ({e})") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     if getattr(tokenizer.model, "dropout", None) is not None:
         model = tokenizer.model
         model.dropout = None
         tokenizer.model = model
+    return tokenizer
+
+
+def check_tokenizer_fits(tokenizer: Tokenizer, vocab_size: int, directory: str | pathlib.Path) -> Tokenizer:
+    """A tokenizer all of whose ids a model has; fewer ids than the model has are usual, as vocabularies are padded.
+
+    Args:
+      vocab_size: rows of the model's embedding.
+      directory: where the tokenizer came from, for the message.
+
+    Raises:
+      ValueError: an id is not below `vocab_size`.
+    """
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= vocab_size:
+        raise ValueError(
+            f"the tokenizer of {directory} has ids up to {largest}, the model has a vocabulary of {vocab_size}; "
+            "take the tokenizer files that belong to the model"
+        )
     return tokenizer
 
 
@@ -88,7 +114,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
 def end_of_text_id(tokenizer: Tokenizer, eos_token_id=None) -> int:
     """The id that ends a document: the model's own if it names one."""
     if isinstance(eos_token_id, (list, tuple)):
-        eos_token_id = eos_token_id[0]
+        eos_token_id = eos_token_id[0] if eos_token_id else None
     if eos_token_id is None:
         eos_token_id = tokenizer.token_to_id(END_OF_TEXT)
     if eos_token_id is None:

@@ -6,27 +6,22 @@ import functools
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from hybrid_jax.checks import check_integer
+from hybrid_jax.config import ATTENTION, ModelConfig
+from hybrid_jax.generate.defaults import GenerationDefaults, generation_defaults
+from hybrid_jax.generate.sampling import Sampling, sample
 from hybrid_jax.model import Decoder
 from hybrid_jax.parameters import join_model, split_model
 
-__all__ = ["generate"]
+__all__ = ["GenerationDefaults", "Sampling", "check_prompts", "generate", "generation_defaults"]
 
-
-def _sample(logits, key, temperature: float, top_p: float):
-    """One token id a row from logits [B, vocab]; temperature 0 is greedy."""
-    logits = logits.astype(jnp.float32)
-    if temperature == 0:
-        return jnp.argmax(logits, axis=-1)
-    logits = logits / temperature
-    if top_p < 1:
-        ordered = jnp.sort(logits, axis=-1)[:, ::-1]
-        before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
-        lowest = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits >= lowest, logits, -jnp.inf)
-    return jax.random.categorical(key, logits)
+# Prompts up to so long are read token by token where all rows are equally long: the program of one token reads them and
+# writes the answer, and compiling another one for the prompt takes seconds.
+STEPWISE = 64
+SLOTS = 64  # caches have a multiple of so many slots, so that prompts of various lengths share a program
+POSITIONED = {ATTENTION, "swa", "bmojo"}  # mixers that rotate by positions
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -36,6 +31,34 @@ def _forward(structure, parameters, ids, segment_ids, positions, state):
     return model.head(hidden[:, -1]), state
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def _empty_state(structure, parameters, batch: int, length: int):
+    return join_model(structure, parameters).init_state(batch, length)
+
+
+def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[np.ndarray]:
+    """Token sequences that a model can continue, each as an integer array.
+
+    Raises:
+      ValueError: no prompt or an empty one, an id outside the vocabulary, or more tokens than the model has positions.
+    """
+    check_integer("max_new_tokens", max_new_tokens, minimum=1)
+    rows = [np.asarray(p) for p in prompts]
+    if not rows or not all(row.size for row in rows):
+        raise ValueError("generate needs at least one prompt, and every prompt at least one token")
+    if any(row.ndim != 1 or row.dtype.kind not in "iu" for row in rows):
+        raise ValueError("a prompt must be a sequence of integer token ids")
+    if max(row.max() for row in rows) >= config.vocab_size or min(row.min() for row in rows) < 0:
+        raise ValueError(f"a prompt has a token id outside 0 ... {config.vocab_size - 1}; is it this model's tokenizer?")
+    longest, most = max(map(len, rows)), config.max_position_embeddings
+    if longest + max_new_tokens > most and any(layer.kind in POSITIONED for layer in config.layers):
+        raise ValueError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than the model's {most} positions "
+            "(max_position_embeddings); shorten the prompt or lower max_new_tokens"
+        )
+    return rows
+
+
 def generate(
     model: Decoder,
     prompts: Sequence[Sequence[int]],
@@ -43,7 +66,8 @@ def generate(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    eos_id: int | None = None,
+    top_k: int = 0,
+    eos_id: int | Sequence[int] | None = None,
     seed: int = 0,
     on_token: Callable[[np.ndarray], None] | None = None,
 ) -> list[list[int]]:
@@ -53,11 +77,10 @@ def generate(
     attention nor a recurrent state sees, so a row's continuation does not depend on its neighbours.
 
     Args:
-      prompts: token ids, at least one a row.
-      max_new_tokens: at most so many new ids a row.
-      temperature: 0 is greedy.
-      top_p: nucleus sampling, 1 is off.
-      eos_id: ends a row; it is not returned.
+      prompts: token ids, at least one in each row.
+      max_new_tokens: at most so many new ids for each row.
+      temperature, top_p, top_k: see `Sampling`; the defaults are greedy.
+      eos_id: any of these ids ends a row; it is not returned. `generation_defaults` reads a model directory's.
       seed: of sampling.
       on_token: called with every step's ids [B].
 
@@ -65,12 +88,12 @@ def generate(
       The new ids of each row.
 
     Raises:
-      ValueError: an empty prompt, or an id outside the vocabulary.
+      ValueError: an empty prompt, an id outside the vocabulary, more tokens than the model has positions, or a bad option.
     """
-    if not prompts or not all(len(p) for p in prompts):
-        raise ValueError("generate needs at least one prompt, and every prompt at least one token")
-    if max(max(p) for p in prompts) >= model.config.vocab_size or min(min(p) for p in prompts) < 0:
-        raise ValueError(f"a prompt has a token id outside 0 ... {model.config.vocab_size - 1}; is it this model's tokenizer?")
+    sampling = Sampling(temperature, top_p, top_k)
+    prompts = check_prompts(model.config, prompts, max_new_tokens)
+    ends = [eos_id] if np.ndim(eos_id) == 0 and eos_id is not None else list(eos_id or ())
+    ends = [check_integer("eos_id", i, minimum=0, maximum=model.config.vocab_size - 1) for i in ends]
     B, longest = len(prompts), max(map(len, prompts))
     ids = np.zeros((B, longest), np.int32)
     segments = np.zeros((B, longest), np.int32)
@@ -80,17 +103,20 @@ def generate(
     positions = np.maximum(np.cumsum(segments, axis=1) - 1, 0).astype(np.int32)
 
     structure, parameters = split_model(model)
-    state = model.init_state(B, longest + max_new_tokens)
-    logits, state = _forward(structure, parameters, ids, segments, positions, state)
-    key, position = jax.random.key(seed), positions[:, -1:]
+    slots = -(-(longest + max_new_tokens) // SLOTS) * SLOTS
+    state = _empty_state(structure, parameters, B, slots)
+    at_a_time = 1 if segments.all() and longest <= STEPWISE else longest  # steps of one token cannot leave out padding
+    for begin in range(0, longest, at_a_time):
+        part = np.s_[:, begin : begin + at_a_time]
+        logits, state = _forward(structure, parameters, ids[part], segments[part], positions[part], state)
+    key, position = jax.random.key(check_integer("seed", seed)), positions[:, -1:]
     rows: list[list[int]] = [[] for _ in range(B)]
     alive = np.ones(B, bool)
     ones = np.ones((B, 1), np.int32)
     for step in range(max_new_tokens):
         key, now = jax.random.split(key)
-        token = np.asarray(_sample(logits, now, temperature, top_p), np.int32)
-        if eos_id is not None:
-            alive &= token != eos_id
+        token = np.asarray(sample(logits, now, sampling), np.int32)
+        alive &= ~np.isin(token, ends)
         if not alive.any():
             break
         if on_token is not None:

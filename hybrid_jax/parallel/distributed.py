@@ -90,6 +90,12 @@ def say(message: str):
         print(message, flush=True)
 
 
+def notice(message: str):
+    """Tells the user, on stderr, that something was not taken as it is; of several processes the first does."""
+    if is_first():
+        print(f"hybrid-jax: {message}", file=sys.stderr, flush=True)
+
+
 def barrier(name: str):
     """Waits until every process is here."""
     if jax.process_count() > 1:

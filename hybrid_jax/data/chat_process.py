@@ -1,0 +1,114 @@
+"""A process that renders chat templates, so that one that never ends or fills the memory cannot stop the program.
+
+Chat templates come with checkpoints: they are programs of strangers. transformers' sandbox keeps them from files and the
+network but not from running for ever. Started as a script, this file renders what it reads on stdin, one JSON object in
+each line, within `SECONDS` and `MEMORY`; `render_in_process` is the other end.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from typing import Any
+
+SECONDS = 10  # for one conversation
+MEMORY = 2**30  # bytes of address space beyond what the process has at its start
+
+
+def _address_space() -> int | None:
+    """Bytes that this process has mapped; None where the system does not say."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None
+
+
+def _limit_memory():
+    import resource
+
+    used = _address_space()
+    if used is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+
+
+def _answer(render, request: dict[str, Any]) -> dict[str, Any]:
+    signal.alarm(request["seconds"])  # its default action ends the process, inside a single long operation too
+    try:
+        texts, spans = render([request["messages"]], chat_template=request["template"], **request["options"])
+        answer = {"text": texts[0], "spans": spans[0] if spans else []}
+    except Exception as e:
+        answer = {"error": str(e) if type(e).__module__.startswith("jinja2") else f"{type(e).__name__}: {e}"}
+    signal.alarm(0)
+    return answer
+
+
+def _serve():
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what anything else prints
+    _limit_memory()
+    for line in sys.stdin:
+        answers.write(json.dumps(_answer(render_jinja_template, json.loads(line))) + "\n")
+        answers.flush()
+
+
+@functools.lru_cache
+def _process(owner: int) -> subprocess.Popen:
+    """The rendering process of the process `owner`; a forked child has its own."""
+    command = [sys.executable, "-P", __file__]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(command, **pipes, text=True)
+
+
+def check_renderer():
+    """Checks that templates can be rendered.
+
+    Raises:
+      ValueError: transformers or jinja2 is not installed.
+    """
+    if any(importlib.util.find_spec(name) is None for name in ("transformers", "jinja2")):
+        raise ValueError("chat templates need transformers: pip install transformers jinja2")
+
+
+def render_in_process(template: str, messages: list[dict], **options) -> tuple[str, list[tuple[int, int]]]:
+    """Renders one conversation by `template`, within limits of time and memory.
+
+    Args:
+      options: of transformers' `render_jinja_template`, and the special tokens.
+
+    Returns:
+      The text, and with `return_assistant_tokens_mask` the (begin, end) characters of the `{% generation %}` blocks.
+
+    Raises:
+      ValueError: the template refuses the conversation, fails, or exceeds a limit.
+    """
+    process = _process(os.getpid())
+    request = {"template": template, "messages": messages, "options": options, "seconds": SECONDS}
+    try:
+        process.stdin.write(json.dumps(request, default=str) + "\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+    except BrokenPipeError:
+        line = ""
+    if not line:
+        _process.cache_clear()
+        process.stdin.close()
+        process.stdout.close()
+        late = process.wait() == -signal.SIGALRM
+        why = f"it takes longer than {SECONDS} s" if late else f"its process ended with {process.returncode}"
+        raise ValueError(f"the chat template cannot be rendered: {why}; take another template")
+    answer = json.loads(line)
+    if "error" in answer:
+        raise ValueError(f"the chat template refuses this conversation: {answer['error']}")
+    return answer["text"], [tuple(span) for span in answer["spans"]]
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,72 @@
+"""What a model directory says about generation: where it ends and how tokens are sampled, read as transformers reads it."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from hybrid_jax.checks import check_boolean, check_integer
+from hybrid_jax.config import ModelConfig
+from hybrid_jax.files import read_json
+from hybrid_jax.generate.sampling import Sampling
+from hybrid_jax.parallel.distributed import notice
+
+FILE = "generation_config.json"
+# transformers' values for a file that samples and does not set them.
+SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
+# Options that change what is generated and are not applied here -> the values that change nothing.
+NOT_APPLIED = {
+    "repetition_penalty": (1.0,),
+    "no_repeat_ngram_size": (0,),
+    "min_p": (0.0,),
+    "typical_p": (1.0,),
+    "num_beams": (1,),
+    "min_new_tokens": (0,),
+    "bad_words_ids": ([],),
+    "suppress_tokens": ([],),
+    "sequence_bias": ({},),
+    "guidance_scale": (1.0,),
+}
+
+
+class GenerationDefaults(NamedTuple):
+    """Ids any of which ends generation (None: nothing says), and how tokens are chosen."""
+
+    eos_ids: tuple[int, ...] | None
+    sampling: Sampling
+
+
+def _eos_ids(name: str, value: Any) -> tuple[int, ...]:
+    ids = value if isinstance(value, (list, tuple)) else [value]
+    return tuple(check_integer(name, i, minimum=0) for i in ids)
+
+
+def _sampling(path: pathlib.Path, values: Mapping[str, Any]) -> Sampling:
+    if not check_boolean("do_sample", values.get("do_sample") or False):
+        return Sampling()
+    found = Sampling(**{name: default if values.get(name) is None else values[name] for name, default in SAMPLING.items()})
+    ignored = [n for n, neutral in NOT_APPLIED.items() if values.get(n) is not None and values[n] not in neutral]
+    if ignored:
+        notice(f"{path}: {', '.join(f'{n} = {values[n]!r}' for n in ignored)} is not applied")
+    return found
+
+
+def generation_defaults(directory: str | pathlib.Path, config: ModelConfig) -> GenerationDefaults:
+    """The defaults of a model directory.
+
+    `generation_config.json` decides where it exists; else config.json's `eos_token_id`, and greedy.
+
+    Raises:
+      ValueError: the file is not a JSON object, or a value in it is invalid; names the file.
+    """
+    path = pathlib.Path(directory) / FILE
+    if not path.is_file():
+        eos = config.extra.get("eos_token_id")
+        return GenerationDefaults(None if eos is None else _eos_ids("config.json: eos_token_id", eos), Sampling())
+    values = read_json(path)
+    try:
+        eos = values.get("eos_token_id")
+        return GenerationDefaults(() if eos is None else _eos_ids("eos_token_id", eos), _sampling(path, values))
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None

@@ -1,0 +1,64 @@
+"""How the next token is chosen from logits: greedily, or at random after temperature, top-k and top-p."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from hybrid_jax.checks import check_integer, check_number
+
+COLDEST = 1e-6  # temperatures below it are greedy; float32 cannot divide by them
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Args:
+      temperature: logits are divided by it; 0 is greedy.
+      top_p: of the likeliest tokens those are kept whose predecessors' probabilities sum to less than this; 1 keeps all.
+      top_k: so many of the likeliest tokens are kept; 0 keeps all.
+
+    Raises:
+      ValueError: a negative temperature or top_k, or top_p outside (0, 1].
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self):
+        check_number("temperature", self.temperature, minimum=0)
+        check_number("top_p", self.top_p, above=0, maximum=1)
+        check_integer("top_k", self.top_k, minimum=0)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < COLDEST
+
+
+def adjusted(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """The logits [B, vocab] to draw from, float32: temperature, then top-k, then top-p, as in transformers; -inf is never drawn."""
+    logits = logits.astype(jnp.float32)
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        lowest = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
+        logits = jnp.where(logits >= lowest, logits, -jnp.inf)
+    if sampling.top_p < 1:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        p = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(p, axis=-1) - p
+        lowest = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits >= lowest, logits, -jnp.inf)
+    return logits
+
+
+@functools.partial(jax.jit, static_argnames="sampling")
+def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
+    """One token id [B] for each row of logits [B, vocab]."""
+    if sampling.greedy:
+        return jnp.argmax(logits.astype(jnp.float32), axis=-1)
+    return jax.random.categorical(key, adjusted(logits, sampling))

@@ -1,0 +1,206 @@
+"""Checkpoint files that are wrong or odd: read as transformers reads them, or refused by name before any work."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import transformers
+from safetensors.numpy import load_file, save_file
+
+from hybrid_jax import load_model, save_model
+from hybrid_jax.convert import check_model_directory
+from hybrid_jax.files import read_json
+from tests.conftest import tiny_model
+
+torch = pytest.importorskip("torch")
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tied") / "model"
+    save_model(tiny_model("*", tie_embeddings=True), directory)
+    return directory
+
+
+@pytest.fixture
+def directory(tied, tmp_path):
+    return shutil.copytree(tied, tmp_path / "model")
+
+
+def change(directory, function):
+    tensors = load_file(directory / SINGLE)
+    function(tensors)
+    save_file(tensors, directory / SINGLE, metadata={"format": "pt"})
+
+
+def theirs(directory):
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+
+
+def head_and_embedding(model):
+    return model.get_output_embeddings().weight.detach().numpy(), model.get_input_embeddings().weight.detach().numpy()
+
+
+def test_a_head_that_differs_from_the_tied_embedding_is_kept_as_in_transformers(directory, tmp_path, capsys):
+    other = load_file(directory / SINGLE)[EMBEDDING]
+    other[-1, -1] += 1
+    change(directory, lambda t: t.update({HEAD: other}))
+    head, embedding = head_and_embedding(theirs(directory))
+    assert np.array_equal(head, other)
+    ours = load_model(directory)
+    assert np.array_equal(ours.lm_head.kernel[...].T, head) and np.array_equal(ours.embed_tokens.embedding[...], embedding)
+    assert "lm_head.weight differs" in capsys.readouterr().err
+    assert not check_model_directory(directory).tie_embeddings
+    save_model(ours, tmp_path / "again")
+    assert np.array_equal(head_and_embedding(theirs(tmp_path / "again"))[0], other)
+
+
+def test_an_equal_head_is_tied_without_a_word(directory, capsys):
+    change(directory, lambda t: t.update({HEAD: t[EMBEDDING].copy()}))
+    assert load_model(directory).lm_head is None and capsys.readouterr().err == ""
+
+
+def test_a_tied_embedding_stored_as_the_head_is_read_as_in_transformers(directory):
+    change(directory, lambda t: t.update({HEAD: t.pop(EMBEDDING)}))
+    ours, (head, embedding) = load_model(directory), head_and_embedding(theirs(directory))
+    assert np.array_equal(head, embedding)
+    assert ours.lm_head is None and np.array_equal(ours.embed_tokens.embedding[...], embedding)
+
+
+def test_one_file_goes_before_a_stale_index_as_in_transformers(directory, capsys):
+    tensors = load_file(directory / SINGLE)
+    save_file({n: v * 0 + 3 for n, v in tensors.items()}, directory / "old.safetensors", metadata={"format": "pt"})
+    (directory / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "old.safetensors")}))
+    embedding = head_and_embedding(theirs(directory))[1]
+    assert np.array_equal(load_model(directory).embed_tokens.embedding[...], embedding)
+    assert np.array_equal(embedding, tensors[EMBEDDING])
+    assert "index ignored" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "dtype, named",
+    [
+        ("float8_e4m3fn", "F8_E4M3"),
+        ("float8_e5m2", "F8_E5M2"),
+        ("int8", "I8"),
+        ("int32", "I32"),
+        ("bool", "BOOL"),
+        ("complex64", "C64"),
+    ],
+)
+def test_weights_that_are_not_floating_point_are_refused_at_the_check(directory, dtype, named):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(directory / SINGLE)
+    name = "model.layers.0.mlp.up_proj.weight"
+    scale = {name + "_scale_inv": torch.ones(1)}  # as quantized checkpoints have
+    save_file({**tensors, **scale, name: tensors[name].to(getattr(torch, dtype))}, directory / SINGLE)
+    for check in (check_model_directory, load_model, lambda d: load_model(d, dtype="float32")):
+        with pytest.raises(ValueError, match=rf"{re.escape(name)} has dtype {named}.*bfloat16"):
+            check(directory)
+
+
+def test_float64_weights_are_read_as_float32_and_the_user_is_told(directory, capsys):
+    change(directory, lambda t: t.update({n: v.astype(np.float64) for n, v in t.items()}))
+    assert load_model(directory).norm.weight[...].dtype == np.float32
+    assert "float64" in capsys.readouterr().err
+
+
+def test_a_model_cannot_be_loaded_in_an_integer_dtype(directory):
+    with pytest.raises(ValueError, match="dtype must be one of 'float16'"):
+        load_model(directory, dtype="int8")
+
+
+def test_a_wrong_shape_is_refused_at_the_check(directory):
+    change(directory, lambda t: t.update({"model.norm.weight": np.ones(25, np.float32)}))
+    with pytest.raises(ValueError, match=r"model.norm.weight must have shape \(24,\) by config.json, it has \(25,\)"):
+        check_model_directory(directory)
+
+
+def sharded(directory, table):
+    (directory / SINGLE).rename(directory / "a.safetensors")
+    (directory / INDEX).write_text(table if isinstance(table, str) else json.dumps(table))
+
+
+@pytest.mark.parametrize(
+    "table, message",
+    [
+        ([], "an array"),
+        ({}, "weight_map"),
+        ({"weight_map": []}, "weight_map"),
+        ({"weight_map": {}}, "weight_map"),
+        ({"weight_map": {"x": 3}}, "tensor 'x' is in '3'"),
+        ({"weight_map": {"x": "../model/a.safetensors"}}, "without a path"),
+        ({"weight_map": {"x": "/etc/passwd"}}, "without a path"),
+        ({"weight_map": {"x": "..\\a.safetensors"}}, "without a path"),
+        ({"weight_map": {"x": ".."}}, "without a path"),
+        ({"weight_map": {"x": "."}}, "without a path"),
+        ({"weight_map": {"x": ""}}, "without a path"),
+        ({"weight_map": {"x": "a\0b"}}, "without a path"),
+        ({"weight_map": {"x": "a" * 5000}}, "without a path"),
+        ("[" * 200_000, "deeply nested"),
+    ],
+    ids=str,
+)
+def test_an_index_of_another_shape_or_with_a_path_is_refused(directory, table, message):
+    sharded(directory, table)
+    with pytest.raises(ValueError, match=message) as e:
+        check_model_directory(directory)
+    assert INDEX in str(e.value) and len(str(e.value)) < 600
+
+
+def test_a_link_to_a_shard_elsewhere_is_followed(directory, tmp_path):
+    sharded(directory, {"weight_map": dict.fromkeys(load_file(directory / SINGLE), "link.safetensors")})
+    (directory / "a.safetensors").rename(tmp_path / "blob")
+    (directory / "link.safetensors").symlink_to(tmp_path / "blob")
+    assert load_model(directory).config.pattern == "*"
+
+
+def test_a_tensor_in_two_shards_is_refused(directory):
+    tensors = load_file(directory / SINGLE)
+    sharded(directory, {"weight_map": {**dict.fromkeys(tensors, "a.safetensors"), "model.norm.weight": "b.safetensors"}})
+    save_file({"model.norm.weight": np.zeros(24, np.float32)}, directory / "b.safetensors")
+    with pytest.raises(ValueError, match="model.norm.weight is in both a.safetensors and b.safetensors"):
+        check_model_directory(directory)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "not valid JSON"),
+        (b"[]", "holds an array"),
+        (b"null", "holds null"),
+        (b"3", "holds a number"),
+        (b'"text"', "holds a string"),
+        (b'{"a": NaN}', "NaN"),
+        (b"\xff\xfe{}", "not valid JSON"),
+        (b'{"a": ' * 200_000, "deeply nested"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
+    ],
+    ids=lambda x: str(x)[:20],
+)
+def test_a_json_file_that_holds_no_object_is_refused_by_name(tmp_path, content, message):
+    (tmp_path / "some.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message) as e:
+        read_json(tmp_path / "some.json")
+    assert "some.json" in str(e.value)
+
+
+def test_infinity_in_a_json_file_is_read(tmp_path):
+    (tmp_path / "some.json").write_text('{"limit": [0.0, Infinity]}')
+    assert read_json(tmp_path / "some.json") == {"limit": [0.0, float("inf")]}
+
+
+def test_a_runs_working_directory_is_answered_with_its_model(tmp_path):
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="it has no model yet"):
+        load_model(tmp_path)
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ValueError, match=f"its model is {tmp_path / 'model'}"):
+        load_model(tmp_path)
