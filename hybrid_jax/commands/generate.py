@@ -1,4 +1,4 @@
-"""`generate MODEL [PROMPT]`."""
+"""`generate MODEL PROMPT`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import sys
 
 def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("model", help="a model directory with its tokenizer, e.g. RUN/model")
-    parser.add_argument("prompt", nargs="?", help="the text to continue; without it, or with '-', it is read from stdin")
-    parser.add_argument("--file", metavar="FILE", help="read the prompt from this file")
+    parser.add_argument("prompt", help="the text to continue; '-' reads it from stdin")
+    parser.add_argument("--file", action="store_true", help="PROMPT is the name of a file that holds the text")
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message: use the model's chat template")
     parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="at most so many tokens (default: %(default)s)")
@@ -25,21 +25,16 @@ def _prompt(args: argparse.Namespace) -> str:
     """The prompt's text; of a file or stdin without the last line break.
 
     Raises:
-      ValueError: no prompt, two of them, or one that is not UTF-8.
+      FileNotFoundError: no such file.
+      ValueError: the text is not UTF-8.
     """
-    if args.system is not None and not args.chat:
-        raise ValueError("--system needs --chat")
-    if args.prompt is not None and args.file:
-        raise ValueError("give either a prompt or --file, not both")
-    if args.prompt not in (None, "-"):
+    if not args.file and args.prompt != "-":
         return args.prompt
-    if not args.file and args.prompt is None and sys.stdin.isatty():
-        raise ValueError("no prompt: give one as an argument, by --file, or on stdin")
-    data = pathlib.Path(args.file).read_bytes() if args.file else sys.stdin.buffer.read()
+    data = pathlib.Path(args.prompt).read_bytes() if args.file else sys.stdin.buffer.read()
     try:
         return data.decode().removesuffix("\n")
     except UnicodeDecodeError as e:
-        raise ValueError(f"the prompt in {args.file or 'stdin'} is not UTF-8 text ({e})") from None
+        raise ValueError(f"the prompt in {args.prompt if args.file else 'stdin'} is not UTF-8 text ({e})") from None
 
 
 def _sampling(args: argparse.Namespace, defaults):
@@ -65,6 +60,8 @@ def run(args: argparse.Namespace):
     from hybrid_jax.generate import check_prompts, generate, generation_defaults
     from hybrid_jax.parallel.distributed import notice
 
+    if args.system is not None and not args.chat:
+        raise ValueError("--system needs --chat")
     config = check_model_directory(args.model)
     tokenizer = check_tokenizer_fits(load_tokenizer(args.model), config.vocab_size, args.model)
     defaults = generation_defaults(args.model, config)
