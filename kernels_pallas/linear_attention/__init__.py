@@ -5,6 +5,7 @@ S_t = e^{g_t} S_{t-1} + k_t v_t',     o_t = scale * q_t' S_t
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
 from kernels_pallas.arguments import accumulator, check_shapes, dims_of, pick_implementation, segment_index
@@ -72,8 +73,9 @@ def linear_attention_summary(k, v, log_decay, *, segment_ids=None):
     """
     dtype = accumulator(k, v, log_decay)
     g = log_decay.astype(dtype)
-    later = jnp.flip(jnp.cumsum(jnp.flip(g, axis=1), axis=1), axis=1)  # g_t + ... + g_T, exact where it matters
-    kept, whole = jnp.exp(later - g), jnp.exp(later[:, 0])
+    # g_{t+1} + ... + g_T, added up without g_t: no difference of sums, so a strong decay takes no digits from others
+    later = jax.lax.cumsum(jnp.pad(g[:, 1:], ((0, 0), (0, 1), (0, 0))), axis=1, reverse=True)
+    kept, whole = jnp.exp(later), jnp.exp(later[:, 0] + g[:, 0])
     if segment_ids is not None:
         segments = segment_index(segment_ids)
         last = segments[:, -1:]
