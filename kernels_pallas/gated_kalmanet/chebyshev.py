@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.arguments import alike
+
 ENOUGH = 24  # iterations that damp the roundings of the fast schedule below 1e-3
 
 
@@ -44,7 +46,8 @@ def chebyshev(matvec, q, norm, ridge_strength, num_iter):
         return omega * (x - s * residual) - (omega - 1.0) * previous, x, omega
 
     q = q * alive[..., None]
-    x, _, _ = jax.lax.fori_loop(0, num_iter, iterate, (s * q, jnp.zeros_like(q), jnp.asarray(2.0, q.dtype)))
+    _, nothing = alike("chebyshev", q, jnp.zeros_like(q))
+    x, _, _ = jax.lax.fori_loop(0, num_iter, iterate, (s * q, nothing, jnp.asarray(2.0, q.dtype)))
     return x
 
 

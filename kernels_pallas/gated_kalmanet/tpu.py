@@ -27,8 +27,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import mosaic
-from kernels_pallas.gated_kalmanet.chebyshev import coefficients, inverse, schedule_for
-from kernels_pallas.gated_kalmanet.tpu_norms import norms_backward, norms_of, weights
+from kernels_pallas.gated_kalmanet.chebyshev import coefficients, schedule_for
+from kernels_pallas.gated_kalmanet.tpu_norms import inverse_norms, norms_backward
 from kernels_pallas.linear_attention.tpu import read_write_backward
 from kernels_pallas.mosaic import NT, TN, dot_parts, each, head_slices, row_sum, store_heads
 from kernels_pallas.operands import operand_dtype, parts
@@ -37,9 +37,9 @@ HEADS = 4  # at most this many heads a grid step
 UNROLL = 2
 
 
-def _scales(norms, ridge_strength):
+def _scales(inverse_norms, ridge_strength):
     """s = 2 / (2 lambda + F) over 2 as columns [C,1]; 0 where the state is empty, so that x is 0 there."""
-    return each(lambda n: inverse(n) / (ridge_strength + 0.5), norms)
+    return each(lambda n: n * (1 / (ridge_strength + 0.5)), inverse_norms)
 
 
 def solve(rhs, K, H0, decay, s, omegas, scratch, low, ridge_strength, num_iter, schedule) -> list[jax.Array]:
@@ -151,8 +151,8 @@ def _forward_kernel(
     H0, S0 = [kk[h] for h in range(heads)], [kv[h] for h in range(heads)]
     query = rhs = each(lambda x: x.astype(jnp.float32), Q)
     if num_iter:
-        F = norms_of(weights(K, H0, decay, wide, 2), wide)
-        s = _scales(F, ridge_strength)
+        inverse = inverse_norms(K, H0, decay, wide)
+        s = _scales(inverse, ridge_strength)
         X = solve(rhs, K, H0, decay, s, omegas, (xs, rs, ds), low, ridge_strength, num_iter, schedule)
         query = _blend(rhs, X, alpha)
     if saved:
@@ -160,7 +160,7 @@ def _forward_kernel(
         for h in range(heads):
             kk_before[0, 0, h], kv_before[0, 0, h] = H0[h], S0[h]
         store_heads(solution, X if num_iter else rhs)
-        mosaic.store_rows(norms, F if num_iter else [jnp.zeros_like(alpha[0])] * heads)
+        mosaic.store_rows(norms, inverse if num_iter else [jnp.zeros_like(alpha[0])] * heads)
     store_heads(o, _read(query, K, V, S0, decay, wide), scale)
     for h, (H1, S1) in enumerate(zip(_write(K, K, H0, decay, wide), _write(K, V, S0, decay, wide), strict=True)):
         kk[h], kv[h] = H1, S1
@@ -193,8 +193,8 @@ def _backward_kernel(*refs, heads, scale, packed, ridge_strength, num_iter, sche
     dQ = each(lambda g, a: (1 - a) * g if num_iter else g, dquery, alpha)
 
     if num_iter:
-        F = mosaic.as_columns([norms[0, 0, 0, n : n + 1, :] for n in range(heads)])
-        s = _scales(F, ridge_strength)
+        inverse = mosaic.as_columns([norms[0, 0, 0, n : n + 1, :] for n in range(heads)])
+        s = _scales(inverse, ridge_strength)
         dX = each(jnp.multiply, alpha, dquery)
         W = solve(dX, K, H0, decay, s, omegas, (xs, rs, ds), low, ridge_strength, num_iter, schedule)
         dQ = each(jnp.add, dQ, W)
@@ -211,7 +211,7 @@ def _backward_kernel(*refs, heads, scale, packed, ridge_strength, num_iter, sche
         dH0 = each(lambda h, a: h + 0.5 * (a + a.T), dH0, outer)
         if bp_lambda:  # lambda = ridge_strength |H|
             dF = each(lambda w, x: -ridge_strength * row_sum(w * x), W, X)
-            dK_n, dH_n, column_n, row_n = norms_backward(dF, F, K, H0, decay, low)
+            dK_n, dH_n, column_n, row_n = norms_backward(dF, inverse, K, H0, decay, low)
             dK, dH0 = each(jnp.add, dK, dK_n), each(jnp.add, dH0, dH_n)
             column, row = each(jnp.add, column, column_n), each(jnp.add, row, row_n)
     store_heads(dk, dK, scale)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.arguments import accumulator, check_shapes, dims_of, pick_implementation, segment_index
+from kernels_pallas.arguments import accumulator, alike, check_shapes, dims_of, pick_implementation, segment_index
 from kernels_pallas.chunks import matmul
 from kernels_pallas.linear_attention.chunked import linear_attention_chunked
 from kernels_pallas.linear_attention.gpu import linear_attention_gpu
@@ -59,7 +59,8 @@ def linear_attention(q, k, v, log_decay, *, scale=None, initial_state=None, segm
     state = jnp.zeros((d["B"], d["H"], d["K"], d["V"]), dtype) if initial_state is None else initial_state.astype(dtype)
     scale = d["K"] ** -0.5 if scale is None else scale
     run = pick_implementation("linear_attention", implementation, IMPLEMENTATIONS, q, k, v)
-    return run(q, k, v, log_decay, state, segment_index(segment_ids), scale, chunk_size)
+    arrays = alike("linear_attention", q, k, v, log_decay, state, segment_index(segment_ids))
+    return run(*arrays, scale, chunk_size)
 
 
 def linear_attention_summary(k, v, log_decay, *, segment_ids=None):
@@ -71,6 +72,7 @@ def linear_attention_summary(k, v, log_decay, *, segment_ids=None):
     Returns:
       decay [B, H], 0 where a segment begins after the first token, and state [B, H, K, V]; both float32.
     """
+    k, v, log_decay, segment_ids = alike("linear_attention_summary", k, v, log_decay, segment_ids)
     dtype = accumulator(k, v, log_decay)
     g = log_decay.astype(dtype)
     # g_{t+1} + ... + g_T, added up without g_t: no difference of sums, so a strong decay takes no digits from others
@@ -87,7 +89,8 @@ def linear_attention_step(q, k, v, log_decay, *, state, scale=None, implementati
     """One token: q, k [B,H,K], v [B,H,V], log_decay [B,H], state [B,H,K,V] -> (o [B,H,V], state)."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     run = pick_implementation("linear_attention_step", implementation, STEPS, q, k, v)
-    return run(q, k, v, log_decay, state.astype(accumulator(q, k, v, log_decay)), scale)
+    state = state.astype(accumulator(q, k, v, log_decay))
+    return run(*alike("linear_attention_step", q, k, v, log_decay, state), scale)
 
 
 def _step(q, k, v, log_decay, state, scale):

@@ -77,10 +77,11 @@ def test_a_zero_key_after_a_strong_decay_still_solves_for_what_is_left(implement
     got, pulled = everything(inputs, implementation=implementation)
     for t in range(6):
         assert relative_error(got[:, t], o[:, t]) < 1e-4, t
-    for name, a, b in zip(("q", "k", "v", "alpha", "log_decay"), pulled, gradients, strict=True):
+    for name, a, b in zip(("q", "k", "v", "alpha"), pulled, gradients, strict=False):
         for t in range(6):
             assert np.isfinite(a[:, t]).all()
             assert relative_error(a[:, t], b[:, t]) < 1e-3, (name, t)
+    assert relative_error(pulled[4], gradients[4]) < 1e-4
 
 
 @pytest.mark.parametrize("decay", [30, 60])
