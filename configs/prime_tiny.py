@@ -52,6 +52,7 @@ def get_config(mixer: str = "GKA") -> ConfigDict:
         {
             "source": "launch/tiny_qwen3",
             "pattern": "",
+            "fresh_parameters": "transformers",  # or "torch": how new convolutions and gates start
             "select": {"mixer": mixer, "fraction": 0.5, "window": 16, "rows": 16, "seq_len": 256},
             # the window's keys and values take as many bytes as GKA's two states: 64 x 2 x 4 x 32 = 2 x 8 x 32 x 32
             "mixers": {"swa_config": {"window_size": 64}, "gka_config": {"num_iter": 10, "chunk_size": 32}},

@@ -23,7 +23,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from hybrid_jax.checks import check_known
+from hybrid_jax.checks import check_choice, check_known
 from hybrid_jax.config import MIXER_CONFIGS, ModelConfig
 from hybrid_jax.config_file import flat
 from hybrid_jax.convert import (
@@ -48,7 +48,7 @@ from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.distributed import barrier, is_first, say
 from hybrid_jax.parallel.mesh import check_mesh_fits, make_mesh
 from hybrid_jax.priming.fuse import check_teacher, fuse, unfuse
-from hybrid_jax.priming.initialize import check_convertible, initialize_hybrid
+from hybrid_jax.priming.initialize import FRESH_PARAMETERS, check_convertible, initialize_hybrid
 from hybrid_jax.priming.select import Selection, choose_pattern, pattern_from_scores
 from hybrid_jax.train import MetricWriter, NoMetrics, Phase, train_phase
 from hybrid_jax.train.arrangement import trained_names
@@ -68,6 +68,7 @@ def phases_of_config(config: ConfigDict) -> list[tuple[str, Phase]]:
     absent = [key for key in ("schedule", "phases", "data", "seed") if key not in config]
     if absent or "mix" not in config.data:
         raise ValueError(f"the config lacks {absent[0] if absent else 'data.mix'}; configs/prime_tiny.py is a complete example")
+    check_choice("config.fresh_parameters", config.get("fresh_parameters", "transformers"), FRESH_PARAMETERS)
     _check_data(config)
     missing = [name for name in config.schedule if name not in config.phases]
     if missing:
@@ -224,7 +225,8 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path, profile: tup
     """Runs a config, or what is left of it.
 
     Args:
-      config: `source` or `model`; `pattern`, `select`, `mixers` for a hybrid; `schedule` (names, in order) and
+      config: `source` or `model`; `pattern`, `select`, `mixers`, `fresh_parameters` (how weights that attention does not
+        give start, see `initialize_hybrid`) for a hybrid; `schedule` (names, in order) and
         `phases` (by name, see `Phase`); `data` (`mix`, and `text` or `sources`, see `data.corpus`); `seed`;
         `mesh` (axis -> size, see `parallel.mesh`), absent for one device.
       workdir: where everything goes; of several processes all must see it.
@@ -274,7 +276,8 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path, profile: tup
         model = load_model(source, dtype=jnp.float32, mesh=meshes[0])
         model.config = _with_mixer_options(model.config, mixers)
         pattern = choose_pattern(model, config.get("pattern", ""), config.get("select"), corpus, workdir)
-        save_model(initialize_hybrid(model, pattern, seed=config.seed, mesh=meshes[0]), initial, tokenizer_from=source)
+        options = dict(seed=config.seed, mesh=meshes[0], fresh_parameters=config.get("fresh_parameters", "transformers"))
+        save_model(initialize_hybrid(model, pattern, **options), initial, tokenizer_from=source)
 
     before = initial
     with contextlib.closing(MetricWriter(workdir) if is_first() else NoMetrics()) as writer:

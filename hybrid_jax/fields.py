@@ -28,6 +28,7 @@ def fields_of(config: Mapping) -> dict[str, Any]:
         "source": "",
         "model": {},
         "pattern": "",
+        "fresh_parameters": "transformers",
         "select": _defaults(Selection),
         "mixers": {key: _defaults(cls) for key, (_, cls) in MIXER_CONFIGS.items()},
         "schedule": (),

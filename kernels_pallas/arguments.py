@@ -25,6 +25,43 @@ def partitioned_by_compiler() -> bool:
     return any(n > 1 and kind != manual for n, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True))
 
 
+def explicit_axes(mesh) -> tuple[str, ...]:
+    """Axes of a mesh, larger than 1, of type Explicit: those whose shardings are part of every array's type."""
+    explicit = jax.sharding.AxisType.Explicit
+    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    return tuple(name for name, size, kind in axes if size > 1 and kind == explicit)
+
+
+EXPLICIT_ADVICE = (
+    "make the mesh with axis_types=(jax.sharding.AxisType.Auto,) * n (jax.make_mesh makes Explicit axes by default), "
+    "or call it inside jax.shard_map"
+)
+
+
+def alike(op: str, *trees):
+    """Pytrees of arrays (or None) whose types agree in the mesh axes that they vary over.
+
+    Inside `jax.shard_map` with `check_vma`, its default, the loops of an operation need a state of one type; a
+    replicated input thus counts as varying, and its gradient is summed over the axes that it is replicated on.
+
+    Raises:
+      ValueError: an axis of the mesh is Explicit.
+    """
+    leaves = [jax.typeof(x) for x in jax.tree.leaves(trees)]
+    for mesh in (jax.sharding.get_abstract_mesh(), *(x.sharding.mesh for x in leaves)):
+        if names := explicit_axes(mesh):
+            raise ValueError(
+                f"{op}: the mesh axes {', '.join(names)} are of type Explicit, which it does not support; {EXPLICIT_ADVICE}"
+            )
+    axes = frozenset().union(*(x.manual_axis_type.varying for x in leaves))
+
+    def vary(x):
+        missing = axes - jax.typeof(x).manual_axis_type.varying
+        return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+
+    return jax.tree.map(vary, trees)
+
+
 def pick_implementation(op: str, name: str | None, table: Mapping[str, Callable], *arrays: jax.Array) -> Callable:
     """The implementation called `name`; None means the best one for the backend, the mesh and the inputs' dtypes.
 

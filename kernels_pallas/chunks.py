@@ -61,13 +61,17 @@ def chunk_segments(segments: jax.Array, chunk_size: int) -> tuple[jax.Array, jax
     return chunks, carried
 
 
+FORGOTTEN = -1000.0  # a log decay that leaves nothing, in float64 too
+
+
 def cumulative(g: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(coarse, fine) cumulative sums of g whose differences are exact to g's own rounding.
 
     A float32 cumsum over a chunk of strong decays reaches thousands, where one ulp is 1e-4: too coarse
-    for the differences of its neighbours. The part of g on a grid of 1/64 adds up without rounding;
-    what remains stays small.
+    for the differences of its neighbours. The part of g on a grid of 1/64 adds up without rounding, as long as
+    the sum of a chunk of 128 stays below 2^18: no g counts for less than `FORGOTTEN`. What remains stays small.
     """
+    g = jnp.maximum(g, FORGOTTEN)
     coarse = jax.lax.stop_gradient(jnp.round(g * 64) / 64)
     earlier = jnp.triu(jnp.ones((g.shape[-1], g.shape[-1]), g.dtype))  # a matmul, which XLA does not fuse and repeat
     return tuple(jnp.matmul(x, earlier, precision="highest") for x in (coarse, g - coarse))

@@ -90,6 +90,7 @@ def run(kernel: Callable, grid: Grid, name: str, inputs: Sequence, outputs: Sequ
     """
     arrays, in_specs = zip(*inputs, strict=True)
     shapes, out_specs = zip(*outputs, strict=True)
+    shapes = operands.output_types(name, shapes, arrays, backend() != "tpu")
     bytes_accessed = sum(x.size * x.dtype.itemsize for x in (*arrays, *shapes))
     steps = (grid.B, grid.H // grid.heads, grid.N)
     return pl.pallas_call(

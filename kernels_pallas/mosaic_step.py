@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.arguments import backend
 from kernels_pallas.mosaic import VMEM_LIMIT
+from kernels_pallas.operands import output_types
 
 
 def run_step(
@@ -62,7 +63,9 @@ def run_step(
         grid=(steps,),
         in_specs=[*map(rows, (*vectors, table)), *map(state, flat)],
         out_specs=[rows(out), *map(state, flat)],
-        out_shape=[out, *(jax.ShapeDtypeStruct(s.shape, s.dtype) for s in flat)],
+        out_shape=output_types(
+            name, [out, *(jax.ShapeDtypeStruct(s.shape, s.dtype) for s in flat)], (*vectors, *flat), backend() != "tpu"
+        ),
         input_output_aliases={n_vectors + 1 + i: 1 + i for i in range(n_states)},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_LIMIT),
         cost_estimate=pl.CostEstimate(

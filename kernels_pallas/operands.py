@@ -9,6 +9,24 @@ import jax
 import jax.numpy as jnp
 
 
+def output_types(op: str, shapes, arrays, interpreted: bool) -> list[jax.ShapeDtypeStruct]:
+    """The outputs of a Pallas call, varying over the mesh axes that its inputs vary over (see `arguments.alike`).
+
+    Raises:
+      ValueError: they vary, and the kernel is interpreted: JAX's interpreter does not pass its own loops' check.
+    """
+    varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
+    if not varying:
+        return list(shapes)
+    if interpreted:
+        raise ValueError(
+            f"{op}: an interpreted Pallas kernel does not run inside jax.shard_map with check_vma; "
+            "use implementation='xla', or jax.shard_map(..., check_vma=False)"
+        )
+    kind = next(jax.typeof(x).manual_axis_type for x in arrays if jax.typeof(x).manual_axis_type.varying == varying)
+    return [jax.ShapeDtypeStruct(s.shape, s.dtype, manual_axis_type=kind) for s in shapes]
+
+
 def operand_dtype(*arrays: jax.Array) -> jnp.dtype:
     """bf16 where all arrays are, else float32."""
     return jnp.dtype(jnp.bfloat16 if all(x.dtype == jnp.bfloat16 for x in arrays) else jnp.float32)

@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from kernels_pallas.arguments import backend
 from kernels_pallas.chunks import chunk_segments, cumulative
-from kernels_pallas.operands import pad_axis
+from kernels_pallas.operands import output_types, pad_axis
 
 CHUNK = 64
 MAX_DIM = 256
@@ -117,6 +117,7 @@ def run(kernel: Callable, name: str, grid: tuple[int, ...], inputs: Sequence, ou
     """A Pallas call through Triton; interpreted where the program is not for a GPU. Arguments as `mosaic.run`'s."""
     arrays, in_specs = zip(*inputs, strict=True)
     shapes, out_specs = zip(*outputs, strict=True)
+    shapes = output_types(name, shapes, arrays, backend() != "gpu")
     return pl.pallas_call(
         kernel,
         grid=grid,

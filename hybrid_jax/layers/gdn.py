@@ -35,16 +35,20 @@ class GDNState(NamedTuple):
 
 class GatedDeltaNet(nnx.Module):
     """q, k, v = SiLU(conv(proj x)); q, k L2-normalised; beta = sigmoid(b_proj x), twice that if
-    `allow_neg_eigval`; the gated delta rule; o = RMSNorm(o) SiLU(g_proj x)."""
+    `allow_neg_eigval`; the gated delta rule; o = RMSNorm(o) SiLU(g_proj x).
+
+    Without `use_short_conv` q, k, v = SiLU(proj x), as in hybrid-model-factory.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs, dtype=jnp.float32):
         hid, H, Hkv, D, gdn = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.gdn
-        linear = functools.partial(Linear, rngs=rngs, dtype=dtype)
+        fresh = dict(std=config.initializer_range, rngs=rngs, dtype=dtype)
+        linear = functools.partial(Linear, **fresh)
 
         def conv(dim, axis):
             if not gdn.use_short_conv:
                 return None
-            return ShortConv(dim, gdn.conv_size, bias=gdn.conv_bias, axes=(axis,), rngs=rngs, dtype=dtype)
+            return ShortConv(dim, gdn.conv_size, bias=gdn.conv_bias, axes=(axis,), **fresh)
 
         self.q_proj = linear(hid, H * D, axes=("embed", "heads"))
         self.k_proj = linear(hid, Hkv * D, axes=("embed", "kv_heads"))

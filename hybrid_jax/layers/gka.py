@@ -36,22 +36,26 @@ class GKAState(NamedTuple):
 
 class GatedKalmaNet(nnx.Module):
     """q, k, v = SiLU(conv(proj x)); q, k L2-normalised; k, v times (beta + 1e-6); the GKA recurrence with
-    alpha = sigmoid(alpha_proj x) and g = -exp(A_log) softplus(a_proj x + dt_bias); o = RMSNorm(o) SiLU(g_proj x)."""
+    alpha = sigmoid(alpha_proj x) and g = -exp(A_log) softplus(a_proj x + dt_bias); o = RMSNorm(o) SiLU(g_proj x).
+
+    Without `use_v_conv` v = proj x, with no activation, as in hybrid-model-factory. Without `use_forgetting_gate` g is
+    0; the parameters of the gate exist all the same, as in its checkpoints.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs, dtype=jnp.float32):
         hid, H, Hkv, D, gka = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.gka
-        linear = functools.partial(Linear, rngs=rngs, dtype=dtype)
-        conv = functools.partial(ShortConv, size=gka.conv_size, rngs=rngs, dtype=dtype)
+        fresh = dict(std=config.initializer_range, rngs=rngs, dtype=dtype)
+        linear = functools.partial(Linear, **fresh)
+        conv = functools.partial(ShortConv, size=gka.conv_size, **fresh)
         self.q_proj = linear(hid, H * D, axes=("embed", "heads"))
         self.k_proj = linear(hid, Hkv * D, axes=("embed", "kv_heads"))
         self.v_proj = linear(hid, Hkv * D, axes=("embed", "kv_heads"))
         self.q_conv1d = conv(H * D, axes=("heads",))
         self.k_conv1d = conv(Hkv * D, axes=("kv_heads",))
         self.v_conv1d = conv(Hkv * D, axes=("kv_heads",)) if gka.use_v_conv else None
-        if gka.use_forgetting_gate:
-            self.a_proj = linear(hid, H, axes=("embed", "heads"))
-            self.A_log = init_a_log(rngs, H, dtype)
-            self.dt_bias = init_dt_bias(rngs, H, dtype)
+        self.a_proj = linear(hid, H, axes=("embed", "heads"))
+        self.A_log = init_a_log(rngs, H, dtype)
+        self.dt_bias = init_dt_bias(rngs, H, dtype)
         self.b_proj = linear(hid, H, bias=True, axes=("embed", "heads")) if gka.use_beta_gate else None
         self.alpha_proj = linear(hid, H, bias=True, axes=("embed", "heads")) if gka.use_alpha_connection else None
         self.g_proj = linear(hid, H * D, axes=("embed", "heads")) if gka.use_gate else None
@@ -71,8 +75,6 @@ class GatedKalmaNet(nnx.Module):
         v, v_conv = self.v_proj(x), None
         if self.v_conv1d is not None:
             v, v_conv = self.v_conv1d(v, segment_ids=segment_ids, state=s.v_conv)
-        else:
-            v = jax.nn.silu(v)
         q, k, v = (repeat_heads(a.reshape(B, T, -1, D), H) for a in (q, k, v))
         q, k = (l2_normalize(a, eps_outside=True) for a in (q, k))
         if self.b_proj is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -18,23 +17,13 @@ class Linear(nnx.Module):
 
     Args:
       axes: logical names of the kernel's two axes, for sharding.
-      std: standard deviation of the normal initialiser; None draws as torch's `nn.Linear` does,
-        uniform in +-1/sqrt(in), bias included.
+      std: standard deviation of a new kernel, drawn from a normal distribution; a new bias is 0. Transformers
+        initializes every linear map in this way, those of mixers too, with the config's `initializer_range`.
     """
 
-    def __init__(self, din, dout, *, bias=False, axes=("embed", "heads"), std=None, rngs, dtype=jnp.float32):
-        bound = 1.0 / math.sqrt(din)
-        key = rngs.params()
-        if std is None:
-            kernel = jax.random.uniform(key, (din, dout), dtype, -bound, bound)
-        else:
-            kernel = std * jax.random.normal(key, (din, dout), dtype)
-        self.kernel = nnx.Param(kernel, axes=axes)
-        if bias:
-            value = jax.random.uniform(rngs.params(), (dout,), dtype, -bound, bound) if std is None else jnp.zeros(dout, dtype)
-            self.bias = nnx.Param(value, axes=(axes[1],))
-        else:
-            self.bias = None
+    def __init__(self, din, dout, *, std, bias=False, axes=("embed", "heads"), rngs, dtype=jnp.float32):
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (din, dout), dtype), axes=axes)
+        self.bias = nnx.Param(jnp.zeros(dout, dtype), axes=(axes[1],)) if bias else None
 
     def __call__(self, x):
         y = x @ self.kernel[...].astype(x.dtype)

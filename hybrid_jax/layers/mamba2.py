@@ -32,15 +32,16 @@ class Mamba2(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs, dtype=jnp.float32):
         hid, H, Hkv, D = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         normed = config.qk_norm and config.mamba2.use_qk_norm
-        self.in_proj = Linear(hid, 2 * (H + Hkv) * D + H, axes=("embed", "heads"), rngs=rngs, dtype=dtype)
-        self.conv1d = ShortConv((H + 2 * Hkv) * D, CONV_SIZE, bias=True, rngs=rngs, dtype=dtype)
+        fresh = dict(std=config.initializer_range, rngs=rngs, dtype=dtype)
+        self.in_proj = Linear(hid, 2 * (H + Hkv) * D + H, axes=("embed", "heads"), **fresh)
+        self.conv1d = ShortConv((H + 2 * Hkv) * D, CONV_SIZE, bias=True, **fresh)
         self.A_log = init_a_log(rngs, H, dtype)
         self.dt_bias = init_dt_bias(rngs, H, dtype)
         self.D = nnx.Param(jnp.ones(H, dtype), axes=("heads",))
         self.B_norm = RMSNorm(D, eps=QK_NORM_EPS, dtype=dtype) if normed else None
         self.C_norm = RMSNorm(D, eps=QK_NORM_EPS, dtype=dtype) if normed else None
         self.norm = RMSNorm(H * D, eps=NORM_EPS, dtype=dtype)
-        self.out_proj = Linear(H * D, hid, axes=("heads", "embed"), rngs=rngs, dtype=dtype)
+        self.out_proj = Linear(H * D, hid, axes=("heads", "embed"), **fresh)
         self.config = config
 
     def __call__(self, x, *, positions, segment_ids, state: Mamba2State | None = None):

@@ -54,13 +54,12 @@ def log_decay(dt, a_log, dt_bias):
 class ShortConv(nnx.Module):
     """Causal depthwise conv + SiLU: `kernel` [D, W] (a checkpoint's `weight` [D, 1, W]), optional `bias` [D].
 
-    Initialised as torch's `Conv1d`: uniform in +-1/sqrt(W).
+    A new kernel is normal with standard deviation `std`, a new bias 0, as Transformers initializes a `Conv1d`.
     """
 
-    def __init__(self, dim, size, *, bias=False, axes=("heads",), rngs, dtype=jnp.float32):
-        bound = 1.0 / math.sqrt(size)
-        self.kernel = nnx.Param(jax.random.uniform(rngs.params(), (dim, size), dtype, -bound, bound), axes=(*axes, None))
-        self.bias = nnx.Param(jax.random.uniform(rngs.params(), (dim,), dtype, -bound, bound), axes=axes) if bias else None
+    def __init__(self, dim, size, *, std, bias=False, axes=("heads",), rngs, dtype=jnp.float32):
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (dim, size), dtype), axes=(*axes, None))
+        self.bias = nnx.Param(jnp.zeros(dim, dtype), axes=axes) if bias else None
 
     def __call__(self, x, *, segment_ids, state=None):
         """x [B,T,D] -> (y, state [B,W-1,D]); one token with a state takes the step."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import zlib
 from collections.abc import Callable
 
 import jax
@@ -9,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from hybrid_jax.checks import check_choice
 from hybrid_jax.config import ATTENTION, PARAMETER_KEYS, ModelConfig
 from hybrid_jax.model import Decoder, abstract_decoder
 from hybrid_jax.parallel.sharding import parameter_sharding
@@ -79,11 +82,37 @@ RECIPES: dict[str, Callable[[Parameters, Parameters, ModelConfig], Parameters]] 
 }
 
 
-def _fresh(config: ModelConfig, dtype, seed: int, names: set[str], mesh: Mesh | None) -> Parameters:
+def _as_transformers(fresh: Parameters, seed: int) -> Parameters:
+    """As the layers draw them: kernels N(0, initializer_range^2), biases 0."""
+    return fresh
+
+
+def _as_torch(fresh: Parameters, seed: int) -> Parameters:
+    """Kernels and biases drawn again as the constructors of torch's `Linear` and `Conv1d` draw them: uniform in
+    +-1/sqrt(fan_in), where the fan-in is the inputs of a linear map or the taps of a depthwise convolution."""
+
+    def draw(name, value):
+        module, _, leaf = name.rpartition(".")
+        if leaf not in ("kernel", "bias"):
+            return value
+        taps = module.endswith("conv1d")
+        bound = 1 / math.sqrt(fresh[f"{module}.kernel"].shape[1 if taps else 0])
+        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+        return jax.random.uniform(key, value.shape, value.dtype, -bound, bound)
+
+    return {name: draw(name, value) for name, value in fresh.items()}
+
+
+# How kernels and biases that attention does not give are drawn; decays, norms and D do not depend on it.
+FRESH_PARAMETERS: dict[str, Callable[[Parameters, int], Parameters]] = {"transformers": _as_transformers, "torch": _as_torch}
+
+
+def _fresh(config: ModelConfig, dtype, seed: int, names: set[str], mesh: Mesh | None, how: str) -> Parameters:
     """Those parameters of a new decoder that `names` asks for; no others are made."""
 
     def make():
-        return {n: p for n, p in split_model(Decoder(config, rngs=nnx.Rngs(seed), dtype=dtype))[1].items() if n in names}
+        new = split_model(Decoder(config, rngs=nnx.Rngs(seed), dtype=dtype))[1]
+        return FRESH_PARAMETERS[how]({n: p for n, p in new.items() if n in names}, seed)
 
     where = None
     if mesh is not None:
@@ -103,23 +132,33 @@ def check_convertible(have: ModelConfig, wanted: ModelConfig):
             raise ValueError(f"layer {i} is {old.symbol!r}: only attention can become {new.symbol!r}")
 
 
-def initialize_hybrid(model: Decoder, pattern: str, *, seed: int = 0, mesh: Mesh | None = None) -> Decoder:
-    """The hybrid that `pattern` describes, its mixers initialised from the model's attention.
+def initialize_hybrid(
+    model: Decoder, pattern: str, *, seed: int = 0, mesh: Mesh | None = None, fresh_parameters: str = "transformers"
+) -> Decoder:
+    """The hybrid that `pattern` describes, its mixers initialized from the model's attention.
 
-    What attention does not give (decays, gates of the update, convs) starts afresh from `seed`. Layers that
-    the pattern leaves as they are keep their weights, whatever they are. With a mesh every new parameter is made
-    in its place on it.
+    What attention does not give (decays, gates of the update, convolutions) is drawn from `seed`. Layers that the
+    pattern does not convert keep their weights, whatever they are. With a mesh every new parameter is made in its
+    place on it.
+
+    Args:
+      fresh_parameters: how the kernels and biases that attention does not give are drawn. "transformers" (as
+        hybrid-model-factory's models start): kernels N(0, initializer_range^2), biases 0. "torch": both uniform in
+        +-1/sqrt(fan_in). The same in both: A_log = log U(0, 16), dt_bias = softplus^-1(dt) with dt log-uniform in
+        [1e-3, 0.1], norms and Mamba-2's D 1.
 
     Raises:
-      ValueError: the pattern is invalid, or a layer that would be converted is not attention.
+      ValueError: the pattern is invalid, a layer that would be converted is not attention, or `fresh_parameters` is
+        neither.
     """
+    check_choice("fresh_parameters", fresh_parameters, FRESH_PARAMETERS)
     config = model.config.with_pattern(pattern)
     check_convertible(model.config, config)
     _, have = split_model(model)
     dtype = have["embed_tokens.embedding"].dtype
     structure, _ = nnx.split(abstract_decoder(config, dtype=dtype, compute_dtype=model.compute_dtype))
     names = abstract_parameters(config)
-    fresh = _fresh(config, dtype, seed, {n for n in names if n not in have}, mesh)
+    fresh = _fresh(config, dtype, seed, {n for n in names if n not in have}, mesh, fresh_parameters)
     result = {name: have[name] if name in have else fresh[name] for name in names}
     for i, layer in enumerate(config.layers):
         own = {name.removeprefix(f"layers.{i}."): v for name, v in have.items() if name.startswith(f"layers.{i}.")}

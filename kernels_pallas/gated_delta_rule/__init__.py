@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from kernels_pallas.arguments import accumulator, check_shapes, dims_of, pick_implementation, segment_index
+from kernels_pallas.arguments import accumulator, alike, check_shapes, dims_of, pick_implementation, segment_index
 from kernels_pallas.gated_delta_rule.chunked import gated_delta_rule_chunked
 from kernels_pallas.gated_delta_rule.gpu import gated_delta_rule_gpu
 from kernels_pallas.gated_delta_rule.reference import gated_delta_rule_reference, gated_delta_rule_update
@@ -63,7 +63,8 @@ def gated_delta_rule(
     state = jnp.zeros((d["B"], d["H"], d["K"], d["V"]), dtype) if initial_state is None else initial_state.astype(dtype)
     scale = d["K"] ** -0.5 if scale is None else scale
     run = pick_implementation("gated_delta_rule", implementation, IMPLEMENTATIONS, q, k, v)
-    return run(q, k, v, log_decay, beta, state, segment_index(segment_ids), scale, chunk_size)
+    arrays = alike("gated_delta_rule", q, k, v, log_decay, beta, state, segment_index(segment_ids))
+    return run(*arrays, scale, chunk_size)
 
 
 def gated_delta_rule_summary(k, v, log_decay, beta, *, segment_ids=None, implementation=None):
@@ -102,7 +103,8 @@ def gated_delta_rule_step(q, k, v, log_decay, beta, *, state, scale=None, implem
     """One token: q, k [B,H,K], v [B,H,V], log_decay, beta [B,H], state [B,H,K,V] -> (o [B,H,V], state)."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     run = pick_implementation("gated_delta_rule_step", implementation, STEPS, q, k, v)
-    return run(q, k, v, log_decay, beta, state.astype(accumulator(q, k, v, log_decay, beta)), scale)
+    state = state.astype(accumulator(q, k, v, log_decay, beta))
+    return run(*alike("gated_delta_rule_step", q, k, v, log_decay, beta, state), scale)
 
 
 def _step(q, k, v, log_decay, beta, state, scale):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from kernels_pallas.arguments import accumulator, check_shapes, dims_of, pick_implementation, segment_index
+from kernels_pallas.arguments import accumulator, alike, check_shapes, dims_of, pick_implementation, segment_index
 from kernels_pallas.gated_kalmanet.chunked import gated_kalmanet_chunked
 from kernels_pallas.gated_kalmanet.gpu import gated_kalmanet_gpu
 from kernels_pallas.gated_kalmanet.reference import gated_kalmanet_reference, gated_kalmanet_update
@@ -91,9 +91,9 @@ def gated_kalmanet(
     h_kv = jnp.zeros((d["B"], d["H"], d["K"], d["V"]), dtype) if h_kv is None else h_kv.astype(dtype)
     scale = d["K"] ** -0.5 if scale is None else scale
     run = pick_implementation("gated_kalmanet", implementation, IMPLEMENTATIONS, q, k, v)
-    segments = segment_index(segment_ids)
+    arrays = alike("gated_kalmanet", q, k, v, alpha, log_decay, (h_kk, h_kv), segment_index(segment_ids))
     options = (scale, chunk_size, ridge_strength, num_iter, bp_lambda, precision)
-    return run(q, k, v, alpha, log_decay, (h_kk, h_kv), segments, *options)
+    return run(*arrays, *options)
 
 
 def gated_kalmanet_summary(k, v, log_decay, *, segment_ids=None):
@@ -117,7 +117,8 @@ def gated_kalmanet_step(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     run = pick_implementation("gated_kalmanet_step", implementation, STEPS, q, k, v)
     state = tuple(s.astype(accumulator(q, k, v, alpha, log_decay)) for s in state)
-    return run(q, k, v, alpha, log_decay, state, scale, ridge_strength, num_iter, bp_lambda)
+    arrays = alike("gated_kalmanet_step", q, k, v, alpha, log_decay, state)
+    return run(*arrays, scale, ridge_strength, num_iter, bp_lambda)
 
 
 def _step(q, k, v, alpha, log_decay, state, *options):

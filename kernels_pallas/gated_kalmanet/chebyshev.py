@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.arguments import alike
+
 ENOUGH = 24  # iterations that damp the roundings of the fast schedule below 1e-3
 
 
@@ -30,9 +32,9 @@ def chebyshev(matvec, q, norm, ridge_strength, num_iter):
     Args:
       matvec: x -> H x, rows [..., K].
       q: [..., K].
-      norm: F [...]; where it is 0 (an empty state) x is 0.
+      norm: F [...]; where it is at most `empty_norm` x is 0.
     """
-    alive = norm > 0
+    alive = norm > empty_norm(norm.dtype)
     F = jnp.where(alive, norm, 1.0)[..., None]
     s = 1.0 / (F * (ridge_strength + 0.5))
     r = (0.25 / (ridge_strength + 0.5)) ** 2
@@ -44,8 +46,20 @@ def chebyshev(matvec, q, norm, ridge_strength, num_iter):
         return omega * (x - s * residual) - (omega - 1.0) * previous, x, omega
 
     q = q * alive[..., None]
-    x, _, _ = jax.lax.fori_loop(0, num_iter, iterate, (s * q, jnp.zeros_like(q), jnp.asarray(2.0, q.dtype)))
+    _, nothing = alike("chebyshev", q, jnp.zeros_like(q))
+    x, _, _ = jax.lax.fori_loop(0, num_iter, iterate, (s * q, nothing, jnp.asarray(2.0, q.dtype)))
     return x
+
+
+def empty_norm(dtype) -> float:
+    """The norm up to which a state counts as empty: 2^-100 in float32. x grows like 1 / norm and must fit the dtype."""
+    return float(jnp.finfo(dtype).tiny) * 2.0**26
+
+
+def inverse(x):
+    """1 / x of sizes x >= 0, and 0 where x is at most `empty_norm`."""
+    alive = x > empty_norm(x.dtype)
+    return jnp.where(alive, 1.0 / jnp.where(alive, x, 1.0), 0.0)
 
 
 def safe_sqrt(x):

@@ -5,7 +5,10 @@ With H0 the state at the chunk's start and rows X (one per token),
     (H_t x_t) = e^{a_t} H0 x_t + sum_{i<=t} e^{a_t - a_i} k_i (k_i' x_t)  =  (X e^a) H0 + ((X K') M) K
     |H_t|_F^2 = e^{2 a_t} |H0|^2 + 2 e^{a_t} (M (k_i' H0 k_i))_t + (M (K K')^2 M')_tt
 
-Each term of the norm is non-negative: nothing cancels under strong decay.
+Each term of the norm is non-negative: nothing cancels under strong decay. The squares of weak states do not fit a
+float32 (e^-44 is enough), so the norm is computed as
+
+    H_t = size_t (rho_t H0 / |H0|_max + sum_i beta_ti k_i k_i' / |k_i|^2),      rho_t + sum_i beta_ti = 1
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from kernels_pallas.chunks import (
     scan_blocks,
     to_chunks,
 )
-from kernels_pallas.gated_kalmanet.chebyshev import chebyshev, safe_sqrt
+from kernels_pallas.gated_kalmanet.chebyshev import chebyshev, inverse, safe_sqrt
 
 
 def chunk_matvec(x, k, decay: ChunkDecay, before):
@@ -37,14 +40,19 @@ def chunk_matvec(x, k, decay: ChunkDecay, before):
 
 
 def chunk_norms(k, decay: ChunkDecay, before):
-    """|H_t|_F, [N,B,H,C]."""
+    """|H_t|_F, [N,B,H,C]. The norm does not depend on the scales below: they have no gradient."""
     dtype = before.dtype
-    h0 = jnp.sum(before * before, axis=(-2, -1))[..., None]
-    quadratic = jnp.sum(matmul("nbhck,nbhkj->nbhcj", k, before, dtype=dtype) * k, axis=-1)
+    squares = jax.lax.stop_gradient(jnp.sum(k * k, axis=-1))
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(before), axis=(-2, -1)))
+    k, start = k * jnp.sqrt(inverse(squares))[..., None], before * inverse(largest)[..., None, None]
+    beta, rho = decay.mask * squares[..., None, :], decay.reach * largest[..., None]
+    size = jax.lax.stop_gradient(jnp.sum(beta, axis=-1) + rho)
+    beta, rho = beta * inverse(size)[..., None], rho * inverse(size)
+    quadratic = jnp.sum(matmul("nbhck,nbhkj->nbhcj", k, start, dtype=dtype) * k, axis=-1)
     gram = matmul("nbhck,nbhik->nbhci", k, k, dtype=dtype) ** 2
-    inside = jnp.sum(matmul("nbhci,nbhij->nbhcj", decay.mask, gram, dtype=dtype) * decay.mask, axis=-1)
-    cross = matmul("nbhci,nbhi->nbhc", decay.mask, quadratic, dtype=dtype)
-    return safe_sqrt(decay.reach**2 * h0 + 2 * decay.reach * cross + inside)
+    inside = jnp.sum(matmul("nbhci,nbhij->nbhcj", beta, gram, dtype=dtype) * beta, axis=-1)
+    cross = matmul("nbhci,nbhi->nbhc", beta, quadratic, dtype=dtype)
+    return size * safe_sqrt(rho**2 * jnp.sum(start * start, axis=(-2, -1))[..., None] + 2 * rho * cross + inside)
 
 
 def solve_in_float32(rhs, k, decay, before, norms, ridge_strength, num_iter):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas import triton
-from kernels_pallas.gated_kalmanet.chebyshev import schedule_for
+from kernels_pallas.gated_kalmanet.chebyshev import inverse, schedule_for
 from kernels_pallas.gated_kalmanet.chunked import gated_kalmanet_chunked
 from kernels_pallas.operands import dot_parts, operand_dtype, pad_axis, parts
 from kernels_pallas.triton import dot
@@ -63,8 +63,8 @@ def _solver(precision: str, low):
                 x = pad_axis(x, axis, n)
             return x
 
-        alive, plan = norms > 0, schedule_for(precision, num_iter)
-        s = jnp.where(alive, 1.0 / (jnp.where(alive, norms, 1.0) * (ridge_strength + 0.5)), 0.0)
+        plan = schedule_for(precision, num_iter)
+        s = inverse(norms) / (ridge_strength + 0.5)
         H = parts(flat(before, size, size), low)
         arrays = [
             flat(rhs, rows, size),

@@ -7,12 +7,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.gated_kalmanet.chebyshev import chebyshev, safe_sqrt
+from kernels_pallas.gated_kalmanet.chebyshev import chebyshev, inverse, safe_sqrt
 from kernels_pallas.linear_attention.reference import linear_attention_update, scan_tokens
 
 
 def _frobenius(H):
-    return safe_sqrt(jnp.sum(H * H, axis=(-2, -1)))
+    """|H|_F [B,H], of weak states too, whose squares do not fit the dtype."""
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(H), axis=(-2, -1)))
+    H = H * inverse(largest)[..., None, None]
+    return largest * safe_sqrt(jnp.sum(H * H, axis=(-2, -1)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))

@@ -28,27 +28,18 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import mosaic
 from kernels_pallas.gated_kalmanet.chebyshev import coefficients, schedule_for
+from kernels_pallas.gated_kalmanet.tpu_norms import inverse_norms, norms_backward
 from kernels_pallas.linear_attention.tpu import read_write_backward
-from kernels_pallas.mosaic import NT, TN, dot, dot_parts, each, head_slices, iota, row_sum, store_heads
+from kernels_pallas.mosaic import NT, TN, dot_parts, each, head_slices, row_sum, store_heads
 from kernels_pallas.operands import operand_dtype, parts
 
 HEADS = 4  # at most this many heads a grid step
 UNROLL = 2
 
 
-def squared_norms(K, H0, decay, low) -> list[jax.Array]:
-    """|H_t|_F^2 as columns [C,1]: reach^2 |H0|^2 + 2 reach (M u)_t + (M (K K')^2 M')_tt, u_i = k_i' H0 k_i."""
-    u = mosaic.as_rows(each(lambda k, h: row_sum(dot_parts((k,), parts(h, low)) * k), K, H0))
-    u = [u[n : n + 1] for n in range(len(K))]
-    squares = each(lambda k: dot(k, k, NT) ** 2, K)
-    inside = each(lambda g, d: dot_parts(parts(d.mask, low), parts(g, low)), squares, decay)
-    start = each(lambda h: jnp.sum(row_sum(h * h), axis=0, keepdims=True), H0)
-    return each(lambda i, u, h, d: row_sum(d.mask * (i + 2 * d.reach * u)) + d.reach**2 * h, inside, u, start, decay)
-
-
-def _scales(squared, ridge_strength):
+def _scales(inverse_norms, ridge_strength):
     """s = 2 / (2 lambda + F) over 2 as columns [C,1]; 0 where the state is empty, so that x is 0 there."""
-    return each(lambda n: jnp.where(n > 0, jax.lax.rsqrt(jnp.where(n > 0, n, 1.0)), 0.0) / (ridge_strength + 0.5), squared)
+    return each(lambda n: n * (1 / (ridge_strength + 0.5)), inverse_norms)
 
 
 def solve(rhs, K, H0, decay, s, omegas, scratch, low, ridge_strength, num_iter, schedule) -> list[jax.Array]:
@@ -160,8 +151,8 @@ def _forward_kernel(
     H0, S0 = [kk[h] for h in range(heads)], [kv[h] for h in range(heads)]
     query = rhs = each(lambda x: x.astype(jnp.float32), Q)
     if num_iter:
-        squared = squared_norms(K, H0, decay, wide)
-        s = _scales(squared, ridge_strength)
+        inverse = inverse_norms(K, H0, decay, wide)
+        s = _scales(inverse, ridge_strength)
         X = solve(rhs, K, H0, decay, s, omegas, (xs, rs, ds), low, ridge_strength, num_iter, schedule)
         query = _blend(rhs, X, alpha)
     if saved:
@@ -169,7 +160,7 @@ def _forward_kernel(
         for h in range(heads):
             kk_before[0, 0, h], kv_before[0, 0, h] = H0[h], S0[h]
         store_heads(solution, X if num_iter else rhs)
-        mosaic.store_rows(norms, squared if num_iter else [jnp.zeros_like(alpha[0])] * heads)
+        mosaic.store_rows(norms, inverse if num_iter else [jnp.zeros_like(alpha[0])] * heads)
     store_heads(o, _read(query, K, V, S0, decay, wide), scale)
     for h, (H1, S1) in enumerate(zip(_write(K, K, H0, decay, wide), _write(K, V, S0, decay, wide), strict=True)):
         kk[h], kv[h] = H1, S1
@@ -177,28 +168,6 @@ def _forward_kernel(
     @pl.when(last)
     def _():
         final_kk[0], final_kv[0] = kk[...], kv[...]
-
-
-def _norm_backward(dn, K, H0, decay, low):
-    """Gradients of `squared_norms` under cotangents dn [C,1]: dK, dH0, and da as a column and a row."""
-    C = K[0].shape[0]
-    strict = iota((C, C), 0) > iota((C, C), 1)
-    KH = each(lambda k, h: dot(k, h.astype(low)), K, H0)
-    u = mosaic.as_rows(each(lambda k, x: row_sum(k * x), K, KH))
-    u = [u[n : n + 1] for n in range(len(K))]
-    gram = each(lambda k: dot(k, k, NT), K)
-    inside = each(lambda g, d: dot(d.mask.astype(low), (g * g).astype(low)), gram, decay)
-    E = each(lambda m, u, d, n: jnp.where(strict, 2 * n * d.mask * (d.reach * u + m), 0.0), inside, u, decay, dn)
-    start = each(lambda h: jnp.sum(row_sum(h * h), axis=0, keepdims=True), H0)
-    cross = each(lambda u, d: row_sum(d.mask * u), u, decay)
-    column = each(lambda e, n, h, c, d: row_sum(e) + 2 * n * d.reach * (d.reach * h + c), E, dn, start, cross, decay)
-    row = each(lambda e: -jnp.sum(e, axis=0, keepdims=True), E)
-    du = mosaic.as_columns(each(lambda n, d: jnp.sum(2 * n * d.reach * d.mask, axis=0, keepdims=True), dn, decay))
-    dgram = each(lambda n, d: dot((n * d.mask).astype(low), d.mask.astype(low), TN), dn, decay)
-    dK = each(lambda g, dg, k, u, x: 4 * dot((g * dg).astype(low), k) + 2 * u * x, gram, dgram, K, du, KH)
-    total = each(lambda n, d: jnp.sum(2 * n * d.reach**2, axis=0, keepdims=True), dn, decay)
-    dH0 = each(lambda h, t, k, u: t * h + dot((u * k).astype(low), k, TN), H0, total, K, du)
-    return dK, dH0, column, row
 
 
 def _backward_kernel(*refs, heads, scale, packed, ridge_strength, num_iter, schedule, bp_lambda):
@@ -224,8 +193,8 @@ def _backward_kernel(*refs, heads, scale, packed, ridge_strength, num_iter, sche
     dQ = each(lambda g, a: (1 - a) * g if num_iter else g, dquery, alpha)
 
     if num_iter:
-        squared = mosaic.as_columns([norms[0, 0, 0, n : n + 1, :] for n in range(heads)])
-        s = _scales(squared, ridge_strength)
+        inverse = mosaic.as_columns([norms[0, 0, 0, n : n + 1, :] for n in range(heads)])
+        s = _scales(inverse, ridge_strength)
         dX = each(jnp.multiply, alpha, dquery)
         W = solve(dX, K, H0, decay, s, omegas, (xs, rs, ds), low, ridge_strength, num_iter, schedule)
         dQ = each(jnp.add, dQ, W)
@@ -240,10 +209,9 @@ def _backward_kernel(*refs, heads, scale, packed, ridge_strength, num_iter, sche
     if num_iter:
         outer = each(lambda x, w, d: dot_parts(parts(d.reach * x, low), parts(w, low), TN), X, minus_w, decay)
         dH0 = each(lambda h, a: h + 0.5 * (a + a.T), dH0, outer)
-        if bp_lambda:  # lambda = ridge_strength |H|: dn = -ridge_strength (w'x) / (2 |H|)
-            inverse = each(lambda n: jnp.where(n > 0, jax.lax.rsqrt(jnp.where(n > 0, n, 1.0)), 0.0), squared)
-            dn = each(lambda w, x, f: -0.5 * ridge_strength * f * row_sum(w * x), W, X, inverse)
-            dK_n, dH_n, column_n, row_n = _norm_backward(dn, K, H0, decay, low)
+        if bp_lambda:  # lambda = ridge_strength |H|
+            dF = each(lambda w, x: -ridge_strength * row_sum(w * x), W, X)
+            dK_n, dH_n, column_n, row_n = norms_backward(dF, inverse, K, H0, decay, low)
             dK, dH0 = each(jnp.add, dK, dK_n), each(jnp.add, dH0, dH_n)
             column, row = each(jnp.add, column, column_n), each(jnp.add, row, row_n)
     store_heads(dk, dK, scale)

@@ -6,10 +6,9 @@ iteration is one product of the step's two parts with both, in the residual form
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 
-from kernels_pallas.gated_kalmanet.chebyshev import coefficients
+from kernels_pallas.gated_kalmanet.chebyshev import coefficients, inverse
 from kernels_pallas.gated_kalmanet.reference import gated_kalmanet_update
 from kernels_pallas.mosaic import dot, each
 from kernels_pallas.mosaic_step import columns, head_rows, reduce_rows, run_step, with_gradient_of
@@ -20,8 +19,11 @@ HEADS = 16  # a grid step: iterations of one head wait for one another, those of
 
 def _solve(q, H, ridge_strength, num_iter):
     """(H + lambda I)^-1 q for rows q [1,K] and symmetric H [K,K], of every head."""
-    squared = each(lambda h: jnp.sum(reduce_rows(h * h), axis=1, keepdims=True), H)
-    s = each(lambda n: jnp.where(n > 0, jax.lax.rsqrt(jnp.where(n > 0, n, 1.0)), 0.0) / (ridge_strength + 0.5), squared)
+    # of weak states the squares do not fit; the largest element of a positive semi-definite H is on its diagonal
+    largest = each(lambda h: jnp.max(jnp.max(h, axis=0, keepdims=True), axis=1, keepdims=True), H)
+    scaled = each(lambda h, m: h * inverse(m), H, largest)
+    squared = each(lambda h: jnp.sum(reduce_rows(h * h), axis=1, keepdims=True), scaled)
+    s = each(lambda n, m: inverse(m * jnp.sqrt(n)) / (ridge_strength + 0.5), squared, largest)
     ridge = ridge_strength / (ridge_strength + 0.5)
     H = each(lambda h, s: jnp.concatenate(parts(s * h, jnp.bfloat16), axis=1), H, s)  # [K, 2K]: wide matrix units take both
     r = each(jnp.multiply, s, q)

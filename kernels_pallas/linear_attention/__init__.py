@@ -5,9 +5,10 @@ S_t = e^{g_t} S_{t-1} + k_t v_t',     o_t = scale * q_t' S_t
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
-from kernels_pallas.arguments import accumulator, check_shapes, dims_of, pick_implementation, segment_index
+from kernels_pallas.arguments import accumulator, alike, check_shapes, dims_of, pick_implementation, segment_index
 from kernels_pallas.chunks import matmul
 from kernels_pallas.linear_attention.chunked import linear_attention_chunked
 from kernels_pallas.linear_attention.gpu import linear_attention_gpu
@@ -58,7 +59,8 @@ def linear_attention(q, k, v, log_decay, *, scale=None, initial_state=None, segm
     state = jnp.zeros((d["B"], d["H"], d["K"], d["V"]), dtype) if initial_state is None else initial_state.astype(dtype)
     scale = d["K"] ** -0.5 if scale is None else scale
     run = pick_implementation("linear_attention", implementation, IMPLEMENTATIONS, q, k, v)
-    return run(q, k, v, log_decay, state, segment_index(segment_ids), scale, chunk_size)
+    arrays = alike("linear_attention", q, k, v, log_decay, state, segment_index(segment_ids))
+    return run(*arrays, scale, chunk_size)
 
 
 def linear_attention_summary(k, v, log_decay, *, segment_ids=None):
@@ -70,10 +72,12 @@ def linear_attention_summary(k, v, log_decay, *, segment_ids=None):
     Returns:
       decay [B, H], 0 where a segment begins after the first token, and state [B, H, K, V]; both float32.
     """
+    k, v, log_decay, segment_ids = alike("linear_attention_summary", k, v, log_decay, segment_ids)
     dtype = accumulator(k, v, log_decay)
     g = log_decay.astype(dtype)
-    later = jnp.flip(jnp.cumsum(jnp.flip(g, axis=1), axis=1), axis=1)  # g_t + ... + g_T, exact where it matters
-    kept, whole = jnp.exp(later - g), jnp.exp(later[:, 0])
+    # g_{t+1} + ... + g_T, added up without g_t: no difference of sums, so a strong decay takes no digits from others
+    later = jax.lax.cumsum(jnp.pad(g[:, 1:], ((0, 0), (0, 1), (0, 0))), axis=1, reverse=True)
+    kept, whole = jnp.exp(later), jnp.exp(later[:, 0] + g[:, 0])
     if segment_ids is not None:
         segments = segment_index(segment_ids)
         last = segments[:, -1:]
@@ -85,7 +89,8 @@ def linear_attention_step(q, k, v, log_decay, *, state, scale=None, implementati
     """One token: q, k [B,H,K], v [B,H,V], log_decay [B,H], state [B,H,K,V] -> (o [B,H,V], state)."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     run = pick_implementation("linear_attention_step", implementation, STEPS, q, k, v)
-    return run(q, k, v, log_decay, state.astype(accumulator(q, k, v, log_decay)), scale)
+    state = state.astype(accumulator(q, k, v, log_decay))
+    return run(*alike("linear_attention_step", q, k, v, log_decay, state), scale)
 
 
 def _step(q, k, v, log_decay, state, scale):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.arguments import check_shapes, pick_implementation, segment_index
+from kernels_pallas.arguments import alike, check_shapes, pick_implementation, segment_index
 from kernels_pallas.short_conv.chunked import short_conv_shifted
 from kernels_pallas.short_conv.reference import short_conv_reference, short_conv_update
 from kernels_pallas.short_conv.tpu import short_conv_tpu
@@ -58,14 +58,14 @@ def short_conv(x, weight, bias=None, activation="silu", *, initial_state=None, s
     bias = jnp.zeros(D, weight.dtype) if bias is None else bias
     _activation(activation)
     run = pick_implementation("short_conv", implementation, IMPLEMENTATIONS, x)
-    y, state = run(x, weight, bias, state, segment_index(segment_ids), activation)
+    y, state = run(*alike("short_conv", x, weight, bias, state, segment_index(segment_ids)), activation)
     return y.astype(x.dtype), state
 
 
 def short_conv_step(x, weight, bias=None, activation="silu", *, state):
     """One token: x [B,D], state [B,W-1,D] -> (y [B,D], state)."""
     bias = jnp.zeros(x.shape[-1], weight.dtype) if bias is None else bias
-    y, state = short_conv_update(x, weight, bias, state.astype(x.dtype))
+    y, state = short_conv_update(*alike("short_conv_step", x, weight, bias, state.astype(x.dtype)))
     return _activation(activation)(y).astype(x.dtype), state
 
 

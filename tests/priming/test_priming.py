@@ -5,8 +5,10 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from hybrid_jax.config import SWAConfig
+from hybrid_jax.config import BMojoConfig, GDNConfig, SWAConfig
+from hybrid_jax.layers.recurrent import init_a_log, init_dt_bias
 from hybrid_jax.parameters import split_model
 from hybrid_jax.priming import select
 from hybrid_jax.priming.fuse import fuse, unfuse
@@ -41,8 +43,6 @@ def test_mamba2_takes_q_k_v_o_and_the_norms_in_its_own_order():
 
 
 def test_bmojo_copies_attention_to_both_sets_and_its_mixer_as_alone():
-    from hybrid_jax.config import BMojoConfig
-
     source = tiny_model("*", bmojo=BMojoConfig(4, "gka", tie_attn_weights=False))
     have, got, alone = (parameters(m) for m in (source, initialize_hybrid(source, "BMF"), initialize_hybrid(source, "GKA")))
     for p in "qkvo":
@@ -52,15 +52,51 @@ def test_bmojo_copies_attention_to_both_sets_and_its_mixer_as_alone():
     assert np.array_equal(got["layers.0.bmojo_f.gka.g_proj.kernel"], alone["layers.0.gka.g_proj.kernel"])
 
 
-def test_fresh_parameters_lie_where_the_reference_puts_them():
-    got = parameters(initialize_hybrid(tiny_model("*"), "GKA"))
-    a = np.exp(got["layers.0.gka.A_log"])
-    dt = np.log1p(np.exp(got["layers.0.gka.dt_bias"]))
-    assert (a > 0).all() and (a <= 16).all()
-    assert (dt >= 1e-4 - 1e-7).all() and (dt <= 0.1 + 1e-6).all()
-    assert np.abs(got["layers.0.gka.q_conv1d.kernel"]).max() <= 0.5
-    assert np.abs(got["layers.0.gka.a_proj.kernel"]).max() <= 24**-0.5
-    assert np.array_equal(got["layers.0.gka.o_norm.weight"], np.ones(8))
+def test_decays_are_drawn_evenly_from_0_to_16_and_steps_log_evenly_from_a_thousandth_to_a_tenth():
+    a = np.exp(np.asarray(init_a_log(nnx.Rngs(0), 4096)[...]))
+    dt = np.log1p(np.exp(np.asarray(init_dt_bias(nnx.Rngs(1), 4096)[...], np.float64)))
+    for drawn, low, high in ((a, 0, 16), (np.log(dt), np.log(1e-3), np.log(0.1))):
+        quantiles = (np.quantile(drawn, [0, 0.25, 0.5, 0.75, 1]) - low) / (high - low)
+        assert np.allclose(quantiles, [0, 0.25, 0.5, 0.75, 1], atol=0.03)
+        assert quantiles[0] > -1e-3 and quantiles[-1] < 1 + 1e-3
+
+
+GATES = ("a_proj", "gk_proj", "b_proj", "alpha_proj")
+
+
+@pytest.mark.parametrize("symbol", ["GKA", "GDN", "M2", "BMF"])
+def test_new_kernels_are_normal_with_the_models_initializer_range_and_new_biases_0(symbol):
+    options = dict(gdn=GDNConfig(conv_bias=True), bmojo=BMojoConfig(4, "mamba2"), initializer_range=0.05)
+    got = parameters(initialize_hybrid(tiny_model("*", **options), symbol))
+    fresh = {n: v for n, v in got.items() if "conv1d" in n or any(gate in n for gate in GATES)}
+    fresh |= {n: v[:, -4:] for n, v in got.items() if n.endswith("in_proj.kernel")}  # dt's columns
+    assert len(fresh) == {"GKA": 8, "GDN": 8, "M2": 3, "BMF": 3}[symbol]
+    for name, value in fresh.items():
+        if name.endswith("bias"):
+            assert not value.any(), name
+        else:
+            assert abs(value.std() / 0.05 - 1) < 0.3, name
+    for name in (n for n in got if n.endswith(("o_norm.weight", "mamba.norm.weight", "mamba.D"))):
+        assert (got[name] == 1).all(), name
+
+
+def test_torch_as_the_option_draws_uniformly_by_the_fan_in_and_changes_nothing_else():
+    source = tiny_model("*-*", initializer_range=0.05)
+    torch, other = (parameters(initialize_hybrid(source, "GKA-M2", fresh_parameters=f)) for f in ("torch", "transformers"))
+    bounds = {f"{conv}1d": 0.5 for conv in ("q_conv", "k_conv", "v_conv", "conv")} | dict.fromkeys(GATES, 24**-0.5)
+    drawn = [(n, bounds[n.split(".")[-2]]) for n in torch if n.split(".")[-2] in bounds]
+    assert len(drawn) == 8 + 2
+    for name, bound in drawn:
+        assert np.abs(torch[name]).max() <= bound, name
+        assert torch[name].size < 32 or abs(torch[name].std() * 3**0.5 / bound - 1) < 0.2, name
+        assert not np.array_equal(torch[name], other[name]), name
+    dt = torch["layers.1.mamba.in_proj.kernel"][:, -4:]
+    assert np.abs(dt).max() <= 24**-0.5 and abs(dt.std() * 3**0.5 * 24**0.5 - 1) < 0.2
+    names = {n for n, _ in drawn} | {"layers.1.mamba.in_proj.kernel"}
+    assert all(np.array_equal(torch[n], other[n]) for n in torch if n not in names)
+    assert np.array_equal(torch["layers.1.mamba.in_proj.kernel"][:, :-4], other["layers.1.mamba.in_proj.kernel"][:, :-4])
+    with pytest.raises(ValueError, match="fresh_parameters must be one of 'transformers', 'torch', got 'zeros'"):
+        initialize_hybrid(source, "GKA-M2", fresh_parameters="zeros")
 
 
 def test_stage_0_depends_on_its_seed_alone_and_keeps_other_layers():

@@ -1,0 +1,99 @@
+"""Decays so strong, and states so weak, that a float32 loses them where nobody looks."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kernels_pallas as kp
+from tests.conftest import relative_error
+
+IMPLEMENTATIONS = ["reference", "xla", "pallas_tpu", "pallas_gpu"]
+T, K = 48, 16
+
+
+def unit(rng, *shape):
+    x = rng.standard_normal(shape)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def strong(forget, at=40):
+    """k, v and log decays of -0.01 but for one token, in float32, and the state after them by a loop in float64."""
+    rng = np.random.default_rng(0)
+    k, v = (rng.standard_normal((1, T, 1, K)).astype(np.float32) for _ in range(2))
+    g = np.full((1, T, 1), -0.01, np.float32)
+    g[0, at] = -forget
+    S = np.zeros((K, K))
+    for t in range(T):
+        S = np.exp(np.float64(g[0, t, 0])) * S + np.outer(k[0, t, 0].astype(np.float64), v[0, t, 0])
+    return *map(jnp.asarray, (k, v, g)), S
+
+
+@pytest.mark.parametrize("forget", [50.0, 1e4, 1e6, np.inf])
+def test_a_summary_after_a_strong_decay_is_exact(forget):
+    k, v, g, S = strong(forget)
+    _, state = kp.linear_attention_summary(k, v, g)
+    assert relative_error(state[0, 0], S) < 1e-6
+    _, (_, h_kv) = kp.gated_kalmanet_summary(k, v, g)
+    assert relative_error(h_kv[0, 0], S) < 1e-6
+    whole, _ = kp.linear_attention_summary(k, v, jnp.where(g < -1, -1.5, g))
+    assert abs(float(whole[0, 0]) / np.exp(-1.5 - 0.01 * (T - 1)) - 1) < 1e-6
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_an_operation_after_a_decay_that_leaves_nothing_is_exact(implementation):
+    k, v, g, S = strong(1e6)
+    _, state = kp.linear_attention(k, k, v, g, implementation=implementation)
+    assert relative_error(state[0, 0], S) < 1e-6
+
+
+def weak(decay):
+    """A token with an all-zero key after a decay of e^-`decay`, with ordinary tokens before and after it; float64."""
+    rng = np.random.default_rng(1)
+    q, k, v = unit(rng, 1, 6, 1, K), unit(rng, 1, 6, 1, K), rng.standard_normal((1, 6, 1, K))
+    k[:, 3] = 0
+    g = -0.1 * rng.uniform(0, 1, (1, 6, 1))
+    g[:, 3] = -decay
+    return [q, k, v, rng.uniform(0.3, 1, (1, 6, 1)), g]
+
+
+def everything(inputs, **options):
+    run = functools.partial(kp.gated_kalmanet, num_iter=12, **options)
+    out, pull = jax.vjp(run, *inputs)
+    do = jnp.asarray(np.random.default_rng(2).standard_normal(out[0].shape), out[0].dtype)
+    return out[0], pull((do, jax.tree.map(jnp.zeros_like, out[1])))
+
+
+@pytest.mark.parametrize("decay", [30, 45, 60])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_zero_key_after_a_strong_decay_still_solves_for_what_is_left(implementation, decay):
+    """The squares of what is left do not fit a float32 from a decay of e^-44; its solution is the same as before it."""
+    inputs = [jnp.asarray(x, jnp.float32) for x in weak(decay)]
+    with jax.enable_x64(True):
+        double = [jnp.asarray(np.asarray(x), jnp.float64) for x in inputs]
+        o, gradients = jax.tree.map(np.asarray, everything(double, implementation="reference"))
+    got, pulled = everything(inputs, implementation=implementation)
+    for t in range(6):
+        assert relative_error(got[:, t], o[:, t]) < 1e-4, t
+    for name, a, b in zip(("q", "k", "v", "alpha"), pulled, gradients, strict=False):
+        for t in range(6):
+            assert np.isfinite(a[:, t]).all()
+            assert relative_error(a[:, t], b[:, t]) < 1e-3, (name, t)
+    assert relative_error(pulled[4], gradients[4]) < 1e-4
+
+
+@pytest.mark.parametrize("decay", [30, 60])
+@pytest.mark.parametrize("implementation", ["reference", "pallas_tpu"])
+def test_a_step_with_a_zero_key_and_a_weak_state_solves_for_what_is_left(implementation, decay):
+    q, k, v, alpha, _ = (x[:, 3] for x in weak(decay))
+    rng = np.random.default_rng(3)
+    keys, values = unit(rng, 40, K), rng.standard_normal((40, K))
+    H, S = np.exp(-decay) * keys.T @ keys, np.exp(-decay) * keys.T @ values
+    x = np.linalg.solve(H + 0.02 * np.linalg.norm(H) * np.eye(K), q[0, 0])
+    want = K**-0.5 * S.T @ (q[0, 0] + alpha[0, 0] * (x - q[0, 0]))
+    arrays = [jnp.asarray(a, jnp.float32) for a in (q, k, v, alpha, np.zeros((1, 1)))]
+    state = tuple(jnp.asarray(s[None, None], jnp.float32) for s in (H, S))
+    o, _ = kp.gated_kalmanet_step(*arrays, num_iter=100, state=state, implementation=implementation)
+    assert relative_error(o[0, 0], want) < 1e-3

@@ -1,0 +1,192 @@
+"""Every mixer and every option of it against its formula, token by token in numpy and float64.
+
+Written from the papers and from hybrid-model-factory's description of its layers; nothing of the project computes here.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from hybrid_jax.config import BMojoConfig, GDNConfig, GKAConfig, Mamba2Config
+from hybrid_jax.layers import make_mixer
+from tests.conftest import relative_error, tiny_config
+
+T, H, HKV, D, HID = 9, 4, 2, 8, 24
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def silu(x):
+    return x * sigmoid(x)
+
+
+def rms(x, weight, eps):
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
+
+
+def conv(p, name, x):
+    """SiLU of the causal depthwise convolution of x [T, channels]."""
+    kernel = p[f"{name}.kernel"]
+    padded = np.concatenate([np.zeros((kernel.shape[1] - 1, x.shape[1])), x])
+    y = np.stack([(padded[t : t + kernel.shape[1]] * kernel.T).sum(0) for t in range(len(x))])
+    return silu(y + p.get(f"{name}.bias", 0))
+
+
+def linear(p, name, x):
+    return x @ p[f"{name}.kernel"] + p.get(f"{name}.bias", 0)
+
+
+def heads(x):
+    """[T, heads * D] -> [T, H, D], every key head repeated for its queries."""
+    x = x.reshape(T, -1, D)
+    return np.repeat(x, H // x.shape[1], axis=1)
+
+
+def log_decay(p, x):
+    return -np.exp(p["A_log"]) * np.log1p(np.exp(x + p["dt_bias"]))
+
+
+def gated(p, o, x, eps, use_gate):
+    o = rms(o, p["o_norm.weight"], eps).reshape(T, H * D)
+    return linear(p, "o_proj", o * silu(linear(p, "g_proj", x)) if use_gate else o)
+
+
+def gka(p, x, c):
+    c = c.gka
+    q, k = (heads(conv(p, f"{n}_conv1d", linear(p, f"{n}_proj", x))) for n in "qk")
+    v = linear(p, "v_proj", x)
+    v = heads(conv(p, "v_conv1d", v) if c.use_v_conv else v)
+    q, k = (a / (np.linalg.norm(a, axis=-1, keepdims=True) + 1e-6) for a in (q, k))
+    if c.use_beta_gate:
+        beta = sigmoid(linear(p, "b_proj", x))[..., None] + 1e-6
+        k, v = beta * k, beta * v
+    alpha = sigmoid(linear(p, "alpha_proj", x)) if c.use_alpha_connection else np.ones((T, H))
+    g = log_decay(p, linear(p, "a_proj", x)) if c.use_forgetting_gate else np.zeros((T, H))
+    o = np.zeros((T, H, D))
+    for h in range(H):
+        M, S = np.zeros((D, D)), np.zeros((D, D))
+        for t in range(T):
+            M = np.exp(g[t, h]) * M + np.outer(k[t, h], k[t, h])
+            S = np.exp(g[t, h]) * S + np.outer(k[t, h], v[t, h])
+            query = q[t, h]
+            if c.num_iter:
+                solved = np.linalg.solve(M + c.ridge_strength * np.linalg.norm(M) * np.eye(D), query)
+                query = query + alpha[t, h] * (solved - query)
+            o[t, h] = (D**-0.5 if c.gla_rescale else 1) * S.T @ query
+    return gated(p, o, x, c.norm_eps, c.use_gate)
+
+
+def gdn(p, x, c):
+    c = c.gdn
+    q, k, v = (linear(p, f"{n}_proj", x) for n in "qkv")
+    q, k, v = (heads(conv(p, f"{n}_conv1d", a) if c.use_short_conv else silu(a)) for n, a in zip("qkv", (q, k, v), strict=True))
+    q, k = (a / np.sqrt((a * a).sum(-1, keepdims=True) + 1e-6) for a in (q, k))
+    beta = sigmoid(linear(p, "b_proj", x)) * (2 if c.allow_neg_eigval else 1)
+    g = log_decay(p, linear(p, "gk_proj", x))
+    o = np.zeros((T, H, D))
+    for h in range(H):
+        S = np.zeros((D, D))
+        for t in range(T):
+            S = np.exp(g[t, h]) * S
+            S = S + beta[t, h] * np.outer(k[t, h], v[t, h] - S.T @ k[t, h])
+            o[t, h] = D**-0.5 * S.T @ q[t, h]
+    return gated(p, o, x, c.norm_eps, c.use_gate)
+
+
+def mamba2(p, x, c):
+    z, v, b, cc, dt = np.split(linear(p, "in_proj", x), np.cumsum([H * D, HKV * D, HKV * D, H * D]), axis=1)
+    if c.qk_norm and c.mamba2.use_qk_norm:
+        b = rms(b.reshape(T, -1, D), p["B_norm.weight"], 1e-6).reshape(T, -1)
+        cc = rms(cc.reshape(T, -1, D), p["C_norm.weight"], 1e-6).reshape(T, -1)
+    mixed = conv(p, "conv1d", np.concatenate([v, b, cc], axis=1))
+    v, b, cc = (heads(a) for a in np.split(mixed, [HKV * D, 2 * HKV * D], axis=1))
+    dt = np.log1p(np.exp(dt + p["dt_bias"]))
+    y = np.zeros((T, H, D))
+    for h in range(H):
+        S = np.zeros((D, D))
+        for t in range(T):
+            S = np.exp(-np.exp(p["A_log"][h]) * dt[t, h]) * S + dt[t, h] * np.outer(b[t, h], v[t, h])
+            y[t, h] = cc[t, h] @ S + p["D"][h] * v[t, h]
+    y = rms(y * silu(z).reshape(T, H, D), p["norm.weight"].reshape(H, D), 1e-5)
+    return linear(p, "out_proj", y.reshape(T, H * D))
+
+
+def rotary(x, theta):
+    angle = np.arange(T)[:, None] * theta ** -(np.arange(0, D, 2) / D)
+    cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
+    a, b = np.split(x, 2, axis=-1)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def bmojo(p, x, c):
+    kind, W = c.bmojo.ssm_mixer, c.bmojo.window_size
+    key = {"gka": "gka", "gdn": "gdn", "mamba2": "mamba"}[kind]
+    f = FORMULAS[kind]({n.removeprefix(f"{key}."): v for n, v in p.items() if n.startswith(f"{key}.")}, x, c)
+    p = {n.removeprefix("bmojo_attn."): v for n, v in p.items() if n.startswith("bmojo_attn.")}
+    second = "" if c.bmojo.tie_attn_weights else "_"
+
+    def project(inputs, name, suffix):
+        y = linear(p, f"{name}_proj{suffix}", inputs).reshape(T, -1, D)
+        if name in "qk" and c.qk_norm:
+            y = rms(y, p[f"{name}_norm{suffix}.weight"], c.rms_norm_eps)
+        y = rotary(y, c.rope.theta) if name in "qk" else y
+        return np.repeat(y, H // y.shape[1], axis=1)
+
+    q, k, v = (project(x, n, "") for n in "qkv")
+    fading_q, fading_k, fading_v = project(x, "q", second), project(f, "k", second), project(f, "v", second)
+    o = np.zeros((T, H, D))
+    for h in range(H):
+        for t in range(T):
+            near, far = range(max(0, t - W + 1), t + 1), range(max(0, t - 2 * W + 1), max(0, t - W + 1))
+            scores = [q[t, h] @ k[s, h] for s in near] + [fading_q[t, h] @ fading_k[s, h] for s in far]
+            weights = np.exp(np.array(scores) * D**-0.5)
+            o[t, h] = weights / weights.sum() @ np.array([v[s, h] for s in near] + [fading_v[s, h] for s in far])
+    return linear(p, "o_proj", o.reshape(T, H * D))
+
+
+FORMULAS = {"gka": gka, "gdn": gdn, "mamba2": mamba2, "bmojo": bmojo}
+SOLVED = dict(num_iter=150)  # so many iterations reach the exact solution
+
+CASES = {
+    "gka": ("gka", dict(gka=GKAConfig(**SOLVED))),
+    "gka without v's convolution": ("gka", dict(gka=GKAConfig(use_v_conv=False, **SOLVED))),
+    "gka without alpha": ("gka", dict(gka=GKAConfig(use_alpha_connection=False, **SOLVED))),
+    "gka without beta": ("gka", dict(gka=GKAConfig(use_beta_gate=False, **SOLVED))),
+    "gka without decay": ("gka", dict(gka=GKAConfig(use_forgetting_gate=False, **SOLVED))),
+    "gka without gate, other eps and taps": ("gka", dict(gka=GKAConfig(use_gate=False, norm_eps=0.1, conv_size=3, **SOLVED))),
+    "gka without rescaling": ("gka", dict(gka=GKAConfig(gla_rescale=False, norm_eps=0.1, ridge_strength=0.3, **SOLVED))),
+    "gka without the solve": ("gka", dict(gka=GKAConfig(num_iter=0))),
+    "gdn": ("gdn", dict(gdn=GDNConfig())),
+    "gdn without convolutions": ("gdn", dict(gdn=GDNConfig(use_short_conv=False))),
+    "gdn with negative eigenvalues": ("gdn", dict(gdn=GDNConfig(allow_neg_eigval=True))),
+    "gdn without gate, with biases": ("gdn", dict(gdn=GDNConfig(use_gate=False, conv_bias=True, norm_eps=0.1, conv_size=3))),
+    "mamba2": ("mamba2", {}),
+    "mamba2 without norms": ("mamba2", dict(mamba2=Mamba2Config(use_qk_norm=False))),
+    "mamba2 of a source without norms": ("mamba2", dict(qk_norm=False)),
+    "bmojo": ("bmojo", dict(bmojo=BMojoConfig(3, "gdn"))),
+    "bmojo untied": ("bmojo", dict(bmojo=BMojoConfig(3, "mamba2", tie_attn_weights=False))),
+    "bmojo untied, no norms": (
+        "bmojo",
+        dict(bmojo=BMojoConfig(3, "gka", tie_attn_weights=False), gka=GKAConfig(**SOLVED), qk_norm=False),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_a_mixer_is_its_formula(case):
+    kind, options = CASES[case]
+    config = tiny_config("*", **options)
+    mixer = make_mixer(kind, config, 0, rngs=nnx.Rngs(0))
+    rng, parameters = np.random.default_rng(0), {}
+    for path, variable in nnx.to_flat_state(nnx.state(mixer, nnx.Param)):
+        value = rng.standard_normal(variable.shape) * (0.3 if path[-1] == "kernel" else 0.5) + (path[-1] == "weight")
+        variable.set_value(jnp.asarray(value, jnp.float32))
+        parameters[".".join(map(str, path))] = np.asarray(variable.get_value(), np.float64)
+    x = rng.standard_normal((T, HID))
+    positions, ones = jnp.arange(T)[None], jnp.ones((1, T), jnp.int32)
+    got, _ = jax.jit(lambda x: mixer(x, positions=positions, segment_ids=ones))(jnp.asarray(x[None], jnp.float32))
+    assert relative_error(got[0], FORMULAS[kind](parameters, np.asarray(x, np.float32).astype(np.float64), config)) < 2e-5
