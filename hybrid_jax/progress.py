@@ -16,7 +16,7 @@ class _Lines(tqdm):
     _written = float("-inf")
 
     def refresh(self, *_, **__):
-        if time.monotonic() - self._written >= SECONDS:
+        if not self.disable and time.monotonic() - self._written >= SECONDS:
             self._line()
 
     def _line(self):

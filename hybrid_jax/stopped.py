@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
 import threading
+import time
 
 EXIT_CODE = 3  # of a command that was stopped; the shell's `prime && export` does not go on
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -16,62 +16,37 @@ class Stopped(Exception):
     """The run was asked to stop and has saved its state; the same command resumes it."""
 
 
-@contextlib.contextmanager
-def terminable():
-    """Within the block SIGTERM raises KeyboardInterrupt, as Ctrl-C does. Does nothing outside of the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+class _Signals:
+    """Within the block SIGINT and SIGTERM go to `_handle`, in the main thread, and to `_hear`, in a thread of its own.
 
+    Python runs handlers in the main thread, between two of its instructions: not while XLA compiles or computes there. The
+    second thread reads the signals' numbers from a pipe (`signal.set_wakeup_fd`), and can answer at once.
 
-class StopRequest:
-    """Within the block SIGINT and SIGTERM set `asked` instead of ending the program.
-
-    The first signal is answered on stderr at once, even while the main thread compiles for a minute: Python runs its handlers
-    in the main thread, between two of its instructions, and therefore a second thread reads the signals' numbers from a pipe
-    (`signal.set_wakeup_fd`). A second Ctrl-C ends the process immediately, with the same exit code; a second SIGTERM does
-    not, because launchers send it to a process and to its group.
+    Outside of the main thread, where Python allows no handlers, the block does nothing.
 
     Args:
-      name: what is running, for the message.
-
-    Outside of the main thread, where Python allows no handlers, `asked` stays False.
+      name: what is running, for messages.
     """
 
     def __init__(self, name: str):
         self.name, self.asked, self._previous = name, False, {}
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            self._pipe, write = os.pipe()
-            os.set_blocking(write, False)
-            self._write, self._previous_fd = write, signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+            self._pipe, self._write = os.pipe()
+            os.set_blocking(self._write, False)
+            self._previous_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
             self._thread = threading.Thread(target=self._listen, daemon=True)
             self._thread.start()
             self._previous = {s: signal.signal(s, self._handle) for s in SIGNALS}
         return self
 
-    def _handle(self, *_):
-        self.asked = True
-
     def _listen(self):
-        answered = False
+        heard = 0
         while numbers := os.read(self._pipe, 64):
             for number in filter(SIGNALS.__contains__, numbers):
-                if answered and number == signal.SIGINT:
-                    _tell(f"{self.name}: ended without saving; the same command resumes from the last checkpoint")
-                    os._exit(EXIT_CODE)
-                if not answered:
-                    _tell(
-                        f"{self.name}: stopping after the step that is under way, and saving; a first step is compiled before, "
-                        "which can take minutes. Press Ctrl-C again to end at once, without saving"
-                    )
-                self.asked = answered = True
+                heard += 1
+                self._hear(number, heard)
 
     def __exit__(self, *_):
         if self._previous:
@@ -81,6 +56,51 @@ class StopRequest:
             os.close(self._write)
             self._thread.join()
             os.close(self._pipe)
+
+    def _handle(self, *_):
+        raise NotImplementedError
+
+    def _hear(self, number: int, heard: int):
+        raise NotImplementedError
+
+
+class StopRequest(_Signals):
+    """Within the block SIGINT and SIGTERM set `asked` instead of ending the program, and are answered on stderr at once.
+
+    A Ctrl-C after that ends the process immediately, with the same exit code. A second SIGTERM does not, because launchers
+    send it to a process and to its group.
+    """
+
+    def _handle(self, *_):
+        self.asked = True
+
+    def _hear(self, number: int, heard: int):
+        self.asked = True
+        if heard == 1:
+            _tell(
+                f"{self.name}: stopping after the step that is under way, and saving; a first step is compiled before, which can "
+                "take minutes. Press Ctrl-C again to end at once, without saving"
+            )
+        elif number == signal.SIGINT:
+            _tell(f"{self.name}: ended without saving; the same command resumes from the last checkpoint")
+            os._exit(EXIT_CODE)
+
+
+class Terminable(_Signals):
+    """Within the block SIGTERM raises KeyboardInterrupt, as Ctrl-C does; a second one ends the process if the first had to wait."""
+
+    def _handle(self, *_):
+        self.asked = True
+        raise KeyboardInterrupt
+
+    def _hear(self, number: int, heard: int):
+        if heard == 1:
+            time.sleep(0.3)
+            if not self.asked:
+                _tell(f"{self.name}: stopping when the computation that is under way is done; press Ctrl-C again to end at once")
+        elif not self.asked:
+            _tell(f"{self.name}: ended")
+            os._exit(EXIT_CODE)
 
 
 def _tell(text: str):

@@ -11,7 +11,7 @@ import pytest
 
 from hybrid_jax.commands import main as command_line
 from hybrid_jax.progress import progress_bar
-from hybrid_jax.stopped import EXIT_CODE, StopRequest
+from hybrid_jax.stopped import EXIT_CODE, StopRequest, Terminable
 
 
 class Heard:
@@ -64,6 +64,20 @@ def test_a_second_ctrl_c_ends_at_once_and_a_second_sigterm_does_not(monkeypatch)
         assert codes == [EXIT_CODE]
 
 
+def test_outside_of_a_loop_a_stop_waits_aloud_for_the_computation_and_a_second_one_does_not_wait(monkeypatch):
+    heard, codes = Heard(), []
+    monkeypatch.setattr(sys, "stderr", heard)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    with pytest.raises(KeyboardInterrupt), Terminable("hybrid-jax select"):
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        threading.Timer(0.5, lambda: heard.busy and os.kill(os.getpid(), signal.SIGTERM)).start()
+        heard.busy = True
+        hashlib.pbkdf2_hmac("sha256", b"password", b"salt", 4_000_000)
+        heard.busy = False
+    assert [busy for busy, text in heard.texts if "stopping when the computation" in text] == [True]
+    assert codes == [EXIT_CODE]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_command_that_is_stopped_anywhere_ends_with_the_documented_code(monkeypatch, capsys, number):
     class Slow:
@@ -88,5 +102,7 @@ def test_a_bar_in_a_file_writes_a_line_now_and_then_and_not_each_step(capsys):
             bar.update()
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and "0/1000" in lines[0] and "1000/1000" in lines[1] and "loss 1.0" in lines[1]
-    assert list(progress_bar(range(3), name="e", unit="model", shown=False)) == [0, 1, 2]
+    with progress_bar(range(3), name="e", unit="model", shown=False) as bar:
+        bar.set_postfix_str("loss 1.0")
+        assert list(bar) == [0, 1, 2]
     assert capsys.readouterr().err == ""

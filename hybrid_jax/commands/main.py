@@ -12,7 +12,7 @@ import traceback
 
 from hybrid_jax.commands.options import Parser
 from hybrid_jax.commands.quiet import silence_libraries
-from hybrid_jax.stopped import EXIT_CODE, Stopped, terminable
+from hybrid_jax.stopped import EXIT_CODE, Stopped, Terminable
 
 # Command -> (module with `add_arguments` and `run`, what it does, an example of its arguments).
 COMMANDS = {
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
             from hybrid_jax.parallel.distributed import initialize
 
             initialize()
-        with terminable():
+        with Terminable(f"hybrid-jax {args.command}"):
             _module(COMMANDS[args.command][0]).run(args)
     except EXPECTED as e:
         return _failed(args.command, " ".join(str(e).split()), 1)
