@@ -3,6 +3,7 @@
 from tests.mutations import Mutation
 
 GOLDEN, PROPERTIES, PALLAS = "tests/kernels/test_golden_ops.py", "tests/kernels/test_properties.py", "tests/kernels/test_pallas.py"
+MANY = "tests/kernels/test_many_chunks.py"
 CHUNKS, LINEAR = "kernels_pallas/chunks.py", "kernels_pallas/linear_attention/chunked.py"
 KALMANET, CHEBYSHEV = "kernels_pallas/gated_kalmanet/chunked.py", "kernels_pallas/gated_kalmanet/chebyshev.py"
 
@@ -43,23 +44,21 @@ MUTATIONS = [
         (GOLDEN, PROPERTIES),
     ),
     Mutation(CHUNKS, "- carried[..., None]  # the", "# the", "packed rows lose the state at every chunk on a CPU", (PROPERTIES,)),
-    Mutation(LINEAR, "dK = kept + matmul", "dK = matmul", "keys get no gradient from later chunks", ("tests/kernels",)),
-    Mutation(
-        LINEAR, "dV = dV + decay.keep", "dV = dV + 0 * decay.keep", "values get no gradient from later chunks", ("tests/kernels",)
-    ),
+    Mutation(LINEAR, "dK = kept + matmul", "dK = matmul", "keys get no gradient from later chunks", (MANY,)),
+    Mutation(LINEAR, "dV = dV + decay.keep", "dV = dV + 0 * decay.keep", "values get no gradient from later chunks", (MANY,)),
     Mutation(
         LINEAR,
         "+ decay.total * jnp.sum(dH * H0, axis=(-2, -1))",
         "",
         "decays get no gradient from the state that passes a chunk",
-        ("tests/kernels",),
+        (MANY,),
     ),
     Mutation(
         LINEAR,
         "- jnp.sum(E, axis=-2) - kept",
         "- jnp.sum(E, axis=-2)",
         "decays get no gradient from what a chunk keeps",
-        ("tests/kernels",),
+        (MANY,),
     ),
     Mutation(
         CHEBYSHEV,
@@ -84,9 +83,7 @@ MUTATIONS = [
         "bp_lambda is ignored",
         (GOLDEN, PROPERTIES),
     ),
-    Mutation(
-        KALMANET, "2 * decay.reach * cross", "decay.reach * cross", "the norm counts its cross term once", (GOLDEN, PROPERTIES)
-    ),
+    Mutation(KALMANET, "2 * rho * cross", "rho * cross", "the norm counts its cross term once", (GOLDEN, PROPERTIES)),
     Mutation(KALMANET, "* (x - qc)", "* x", "alpha adds the solution instead of interpolating", (GOLDEN,)),
     Mutation(
         "kernels_pallas/linear_attention/reference.py",
@@ -104,8 +101,8 @@ MUTATIONS = [
     ),
     Mutation(
         "kernels_pallas/short_conv/__init__.py",
-        "y, state = short_conv_update(x, weight, bias, state.astype(x.dtype))",
-        "y, state = short_conv_update(x, weight[:, ::-1], bias, state.astype(x.dtype))",
+        'short_conv_update(*alike("short_conv_step", x, weight, bias, state.astype(x.dtype)))',
+        'short_conv_update(*alike("short_conv_step", x, weight[:, ::-1], bias, state.astype(x.dtype)))',
         "decoding convolves backwards in time",
         (PROPERTIES,),
     ),

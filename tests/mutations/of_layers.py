@@ -7,6 +7,7 @@ HMF, PARITY, INVARIANCE = (
     "tests/convert/test_transformers_parity.py",
     "tests/layers/test_invariance.py",
 )
+FORMULAS = "tests/layers/test_formulas.py"
 GKA, GDN, MAMBA2 = "hybrid_jax/layers/gka.py", "hybrid_jax/layers/gdn.py", "hybrid_jax/layers/mamba2.py"
 RECURRENT, MLP, BMOJO = "hybrid_jax/layers/recurrent.py", "hybrid_jax/layers/mlp.py", "hybrid_jax/layers/bmojo.py"
 
@@ -23,29 +24,27 @@ MUTATIONS = [
         "jnp.ones((B, T, H), jnp.float32)",
         "jnp.zeros((B, T, H), jnp.float32)",
         "without the alpha connection the solve is left out",
-        ("tests/layers",),
+        (FORMULAS,),
     ),
-    Mutation(GKA, "scale=D**-0.5 if gka.gla_rescale else 1.0", "scale=D**-0.5", "gla_rescale is ignored", ("tests/layers",)),
+    Mutation(GKA, "scale=D**-0.5 if gka.gla_rescale else 1.0", "scale=D**-0.5", "gla_rescale is ignored", (FORMULAS,)),
     Mutation(
         GKA,
         "l2_normalize(a, eps_outside=True)",
         "l2_normalize(a, eps_outside=False)",
         "q and k are normalized with another epsilon",
-        ("tests/layers", HMF),
+        (FORMULAS, HMF),
     ),
     Mutation(
         GKA, "o = o * jax.nn.silu(self.g_proj(x))", "o = o * jax.nn.sigmoid(self.g_proj(x))", "the output gate is a sigmoid", (HMF,)
     ),
-    Mutation(
-        GKA, "num_iter=gka.num_iter", "num_iter=gka.num_iter - 1", "one iteration of the solve is missing", (HMF, "tests/layers")
-    ),
-    Mutation(GDN, "beta = 2 * beta", "beta = 1 * beta", "allow_neg_eigval is ignored", ("tests/layers",)),
+    Mutation(GKA, "num_iter=gka.num_iter", "num_iter=gka.num_iter - 1", "one iteration of the solve is missing", (HMF, FORMULAS)),
+    Mutation(GDN, "beta = 2 * beta", "beta = 1 * beta", "allow_neg_eigval is ignored", (FORMULAS,)),
     Mutation(
         GDN,
         "l2_normalize(a, eps_outside=False)",
         "l2_normalize(a, eps_outside=True)",
         "q and k are normalized with another epsilon",
-        ("tests/layers", HMF),
+        (FORMULAS, HMF),
     ),
     Mutation(GDN, "self.o_norm(o).reshape(B, T, H * D)", "o.reshape(B, T, H * D)", "the output is not normalized", (HMF,)),
     Mutation(
@@ -61,7 +60,7 @@ MUTATIONS = [
         "normed = config.qk_norm and config.mamba2.use_qk_norm",
         "normed = config.qk_norm",
         "use_qk_norm is ignored",
-        ("tests/layers", "tests/priming"),
+        (FORMULAS, "tests/priming/test_priming.py"),
     ),
     Mutation(
         RECURRENT,
@@ -84,7 +83,7 @@ MUTATIONS = [
         "_, k, v = Attention.project(first, f, positions)",
         "_, k, v = Attention.project(self, f, positions)",
         "untied fading keys use the first projections",
-        ("tests/layers",),
+        (FORMULAS,),
     ),
     Mutation(MLP, "if moe.norm_topk_prob:", "if True:", "norm_topk_prob is ignored", (PARITY,)),
     Mutation(
@@ -113,6 +112,6 @@ MUTATIONS = [
         "f = f * jax.lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True) + eps)",
         "f = f * jax.lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True)) + eps",
         "epsilon is added after the root",
-        ("tests/layers", PARITY),
+        (FORMULAS, PARITY),
     ),
 ]

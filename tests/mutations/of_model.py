@@ -21,8 +21,8 @@ MUTATIONS = [
     ),
     Mutation(
         SELECT,
-        '- whole)\n        print(f"select',
-        '+ whole)\n        print(f"select',
+        "format_pattern(symbols))) - whole",
+        "format_pattern(symbols))) + whole",
         "a score is the loss, not the rise of the loss",
         (MEASURES,),
     ),
@@ -61,7 +61,7 @@ MUTATIONS = [
     ),
     Mutation(
         MODEL,
-        'kind = layer.spec.teacher if stream == "teacher" else layer.spec.kind',
+        'kind = layer.spec.teaching if stream == "teacher" else layer.spec.kind',
         "kind = layer.spec.kind",
         "the teacher's stream goes through the student's mixers",
         ("tests/train/test_distillation.py",),
