@@ -1,7 +1,10 @@
 """What is known of accelerators, and the shapes of TPU slices.
 
-Peaks of bf16 matmuls, HBM and interconnect per device, from the vendors' public pages (interconnect: all links of a
-chip, both ways). A tpu7x chip is two devices; each has half of it.
+Peaks of bf16 matmuls, HBM and interconnect per device, from the vendors' public pages. A tpu7x chip is two devices; each
+has half of it. Of TPUs the interconnect is that of all links of a chip. Of GPUs it is NVLink's one way: half of the total
+that the data sheets state for both ways (A100 600, H100 and H200 900, B200 1800 GB/s). Between nodes a GPU has its share of
+the adapters that NVIDIA's own systems have for eight GPUs: eight of 200 Gb/s (DGX A100) or of 400 Gb/s (DGX H100, H200 and
+B200), 25 and 50 GB/s one way. A cluster with slower adapters is slower.
 """
 
 from __future__ import annotations
@@ -13,8 +16,10 @@ class Accelerator(NamedTuple):
     flops: float  # bf16, a second
     hbm: float  # bytes a program may use
     bandwidth: float  # of HBM, bytes a second
-    interconnect: float  # bytes a second
+    interconnect: float  # bytes a second; of GPUs inside a node, one way
     slices: tuple[str, ...] = ()  # TPU topologies, small to large
+    node: int = 0  # devices of a node; 0: every device is reached by the interconnect
+    network: float = 0.0  # bytes a second of a device to other nodes, one way
 
 
 def _cubes(largest: int) -> tuple[str, ...]:
@@ -32,10 +37,10 @@ TPUS: dict[str, Accelerator] = {
     "tpu7x": Accelerator(1153e12, 94.75 * GIB, 3.690e12, 600e9, _cubes(512)),
 }
 GPUS: dict[str, Accelerator] = {
-    "a100": Accelerator(312e12, 80e9, 2.039e12, 600e9),
-    "h100": Accelerator(989e12, 80e9, 3.35e12, 900e9),
-    "h200": Accelerator(989e12, 141e9, 4.8e12, 900e9),
-    "b200": Accelerator(2250e12, 180e9, 8.0e12, 1800e9),
+    "a100": Accelerator(312e12, 80e9, 2.039e12, 300e9, node=8, network=25e9),
+    "h100": Accelerator(989e12, 80e9, 3.35e12, 450e9, node=8, network=50e9),
+    "h200": Accelerator(989e12, 141e9, 4.8e12, 450e9, node=8, network=50e9),
+    "b200": Accelerator(2250e12, 180e9, 8.0e12, 900e9, node=8, network=50e9),
 }
 
 

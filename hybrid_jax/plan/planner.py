@@ -6,11 +6,11 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from hybrid_jax.config import ATTENTION, MixerSpec, ModelConfig, parse_pattern
+from hybrid_jax.config import ATTENTION, ModelConfig, parse_pattern
 from hybrid_jax.hardware import TPUS, Accelerator, accelerator, device_count
 from hybrid_jax.model import REMAT
 from hybrid_jax.parallel.mesh import BATCH_AXES, abstract_mesh, check_mesh_fits, make_mesh
-from hybrid_jax.parameters import abstract_parameters
+from hybrid_jax.plan.formula import flops_by_formula, parameter_count, traffic
 from hybrid_jax.plan.program import (
     Compiled,
     Job,
@@ -43,6 +43,7 @@ class Plan:
     temporaries: float
     total: float
     wire: dict[str, float]
+    wire_seconds: float
     flops: float
     compile_seconds: float
     note: str = ""
@@ -56,7 +57,7 @@ class Plan:
         return {
             "compute": self.flops / (self.accelerator.flops * self.devices),
             "memory": held / self.accelerator.bandwidth,
-            "wire": sum(self.wire.values()) / self.accelerator.interconnect,
+            "wire": self.wire_seconds,
         }
 
     @property
@@ -138,8 +139,8 @@ def estimate(job: Job, sizes: dict[str, int]) -> float:
     c = job.config
     cut = sizes.get("fsdp", 1) * sizes.get("tensor", 1)
     local = job.tokens / math.prod(sizes.get(a, 1) for a in (*BATCH_AXES, "seq"))
-    matrices = _parameter_count(job.model_config) / (cut * sizes.get("expert", 1))
-    mixers = _parameter_count(c) / (cut * sizes.get("expert", 1))
+    matrices = parameter_count(job.model_config) / (cut * sizes.get("expert", 1))
+    mixers = parameter_count(c) / (cut * sizes.get("expert", 1))
     if job.stage == "decode":
         return 2 * matrices + state_bytes(c, job.rows, job.seq_len) / math.prod(sizes.values())
     matrices, mixers = (n / sizes.get("seq", 1) for n in (matrices, mixers))
@@ -149,10 +150,6 @@ def estimate(job: Job, sizes: dict[str, int]) -> float:
     work = local * (2 * width + (8 * inner + 40 * c.num_heads * c.head_dim) / sizes.get("tensor", 1))
     head = 10 * c.vocab_size * c.hidden_size / sizes.get("tensor", 1)
     return held + 2.5 * matrices + work + head
-
-
-def _parameter_count(config: ModelConfig) -> float:
-    return float(sum(math.prod(x.shape) for x in abstract_parameters(config).values()))
 
 
 def make_plan(job: Job, topology: str, sizes: dict[str, int] | None = None, tell=print) -> Plan:
@@ -226,6 +223,7 @@ def _plan(job, topology, hardware, devices, sizes, program: Program, compiled: C
         temporaries=max(compiled.temporaries - program.kept, 0.0),
         total=compiled.total,
         wire=compiled.wire,
+        wire_seconds=sum(compiled.wire.values()) / hardware.interconnect,
         flops=program_flops(program),
         compile_seconds=compiled.seconds,
     )
@@ -252,21 +250,13 @@ def _advice(plan: Plan, chip: str, shape: str, sizes, tell) -> str:
 
 
 def _analytic(job, chip, hardware, shape, devices, sizes) -> Plan:
-    """For GPUs, of which no compiler is at hand: the state is exact, activations and traffic are estimates."""
+    """For GPUs, of which no compiler is at hand: the state is exact, activations and traffic are estimates (`plan.formula`)."""
     if math.prod(sizes.values()) != devices:
         raise ValueError(f"--mesh {mesh_text(sizes)} is not {devices} devices")
     program = make_program(job, abstract_mesh(sizes))
     total = estimate(job, sizes)
     held = program.parameters + program.optimizer + program.caches
-    local = job.tokens / rows_of(sizes) / sizes.get("seq", 1) if job.stage != "decode" else 1
-    fsdp, seq = sizes.get("fsdp", 1), sizes.get("seq", 1)
-    matrices = 2 * _parameter_count(job.model_config) / sizes.get("tensor", 1) / sizes.get("expert", 1)
-    c = job.config
-    full = sum(s == MixerSpec(ATTENTION) for s in c.layers)
-    wire = {
-        "all-gather and reduce-scatter of parameters": 3 * matrices * (fsdp - 1) / fsdp if job.stage != "decode" else 0.0,
-        "ring attention": 3 * full * 2 * 2 * c.num_kv_heads * c.head_dim * local * (seq - 1),
-    }
+    sent = traffic(job, sizes)
     return Plan(
         topology=f"{chip}:{shape}",
         mesh=dict(sizes),
@@ -282,26 +272,12 @@ def _analytic(job, chip, hardware, shape, devices, sizes) -> Plan:
         teacher=program.teacher,
         temporaries=max(total - held - program.kept, 0.0),
         total=max(total, held + program.kept),
-        wire=wire,
-        flops=_flops_by_formula(job),
+        wire=sent.by_kind(),
+        wire_seconds=sent.seconds(hardware),
+        flops=flops_by_formula(job),
         compile_seconds=0.0,
         note="GPU: by formula, not compiled",
     )
-
-
-def _flops_by_formula(job: Job) -> float:
-    """6 N a token and attention's scores; with full rematerialisation 8 N."""
-    c = job.config
-    n = _parameter_count(job.model_config) - c.vocab_size * c.hidden_size * (1 if c.tie_embeddings else 2)
-    if c.moe:
-        experts = 3 * c.hidden_size * c.moe.intermediate_size * c.num_layers
-        n -= experts * (c.moe.num_experts - c.moe.experts_per_token)
-    full = sum(s == MixerSpec(ATTENTION) for s in c.layers)
-    scores = 2 * full * c.num_heads * c.head_dim * job.seq_len
-    per_token = n + c.vocab_size * c.hidden_size
-    if job.stage == "decode":
-        return job.tokens * 2 * (per_token + scores)
-    return job.tokens * ((8 if job.remat == "full" else 6) * per_token + (4 if job.remat == "full" else 3) * scores)
 
 
 def mesh_text(sizes: dict[str, int]) -> str:

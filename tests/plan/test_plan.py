@@ -1,5 +1,6 @@
 """The planner: counts that are known, slices that are not there, answers and refusals."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -19,6 +20,7 @@ from hybrid_jax.layers.mamba2 import Mamba2, Mamba2State
 from hybrid_jax.parallel import attention_block
 from hybrid_jax.parallel.attention_block import FULL, Mask
 from hybrid_jax.parallel.mesh import abstract_mesh
+from hybrid_jax.plan.formula import link_speed, traffic
 from hybrid_jax.plan.planner import make_plan, meshes, spread_pattern, torus_meshes
 from hybrid_jax.plan.program import Job, abstract_parameters, decoding_program, state_bytes
 from hybrid_jax.plan.wire import wire_bytes
@@ -240,6 +242,85 @@ def test_a_state_of_any_rank_is_cut_as_it_says(monkeypatch):
     monkeypatch.setattr(Mamba2, "state_axes", lambda self: axes)
     found = states_by_device("*-M2", {"fsdp": 2, "tensor": 2})
     assert found["[1].S"] == ((4, 3, 4, 2, 2), (2, 3, 2, 2, 2)) and found["[1].conv"] == ((4, 8, 16), (2, 4, 16))
+
+
+DENSE = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_heads=4, num_kv_heads=2, head_dim=8, qk_norm=False)
+
+
+def sent(sizes, pattern="*-*", rows=8, seq_len=64, stage="train", **changes):
+    """What the formula says that a device sends, by kind; a model whose matrices are counted by hand below."""
+    job = Job(tiny_config(pattern, **{**DENSE, **changes}), stage, seq_len, rows)
+    return traffic(job, sizes).by_kind()
+
+
+LAYER = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48  # q, k and v, o, MLP
+NORMS, HEAD = 5 * 32, 64 * 32
+
+
+def test_gpu_traffic_of_copies_is_the_gradients_sum():
+    found = sent({"data": 4})
+    assert found == {"all-reduce of gradients": 2 * 3 / 4 * (2 * (2 * LAYER + NORMS + HEAD) + 4 * HEAD)}
+
+
+def test_gpu_traffic_of_parameters_in_parts_is_two_gathers_and_a_scatter_over_seq_too():
+    for sizes in ({"fsdp": 4}, {"seq": 4}, {"fsdp": 2, "seq": 2}):
+        found = sent(sizes)
+        matrices = 2 * (2 * LAYER)
+        assert found["all-gather of parameters"] == 3 / 4 * (2 * matrices + 2 * HEAD)  # the head's once
+        assert found["reduce-scatter of gradients"] == 3 / 4 * (matrices + 2 * HEAD)
+        assert found["all-reduce of gradients"] == 2 * 3 / 4 * 2 * NORMS
+        assert found["all-to-all of embeddings"] == 3 / 4 * 2 * 2 * (8 * 64 / 4) * 32
+
+
+def test_gpu_traffic_of_tensor_parallel_layers_is_their_activations():
+    hidden = 2 * (8 * 64) * 32
+    found = sent({"tensor": 2})
+    assert found == {"all-reduce of activations": 2 / 2 * hidden * (2 * 2 * 3 + 2)}  # two layers forward, again and backward
+
+
+def test_gpu_traffic_of_the_ring_is_keys_forward_again_and_backward_with_their_gradients():
+    keys = (8 * 64 / 4) * 2 * 8 * 2  # numbers of keys and values on a device
+    assert sent({"seq": 4})["ring attention"] == 3 * keys * 2 * (2 + 2 + 2 + 4)
+    assert sent({"seq": 4}, pattern="*-GDN", stage="align")["ring attention"] == 3 * keys * ((1 + 2) * (2 + 2) + 2 + 4)
+
+
+def test_decoding_gathers_the_parameters_and_trains_nothing():
+    assert sent({"fsdp": 4}, stage="decode") == {
+        "all-gather of parameters": 3 / 4 * 2 * (2 * LAYER + HEAD),
+        "all-to-all of embeddings": 3 / 4 * 2 * (8 / 4) * 32,
+    }
+
+
+def test_links_between_nodes_are_the_network_s():
+    h100 = accelerator("h100:16")[1]
+    for sizes, axes, want in (
+        ({"fsdp": 8}, ("fsdp",), 450e9),
+        ({"fsdp": 16}, ("fsdp",), 8 * 50e9),  # eight members in each node, each with its adapter
+        ({"data": 2, "fsdp": 8}, ("data",), 50e9),
+        ({"data": 2, "fsdp": 8}, ("fsdp",), 450e9),
+        ({"data": 4, "fsdp": 4}, ("data",), 2 * 50e9),
+        ({"fsdp": 4, "tensor": 4}, ("tensor",), 450e9),
+    ):
+        assert link_speed(h100, sizes, axes) == want, (sizes, axes)
+    assert link_speed(accelerator("v5p:4x4x4")[1], {"fsdp": 64}, ("fsdp",)) == 600e9
+
+
+def test_a_step_s_floor_and_the_hours_are_those_of_its_slowest_resource():
+    """1e12 FLOPs on two devices of 1e12 a second, 8 GB of state at 2 GB/s, 3 s on the wire; 16 rows of 1000 tokens a step."""
+    chip = accelerator("h100:2")[1]._replace(flops=1e12, bandwidth=2e9)
+    job = Job(tiny_config("*-*", **DENSE), "train", 1000, 16)
+    plan = make_plan(job, "h100:2", {"fsdp": 2})
+    plan = dataclasses.replace(plan, accelerator=chip, parameters=3e9, optimizer=5e9, caches=0.0, flops=1e12, wire_seconds=3.0)
+    assert plan.floors == {"compute": 0.5, "memory": 4.0, "wire": 3.0} and plan.floor == 4.0
+    assert plan.hours(tokens=9e6, efficiency=0.5) == 9e6 / 16000 * 4.0 / 0.5 / 3600
+
+
+def test_a_plan_s_bytes_are_those_of_its_parameters_and_their_optimizer():
+    """Float32 parameters, two moments each; matrices in four parts, norms on every device."""
+    plan = make_plan(Job(tiny_config("*-*", **DENSE), "train", 64, 0), "h100:4", {"fsdp": 4})
+    held = (2 * LAYER + 2 * HEAD) // 4 + NORMS
+    assert plan.parameters == 4 * held and 2 * 4 * held <= plan.optimizer <= 2 * 4 * held + 64
+    assert plan.kept == 2 * 2 * 64 * 32  # a layer's input for each of a device's tokens, in bf16
 
 
 PROGRAM = """
