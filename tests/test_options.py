@@ -64,10 +64,9 @@ def test_prime_passes_its_config_its_directory_and_the_steps_to_trace(monkeypatc
 def test_convert_draws_new_parameters_from_its_seed(tmp_path):
     save_model(tiny_model("*-*"), tmp_path / "source")
     drawn = {}
-    for name, seed in (("a", 1), ("again", 1), ("b", 2)):
+    for name, seed in (("a", 1), ("b", 2)):
         assert main(["convert", str(tmp_path / "source"), str(tmp_path / name), "--pattern", "*-GDN", "--seed", str(seed)]) == 0
         drawn[name] = {n: np.asarray(v) for n, v in split_model(load_model(tmp_path / name))[1].items()}
-    assert all(np.array_equal(v, drawn["again"][n]) for n, v in drawn["a"].items())
     differ = {n for n, v in drawn["a"].items() if not np.array_equal(v, drawn["b"][n])}
     assert differ and all(".gdn." in n for n in differ)
 

@@ -50,8 +50,8 @@ class KeyValueRetrieval:
     def __post_init__(self):
         if self.length < 4 * self.max_pairs + 2:
             raise ValueError(
-                f"key-value retrieval of {self.max_pairs} pairs needs rows (seq_len) of at least "
-                f"{4 * self.max_pairs + 2} tokens, got {self.length}"
+                f"key-value retrieval of {self.max_pairs} pairs needs rows of {4 * self.max_pairs + 2} tokens "
+                f"(seq_len) or more, got {self.length}"
             )
 
     def __len__(self):

@@ -65,7 +65,8 @@ def test_two_processes_of_which_one_is_asked_to_stop_and_one_on_another_mesh_are
     both[1].send_signal(signal.SIGTERM)
     outs = [p.communicate(timeout=300) for p in both]
     assert [p.returncode for p in both] == [3, 3], outs[0][1][-2000:] + outs[1][1][-2000:]
-    assert "training" in outs[0][0] and outs[1][0] == ""  # what a job says it says once
+    said = [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for out, _ in outs]  # which XLA prints
+    assert any("training" in line for line in said[0]) and said[1] == []  # what a job says it says once
     stopped = [int(re.search(r"saved at step (\d+) of 60", errors)[1]) for _, errors in outs]
     assert stopped[0] == stopped[1] and 0 < stopped[0] < 60
     run[1] = config("second", "dict(fsdp=2)")
