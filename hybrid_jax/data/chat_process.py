@@ -7,6 +7,7 @@ each line, within `SECONDS` and `MEMORY`; `render_in_process` is the other end.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -99,7 +100,8 @@ def render_in_process(template: str, messages: list[dict], **options) -> tuple[s
         line = ""
     if not line:
         _process.cache_clear()
-        process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # closing writes what is left
+            process.stdin.close()
         process.stdout.close()
         late = process.wait() == -signal.SIGALRM
         why = f"it takes longer than {SECONDS} s" if late else f"its process ended with {process.returncode}"
