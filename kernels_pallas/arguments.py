@@ -38,6 +38,19 @@ EXPLICIT_ADVICE = (
 )
 
 
+def refuse_explicit(op: str, *arrays: jax.Array):
+    """Checks that no mesh in context or of an array has Explicit axes, with which the loops of an operation do not type-check.
+
+    Raises:
+      ValueError: names the axes and what to do.
+    """
+    for mesh in (jax.sharding.get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in arrays)):
+        if names := explicit_axes(mesh):
+            raise ValueError(
+                f"{op}: the mesh axes {', '.join(names)} are of type Explicit, which it does not support; {EXPLICIT_ADVICE}"
+            )
+
+
 def alike(op: str, *trees):
     """Pytrees of arrays (or None) whose types agree in the mesh axes that they vary over.
 
@@ -47,13 +60,9 @@ def alike(op: str, *trees):
     Raises:
       ValueError: an axis of the mesh is Explicit.
     """
-    leaves = [jax.typeof(x) for x in jax.tree.leaves(trees)]
-    for mesh in (jax.sharding.get_abstract_mesh(), *(x.sharding.mesh for x in leaves)):
-        if names := explicit_axes(mesh):
-            raise ValueError(
-                f"{op}: the mesh axes {', '.join(names)} are of type Explicit, which it does not support; {EXPLICIT_ADVICE}"
-            )
-    axes = frozenset().union(*(x.manual_axis_type.varying for x in leaves))
+    leaves = jax.tree.leaves(trees)
+    refuse_explicit(op, *leaves)
+    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in leaves))
 
     def vary(x):
         missing = axes - jax.typeof(x).manual_axis_type.varying
@@ -66,8 +75,9 @@ def pick_implementation(op: str, name: str | None, table: Mapping[str, Callable]
     """The implementation called `name`; None means the best one for the backend, the mesh and the inputs' dtypes.
 
     Raises:
-      ValueError: no implementation has that name, or it can not compute in float64.
+      ValueError: no implementation has that name, it can not compute in float64, or an axis of the mesh is Explicit.
     """
+    refuse_explicit(op, *arrays)
     double = any(x.dtype == jnp.float64 for x in arrays)
     if name is None:
         name = "xla" if double or partitioned_by_compiler() else BEST.get(backend(), "xla")

@@ -14,7 +14,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hybrid_jax.parallel.mesh import BATCH_AXES
-from kernels_pallas.arguments import EXPLICIT_ADVICE, explicit_axes, partitioned_by_compiler
+from kernels_pallas.arguments import partitioned_by_compiler, refuse_explicit
 
 # Logical axis -> mesh axes. Axes that a mesh lacks, or that are not listed, are replicated; of two dimensions that
 # name one mesh axis the earlier has it.
@@ -82,10 +82,7 @@ def context_mesh():
     Raises:
       ValueError: an axis of it is Explicit: the compiler is to propagate shardings from the table above.
     """
-    if names := explicit_axes(jax.sharding.get_abstract_mesh()):
-        raise ValueError(
-            f"hybrid_jax: the mesh axes {', '.join(names)} are of type Explicit, which it does not support; {EXPLICIT_ADVICE}"
-        )
+    refuse_explicit("hybrid_jax")
     return jax.sharding.get_abstract_mesh() if partitioned_by_compiler() else None
 
 

@@ -76,12 +76,14 @@ def test_the_kernels_of_a_tpu_trace_in_a_shard_map_that_checks_varying_axes(op, 
 
 @pytest.mark.parametrize("op", OPS)
 def test_a_mesh_with_explicit_axes_is_refused_with_what_to_do(op):
+    inputs = make_inputs(op, 9)
+    token = cut(inputs, 1) | {"state": make_state(op)}
+    ids = jnp.ones((2, 9), jnp.int32)
     mesh = AbstractMesh((2,), ("data",), axis_types=(AxisType.Explicit,))
-    with (
-        jax.sharding.use_abstract_mesh(mesh),
-        pytest.raises(ValueError, match="mesh axes data are of type Explicit.*AxisType.Auto"),
-    ):
-        jax.eval_shape(lambda x: run(op, x)[0], make_inputs(op, 9))
+    with jax.sharding.use_abstract_mesh(mesh):
+        for call in (lambda: run(op, inputs, segment_ids=ids), lambda: getattr(kp, f"{op}_step")(**token)):
+            with pytest.raises(ValueError, match="mesh axes data are of type Explicit.*AxisType.Auto"):
+                jax.eval_shape(call)
 
 
 def test_a_decoder_trains_in_a_shard_map_that_checks_varying_axes_and_refuses_explicit_axes():
