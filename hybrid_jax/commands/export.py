@@ -36,4 +36,4 @@ def run(args: argparse.Namespace):
     save_model(model, args.out, tokenizer_from=tokenizer, max_shard_bytes=int(args.max_shard_gb * 1e9))
     print(f"{args.out}: {model.config.family}, {model.config.pattern}")
     for note in plugin_notes(model.config):
-        print(f"the vLLM plugin of hybrid-model-factory: {note}")
+        print(note)

@@ -26,9 +26,13 @@ def _norm_notes(config: ModelConfig, used: set[str]) -> list[str]:
 def plugin_notes(config: ModelConfig) -> list[str]:
     """What hybrid-model-factory's plugin for vLLM cannot serve of an export, or serves differently; empty if nothing.
 
-    A model without mixers needs no plugin and gets no notes. Each note is one sentence that stands after "the vLLM plugin
-    of hybrid-model-factory:". Source: hybrid-model-factory's vllm-inference/src/primed_vllm.
+    A model without mixers needs no plugin and gets no notes. Each note is one line to print. Source: hybrid-model-factory's
+    vllm-inference/src/primed_vllm.
     """
+    return [f"the vLLM plugin of hybrid-model-factory: {note}" for note in _notes(config)]
+
+
+def _notes(config: ModelConfig) -> list[str]:
     if not config.is_hybrid:
         return []
     if config.family not in SERVED:

@@ -3,10 +3,12 @@
 `served` is what the plugin takes from config.json, with its own defaults for absent keys (vllm-inference/src/primed_vllm).
 """
 
+import argparse
 import json
 
 import pytest
 
+from hybrid_jax.commands import convert, export
 from hybrid_jax.config import BMojoConfig, GDNConfig, GKAConfig, Mamba2Config, MoEConfig
 from hybrid_jax.families import config_from_hf, config_to_hf, plugin_notes
 from tests.conftest import GOLDEN, tiny_config
@@ -156,3 +158,11 @@ def test_an_export_says_what_its_family_cannot_describe():
         config_to_hf(tiny_config("*-*", family="llama", qk_norm=False, attention_windows=(5, None)))
     with pytest.raises(ValueError, match="config.json of a qwen2 cannot describe this model: qk_norm is True"):
         config_to_hf(tiny_config("*-*", family="qwen2", qkv_bias=True))
+
+
+@pytest.mark.parametrize("command", [export, convert])
+def test_commands_that_write_a_hybrid_print_what_the_plugin_cannot_serve(command, tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    command.run(parser.parse_args([str(GOLDEN / "hmf" / "llama_a_gdn"), str(tmp_path / "out")]))
+    assert "the vLLM plugin of hybrid-model-factory: it serves hybrids of qwen2, qwen3, qwen3_moe only" in capsys.readouterr().out

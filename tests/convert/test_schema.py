@@ -23,7 +23,7 @@ ALLOWED = {  # ... but these
     "ridge_strength": [1.5, 10**12],
     "factor": [1.5, 10**12],
     "low_freq_factor": [1.5],
-    "high_freq_factor": [10**12],
+    "high_freq_factor": [1.5, 10**12],
     **dict.fromkeys(("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"), [1.5, 10**12]),
     "llama_4_scaling_beta": [1.5, 10**12],
 }
