@@ -1,167 +1,23 @@
-"""What a model is: `ModelConfig`, `MixerSpec` and the pattern language.
+"""What a model is: `ModelConfig` and the options of its mixers.
 
-This is the only file that decides whether a model is valid. Everything else may
-trust a `ModelConfig` that exists.
-
-The pattern language is hybrid-model-factory's: one symbol a layer, joined by `-`.
-
-    *            attention                  GKA  GDN  M2  M3  SWA  BMF   mixers
-    GKA*  SWA*   the mixer (student) beside the attention it learns from (teacher)
-    *DA          one attention layer run on both streams with the same weights
-    GDN>GKA      a mixer (teacher) beside another mixer that learns from it
-    GDN[3,17]    a mixer whose heads 3 and 17 stay attention
+These classes and the schema (`hybrid_jax.schema`) decide whether a model is valid. Everything else may trust a
+`ModelConfig` that exists. The pattern language is in `hybrid_jax.pattern`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
-ATTENTION = "attention"
+from hybrid_jax.pattern import ATTENTION, NOT_BUILT, PARAMETER_KEYS, SYMBOLS, MixerSpec, format_pattern, parse_pattern
+from hybrid_jax.schema import FIXED, FREE, MODEL_FIELDS, OPTIONS, REPEATED, check_key, check_rope
 
-# Pattern symbol -> mixer kind, and mixer kind -> the name of its parameters in a checkpoint.
-SYMBOLS = {
-    "*": ATTENTION,
-    "SWA": "swa",
-    "GKA": "gka",
-    "GDN": "gdn",
-    "M2": "mamba2",
-    "M3": "mamba3",
-    "BMF": "bmojo",
-}
-PARAMETER_KEYS = {
-    ATTENTION: "self_attn",
-    "swa": "swa",
-    "gka": "gka",
-    "gdn": "gdn",
-    "mamba2": "mamba",
-    "mamba3": "mamba3",
-    "bmojo": "bmojo_f",
-}
-_SYMBOL_OF = {kind: symbol for symbol, kind in SYMBOLS.items()}
-NOT_BUILT = {"mamba3"}
-
-
-@dataclasses.dataclass(frozen=True)
-class MixerSpec:
-    """One decoder layer's token mixer.
-
-    Args:
-      kind: what the layer computes (the student, in a fused layer); a value of `SYMBOLS`.
-      teacher: in a fused layer, the kind the student learns from; `None` otherwise.
-        `attention` beside `attention` means one set of weights for both streams (`*DA`).
-      attention_heads: heads that stay attention in a head-level hybrid.
-    """
-
-    kind: str
-    teacher: str | None = None
-    attention_heads: tuple[int, ...] = ()
-
-    @property
-    def fused(self) -> bool:
-        return self.teacher is not None
-
-    @property
-    def shared(self) -> bool:
-        """True when teacher and student are the same attention layer (`*DA`)."""
-        return self.teacher == self.kind == ATTENTION
-
-    @property
-    def teaching(self) -> str:
-        """The kind that the teacher stream computes: the teacher's, or the only one."""
-        return self.teacher or self.kind
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The mixers whose weights the layer holds, student first."""
-        return (self.kind,) if self.teacher in (None, self.kind) else (self.kind, self.teacher)
-
-    @property
-    def symbol(self) -> str:
-        if self.shared:
-            return "*DA"
-        symbol = _SYMBOL_OF[self.kind]
-        if self.attention_heads:
-            symbol += "[" + ",".join(map(str, self.attention_heads)) + "]"
-        if self.teacher == ATTENTION:
-            return symbol + "*"
-        return f"{_SYMBOL_OF[self.teacher]}>{symbol}" if self.teacher else symbol
-
-    def unfused(self) -> MixerSpec:
-        """The layer without its teacher."""
-        return dataclasses.replace(self, teacher=None)
-
-    def fused_with_attention(self) -> MixerSpec:
-        """The layer beside the attention it replaces."""
-        return dataclasses.replace(self, teacher=ATTENTION)
-
-
-def _parse_symbol(text: str, where: str) -> MixerSpec:
-    def fail(why: str):
-        known = ", ".join(SYMBOLS)
-        raise ValueError(
-            f"hybrid pattern, {where}: {text!r} {why}; a symbol is one of {known}, a mixer "
-            "followed by '*' (fused with attention), '*DA', 'TEACHER>STUDENT', or a mixer with the "
-            "heads kept as attention, 'GDN[3,17]'"
-        )
-
-    if text == "*DA":
-        return MixerSpec(ATTENTION, teacher=ATTENTION)
-    if text == "*":
-        return MixerSpec(ATTENTION)
-    teacher = None
-    body = text
-    if ">" in body:
-        teacher_symbol, _, body = body.partition(">")
-        if teacher_symbol not in SYMBOLS or teacher_symbol == "*":
-            fail(f"names no mixer before '>' ({teacher_symbol!r})")
-        teacher = SYMBOLS[teacher_symbol]
-    elif body.endswith("*"):
-        teacher, body = ATTENTION, body[:-1]
-    match = re.fullmatch(r"([A-Z0-9]+)(?:\[([0-9,]*)\])?", body)
-    if match is None or match[1] not in SYMBOLS:
-        fail("is not a known symbol")
-    kind = SYMBOLS[match[1]]
-    if teacher == kind:
-        fail("fuses a mixer with itself")
-    heads: tuple[int, ...] = ()
-    if match[2] is not None:
-        fields = match[2].split(",")
-        if not all(fields):
-            fail("has an empty head list or an empty place in it")
-        heads = tuple(int(h) for h in fields)
-        if list(heads) != sorted(set(heads)):
-            fail("must list its heads in rising order, each once")
-        if kind == "swa":
-            fail("keeps heads of a mixer that is attention already")
-    return MixerSpec(kind, teacher, heads)
-
-
-def parse_pattern(pattern: str | Sequence[str], num_layers: int | None = None) -> tuple[MixerSpec, ...]:
-    """Parses a hybrid pattern into one `MixerSpec` a layer.
-
-    Args:
-      pattern: symbols joined by `-` (`"*-GKA-*-GDN[3,17]"`), or a sequence of symbols.
-      num_layers: how many layers the model has, if known.
-
-    Raises:
-      ValueError: an unknown symbol (the message names the layer and the symbol) or a wrong length.
-    """
-    symbols = pattern.split("-") if isinstance(pattern, str) else list(pattern)
-    specs = tuple(_parse_symbol(s.strip(), f"layer {i}") for i, s in enumerate(symbols))
-    if num_layers is not None and len(specs) != num_layers:
-        raise ValueError(
-            f"the hybrid pattern has {len(specs)} symbols, the model has {num_layers} layers; "
-            "give one symbol a layer, e.g. '*-GKA-*-GKA' for four"
-        )
-    return specs
-
-
-def format_pattern(layers: Sequence[MixerSpec]) -> str:
-    """The pattern that `parse_pattern` reads back."""
-    return "-".join(layer.symbol for layer in layers)
+__all__ = [
+    "ATTENTION", "MIXER_CONFIGS", "NOT_BUILT", "PARAMETER_KEYS", "SYMBOLS", "BMojoConfig", "GDNConfig", "GKAConfig",
+    "Mamba2Config", "MixerSpec", "MoEConfig", "ModelConfig", "RopeConfig", "SWAConfig", "format_pattern",
+    "mixer_config_from_dict", "parse_pattern",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,17 +35,29 @@ class RopeConfig:
     options: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self):
-        if self.kind not in ("default", "linear", "llama3", "yarn"):
-            raise ValueError(f"rope_type {self.kind!r} is not supported; supported: default, linear, llama3, yarn")
+        check_key("rope_theta", self.theta)
+        check_rope(self.kind, dict(self.options))
 
     def option(self, name: str, default=None):
         return dict(self.options).get(name, default)
 
 
+class _Options:
+    """Options that check themselves against the schema when they are made."""
+
+    KEY: ClassVar[str]
+
+    def __post_init__(self):
+        for name, check in OPTIONS[self.KEY].items():
+            check(f"{self.KEY}.{name}", getattr(self, name))
+
+
 @dataclasses.dataclass(frozen=True)
-class GKAConfig:
+class GKAConfig(_Options):
     """Gated KalmaNet options (arXiv 2511.21016), named as in hybrid-model-factory's `gka_config`; `precision` (fast,
     accurate: of the kernels' solve) is ours."""
+
+    KEY: ClassVar[str] = "gka_config"
 
     num_iter: int = 30
     ridge_strength: float = 0.02
@@ -208,8 +76,10 @@ class GKAConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class GDNConfig:
+class GDNConfig(_Options):
     """Gated DeltaNet options, named as in hybrid-model-factory's `gdn_config`."""
+
+    KEY: ClassVar[str] = "gdn_config"
 
     conv_size: int = 4
     conv_bias: bool = False
@@ -220,22 +90,28 @@ class GDNConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Mamba2Config:
+class Mamba2Config(_Options):
     """Mamba-2 options, named as in hybrid-model-factory's `mamba2_config`."""
+
+    KEY: ClassVar[str] = "mamba2_config"
 
     use_qk_norm: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
-class SWAConfig:
+class SWAConfig(_Options):
     """Sliding-window attention: query i sees keys j with 0 <= i - j < window_size."""
+
+    KEY: ClassVar[str] = "swa_config"
 
     window_size: int = 2048
 
 
 @dataclasses.dataclass(frozen=True)
-class BMojoConfig:
+class BMojoConfig(_Options):
     """B'MOJO-F: one softmax over a window of keys and a window of fading keys made by a mixer."""
+
+    KEY: ClassVar[str] = "bmojo_config"
 
     window_size: int = 2048
     ssm_mixer: str = "mamba2"
@@ -243,13 +119,22 @@ class BMojoConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MoEConfig:
+class MoEConfig(_Options):
     """A mixture-of-experts MLP: softmax router, top-k experts, no shared expert."""
+
+    KEY: ClassVar[str] = "moe"
 
     num_experts: int
     experts_per_token: int
     intermediate_size: int
     norm_topk_prob: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok must be at most num_experts ({self.num_experts}), got {self.experts_per_token}"
+            )
 
 
 # Key of config.json -> (ModelConfig field, its class).
@@ -261,30 +146,29 @@ MIXER_CONFIGS = {
     "bmojo_config": ("bmojo", BMojoConfig),
 }
 
-# What hybrid-model-factory's dicts repeat from the model, and options that must have one value.
-_REPEATED = {
-    "hidden_size", "head_dim", "num_q_heads", "num_k_heads", "num_v_heads", "num_heads", "num_key_value_heads",
-    "rms_norm_eps", "d_model", "d_inner", "d_xb", "intermediate_size", "hidden_act", "n_layer", "ssm_cfg",
-}  # fmt: skip
-_FIXED = {"kv_proj_rank": None, "kv_learnable_residual": False, "solver_type": "chebyshev", "use_pos_emb": False}
-
 
 def mixer_config_from_dict(key: str, values: Mapping[str, Any]):
     """Reads one of config.json's mixer dicts (`gka_config`, ...).
 
+    What the dict repeats from the model is not checked here: see `hybrid_jax.families.mixers`.
+
     Raises:
-      ValueError: an unknown option, or one whose value this project can not honour.
+      ValueError: an unknown option, one of a wrong type or out of its range, or one that this project cannot honour.
     """
     _, cls = MIXER_CONFIGS[key]
     known = {f.name for f in dataclasses.fields(cls)}
     kept = {}
-    for name, value in values.items():
+    for name, value in check_key(key, values).items():
+        where = f"{key}.{name}"
         if name in known:
             kept[name] = value
-        elif name in _FIXED:
-            if value != _FIXED[name]:
-                raise ValueError(f"{key}.{name} = {value!r} is not supported; only {_FIXED[name]!r} is")
-        elif name not in _REPEATED:
+        elif name in FIXED[key]:
+            expected = FIXED[key][name]
+            if (type(value), value) != (type(expected), expected):
+                raise ValueError(f"{where} = {value!r} is not supported; only {expected!r} is")
+        elif name in FREE.get(key, {}):
+            FREE[key][name](where, value)
+        elif name not in REPEATED[key] and value is not None:
             raise ValueError(f"{key} has the unknown option {name!r}; known: {', '.join(sorted(known))}")
     return cls(**kept)
 
@@ -295,7 +179,7 @@ class ModelConfig:
 
     Args:
       family: key of `hybrid_jax.families.FAMILIES`.
-      layers: one `MixerSpec` a layer.
+      layers: one `MixerSpec` per layer.
       attention_windows: per layer, the source's own sliding window, or None for full attention.
       query_scaling: Ministral-3's (beta, original_max_position_embeddings): queries are multiplied by
         1 + beta * log(1 + floor(position / original_max_position_embeddings)).
@@ -335,9 +219,10 @@ class ModelConfig:
     def __post_init__(self):
         if not self.layers:
             raise ValueError("a model needs at least one layer")
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
+        for name, key in MODEL_FIELDS.items():
+            if getattr(self, name) is None:
+                raise ValueError(f"{key} must be given")
+            check_key(key, getattr(self, name))
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_heads}) must be a multiple of num_key_value_heads ({self.num_kv_heads})"
@@ -345,19 +230,13 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
         windows = self.attention_windows or (None,) * len(self.layers)
-        object.__setattr__(self, "attention_windows", tuple(windows))
+        object.__setattr__(self, "attention_windows", tuple(check_key("attention_windows", windows)))
         if len(self.attention_windows) != len(self.layers):
             raise ValueError(
                 f"attention_windows has {len(self.attention_windows)} entries, the model has {len(self.layers)} layers"
             )
-        if self.swa.window_size < 1 or self.bmojo.window_size < 1:
-            raise ValueError("window_size must be at least 1")
-        if self.bmojo.ssm_mixer not in ("gka", "gdn", "mamba2"):
-            raise ValueError(f"bmojo_config.ssm_mixer is {self.bmojo.ssm_mixer!r}; expected gka, gdn or mamba2")
         if not self.gka.use_forgetting_gate_kk and self.gka.num_iter:
             raise ValueError("gka_config.use_forgetting_gate_kk = false is not supported")
-        if self.gka.precision not in ("fast", "accurate"):
-            raise ValueError(f"gka_config.precision is {self.gka.precision!r}; expected fast or accurate")
         for i, layer in enumerate(self.layers):
             for kind in layer.kinds:
                 if kind in NOT_BUILT:

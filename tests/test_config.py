@@ -98,5 +98,5 @@ def test_the_precision_of_gka_is_kept_and_told_only_where_it_is_not_the_usual():
     accurate = dataclasses.replace(model, gka=GKAConfig(precision="accurate"))
     assert config_to_hf(accurate)["gka_config"]["precision"] == "accurate"
     assert config_from_hf(config_to_hf(accurate)).gka == accurate.gka
-    with pytest.raises(ValueError, match="expected fast or accurate"):
+    with pytest.raises(ValueError, match="gka_config.precision must be one of 'fast', 'accurate', got 'exact'"):
         dataclasses.replace(model, gka=GKAConfig(precision="exact"))

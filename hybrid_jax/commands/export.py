@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def run(args: argparse.Namespace):
     from hybrid_jax.convert import load_model, save_model
+    from hybrid_jax.families import plugin_notes
     from hybrid_jax.files import check_new_directory
     from hybrid_jax.priming.fuse import unfuse
     from hybrid_jax.workdir import is_run, load_run, tokenizer_of
@@ -36,3 +37,5 @@ def run(args: argparse.Namespace):
         model = unfuse(model)
     save_model(model, args.out, tokenizer_from=tokenizer, max_shard_bytes=int(args.max_shard_gb * 1e9))
     print(f"{args.out}: {model.config.family}, {model.config.pattern}")
+    for note in plugin_notes(model.config):
+        print(note)

@@ -9,10 +9,12 @@ from hybrid_jax.config import ModelConfig
 from hybrid_jax.families.base import HYBRID_PREFIX, Family, read_config, write_config
 from hybrid_jax.families.llama import LLAMA
 from hybrid_jax.families.mistral import MINISTRAL, MINISTRAL3, MISTRAL
+from hybrid_jax.families.plugin import plugin_notes
 from hybrid_jax.families.qwen2 import QWEN2
 from hybrid_jax.families.qwen3 import QWEN3, QWEN3_MOE
+from hybrid_jax.schema import mapping
 
-__all__ = ["FAMILIES", "Family", "config_from_hf", "config_to_hf"]
+__all__ = ["FAMILIES", "Family", "config_from_hf", "config_to_hf", "plugin_notes"]
 
 FAMILIES = {f.model_type: f for f in (QWEN3, QWEN3_MOE, QWEN2, LLAMA, MISTRAL, MINISTRAL, MINISTRAL3)}
 
@@ -21,9 +23,10 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """A config.json, of a source model or of a hybrid, as a ModelConfig.
 
     Raises:
-      ValueError: the family is unknown, or the config asks for something unsupported.
+      ValueError: it is not an object, the family is unknown, a value breaks the schema (`hybrid_jax.schema`), or the config
+        asks for something unsupported.
     """
-    model_type = hf.get("model_type")
+    model_type = mapping("config.json", hf).get("model_type")
     family = FAMILIES.get(str(model_type).removeprefix(HYBRID_PREFIX))
     if family is None:
         raise ValueError(f"config.json has model_type {model_type!r}; supported: {', '.join(FAMILIES)} and hybrid_ forms of them")
@@ -31,5 +34,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
-    """A ModelConfig as config.json. `dtype` names the dtype of the weights beside it."""
+    """A ModelConfig as config.json. `dtype` names the dtype of the weights beside it.
+
+    Raises:
+      ValueError: a config.json of the family cannot describe the model.
+    """
     return write_config(FAMILIES[config.family], config, dtype)

@@ -6,20 +6,28 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from hybrid_jax.config import MIXER_CONFIGS, ModelConfig, MoEConfig, RopeConfig, mixer_config_from_dict, parse_pattern
+from hybrid_jax.config import MIXER_CONFIGS, ModelConfig, MoEConfig, parse_pattern
+from hybrid_jax.families.mixers import check_repeated, read_mixers, write_mixers
+from hybrid_jax.families.rope import read_query_scaling, read_rope, write_rope
+from hybrid_jax.schema import Check, check_finite, check_key
 
+# transformers' defaults for keys that a config.json may leave out; a family's own come before these.
 _DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": False,
     "initializer_range": 0.02,
     "rms_norm_eps": 1e-6,
     "max_position_embeddings": 32768,
+    "hidden_act": "silu",
+    "num_key_value_heads": None,
+    "head_dim": None,
 }
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # Keys that ModelConfig carries, so that `extra` need not.
 _HANDLED = {
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings",
-    "tie_word_embeddings", "initializer_range", "hybrid_override_pattern", "layer_types", "attention_windows",
-    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", *MIXER_CONFIGS,
+    *_REQUIRED, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters",
+    "original_max_position_embeddings", "partial_rotary_factor", "max_position_embeddings", "tie_word_embeddings",
+    "initializer_range", "hybrid_override_pattern", "layer_types", "attention_windows", "architectures", "model_type",
+    "torch_dtype", "dtype", "transformers_version", *MIXER_CONFIGS,
 }  # fmt: skip
 HYBRID_PREFIX = "hybrid_"
 _WINDOWED = {"sliding_attention": True, "full_attention": False}
@@ -33,107 +41,128 @@ class Family:
       model_type: of config.json; a hybrid's has the prefix `hybrid_`.
       architecture: the class name transformers knows it by.
       read: config.json -> the ModelConfig fields in which this family differs from the defaults.
-      windows: (config.json, layer) -> whether the layer has the source's sliding window, where
-        config.json has no list of `layer_types`.
-      defaults: this family's defaults for keys that a config.json may leave out.
+      write: ModelConfig -> the keys of config.json that `read` reads.
+      window_keys: the keys that set the source's sliding window: none, `sliding_window`, or also `use_sliding_window`.
+      layer_types: transformers takes from `layer_types` which layers have the window.
+      windowed: (config.json, layer) -> whether a layer has the window where `layer_types` does not say.
+      defaults: transformers' defaults of this family for keys that a config.json may leave out.
+      rope: its rope parameters where config.json has none.
+      keys: checks of keys that are stricter than the schema's.
     """
 
     model_type: str
     architecture: str
-    read: Callable[[Mapping[str, Any]], dict[str, Any]]
-    windows: Callable[[Mapping[str, Any], int], bool] = lambda hf, layer: False
+    read: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda hf: {}
+    write: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}
+    window_keys: tuple[str, ...] = ()
+    layer_types: bool = False
+    windowed: Callable[[Mapping[str, Any], int], bool] = lambda hf, layer: True
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    rope: Callable[[Mapping[str, Any]], dict[str, Any] | None] = lambda hf: None
+    keys: Mapping[str, Check] = dataclasses.field(default_factory=dict)
 
 
-def _read_rope(hf: Mapping[str, Any]) -> RopeConfig:
-    """From transformers 5's `rope_parameters`, or the older `rope_theta` and `rope_scaling`."""
-    values = dict(hf.get("rope_parameters") or {})
-    if not values:
-        values = dict(hf.get("rope_scaling") or {})
-        values["rope_theta"] = hf.get("rope_theta", 10_000.0)
-    theta = values.pop("rope_theta", hf.get("rope_theta", 10_000.0))
-    old, kind = values.pop("type", None), values.pop("rope_type", None)
-    if values.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("rope_parameters.partial_rotary_factor other than 1 is not supported")
-    return RopeConfig(float(theta), kind or old or "default", tuple(sorted(values.items())))
-
-
-def _write_rope(rope: RopeConfig) -> dict[str, Any]:
-    """Both schemas, so that old and new readers agree."""
-    options = dict(rope.options)
-    return {
-        "rope_parameters": {**options, "rope_theta": rope.theta, "rope_type": rope.kind},
-        "rope_theta": rope.theta,
-        "rope_scaling": None if rope.kind == "default" else {**options, "rope_type": rope.kind},
-    }
+def _source_types(hf: Mapping[str, Any]) -> list[str] | None:
+    """`layer_types` as transformers writes them; None if they are absent, or a hybrid's symbols."""
+    types = hf.get("layer_types")
+    return types if types is not None and all(t in _WINDOWED for t in types) else None
 
 
 def _read_windows(family: Family, hf: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
     if "attention_windows" in hf:
+        if len(hf["attention_windows"]) != num_layers:
+            raise ValueError(f"attention_windows has {len(hf['attention_windows'])} entries, num_hidden_layers is {num_layers}")
         return tuple(hf["attention_windows"])
-    types, window = hf.get("layer_types"), hf.get("sliding_window")
-    named = types is not None and all(t in _WINDOWED for t in types)
-    if named and len(types) != num_layers:
+    types = _source_types(hf)
+    if types is not None and len(types) != num_layers:
         raise ValueError(f"layer_types has {len(types)} entries, num_hidden_layers is {num_layers}")
-    windowed = [_WINDOWED[types[i]] if named else family.windows(hf, i) for i in range(num_layers)]
-    if any(windowed) and not window:
-        raise ValueError("a layer is 'sliding_attention' but sliding_window is not set")
+    used = "sliding_window" in family.window_keys and ("use_sliding_window" not in family.window_keys or hf["use_sliding_window"])
+    window = hf["sliding_window"] if used else None
+    if family.layer_types and types is not None:
+        windowed = [_WINDOWED[t] for t in types]
+        if any(windowed) and window is None:
+            raise ValueError(f"a layer is 'sliding_attention' but {' and '.join(family.window_keys)} set no window")
+    else:
+        windowed = [family.windowed(hf, i) for i in range(num_layers)]
     return tuple(window if w else None for w in windowed)
+
+
+def _write_windows(family: Family, config: ModelConfig) -> dict[str, Any]:
+    """The keys from which `_read_windows` reads the windows of a model that is no hybrid."""
+    windows = sorted({w for w in config.attention_windows if w is not None})
+    window = windows[0] if windows else None
+    keys: dict[str, Any] = {}
+    if "use_sliding_window" in family.window_keys:
+        keys["use_sliding_window"] = window is not None
+    if "sliding_window" in family.window_keys and (window is not None or not keys):
+        keys["sliding_window"] = window
+    if family.layer_types:
+        keys["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in config.attention_windows]
+    return keys
+
+
+def _read_layers(hf: Mapping[str, Any], num_layers: int):
+    pattern = hf.get("hybrid_override_pattern")
+    symbols = hf.get("layer_types") if _source_types(hf) is None else None
+    layers = parse_pattern(pattern or symbols or ["*"] * num_layers, num_layers)
+    if pattern and symbols and parse_pattern(symbols, num_layers) != layers:
+        raise ValueError(f"hybrid_override_pattern {pattern!r} and layer_types {'-'.join(symbols)!r} contradict each other")
+    return layers
 
 
 def read_config(family: Family, hf: Mapping[str, Any]) -> ModelConfig:
     """config.json of a source model or a hybrid of it -> ModelConfig.
 
+    Every key that is read is checked against the schema before anything is built.
+
     Raises:
-      ValueError: a key is missing, unsupported or contradictory.
+      ValueError: a key is missing, of a wrong type, out of its range, unsupported, or contradicts another.
     """
-    hf = {**_DEFAULTS, **family.defaults, **hf}
-    missing = [
-        k for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads") if k not in hf
-    ]
+    missing = [k for k in _REQUIRED if k not in hf]
     if missing:
         raise ValueError(f"config.json of a {family.model_type} lacks {', '.join(missing)}")
-    if hf.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act {hf['hidden_act']!r} is not supported; only 'silu' is")
+    check_finite(hf)
+    hf = {**_DEFAULTS, **family.defaults, **hf}
+    for key, value in hf.items():
+        check_key(key, value)
+        if key in family.keys:
+            family.keys[key](key, value)
     num_layers, heads = hf["num_hidden_layers"], hf["num_attention_heads"]
-    pattern, types = hf.get("hybrid_override_pattern"), hf.get("layer_types")
-    symbols = types if types and not all(t in _WINDOWED for t in types) else None
-    layers = parse_pattern(pattern or symbols or ["*"] * num_layers, num_layers)
-    if pattern and symbols and parse_pattern(symbols, num_layers) != layers:
-        raise ValueError(f"hybrid_override_pattern {pattern!r} and layer_types {'-'.join(symbols)!r} contradict each other")
-    mixers = {field: mixer_config_from_dict(key, hf[key]) for key, (field, _) in MIXER_CONFIGS.items() if hf.get(key)}
+    rope = read_rope(hf, family.rope(hf))
     own = family.read(hf)
-    return ModelConfig(
+    mixers, kept = read_mixers(hf, own.get("qk_norm", False))
+    config = ModelConfig(
         family=family.model_type,
         vocab_size=hf["vocab_size"],
         hidden_size=hf["hidden_size"],
         intermediate_size=hf["intermediate_size"],
         num_heads=heads,
-        num_kv_heads=hf.get("num_key_value_heads") or heads,
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-        layers=layers,
+        num_kv_heads=heads if hf["num_key_value_heads"] is None else hf["num_key_value_heads"],
+        head_dim=hf["hidden_size"] // heads if hf["head_dim"] is None else hf["head_dim"],
+        layers=_read_layers(hf, num_layers),
         rms_norm_eps=hf["rms_norm_eps"],
-        rope=_read_rope(hf),
+        rope=rope,
+        query_scaling=read_query_scaling(rope) if family.rope(hf) else None,
         max_position_embeddings=hf["max_position_embeddings"],
         tie_embeddings=hf["tie_word_embeddings"],
         attention_windows=_read_windows(family, hf, num_layers),
         initializer_range=hf["initializer_range"],
-        extra={k: v for k, v in hf.items() if k not in _HANDLED},
+        extra={**{k: v for k, v in hf.items() if k not in _HANDLED}, **kept},
         **mixers,
         **own,
     )
-
-
-def _options(mixer) -> dict[str, Any]:
-    """As hybrid-model-factory reads them: what it does not know is written only where it says something."""
-    unknown = {"precision"} if getattr(mixer, "precision", "fast") == "fast" else set()
-    return {name: value for name, value in dataclasses.asdict(mixer).items() if name not in unknown}
+    check_repeated(hf, config)
+    return config
 
 
 def write_config(family: Family, config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """ModelConfig -> config.json, hybrid-model-factory's if there is any mixer but attention."""
+    """ModelConfig -> config.json, hybrid-model-factory's if there is any mixer but attention.
+
+    Raises:
+      ValueError: the family's config.json cannot describe the model (a window per layer where the family has one for all).
+    """
     common = {
-        **config.extra,
+        **{k: v for k, v in config.extra.items() if k not in MIXER_CONFIGS},
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -146,40 +175,70 @@ def write_config(family: Family, config: ModelConfig, dtype: str) -> dict[str, A
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.initializer_range,
         "dtype": dtype,
-        **_write_rope(config.rope),
+        **write_rope(config),
+        **family.write(config),
     }
-    windows = config.attention_windows
     if not config.is_hybrid:
-        types = ["full_attention" if w is None else "sliding_attention" for w in windows]
-        return {**common, "architectures": [family.architecture], "model_type": family.model_type, "layer_types": types}
-    used = {kind for layer in config.layers for kind in layer.kinds} | {config.bmojo.ssm_mixer}
-    options = {
-        key: _options(getattr(config, field))
-        for key, (field, cls) in MIXER_CONFIGS.items()
-        if field in used or getattr(config, field) != cls()
-    }
-    return {
-        **common,
-        "architectures": ["Hybrid" + family.architecture],
-        "model_type": HYBRID_PREFIX + family.model_type,
-        "hybrid_override_pattern": config.pattern,
-        "layer_types": [layer.symbol for layer in config.layers],
-        **options,
-        **({"attention_windows": list(windows)} if any(windows) else {}),
-    }
+        written = {
+            **common,
+            "architectures": [family.architecture],
+            "model_type": family.model_type,
+            **_write_windows(family, config),
+        }
+        plain = dataclasses.replace(config, **{field: cls() for field, cls in MIXER_CONFIGS.values()})
+    else:
+        written = {
+            **common,
+            "architectures": ["Hybrid" + family.architecture],
+            "model_type": HYBRID_PREFIX + family.model_type,
+            "hybrid_override_pattern": config.pattern,
+            "layer_types": [layer.symbol for layer in config.layers],
+            "attention_windows": list(config.attention_windows),
+            **write_mixers(config),
+        }
+        plain = config
+    again = read_config(family, written)
+    wrong = [f.name for f in dataclasses.fields(config) if f.compare and getattr(again, f.name) != getattr(plain, f.name)]
+    if wrong:
+        raise ValueError(
+            f"config.json of a {family.model_type} cannot describe this model: {wrong[0]} is {getattr(config, wrong[0])!r}, "
+            f"and would be read as {getattr(again, wrong[0])!r}"
+        )
+    return written
+
+
+_MOE_DEFAULTS = {"num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": False}
 
 
 def read_moe(hf: Mapping[str, Any]) -> MoEConfig:
     """The mixture-of-experts keys, under either of transformers' names.
 
     Raises:
-      ValueError: some layers are dense.
+      ValueError: some layers are dense, or the two names of the number of experts contradict each other.
     """
     if hf.get("mlp_only_layers") or hf.get("decoder_sparse_step", 1) != 1:
         raise ValueError("models that mix dense and expert layers (mlp_only_layers, decoder_sparse_step) are not supported")
+    counts = {hf[name] for name in ("num_experts", "num_local_experts") if name in hf}
+    if len(counts) > 1:
+        raise ValueError(f"num_experts and num_local_experts contradict each other: {sorted(counts)}")
+    values = {**_MOE_DEFAULTS, **hf}
     return MoEConfig(
-        num_experts=hf.get("num_local_experts") or hf["num_experts"],
-        experts_per_token=hf["num_experts_per_tok"],
-        intermediate_size=hf["moe_intermediate_size"],
-        norm_topk_prob=hf.get("norm_topk_prob", False),
+        num_experts=next(iter(counts), 128),
+        experts_per_token=values["num_experts_per_tok"],
+        intermediate_size=values["moe_intermediate_size"],
+        norm_topk_prob=values["norm_topk_prob"],
     )
+
+
+def write_moe(config: ModelConfig) -> dict[str, Any]:
+    """The keys that `read_moe` reads; the number of experts under both names, if both came in."""
+    moe = config.moe
+    names = [name for name in ("num_experts", "num_local_experts") if name in config.extra] or ["num_experts"]
+    return {
+        **dict.fromkeys(names, moe.num_experts),
+        "num_experts_per_tok": moe.experts_per_token,
+        "moe_intermediate_size": moe.intermediate_size,
+        "norm_topk_prob": moe.norm_topk_prob,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }

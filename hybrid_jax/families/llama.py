@@ -8,4 +8,10 @@ def _read(hf):
     return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": hf.get("mlp_bias", False)}
 
 
-LLAMA = Family("llama", "LlamaForCausalLM", _read, defaults={"max_position_embeddings": 2048})
+LLAMA = Family(
+    "llama",
+    "LlamaForCausalLM",
+    _read,
+    lambda config: {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias},
+    defaults={"max_position_embeddings": 2048},
+)

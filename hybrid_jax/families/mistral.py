@@ -2,17 +2,35 @@
 
 from hybrid_jax.families.base import Family
 
-
-def _window(hf, layer):
-    return bool(hf.get("sliding_window"))
+_DEFAULTS = {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}
 
 
-def _read_ministral3(hf):
-    rope = hf.get("rope_parameters") or {}
-    beta = rope.get("llama_4_scaling_beta")
-    return {} if beta is None else {"query_scaling": (beta, rope["original_max_position_embeddings"])}
+def _ministral3_rope(hf):
+    return {
+        "rope_type": "yarn",
+        "rope_theta": 1_000_000.0,
+        "factor": 16.0,
+        "original_max_position_embeddings": 16384,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
+    }
 
 
-MISTRAL = Family("mistral", "MistralForCausalLM", lambda hf: {}, _window, {"max_position_embeddings": 131072})
-MINISTRAL = Family("ministral", "MinistralForCausalLM", lambda hf: {}, _window, {"max_position_embeddings": 131072})
-MINISTRAL3 = Family("ministral3", "Ministral3ForCausalLM", _read_ministral3, _window, {"rms_norm_eps": 1e-5})
+MISTRAL = Family("mistral", "MistralForCausalLM", window_keys=("sliding_window",), defaults=_DEFAULTS)
+MINISTRAL = Family("ministral", "MinistralForCausalLM", window_keys=("sliding_window",), layer_types=True, defaults=_DEFAULTS)
+MINISTRAL3 = Family(
+    "ministral3",
+    "Ministral3ForCausalLM",
+    window_keys=("sliding_window",),
+    defaults={
+        "max_position_embeddings": 262144,
+        "num_key_value_heads": 8,
+        "sliding_window": None,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-5,
+    },
+    rope=_ministral3_rope,
+)

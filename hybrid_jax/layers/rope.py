@@ -31,7 +31,8 @@ def _yarn(inv_freq, rope: RopeConfig, head_dim: int, max_positions: int):
     if rope.option("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0, 1)
+    span = high - low or 0.001  # negative where the original context is shorter than one rotation: nothing is interpolated
+    ramp = np.clip((np.arange(head_dim // 2) - low) / span, 0, 1)
     freq = inv_freq / factor * ramp + inv_freq * (1 - ramp)
 
     def mscale(scale, m=1.0):

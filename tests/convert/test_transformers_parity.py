@@ -66,6 +66,10 @@ CASES = {
         dict(sliding_window=8, head_dim=8, layer_types=["full_attention", "sliding_attention", "full_attention"]),
     ),
     "ministral3 yarn, scaled queries": ("Ministral3", dict(head_dim=16, rope_parameters=MINISTRAL3_ROPE)),
+    "qwen3 moe windowed": (  # its window is every layer's: max_window_layers and layer_types mean nothing here
+        "Qwen3Moe",
+        dict(head_dim=16, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=8, use_sliding_window=True, sliding_window=7),
+    ),
     "qwen3 moe": (
         "Qwen3Moe",
         dict(head_dim=16, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=True),
@@ -130,7 +134,7 @@ def test_sharded_checkpoints_load_and_are_written(tmp_path):
     assert type(theirs).from_pretrained(tmp_path / "ours") is not None
 
 
-def test_both_rope_schemas_are_read_and_written(tmp_path):
+def test_both_rope_schemas_are_read_and_only_one_dict_is_written(tmp_path):
     theirs = make("llama3 rope")
     theirs.save_pretrained(tmp_path / "hf")
     path = tmp_path / "hf" / "config.json"
@@ -144,8 +148,8 @@ def test_both_rope_schemas_are_read_and_written(tmp_path):
     assert old.config.rope == new.rope
     save_model(old, tmp_path / "ours")
     written = json.loads((tmp_path / "ours" / "config.json").read_text())
-    assert written["rope_theta"] == 500000.0 and written["rope_scaling"]["rope_type"] == "llama3"
-    assert written["rope_parameters"]["rope_theta"] == 500000.0
+    assert written["rope_theta"] == 500000.0 and written["rope_parameters"] == {**rope, "rope_theta": 500000.0}
+    assert "rope_scaling" not in written  # transformers would take it before an edited rope_parameters
 
 
 def test_bfloat16_checkpoints_keep_their_dtype_and_can_be_cast(tmp_path):

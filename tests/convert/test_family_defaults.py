@@ -1,0 +1,202 @@
+"""config.json as transformers' own config classes read it: defaults, windows, rope parameters and their precedence."""
+
+import copy
+import logging
+
+import numpy as np
+import pytest
+import transformers
+
+pytest.importorskip("torch")
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from hybrid_jax.families import FAMILIES, config_from_hf, config_to_hf
+from hybrid_jax.layers.rope import rope_frequencies
+from tests.conftest import relative_error
+
+CLASSES = {
+    "qwen3": transformers.Qwen3Config,
+    "qwen3_moe": transformers.Qwen3MoeConfig,
+    "qwen2": transformers.Qwen2Config,
+    "llama": transformers.LlamaConfig,
+    "mistral": transformers.MistralConfig,
+    "ministral": transformers.MinistralConfig,
+    "ministral3": transformers.Ministral3Config,
+}
+SIZES = dict(vocab_size=97, hidden_size=512, intermediate_size=80, num_hidden_layers=3, num_attention_heads=32)
+SMALL = dict(SIZES, head_dim=16, num_key_value_heads=8, max_position_embeddings=256)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.5, high_freq_factor=5.0, original_max_position_embeddings=64)
+MIXED = ["full_attention", "sliding_attention", "full_attention"]
+QUERY_SCALING = {**YARN, "original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.3}
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def theirs(model_type, **keys):
+    return CLASSES[model_type].from_dict(copy.deepcopy({"model_type": model_type, **keys}))  # it writes into its rope dicts
+
+
+def ours(model_type, **keys):
+    return config_from_hf({"model_type": model_type, **keys})
+
+
+def their_windows(config):
+    """As the seven modeling files choose a layer's mask."""
+    if config.model_type == "llama":
+        return (None,) * config.num_hidden_layers
+    types = config.layer_types if config.model_type in ("qwen2", "qwen3", "ministral") else ["sliding_attention"] * 3
+    return tuple(config.sliding_window if t == "sliding_attention" else None for t in types)
+
+
+def their_frequencies(config, head_dim):
+    kind = config.rope_parameters["rope_type"]
+    if kind == "default":
+        return config.rope_parameters["rope_theta"] ** -(np.arange(0, head_dim, 2) / head_dim), 1.0
+    inverse, factor = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
+    return inverse.numpy(), factor
+
+
+def check_rope(model_type, **keys):
+    a, b = ours(model_type, **{**SMALL, **keys}), theirs(model_type, **{**SMALL, **keys})
+    got, factor = rope_frequencies(a.rope, 16, a.max_position_embeddings)
+    want, wanted_factor = their_frequencies(b, 16)
+    assert relative_error(got, want) < 1e-6 and abs(factor - wanted_factor) < 1e-9
+    return a, b
+
+
+def test_every_family_has_its_class_here():
+    assert CLASSES.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("model_type", CLASSES)
+def test_absent_keys_mean_what_they_mean_to_transformers(model_type):
+    a, b = ours(model_type, **SIZES), theirs(model_type, **SIZES)
+    fields = {
+        "num_kv_heads": b.num_key_value_heads,
+        "head_dim": getattr(b, "head_dim", None) or 512 // 32,
+        "rms_norm_eps": b.rms_norm_eps,
+        "max_position_embeddings": b.max_position_embeddings,
+        "tie_embeddings": b.tie_word_embeddings,
+        "initializer_range": b.initializer_range,
+        "attention_windows": their_windows(b),
+    }
+    assert {name: getattr(a, name) for name in fields} == fields
+    assert b.hidden_act == a.extra["hidden_act"] == "silu"
+    assert (a.o_bias, a.mlp_bias) == (getattr(b, "attention_bias", False), getattr(b, "mlp_bias", False))
+    rope = dict(b.rope_parameters)
+    assert (a.rope.theta, a.rope.kind) == (rope["rope_theta"], rope["rope_type"])
+    got, factor = rope_frequencies(a.rope, a.head_dim, a.max_position_embeddings)
+    want, wanted_factor = their_frequencies(b, a.head_dim)
+    assert relative_error(got, want) < 1e-6 and factor == wanted_factor
+    beta = rope.get("llama_4_scaling_beta")
+    assert a.query_scaling == (None if beta is None else (beta, rope["original_max_position_embeddings"]))
+    if a.moe is not None:
+        assert (a.moe.num_experts, a.moe.experts_per_token) == (b.num_local_experts, b.num_experts_per_tok)
+        assert (a.moe.intermediate_size, a.moe.norm_topk_prob) == (b.moe_intermediate_size, b.norm_topk_prob)
+
+
+@pytest.mark.parametrize("model_type", CLASSES)
+@pytest.mark.parametrize(
+    "keys",
+    [
+        dict(sliding_window=9, use_sliding_window=True, max_window_layers=1),
+        dict(sliding_window=9, use_sliding_window=True, max_window_layers=0, layer_types=MIXED),
+        dict(use_sliding_window=True, max_window_layers=2),
+        dict(sliding_window=None),
+        dict(sliding_window=9, use_sliding_window=False, max_window_layers=0),
+    ],
+    ids=["from layer 1", "layer_types", "default window", "no window", "switched off"],
+)
+def test_windows_are_transformers(model_type, keys):
+    want = their_windows(theirs(model_type, **SMALL, **keys))
+    config = ours(model_type, **SMALL, **keys)
+    assert config.attention_windows == want
+    written = config_to_hf(config)
+    assert their_windows(CLASSES[model_type].from_dict(written)) == want
+    assert config_from_hf(written) == config
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        dict(rope_theta=777.0),
+        dict(rope_parameters={"rope_type": "default"}, rope_theta=777.0),
+        dict(rope_parameters={"rope_type": "default", "rope_theta": 777.0}, rope_scaling=YARN),
+        dict(rope_parameters={"rope_type": "default", "rope_theta": 777.0}, rope_scaling={}, rope_theta=777.0),
+        dict(rope_parameters={"rope_theta": 777.0, **YARN}, rope_scaling={"type": "linear", "factor": 3.0, "rope_theta": 888.0}),
+        dict(rope_scaling={"type": "linear", "factor": 3.0}, rope_theta=777.0),
+        dict(rope_scaling={"type": "yarn", "rope_type": "linear", "factor": 3.0}),
+        dict(rope_parameters={k: v for k, v in YARN.items() if k != "original_max_position_embeddings"}),
+        dict(rope_parameters=YARN, original_max_position_embeddings=32),
+        dict(rope_parameters={**YARN, "factor": None}),
+        dict(rope_parameters={**YARN, "mscale": 0.7, "mscale_all_dim": 1.3}),
+        dict(rope_parameters={**YARN, "mscale": 0.7}),
+        dict(rope_parameters={**YARN, "attention_factor": 1.7}),
+        dict(rope_parameters={**YARN, "beta_fast": 16, "beta_slow": 2.5}),
+        dict(rope_parameters={**YARN, "beta_fast": 0, "beta_slow": 0.25, "truncate": False}),
+        dict(rope_parameters={**YARN, "beta_fast": 2, "beta_slow": 2, "truncate": False}),
+        dict(rope_parameters={**YARN, "original_max_position_embeddings": 4}),
+        dict(rope_parameters=LLAMA3, rope_theta=5e5),
+        dict(rope_parameters={k: v for k, v in LLAMA3.items() if k != "original_max_position_embeddings"}, rope_theta=5e5),
+    ],
+    ids=str,
+)
+def test_rope_precedence_and_frequencies_are_transformers(keys):
+    for model_type in ("llama", "ministral3"):
+        a, _ = check_rope(model_type, **keys)
+        assert config_from_hf(config_to_hf(a)) == a
+
+
+def test_ministral3_scales_its_queries_under_either_key():
+    for key in ("rope_parameters", "rope_scaling"):
+        a, b = check_rope("ministral3", **{key: QUERY_SCALING})
+        assert a.query_scaling == (b.rope_parameters["llama_4_scaling_beta"], 16)
+        assert config_from_hf(config_to_hf(a)).query_scaling == (0.3, 16)
+    assert ours("llama", **SMALL, rope_parameters=QUERY_SCALING).query_scaling is None
+
+
+@pytest.mark.parametrize("start", [dict(rope_theta=777.0), dict(rope_parameters=LLAMA3, rope_theta=5e5)], ids=["default", "llama3"])
+def test_an_edit_of_our_export_has_the_same_effect_here_and_in_transformers(start):
+    written = config_to_hf(ours("llama", **SMALL, **start))
+    before = rope_frequencies(ours("llama", **SMALL, **start).rope, 16, 256)[0]
+    for edit in (
+        {"rope_scaling": YARN},
+        {"rope_parameters": {**YARN, "rope_theta": written["rope_theta"]}},
+        {"rope_parameters": {**written["rope_parameters"], "rope_theta": 999.0}, "rope_theta": 999.0},
+    ):
+        a, _ = check_rope("llama", **{k: v for k, v in {**written, **edit}.items() if k != "model_type"})
+        assert relative_error(rope_frequencies(a.rope, 16, 256)[0], before) > 1e-2
+    with pytest.raises(ValueError, match=r"rope_theta is 999.0, and (777|500000).0 among the rope parameters"):
+        config_from_hf({**written, "rope_theta": 999.0})
+
+
+@pytest.mark.parametrize(
+    "keys, words",
+    [
+        (dict(rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 5e5}}), "per layer type are not supported"),
+        (dict(rope_scaling={"rope_type": "dynamic", "factor": 2.0}), "rope_type must be one of"),
+        (dict(rope_scaling={"rope_type": None, "type": "linear", "factor": 2.0}), "rope_type must be one of"),
+        (dict(rope_scaling={"rope_type": "linear"}), "lack factor"),
+        (dict(rope_scaling={k: v for k, v in YARN.items() if k != "factor"}), "lack factor"),
+        (dict(rope_scaling={**LLAMA3, "high_freq_factor": 1.5}), "high_freq_factor must be above low_freq_factor"),
+        (dict(rope_scaling={**LLAMA3, "factor": None}), "factor must be a number above 0, got None"),
+        (dict(rope_scaling={**YARN, "truncate": "no"}), "truncate must be true or false"),
+        (dict(partial_rotary_factor=0.5), "partial_rotary_factor = 0.5 is not supported"),
+        (dict(rope_parameters={"rope_theta": 0}), "rope_theta must be a number above 1, got 0"),
+        (dict(rope_parameters={"rope_type": "default", "mrope_section": [1, 2]}), "mrope_section must be a number"),
+    ],
+)
+def test_rope_parameters_that_cannot_be_honoured_are_refused(keys, words):
+    with pytest.raises(ValueError, match=words):
+        ours("qwen3", **SMALL, **keys)
+
+
+def test_the_window_of_a_named_layer_must_be_set():
+    with pytest.raises(ValueError, match="'sliding_attention' but sliding_window and use_sliding_window set no window"):
+        ours("qwen2", **SMALL, sliding_window=9, layer_types=["sliding_attention"] * 3)
