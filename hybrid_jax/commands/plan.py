@@ -6,6 +6,7 @@ import argparse
 import pathlib
 
 from hybrid_jax.commands.options import directory, integer, number
+from hybrid_jax.commands.quiet import native_stderr_hidden
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def run(args: argparse.Namespace):
+    import contextlib
     import json
     import os
 
@@ -42,10 +44,11 @@ def run(args: argparse.Namespace):
     from hybrid_jax.families import config_from_hf
     from hybrid_jax.families.public import PUBLIC
     from hybrid_jax.files import write_text
+    from hybrid_jax.hardware import TPUS
     from hybrid_jax.model import REMAT
     from hybrid_jax.parallel.mesh import parse_mesh
     from hybrid_jax.plan.planner import make_plan, spread_pattern
-    from hybrid_jax.plan.program import Job
+    from hybrid_jax.plan.program import Job, topology_devices
     from hybrid_jax.plan.report import cache_table, plan_json, plan_table
 
     check_choice("--remat", args.remat, REMAT)
@@ -59,6 +62,9 @@ def run(args: argparse.Namespace):
     if args.pattern:
         config = config.with_pattern(spread_pattern(args.pattern, config))
     job = Job(config.unfused(), args.stage, args.seq_len, args.rows, tuple(args.trainable), args.remat)
+    if args.topology.partition(":")[0] in TPUS:
+        with native_stderr_hidden(), contextlib.suppress(FileNotFoundError):
+            topology_devices("v5e", "2x2")  # loads libtpu, which says at length that this machine has no TPU
     console = Console(width=None if Console().is_terminal else 140)
     plan = make_plan(job, args.topology, mesh, tell=console.print)
     console.print(plan_table(plan, args.tokens, args.efficiency))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 # Read by the libraries when they are loaded; what the user has set stays.
 ENVIRONMENT = {
@@ -23,3 +25,16 @@ def silence_libraries():
     from absl import logging
 
     logging.set_verbosity(logging.ERROR)
+
+
+@contextlib.contextmanager
+def native_stderr_hidden() -> Iterator[None]:
+    """What native libraries write to stderr within the block is dropped; Python's exceptions pass as ever."""
+    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nowhere)
