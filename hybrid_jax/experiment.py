@@ -143,7 +143,7 @@ def _claim(workdir: pathlib.Path, config: ConfigDict):
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True, default=list)
     record = workdir / "config.json"
     stages = {name: stage_path(workdir, number, name) for number, name in enumerate(config.schedule, start=1)}
-    lengthen_phases(record, json.loads(text), stages, lambda old, new: _without_meshes(old) == _without_meshes(new))
+    lengthen_phases(record, json.loads(text), stages, lambda old, new: not _differences(old, new))
     if record.exists():
         differences = _differences(json.loads(record.read_text()), json.loads(text))
         if differences:

@@ -107,7 +107,8 @@ def test_an_error_within_a_config_is_said_with_its_file(tmp_path):
 
 
 def test_another_config_in_a_workdir_is_refused_with_the_fields_that_differ(tmp_path, monkeypatch):
-    config = ConfigDict(dict(source="launch/tiny_qwen3", seed=1, phases=dict(train=dict(steps=20, mesh=dict(fsdp=2)))))
+    phases = dict(train=dict(objective="next_token", steps=20, mesh=dict(fsdp=2)))
+    config = ConfigDict(dict(source="launch/tiny_qwen3", seed=1, schedule=("train",), phases=phases))
     _claim(tmp_path / "run", config)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")  # the source is the same one from here

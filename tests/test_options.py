@@ -5,6 +5,7 @@ import types
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from tokenizers import Tokenizer, models
 
 import hybrid_jax.convert
 import hybrid_jax.data
@@ -34,8 +35,9 @@ def test_select_scores_what_its_options_say_and_prints_the_cheapest(monkeypatch,
         seen["selection"] = selection
         return [0.3, 0.1, 0.2, 0.4]
 
-    monkeypatch.setattr(hybrid_jax.convert, "read_model_config", lambda _: tiny_config("*-*-*-*"))
+    monkeypatch.setattr(hybrid_jax.convert, "check_model_directory", lambda _: tiny_config("*-*-*-*"))
     monkeypatch.setattr(hybrid_jax.convert, "load_model", load)
+    monkeypatch.setattr(hybrid_jax.data, "load_tokenizer", lambda _: Tokenizer(models.BPE()))
     monkeypatch.setattr(hybrid_jax.data, "read_corpus", corpus)
     monkeypatch.setattr(hybrid_jax.priming.select, "score_layers", scores)
     options = ["--mixer", "GDN", "--fraction", "0.75", "--window", "9", "--rows", "5", "--seq-len", "77", "--text", "t"]

@@ -85,15 +85,14 @@ def _mixed(model, batch, hidden, found, divergence_weight, next_token_weight):
 
 
 def _mse(student, teacher, real):
-    """Mean square over every element of the real tokens, in float32; the teacher takes no gradient.
+    """[B,T]: every real token's mean square over its elements, in float32, 0 at padding; the teacher takes no gradient.
 
     Args:
       student, teacher: [B,T,hidden].
       real: [B,T] bool, False at padding.
     """
     error = jnp.square(student.astype(jnp.float32) - jax.lax.stop_gradient(teacher).astype(jnp.float32))
-    total = jnp.sum(jnp.where(real[..., None], error, 0))
-    return total / jnp.maximum(jnp.sum(real) * jnp.float32(student.shape[-1]), 1.0)
+    return jnp.mean(jnp.where(real[..., None], error, 0), axis=-1)
 
 
 # hybrid-model-factory's `hybrid_lw_distill_target`: the parts of `LayerOutputs` whose errors are added to a layer's loss.
@@ -119,19 +118,22 @@ def align(model: Decoder, batch, teacher: Decoder | None = None, *, target: str,
       target: a key of `ALIGN_TARGETS`.
     """
     real = batch["segment_ids"] > 0
+    weights = real.astype(jnp.float32)
 
     def compare(taught: LayerOutputs, student: LayerOutputs):
         parts = dict.fromkeys(("mixer", *ALIGN_TARGETS[target]))  # in an order that every process has
         errors = {part: _mse(getattr(student, part), getattr(taught, part), real) for part in parts}
-        return sum((errors[part] for part in ALIGN_TARGETS[target]), jnp.zeros(())), errors["mixer"]
+        of_layer = sum((errors[part] for part in ALIGN_TARGETS[target]), jnp.zeros(real.shape))
+        return of_layer, _weighted_mean(errors["mixer"], weights)[0]
 
     at = (batch["input_ids"], batch["segment_ids"], batch["positions"])
     streams = model.two_streams(*at, compare, teacher)
-    loss = sum(of_layer for of_layer, _ in streams.layers) / len(streams.layers)
+    losses = sum(of_layer for of_layer, _ in streams.layers) / len(streams.layers)
     final = _mse(streams.student, streams.teacher, real)
     if pre_lm_head:
-        loss = loss + final
-    metrics = {"loss": loss, "weight": jnp.sum(real).astype(jnp.float32), "pre_lm_head_mse": final}
+        losses = losses + final
+    loss, weight = _weighted_mean(losses, weights)
+    metrics = {"loss": loss, "weight": weight, PER_TOKEN: (losses, weights), "pre_lm_head_mse": _weighted_mean(final, weights)[0]}
     for i, (_, mixer) in enumerate(streams.layers):
         if not model.config.layers[i].shared:
             metrics[f"mixer_mse/{i:02d}"] = mixer

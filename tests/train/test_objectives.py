@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hybrid_jax.data.layout import training_batch
 from hybrid_jax.parameters import split_model
 from hybrid_jax.train.arrangement import Arrangement, trained_names
-from hybrid_jax.train.objectives import make_objective
+from hybrid_jax.train.objectives import PER_TOKEN, make_objective
 from tests.conftest import tiny_config, tiny_model
 from tests.train.test_steps import batch_of
 from tests.train.test_training import phase
@@ -93,3 +94,20 @@ def test_frozen_matrices_alone_are_rounded_to_the_frozen_dtype():
             want = want.to(torch.bfloat16).to(torch.float32)
         assert np.array_equal(np.asarray(x.astype(jnp.float32)), want.numpy()), name
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.trainable)) and "norm.weight" in frozen
+
+
+def test_an_alignment_s_losses_of_tokens_are_those_of_the_rows_by_themselves():
+    model = tiny_model("*DA-SWA*")
+    ids = np.random.default_rng(0).integers(0, 61, (2, 9)).astype(np.int32)
+    segments = np.ones_like(ids)
+    segments[1, 4:] = 0
+    rows = {"input_ids": ids, "segment_ids": segments, "loss_weights": np.ones(ids.shape, np.float32)}
+    objective = make_objective("align_all", {})
+    loss, metrics = objective(model, {n: jnp.asarray(x) for n, x in training_batch(rows).items()})
+    losses, weights = (np.asarray(x) for x in metrics[PER_TOKEN])
+    assert np.array_equal(weights, segments) and metrics["weight"] == 13
+    for row in (0, 1):
+        alone = {n: jnp.asarray(x[row : row + 1]) for n, x in training_batch(rows).items()}
+        want = float(objective(model, alone)[0])
+        assert np.average(losses[row], weights=weights[row]) == pytest.approx(want, rel=1e-5)
+    assert np.average(losses, weights=weights) == pytest.approx(float(loss), rel=1e-5)
