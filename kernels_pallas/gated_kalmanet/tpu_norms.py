@@ -59,8 +59,10 @@ def weights(size, H0, decay) -> list[Weights]:
 
 
 def inverse_norms(size, K, H0, decay, low) -> list[jax.Array]:
-    """1 / |H_t|_F as columns [C,1], 0 of an empty state, given its `sizes`; |H_t|^2 / size = (beta (M G))_tt + 2 reach (beta u)_t + rho reach |H0|^2,
-    G = (K K')^2, u_i = k_i' H0 k_i."""
+    """1 / |H_t|_F as columns [C,1], 0 of an empty state, given its `sizes`:
+
+    |H_t|^2 / size = (beta (M G))_tt + 2 reach (beta u)_t + rho reach |H0|^2,     G = (K K')^2,     u_i = k_i' H0 k_i
+    """
     u = mosaic.as_rows(each(lambda k, h: row_sum(dot_parts((k,), parts(h, low)) * k), K, H0))
     u = [u[n : n + 1] for n in range(len(K))]
     squares = each(lambda k: dot(k, k, NT) ** 2, K)
