@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import jax
@@ -103,18 +104,36 @@ def check_shapes(op: str, dims: dict[str, int], **arrays: tuple[jax.Array | None
             raise ValueError(f"{op}: {name} must be [{axes.replace(' ', ', ')}] = {want}, got {tuple(array.shape)}")
 
 
-def dims_of(op: str, q: jax.Array, v: jax.Array) -> dict[str, int]:
-    """B, T, H, K from q [B,T,H,K] and V from v [B,T,H,V].
+def dims_of(op: str, first: jax.Array, v: jax.Array, name: str = "q", axes: str = "B T H") -> dict[str, int]:
+    """The sizes of `axes` and K from an operation's first array, called `name`, [B,T,H,K], and V from v [B,T,H,V].
 
     Raises:
-      ValueError: q or v has not four axes, or T is 0.
+      ValueError: one of them has not these axes, or T is 0.
     """
-    if q.ndim != 4 or v.ndim != 4:
-        raise ValueError(f"{op}: q and v must be [B, T, H, D], got {tuple(q.shape)} and {tuple(v.shape)}")
-    if q.shape[1] == 0:
+    letters = axes.split()
+    if first.ndim != len(letters) + 1 or v.ndim != first.ndim:
+        want = f"[{', '.join(letters)}, D]"
+        raise ValueError(f"{op}: {name} and v must be {want}, got {tuple(first.shape)} and {tuple(v.shape)}")
+    dims = dict(zip((*letters, "K"), first.shape, strict=True), V=v.shape[-1])
+    if dims.get("T") == 0:
         raise ValueError(f"{op}: needs at least one token, got T = 0")
-    B, T, H, K = q.shape
-    return dict(B=B, T=T, H=H, K=K, V=v.shape[-1])
+    return dims
+
+
+def check_options(op: str, *, scale: float = 1.0, chunk_size: int | None = None, num_iter: int = 0, ridge_strength: float = 1.0):
+    """Checks the numbers that an operation is built with.
+
+    Raises:
+      ValueError: names the option and what it must be.
+    """
+    for name, value, right, want in (
+        ("scale", scale, math.isfinite(scale) and scale != 0, "a finite number other than 0 (None: the default)"),
+        ("chunk_size", chunk_size, chunk_size is None or chunk_size > 0, "1 or more tokens (None: the default)"),
+        ("num_iter", num_iter, num_iter >= 0 and num_iter == int(num_iter), "an integer, 0 or more"),
+        ("ridge_strength", ridge_strength, math.isfinite(ridge_strength) and ridge_strength > 0, "a finite number above 0"),
+    ):
+        if not right:
+            raise ValueError(f"{op}: {name} must be {want}, got {value!r}")
 
 
 def accumulator(*arrays) -> jnp.dtype:

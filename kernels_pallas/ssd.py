@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from kernels_pallas.arguments import check_shapes
 from kernels_pallas.linear_attention import linear_attention, linear_attention_step
 
 
@@ -21,9 +22,12 @@ def ssd_inputs(x, dt, a, b, c):
     """(q, k, v, log_decay) of the linear attention (scale 1) that the duality makes of x, dt, a, b, c, without `d x`.
 
     Raises:
-      ValueError: the groups of b and c do not divide x's heads.
+      ValueError: dt or a does not fit x, or the groups of b and c do not divide its heads.
     """
-    b, c = (_repeat_groups("ssd", m, x.shape[-2]) for m in (b, c))
+    H, rows = x.shape[-2], " ".join("BT"[: x.ndim - 2])
+    dims = dict(zip(f"{rows} H".split(), x.shape, strict=False))
+    check_shapes("ssd", dims, dt=(dt, f"{rows} H"), a=(a, "H"))
+    b, c = (_repeat_groups("ssd", m, H) for m in (b, c))
     dt = dt.astype(jnp.promote_types(dt.dtype, jnp.float32))
     return c, b, (x * dt[..., None]).astype(x.dtype), dt * a
 
@@ -53,10 +57,16 @@ def ssd(x, dt, a, b, c, d=None, *, initial_state=None, segment_ids=None, chunk_s
         chunk_size=chunk_size,
         implementation=implementation,
     )
-    return (y if d is None else y + (d[:, None] * x).astype(y.dtype)), state
+    return _skip(y, d, x), state
 
 
 def ssd_step(x, dt, a, b, c, d=None, *, state):
     """One token: x [B,H,P], dt [B,H], b and c [B,G,N], state [B,H,N,P] -> (y [B,H,P], state)."""
     y, state = linear_attention_step(*ssd_inputs(x, dt, a, b, c), state=state, scale=1.0)
-    return (y if d is None else y + (d[:, None] * x).astype(y.dtype)), state
+    return _skip(y, d, x), state
+
+
+def _skip(y, d, x):
+    """y + d x, in y's dtype; d is [H] or None."""
+    check_shapes("ssd", dict(H=x.shape[-2]), d=(d, "H"))
+    return y if d is None else y + (d[:, None] * x).astype(y.dtype)

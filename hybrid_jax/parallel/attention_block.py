@@ -17,7 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as splash_mask_info
 
-from kernels_pallas.arguments import accumulator, backend
+from kernels_pallas.arguments import accumulator, alike, backend
 from kernels_pallas.operands import pad_axis
 
 EMPTY = -1e30  # the log-sum-exp of a query that sees no key
@@ -168,7 +168,8 @@ def _over_tiles(mask, queries, keys, results, step):
         return jax.lax.cond(meet, compute, lambda results: results, results), None
 
     pairs = visible_tiles(mask, T, S, tile)
-    return jax.lax.scan(one, results(q_tiles, k_tiles, tile), (pairs[:, 0], pairs[:, 1]))[0]
+    start, *_ = alike("attention", results(q_tiles, k_tiles, tile), q_tiles, k_tiles)
+    return jax.lax.scan(one, start, (pairs[:, 0], pairs[:, 1]))[0]
 
 
 def _id_range(segment_ids, real):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_jax.parallel.sharding import TOKENS, axes_cutting, per_device
+from kernels_pallas.arguments import alike
 from kernels_pallas.operands import pad_axis
 
 TILE = 2048  # tokens of a device whose logits exist at a time
@@ -97,14 +98,16 @@ def loss_of_logits(value: Callable, slope: Callable, hidden, head, tokens: Seque
             return dhead + logits_of(hidden.T, dlogits), jnp.matmul(dlogits, head.T)
 
         tiles = (*jax.tree.map(_in_tiles, (hidden, tokens, slopes)), kept)
-        dhead, dhidden = jax.lax.scan(step, jnp.zeros(head.shape, jnp.float32), tiles)
+        start, _ = alike("loss_of_logits", jnp.zeros(head.shape, jnp.float32), head)
+        dhead, dhidden = jax.lax.scan(step, start, tiles)
         return _flat(dhidden, hidden), dhead.astype(head.dtype), None, None
 
     losses = jax.custom_vjp(lambda *arrays: forward(*arrays)[0])
     losses.defvjp(forward, backward)
 
     def local(hidden, head, *others):
-        return losses(hidden, vocabulary.head(head), others[: len(tokens)], tuple(map(vocabulary.head, others[len(tokens) :])))
+        constants = tuple(map(vocabulary.head, others[len(tokens) :]))
+        return losses(*alike("loss_of_logits", hidden, vocabulary.head(head), others[: len(tokens)], constants))
 
     arrays = (hidden, head.astype(hidden.dtype), *tokens, *constants)
     return per_device(local, arrays, (TOKENS, HEAD, *[TOKENS] * len(tokens), *[HEAD] * len(constants)), TOKENS)

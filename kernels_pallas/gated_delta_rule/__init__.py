@@ -7,7 +7,15 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from kernels_pallas.arguments import accumulator, alike, check_shapes, dims_of, pick_implementation, segment_index
+from kernels_pallas.arguments import (
+    accumulator,
+    alike,
+    check_options,
+    check_shapes,
+    dims_of,
+    pick_implementation,
+    segment_index,
+)
 from kernels_pallas.gated_delta_rule.chunked import gated_delta_rule_chunked
 from kernels_pallas.gated_delta_rule.gpu import gated_delta_rule_gpu
 from kernels_pallas.gated_delta_rule.reference import gated_delta_rule_reference, gated_delta_rule_update
@@ -46,7 +54,7 @@ def gated_delta_rule(
       o [B, T, H, V] in v's dtype and the final state [B, H, K, V] in float32.
 
     Raises:
-      ValueError: a shape does not fit the others, or the chunk is not a power of two.
+      ValueError: a shape does not fit the others, the scale is 0, or the chunk is not a power of two.
     """
     d = dims_of("gated_delta_rule", q, v)
     check_shapes(
@@ -62,6 +70,7 @@ def gated_delta_rule(
     dtype = accumulator(q, k, v, log_decay, beta)
     state = jnp.zeros((d["B"], d["H"], d["K"], d["V"]), dtype) if initial_state is None else initial_state.astype(dtype)
     scale = d["K"] ** -0.5 if scale is None else scale
+    check_options("gated_delta_rule", scale=scale, chunk_size=chunk_size)
     run = pick_implementation("gated_delta_rule", implementation, IMPLEMENTATIONS, q, k, v)
     arrays = alike("gated_delta_rule", q, k, v, log_decay, beta, state, segment_index(segment_ids))
     return run(*arrays, scale, chunk_size)
@@ -100,11 +109,19 @@ def gated_delta_rule_summary(k, v, log_decay, beta, *, segment_ids=None, impleme
 
 
 def gated_delta_rule_step(q, k, v, log_decay, beta, *, state, scale=None, implementation=None):
-    """One token: q, k [B,H,K], v [B,H,V], log_decay, beta [B,H], state [B,H,K,V] -> (o [B,H,V], state)."""
+    """One token: q, k [B,H,K], v [B,H,V], log_decay, beta [B,H], state [B,H,K,V] -> (o [B,H,V], state).
+
+    Raises:
+      ValueError: a shape does not fit the others, or the scale is 0.
+    """
+    op = "gated_delta_rule_step"
+    scalars = dict(log_decay=(log_decay, "B H"), beta=(beta, "B H"))
+    check_shapes(op, dims_of(op, q, v, axes="B H"), k=(k, "B H K"), v=(v, "B H V"), **scalars, state=(state, "B H K V"))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    run = pick_implementation("gated_delta_rule_step", implementation, STEPS, q, k, v)
+    check_options(op, scale=scale)
+    run = pick_implementation(op, implementation, STEPS, q, k, v)
     state = state.astype(accumulator(q, k, v, log_decay, beta))
-    return run(*alike("gated_delta_rule_step", q, k, v, log_decay, beta, state), scale)
+    return run(*alike(op, q, k, v, log_decay, beta, state), scale)
 
 
 def _step(q, k, v, log_decay, beta, state, scale):

@@ -11,7 +11,15 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from kernels_pallas.arguments import accumulator, alike, check_shapes, dims_of, pick_implementation, segment_index
+from kernels_pallas.arguments import (
+    accumulator,
+    alike,
+    check_options,
+    check_shapes,
+    dims_of,
+    pick_implementation,
+    segment_index,
+)
 from kernels_pallas.gated_kalmanet.chunked import gated_kalmanet_chunked
 from kernels_pallas.gated_kalmanet.gpu import gated_kalmanet_gpu
 from kernels_pallas.gated_kalmanet.reference import gated_kalmanet_reference, gated_kalmanet_update
@@ -69,7 +77,7 @@ def gated_kalmanet(
       o [B, T, H, V] in v's dtype (float32 if accurate) and (h_kk, h_kv) in float32.
 
     Raises:
-      ValueError: a shape does not fit the others.
+      ValueError: a shape does not fit the others, or an option is out of its range.
     """
     d = dims_of("gated_kalmanet", q, v)
     h_kk, h_kv = (None, None) if initial_state is None else initial_state
@@ -90,6 +98,7 @@ def gated_kalmanet(
     h_kk = jnp.zeros((d["B"], d["H"], d["K"], d["K"]), dtype) if h_kk is None else h_kk.astype(dtype)
     h_kv = jnp.zeros((d["B"], d["H"], d["K"], d["V"]), dtype) if h_kv is None else h_kv.astype(dtype)
     scale = d["K"] ** -0.5 if scale is None else scale
+    check_options("gated_kalmanet", scale=scale, chunk_size=chunk_size, num_iter=num_iter, ridge_strength=ridge_strength)
     run = pick_implementation("gated_kalmanet", implementation, IMPLEMENTATIONS, q, k, v)
     arrays = alike("gated_kalmanet", q, k, v, alpha, log_decay, (h_kk, h_kv), segment_index(segment_ids))
     options = (scale, chunk_size, ridge_strength, num_iter, bp_lambda, precision)
@@ -113,11 +122,20 @@ def gated_kalmanet_summary(k, v, log_decay, *, segment_ids=None):
 def gated_kalmanet_step(
     q, k, v, alpha, log_decay, ridge_strength=0.02, num_iter=30, *, state, bp_lambda=True, scale=None, implementation=None
 ):
-    """One token: q, k [B,H,K], v [B,H,V], alpha, log_decay [B,H], state (h_kk, h_kv) -> (o [B,H,V], state)."""
+    """One token: q, k [B,H,K], v [B,H,V], alpha, log_decay [B,H], state (h_kk, h_kv) -> (o [B,H,V], state).
+
+    Raises:
+      ValueError: a shape does not fit the others, or an option is out of its range.
+    """
+    op = "gated_kalmanet_step"
+    scalars = dict(alpha=(alpha, "B H"), log_decay=(log_decay, "B H"))
+    states = dict(h_kk=(state[0], "B H K K"), h_kv=(state[1], "B H K V"))
+    check_shapes(op, dims_of(op, q, v, axes="B H"), k=(k, "B H K"), v=(v, "B H V"), **scalars, **states)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    run = pick_implementation("gated_kalmanet_step", implementation, STEPS, q, k, v)
+    check_options(op, scale=scale, num_iter=num_iter, ridge_strength=ridge_strength)
+    run = pick_implementation(op, implementation, STEPS, q, k, v)
     state = tuple(s.astype(accumulator(q, k, v, alpha, log_decay)) for s in state)
-    arrays = alike("gated_kalmanet_step", q, k, v, alpha, log_decay, state)
+    arrays = alike(op, q, k, v, alpha, log_decay, state)
     return run(*arrays, scale, ridge_strength, num_iter, bp_lambda)
 
 

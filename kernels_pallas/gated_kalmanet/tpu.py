@@ -28,7 +28,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import mosaic
 from kernels_pallas.gated_kalmanet.chebyshev import coefficients, schedule_for
-from kernels_pallas.gated_kalmanet.tpu_norms import inverse_norms, norms_backward
+from kernels_pallas.gated_kalmanet.tpu_norms import inverse_norms, norms_backward, sizes
 from kernels_pallas.linear_attention.tpu import read_write_backward
 from kernels_pallas.mosaic import NT, TN, dot_parts, each, head_slices, row_sum, store_heads
 from kernels_pallas.operands import operand_dtype, parts
@@ -151,7 +151,8 @@ def _forward_kernel(
     H0, S0 = [kk[h] for h in range(heads)], [kv[h] for h in range(heads)]
     query = rhs = each(lambda x: x.astype(jnp.float32), Q)
     if num_iter:
-        inverse = inverse_norms(K, H0, decay, wide)
+        size, squares = sizes(K, H0, decay)
+        inverse = inverse_norms(size, K, H0, decay, wide)
         s = _scales(inverse, ridge_strength)
         X = solve(rhs, K, H0, decay, s, omegas, (xs, rs, ds), low, ridge_strength, num_iter, schedule)
         query = _blend(rhs, X, alpha)
@@ -160,7 +161,9 @@ def _forward_kernel(
         for h in range(heads):
             kk_before[0, 0, h], kv_before[0, 0, h] = H0[h], S0[h]
         store_heads(solution, X if num_iter else rhs)
-        mosaic.store_rows(norms, inverse if num_iter else [jnp.zeros_like(alpha[0])] * heads)
+        if num_iter:
+            columns = [*inverse, *size]
+            mosaic.store_rows(norms, columns, [jnp.zeros_like(squares[0])] * len(columns) + squares)
     store_heads(o, _read(query, K, V, S0, decay, wide), scale)
     for h, (H1, S1) in enumerate(zip(_write(K, K, H0, decay, wide), _write(K, V, S0, decay, wide), strict=True)):
         kk[h], kv[h] = H1, S1
@@ -211,7 +214,9 @@ def _backward_kernel(*refs, heads, scale, packed, ridge_strength, num_iter, sche
         dH0 = each(lambda h, a: h + 0.5 * (a + a.T), dH0, outer)
         if bp_lambda:  # lambda = ridge_strength |H|
             dF = each(lambda w, x: -ridge_strength * row_sum(w * x), W, X)
-            dK_n, dH_n, column_n, row_n = norms_backward(dF, inverse, K, H0, decay, low)
+            size = mosaic.as_columns([norms[0, 0, 0, n : n + 1, :] for n in range(heads, 2 * heads)])
+            squares = [norms[0, 0, 0, n : n + 1, :] for n in range(2 * heads, 3 * heads)]
+            dK_n, dH_n, column_n, row_n = norms_backward(dF, inverse, size, squares, K, H0, decay, low)
             dK, dH0 = each(jnp.add, dK, dK_n), each(jnp.add, dH0, dH_n)
             column, row = each(jnp.add, column, column_n), each(jnp.add, row, row_n)
     store_heads(dk, dK, scale)
@@ -289,7 +294,7 @@ def _run_forward(q, k, v, alpha, log_decay, state, segments, options, save):
         (grid.state_shape(grid.K, grid.V), kv),
     ]
     if save:
-        R = mosaic.row_count(grid.heads)
+        R = mosaic.row_count(3 * grid.heads)
         outputs += [
             (grid.states_shape(grid.K, grid.K, jnp.float32), grid.states(grid.K, grid.K)),
             (grid.states_shape(grid.K, grid.V, jnp.float32), grid.states(grid.K, grid.V)),

@@ -8,7 +8,15 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.arguments import accumulator, alike, check_shapes, dims_of, pick_implementation, segment_index
+from kernels_pallas.arguments import (
+    accumulator,
+    alike,
+    check_options,
+    check_shapes,
+    dims_of,
+    pick_implementation,
+    segment_index,
+)
 from kernels_pallas.chunks import matmul
 from kernels_pallas.linear_attention.chunked import linear_attention_chunked
 from kernels_pallas.linear_attention.gpu import linear_attention_gpu
@@ -43,7 +51,7 @@ def linear_attention(q, k, v, log_decay, *, scale=None, initial_state=None, segm
       o [B, T, H, V] in v's dtype and the final state [B, H, K, V] in float32.
 
     Raises:
-      ValueError: a shape does not fit the others; the message names it.
+      ValueError: a shape does not fit the others, or an option is out of its range; the message names it.
     """
     d = dims_of("linear_attention", q, v)
     check_shapes(
@@ -58,6 +66,7 @@ def linear_attention(q, k, v, log_decay, *, scale=None, initial_state=None, segm
     dtype = accumulator(q, k, v, log_decay)
     state = jnp.zeros((d["B"], d["H"], d["K"], d["V"]), dtype) if initial_state is None else initial_state.astype(dtype)
     scale = d["K"] ** -0.5 if scale is None else scale
+    check_options("linear_attention", scale=scale, chunk_size=chunk_size)
     run = pick_implementation("linear_attention", implementation, IMPLEMENTATIONS, q, k, v)
     arrays = alike("linear_attention", q, k, v, log_decay, state, segment_index(segment_ids))
     return run(*arrays, scale, chunk_size)
@@ -71,7 +80,17 @@ def linear_attention_summary(k, v, log_decay, *, segment_ids=None):
 
     Returns:
       decay [B, H], 0 where a segment begins after the first token, and state [B, H, K, V]; both float32.
+
+    Raises:
+      ValueError: a shape does not fit the others.
     """
+    check_shapes(
+        "linear_attention_summary",
+        dims_of("linear_attention_summary", k, v, "k"),
+        v=(v, "B T H V"),
+        log_decay=(log_decay, "B T H"),
+        segment_ids=(segment_ids, "B T"),
+    )
     k, v, log_decay, segment_ids = alike("linear_attention_summary", k, v, log_decay, segment_ids)
     dtype = accumulator(k, v, log_decay)
     g = log_decay.astype(dtype)
@@ -86,11 +105,19 @@ def linear_attention_summary(k, v, log_decay, *, segment_ids=None):
 
 
 def linear_attention_step(q, k, v, log_decay, *, state, scale=None, implementation=None):
-    """One token: q, k [B,H,K], v [B,H,V], log_decay [B,H], state [B,H,K,V] -> (o [B,H,V], state)."""
+    """One token: q, k [B,H,K], v [B,H,V], log_decay [B,H], state [B,H,K,V] -> (o [B,H,V], state).
+
+    Raises:
+      ValueError: a shape does not fit the others, or the scale is 0.
+    """
+    op = "linear_attention_step"
+    d = dims_of(op, q, v, axes="B H")
+    check_shapes(op, d, k=(k, "B H K"), v=(v, "B H V"), log_decay=(log_decay, "B H"), state=(state, "B H K V"))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    run = pick_implementation("linear_attention_step", implementation, STEPS, q, k, v)
+    check_options(op, scale=scale)
+    run = pick_implementation(op, implementation, STEPS, q, k, v)
     state = state.astype(accumulator(q, k, v, log_decay))
-    return run(*alike("linear_attention_step", q, k, v, log_decay, state), scale)
+    return run(*alike(op, q, k, v, log_decay, state), scale)
 
 
 def _step(q, k, v, log_decay, state, scale):

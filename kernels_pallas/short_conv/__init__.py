@@ -63,7 +63,16 @@ def short_conv(x, weight, bias=None, activation="silu", *, initial_state=None, s
 
 
 def short_conv_step(x, weight, bias=None, activation="silu", *, state):
-    """One token: x [B,D], state [B,W-1,D] -> (y [B,D], state)."""
+    """One token: x [B,D], state [B,W-1,D] -> (y [B,D], state).
+
+    Raises:
+      ValueError: a shape does not fit the others, or the activation is unknown.
+    """
+    if x.ndim != 2 or weight.ndim != 2:
+        raise ValueError(f"short_conv_step: x must be [B, D], weight [D, W]; got {x.shape}, {weight.shape}")
+    (B, D), W = x.shape, weight.shape[1]
+    dims = dict(B=B, D=D, W=W, P=W - 1)
+    check_shapes("short_conv_step", dims, weight=(weight, "D W"), bias=(bias, "D"), state=(state, "B P D"))
     bias = jnp.zeros(x.shape[-1], weight.dtype) if bias is None else bias
     y, state = short_conv_update(*alike("short_conv_step", x, weight, bias, state.astype(x.dtype)))
     return _activation(activation)(y).astype(x.dtype), state

@@ -31,7 +31,7 @@ def strong(forget, at=40):
     return *map(jnp.asarray, (k, v, g)), S
 
 
-@pytest.mark.parametrize("forget", [50.0, 1e4, 1e6, np.inf])
+@pytest.mark.parametrize("forget", [1e6, np.inf])
 def test_a_summary_after_a_strong_decay_is_exact(forget):
     k, v, g, S = strong(forget)
     _, state = kp.linear_attention_summary(k, v, g)
@@ -49,14 +49,17 @@ def test_an_operation_after_a_decay_that_leaves_nothing_is_exact(implementation)
     assert relative_error(state[0, 0], S) < 1e-6
 
 
+WEAK = (3, 127, 128)  # inside a chunk, and at a chunk's end and the beginning of the next (TPU chunks have 128 tokens)
+
+
 def weak(decay):
-    """A token with an all-zero key after a decay of e^-`decay`, with ordinary tokens before and after it; float64."""
-    rng = np.random.default_rng(1)
-    q, k, v = unit(rng, 1, 6, 1, K), unit(rng, 1, 6, 1, K), rng.standard_normal((1, 6, 1, K))
-    k[:, 3] = 0
-    g = -0.1 * rng.uniform(0, 1, (1, 6, 1))
-    g[:, 3] = -decay
-    return [q, k, v, rng.uniform(0.3, 1, (1, 6, 1)), g]
+    """Tokens with all-zero keys at `WEAK`, two of them after a decay of e^-`decay`, among ordinary ones; float64."""
+    rng = np.random.default_rng(3)
+    q, k, v = unit(rng, 1, 130, 1, K), unit(rng, 1, 130, 1, K), rng.standard_normal((1, 130, 1, K))
+    k[:, WEAK] = 0
+    g = -0.1 * rng.uniform(0, 1, (1, 130, 1))
+    g[:, WEAK[:2]] = -decay
+    return [q, k, v, rng.uniform(0.3, 1, (1, 130, 1)), g]
 
 
 def everything(inputs, **options):
@@ -66,35 +69,37 @@ def everything(inputs, **options):
     return out[0], pull((do, jax.tree.map(jnp.zeros_like, out[1])))
 
 
-@pytest.mark.parametrize("decay", [30, 45, 60])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_zero_key_after_a_strong_decay_still_solves_for_what_is_left(implementation, decay):
-    """The squares of what is left do not fit a float32 from a decay of e^-44; its solution is the same as before it."""
-    inputs = [jnp.asarray(x, jnp.float32) for x in weak(decay)]
+@functools.cache
+def exact(decay):
+    """`everything` of `weak` in float64, by the recurrence."""
     with jax.enable_x64(True):
-        double = [jnp.asarray(np.asarray(x), jnp.float64) for x in inputs]
-        o, gradients = jax.tree.map(np.asarray, everything(double, implementation="reference"))
-    got, pulled = everything(inputs, implementation=implementation)
-    for t in range(6):
+        inputs = [jnp.asarray(np.asarray(x, np.float32), jnp.float64) for x in weak(decay)]
+        return jax.tree.map(np.asarray, everything(inputs, implementation="reference"))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_zero_key_after_a_strong_decay_still_solves_for_what_is_left(implementation):
+    """The squares of what is left do not fit a float32 from a decay of e^-44; its solution is the same as before it."""
+    o, gradients = exact(60)
+    got, pulled = everything([jnp.asarray(x, jnp.float32) for x in weak(60)], implementation=implementation)
+    for t in (*WEAK, 2, 4, 126, 129):
         assert relative_error(got[:, t], o[:, t]) < 1e-4, t
-    for name, a, b in zip("qkv", pulled, gradients, strict=False):  # sizes differ by e^60: each token by itself
-        for t in range(6):
-            assert np.isfinite(a[:, t]).all()
+        for name, a, b in zip("qkv", pulled, gradients, strict=False):  # sizes differ by e^60: each token by itself
             assert relative_error(a[:, t], b[:, t]) < 1e-3, (name, t)
     for a, b in zip(pulled[3:], gradients[3:], strict=True):  # of a scalar a token nothing but rounding may be left
         assert relative_error(a, b) < 2e-4
 
 
-@pytest.mark.parametrize("decay", [30, 60])
 @pytest.mark.parametrize("implementation", ["reference", "pallas_tpu"])
-def test_a_step_with_a_zero_key_and_a_weak_state_solves_for_what_is_left(implementation, decay):
-    q, k, v, alpha, _ = (x[:, 3] for x in weak(decay))
-    rng = np.random.default_rng(3)
+def test_a_step_with_a_zero_key_and_a_weak_state_solves_for_what_is_left(implementation):
+    q, k, v, alpha, _ = (x[:, 3] for x in weak(60))
+    rng = np.random.default_rng(4)
     keys, values = unit(rng, 40, K), rng.standard_normal((40, K))
-    H, S = np.exp(-decay) * keys.T @ keys, np.exp(-decay) * keys.T @ values
-    x = np.linalg.solve(H + 0.02 * np.linalg.norm(H) * np.eye(K), q[0, 0])
+    H, S = np.exp(-60) * keys.T @ keys, np.exp(-60) * keys.T @ values
+    x = np.linalg.solve(H + np.linalg.norm(H) * np.eye(K), q[0, 0])
     want = K**-0.5 * S.T @ (q[0, 0] + alpha[0, 0] * (x - q[0, 0]))
     arrays = [jnp.asarray(a, jnp.float32) for a in (q, k, v, alpha, np.zeros((1, 1)))]
     state = tuple(jnp.asarray(s[None, None], jnp.float32) for s in (H, S))
-    o, _ = kp.gated_kalmanet_step(*arrays, num_iter=100, state=state, implementation=implementation)
-    assert relative_error(o[0, 0], want) < 1e-3
+    options = dict(ridge_strength=1.0, num_iter=6, implementation=implementation)  # with so strong a ridge 6 are enough
+    o, _ = kp.gated_kalmanet_step(*arrays, state=state, **options)
+    assert relative_error(o[0, 0], want) < 1e-4

@@ -9,6 +9,10 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 import kernels_pallas as kp
+from hybrid_jax.parallel import attention_block, tiles
+from hybrid_jax.parallel.attention import Part, parts_attention
+from hybrid_jax.parallel.attention_block import Mask
+from hybrid_jax.parallel.cross_entropy import cross_entropy
 from kernels_pallas import mosaic
 from tests.conftest import relative_error, tiny_model
 from tests.kernels.test_properties import cut, make_inputs, make_state, run
@@ -86,7 +90,32 @@ def test_a_mesh_with_explicit_axes_is_refused_with_what_to_do(op):
                 jax.eval_shape(call)
 
 
-def test_a_decoder_trains_in_a_shard_map_that_checks_varying_axes_and_refuses_explicit_axes():
+def test_tiled_attention_and_loss_in_a_shard_map_that_checks_varying_axes_are_those_without(monkeypatch):
+    monkeypatch.setattr(attention_block, "TILE", 8)
+    monkeypatch.setattr(tiles, "TILE", 8)
+    rng = np.random.default_rng(0)
+    inputs = {n: jnp.asarray(rng.standard_normal((2, 20, 2, 4)), jnp.float32) for n in "qkv"}
+    inputs |= {"weight": jnp.asarray(rng.standard_normal((8, 11)), jnp.float32), "ids": jnp.asarray(rng.integers(0, 11, (2, 20)))}
+    segments = jnp.asarray([[0] * 9 + [1] * 11] * 2)
+
+    def local(x, segments):
+        o = parts_attention((Part(x["q"], x["k"], x["v"], segments),), segments, (Mask(),))
+        return jnp.sum(cross_entropy(o.reshape(*o.shape[:2], -1), x["weight"], x["ids"]), axis=1)
+
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    specs = ({n: HERE if n == "weight" else ROWS for n in inputs}, ROWS)
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=ROWS)
+    floats = {n: x for n, x in inputs.items() if n != "ids"}
+
+    def pulled(function):
+        return jax.value_and_grad(lambda x: function(x | {"ids": inputs["ids"]}, segments).sum())(floats)
+
+    for a, b in zip(*map(jax.tree.leaves, (pulled(jax.jit(mapped)), pulled(local))), strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
+def test_a_decoder_runs_in_a_shard_map_that_checks_varying_axes_and_refuses_explicit_axes(monkeypatch):
+    monkeypatch.setattr(attention_block, "TILE", 8)
     model = tiny_model("*-SWA-GKA-GDN-M2-BMF")
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 12)))
     mesh = AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,))

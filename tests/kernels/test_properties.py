@@ -269,3 +269,42 @@ def test_wrong_shapes_and_names_are_refused_with_what_was_wanted():
         kp.gated_delta_rule(**inputs, implementation="cuda")
     with pytest.raises(ValueError, match="power of two"):
         kp.gated_delta_rule(**inputs, chunk_size=24)
+
+
+@pytest.mark.parametrize("op", ["linear_attention", "gated_delta_rule", "gated_kalmanet"])
+def test_shapes_that_would_broadcast_are_refused_by_steps_and_summaries(op):
+    inputs, state = make_inputs(op, 5), make_state(op)
+    token, step = cut(inputs, 1), getattr(kp, f"{op}_step")
+    step(**token, state=state)
+    for name in token:
+        with pytest.raises(ValueError, match="must be"):
+            step(**{**token, name: token[name][:, :1]}, state=state)
+    with pytest.raises(ValueError, match=r"must be \[B, H, K, [KV]\]"):
+        step(**token, state=jax.tree.map(lambda s: s[:1], state))
+    summary = {n: x for n, x in inputs.items() if n not in ("q", "alpha")}
+    with pytest.raises(ValueError, match=r"log_decay must be \[B, T, H\] = \(2, 5, 2\), got \(2, 1, 2\)"):
+        getattr(kp, f"{op}_summary")(**{**summary, "log_decay": inputs["log_decay"][:, :1]})
+
+
+def test_shapes_that_would_broadcast_are_refused_by_ssd_and_the_convolution():
+    inputs = make_inputs("ssd", 5)
+    for name, wrong in (("dt", inputs["dt"][..., :1]), ("a", inputs["a"][:1]), ("d", inputs["d"][:1])):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            kp.ssd(**{**inputs, name: wrong})
+    token = cut(make_inputs("short_conv", 5), 1)
+    with pytest.raises(ValueError, match=r"bias must be \[D\] = \(6,\), got \(1,\)"):
+        kp.short_conv_step(**{**token, "bias": token["bias"][:1]}, state=make_state("short_conv"))
+
+
+@pytest.mark.parametrize("op", ["linear_attention", "gated_delta_rule", "gated_kalmanet"])
+def test_options_that_mean_nothing_are_refused_by_name(op):
+    """A gradient divides by the scale, a chunk of 0 would be the default, and -1 iterations another number than 0."""
+    inputs, state = make_inputs(op, 5), make_state(op)
+    wrong = [("scale", 0.0), ("chunk_size", 0), ("chunk_size", -4)]
+    wrong += [("num_iter", -1), ("ridge_strength", 0.0), ("ridge_strength", -0.3)] * (op == "gated_kalmanet")
+    for name, value in wrong:
+        with pytest.raises(ValueError, match=f"{name} must be .*, got {value}"):
+            getattr(kp, op)(**inputs, **{name: value})
+        if name != "chunk_size":
+            with pytest.raises(ValueError, match=f"{name} must be .*, got {value}"):
+                getattr(kp, f"{op}_step")(**cut(inputs, 1), state=state, **{name: value})

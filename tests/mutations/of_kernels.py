@@ -5,6 +5,9 @@ from tests.mutations import Mutation
 GOLDEN, PROPERTIES, PALLAS = "tests/kernels/test_golden_ops.py", "tests/kernels/test_properties.py", "tests/kernels/test_pallas.py"
 MANY = "tests/kernels/test_many_chunks.py"
 CHUNKS, LINEAR = "kernels_pallas/chunks.py", "kernels_pallas/linear_attention/chunked.py"
+EXTREMES, MESHES = "tests/kernels/test_extremes.py", "tests/kernels/test_meshes.py"
+WEAK_KEY = f"{EXTREMES}::test_a_zero_key_after_a_strong_decay_still_solves_for_what_is_left"
+NORMS, STEP = "kernels_pallas/gated_kalmanet/tpu_norms.py", "kernels_pallas/gated_kalmanet/tpu_step.py"
 KALMANET, CHEBYSHEV = "kernels_pallas/gated_kalmanet/chunked.py", "kernels_pallas/gated_kalmanet/chebyshev.py"
 
 MUTATIONS = [
@@ -105,5 +108,75 @@ MUTATIONS = [
         'short_conv_update(*alike("short_conv_step", x, weight[:, ::-1], bias, state.astype(x.dtype)))',
         "decoding convolves backwards in time",
         (PROPERTIES,),
+    ),
+    Mutation(
+        NORMS,
+        "jnp.where(s > 0, w.beta, 0.0)",
+        "jnp.where(s >= 0, w.beta, 0.0)",
+        "a key of zeros in a weak state has no finite gradient",
+        (f"{WEAK_KEY}[pallas_tpu]",),
+    ),
+    Mutation(
+        NORMS,
+        "lambda h, t, k, u, w: w.weak * (t * h",
+        "lambda h, t, k, u, w: w.weak * (t * t * h",
+        "the norm's gradient of the state is squared",
+        (f"{PALLAS}::test_outputs_states_and_gradients_equal_the_float64_recurrence[gated_kalmanet-pallas_tpu-float32-0.3]",),
+    ),
+    Mutation(
+        STEP,
+        "reduce_rows(h * (h * inverse(m)))",
+        "reduce_rows(h * h)",
+        "the step's norm is of another scale than its largest element",
+        (f"{PALLAS}::test_a_step_on_tpu_equals_the_recurrence_and_has_its_gradient",),
+    ),
+    Mutation(
+        CHEBYSHEV,
+        "alive = norm > empty_norm(norm.dtype)",
+        "alive = norm > 1e-20",
+        "a weak state counts as empty",
+        (f"{WEAK_KEY}[reference]",),
+    ),
+    Mutation(
+        "kernels_pallas/linear_attention/__init__.py",
+        "jnp.pad(g[:, 1:], ((0, 0), (0, 1), (0, 0)))",
+        "g",
+        "a summary decays every token once too often",
+        (f"{EXTREMES}::test_a_summary_after_a_strong_decay_is_exact",),
+    ),
+    Mutation(
+        "kernels_pallas/linear_attention/__init__.py",
+        "jnp.where(last == 0, whole, 0)",
+        "whole",
+        "a state passes the segment that begins after it, from device to device",
+        ("tests/parallel/test_parts.py::test_a_summary_does_to_a_state_what_the_tokens_do",),
+    ),
+    Mutation(
+        "kernels_pallas/arguments.py",
+        "math.isfinite(scale) and scale != 0",
+        "math.isfinite(scale)",
+        "a scale of 0, by which gradients are divided, is accepted",
+        (f"{PROPERTIES}::test_options_that_mean_nothing_are_refused_by_name",),
+    ),
+    Mutation(
+        "kernels_pallas/ssd.py",
+        "y + (d[:, None] * x)",
+        "y - (d[:, None] * x)",
+        "the skip has the wrong sign",
+        (f"{PROPERTIES}::test_the_recurrence_is_the_formula",),
+    ),
+    Mutation(
+        "kernels_pallas/short_conv/chunked.py",
+        "jnp.where((_owner(segments, W)[:, T:] == segments[:, -1:])[..., None], tail, 0)",
+        "tail",
+        "the convolution's state has inputs of earlier segments",
+        (f"{PROPERTIES}::test_packed_segments_equal_separate_sequences",),
+    ),
+    Mutation(
+        "hybrid_jax/parallel/tiles.py",
+        'alike("loss_of_logits", jnp.zeros(head.shape, jnp.float32), head)',
+        "(jnp.zeros(head.shape, jnp.float32), None)",
+        "a loss has no gradient inside a shard_map that checks varying axes",
+        (f"{MESHES}::test_tiled_attention_and_loss_in_a_shard_map_that_checks_varying_axes_are_those_without",),
     ),
 ]

@@ -7,6 +7,9 @@ HMF, PARITY, INVARIANCE = (
     "tests/convert/test_transformers_parity.py",
     "tests/layers/test_invariance.py",
 )
+PRIMING = "tests/priming/test_priming.py"
+ATTENTION, INITIALIZE = "hybrid_jax/layers/attention.py", "hybrid_jax/priming/initialize.py"
+PREFILL = f"{INVARIANCE}::test_prefill_in_parts_and_decoding_equal_the_whole"
 FORMULAS = "tests/layers/test_formulas.py"
 GKA, GDN, MAMBA2 = "hybrid_jax/layers/gka.py", "hybrid_jax/layers/gdn.py", "hybrid_jax/layers/mamba2.py"
 RECURRENT, MLP, BMOJO = "hybrid_jax/layers/recurrent.py", "hybrid_jax/layers/mlp.py", "hybrid_jax/layers/bmojo.py"
@@ -113,5 +116,44 @@ MUTATIONS = [
         "f = f * jax.lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True)) + eps",
         "epsilon is added after the root",
         (FORMULAS, PARITY),
+    ),
+    Mutation(
+        ATTENTION, "mask & (distance < window)", "mask & (distance <= window)", "a decoded window has one key too many", (PREFILL,)
+    ),
+    Mutation(ATTENTION, "else self.window - 1", "else self.window - 2", "a window's cache is one token short", (PREFILL,)),
+    Mutation(
+        RECURRENT,
+        "minval=1e-4, maxval=16.0",
+        "minval=1e-4, maxval=8.0",
+        "new decays are drawn from half their range",
+        (f"{PRIMING}::test_decays_are_drawn_evenly_from_0_to_16_and_steps_log_evenly_from_a_thousandth_to_a_tenth",),
+    ),
+    Mutation(
+        RECURRENT,
+        "dt + jnp.log(-jnp.expm1(-dt))",
+        "jnp.log(dt)",
+        "a new dt_bias is the logarithm, not the inverse of softplus",
+        (f"{PRIMING}::test_decays_are_drawn_evenly_from_0_to_16_and_steps_log_evenly_from_a_thousandth_to_a_tenth",),
+    ),
+    Mutation(
+        INITIALIZE,
+        'jnp.repeat(source["v_proj.kernel"], groups, axis=1)',
+        'jnp.concatenate([source["v_proj.kernel"]] * groups, axis=1)',
+        "the output gate takes v's columns head by head",
+        (f"{HMF}::test_stage_0_takes_from_attention_what_the_reference_takes",),
+    ),
+    Mutation(
+        INITIALIZE,
+        '"B_norm.weight": source["k_norm.weight"]',
+        '"B_norm.weight": source["q_norm.weight"]',
+        "B takes the norm of q",
+        (f"{PRIMING}::test_mamba2_takes_q_k_v_o_and_the_norms_in_its_own_order",),
+    ),
+    Mutation(
+        INITIALIZE,
+        "shape[1 if taps else 0]",
+        "shape[0]",
+        "torch's draw of a convolution is bounded by its channels",
+        (f"{PRIMING}::test_torch_as_the_option_draws_uniformly_by_the_fan_in_and_changes_nothing_else",),
     ),
 ]
