@@ -106,11 +106,12 @@ class Arrangement:
     def make_frozen(self, frozen: Parameters, copies: Parameters) -> Parameters:
         """What does not train and the teacher's `copies`, matrices in `frozen_dtype`; under jit."""
 
-        def low(parameters):
-            dtype = self.frozen_dtype
-            return stack({n: p.astype(dtype) if dtype and p.ndim > 1 else p for n, p in parameters.items()}, self.names)
+        own, copied = (stack(self.rounded(x), self.names) for x in (frozen, copies))
+        return {**own, **{TEACHER + n: jnp.copy(p) for n, p in copied.items()}}
 
-        return {**low(frozen), **{TEACHER + n: jnp.copy(p) for n, p in low(copies).items()}}
+    def rounded(self, frozen: Parameters) -> Parameters:
+        """Parameters that do not train as the phase has them: the matrices in `frozen_dtype`."""
+        return {n: p.astype(self.frozen_dtype) if self.frozen_dtype and p.ndim > 1 else p for n, p in frozen.items()}
 
     def frozen_shardings(self, mesh: Mesh, frozen: Mapping) -> dict[str, NamedSharding]:
         """Of `make_frozen`'s parameters (or their shapes)."""
