@@ -15,7 +15,7 @@ from hybrid_jax.data.layout import training_batch
 from hybrid_jax.data.pipeline import sources_of
 from hybrid_jax.data.teacher_cache import TeacherCache
 from hybrid_jax.model import Decoder
-from hybrid_jax.parallel.distributed import say, whole_array
+from hybrid_jax.parallel.distributed import of_every_process, say, whole_array
 from hybrid_jax.parallel.mesh import check_mesh_fits
 from hybrid_jax.parameters import count, join_model, split_model, with_config
 from hybrid_jax.priming.fuse import share, teacher_stream
@@ -177,7 +177,8 @@ def train_phase(
                 checkpoints.save(done, state, {"rows": batches.get_state(), "interval": interval.state()})
                 saved, stopping = done, stopping or told_to
             if stopping:
-                checkpoints.close()
-                raise Stopped(f"{name}: stopped and saved at step {done} of {phase.steps}; the same command resumes")
-    checkpoints.close()
+                break
+        checkpoints.close()
+        if any(of_every_process(stop.asked)):  # also where the request came during the last step, or while it was saved
+            raise Stopped(f"{name}: stopped and saved at step {done} of {phase.steps}; the same command resumes")
     return join_model(whole, arrangement.parameters(state, frozen))
