@@ -118,7 +118,7 @@ def train_phase(
     described = phase.described_rows(mix, seed)
     if phase.teacher_cache:
         TeacherCache(phase.teacher_cache, **described).check(phase.steps)
-    batches = training_batches(corpus, **described, rows=rows, teacher_cache=phase.teacher_cache)
+    batches = training_batches(corpus, **described, rows=rows, teacher_cache=phase.teacher_cache, steps=phase.steps)
     checkpoints, interval = Checkpoints(directory, phase.keep, phase.keep_every), Interval(sources_of(mix))
     done = saved = 0
     if (found := checkpoints.restore_latest(state)) is not None:
@@ -136,7 +136,8 @@ def train_phase(
         `sums` are of the interval that the step ends, if it ends one.
         """
         if int(whole_array(metrics["skipped_in_a_row"])) >= phase.bad_steps:
-            where = first_bad(join_model(whole, arrangement.parameters(state, frozen)), batch)
+            trained = join_model(whole, arrangement.parameters(state, frozen))
+            where = first_bad(trained, batch, arrangement.source(state, frozen))
             loss, norm = (float(whole_array(metrics[n])) for n in ("loss", "grad_norm"))
             raise FloatingPointError(
                 f"{name}: {phase.bad_steps} steps in a row were bad, the last is step {step} (loss {loss:.4g}, gradient norm "

@@ -1,5 +1,6 @@
 """A phase's values: refused by name if nobody can mean them, counted in steps, and obeyed."""
 
+import collections
 import math
 
 import jax.numpy as jnp
@@ -7,10 +8,12 @@ import numpy as np
 import pytest
 
 from hybrid_jax import load_model
+from hybrid_jax.data import training_batches
 from hybrid_jax.experiment import mix_of, phases_of_config, run_experiment
 from hybrid_jax.train import Phase, read_metrics
 from hybrid_jax.train.loop import prepared
 from tests.conftest import relative_error, tiny_model
+from tests.data.test_data import corpus  # noqa: F401 (a fixture)
 from tests.train.test_training import experiment, made_source, phase  # noqa: F401 (a fixture)
 
 GIVEN = {"objective": "next_token", "steps": 5}
@@ -114,3 +117,21 @@ def test_what_would_fail_or_mislead_later_is_refused_before_any_work(made_source
     with pytest.raises(ValueError) as e:
         run_experiment(config, tmp_path / "run")
     assert words in str(e.value) and not (tmp_path / "run").exists()
+
+
+def test_a_source_with_fewer_rows_than_the_phase_takes_is_named_with_how_often_it_is_seen(corpus, capsys):  # noqa: F811
+    mix, have = {"text": 3.0, "retrieval": 1.0}, len(corpus.rows("text", 128, 0))
+    steps = -(-10 * have // 12)  # three of a step's four rows are text, each of which is seen two and a half times
+    capsys.readouterr()
+    rows = dict(batch_size=4, length=128, seed=0)
+    stream = training_batches(corpus, mix, **rows, steps=steps)
+    said = capsys.readouterr().out.splitlines()
+    seen = collections.Counter()
+    for _ in range(steps):
+        batch = next(stream)
+        seen.update(x.tobytes() for x in batch["input_ids"][batch["source"] == 1])
+    times = sum(seen.values()) / have
+    assert times == pytest.approx(2.5, abs=0.1) and len(seen) <= have < sum(seen.values())
+    assert said == [f"text: {have:,} rows for the {3 * steps:,} that this phase takes, so each is seen {times:.1f} times"]
+    training_batches(corpus, mix, **rows, steps=have // 3)
+    assert capsys.readouterr().out == "", "each row at most once"

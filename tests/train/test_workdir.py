@@ -23,7 +23,7 @@ from tests.train.test_training import arrays, experiment, made_source  # noqa: F
 
 @pytest.fixture(scope="module")
 def run(made_source, tmp_path_factory):  # noqa: F811
-    """A run of two phases, the first of which kept its checkpoints and rounded what is frozen; its layers are stacked in training."""
+    """A run of two phases, the first of which kept its checkpoints and rounded what is frozen; layers are stacked in training."""
     source, text = made_source
     config = experiment(source, pattern="GKA-GKA")
     config.data.text = text
