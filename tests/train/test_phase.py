@@ -43,6 +43,22 @@ def test_a_value_nobody_can_mean_is_refused_with_the_phase_s_and_its_own_name(na
             Phase.from_config("sft", {**GIVEN, name: value})
 
 
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        (dict(decay_steps=2), "decay_steps is 2, but the schedule 'cosine' does not read it"),
+        (dict(schedule="constant", final_fraction=0.1), "final_fraction is 0.1, but the schedule 'constant'"),
+        (dict(objective="align_none", form="fused", options={"pre_lm_head": False}), "with pre_lm_head = False is 0 everywhere"),
+        (dict(objective="distill", form="fused", options={"divergence_weight": 0.0}), "is 0 everywhere, so nothing would train"),
+    ],
+)
+def test_an_option_that_would_be_ignored_or_leave_nothing_to_learn_is_refused(values, words):
+    with pytest.raises(ValueError, match=words):
+        phase(**values)
+    phase(objective="distill", form="fused", options={"divergence_weight": 0.0, "next_token_weight": 1.0})
+    phase(objective="align_mixer", form="fused", options={"pre_lm_head": False})
+
+
 def test_values_at_the_edge_are_taken():
     edges = dict(learning_rate=0, beta1=0.0, weight_decay=0.0, clip=0, spike=1.5, final_fraction=1.0, keep_every=0, bad_steps=1)
     found = Phase.from_config("sft", {**GIVEN, **edges, "mix": {"text": 1, "retrieval": 0}, "trainable": ["norm"]})
