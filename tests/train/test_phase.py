@@ -70,7 +70,7 @@ def test_tokens_and_epochs_are_counted_in_steps():
     assert [phase(steps=0, tokens=n, **rows).steps for n in (1, 47, 49, 320)] == [1, 1, 2, 10]
     assert phase(steps=0, tokens=640, warmup_fraction=0.12, **rows).warmup_steps == 3  # 2.4 of 20, rounded up
     of_epochs = phase(steps=0, epochs=2.5, mix={"text": 1.0}, warmup_fraction=0.5, **rows)
-    assert [of_epochs.with_rows(n).steps for n in (1, 10, 13)] == [1, 6, 8]
+    assert [of_epochs.with_rows(n).steps for n in (1, 10, 11, 13)] == [1, 6, 7, 8]
     assert of_epochs.with_rows(10).warmup_steps == 3 and of_epochs.with_rows(10).epochs == 0
 
     class Rows:
