@@ -219,7 +219,8 @@ def test_the_share_of_the_peak_is_measured_where_the_peak_is_known(corpus, tmp_p
 def test_a_torn_line_of_a_killed_run_is_left_out(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"phase": "p", "step": 1, "loss": 2.0}) + '\n{"phase": "p", "st')
     writer = MetricWriter(tmp_path)
-    writer.write("p", 2, {"loss": 1.0})
+    writer.write("p", 2, {"loss": 3.0})
+    writer.write("p", 2, {"loss": 1.0})  # by a run that was resumed
     writer.close()
     assert losses(tmp_path) == {1: 2.0, 2: 1.0}
 
