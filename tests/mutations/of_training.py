@@ -20,6 +20,7 @@ PARTS = f"{OF_OPTIMIZER}::test_parts_of_a_batch_weigh_what_their_losses_are_mean
 COUNTED = f"{OF_PHASE}::test_tokens_and_epochs_are_counted_in_steps"
 MEANS = f"{OF_INTERVAL}::test_an_interval_is_the_mean_over_its_tokens_and_each_source_s_over_its_own"
 FUSED_AGAIN = f"{OF_TEACHERS}::test_a_model_fused_again_learns_from_the_source"
+TWO_MODELS = f"{OF_TEACHERS}::test_two_streams_with_a_teacher_of_its_own_are_two_models"
 
 MUTATIONS = [
     Mutation(
@@ -163,7 +164,14 @@ MUTATIONS = [
         "(teacher or self).norm(taught)",
         "self.norm(taught)",
         "the teacher ends with the student's norm",
-        (FUSED_AGAIN, f"{OF_TEACHERS}::test_a_teacher_does_not_move_when_what_it_shares_trains"),
+        (TWO_MODELS,),
+    ),
+    Mutation(
+        MODEL,
+        "start = hidden if teacher is None else teacher.inputs(input_ids, segment_ids, positions)[0]",
+        "start = hidden",
+        "the teacher begins with the student's embeddings",
+        (TWO_MODELS,),
     ),
     Mutation(
         LOOP,

@@ -95,6 +95,16 @@ def test_a_model_fused_again_learns_from_the_source(trainable):
         assert not any("layers.0.mlp" in n or ".swa." in n for n in copies)
 
 
+def test_two_streams_with_a_teacher_of_its_own_are_two_models():
+    """Of which no parameter is equal: embeddings, norms and MLPs are each one's own."""
+    source = tiny_model("*-*")
+    hybrid = moved(initialize_hybrid(source, "*-SWA"), by=0.05)
+    streams = fuse(hybrid, source).two_streams(IDS, teacher=source)
+    taught, learned = source.hidden_states(IDS)[0], hybrid.hidden_states(IDS)[0]
+    assert relative_error(streams.teacher, taught) < 1e-6 and relative_error(streams.student, learned) < 1e-6
+    assert relative_error(learned, taught) > 0.1
+
+
 def test_a_phase_s_rope_and_context_are_the_student_s_alone():
     yarn = RopeConfig(theta=1e4, kind="yarn", options=(("factor", None), ("original_max_position_embeddings", 64)))
     source = tiny_model("*-*", rope=yarn)
