@@ -72,10 +72,13 @@ def load_run(
 
 
 def _with_checkpoint(model: Decoder, phase: Phase, directory: pathlib.Path, step: int | None, mesh: Mesh | None) -> Decoder:
-    """The model with a checkpoint's parameters in place of its own."""
+    """The model with a checkpoint's parameters in place of its own; those that do not train are as the phase has them."""
     arrangement, (structure, parameters) = Arrangement(model, phase), split_model(model)
-    wanted = jax.eval_shape(lambda p: stack(p, arrangement.names), arrangement.split(parameters)[0])
+    trainable, frozen = arrangement.split(parameters)
+    wanted = jax.eval_shape(lambda p: stack(p, arrangement.names), trainable)
     if mesh is not None:
         where = parameter_shardings(mesh, wanted, arrangement.axes)
         wanted = {name: x.update(sharding=where[name]) for name, x in wanted.items()}
-    return join_model(structure, {**parameters, **unstack(restore_trainable(directory, wanted, step), arrangement.names)})
+    trained = unstack(restore_trainable(directory, wanted, step), arrangement.names)
+    rounded = {n: x.astype(frozen[n].dtype) for n, x in arrangement.rounded(frozen).items()}
+    return join_model(structure, {**rounded, **trained})

@@ -14,6 +14,7 @@ import numpy as np
 
 from hybrid_jax.data.corpus import Corpus
 from hybrid_jax.data.teacher_cache import TeacherCache
+from hybrid_jax.parallel.distributed import say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,17 @@ def _numbered(source, number: int, seed: int) -> grain.MapDataset:
     return rows.map(lambda row: {**row, "source": np.int32(number)})
 
 
+def _repeated(available: Mapping[str, int], mix: Mapping[str, float], taken: int) -> list[str]:
+    """Of sources of so many rows each, a sentence for every one of which `taken` rows of the mix are more than it has."""
+    total = sum(mix[name] for name in available)
+    wanted = {name: taken * mix[name] / total for name in available}
+    return [
+        f"{name}: {rows:,} rows for the {wanted[name]:,.0f} that this phase takes, so each is seen {wanted[name] / rows:.1f} times"
+        for name, rows in available.items()
+        if wanted[name] >= rows + 0.5
+    ]
+
+
 def training_batches(
     corpus: Corpus,
     mix: Mapping[str, float],
@@ -61,6 +73,7 @@ def training_batches(
     rows: Sequence[int] | None = None,
     threads: int = 1,
     teacher_cache: str = "",
+    steps: int = 0,
 ):
     """An endless, checkpointable iterator of batches {input_ids, segment_ids, loss_weights} [rows, length], {source} [rows].
 
@@ -71,12 +84,15 @@ def training_batches(
       rows: those of a step that this process wants; None: all.
       threads: that read ahead.
       teacher_cache: adds what a teacher thinks of each token, see `teacher_cache.TeacherCache`.
+      steps: that will be taken of it; a source that has fewer rows than they take is named, and how often it is repeated.
 
     Raises:
       ValueError: an unknown source, no positive share, or a teacher's cache of other rows.
     """
     names = sources_of(mix)
     sources = [corpus.rows(name, length, seed, answer_weight) for name in names]
+    for note in _repeated(dict(zip(names, map(len, sources), strict=True)), mix, steps * batch_size):
+        say(note)
     mixed = grain.MapDataset.mix([_numbered(s, n, seed) for n, s in enumerate(sources)], weights=[mix[name] for name in names])
     rows = tuple(range(batch_size) if rows is None else rows)
     batches = grain.MapDataset.source(_Own(mixed, batch_size, rows)).batch(len(rows), drop_remainder=True)

@@ -18,7 +18,7 @@ from hybrid_jax.files import new_directory, write_text
 RECORD = "cache.json"
 
 
-def _short(value: Any) -> str:
+def shortened(value: Any) -> str:
     """A value for a message; of a hash its beginning."""
     return value[:12] + "..." if isinstance(value, str) and len(value) == 64 else str(value)
 
@@ -64,8 +64,8 @@ class TeacherCache:
             if found[name] != value:
                 who = "this teacher is" if name == "teacher" else "this phase has"
                 raise ValueError(
-                    f"{path} was made with {name} = {_short(found[name])}, {who} {_short(value)}; make another with hybrid-jax "
-                    "cache-teacher, in another directory"
+                    f"{path} was made with {name} = {shortened(found[name])}, {who} {shortened(value)}; make another with "
+                    "hybrid-jax cache-teacher, in another directory"
                 )
 
     def _step(self, step: int) -> pathlib.Path:

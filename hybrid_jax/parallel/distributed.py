@@ -102,6 +102,13 @@ def barrier(name: str):
         multihost_utils.sync_global_devices(name)
 
 
+def of_every_process(value: int) -> list[int]:
+    """An integer of each process, by the processes' numbers; all of them must ask for it."""
+    if jax.process_count() == 1:
+        return [int(value)]
+    return np.ravel(multihost_utils.process_allgather(np.int32(value))).tolist()
+
+
 def in_job() -> bool:
     """Whether `initialize` found other processes; known without asking for devices."""
     return global_state.client is not None and global_state.num_processes > 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 
 from hybrid_jax.checks import check_integer, check_number
@@ -68,7 +69,18 @@ def score_layers(model: Decoder, corpus: Corpus, selection: Selection) -> list[f
 
 
 def pattern_from_scores(scores: list[float], mixer: str, fraction: float) -> str:
-    """Converts the cheapest `fraction` of the layers; ties go to the earlier layer."""
+    """Converts the cheapest `fraction` of the layers; ties go to the earlier layer.
+
+    Raises:
+      ValueError: a score is not finite, so that there is no order, or the fraction is less than half a layer.
+    """
+    if bad := [i for i, score in enumerate(scores) if not math.isfinite(score)]:
+        raise ValueError(f"the score of layer {bad[0]} is {scores[bad[0]]}, so the layers cannot be ranked")
+    if not round(fraction * len(scores)):
+        raise ValueError(
+            f"select.fraction {fraction} of {len(scores)} layers is none, so nothing would be converted; set it to at least "
+            f"{1 / len(scores):.3g}"
+        )
     cheapest = sorted(range(len(scores)), key=lambda i: (scores[i], i))[: round(fraction * len(scores))]
     return "-".join(mixer if i in cheapest else "*" for i in range(len(scores)))
 

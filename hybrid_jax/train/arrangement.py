@@ -67,7 +67,7 @@ class Arrangement:
         runs = training_runs(model.config, self.chosen)
         self.names = stacked_names(model.config, runs)
         self.structure, self.axes = stacked_structure(model, runs)
-        self.copied, self.teacher_structure = frozenset(), None
+        self.copied, self.teacher_structure, self.source_structure = frozenset(), None, None
         if OBJECTIVES[phase.objective].two_streams:
             self._arrange_teacher(model, teacher, runs)
 
@@ -81,6 +81,7 @@ class Arrangement:
         have, taught = split_model(own)[1], split_model(teacher)[1]
         differ = {n for n in have if n in self.chosen or taught[n] is not have[n]}
         self.copied = frozenset(n for olds in self.names.values() if differ.intersection(olds) for n in olds)
+        self.source_structure = split_model(teacher)[0]
         if self.copied or not same_function(own.config, teacher.config):
             self.teacher_structure = stacked_structure(teacher, runs)[0]
             self.teacher_names = frozenset(stacked_names(teacher.config, runs))
@@ -106,11 +107,12 @@ class Arrangement:
     def make_frozen(self, frozen: Parameters, copies: Parameters) -> Parameters:
         """What does not train and the teacher's `copies`, matrices in `frozen_dtype`; under jit."""
 
-        def low(parameters):
-            dtype = self.frozen_dtype
-            return stack({n: p.astype(dtype) if dtype and p.ndim > 1 else p for n, p in parameters.items()}, self.names)
+        own, copied = (stack(self.rounded(x), self.names) for x in (frozen, copies))
+        return {**own, **{TEACHER + n: jnp.copy(p) for n, p in copied.items()}}
 
-        return {**low(frozen), **{TEACHER + n: jnp.copy(p) for n, p in low(copies).items()}}
+    def rounded(self, frozen: Parameters) -> Parameters:
+        """Parameters that do not train as the phase has them: the matrices in `frozen_dtype`."""
+        return {n: p.astype(self.frozen_dtype) if self.frozen_dtype and p.ndim > 1 else p for n, p in frozen.items()}
 
     def frozen_shardings(self, mesh: Mesh, frozen: Mapping) -> dict[str, NamedSharding]:
         """Of `make_frozen`'s parameters (or their shapes)."""
@@ -129,6 +131,15 @@ class Arrangement:
     def parameters(self, state: TrainState, frozen: Parameters) -> Parameters:
         """All parameters by the model's own names."""
         return unstack({**state.trainable, **{n: p for n, p in frozen.items() if not n.startswith(TEACHER)}}, self.names)
+
+    def source(self, state: TrainState, frozen: Parameters) -> Decoder | None:
+        """Who teaches, its layers not stacked; None where the objective has no teacher."""
+        if self.source_structure is None:
+            return None
+        own = {n: p for n, p in {**state.trainable, **frozen}.items() if not n.startswith(TEACHER)}
+        copies = {n.removeprefix(TEACHER): p for n, p in frozen.items() if n.startswith(TEACHER)}
+        parameters = unstack({**own, **copies}, self.names)
+        return join_model(self.source_structure, {n: parameters[n] for n in abstract_parameters(self.config.teacher())})
 
     def state_shardings(self, mesh: Mesh, state: TrainState) -> TrainState:
         """Of a state (or its shapes): moments lie with their parameters, the rest is replicated."""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from hybrid_jax.files import unused
-from hybrid_jax.parallel.distributed import barrier, is_first, say
+from hybrid_jax.parallel.distributed import barrier, is_first, of_every_process, say
 
 READ_ERRORS = (ValueError, OSError, KeyError, TypeError)  # that orbax raises when it restores
 WAITS = (1.0, 5.0, 25.0)  # seconds before each further attempt
@@ -104,7 +104,8 @@ class Checkpoints:
         )
 
     def restore_latest(self, like: TrainState) -> tuple[int, TrainState, dict] | None:
-        """(step, state, what was saved beside it) of the newest checkpoint that is not damaged; None if there never was one.
+        """(step, state, what was saved beside it) of the newest checkpoint that no process finds damaged; None if there never was
+        one.
 
         The state comes in the shapes and shardings of `like`, whatever mesh, devices and processes saved it. Damaged ones (see
         `is_damage`) are passed over with a warning; when an older one has been read they are renamed to `damaged-STEP`, so that
@@ -112,13 +113,34 @@ class Checkpoints:
 
         Raises:
           ValueError: there are checkpoints and all are damaged, or one holds other parameters than `like`.
-          OSError: one could not be read, now, for a reason other than damage; it is left as it is.
+          OSError: one could not be read, now, for a reason other than damage; it is left as it is. Or only some processes see
+            any checkpoint.
         """
-        steps, damaged = sorted(self.manager.all_steps(), reverse=True), []
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_dict(like))
+        every = sorted(self.manager.all_steps(), reverse=True)
+        step, got = every[0] if every else 0, None
+        while (agreed := min(all_of := of_every_process(step))) != max(all_of) or (agreed and got is None):
+            if not agreed:
+                raise OSError(
+                    f"only some processes of the job see checkpoints in {self.directory}; every one must see the same directory"
+                )
+            step, got = self._newest_readable([s for s in every if s <= agreed], target)
+        if not agreed:
+            return None
+        self._set_aside([s for s in every if s > step])
+        state = {**got["state"], "health": Health(**got["state"]["health"])}
+        return step, TrainState(**state), got["data"]
+
+    def _newest_readable(self, steps: Sequence[int], target) -> tuple[int, dict]:
+        """(step, what it holds) of the first of these checkpoints that is not damaged, for this process; of several each reads
+        its own part of the files, so that what one finds another may not.
+
+        Raises:
+          ValueError, OSError: as `restore_latest`.
+        """
         for step in steps:
             try:
-                got = self._read(step, target)
+                return step, self._read(step, target)
             except READ_ERRORS as e:
                 if not is_damage(e):
                     kind = OSError if may_pass(e) else ValueError
@@ -130,17 +152,10 @@ class Checkpoints:
                     f"the checkpoint of step {step} in {self.directory} is damaged and cannot be read, trying the one before: "
                     f"{_reason(e)}"
                 )
-                damaged.append(step)
-                continue
-            self._set_aside(damaged)
-            state = {**got["state"], "health": Health(**got["state"]["health"])}
-            return step, TrainState(**state), got["data"]
-        if steps:
-            raise ValueError(
-                f"none of the checkpoints in {self.directory} (steps {', '.join(map(str, steps))}) can be read; repair or remove "
-                "the directory to begin the phase anew"
-            )
-        return None
+        raise ValueError(
+            f"none of the checkpoints in {self.directory} (steps {', '.join(map(str, steps))}) can be read; repair or remove "
+            "the directory to begin the phase anew"
+        )
 
     def _read(self, step: int, target):
         """What a checkpoint holds; tries again after an error that may pass."""
@@ -161,8 +176,8 @@ class Checkpoints:
                 new = unused(self.directory / f"damaged-{step}")
                 (self.directory / str(step)).rename(new)
                 print(f"the damaged checkpoint of step {step} is now {new}", flush=True)
+        barrier("set damaged checkpoints aside")
         if steps:
-            barrier("set damaged checkpoints aside")
             self.manager.reload()
 
     def close(self):

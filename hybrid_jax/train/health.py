@@ -10,28 +10,33 @@ import jax.numpy as jnp
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.distributed import whole_array
 from hybrid_jax.parameters import split_model
+from hybrid_jax.priming.fuse import unfuse
 
 
-def first_bad(model: Decoder, batch: Mapping[str, jax.Array]) -> str:
-    """In words. Runs the model layer by layer."""
+def first_bad(model: Decoder, batch: Mapping[str, jax.Array], teacher: Decoder | None = None) -> str:
+    """In words. Runs the model without its teacher path, and beside it the teacher where there is one, layer by layer.
+
+    Args:
+      teacher: a model of one stream, as `Arrangement.source` makes it.
+    """
 
     def finite(x) -> bool:
         return bool(whole_array(jnp.all(jnp.isfinite(x))))
 
-    _, parameters = split_model(model)
-    for name, value in parameters.items():
-        if not finite(value):
-            return f"the parameter {name} is not finite"
-    hidden, at = model.inputs(batch["input_ids"], batch["segment_ids"], batch["positions"])
-    if not finite(hidden):
-        return "the embeddings are not finite"
-    streams = {"": hidden}
-    if model.config.is_fused:
-        streams = {" of the student": hidden, " of the teacher": hidden}
-    for i, layer in enumerate(model.layers):
+    model = unfuse(model)
+    models = {"": model} if teacher is None else {" of the student": model, " of the teacher": teacher}
+    streams = {}
+    for whose, one in models.items():
+        for name, value in split_model(one)[1].items():
+            if not finite(value):
+                return f"the parameter {name}{whose} is not finite"
+        streams[whose], at = one.inputs(batch["input_ids"], batch["segment_ids"], batch["positions"])
+        if not finite(streams[whose]):
+            return f"the embeddings{whose} are not finite"
+    for i in range(model.config.num_layers):
         for name, hidden in streams.items():
-            kind = layer.spec.teacher if name.endswith("teacher") else layer.spec.kind
-            out, _ = jax.jit(lambda h, layer=layer, kind=kind: layer.run(kind, h, **at))(hidden)
+            layer = models[name].layers[i]
+            out, _ = jax.jit(lambda h, layer=layer: layer.run(layer.spec.kind, h, **at))(hidden)
             for part in ("mixer", "mlp", "hidden"):
                 if not finite(getattr(out, part)):
                     return f"layer {i} ({layer.spec.symbol}) is the first whose output{name} is not finite: its {part}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,16 @@ from jax.sharding import Mesh
 from hybrid_jax.data import Corpus, training_batches
 from hybrid_jax.data.layout import training_batch
 from hybrid_jax.data.pipeline import sources_of
-from hybrid_jax.data.teacher_cache import TeacherCache
+from hybrid_jax.data.teacher_cache import RECORD, TeacherCache, shortened
+from hybrid_jax.files import file_hash
 from hybrid_jax.model import Decoder
-from hybrid_jax.parallel.distributed import say, whole_array
+from hybrid_jax.parallel.distributed import of_every_process, say, whole_array
 from hybrid_jax.parallel.mesh import check_mesh_fits
 from hybrid_jax.parameters import count, join_model, split_model, with_config
 from hybrid_jax.priming.fuse import share, teacher_stream
 from hybrid_jax.stopped import Stopped, StopRequest
 from hybrid_jax.train.arrangement import Arrangement
+from hybrid_jax.train.cache import teacher_fingerprint
 from hybrid_jax.train.checkpoint import Checkpoints
 from hybrid_jax.train.health import first_bad
 from hybrid_jax.train.interval import LATEST, Interval
@@ -51,6 +53,21 @@ def _source(model: Decoder, phase: Phase, teacher: Callable[[], Decoder] | None)
     if not OBJECTIVES[phase.objective].two_streams:
         return None
     return teacher_stream(model) if teacher is None else share(teacher_stream(teacher()), model, phase.frozen_dtype)
+
+
+def _check_same(name: str, step: int, saved: Mapping, made_of: Mapping):
+    """Checks that a phase goes on with the rows and the teacher that it began with.
+
+    Raises:
+      ValueError: it does not; names the first difference.
+    """
+    for key in sorted({*saved, *made_of}):
+        if saved.get(key) != made_of.get(key):
+            raise ValueError(
+                f"{name}: up to its checkpoint of step {step} the phase had {key} = {shortened(saved.get(key))}, now it is "
+                f"{shortened(made_of.get(key))}: the text, the tokenizer or the teacher has been replaced. Put back what was "
+                "there, or choose another --workdir"
+            )
 
 
 def told(values: dict[str, float]) -> str:
@@ -95,7 +112,8 @@ def train_phase(
     Raises:
       Stopped: on SIGINT or SIGTERM, after saving.
       FloatingPointError: too many steps in a row were bad; names the steps and where the numbers went bad.
-      ValueError: a pattern of `phase.trainable` matches nothing, or no checkpoint can be read.
+      ValueError: a pattern of `phase.trainable` matches nothing, no checkpoint can be read, or the checkpoint's rows or teacher
+        were others.
       FileNotFoundError: the teacher's cache ends before the phase does.
     """
     source = _source(model, phase, teacher)
@@ -105,7 +123,9 @@ def train_phase(
     arrangement, meter = Arrangement(model, phase, source), Meter(phase, model, source)
     whole, parameters = split_model(model)
     total, training = count(parameters), count(arrangement.split(parameters)[0])
-    taught = {} if source is None else split_model(source)[1]
+    taught, made_of = {}, {}
+    if source is not None:
+        taught, made_of = split_model(source)[1], {"teacher": teacher_fingerprint(source)}
     copied = count(arrangement.copies(taught))
     del model, source  # their arrays go as soon as the caller lets them
     state, frozen, shardings = arrangement.begin(mesh, parameters, taught)
@@ -118,12 +138,15 @@ def train_phase(
     described = phase.described_rows(mix, seed)
     if phase.teacher_cache:
         TeacherCache(phase.teacher_cache, **described).check(phase.steps)
-    batches = training_batches(corpus, **described, rows=rows, teacher_cache=phase.teacher_cache)
+        made_of["teacher_cache"] = file_hash(pathlib.Path(phase.teacher_cache) / RECORD)
+    batches = training_batches(corpus, **described, rows=rows, teacher_cache=phase.teacher_cache, steps=phase.steps)
+    made_of |= corpus.identity(mix)
     checkpoints, interval = Checkpoints(directory, phase.keep, phase.keep_every), Interval(sources_of(mix))
     done = saved = 0
     if (found := checkpoints.restore_latest(state)) is not None:
         done, state, saved_beside = found
         saved = done
+        _check_same(name, done, saved_beside["made_of"], made_of)
         batches.set_state(saved_beside["rows"])
         interval.set_state(saved_beside["interval"])
         say(f"{name}: resumed at step {done}")
@@ -136,7 +159,8 @@ def train_phase(
         `sums` are of the interval that the step ends, if it ends one.
         """
         if int(whole_array(metrics["skipped_in_a_row"])) >= phase.bad_steps:
-            where = first_bad(join_model(whole, arrangement.parameters(state, frozen)), batch)
+            trained = join_model(whole, arrangement.parameters(state, frozen))
+            where = first_bad(trained, batch, arrangement.source(state, frozen))
             loss, norm = (float(whole_array(metrics[n])) for n in ("loss", "grad_norm"))
             raise FloatingPointError(
                 f"{name}: {phase.bad_steps} steps in a row were bad, the last is step {step} (loss {loss:.4g}, gradient norm "
@@ -174,10 +198,12 @@ def train_phase(
             if done % phase.checkpoint_every == 0 or last or stopping:
                 told_to |= look(*pending)  # so that what is saved has been logged
                 pending = None
-                checkpoints.save(done, state, {"rows": batches.get_state(), "interval": interval.state()})
+                beside = {"rows": batches.get_state(), "interval": interval.state(), "made_of": made_of}
+                checkpoints.save(done, state, beside)
                 saved, stopping = done, stopping or told_to
             if stopping:
-                checkpoints.close()
-                raise Stopped(f"{name}: stopped and saved at step {done} of {phase.steps}; the same command resumes")
-    checkpoints.close()
+                break
+        checkpoints.close()
+        if any(of_every_process(stop.asked)):  # also where the request came during the last step, or while it was saved
+            raise Stopped(f"{name}: stopped and saved at step {done} of {phase.steps}; the same command resumes")
     return join_model(whole, arrangement.parameters(state, frozen))

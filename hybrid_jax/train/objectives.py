@@ -150,25 +150,28 @@ class Objective:
         that is the model's own frozen part.
       teacher_cache: it reads a teacher's answers from the batch (`cache-teacher` makes them).
       checks: option -> (name, value) -> value, raises ValueError if the value is bad.
+      nothing: values of options that together make the loss 0 everywhere.
     """
 
     loss: Callable
     two_streams: bool = False
     teacher_cache: bool = False
     checks: Mapping[str, Callable[[str, Any], Any]] = dataclasses.field(default_factory=dict)
+    nothing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __call__(self, model: Decoder, batch, teacher: Decoder | None = None, **options):
         return self.loss(model, batch, teacher, **options)
 
     @property
-    def options(self) -> list[str]:
-        """The names of the options, in the order of the loss's arguments."""
+    def options(self) -> dict[str, Any]:
+        """The options' names, in the order of the loss's arguments, and their defaults."""
         bound = self.loss.keywords if isinstance(self.loss, functools.partial) else {}
         arguments = inspect.signature(self.loss).parameters.items()
-        return [n for n, p in arguments if p.kind == p.KEYWORD_ONLY and n not in bound]
+        return {n: p.default for n, p in arguments if p.kind == p.KEYWORD_ONLY and n not in bound}
 
 
 _WEIGHTS = dict.fromkeys(("divergence_weight", "next_token_weight"), functools.partial(check_number, minimum=0))
+_NO_WEIGHTS = dict.fromkeys(_WEIGHTS, 0)
 _DISTILL = {
     "kind": functools.partial(check_choice, choices=KINDS),
     "temperature": functools.partial(check_number, above=0),
@@ -177,11 +180,14 @@ _DISTILL = {
 
 OBJECTIVES = {
     "next_token": Objective(next_token),
-    "distill": Objective(distill, two_streams=True, checks=_DISTILL),
-    "distill_cached": Objective(distill_cached, teacher_cache=True, checks=_WEIGHTS),
+    "distill": Objective(distill, two_streams=True, checks=_DISTILL, nothing=_NO_WEIGHTS),
+    "distill_cached": Objective(distill_cached, teacher_cache=True, checks=_WEIGHTS, nothing=_NO_WEIGHTS),
     **{
         f"align_{target}": Objective(
-            functools.partial(align, target=target), two_streams=True, checks={"pre_lm_head": check_boolean}
+            functools.partial(align, target=target),
+            two_streams=True,
+            checks={"pre_lm_head": check_boolean},
+            nothing={} if ALIGN_TARGETS[target] else {"pre_lm_head": False},
         )
         for target in ALIGN_TARGETS
     },
@@ -192,7 +198,7 @@ def make_objective(name: str, options: Mapping) -> Callable:
     """The objective with its options.
 
     Raises:
-      ValueError: no objective has that name, or it does not have that option, or not with that value.
+      ValueError: no objective has that name, or it does not have that option, or not with that value; or nothing would train.
     """
     check_choice("objective", name, OBJECTIVES)
     objective = OBJECTIVES[name]
@@ -202,4 +208,7 @@ def make_objective(name: str, options: Mapping) -> Callable:
         raise ValueError(f"objective {name!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
     checks = objective.checks
     checked = {n: checks[n](f"options.{n}", value) if n in checks else value for n, value in options.items()}
+    if objective.nothing and objective.nothing == {n: {**known, **checked}[n] for n in objective.nothing}:
+        given = ", ".join(f"{n} = {value!r}" for n, value in objective.nothing.items())
+        raise ValueError(f"objective {name!r} with {given} is 0 everywhere, so nothing would train; set one of them otherwise")
     return functools.partial(objective, **checked)

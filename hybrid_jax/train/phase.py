@@ -23,6 +23,7 @@ CHOICES = {
     "frozen_dtype": ("", "float32", "bfloat16"),
     "remat": tuple(REMAT),
 }
+SHAPED_BY = {"decay_steps": ("wsd",), "final_fraction": ("cosine", "linear", "wsd")}  # the schedules that read a value
 INTEGERS = {  # name -> the least
     **dict.fromkeys(("batch_size", "seq_len", "accumulate", "bad_steps", "log_every", "checkpoint_every", "keep"), 1),
     **dict.fromkeys(("steps", "tokens", "warmup_steps", "decay_steps", "max_position_embeddings", "keep_every"), 0),
@@ -129,6 +130,12 @@ class Phase:
             raise ValueError(f"phase needs one of steps, tokens and epochs, got {given or 'none'}")
         if self.epochs and len(self.mix) != 1:
             raise ValueError(f"phase.epochs needs a phase.mix of one source, got {dict(self.mix)}")
+        for name, schedules in SHAPED_BY.items():
+            if getattr(self, name) and self.schedule not in schedules:
+                raise ValueError(
+                    f"phase.{name} is {getattr(self, name)}, but the schedule {self.schedule!r} does not read it; leave it at 0, "
+                    f"or take one of {', '.join(schedules)}"
+                )
         if self.warmup_steps and self.warmup_fraction:
             raise ValueError("phase has both warmup_steps and warmup_fraction; give one")
         if not self.epochs:  # of epochs `with_rows` says how many steps they are

@@ -65,7 +65,8 @@ def test_two_processes_of_which_one_is_asked_to_stop_and_one_on_another_mesh_are
     both[1].send_signal(signal.SIGTERM)
     outs = [p.communicate(timeout=300) for p in both]
     assert [p.returncode for p in both] == [3, 3], outs[0][1][-2000:] + outs[1][1][-2000:]
-    said = [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for out, _ in outs]  # which XLA prints
+    gloo = re.compile(r"^\[Gloo\]|connected to \d+ peer ranks")  # what XLA prints, from several threads at once
+    said = [[line for line in out.splitlines() if line and not gloo.search(line)] for out, _ in outs]
     assert any("training" in line for line in said[0]) and said[1] == []  # what a job says it says once
     stopped = [int(re.search(r"saved at step (\d+) of 60", errors)[1]) for _, errors in outs]
     assert stopped[0] == stopped[1] and 0 < stopped[0] < 60
@@ -142,7 +143,7 @@ def test_a_failure_of_the_first_process_alone_ends_the_job_with_its_message(made
     both = [start(["prime", config, f"--workdir={tmp_path}/run"], 1, member(port, 2, i)) for i in range(2)]
     errors = [p.communicate(timeout=120)[1] for p in both]
     assert [p.returncode for p in both] == [1, 1], errors
-    assert all("holds a run of another config: config.data.mix.text is 1.0 now" in e and "Traceback" not in e for e in errors)
+    assert all("holds a run of another config: config.data.mix.more is 0.4 now" in e and "Traceback" not in e for e in errors)
     assert "on process 0, which ended the job" in errors[1]
 
 

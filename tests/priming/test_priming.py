@@ -148,5 +148,9 @@ def test_selection_converts_the_cheapest_layers():
     assert pattern_from_scores([0.0, 0.0, 0.0], "GKA", 1 / 3) == "GKA-*-*"
     with pytest.raises(ValueError, match="fraction"):
         Selection(fraction=0)
+    with pytest.raises(ValueError, match="select.fraction 0.1 of 4 layers is none"):
+        pattern_from_scores([0.0] * 4, "GKA", 0.1)
+    with pytest.raises(ValueError, match="score of layer 1 is nan"):
+        pattern_from_scores([2.0, float("nan"), 1.0, 0.5], "GKA", 0.5)
     with pytest.raises(ValueError, match="mixer"):
         Selection(mixer="*")

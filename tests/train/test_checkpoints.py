@@ -36,7 +36,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_as_if_it_had_not_b
     capsys.readouterr()
     again = arrays(train(corpus, tmp_path / "parts"))
     told = capsys.readouterr().out
-    assert "step 6" in told and "can not be read, trying the one before" in told and "resumed at step 4" in told
+    assert "step 6" in told and "damaged and cannot be read, trying the one before" in told and "resumed at step 4" in told
     assert all(np.array_equal(whole[n], again[n]) for n in whole)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert saved_steps(tmp_path / "parts") == [4, 6]
@@ -126,6 +126,24 @@ def test_an_error_that_passes_is_waited_for(saved, monkeypatch, capsys):
     step, got, _ = Checkpoints(directory / "checkpoints").restore_latest(state)
     assert step == 5 and got.trainable["w"][1, 2] == 10 and saved_steps(directory) == [3, 5]
     assert "timed out" in capsys.readouterr().out
+
+
+def test_all_processes_go_on_from_the_newest_checkpoint_that_none_finds_damaged(saved, monkeypatch):
+    """This process can read step 5; another one, which reads other parts of the files, only step 3."""
+    directory, state = saved
+    asked = []
+
+    def both(own):
+        asked.append(own)
+        return [own, min(own, 3) if len(asked) > 1 else own]
+
+    monkeypatch.setattr(checkpoint, "of_every_process", both, raising=False)
+    step, got, beside = Checkpoints(directory / "checkpoints").restore_latest(state)
+    assert (step, beside) == (3, {"at": 3}) and got.trainable["w"][0, 0] == 3 and asked == [5, 5, 3]
+    assert saved_steps(directory) == [3] and (directory / "checkpoints" / "damaged-5").exists()
+    monkeypatch.setattr(checkpoint, "of_every_process", lambda own: [own, 0])
+    with pytest.raises(OSError, match="only some processes of the job see checkpoints"):
+        Checkpoints(directory / "checkpoints").restore_latest(state)
 
 
 @pytest.mark.parametrize("part", ["values", "metadata", "iterator", "item"])

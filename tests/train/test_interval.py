@@ -164,4 +164,6 @@ def test_the_picture_has_every_source_s_own_loss_and_bridges_intervals_without_o
         "train: recall": [[6, 3.0]],
     }
     assert report.alignment_of(rows["align"]) == {1: (8.0, 2.0)} and (tmp_path / "run.png").exists()
+    worse = [*rows["align"], {"step": 9, "loss": 5.0, "mixer_mse/01": 3.0}]
+    assert report.alignment_of(worse) == {1: (8.0, 3.0)} and report.final_loss(rows["train"]) == 1.5
     assert report.final_loss(rows["train"][:2]) == 2.0 and np.isnan(report.final_loss(rows["train"][1:2]))

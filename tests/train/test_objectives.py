@@ -111,3 +111,15 @@ def test_an_alignment_s_losses_of_tokens_are_those_of_the_rows_by_themselves():
         want = float(objective(model, alone)[0])
         assert np.average(losses[row], weights=weights[row]) == pytest.approx(want, rel=1e-5)
     assert np.average(losses, weights=weights) == pytest.approx(float(loss), rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 8.0])
+def test_a_loss_does_not_depend_on_the_scale_of_its_weights(scale):
+    model, ids = tiny_model("*"), np.random.default_rng(0).integers(0, 61, (2, 9)).astype(np.int32)
+    given = np.linspace(0.1, 1, 18, dtype=np.float32).reshape(2, 9) * scale
+    rows = {"input_ids": ids, "segment_ids": np.ones_like(ids), "loss_weights": given}
+    loss, metrics = make_objective("next_token", {})(model, {n: jnp.asarray(x) for n, x in training_batch(rows).items()})
+    logits = torch.tensor(np.asarray(model(ids), np.float64))[:, :-1].flatten(0, 1)
+    losses = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[:, 1:].reshape(-1).astype(np.int64)), reduction="none")
+    assert float(loss) == pytest.approx(np.average(losses.numpy(), weights=given[:, 1:].reshape(-1)), rel=1e-5)
+    assert float(metrics["weight"]) == pytest.approx(given[:, 1:].sum(), rel=1e-6)

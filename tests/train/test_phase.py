@@ -1,5 +1,6 @@
 """A phase's values: refused by name if nobody can mean them, counted in steps, and obeyed."""
 
+import collections
 import math
 
 import jax.numpy as jnp
@@ -7,10 +8,12 @@ import numpy as np
 import pytest
 
 from hybrid_jax import load_model
+from hybrid_jax.data import training_batches
 from hybrid_jax.experiment import mix_of, phases_of_config, run_experiment
 from hybrid_jax.train import Phase, read_metrics
 from hybrid_jax.train.loop import prepared
 from tests.conftest import relative_error, tiny_model
+from tests.data.test_data import corpus  # noqa: F401 (a fixture)
 from tests.train.test_training import experiment, made_source, phase  # noqa: F401 (a fixture)
 
 GIVEN = {"objective": "next_token", "steps": 5}
@@ -40,6 +43,22 @@ def test_a_value_nobody_can_mean_is_refused_with_the_phase_s_and_its_own_name(na
             Phase.from_config("sft", {**GIVEN, name: value})
 
 
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        (dict(decay_steps=2), "decay_steps is 2, but the schedule 'cosine' does not read it"),
+        (dict(schedule="constant", final_fraction=0.1), "final_fraction is 0.1, but the schedule 'constant'"),
+        (dict(objective="align_none", form="fused", options={"pre_lm_head": False}), "with pre_lm_head = False is 0 everywhere"),
+        (dict(objective="distill", form="fused", options={"divergence_weight": 0.0}), "is 0 everywhere, so nothing would train"),
+    ],
+)
+def test_an_option_that_would_be_ignored_or_leave_nothing_to_learn_is_refused(values, words):
+    with pytest.raises(ValueError, match=words):
+        phase(**values)
+    phase(objective="distill", form="fused", options={"divergence_weight": 0.0, "next_token_weight": 1.0})
+    phase(objective="align_mixer", form="fused", options={"pre_lm_head": False})
+
+
 def test_values_at_the_edge_are_taken():
     edges = dict(learning_rate=0, beta1=0.0, weight_decay=0.0, clip=0, spike=1.5, final_fraction=1.0, keep_every=0, bad_steps=1)
     found = Phase.from_config("sft", {**GIVEN, **edges, "mix": {"text": 1, "retrieval": 0}, "trainable": ["norm"]})
@@ -51,7 +70,7 @@ def test_tokens_and_epochs_are_counted_in_steps():
     assert [phase(steps=0, tokens=n, **rows).steps for n in (1, 47, 49, 320)] == [1, 1, 2, 10]
     assert phase(steps=0, tokens=640, warmup_fraction=0.12, **rows).warmup_steps == 3  # 2.4 of 20, rounded up
     of_epochs = phase(steps=0, epochs=2.5, mix={"text": 1.0}, warmup_fraction=0.5, **rows)
-    assert [of_epochs.with_rows(n).steps for n in (1, 10, 13)] == [1, 6, 8]
+    assert [of_epochs.with_rows(n).steps for n in (1, 10, 11, 13)] == [1, 6, 7, 8]
     assert of_epochs.with_rows(10).warmup_steps == 3 and of_epochs.with_rows(10).epochs == 0
 
     class Rows:
@@ -114,3 +133,21 @@ def test_what_would_fail_or_mislead_later_is_refused_before_any_work(made_source
     with pytest.raises(ValueError) as e:
         run_experiment(config, tmp_path / "run")
     assert words in str(e.value) and not (tmp_path / "run").exists()
+
+
+def test_a_source_with_fewer_rows_than_the_phase_takes_is_named_with_how_often_it_is_seen(corpus, capsys):  # noqa: F811
+    mix, have = {"text": 3.0, "retrieval": 1.0}, len(corpus.rows("text", 128, 0))
+    steps = -(-10 * have // 12)  # three of a step's four rows are text, each of which is seen two and a half times
+    capsys.readouterr()
+    rows = dict(batch_size=4, length=128, seed=0)
+    stream = training_batches(corpus, mix, **rows, steps=steps)
+    said = capsys.readouterr().out.splitlines()
+    seen = collections.Counter()
+    for _ in range(steps):
+        batch = next(stream)
+        seen.update(x.tobytes() for x in batch["input_ids"][batch["source"] == 1])
+    times = sum(seen.values()) / have
+    assert times == pytest.approx(2.5, abs=0.1) and len(seen) <= have < sum(seen.values())
+    assert said == [f"text: {have:,} rows for the {3 * steps:,} that this phase takes, so each is seen {times:.1f} times"]
+    training_batches(corpus, mix, **rows, steps=have // 3)
+    assert capsys.readouterr().out == "", "each row at most once"

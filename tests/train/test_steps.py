@@ -10,6 +10,8 @@ import pytest
 
 from hybrid_jax.data.layout import training_batch
 from hybrid_jax.parameters import split_model
+from hybrid_jax.priming.fuse import fuse
+from hybrid_jax.priming.initialize import initialize_hybrid
 from hybrid_jax.train import loop as loop_module
 from hybrid_jax.train import read_metrics
 from hybrid_jax.train.arrangement import Arrangement
@@ -107,6 +109,24 @@ def test_the_first_layer_that_overflows_is_named():
     assert "loss" in first_bad(tiny_model("*"), batch)
 
 
+def test_a_teacher_that_overflows_is_named_and_the_student_s_own_copy_of_it_is_not_looked_at():
+    source = tiny_model("*-*")
+    model = fuse(initialize_hybrid(source, "*-SWA"), source)
+    model.layers[1].self_attn.v_proj.kernel[...] = model.layers[1].self_attn.v_proj.kernel[...] * jnp.nan
+    teacher = tiny_model("*-*")
+    teacher.layers[0].mlp.down_proj.kernel[...] = teacher.layers[0].mlp.down_proj.kernel[...] * 1e38
+    teacher.layers[0].mlp.up_proj.kernel[...] = teacher.layers[0].mlp.up_proj.kernel[...] * 1e38
+    batch = {n: jnp.asarray(x) for n, x in batch_of().items()}
+    arrangement = Arrangement(model, phase(objective="align_all", form="fused", trainable=("swa",)), teacher)
+    state, frozen, _ = arrangement.begin(None, *(split_model(m)[1] for m in (model, teacher)))
+    want = "layer 0 (*) is the first whose output of the teacher is not finite: its mlp"
+    assert first_bad(model, batch, arrangement.source(state, frozen)) == want
+    own = arrangement.source(state, frozen)
+    assert all(np.array_equal(x, split_model(own)[1][n]) for n, x in split_model(teacher)[1].items())
+    assert "loss" in first_bad(model, batch), "an objective without a teacher does not read it"
+    assert Arrangement(model, phase(objective="next_token")).source(state, frozen) is None
+
+
 def test_skipped_steps_are_told_and_the_run_goes_on(corpus, tmp_path, monkeypatch):  # noqa: F811
     real = loop_module.training_batch
 
@@ -199,7 +219,8 @@ def test_the_share_of_the_peak_is_measured_where_the_peak_is_known(corpus, tmp_p
 def test_a_torn_line_of_a_killed_run_is_left_out(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"phase": "p", "step": 1, "loss": 2.0}) + '\n{"phase": "p", "st')
     writer = MetricWriter(tmp_path)
-    writer.write("p", 2, {"loss": 1.0})
+    writer.write("p", 2, {"loss": 3.0})
+    writer.write("p", 2, {"loss": 1.0})  # by a run that was resumed
     writer.close()
     assert losses(tmp_path) == {1: 2.0, 2: 1.0}
 

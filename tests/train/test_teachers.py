@@ -1,6 +1,7 @@
 """The teacher is the source, whatever trains, whatever the student became before, whatever the phase changes of the student."""
 
 import dataclasses
+import pathlib
 import shutil
 
 import jax
@@ -92,6 +93,16 @@ def test_a_model_fused_again_learns_from_the_source(trainable):
     if trainable != ("all",):
         assert "layers.1.mlp.up_proj.kernel" in copies and "norm.weight" not in copies
         assert not any("layers.0.mlp" in n or ".swa." in n for n in copies)
+
+
+def test_two_streams_with_a_teacher_of_its_own_are_two_models():
+    """Of which no parameter is equal: embeddings, norms and MLPs are each one's own."""
+    source = tiny_model("*-*")
+    hybrid = moved(initialize_hybrid(source, "*-SWA"), by=0.05)
+    streams = fuse(hybrid, source).two_streams(IDS, teacher=source)
+    taught, learned = source.hidden_states(IDS)[0], hybrid.hidden_states(IDS)[0]
+    assert relative_error(streams.teacher, taught) < 1e-6 and relative_error(streams.student, learned) < 1e-6
+    assert relative_error(learned, taught) > 0.1
 
 
 def test_a_phase_s_rope_and_context_are_the_student_s_alone():
@@ -199,6 +210,31 @@ def test_a_resumed_phase_has_the_same_teacher(run, tmp_path):
     run_experiment(config, tmp_path / "run")
     again = arrays(load_model(tmp_path / "run" / "stages" / "02_align"))
     assert all(np.array_equal(whole[n], again[n]) for n in whole)
+
+
+def test_a_phase_is_not_resumed_with_another_text_or_another_teacher(run, tmp_path):
+    """The same paths hold other text, then other weights, than when the phase began."""
+    workdir, source, config = run
+    shutil.copytree(workdir, tmp_path / "run")
+    for gone in ("model", "stages/02_align", "checkpoints/align/2"):
+        shutil.rmtree(tmp_path / "run" / gone)
+    text = pathlib.Path(config.data.text)
+    weights = source / "model.safetensors"
+    kept = {path: path.read_bytes() for path in (text, weights)}
+    (tmp_path / "other").mkdir()
+    try:
+        text.write_text(text.read_text().replace("x + 1", "x + 2"))
+        with pytest.raises(ValueError, match="align: up to its checkpoint of step 1 the phase had text.tokens = .*now it is"):
+            run_experiment(config, tmp_path / "run")
+        text.write_bytes(kept[text])
+        write_model(moved(load_model(source), ("norm.weight",), 0.01), tmp_path / "other")
+        weights.write_bytes((tmp_path / "other" / weights.name).read_bytes())
+        with pytest.raises(ValueError, match="align: up to its checkpoint of step 1 the phase had teacher = .*now it is"):
+            run_experiment(config, tmp_path / "run")
+    finally:
+        for path, content in kept.items():
+            path.write_bytes(content)
+    assert not (tmp_path / "run" / "stages" / "02_align").exists()
 
 
 def test_a_source_that_cannot_teach_a_fused_phase_is_refused_at_once(source_and_text, tmp_path):

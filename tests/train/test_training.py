@@ -112,6 +112,20 @@ def test_a_stopped_run_resumes_bit_exactly(corpus, tmp_path, monkeypatch, optimi
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_a_request_to_stop_during_the_last_step_is_not_lost(corpus, tmp_path, monkeypatch):  # noqa: F811
+    real = MetricWriter.write
+
+    def write(self, name, step, metrics):
+        real(self, name, step, metrics)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MetricWriter, "write", write)
+    with pytest.raises(Stopped, match="saved at step 2 of 2"):
+        train(corpus, tmp_path, steps=2)
+    train(corpus, tmp_path, steps=2)  # nothing is left to do
+
+
 def test_a_pattern_that_matches_nothing_is_refused(corpus, tmp_path):  # noqa: F811
     with pytest.raises(ValueError, match="'gdn' matches no parameter"):
         train(corpus, tmp_path, trainable=("gdn",))
