@@ -12,6 +12,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
 
+from hybrid_jax.config import MoEConfig, SWAConfig
 from hybrid_jax.families import config_from_hf, config_to_hf
 from hybrid_jax.families.public import PUBLIC
 from hybrid_jax.flops import traced_flops
@@ -19,10 +20,10 @@ from hybrid_jax.hardware import accelerator, device_count
 from hybrid_jax.layers.mamba2 import Mamba2, Mamba2State
 from hybrid_jax.parallel import attention_block
 from hybrid_jax.parallel.attention_block import FULL, Mask
-from hybrid_jax.parallel.mesh import abstract_mesh
-from hybrid_jax.plan.formula import link_speed, traffic
+from hybrid_jax.parallel.mesh import abstract_mesh, make_mesh
+from hybrid_jax.plan.formula import flops_by_formula, link_speed, traffic
 from hybrid_jax.plan.planner import make_plan, meshes, spread_pattern, torus_meshes
-from hybrid_jax.plan.program import Job, abstract_parameters, decoding_program, state_bytes
+from hybrid_jax.plan.program import Job, abstract_parameters, decoding_program, make_program, program_flops, state_bytes
 from hybrid_jax.plan.wire import wire_bytes
 from tests.conftest import tiny_config
 
@@ -281,7 +282,42 @@ def test_gpu_traffic_of_tensor_parallel_layers_is_their_activations():
 def test_gpu_traffic_of_the_ring_is_keys_forward_again_and_backward_with_their_gradients():
     keys = (8 * 64 / 4) * 2 * 8 * 2  # numbers of keys and values on a device
     assert sent({"seq": 4})["ring attention"] == 3 * keys * 2 * (2 + 2 + 2 + 4)
-    assert sent({"seq": 4}, pattern="*-GDN", stage="align")["ring attention"] == 3 * keys * ((1 + 2) * (2 + 2) + 2 + 4)
+    # the attention that learns likewise; the teacher's two layers forward once
+    assert sent({"seq": 4}, pattern="*-GDN", stage="align")["ring attention"] == 3 * keys * ((2 + 2) + 2 + 4 + 2 * 2)
+
+
+def test_gpu_traffic_of_the_ring_is_of_the_layers_that_take_it():
+    """Windows of 8 tokens send halos, which are left out; a window that reaches over half of the row takes the ring."""
+    keys = (8 * 64 / 4) * 2 * 8 * 2
+    for pattern, windows, layers in (("*-*", (8, None), 1), ("SWA-*", (None, 8), 0), ("*-*", (60, 64), 2), ("BMF-*", (), 1)):
+        assert sent({"seq": 4}, pattern=pattern, attention_windows=windows).get("ring attention", 0) == 3 * keys * layers * 10
+
+
+MIXTURE = dict(family="qwen3_moe", moe=MoEConfig(8, 2, 24))
+FLOPS = {
+    "kept": ("*-*", "train", "none", (), {}),
+    "attention kept": ("*-*", "train", "attention", (), {}),
+    "made again": ("*-*", "train", "full", (), {}),
+    "of queries": ("*-*", "train", "none", ("q_proj",), {}),
+    "tied": ("*-*", "train", "none", ("self_attn",), {"tie_embeddings": True}),
+    "windows": ("*-SWA", "train", "none", (), {"attention_windows": (96, None)}),
+    "experts": ("*-*", "train", "none", (), MIXTURE),
+    "aligned": ("SWA-*-SWA", "align", "full", (), {"vocab_size": 1024}),
+    "decoded": ("*-*-SWA", "decode", "full", (), {"attention_windows": (40, None, None)}),
+    "decoded by experts": ("*-*", "decode", "full", (), MIXTURE),
+}
+
+
+@pytest.mark.parametrize("case", FLOPS)
+def test_flops_by_formula_are_those_of_the_traced_step(monkeypatch, case):
+    """Within 4 %: attention's diagonal tiles are computed in full, and of a layer that is made again the last product is not."""
+    monkeypatch.setattr(attention_block, "TILE", 8)
+    monkeypatch.setattr(attention_block, "LANES", 8)
+    pattern, stage, remat, trainable, changes = FLOPS[case]
+    config = tiny_config(pattern, **{**DENSE, "swa": SWAConfig(64), **changes})
+    job = Job(config, stage, 256, 1, trainable, remat)
+    traced = program_flops(make_program(job, make_mesh({}, jax.devices()[:1])))
+    assert flops_by_formula(job) == pytest.approx(traced, rel=0.04)
 
 
 def test_decoding_gathers_the_parameters_and_trains_nothing():
