@@ -198,4 +198,3 @@ def _activations(found: Traffic, job: Job, sizes: Sizes):
     again = 1 if job.remat == "attention" else forward  # attention's outputs are kept
     runs = COMPUTE * (ours * again + taught) + backward * ours * (COMPUTE + SUM)
     found.add("ring attention", ("seq",), 2 * local * c.num_kv_heads * c.head_dim / sizes.get("tensor", 1) * runs * n)
-

@@ -13,7 +13,7 @@ from hybrid_jax.parallel.attention import Part, attend, parts_attention
 from hybrid_jax.parallel.attention_block import FULL, Mask
 from hybrid_jax.parallel.mesh import abstract_mesh, check_mesh_fits, make_mesh, parse_mesh
 from hybrid_jax.parallel.sequence import from_zigzag, positions_of, to_zigzag, zigzag_order
-from hybrid_jax.parameters import join_model, split_model
+from hybrid_jax.parameters import abstract_parameters, join_model, split_model
 from hybrid_jax.runs import repeated_runs
 from hybrid_jax.stacking import stack, stacked_names, stacked_structure, training_runs, unstack
 from kernels_pallas import (
@@ -228,3 +228,8 @@ def test_stacked_training_gives_the_gradients_of_layers_by_themselves():
     got = unstack(jax.grad(lambda p: jnp.sum(join_model(stacked_graph, p)(ids) ** 2))(together), names)
     for name in want:
         assert relative_error(got[name], want[name]) < 1e-4, name
+
+
+def test_layers_of_different_windows_are_not_stacked_together():
+    config = tiny_config("*-*-*-*", attention_windows=(None, None, 6, 6))
+    assert [(r.start, r.length, r.count) for r in training_runs(config, abstract_parameters(config))] == [(0, 1, 2), (2, 1, 2)]

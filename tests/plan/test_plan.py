@@ -318,6 +318,25 @@ def test_gpu_traffic_of_the_ring_is_keys_forward_again_and_backward_with_their_g
     assert sent({"seq": 4}, pattern="*-GDN", stage="align")["ring attention"] == 3 * keys * ((2 + 2) + 2 + 4 + 2 * 2)
 
 
+def test_gpu_traffic_of_the_ring_without_attention_made_again():
+    keys = (8 * 64 / 4) * 2 * 8 * 2
+    config = tiny_config("*-*", **DENSE)
+    for remat in ("none", "attention"):
+        found = traffic(Job(config, "train", 64, 8, (), remat), {"seq": 4}).by_kind()
+        assert found["ring attention"] == 3 * keys * 2 * (2 + 2 + 4)
+
+
+def test_gpu_traffic_of_aligning_gathers_the_teacher_once_and_the_head_not_at_all():
+    config = tiny_config("*-GDN", **DENSE)
+    gdn = [x.shape for n, x in abstract_parameters(config).items() if ".gdn." in n and "conv1d" not in n and len(x.shape) == 2]
+    mixer = sum(map(math.prod, gdn))
+    attention = 32 * 32 + 2 * 32 * 16 + 32 * 32
+    found = sent({"fsdp": 4}, pattern="*-GDN", stage="align")
+    assert found["all-gather of parameters"] == 3 / 4 * 2 * (2 * (LAYER + LAYER - attention + mixer) + attention)
+    assert found["reduce-scatter of gradients"] == 3 / 4 * 2 * mixer
+    assert found["all-to-all of embeddings"] == 3 / 4 * 2 * (8 * 64 / 4) * 32  # forward alone: the table does not learn
+
+
 def test_gpu_traffic_of_the_ring_is_of_the_layers_that_take_it():
     """Windows of 8 tokens send halos, which are left out; a window that reaches over half of the row takes the ring."""
     keys = (8 * 64 / 4) * 2 * 8 * 2
