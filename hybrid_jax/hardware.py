@@ -57,7 +57,7 @@ def accelerator(topology: str) -> tuple[str, Accelerator, str]:
     slices = TPUS[chip].slices if chip in TPUS else ()
     if chip in TPUS and shape and shape not in slices:
         raise ValueError(f"--topology {topology!r}: slices of {chip}: {', '.join(slices)} (or none: the smallest that fits)")
-    if chip in GPUS and not shape.isdigit():
+    if chip in GPUS and not (shape.isdecimal() and int(shape)):
         raise ValueError(f"--topology {topology!r}: of GPUs give the number, e.g. {chip}:64")
     return chip, known[chip], shape
 

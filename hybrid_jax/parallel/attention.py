@@ -44,11 +44,16 @@ def attend(q, k, v, segment_ids, window: int | None = None):
     T, n = q.shape[1], axis_size("seq")
     if window is not None and window >= T:
         window = None
-    # a chunk with its halo against what a chunk meets in the ring: half of the row
-    if n > 1 and (window is None or window + T // (2 * n) > T // 2):
+    if takes_ring(window, T, n):
         ring = functools.partial(_ring, window)
         return per_device(ring, (q, k, v, segment_ids), (HEADS, HEADS, HEADS, TOKENS), HEADS)
     return attend_windows((q,), (k,), (v,), ((0, window),), segment_ids)
+
+
+def takes_ring(window: int | None, tokens: int, devices: int) -> bool:
+    """Whether keys travel to all devices of mesh axis `seq`, in rows of `tokens`: without a window, or where a chunk with the
+    tokens before it that its window reaches has more keys than a chunk meets in the ring, half of the row."""
+    return devices > 1 and (window is None or window + tokens // (2 * devices) > tokens // 2)
 
 
 def _ring(window, q, k, v, segment_ids):

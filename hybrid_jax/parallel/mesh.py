@@ -34,11 +34,29 @@ def parse_mesh(text: str) -> dict[str, int]:
     sizes = {}
     for part in filter(None, text.split(",")):
         name, _, size = part.strip().partition("=")
-        if not size.lstrip("-").isdigit() or name in sizes:
+        if not size.removeprefix("-").isdecimal() or name in sizes:
             raise ValueError(f"expected a mesh like 'fsdp=8,seq=4', got {text!r}")
         sizes[name] = int(size)
     check_known("the mesh", sizes, AXES)
     return sizes
+
+
+def mesh_shape(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
+    """The size of each of the five axes: 1 where none is named, what is left of the devices where it is -1.
+
+    Raises:
+      ValueError: an unknown axis, or sizes whose product is not the number of devices.
+    """
+    check_known("the mesh", sizes, AXES)
+    shape = {axis: int(sizes.get(axis, 1)) for axis in AXES}
+    free = [axis for axis, n in shape.items() if n == -1]
+    fixed = math.prod(n for n in shape.values() if n != -1)
+    if len(free) == 1 and fixed > 0 and devices % fixed == 0:
+        shape[free[0]] = devices // fixed
+    if min(shape.values()) < 1 or math.prod(shape.values()) != devices:
+        asked = ", ".join(f"{a}={n}" for a, n in sizes.items()) or "(one device)"
+        raise ValueError(f"the mesh {asked} needs {fixed} devices, there are {devices}; give sizes whose product is that")
+    return shape
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -51,15 +69,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
       ValueError: an unknown axis, or sizes whose product is not the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    check_known("the mesh", sizes, AXES)
-    shape = {axis: int(sizes.get(axis, 1)) for axis in AXES}
-    free = [axis for axis, n in shape.items() if n == -1]
-    fixed = math.prod(n for n in shape.values() if n != -1)
-    if len(free) == 1 and fixed > 0 and len(devices) % fixed == 0:
-        shape[free[0]] = len(devices) // fixed
-    if min(shape.values()) < 1 or math.prod(shape.values()) != len(devices):
-        asked = ", ".join(f"{a}={n}" for a, n in sizes.items()) or "(one device)"
-        raise ValueError(f"the mesh {asked} needs {fixed} devices, there are {len(devices)}; give sizes whose product is that")
+    shape = mesh_shape(sizes, len(devices))
     grid = tuple(shape.values())
     if devices[0].platform == "tpu":
         array = mesh_utils.create_device_mesh(grid, devices, allow_split_physical_axes=True)

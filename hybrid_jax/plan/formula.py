@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
-from hybrid_jax.config import ATTENTION, MixerSpec, ModelConfig
+from hybrid_jax.config import ATTENTION, ModelConfig
 from hybrid_jax.hardware import Accelerator
 from hybrid_jax.model import abstract_decoder
+from hybrid_jax.parallel.attention import takes_ring
 from hybrid_jax.parallel.mesh import AXES, BATCH_AXES, abstract_mesh
 from hybrid_jax.parallel.sharding import RULES, partition_spec
 from hybrid_jax.parameters import abstract_parameters, logical_axes
 from hybrid_jax.plan.program import Job
-from hybrid_jax.train.arrangement import Arrangement
+from hybrid_jax.train.arrangement import trained_names
 
 COMPUTE, SUM = 2, 4  # bytes of a number in the compute dtype (bf16), and of one that is summed in float32
+TABLE = "embed_tokens.embedding"
 Sizes = Mapping[str, int]
 Axes = tuple[str, ...]
 
@@ -29,19 +31,63 @@ def parameter_count(config: ModelConfig) -> float:
     return float(sum(math.prod(x.shape) for x in abstract_parameters(config).values()))
 
 
+def _windows(config: ModelConfig, kinds: Sequence[str]) -> list[tuple[str, int | None]]:
+    """(mixer, how many keys a query sees at most; None: all before it) of the layers whose mixers attend to keys."""
+    of_kind = {"swa": config.swa.window_size, "bmojo": 2 * config.bmojo.window_size}  # B'MOJO's tokens and its fading ones
+    layers = zip(kinds, config.attention_windows[: len(kinds)], strict=True)  # a stream may have none
+    return [(kind, own if kind == ATTENTION else of_kind[kind]) for kind, own in layers if kind == ATTENTION or kind in of_kind]
+
+
+def _keys_seen(job: Job, kinds: Sequence[str]) -> float:
+    """Keys that a token sees, on average over a row, summed over the layers; of a context of `seq_len` when decoding."""
+    T, total = job.seq_len, 0.0
+    for _, window in _windows(job.config, kinds):
+        w = min(window or T, T)
+        total += w if job.stage == "decode" else w * (1 - w / (2 * T))
+    return total
+
+
+def _in_ring(job: Job, kinds: Sequence[str], devices: int) -> int:
+    """Layers whose keys travel to all devices of `seq`; B'MOJO's windows never do."""
+    return sum(takes_ring(window, job.seq_len, devices) for kind, window in _windows(job.config, kinds) if kind != "bmojo")
+
+
+def _kinds(job: Job) -> tuple[list[str], list[str]]:
+    """The mixers of the stream that learns, and of the teacher's, empty but in aligning."""
+    own = [s.kind for s in job.config.layers]
+    return own, [s.teaching for s in job.model_config.layers] if job.stage == "align" else []
+
+
 def flops_by_formula(job: Job) -> float:
-    """6 N a token and attention's scores; with full rematerialisation 8 N."""
+    """2 for each of a layer's parameters and token, forward, again if rematerialised, backward, and for gradients of those
+    that train; of a query's product with a key as much for each of its numbers, two such forward and five backward.
+
+    The head's logits are made again for its gradient, whatever is kept. Aligning has no logits and a second stream that
+    only goes forward. Of experts those that a token visits count. A recurrence's own work on its state is left out, and
+    gradients are taken to reach the first layer.
+    """
     c = job.config
-    n = parameter_count(job.model_config) - c.vocab_size * c.hidden_size * (1 if c.tie_embeddings else 2)
-    if c.moe:
-        experts = 3 * c.hidden_size * c.moe.intermediate_size * c.num_layers
-        n -= experts * (c.moe.num_experts - c.moe.experts_per_token)
-    full = sum(s == MixerSpec(ATTENTION) for s in c.layers)
-    scores = 2 * full * c.num_heads * c.head_dim * job.seq_len
-    per_token = n + c.vocab_size * c.hidden_size
+    own, teaching = _kinds(job)
+    shapes, fused = abstract_parameters(c), abstract_parameters(job.model_config)
+    trains = set() if job.stage == "decode" else trained_names(job.model_config, job.phase.trainable)
+
+    def numbers(names: Iterable[str]) -> float:
+        """Of layers' parameters, those that a token meets."""
+        visited = c.moe.experts_per_token / c.moe.num_experts if c.moe else 1
+        return sum(math.prod(fused[n].shape) * (visited if ".experts." in n else 1) for n in names if n.startswith("layers."))
+
+    product = 2 * c.num_heads * c.head_dim
+    layers, seen, head = 2 * numbers(shapes), product * _keys_seen(job, own), 2 * c.vocab_size * c.hidden_size
     if job.stage == "decode":
-        return job.tokens * 2 * (per_token + scores)
-    return job.tokens * ((8 if job.remat == "full" else 6) * per_token + (4 if job.remat == "full" else 3) * scores)
+        return job.tokens * (layers + 2 * seen + head)
+    found = layers * (2 if job.remat == "none" else 3) + 2 * numbers(trains)
+    found += seen * ((4 if job.remat == "full" else 2) + 5)
+    if job.stage == "align":
+        found += 2 * numbers(abstract_parameters(job.model_config.teacher())) + 2 * product * _keys_seen(job, teaching)
+    else:
+        learned = TABLE if c.tie_embeddings else "lm_head.kernel"
+        found += head * (4 if learned in trains else 3)
+    return job.tokens * found
 
 
 class Traffic:
@@ -104,20 +150,26 @@ def _passes(job: Job) -> tuple[int, int]:
 
 
 def _parameters(found: Traffic, job: Job, sizes: Sizes):
-    """Gathers where parameters are used, and of those that train the gradients: scattered where gathered, else summed."""
+    """Gathers where parameters are used, and of those that train the gradients: scattered where gathered, else summed.
+
+    What the teacher's stream alone reads is not gathered again for the gradient; aligning does not read the head.
+    """
     model, shapes = abstract_decoder(job.model_config), abstract_parameters(job.model_config)
     axes, mesh, (forward, backward) = logical_axes(model), abstract_mesh(sizes), _passes(job)
-    trains = set() if job.stage == "decode" else set(Arrangement(model, job.phase).split(shapes)[0])
+    trains = set() if job.stage == "decode" else trained_names(job.model_config, job.phase.trainable)
+    own = abstract_parameters(job.config)
     tokens = (*BATCH_AXES, "seq")
     for name, x in shapes.items():
         spec = [(e,) if isinstance(e, str) else e or () for e in partition_spec(mesh, axes[name])]
         cut = tuple(a for entry in spec for a in entry)
         gathered = tuple(a for a, entry in zip(axes[name], spec, strict=True) if a == "embed" for a in entry)
         whole = COMPUTE * math.prod(x.shape) / found.devices(tuple(a for a in cut if a not in gathered))
-        table = name.startswith("embed_tokens.")
-        if not table or job.config.tie_embeddings:  # else its tokens travel, not the table
-            once = table or name.startswith("lm_head.")  # the head is gathered once for forward and backward
-            found.add("all-gather of parameters", gathered, whole, 1 if once else forward)
+        table = name == TABLE
+        head = name.startswith("lm_head.") or (table and job.config.tie_embeddings)
+        if not (table or head):
+            found.add("all-gather of parameters", gathered, whole, forward if name in own else 1)
+        elif head and job.stage != "align":  # once for forward and backward; of a table that is not the head the tokens travel
+            found.add("all-gather of parameters", gathered, whole)
         if name in trains and backward:
             if not table:
                 found.add("reduce-scatter of gradients", gathered, whole)
@@ -127,20 +179,22 @@ def _parameters(found: Traffic, job: Job, sizes: Sizes):
 
 
 def _activations(found: Traffic, job: Job, sizes: Sizes):
-    """What grows with the tokens. Aligning runs two streams forward and one of them backward."""
+    """What grows with the tokens. The teacher's stream goes forward once: nothing of it is needed for the gradient."""
     c, (forward, backward) = job.config, _passes(job)
-    streams = 2 if job.stage == "align" else 1
+    own, teaching = _kinds(job)
     local = job.tokens / found.devices((*BATCH_AXES, "seq"))
     hidden = COMPUTE * local * c.hidden_size
-    passes = streams * forward + backward
+    passes = forward + backward + bool(teaching)
+    learned = backward and TABLE in trained_names(job.model_config, job.phase.trainable)
     # forward after the mixer and after the MLP, backward before them
     found.add("all-reduce of activations", ("tensor",), hidden * c.num_layers * 2 * passes, 2)
-    found.add("all-reduce of activations", ("tensor",), hidden * (1 + backward), 2)  # the embedding, and the head's gradient
-    found.add("all-to-all of embeddings", RULES["embed"], hidden * (1 + backward))
+    # the embedding, and the head's gradient
+    found.add("all-reduce of activations", ("tensor",), hidden * (1 + (job.stage == "train")), 2)
+    found.add("all-to-all of embeddings", RULES["embed"], hidden * (1 + learned))
     if c.moe and (n := sizes.get("expert", 1)) > 1:  # each token, and what experts add to it, visits every device and comes home
         found.add("tokens to experts", ("expert",), 2 * hidden * c.num_layers * passes * n * n / (n - 1))
     n = sizes.get("seq", 1)
-    full = sum(s == MixerSpec(ATTENTION) for s in c.layers)
+    ours, taught = (_in_ring(job, kinds, n) for kinds in (own, teaching))
     again = 1 if job.remat == "attention" else forward  # attention's outputs are kept
-    runs = COMPUTE * (full * again + (streams - 1) * c.num_layers * again) + backward * full * (COMPUTE + SUM)
+    runs = COMPUTE * (ours * again + taught) + backward * ours * (COMPUTE + SUM)
     found.add("ring attention", ("seq",), 2 * local * c.num_kv_heads * c.head_dim / sizes.get("tensor", 1) * runs * n)

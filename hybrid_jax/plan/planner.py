@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from hybrid_jax.config import ATTENTION, ModelConfig, parse_pattern
 from hybrid_jax.hardware import TPUS, Accelerator, accelerator, device_count
 from hybrid_jax.model import REMAT
-from hybrid_jax.parallel.mesh import BATCH_AXES, abstract_mesh, check_mesh_fits, make_mesh
+from hybrid_jax.parallel.mesh import BATCH_AXES, abstract_mesh, check_mesh_fits, make_mesh, mesh_shape
 from hybrid_jax.plan.formula import flops_by_formula, parameter_count, traffic
 from hybrid_jax.plan.program import (
     Compiled,
@@ -108,9 +108,10 @@ def meshes(job: Job, devices: int, copies: int = 1) -> Iterator[dict[str, int]]:
                 sizes = {"data": copies, "fsdp": rest, "expert": expert, "seq": seq, "tensor": tensor}
                 far = abs(math.log2(seq / wanted)) + 1.5 * math.log2(tensor) + 0.5 * math.log2(expert)
                 found.append((far, {a: n for a, n in sizes.items() if n > 1} or {"data": 1}))
+    tokens = job.seq_len if job.stage != "decode" else None
     for _, sizes in sorted(found, key=lambda f: f[0]):
         try:
-            check_mesh_fits(config, abstract_mesh(sizes), rows_of(sizes), job.seq_len if job.stage != "decode" else None)
+            check_mesh_fits(config, abstract_mesh(sizes), _with_rows(job, sizes).rows, tokens)
         except ValueError:
             continue
         yield sizes
@@ -192,8 +193,11 @@ def _on(job, chip, hardware, shape, sizes, tell, advise=False) -> Plan:
     if sizes is None:
         sizes = next(torus_meshes(job, chip, hardware, shape), None)
         if sizes is None:
-            raise ValueError(f"no mesh of {devices} devices divides this model and rows of {job.seq_len} tokens; give --mesh")
-    job = _with_rows(job, sizes)
+            rows = f"{job.rows} rows" if job.rows else "rows"
+            raise ValueError(f"no mesh of {devices} devices divides this model and {rows} of {job.seq_len} tokens; give --mesh")
+    else:
+        sizes = {axis: n for axis, n in mesh_shape(sizes, devices).items() if n > 1 or axis in sizes}
+    asked, job = job, _with_rows(job, sizes)
     if chip not in TPUS:
         return _analytic(job, chip, hardware, shape, devices, sizes)
     mesh = make_mesh(sizes, topology_devices(chip, shape))
@@ -202,7 +206,7 @@ def _on(job, chip, hardware, shape, sizes, tell, advise=False) -> Plan:
     compiled = compile_program(program)
     plan = _plan(job, f"{chip}:{shape}", hardware, devices, sizes, program, compiled)
     if not plan.fits and advise:
-        plan.advice = _advice(plan, chip, shape, sizes, tell)
+        plan.advice = _advice(plan, asked, chip, shape, sizes, tell)
     return plan
 
 
@@ -229,16 +233,20 @@ def _plan(job, topology, hardware, devices, sizes, program: Program, compiled: C
     )
 
 
-def _advice(plan: Plan, chip: str, shape: str, sizes, tell) -> str:
-    """The nearest change that fits: less kept, another mesh of the same devices; confirmed by the compiler."""
+def _advice(plan: Plan, asked: Job, chip: str, shape: str, sizes, tell) -> str:
+    """The nearest change that fits: less kept, another mesh of the same devices; confirmed by the compiler.
+
+    Args:
+      asked: the job as it was given: its rows hold for every mesh, or are one for each part of the batch if 0.
+    """
     scale = plan.total / estimate(plan.job, sizes)
     options = []
     if plan.job.remat != "full" and plan.job.stage != "decode":
         kept = list(REMAT)
         options += [(r, sizes) for r in kept[kept.index(plan.job.remat) + 1 :]]
-    options += [("full", other) for other in torus_meshes(plan.job, chip, plan.accelerator, shape) if other != dict(sizes)]
+    options += [("full", other) for other in torus_meshes(asked, chip, plan.accelerator, shape) if other != dict(sizes)]
     for remat, other in options:
-        job = dataclasses.replace(plan.job, remat=remat, rows=rows_of(other))
+        job = _with_rows(dataclasses.replace(asked, remat=remat), other)
         if scale * estimate(job, other) > 0.95 * plan.accelerator.hbm:
             continue
         said = f"--mesh {mesh_text(other)} --remat {remat}"
@@ -251,8 +259,6 @@ def _advice(plan: Plan, chip: str, shape: str, sizes, tell) -> str:
 
 def _analytic(job, chip, hardware, shape, devices, sizes) -> Plan:
     """For GPUs, of which no compiler is at hand: the state is exact, activations and traffic are estimates (`plan.formula`)."""
-    if math.prod(sizes.values()) != devices:
-        raise ValueError(f"--mesh {mesh_text(sizes)} is not {devices} devices")
     program = make_program(job, abstract_mesh(sizes))
     total = estimate(job, sizes)
     held = program.parameters + program.optimizer + program.caches

@@ -2,17 +2,19 @@
 
 from tests.mutations import Mutation
 
-PARTS, MESHES, COLLECTIVES = (
-    "tests/parallel/test_parts.py",
-    "tests/distributed/test_parity.py",
-    "tests/distributed/test_collectives.py",
-)
+PARTS, MESHES, RING = "tests/parallel/test_parts.py", "tests/distributed/test_parity.py", "tests/parallel/test_ring.py"
+STATES = (f"{RING}::test_a_chunk_starts_from_what_its_own_segment_left_before_it",)
+CONVS = (f"{RING}::test_a_conv_wider_than_a_chunk_sees_the_tokens_of_its_segment",)
+SCANS = (f"{RING}::test_an_exclusive_scan_composes_all_maps_before_a_chunk_in_their_order",)
+WINDOWS = (f"{RING}::test_the_ring_gives_attention_and_its_gradient_whatever_the_window",)
+COSTS = (f"{RING}::test_a_window_costs_no_more_than_all_of_the_row",)
+VOCABULARY = (f"{RING}::test_a_vocabulary_in_parts_gives_the_losses_and_the_likeliest_tokens_of_all_of_it",)
 RECURRENCE, SEQUENCE, SHARDING = (
     "hybrid_jax/parallel/recurrence.py",
     "hybrid_jax/parallel/sequence.py",
     "hybrid_jax/parallel/sharding.py",
 )
-MESH = "hybrid_jax/parallel/mesh.py"
+MESH, ATTENTION, BLOCK, TILES = (f"hybrid_jax/parallel/{name}.py" for name in ("mesh", "attention", "attention_block", "tiles"))
 
 MUTATIONS = [
     Mutation(
@@ -20,63 +22,63 @@ MUTATIONS = [
         "A = jnp.where(link.reshape(*link.shape, *[1] * (A.ndim - 2)), A, 0)",
         "A = A",
         "a chunk that begins a segment passes on the earlier state",
-        (COLLECTIVES, MESHES),
+        STATES,
     ),
     Mutation(
         RECURRENCE,
         "jnp.where(link[:, :, None, None, None], s, 0)",
         "s",
         "a segment that begins at a chunk's border starts from the earlier state",
-        (COLLECTIVES, MESHES),
+        STATES,
     ),
     Mutation(
         RECURRENCE,
         "return _act(A2, A1) if A1.ndim == 5 else A2 * A1",
         "return _act(A1, A2) if A1.ndim == 5 else A2 * A1",
         "transition matrices are multiplied in the wrong order",
-        (COLLECTIVES, MESHES),
+        STATES,
     ),
     Mutation(
         RECURRENCE,
         "jax.tree.map(jnp.add, _act(A2, b1), b2)",
         "jax.tree.map(jnp.add, _act(A1, b1), b2)",
         "earlier states decay by their own chunk's decay",
-        (COLLECTIVES, MESHES),
+        STATES,
     ),
     Mutation(
         RECURRENCE,
         "before = halo(chunks, width - 1) * same[..., None].astype(x.dtype)",
         "before = halo(chunks, width - 1)",
         "a conv sees the segment before its own over a border",
-        (COLLECTIVES, MESHES),
+        CONVS,
     ),
     Mutation(
         SEQUENCE,
         "if n <= i + distance < 2 * n",
         "if n < i + distance < 2 * n",
         "the middle of the row does not pass on",
-        (COLLECTIVES, MESHES),
+        (f"{RING}::test_a_shift_brings_each_chunk_what_one_so_far_before_it_has",),
     ),
     Mutation(
         SEQUENCE,
         "return halo(segment_ids + 1, length) - 1",
         "return halo(segment_ids, length)",
         "the row's first tokens continue a segment of id 0",
-        (COLLECTIVES, MESHES),
+        (f"{RING}::test_a_halo_is_the_tokens_before_each_chunk_however_many_chunks_they_span",),
     ),
     Mutation(
         SEQUENCE,
         "        distance *= 2",
         "        distance += 2",
         "chunks are counted more than once in the scan",
-        (COLLECTIVES, MESHES),
+        SCANS,
     ),
     Mutation(
         SEQUENCE,
         "return jax.tree.map(lambda x: shift(x, 1), maps)",
         "return maps",
         "the scan includes the chunk itself",
-        (COLLECTIVES, MESHES),
+        SCANS,
     ),
     Mutation(
         SHARDING,
@@ -105,5 +107,42 @@ MUTATIONS = [
         'wants.append(("seq", seq, "seq_len", seq_len))',
         "a row that has no two chunks per device is accepted",
         (PARTS,),
+    ),
+    Mutation(
+        ATTENTION,
+        "window + tokens // (2 * devices) > tokens // 2",
+        "window > tokens // 2",
+        "long windows fetch more keys than the ring brings",
+        COSTS,
+    ),
+    Mutation(ATTENTION, "(d + 1) * c <= window", "d * c <= window", "a chunk at a window's edge is seen in full", WINDOWS),
+    Mutation(ATTENTION, "Mask(None, 1 - c), []", "Mask(None, 2 - c), []", "a chunk beyond the window is seen a little", WINDOWS),
+    Mutation(ATTENTION, "jnp.where(i >= step, 0, 1)", "jnp.where(i > step, 0, 1)", "front chunks miss the row's first", WINDOWS),
+    Mutation(ATTENTION, "2 * n - 1 - i - other), (same", "2 * n - i - other), (same", "back chunks stand a chunk too far", WINDOWS),
+    Mutation(
+        ATTENTION, "(join(x + y) for x, y in zip(home", "(join(y) for x, y in zip(home", "gradients do not come home", WINDOWS
+    ),
+    Mutation(ATTENTION, "dq + own[0], own[1:]", "own[0], own[1:]", "queries forget the keys of other devices", WINDOWS),
+    Mutation(
+        BLOCK,
+        "seen &= nearest < mask.window",
+        "seen &= nearest <= mask.window",
+        "a tile just beyond a window is computed",
+        ("tests/parallel/test_tiled_attention.py::test_exactly_the_tiles_in_which_a_query_sees_a_key_are_visited",),
+    ),
+    Mutation(
+        TILES,
+        "ids = ids + jax.lax.axis_index(vocabulary.axis) * size",
+        "ids = ids + jax.lax.axis_index(vocabulary.axis)",
+        "likeliest tokens of later parts have too small ids",
+        VOCABULARY,
+    ),
+    Mutation(TILES, "ids - jax.lax.axis_index(self.axis) * size", "ids", "each part has the first part's targets", VOCABULARY),
+    Mutation(
+        MESH,
+        "shape[free[0]] = devices // fixed",
+        "shape[free[0]] = devices",
+        "-1 takes all devices",
+        ("tests/plan/test_plan.py::test_a_mesh_is_chosen_for_the_rows_that_are_asked_for",),
     ),
 ]

@@ -71,13 +71,13 @@ MUTATIONS = [
         "axes[name] = (None, *axes[name])",
         "axes[name] = (*axes[name], None)",
         "stacked parameters are sharded along the wrong dimension",
-        (PARTS, "tests/distributed/test_parity.py", "tests/plan/test_plan.py"),
+        (f"{PARTS}::test_stacked_training_gives_the_gradients_of_layers_by_themselves",),
     ),
     Mutation(
         RUNS,
         "range(self.start + n, self.stop, self.length)",
         "range(self.start + n, self.stop, self.length)[::-1]",
         "stacked layers are in reverse order",
-        (PARTS, "tests/train/test_steps.py"),
+        (f"{PARTS}::test_stacked_training_gives_the_gradients_of_layers_by_themselves",),
     ),
 ]

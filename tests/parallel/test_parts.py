@@ -13,7 +13,7 @@ from hybrid_jax.parallel.attention import Part, attend, parts_attention
 from hybrid_jax.parallel.attention_block import FULL, Mask
 from hybrid_jax.parallel.mesh import abstract_mesh, check_mesh_fits, make_mesh, parse_mesh
 from hybrid_jax.parallel.sequence import from_zigzag, positions_of, to_zigzag, zigzag_order
-from hybrid_jax.parameters import join_model, split_model
+from hybrid_jax.parameters import abstract_parameters, join_model, logical_axes, split_model
 from hybrid_jax.runs import repeated_runs
 from hybrid_jax.stacking import stack, stacked_names, stacked_structure, training_runs, unstack
 from kernels_pallas import (
@@ -185,7 +185,7 @@ def test_scanned_and_rematerialised_layers_give_the_same_gradients(pattern, rema
 
 
 def test_meshes_are_checked_against_devices_and_model():
-    with pytest.raises(ValueError, match="no axis 'rows'"):
+    with pytest.raises(ValueError, match="the mesh has the unknown key 'rows'"):
         make_mesh({"rows": 2})
     with pytest.raises(ValueError, match="needs 2 devices, there are 1"):
         make_mesh({"fsdp": 2}, jax.devices()[:1])
@@ -220,6 +220,8 @@ def test_stacked_training_gives_the_gradients_of_layers_by_themselves():
     together = stack(parameters, names)
     assert {n for ns in names.values() for n in ns} == set(parameters)
     assert sum(r.length for r in runs) == 3 and all(len(axes[n]) == x.ndim for n, x in together.items())
+    alone = logical_axes(model)
+    assert all(axes[new] == (*[None] * (len(olds) > 1), *alone[olds[0]]) for new, olds in names.items())
     mixed = [olds for olds in names.values() if 0 < len(trainable & set(olds)) < len(olds)]
     assert not mixed
     assert unstack(together, names).keys() == parameters.keys()
@@ -228,3 +230,8 @@ def test_stacked_training_gives_the_gradients_of_layers_by_themselves():
     got = unstack(jax.grad(lambda p: jnp.sum(join_model(stacked_graph, p)(ids) ** 2))(together), names)
     for name in want:
         assert relative_error(got[name], want[name]) < 1e-4, name
+
+
+def test_layers_of_different_windows_are_not_stacked_together():
+    config = tiny_config("*-*-*-*", attention_windows=(None, None, 6, 6))
+    assert [(r.start, r.length, r.count) for r in training_runs(config, abstract_parameters(config))] == [(0, 1, 2), (2, 1, 2)]

@@ -9,8 +9,12 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from hybrid_jax.flops import traced_flops
+from hybrid_jax.parallel import tiles
 from hybrid_jax.parallel.attention import attend, attend_windows, ring_attention
+from hybrid_jax.parallel.cross_entropy import cross_entropy
+from hybrid_jax.parallel.divergence import divergence
 from hybrid_jax.parallel.mesh import abstract_mesh
+from hybrid_jax.parallel.recurrence import _conv_over_chunks, incoming_states
 from hybrid_jax.parallel.sequence import (
     AXIS,
     continued,
@@ -104,6 +108,67 @@ def test_an_exclusive_scan_composes_all_maps_before_a_chunk_in_their_order(any_p
     both = jnp.asarray(np.concatenate([A, b[:, :, None]], axis=-1), jnp.float32)
     got = of_chunks(lambda x: exclusive_scan((x[..., :2], x[..., 2]), then)[1], n, both)
     np.testing.assert_allclose(got, np.stack(want), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("transition", [(), (2, 2)])
+def test_a_chunk_starts_from_what_its_own_segment_left_before_it(any_pairs, transition):
+    """Decays that are numbers and transitions that do not commute. Segments begin at a border of chunks and inside one, whose
+    A is 0; four devices, eight chunks of two tokens."""
+    rng = np.random.default_rng(0)
+    ids = np.repeat([1, 2, 3], [2, 9, 5]).reshape(8, 2)
+    A, b = rng.normal(size=(8, *transition)), rng.normal(size=(8, 2, 3))
+    A[5] = 0
+    state, want = np.zeros((2, 3)), []
+    for i in range(8):
+        begins = i == 0 or ids[i - 1, -1] != ids[i, 0]
+        want.append(np.zeros((2, 3)) if begins else state)
+        state = (A[i] @ want[-1] if transition else A[i] * want[-1]) + b[i]
+
+    def local(x):  # [2, B, ...]
+        ids, b, A = x[..., :2].astype(jnp.int32), x[:, :, 2:8], x[:, :, 8:]
+        heads = (2, 1, 1)
+        return incoming_states((A.reshape(*heads, *transition), b.reshape(*heads, 2, 3)), ids)[:, 0, 0]
+
+    packed = np.concatenate([x.reshape(8, -1) for x in (ids, b, A)], axis=1)[:, None]
+    np.testing.assert_allclose(of_chunks(local, 4, jnp.asarray(packed, jnp.float32)), np.stack(want), rtol=1e-5, atol=1e-6)
+
+
+def test_a_conv_wider_than_a_chunk_sees_the_tokens_of_its_segment(any_pairs):
+    """Chunks of two tokens and a width of four; segments begin at a border and inside a chunk."""
+    x, weight = random(2, 12, 3), random(3, 4, seed=1)
+    ids = jnp.asarray([[1] * 4 + [2] * 5 + [3] * 3, [1] * 12], jnp.int32)
+    got = on_devices(lambda x, ids: _conv_over_chunks(ids, x, weight, None), 3, x, ids)
+    seen = np.asarray(ids)[:, :, None] == np.asarray(ids)[:, None, :]
+    before = np.zeros((2, 12, 3))
+    for t in range(12):
+        for back in range(min(4, t + 1)):
+            before[:, t] += seen[:, t, t - back, None] * np.asarray(x)[:, t - back] * np.asarray(weight)[:, 3 - back]
+    np.testing.assert_allclose(got, before / (1 + np.exp(-before)), rtol=1e-5, atol=1e-6)
+
+
+def test_a_vocabulary_in_parts_gives_the_losses_and_the_likeliest_tokens_of_all_of_it(monkeypatch):
+    """Three devices with four tokens of the vocabulary each; two logits are equal, in parts of different devices."""
+
+    def on_parts(function, arrays, axes, out_axes):
+        parts = [jnp.stack(jnp.split(x, 3, axis=1)) if a == tiles.HEAD else x for x, a in zip(arrays, axes, strict=True)]
+        mapped = jax.vmap(function, in_axes=tuple(0 if a == tiles.HEAD else None for a in axes), axis_name="tensor")
+        return jax.tree.map(lambda x: x[1], mapped(*parts))
+
+    monkeypatch.setattr(tiles, "axes_cutting", lambda logical: ("tensor",) if logical == "vocab" else ())
+    monkeypatch.setattr(tiles, "per_device", on_parts)
+    hidden, head, targets = random(1, 6, 8), random(8, 12, seed=1), jnp.asarray([[0, 3, 4, 7, 8, 11]])
+    head = head.at[:, 10].set(head[:, 1])
+    log_p = jax.nn.log_softmax(hidden @ head)
+    np.testing.assert_allclose(cross_entropy(hidden, head, targets)[0], -log_p[0, jnp.arange(6), targets[0]], rtol=1e-5)
+    teacher = random(1, 6, 8, seed=2)
+    log_q = jax.nn.log_softmax(teacher @ head)
+    found = divergence(hidden, head, teacher, head)
+    np.testing.assert_allclose(found, jnp.sum(jnp.exp(log_q) * (log_q - log_p), axis=-1), rtol=1e-4, atol=1e-5)
+    for k in (2, 6):  # fewer and more than a part has
+        values, ids = jax.lax.top_k(log_p, k)
+        got_ids, got = tiles.likeliest(hidden, head, k)
+        np.testing.assert_array_equal(got_ids, ids)
+        np.testing.assert_allclose(got, values, rtol=1e-5, atol=1e-6)
 
 
 def packed(T):
