@@ -9,7 +9,9 @@ from ml_collections import ConfigDict
 
 from hybrid_jax.commands.main import COMMANDS, main, read_arguments
 from hybrid_jax.config_file import load_config
+from hybrid_jax.convert import read_model_config
 from hybrid_jax.experiment import _claim, mesh_of
+from hybrid_jax.workdir import is_run
 
 PRIME = ["prime", "--config=configs/prime_tiny.py:GKA", "--workdir=run"]
 
@@ -118,6 +120,7 @@ def test_another_config_in_a_workdir_is_refused_with_the_fields_that_differ(tmp_
     phases = dict(train=dict(objective="next_token", steps=20, mesh=dict(fsdp=2)))
     config = ConfigDict(dict(source="launch/tiny_qwen3", seed=1, schedule=("train",), phases=phases))
     _claim(tmp_path / "run", config)
+    (tmp_path / "run" / "stages").mkdir()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")  # the source is the same one from here
     config.phases.train.mesh.fsdp = 4
@@ -125,8 +128,24 @@ def test_another_config_in_a_workdir_is_refused_with_the_fields_that_differ(tmp_
     config.phases.train.steps, config.phases.train.clip = 30, 0.5
     with pytest.raises(ValueError) as e:
         _claim(tmp_path / "run", config)
-    words = "config.phases.train.clip is 0.5 now and was 'absent'; config.phases.train.steps is 30 now and was 20 (compare"
+    words = "config.phases.train.clip is 0.5 now and was absent; config.phases.train.steps is 30 now and was 20 (compare"
     assert words in str(e.value)
+
+
+def test_a_run_that_made_nothing_leaves_its_directory_to_the_corrected_command(tmp_path, capsys):
+    config = ConfigDict(dict(source="launch/tiny_qwen3", seed=1, schedule=(), phases={}, data=dict(text="a")))
+    _claim(tmp_path / "run", config)
+    assert is_run(tmp_path / "run")
+    with pytest.raises(ValueError, match="working directory of a run, not a model directory; it has no model yet"):
+        read_model_config(tmp_path / "run")
+    config.data.text = "b"
+    _claim(tmp_path / "run", config)
+    assert "the new config takes its place" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"] == {"text": "b"}
+    (tmp_path / "run" / "stages").mkdir()
+    config.data.text = "c"
+    with pytest.raises(ValueError, match="config.data.text is 'c' now and was 'b'"):
+        _claim(tmp_path / "run", config)
 
 
 def test_help_shows_defaults_an_example_and_the_exit_codes(capsys):
