@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 from ml_collections import ConfigDict
@@ -108,6 +109,34 @@ def test_every_field_can_be_set_whether_or_not_the_config_names_it():
     assert config.mixers.gka_config.use_gate is False and config.pattern == "*-GKA"
 
 
+def test_the_options_of_a_phase_s_objective_can_be_set_and_no_others():
+    config = overridden("--config.phases.train.objective=distill", "--config.phases.train.options.temperature=2.5")
+    assert config.phases.train.options.to_dict() == {"temperature": 2.5}
+    with pytest.raises(ValueError, match=r"options has the unknown key 'temperature'; known: pre_lm_head"):
+        overridden("--config.phases.align.options.temperature=2.5")
+
+
+def test_a_config_is_a_module_while_it_is_read(tmp_path):
+    lines = "from __future__ import annotations", "import dataclasses", "@dataclasses.dataclass", "class A:", "    seed: int = 3"
+    (tmp_path / "c.py").write_text("\n".join((*lines, "def get_config():", "    return dict(seed=A().seed)")))
+    assert load_config([f"--config={tmp_path / 'c.py'}"]).seed == 3 and "hybrid_jax_config" not in sys.modules
+
+
+def test_where_a_plan_or_an_evaluation_cannot_be_written_is_said_before_any_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("hybrid_jax.plan.planner.make_plan", None)
+    (tmp_path / "file").write_text("x")
+    plan = ("plan", "--source", "launch/tiny_qwen3", "--topology", "h100:8", "--json")
+    evaluate = ("evaluate", "--model", "a=launch/tiny_qwen3", "--out")
+    for command, words in (
+        ((*plan, str(tmp_path / "no" / "x.json")), "there is no directory"),
+        ((*plan, str(tmp_path)), "it is a directory"),
+        ((*evaluate, str(tmp_path / "file")), "file exists already"),
+        ((*evaluate, str(tmp_path / "file" / "out")), "file is a file"),
+    ):
+        assert main(list(command)) == 1
+        assert words in capsys.readouterr().err
+
+
 def test_an_error_within_a_config_is_said_with_its_file(tmp_path):
     (tmp_path / "c.py").write_text("def get_config():\n    return 1 / 0\n")
     with pytest.raises(ValueError, match="c.py: ZeroDivisionError: division by zero"):
@@ -180,4 +209,6 @@ def test_the_package_s_functions_are_functions_whatever_was_imported_before():
     import hybrid_jax
     import hybrid_jax.generate  # sets the attribute of that name, which must stay the function
 
-    assert all(callable(getattr(hybrid_jax, name)) for name in hybrid_jax.__all__)
+    assert all(isinstance(getattr(hybrid_jax, name), types.FunctionType) for name in hybrid_jax.__all__)
+    assert hybrid_jax.generate is sys.modules["hybrid_jax.generate"].generate and {*hybrid_jax.__all__} <= {*dir(hybrid_jax)}
+    assert not hasattr(hybrid_jax, "load_modle")

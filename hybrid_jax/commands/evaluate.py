@@ -139,7 +139,7 @@ def run(args: argparse.Namespace):
     from hybrid_jax.data.tokens import Encoder
     from hybrid_jax.evaluate.measures import retrieval_loss_and_accuracy, text_loss
     from hybrid_jax.evaluate.report import HEADER, Row, draw_recovery, markdown_table, notes, table_cells
-    from hybrid_jax.files import write_text
+    from hybrid_jax.files import check_new_directory, check_writable, write_text
     from hybrid_jax.parallel.distributed import say
     from hybrid_jax.progress import progress_bar
 
@@ -148,7 +148,10 @@ def run(args: argparse.Namespace):
     out = pathlib.Path(args.out) if args.out else None
     known = {}
     if out is not None:
+        if not out.is_dir():
+            check_new_directory(out)
         out.mkdir(parents=True, exist_ok=True)
+        check_writable(out)
         if (out / "results.json").exists():
             known = {r["row"]["path"]: r for r in json.loads((out / "results.json").read_text())}
     records, corpora = [], {}

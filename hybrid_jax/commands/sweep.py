@@ -55,7 +55,7 @@ def run(args: argparse.Namespace):
         index = args.index
         if index == "array":
             index = next((os.environ[name] for name in ARRAYS if name in os.environ), "")
-        if not index.isdigit() or int(index) >= len(points):
+        if not index.isdecimal() or int(index) >= len(points):
             raise ValueError(
                 f"--index {args.index}: expected 0 ... {len(points) - 1}, or 'array' in an array job ({', '.join(ARRAYS)})"
             )
