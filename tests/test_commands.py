@@ -190,6 +190,15 @@ def test_evaluate_refuses_before_any_work_what_does_not_fit_the_model(two_tokeni
     assert "at least one token" in fails(capsys, *command, "--prompt", "")
 
 
+def test_a_stored_result_is_of_its_options(two_tokenizers):
+    def of(**changes):
+        options = dict(text=str(two_tokenizers / "text.txt"), seq_len=80, rows=4)
+        return evaluate._fingerprint(two_tokenizers / "small", argparse.Namespace(**{**options, **changes}))
+
+    others = [of(), of(seq_len=81), of(rows=5), of(text="stdlib")]
+    assert of() == others[0] and all(a != b for n, a in enumerate(others) for b in others[:n])
+
+
 def test_a_run_may_be_measured_at_the_length_of_its_last_stage(two_tokenizers, tmp_path, monkeypatch):
     for number, (stage, positions) in enumerate((("initial", 256), ("longer", 512))):
         directory = shutil.copytree(two_tokenizers / "small", tmp_path / "run" / "stages" / f"0{number}_{stage}")

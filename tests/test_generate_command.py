@@ -97,6 +97,7 @@ def test_options_given_go_before_the_models_own(model, capsys):
     "options, message",
     [
         (["--top-p", 0.5], "no effect on greedy generation"),
+        (["--top-k", 5], "no effect on greedy generation"),
         (["--max-new-tokens", 3000], "more than the model's 256 positions"),
     ],
     ids=str,

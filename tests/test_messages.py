@@ -66,6 +66,7 @@ def test_an_unknown_option_is_blamed_alone_and_its_neighbour_is_named(capsys):
     assert "unknown option --steps=3; Fields of the config" in error and "seed" not in error
     assert "--fraction" not in refused(capsys, "select", "m", "--rosw=3", "--fraction", "1")
     assert "did you mean --rows?" in refused(capsys, "select", "m", "--rosw=3")
+    assert "unknown option --config.seed=1" in refused(capsys, "select", "m", "--config.seed=1")  # it has no config
 
 
 def overridden(*overrides):
@@ -114,6 +115,12 @@ def test_the_options_of_a_phase_s_objective_can_be_set_and_no_others():
     assert config.phases.train.options.to_dict() == {"temperature": 2.5}
     with pytest.raises(ValueError, match=r"options has the unknown key 'temperature'; known: pre_lm_head"):
         overridden("--config.phases.align.options.temperature=2.5")
+
+
+def test_a_number_without_a_point_in_a_config_does_not_make_a_field_one_of_integers(tmp_path):
+    (tmp_path / "c.py").write_text("def get_config():\n    return dict(phases=dict(train=dict(weight_decay=0, steps=2)))")
+    config = load_config([f"--config={tmp_path / 'c.py'}", "--config.phases.train.weight_decay=0.1"])
+    assert config.phases.train.to_dict() == {"weight_decay": 0.1, "steps": 2}
 
 
 def test_a_config_is_a_module_while_it_is_read(tmp_path):
