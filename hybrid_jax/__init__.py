@@ -6,15 +6,33 @@ The functions below are imported when they are first used, so that `hybrid-jax -
 import importlib
 import sys
 import types
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hybrid_jax.convert import load_model, save_model
+    from hybrid_jax.generate import generate
+
+__all__ = ["generate", "load_model", "save_model"]
 
 _MODULES = {"generate": "hybrid_jax.generate", "load_model": "hybrid_jax.convert", "save_model": "hybrid_jax.convert"}
 
-__all__ = ["generate", "load_model", "save_model"]  # noqa: F822 (properties of the module, see below)
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
-def _function(name: str, module: str) -> property:
-    # Importing the subpackage `generate` sets the attribute of that name; the setter keeps the function there.
-    return property(lambda _: getattr(importlib.import_module(module), name), lambda _, submodule: None)
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
-sys.modules[__name__].__class__ = type("Package", (types.ModuleType,), {n: _function(n, m) for n, m in _MODULES.items()})
+class _Package(types.ModuleType):
+    """Importing the subpackage `generate` would set the attribute of that name, which stays the function."""
+
+    def __setattr__(self, name: str, value):
+        if name != "generate" or not isinstance(value, types.ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,11 +46,17 @@ def _get_config(path: pathlib.Path, arguments: list[str]) -> ConfigDict:
     spec = importlib.util.spec_from_loader("hybrid_jax_config", loader=None)
     module = importlib.util.module_from_spec(spec)
     module.__file__ = str(path)
+    before = sys.modules.get(module.__name__)
+    sys.modules[module.__name__] = module  # dataclasses, for one, look their module up
     try:
-        exec(compile(path.read_text(), str(path), "exec"), module.__dict__)
+        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
         config = module.get_config(*arguments)
     except Exception as e:  # anything may go wrong in a program of the user's
         raise ValueError(f"{path}: {e}" if isinstance(e, ValueError) else f"{path}: {type(e).__name__}: {e}") from e
+    finally:
+        del sys.modules[module.__name__]
+        if before is not None:  # a config that reads another one
+            sys.modules[module.__name__] = before
     if not isinstance(config, Mapping | ConfigDict):
         raise ValueError(f"{path}: get_config() must return a ConfigDict, got {type(config).__name__}")
     return ConfigDict(config)

@@ -42,7 +42,7 @@ from hybrid_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from hybrid_jax.data.tokens import is_prepared
 from hybrid_jax.families import config_from_hf, config_to_hf
 from hybrid_jax.fields import fields_of
-from hybrid_jax.files import check_new_directory, check_writable, find_shipped, new_directory
+from hybrid_jax.files import check_new_directory, check_writable, find_shipped, new_directory, write_text
 from hybrid_jax.lengthen import lengthen_phases
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.distributed import barrier, is_first, say
@@ -137,6 +137,8 @@ def _check_phases_fit(model_config: ModelConfig, config: ConfigDict, phases: lis
 def _claim(workdir: pathlib.Path, config: ConfigDict):
     """Makes the working directory this config's, or checks that it is already; meshes may change, and phases get more steps.
 
+    A run that ended before it made anything, e.g. because its text could not be read, leaves the directory to the next config.
+
     Raises:
       ValueError: it belongs to another config. PermissionError: it can not be written any more.
     """
@@ -146,7 +148,10 @@ def _claim(workdir: pathlib.Path, config: ConfigDict):
     lengthen_phases(record, json.loads(text), stages, lambda old, new: not _differences(old, new))
     if record.exists():
         differences = _differences(json.loads(record.read_text()), json.loads(text))
-        if differences:
+        if differences and [p.name for p in workdir.iterdir()] == [record.name]:
+            say(f"{workdir} has nothing of a run but its config (it ended before its first stage): the new config takes its place")
+            write_text(record, text + "\n")
+        elif differences:
             more = f" and {len(differences) - DIFFERENCES} more" if len(differences) > DIFFERENCES else ""
             raise ValueError(
                 f"{workdir} holds a run of another config: {'; '.join(differences[:DIFFERENCES])}{more} (compare {record}); "
@@ -169,12 +174,9 @@ def _without_meshes(config: dict) -> dict:
 def _differences(old: dict, new: dict) -> list[str]:
     """The fields in which two configs differ, a sentence each, but for meshes and ways to write the same path."""
     old, new = (flat(_without_meshes(_with_absolute_paths(c))) for c in (old, new))
-    absent = "absent"
-    return [
-        f"config.{name} is {new.get(name, absent)!r} now and was {old.get(name, absent)!r}"
-        for name in sorted({*old, *new})
-        if old.get(name, absent) != new.get(name, absent)
-    ]
+    differ = [name for name in sorted({*old, *new}) if (name in old) != (name in new) or old[name] != new[name]]
+    was, now = ({name: repr(c[name]) if name in c else "absent" for name in differ} for c in (old, new))
+    return [f"config.{name} is {now[name]} now and was {was[name]}" for name in differ]
 
 
 def _with_absolute_paths(config: dict) -> dict:

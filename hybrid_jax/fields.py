@@ -10,6 +10,7 @@ from hybrid_jax.config import MIXER_CONFIGS
 from hybrid_jax.data.corpus import SYNTHETIC, Source
 from hybrid_jax.parallel.mesh import AXES
 from hybrid_jax.priming.select import Selection
+from hybrid_jax.train.objectives import OBJECTIVES
 from hybrid_jax.train.phase import Phase
 
 _EMPTY = {"str": "", "int": 0, "float": 0.0, "bool": False}  # of a field without a default
@@ -24,6 +25,10 @@ def fields_of(config: Mapping) -> dict[str, Any]:
     data = config.get("data") or {}
     sources = {name: _defaults(Source) for name in data.get("sources") or {}}
     mix, mesh = dict.fromkeys(("text", *sources, *SYNTHETIC), 0.0), dict.fromkeys(AXES, 1)
+    phases = {
+        name: _defaults(Phase) | {"mix": mix, "mesh": mesh, "options": _options(phase)}
+        for name, phase in (config.get("phases") or {}).items()
+    }
     return {
         "source": "",
         "model": {},
@@ -32,11 +37,17 @@ def fields_of(config: Mapping) -> dict[str, Any]:
         "select": _defaults(Selection),
         "mixers": {key: _defaults(cls) for key, (_, cls) in MIXER_CONFIGS.items()},
         "schedule": (),
-        "phases": {name: _defaults(Phase) | {"mix": mix, "mesh": mesh} for name in config.get("phases") or {}},
+        "phases": phases,
         "data": {"text": "", "sources": sources, "mix": mix},
         "seed": 0,
         "mesh": mesh,
     }
+
+
+def _options(phase: Mapping) -> dict[str, Any]:
+    """The options of a phase's objective; their values are read as Python's, and checked by the objective."""
+    objective = OBJECTIVES.get(phase.get("objective"))
+    return dict.fromkeys(objective.options) if objective else {}
 
 
 def _defaults(cls: type) -> dict[str, Any]:

@@ -69,6 +69,20 @@ def check_writable(directory: pathlib.Path, path: pathlib.Path | None = None):
         raise PermissionError(f"can not write {path or directory}: {directory} is not writable ({e.strerror})") from None
 
 
+def check_new_file(path: str | pathlib.Path):
+    """Checks, before any work, that `path` can be written as a file.
+
+    Raises:
+      FileNotFoundError, IsADirectoryError, PermissionError: it can not.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a directory")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no directory {path.absolute().parent}")
+    check_writable(path.absolute().parent, path)
+
+
 @contextlib.contextmanager
 def new_directory(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
     """A directory to fill, which becomes `path` if the block ends well and vanishes if not."""

@@ -11,22 +11,23 @@ SECONDS = 30.0  # between two lines in a file
 
 
 class _Lines(tqdm):
-    """A bar that is written as lines: at its start, at most every `SECONDS`, and at its end."""
+    """A bar that is written as lines: at its start, at most every `SECONDS`, and at its end if it has moved since."""
 
-    _written = float("-inf")
+    _written, _shown = float("-inf"), None
 
     def refresh(self, *_, **__):
         if not self.disable and time.monotonic() - self._written >= SECONDS:
             self._line()
 
     def _line(self):
-        self._written = time.monotonic()
+        self._written, self._shown = time.monotonic(), (self.n, self.postfix)
         self.fp.write(f"{self}\n")
         self.fp.flush()
 
     def close(self):
         if not self.disable:
-            self._line()
+            if self._shown != (self.n, self.postfix):
+                self._line()
             self._decr_instances(self)
             self.disable = True
 

@@ -89,7 +89,9 @@ class StopRequest(_Signals):
 class Terminable(_Signals):
     """Within the block SIGTERM raises KeyboardInterrupt, as Ctrl-C does; a second one ends the process if the first had to wait."""
 
-    def _handle(self, *_):
+    def _handle(self, number, *_):
+        if self.asked and number == signal.SIGTERM:
+            return  # launchers send it to a process and to its group; the first one is being answered
         self.asked = True
         raise KeyboardInterrupt
 

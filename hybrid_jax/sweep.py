@@ -2,9 +2,9 @@
 
 A sweep's directory holds
 
-    sweep.json        what is swept; another sweep in the same directory is refused
+    sweep.json        what is swept and how it is evaluated; another sweep in the same directory is refused
     runs/NAME/        each point's working directory (see `experiment`)
-    results/NAME.json the outcome of each point
+    results/NAME.json the outcome of each point; one that failed runs again with the same command
     table.md, results.json, sweep.png
 """
 
@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import pathlib
 import re
 import signal
@@ -80,7 +81,10 @@ def points_of(config: ConfigDict) -> list[Point]:
         )
     combined = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     listed = [flat(p) for p in config.get("points") or [{}]]
-    found = [(str(file), {**one, **other}) for file in config.get("configs") or () for one in combined for other in listed]
+    files = config.get("configs") or ()
+    if isinstance(files, str):
+        raise ValueError(f"sweep.configs must be a tuple of files, got {files!r}; for one file write ({files!r},)")
+    found = [(str(file), {**one, **other}) for file in files for one in combined for other in listed]
     if not found:
         raise ValueError("the sweep has no configs, or an empty grid")
     twice = next((pair for i, pair in enumerate(found) if pair in found[:i]), None)
@@ -116,17 +120,23 @@ def _hash(point) -> str:
     return hashlib.sha256(repr(point).encode()).hexdigest()[:8]
 
 
-def claim(out: pathlib.Path, points: Sequence[Point]):
+def claim(out: pathlib.Path, points: Sequence[Point], configs: Sequence[ConfigDict], evaluate: Mapping[str, Any]):
     """Makes the directory this sweep's.
 
+    Args:
+      configs: each point's config with its overrides. The results of a directory are of one version of them; meshes may change.
+      evaluate: how the points are evaluated.
+
     Raises:
-      ValueError: it is another's.
+      ValueError: it is another's; names a difference.
     """
-    text = json.dumps([dataclasses.asdict(p) for p in points], indent=1)
+    described = [{**dataclasses.asdict(p), "fields": _described(c)} for p, c in zip(points, configs, strict=True)]
+    text = json.dumps({"evaluate": dict(evaluate), "points": described}, indent=1, default=list)
     record = out / "sweep.json"
     if record.exists():
-        if json.loads(record.read_text()) != json.loads(text):
-            raise ValueError(f"{out} holds another sweep (compare {record}); choose another --out, or remove it")
+        difference = _difference(json.loads(record.read_text()), json.loads(text))
+        if difference:
+            raise ValueError(f"{out} holds another sweep: {difference} (compare {record}); choose another --out, or remove it")
         return
     check_new_directory(out)
     try:
@@ -137,15 +147,36 @@ def claim(out: pathlib.Path, points: Sequence[Point]):
             raise
 
 
+def _described(config: ConfigDict) -> dict[str, Any]:
+    """The fields of a point's config, without meshes, which change nothing that is compared."""
+    return {name: value for name, value in flat(config.to_dict()).items() if "mesh" not in name.split(".")}
+
+
+def _difference(old: Any, new: Mapping[str, Any]) -> str:
+    """One difference between two sweeps in words; empty if there is none."""
+    if not isinstance(old, dict) or [p["name"] for p in old["points"]] != [p["name"] for p in new["points"]]:
+        return "its points are not these"
+    groups = [("sweep.evaluate", old["evaluate"], new["evaluate"])]
+    for was, now in zip(old["points"], new["points"], strict=True):
+        if was["config"] != now["config"]:
+            return f"{now['name']} is of {now['config']} now and was of {was['config']}"
+        groups.append((f"{now['name']}: config", was["fields"], now["fields"]))
+    for where, was, now in groups:
+        for name in sorted({*was, *now}):
+            if (name in was) != (name in now) or was[name] != now[name]:
+                return f"{where}.{name} is {now.get(name, 'absent')!r} now and was {was.get(name, 'absent')!r}"
+    return ""
+
+
 def run_point(point: Point, out: pathlib.Path, evaluate: Mapping[str, Any]) -> dict:
-    """Runs or finishes a point in a process of its own; its outcome, which is kept unless it was stopped.
+    """Runs or finishes a point in a process of its own; its outcome, which is kept unless it was stopped; a failed one runs again.
 
     `status` is done, failed (with `error`) or stopped; `losses` the last of each phase; `held_out_loss` and `retrieval`
     where `evaluate` (text, seq_len, rows) says so.
     """
     kept = out / "results" / f"{point.name}.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
+    if kept.exists() and (result := json.loads(kept.read_text()))["status"] == "done":
+        return result
     workdir = out / "runs" / point.name
     result = {"name": point.name, "config": point.config, "overrides": dict(point.overrides), "status": "done"}
     status, error = _command("prime", *point.arguments, f"--workdir={workdir}")
@@ -159,7 +190,7 @@ def run_point(point: Point, out: pathlib.Path, evaluate: Mapping[str, Any]) -> d
         result |= {"held_out_loss": row["row"]["text_loss"], "retrieval": row["row"]["retrieval_accuracy"]}
     if status != "done":
         result |= {"status": status, "error": error}
-    if status == "done":
+    if status != "stopped":
         kept.parent.mkdir(exist_ok=True)
         write_text(kept, json.dumps(result, indent=1) + "\n")
     return result
@@ -181,6 +212,8 @@ def _command(*arguments: str) -> tuple[str, str]:
         code = process.wait()
     if code == 0:
         return ("stopped" if received else "done"), "stopped between two commands" if received else ""
+    if code < 0:
+        last = f"ended by {signal.Signals(-code).name}, after: {last}"
     return ("stopped" if received or code == STOPPED else "failed"), last
 
 
@@ -250,16 +283,17 @@ def draw_sweep(rows: Sequence[Mapping], path: pathlib.Path):
     """A bar a point: held-out loss where it was evaluated, else the last phase's loss."""
     done = [row for row in rows if row["status"] == "done"]
     evaluated = bool(done) and all("held_out_loss" in row for row in done)
-    values = [row["held_out_loss"] if evaluated else list(row["losses"].values())[-1] for row in done]
+    values = [row["held_out_loss"] if evaluated else [math.nan, *row["losses"].values()][-1] for row in done]
     names = [row["name"].replace(",", "\n") for row in done]
     lines = sum(1 + name.count("\n") for name in names)
     figure, axis = plt.subplots(figsize=(9, 1.5 + 0.3 * max(lines, 1)), layout="constrained")
-    axis.barh(range(len(done)), values)
+    axis.barh(range(len(done)), [value if math.isfinite(value) else 0.0 for value in values])
     axis.set_yticks(range(len(done)), names, fontsize=8)
     axis.invert_yaxis()
     axis.set(title=f"{path.absolute().parent.name}: {len(done)} of {len(rows)} points", xlabel=LOSS_LABELS[evaluated])
-    if values:
-        axis.set_xlim(left=0.95 * min(values))
+    finite = [value for value in values if math.isfinite(value)]
+    if finite:
+        axis.set_xlim(left=0.95 * min(finite))
     axis.grid(alpha=0.3, axis="x")
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from hybrid_jax.convert import load_model
 from hybrid_jax.experiment import in_form, stage_path
+from hybrid_jax.files import read_json
 from hybrid_jax.model import Decoder
 from hybrid_jax.parameters import join_model, split_model
 from hybrid_jax.stacking import stack, unstack
@@ -21,7 +22,10 @@ from hybrid_jax.train.loop import prepared
 
 
 def is_run(directory: str | pathlib.Path) -> bool:
-    return (pathlib.Path(directory) / "stages").is_dir()
+    """Whether it is a run's working directory; one that has just begun has a config.json with a schedule, and no stages."""
+    directory = pathlib.Path(directory)
+    record = directory / "config.json"
+    return (directory / "stages").is_dir() or record.is_file() and "schedule" in read_json(record)
 
 
 def tokenizer_of(workdir: str | pathlib.Path) -> pathlib.Path:
@@ -48,7 +52,7 @@ def load_run(
     """
     workdir = pathlib.Path(workdir)
     if not is_run(workdir):
-        raise FileNotFoundError(f"{workdir} is no run's working directory: it has no 'stages'")
+        raise FileNotFoundError(f"{workdir} is no run's working directory")
     config = json.loads((workdir / "config.json").read_text())
     if not phase:
         if not (workdir / "model").is_dir():

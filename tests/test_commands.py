@@ -1,5 +1,6 @@
 """The command line: what it does, and one clear message for each kind of bad input, leaving nothing behind."""
 
+import argparse
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax import load_model, save_model
+from hybrid_jax.commands import evaluate
 from hybrid_jax.commands.main import COMMANDS, main
 from hybrid_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from tests.conftest import GOLDEN, tiny_model
@@ -142,6 +144,8 @@ def test_evaluate_wants_something_to_measure(tmp_path, capsys):
     assert "at least one" in fails(capsys, "evaluate")
     assert "NAME=DIR" in fails(capsys, "evaluate", "--model", "dir")
     assert "not a run" in fails(capsys, "evaluate", "--run", f"a={tmp_path}")
+    twice = ("--model", f"a={tmp_path}", "--run", f"a={tmp_path}")
+    assert "the name 'a' is given twice" in fails(capsys, "evaluate", *twice)
 
 
 def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
@@ -174,6 +178,49 @@ def evaluated(root, out, *models, capsys):
     assert main(["evaluate", *flags, "--text", str(root / "text.txt"), "--rows=4", "--seq-len=80", "--out", str(out)]) == 0
     rows = [r["row"] for r in json.loads((out / "results.json").read_text())]
     return {r["name"]: r["text_loss"] for r in rows}, "".join(capsys.readouterr())
+
+
+def test_evaluate_refuses_before_any_work_what_does_not_fit_the_model(two_tokenizers, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("hybrid_jax.convert.load_model", None)
+    command = ("evaluate", f"--model=a={two_tokenizers / 'small'}", "--text", two_tokenizers / "text.txt")
+    assert "--seq-len must be at least 66, the tokens of a retrieval of 16 pairs, got 65" in fails(capsys, *command, "--seq-len=65")
+    words = "--seq-len 257 is more than the max_position_embeddings of 'a'"
+    assert words in fails(capsys, *command, "--seq-len=257")
+    assert "256 positions" in fails(capsys, *command, "--prompt", "12 " * 200)
+    assert "at least one token" in fails(capsys, *command, "--prompt", "")
+
+
+def test_a_stored_result_is_of_its_options(two_tokenizers):
+    def of(**changes):
+        options = dict(text=str(two_tokenizers / "text.txt"), seq_len=80, rows=4)
+        return evaluate._fingerprint(two_tokenizers / "small", argparse.Namespace(**{**options, **changes}))
+
+    others = [of(), of(seq_len=81), of(rows=5), of(text="stdlib")]
+    assert of() == others[0] and all(a != b for n, a in enumerate(others) for b in others[:n])
+
+
+def test_a_run_may_be_measured_at_the_length_of_its_last_stage(two_tokenizers, tmp_path, monkeypatch):
+    for number, (stage, positions) in enumerate((("initial", 256), ("longer", 512))):
+        directory = shutil.copytree(two_tokenizers / "small", tmp_path / "run" / "stages" / f"0{number}_{stage}")
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps({**config, "max_position_embeddings": positions}))
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"source": "somewhere"}))
+    args = argparse.Namespace(model=[], run=[f"r={tmp_path / 'run'}"], seq_len=512, prompt=None)
+    todo = evaluate._to_measure(args)
+    assert [(m.name, m.stage, m.source) for m in todo] == [("r initial", 0, "somewhere"), ("r longer", 1, "somewhere")]
+    evaluate._check(args, todo)
+    args.seq_len = 513
+    with pytest.raises(ValueError, match="of 'r longer'"):
+        evaluate._check(args, todo)
+
+
+def test_an_evaluation_that_is_stopped_keeps_the_results_of_the_models_after_it(two_tokenizers, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    evaluated(two_tokenizers, out, "small", "large", capsys=capsys)
+    stored = json.loads((out / "results.json").read_text())
+    monkeypatch.setattr("hybrid_jax.progress.progress_bar", lambda items, **_: items[:1])  # stopped after the first
+    evaluated(two_tokenizers, out, "small", "large", capsys=capsys)
+    assert json.loads((out / "results.json").read_text()) == stored
 
 
 def test_every_model_is_evaluated_with_its_own_tokenizer(two_tokenizers, tmp_path, capsys):

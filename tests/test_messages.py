@@ -3,13 +3,16 @@
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 from ml_collections import ConfigDict
 
 from hybrid_jax.commands.main import COMMANDS, main, read_arguments
 from hybrid_jax.config_file import load_config
+from hybrid_jax.convert import read_model_config
 from hybrid_jax.experiment import _claim, mesh_of
+from hybrid_jax.workdir import is_run
 
 PRIME = ["prime", "--config=configs/prime_tiny.py:GKA", "--workdir=run"]
 
@@ -34,6 +37,14 @@ def refused(capsys, *arguments):
         (("evaluate", "--seq-len", "0"), "--seq-len: must be an integer at least 1, got 0"),
         (("prepare", "a", "b", "--tokenizer", "c", "--workers", "0"), "--workers: must be an integer at least 1, got 0"),
         (("prepare", "a", "b", "--tokenizer", "c", "--held-out", "100"), "--held-out: must be a number at least 0 and below 100"),
+        (("generate", "m", "p", "--temperature", "-1"), "--temperature: must be a number at least 0, got -1.0"),
+        (("generate", "m", "p", "--temperature", "nan"), "--temperature: must be a number at least 0, got nan"),
+        (("generate", "m", "p", "--top-p", "1.7"), "--top-p: must be a number above 0 and at most 1, got 1.7"),
+        (("generate", "m", "p", "--top-p", "0"), "--top-p: must be a number above 0 and at most 1, got 0.0"),
+        (("generate", "m", "p", "--top-k", "-2"), "--top-k: must be an integer at least 0, got -2"),
+        (("generate", "m", "p", "--max-new-tokens", "-3"), "--max-new-tokens: must be an integer at least 1, got -3"),
+        (("generate", "m", "p", "--max-new-tokens", "x"), "--max-new-tokens: must be an integer at least 1, got 'x'"),
+        (("generate", "m", "p", "--seed", "-1"), "--seed: must be an integer at least 0, got -1"),
         (("convert", "a", "b", "--seed", "-1"), "--seed: must be an integer at least 0, got -1"),
         (("export", "a", "b", "--max-shard-gb", "0"), "--max-shard-gb: must be a number above 0, got 0.0"),
         (("export", "a", "b", "--phase", "p", "--step", "-2"), "--step: must be an integer at least 0, got -2"),
@@ -55,6 +66,7 @@ def test_an_unknown_option_is_blamed_alone_and_its_neighbour_is_named(capsys):
     assert "unknown option --steps=3; Fields of the config" in error and "seed" not in error
     assert "--fraction" not in refused(capsys, "select", "m", "--rosw=3", "--fraction", "1")
     assert "did you mean --rows?" in refused(capsys, "select", "m", "--rosw=3")
+    assert "unknown option --config.seed=1" in refused(capsys, "select", "m", "--config.seed=1")  # it has no config
 
 
 def overridden(*overrides):
@@ -98,6 +110,40 @@ def test_every_field_can_be_set_whether_or_not_the_config_names_it():
     assert config.mixers.gka_config.use_gate is False and config.pattern == "*-GKA"
 
 
+def test_the_options_of_a_phase_s_objective_can_be_set_and_no_others():
+    config = overridden("--config.phases.train.objective=distill", "--config.phases.train.options.temperature=2.5")
+    assert config.phases.train.options.to_dict() == {"temperature": 2.5}
+    with pytest.raises(ValueError, match=r"options has the unknown key 'temperature'; known: pre_lm_head"):
+        overridden("--config.phases.align.options.temperature=2.5")
+
+
+def test_a_number_without_a_point_in_a_config_does_not_make_a_field_one_of_integers(tmp_path):
+    (tmp_path / "c.py").write_text("def get_config():\n    return dict(phases=dict(train=dict(weight_decay=0, steps=2)))")
+    config = load_config([f"--config={tmp_path / 'c.py'}", "--config.phases.train.weight_decay=0.1"])
+    assert config.phases.train.to_dict() == {"weight_decay": 0.1, "steps": 2}
+
+
+def test_a_config_is_a_module_while_it_is_read(tmp_path):
+    lines = "from __future__ import annotations", "import dataclasses", "@dataclasses.dataclass", "class A:", "    seed: int = 3"
+    (tmp_path / "c.py").write_text("\n".join((*lines, "def get_config():", "    return dict(seed=A().seed)")))
+    assert load_config([f"--config={tmp_path / 'c.py'}"]).seed == 3 and "hybrid_jax_config" not in sys.modules
+
+
+def test_where_a_plan_or_an_evaluation_cannot_be_written_is_said_before_any_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("hybrid_jax.plan.planner.make_plan", None)
+    (tmp_path / "file").write_text("x")
+    plan = ("plan", "--source", "launch/tiny_qwen3", "--topology", "h100:8", "--json")
+    evaluate = ("evaluate", "--model", "a=launch/tiny_qwen3", "--out")
+    for command, words in (
+        ((*plan, str(tmp_path / "no" / "x.json")), "there is no directory"),
+        ((*plan, str(tmp_path)), "it is a directory"),
+        ((*evaluate, str(tmp_path / "file")), "file exists already"),
+        ((*evaluate, str(tmp_path / "file" / "out")), "file is a file"),
+    ):
+        assert main(list(command)) == 1
+        assert words in capsys.readouterr().err
+
+
 def test_an_error_within_a_config_is_said_with_its_file(tmp_path):
     (tmp_path / "c.py").write_text("def get_config():\n    return 1 / 0\n")
     with pytest.raises(ValueError, match="c.py: ZeroDivisionError: division by zero"):
@@ -110,6 +156,7 @@ def test_another_config_in_a_workdir_is_refused_with_the_fields_that_differ(tmp_
     phases = dict(train=dict(objective="next_token", steps=20, mesh=dict(fsdp=2)))
     config = ConfigDict(dict(source="launch/tiny_qwen3", seed=1, schedule=("train",), phases=phases))
     _claim(tmp_path / "run", config)
+    (tmp_path / "run" / "stages").mkdir()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")  # the source is the same one from here
     config.phases.train.mesh.fsdp = 4
@@ -117,8 +164,24 @@ def test_another_config_in_a_workdir_is_refused_with_the_fields_that_differ(tmp_
     config.phases.train.steps, config.phases.train.clip = 30, 0.5
     with pytest.raises(ValueError) as e:
         _claim(tmp_path / "run", config)
-    words = "config.phases.train.clip is 0.5 now and was 'absent'; config.phases.train.steps is 30 now and was 20 (compare"
+    words = "config.phases.train.clip is 0.5 now and was absent; config.phases.train.steps is 30 now and was 20 (compare"
     assert words in str(e.value)
+
+
+def test_a_run_that_made_nothing_leaves_its_directory_to_the_corrected_command(tmp_path, capsys):
+    config = ConfigDict(dict(source="launch/tiny_qwen3", seed=1, schedule=(), phases={}, data=dict(text="a")))
+    _claim(tmp_path / "run", config)
+    assert is_run(tmp_path / "run")
+    with pytest.raises(ValueError, match="working directory of a run, not a model directory; it has no model yet"):
+        read_model_config(tmp_path / "run")
+    config.data.text = "b"
+    _claim(tmp_path / "run", config)
+    assert "the new config takes its place" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"] == {"text": "b"}
+    (tmp_path / "run" / "stages").mkdir()
+    config.data.text = "c"
+    with pytest.raises(ValueError, match="config.data.text is 'c' now and was 'b'"):
+        _claim(tmp_path / "run", config)
 
 
 def test_help_shows_defaults_an_example_and_the_exit_codes(capsys):
@@ -153,4 +216,6 @@ def test_the_package_s_functions_are_functions_whatever_was_imported_before():
     import hybrid_jax
     import hybrid_jax.generate  # sets the attribute of that name, which must stay the function
 
-    assert all(callable(getattr(hybrid_jax, name)) for name in hybrid_jax.__all__)
+    assert all(isinstance(getattr(hybrid_jax, name), types.FunctionType) for name in hybrid_jax.__all__)
+    assert hybrid_jax.generate is sys.modules["hybrid_jax.generate"].generate and {*hybrid_jax.__all__} <= {*dir(hybrid_jax)}
+    assert not hasattr(hybrid_jax, "load_modle")

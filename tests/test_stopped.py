@@ -78,6 +78,19 @@ def test_outside_of_a_loop_a_stop_waits_aloud_for_the_computation_and_a_second_o
     assert codes == [EXIT_CODE]
 
 
+def test_a_second_sigterm_does_not_disturb_what_the_first_one_cleans_up():
+    cleaned = []
+    with pytest.raises(KeyboardInterrupt), Terminable("hybrid-jax prepare"):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+            cleaned.append("all of it")
+    assert cleaned == ["all of it"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_command_that_is_stopped_anywhere_ends_with_the_documented_code(monkeypatch, capsys, number):
     class Slow:
@@ -102,6 +115,9 @@ def test_a_bar_in_a_file_writes_a_line_now_and_then_and_not_each_step(capsys):
             bar.update()
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and "0/1000" in lines[0] and "1000/1000" in lines[1] and "loss 1.0" in lines[1]
+    with progress_bar(name="train", unit="step", total=1000):
+        pass  # nothing was done: it failed
+    assert len(capsys.readouterr().err.splitlines()) == 1
     with progress_bar(range(3), name="e", unit="model", shown=False) as bar:
         bar.set_postfix_str("loss 1.0")
         assert list(bar) == [0, 1, 2]

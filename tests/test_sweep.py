@@ -1,6 +1,7 @@
 """Sweeps: every point once, results in one table, a failure told and survived, and the rest done when asked again."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -11,7 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from hybrid_jax.commands.main import main
-from hybrid_jax.sweep import collect, points_of
+from hybrid_jax.sweep import _command, collect, draw_sweep, points_of, run_point
 from tests.train.test_training import made_source  # noqa: F401 (a fixture)
 
 CONFIG = """
@@ -42,6 +43,7 @@ def test_points_are_every_combination():
     for bad, words in (
         ({"configs": ()}, "no configs"),
         ({"configs": ("a", "a")}, "same point twice"),
+        ({"configs": "a.py"}, "sweep.configs must be a tuple of files, got 'a.py'"),
         ({"configs": ("a",), "grid": {"p": {"steps": 3}}}, r"sweep.grid.p.steps must be a tuple of values, got 3"),
         ({"configs": ("a",), "evaluate": {"row": 3}}, r"sweep.evaluate has the unknown key 'row'"),
         ({"config": 1}, "unknown key 'config'"),
@@ -116,6 +118,50 @@ def test_points_run_one_by_one_as_an_array_and_are_collected(sweep, tmp_path, ca
     (tmp_path / "sweep.py").write_text((tmp_path / "old.py").read_text().replace("1e-2", "2e-2"))
     assert main([*sweep, "--collect"]) == 1
     assert "holds another sweep" in capsys.readouterr().err
+
+
+def test_results_of_one_directory_are_of_one_config_and_one_evaluation(sweep, tmp_path, capsys):
+    """Points that are done are not run again: a table would mix the old ones with the new."""
+    base, text = tmp_path / "base.py", (tmp_path / "sweep.py").read_text()
+    assert main([*sweep, "--collect"]) == 0
+    for file, old, new, words in (
+        (base, "steps=2", "steps=3", "config.phases.align.steps is 3 now and was 2"),
+        (tmp_path / "sweep.py", "seed=(0,))", "seed=(0,)), evaluate=dict(rows=5)", "sweep.evaluate.rows is 5 now and was 'absent'"),
+        (tmp_path / "sweep.py", "1e-2", "2e-2", "its points are not these"),
+    ):
+        before = file.read_text()
+        file.write_text(before.replace(old, new, 1))
+        assert file.read_text() != before and main([*sweep, "--collect"]) == 1
+        assert f"holds another sweep: {words}" in capsys.readouterr().err.replace("learning_rate=0.001: ", "")
+        file.write_text(before)
+    base.write_text(base.read_text().replace("seed=0", "seed=0, mesh=dict(fsdp=1)"))  # another mesh changes no result
+    assert main([*sweep, "--collect"]) == 0 and (tmp_path / "sweep.py").read_text() == text
+
+
+def test_a_point_whose_losses_are_not_numbers_is_drawn_beside_the_others(tmp_path):
+    rows = [{"name": str(n), "status": "done", "losses": {"x": v}} for n, v in enumerate((math.nan, 2.0, math.inf))]
+    draw_sweep([*rows, {"name": "no phase", "status": "done", "losses": {}}], tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").stat().st_size > 5000
+
+
+def test_a_point_ended_by_the_system_is_told_with_the_signal(tmp_path, monkeypatch):
+    child = tmp_path / "child"
+    child.write_text("#!/bin/sh\necho 'align:  33%' >&2\nkill -KILL $$\n")
+    child.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(child))
+    assert _command("prime") == ("failed", "ended by SIGKILL, after: align:  33%")
+
+
+def test_a_failed_point_of_an_array_is_failed_in_the_table_and_runs_again(tmp_path, monkeypatch):
+    (point,) = points_of(ConfigDict({"configs": ("a.py",)}))
+    outcomes = [("failed", "no such file"), ("stopped", "later"), ("done", "")]
+    monkeypatch.setattr("hybrid_jax.sweep._command", lambda *_: outcomes.pop(0))
+    monkeypatch.setattr("hybrid_jax.sweep.phases_of", lambda _: {})
+    for want in ("failed", "stopped", "done"):
+        assert run_point(point, tmp_path, {})["status"] == want
+        (row,) = collect(tmp_path, [point], {})  # by another process
+        assert row["status"] == ("failed" if want == "stopped" else want)
+    assert run_point(point, tmp_path, {})["status"] == "done" and outcomes == []
 
 
 def test_a_failed_point_is_told_and_the_others_run(sweep, tmp_path, capfd):

@@ -6,9 +6,12 @@ import argparse
 import dataclasses
 import json
 import pathlib
+from typing import NamedTuple
 
 from hybrid_jax.commands.options import integer
-from hybrid_jax.files import find_shipped
+from hybrid_jax.files import find_shipped, read_json
+
+NEW_TOKENS = 64  # of the continuation of a prompt
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -30,17 +33,69 @@ def _named(text: str) -> tuple[str, pathlib.Path]:
     return name, find_shipped(path)
 
 
-def _to_measure(args) -> list[tuple[str, pathlib.Path, str, int]]:
-    """(name, directory, run, stage) of every row."""
-    found = [(name, path, "", 0) for name, path in map(_named, args.model)]
-    for run, path in map(_named, args.run):
+class Measured(NamedTuple):
+    """A row to be: its name and directory; of a run, the run's name, the number of the stage and the directory of its source."""
+
+    name: str
+    path: pathlib.Path
+    run: str = ""
+    stage: int = 0
+    source: str = ""
+
+
+def _to_measure(args) -> list[Measured]:
+    """What the command line names, in that order.
+
+    Raises:
+      ValueError: nothing, a name without a directory, or the same name twice: the rows of the one would count as the other's.
+      FileNotFoundError: a run has no stages.
+    """
+    models, runs = [_named(text) for text in args.model], [_named(text) for text in args.run]
+    names = [name for name, _ in (*models, *runs)]
+    twice = next((name for n, name in enumerate(names) if name in names[:n]), None)
+    if twice:
+        raise ValueError(f"the name {twice!r} is given twice; give every --model and --run a name of its own")
+    found = [Measured(name, path) for name, path in models]
+    for run, path in runs:
         stages = sorted((path / "stages").glob("[0-9]*_*"))
         if not stages:
             raise FileNotFoundError(f"{path} is not a run: it has no stages")
-        found += [(f"{run} {s.name.partition('_')[2]}", s, run, i) for i, s in enumerate(stages)]
+        source = read_json(path / "config.json").get("source") or ""
+        found += [Measured(f"{run} {s.name.partition('_')[2]}", s, run, i, source) for i, s in enumerate(stages)]
     if not found:
         raise ValueError("give at least one --model NAME=DIR or --run NAME=DIR")
     return found
+
+
+def _check(args, todo: list[Measured]):
+    """Checks, before anything is measured, that every tokenizer, row and prompt fits its model.
+
+    A run's rows must fit its last stage; earlier ones are measured beyond their positions, too, if a phase raised them.
+
+    Raises:
+      ValueError: one does not.
+    """
+    from hybrid_jax.convert import check_model_directory
+    from hybrid_jax.data import check_tokenizer_fits, load_tokenizer
+    from hybrid_jax.data.tokenizer import encode_prompt
+    from hybrid_jax.evaluate.measures import BLOCK, PAIRS
+    from hybrid_jax.generate import check_prompts
+
+    if args.seq_len < BLOCK:
+        raise ValueError(f"--seq-len must be at least {BLOCK}, the tokens of a retrieval of {PAIRS} pairs, got {args.seq_len}")
+    last = {m.run or m.name: m for m in todo}
+    for m in todo:
+        config, tokenizer = check_model_directory(m.path), load_tokenizer(m.path)
+        check_tokenizer_fits(tokenizer, config.vocab_size, m.path)
+        if m is not last[m.run or m.name]:
+            continue
+        if args.seq_len > config.max_position_embeddings:
+            raise ValueError(
+                f"--seq-len {args.seq_len:,} is more than the max_position_embeddings of {m.name!r} ({m.path}), "
+                f"{config.max_position_embeddings:,}"
+            )
+        if args.prompt is not None:
+            check_prompts(config, [encode_prompt(tokenizer, args.prompt)], NEW_TOKENS)
 
 
 def _fingerprint(path: pathlib.Path, args: argparse.Namespace) -> dict:
@@ -60,7 +115,7 @@ def _continuations(args, rows) -> str:
 
     from hybrid_jax.convert import load_model
     from hybrid_jax.data import load_tokenizer
-    from hybrid_jax.data.tokenizer import encode_prompt
+    from hybrid_jax.data.tokenizer import decode_continuation, encode_prompt
     from hybrid_jax.generate import generate
 
     last = {r.run or r.name: r for r in rows}  # a run's rows come in order: the last one stays
@@ -68,41 +123,44 @@ def _continuations(args, rows) -> str:
     for row in last.values():
         tokenizer = load_tokenizer(row.path)
         model = load_model(row.path, dtype=jnp.float32)
-        (new,) = generate(model, [encode_prompt(tokenizer, args.prompt)], max_new_tokens=64)
-        parts.append(f"**{row.name}**\n\n```python\n{args.prompt}{tokenizer.decode(new)}\n```")
+        ids = encode_prompt(tokenizer, args.prompt)
+        (new,) = generate(model, [ids], max_new_tokens=NEW_TOKENS)
+        parts.append(f"**{row.name}**\n\n```python\n{args.prompt}{decode_continuation(tokenizer, ids, new)}\n```")
     return "\n\n".join(parts)
 
 
 def run(args: argparse.Namespace):
     import jax.numpy as jnp
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    from hybrid_jax.convert import load_model, read_model_config
-    from hybrid_jax.data import check_tokenizer_fits, load_tokenizer, read_corpus
+    from hybrid_jax.convert import load_model
+    from hybrid_jax.data import read_corpus
     from hybrid_jax.data.tokens import Encoder
     from hybrid_jax.evaluate.measures import retrieval_loss_and_accuracy, text_loss
     from hybrid_jax.evaluate.report import HEADER, Row, draw_recovery, markdown_table, notes, table_cells
-    from hybrid_jax.files import write_text
+    from hybrid_jax.files import check_new_directory, check_writable, write_text
     from hybrid_jax.parallel.distributed import say
     from hybrid_jax.progress import progress_bar
 
     todo = _to_measure(args)
-    for _, path, _, _ in todo:
-        check_tokenizer_fits(load_tokenizer(path), read_model_config(path).vocab_size, path)
+    _check(args, todo)
     out = pathlib.Path(args.out) if args.out else None
     known = {}
     if out is not None:
+        if not out.is_dir():
+            check_new_directory(out)
         out.mkdir(parents=True, exist_ok=True)
+        check_writable(out)
         if (out / "results.json").exists():
             known = {r["row"]["path"]: r for r in json.loads((out / "results.json").read_text())}
     records, corpora = [], {}
-    for name, path, group, stage in progress_bar(todo, name="evaluate", unit="model"):
+    for name, path, group, stage, source in progress_bar(todo, name="evaluate", unit="model"):
         fingerprint = _fingerprint(path, args)
         old = known.get(str(path))
         changed = [k for k in fingerprint if not old or old["fingerprint"].get(k) != fingerprint[k]]
         if not changed:
-            row = Row(**{**old["row"], "name": name, "run": group, "stage": stage})
+            row = Row(**{**old["row"], "name": name, "run": group, "stage": stage, "source": source})
         else:
             if old:
                 say(f"{name}: measured again, changed since the stored result: {', '.join(changed)}")
@@ -113,26 +171,29 @@ def run(args: argparse.Namespace):
             if key not in corpora:
                 corpora[key] = read_corpus({"text": args.text}, path, eos)
             loss = text_loss(model, corpora[key], args.seq_len, args.rows)
+            text_rows = min(args.rows, len(corpora[key].held_out_rows(args.seq_len)))
             accuracy = retrieval_loss_and_accuracy(model, corpora[key], args.seq_len, max(args.rows // 4, 1))[1]
-            row = Row(name, str(path), model.config.pattern, loss, accuracy, group, stage, encoding["tokenizer"][:12])
+            tokenizer = encoding["tokenizer"][:12]
+            row = Row(name, str(path), model.config.pattern, loss, accuracy, group, stage, tokenizer, source, text_rows)
         records.append({"row": dataclasses.asdict(row), "fingerprint": fingerprint})
         if out is not None:
-            write_text(out / "results.json", json.dumps(records, indent=2) + "\n")
+            waiting = [known[str(m.path)] for m in todo[len(records) :] if str(m.path) in known]  # if this is stopped before them
+            write_text(out / "results.json", json.dumps([*records, *waiting], indent=2) + "\n")
     rows = [Row(**r["row"]) for r in records]
 
-    table = Table(*HEADER)
+    table = Table(*(Column(name, overflow="fold") for name in HEADER))
     for cells in table_cells(rows):
         table.add_row(*cells)
     Console(width=None if Console().is_terminal else 120).print(table)
-    for note in notes(rows):
+    for note in notes(rows, args.rows):
         print(f"note: {note}")
-    if args.prompt:
+    if args.prompt is not None:
         text = _continuations(args, rows)
         print(text)
     if out is not None:
         draw_recovery(rows, out / "recovery.png")
-        parts = ["# Recovery", markdown_table(rows), *notes(rows), "![recovery](recovery.png)"]
-        if args.prompt:
+        parts = ["# Recovery", markdown_table(rows), *notes(rows, args.rows), "![recovery](recovery.png)"]
+        if args.prompt is not None:
             parts += ["## Continuations (greedy)", text]
         write_text(out / "report.md", "\n\n".join(parts) + "\n")
         print(f"report: {out / 'report.md'}")

@@ -6,19 +6,21 @@ import argparse
 import pathlib
 import sys
 
+from hybrid_jax.commands.options import directory, integer, number
+
 
 def add_arguments(parser: argparse.ArgumentParser):
-    parser.add_argument("model", help="a model directory with its tokenizer, e.g. RUN/model")
+    parser.add_argument("model", type=directory, help="a model directory with its tokenizer, e.g. RUN/model")
     parser.add_argument("prompt", help="the text to continue; '-' reads it from stdin")
     parser.add_argument("--file", action="store_true", help="PROMPT is the name of a file that holds the text")
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message: use the model's chat template")
     parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="at most so many tokens (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=integer(minimum=1), default=64, help="at most so many tokens")
     said = "default: as the model's generation_config.json says, else"
-    parser.add_argument("--temperature", type=float, help=f"0 is greedy ({said} 0)")
-    parser.add_argument("--top-p", type=float, help=f"keep the likeliest tokens of this probability ({said} 1, all)")
-    parser.add_argument("--top-k", type=int, help=f"keep so many of the likeliest tokens ({said} 0, all)")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
+    parser.add_argument("--temperature", type=number(minimum=0), help=f"0 is greedy ({said} 0)")
+    parser.add_argument("--top-p", type=number(above=0, maximum=1), help=f"keep the likeliest of this probability ({said} 1, all)")
+    parser.add_argument("--top-k", type=integer(minimum=0), help=f"keep so many of the likeliest tokens ({said} 0, all)")
+    parser.add_argument("--seed", type=integer(minimum=0), default=0, help="of sampling")
 
 
 def _prompt(args: argparse.Namespace) -> str:
@@ -56,7 +58,7 @@ def run(args: argparse.Namespace):
     from hybrid_jax.convert import check_model_directory, load_model
     from hybrid_jax.data import check_tokenizer_fits, load_tokenizer
     from hybrid_jax.data.chat import ChatTemplate
-    from hybrid_jax.data.tokenizer import END_OF_TEXT, encode_prompt
+    from hybrid_jax.data.tokenizer import END_OF_TEXT, decode_continuation, encode_prompt
     from hybrid_jax.generate import check_prompts, generate, generation_defaults
     from hybrid_jax.parallel.distributed import notice
 
@@ -83,4 +85,4 @@ def run(args: argparse.Namespace):
         ends = [i for i in [tokenizer.token_to_id(END_OF_TEXT)] if i is not None]
     model = load_model(args.model, dtype=jnp.float32)
     (new,) = generate(model, [ids], max_new_tokens=args.max_new_tokens, eos_id=ends, seed=args.seed, **dataclasses.asdict(sampling))
-    print(("" if args.chat else prompt) + tokenizer.decode(new))
+    print(tokenizer.decode(new) if args.chat else prompt + decode_continuation(tokenizer, ids, new))

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace):
     from hybrid_jax.convert.load import read_model_config
     from hybrid_jax.families import config_from_hf
     from hybrid_jax.families.public import PUBLIC
-    from hybrid_jax.files import write_text
+    from hybrid_jax.files import check_new_file, write_text
     from hybrid_jax.hardware import TPUS
     from hybrid_jax.model import REMAT
     from hybrid_jax.parallel.mesh import parse_mesh
@@ -52,6 +52,8 @@ def run(args: argparse.Namespace):
     from hybrid_jax.plan.report import cache_table, plan_json, plan_table
 
     check_choice("--remat", args.remat, REMAT)
+    if args.json:
+        check_new_file(args.json)
     mesh = parse_mesh(args.mesh) if args.mesh else None
     if args.source in PUBLIC:
         config = config_from_hf(PUBLIC[args.source])

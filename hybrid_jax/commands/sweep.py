@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--list", action="store_true", help="print the points and run nothing")
 
 
-def check_points(points):
-    """Reads every point's config with its overrides, so that a wrong key or value is found before anything runs.
+def check_points(points) -> list:
+    """Reads every point's config with its overrides, so that a wrong key or value is found before anything runs; the configs.
 
     Raises:
       ValueError: names the first wrong point, and how many are wrong.
@@ -27,14 +27,16 @@ def check_points(points):
     from hybrid_jax.commands.experiments import load_config
     from hybrid_jax.experiment import phases_of_config
 
-    wrong = []
+    wrong, configs = [], []
     for point in points:
         try:
-            phases_of_config(load_config(point.arguments))
+            configs.append(load_config(point.arguments))
+            phases_of_config(configs[-1])
         except (ValueError, OSError) as e:
             wrong.append((point.name, e))
     if wrong:
         raise ValueError(f"{len(wrong)} of {len(points)} points cannot run, the first: {wrong[0][0]}: {wrong[0][1]}")
+    return configs
 
 
 def run(args: argparse.Namespace):
@@ -44,8 +46,7 @@ def run(args: argparse.Namespace):
 
     config, out = load_config([f"--config={args.config}"]), pathlib.Path(args.out)
     points = points_of(config)
-    if not args.collect:
-        check_points(points)
+    configs = [load_config(p.arguments) for p in points] if args.collect else check_points(points)
     if args.list:
         print("\n".join(f"{i} {p.name}: {' '.join(p.arguments)}" for i, p in enumerate(points)))
         return
@@ -54,16 +55,17 @@ def run(args: argparse.Namespace):
         index = args.index
         if index == "array":
             index = next((os.environ[name] for name in ARRAYS if name in os.environ), "")
-        if not index.isdigit() or int(index) >= len(points):
+        if not index.isdecimal() or int(index) >= len(points):
             raise ValueError(
                 f"--index {args.index}: expected 0 ... {len(points) - 1}, or 'array' in an array job ({', '.join(ARRAYS)})"
             )
         chosen = [points[int(index)]]
-    claim(out, points)
+    evaluate = dict(config.get("evaluate") or {})
+    claim(out, points, configs, evaluate)
     results = {}
     for n, point in enumerate(chosen if not args.collect else (), start=1):
         print(f"sweep: {n} of {len(chosen)}, {point.name}", flush=True)
-        results[point.name] = run_point(point, out, dict(config.get("evaluate") or {}))
+        results[point.name] = run_point(point, out, evaluate)
         if results[point.name]["status"] == "stopped":
             raise Stopped(f"{point.name} was stopped; the same command resumes the sweep")
     rows = collect(out, points, results)

@@ -37,15 +37,16 @@ def read_model_config(path: str | pathlib.Path) -> ModelConfig:
     path = pathlib.Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"no model directory at {path}; give a folder with config.json and *.safetensors")
-    if (path / "stages").is_dir():
+    values = read_json(path / "config.json") if (path / "config.json").is_file() else None
+    if (path / "stages").is_dir() or "schedule" in (values or ()):
         model = path / "model"
         hint = f"its model is {model}" if model.is_dir() else "it has no model yet: run its command again to finish it"
         raise ValueError(
             f"{path} is the working directory of a run, not a model directory; {hint}, its stages are in {path / 'stages'}"
         )
-    if not (path / "config.json").is_file():
+    if values is None:
         raise FileNotFoundError(f"{path} has no config.json; is it a Hugging Face model directory?")
-    return config_from_hf(read_json(path / "config.json"))
+    return config_from_hf(values)
 
 
 def _hf_shape(tensor, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -111,6 +111,13 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     return added_around(tokenizer)[0] + tokenizer.encode(text, add_special_tokens=False).ids
 
 
+def decode_continuation(tokenizer: Tokenizer, prompt: list[int], new: list[int]) -> str:
+    """The text that `new` ids add to that of `prompt`. On their own they would lose the space before the first word where a
+    tokenizer marks the beginnings of words (sentencepiece)."""
+    before, all_of_it = tokenizer.decode(prompt), tokenizer.decode([*prompt, *new])
+    return all_of_it.removeprefix(before) if all_of_it.startswith(before) else tokenizer.decode(new)
+
+
 def end_of_text_id(tokenizer: Tokenizer, eos_token_id=None) -> int:
     """The id that ends a document: the model's own if it names one."""
     if isinstance(eos_token_id, (list, tuple)):

@@ -15,7 +15,8 @@ from hybrid_jax.parallel.cross_entropy import cross_entropy
 from hybrid_jax.parameters import join_model, split_model
 
 BATCH = 8
-PAIRS = 16  # of a retrieval block, which has 4 * PAIRS + 2 tokens
+PAIRS = 16  # of a retrieval block
+BLOCK = 4 * PAIRS + 2  # its tokens
 
 
 @functools.partial(jax.jit, static_argnums=0)

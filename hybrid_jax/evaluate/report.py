@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 NOTHING_LOST = 0.02  # nats a token
+LINES = ("--", ":", "-.", (0, (1, 4)))  # of the models in the picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +24,8 @@ class Row:
       text_loss: nats per token of held-out text.
       run, stage: `run` groups the stages of one hybrid, `stage` numbers them from 0.
       tokenizer: identifies the tokenizer; losses per token are comparable only between equal ones.
+      source: of a run, the directory of the model that it was made from.
+      text_rows: how many rows of held-out text were read.
     """
 
     name: str
@@ -32,19 +36,27 @@ class Row:
     run: str = ""
     stage: int = 0
     tokenizer: str = ""
+    source: str = ""
+    text_rows: int = 0
+
+
+def source_of(row: Row, rows: Sequence[Row]) -> Row | None:
+    """The model that `row`'s run was made from: the one in that directory, else the only one with the run's tokenizer."""
+    models = [r for r in rows if not r.run and r.tokenizer == row.tokenizer]
+    own = [r for r in models if row.source and os.path.realpath(r.path) == os.path.realpath(row.source)]
+    return own[0] if own else models[0] if len(models) == 1 else None
 
 
 def recovered(row: Row, rows: Sequence[Row]) -> float | None:
     """The share of the loss that stage 0 lost on held-out text and `row` has won back.
 
-    None for a source, where no source has the same tokenizer, and where stage 0 lost less than `NOTHING_LOST`: there is
-    nothing to win back.
+    None for a source, where no model is known to be the source (see `source_of`), and where stage 0 lost less than
+    `NOTHING_LOST`: there is nothing to win back.
     """
-    sources = [r for r in rows if not r.run and r.tokenizer == row.tokenizer]
-    starts = [r for r in rows if r.run == row.run and r.stage == 0]
-    if not row.run or not sources or not starts or row.stage == 0:
+    source, starts = source_of(row, rows), [r for r in rows if r.run == row.run and r.stage == 0]
+    if not row.run or source is None or not starts or row.stage == 0:
         return None
-    lost = starts[0].text_loss - sources[0].text_loss
+    lost = starts[0].text_loss - source.text_loss
     return None if lost < NOTHING_LOST else (starts[0].text_loss - row.text_loss) / lost
 
 
@@ -73,15 +85,28 @@ def markdown_table(rows: Sequence[Row]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def notes(rows: Sequence[Row]) -> list[str]:
-    """What a reader of the table must know, a sentence each."""
-    groups: dict[str, list[str]] = {}
+def notes(rows: Sequence[Row], asked: int = 0) -> list[str]:
+    """What a reader of the table must know, a sentence each.
+
+    Args:
+      asked: how many rows of held-out text should have been read.
+    """
+    found, groups = [], {}
     for row in rows:
         groups.setdefault(row.tokenizer, []).append(row.name)
-    if len(groups) < 2:
-        return []
-    named = "; ".join(", ".join(names) for names in groups.values())
-    return [f"the models have {len(groups)} different tokenizers ({named}): compare losses per token only within a group."]
+    if len(groups) > 1:
+        named = "; ".join(", ".join(names) for names in groups.values())
+        found.append(f"the models have {len(groups)} different tokenizers ({named}): compare losses per token only within a group.")
+    short = {row.text_rows for row in rows if 0 < row.text_rows < asked}
+    if short:
+        found.append(f"the held-out text has only {min(short):,} rows, not the {asked:,} asked for; all of them were read.")
+    for run, row in {r.run: r for r in rows if r.run and r.source}.items():
+        source = source_of(row, rows)
+        if source is None and any(not r.run for r in rows):
+            found.append(f"what {run} recovered is not known: its source {row.source} is not among the models.")
+        elif source is not None and os.path.realpath(source.path) != os.path.realpath(row.source):
+            found.append(f"what {run} recovered is of the loss to {source.name}; its own source is {row.source}.")
+    return found
 
 
 def draw_recovery(rows: Sequence[Row], path: pathlib.Path):
@@ -90,8 +115,9 @@ def draw_recovery(rows: Sequence[Row], path: pathlib.Path):
     runs = list(dict.fromkeys(r.run for r in rows if r.run))
     measures = (("text_loss", "held-out loss (nats/token)", 1), ("retrieval_accuracy", "retrieval of 16 pairs (%)", 100))
     for axis, (field, label, factor) in zip(axes, measures, strict=True):
-        for source in (r for r in rows if not r.run):
-            axis.axhline(factor * getattr(source, field), color="black", linestyle="--", label=source.name)
+        for n, source in enumerate(r for r in rows if not r.run):
+            style = LINES[n % len(LINES)]
+            axis.axhline(factor * getattr(source, field), color="black", linestyle=style, label=source.name)
         for run in runs:
             stages = sorted((r for r in rows if r.run == run), key=lambda r: r.stage)
             names = [r.name.removeprefix(run).strip() for r in stages]

@@ -2,7 +2,8 @@
 
 from tests.mutations import Mutation
 
-SWEEP = "tests/test_sweep.py"
+SWEEP, MESSAGES, COMMANDS = "tests/test_sweep.py", "tests/test_messages.py", "tests/test_commands.py"
+MEASURES, REPORT, STOPPED = "tests/evaluate/test_measures.py", "tests/evaluate/test_report.py", "tests/test_stopped.py"
 
 MUTATIONS = [
     Mutation(
@@ -18,5 +19,166 @@ MUTATIONS = [
         "sum(e in other for other in ends.values()) >= 1",
         "two fields of one short name are not told apart",
         (f"{SWEEP}::test_a_point_is_named_by_what_varies_and_no_two_names_are_equal",),
+    ),
+    Mutation(
+        "hybrid_jax/sweep.py",
+        'groups = [("sweep.evaluate", old["evaluate"], new["evaluate"])]',
+        "groups = []",
+        "results of two ways to evaluate stand in one table",
+        (f"{SWEEP}::test_results_of_one_directory_are_of_one_config_and_one_evaluation",),
+    ),
+    Mutation(
+        "hybrid_jax/sweep.py",
+        'groups.append((f"{now[\'name\']}: config", was["fields"], now["fields"]))',
+        "pass",
+        "points of two versions of a config stand in one table",
+        (f"{SWEEP}::test_results_of_one_directory_are_of_one_config_and_one_evaluation",),
+    ),
+    Mutation(
+        "hybrid_jax/sweep.py",
+        'if status != "stopped":\n',
+        'if status == "done":\n',
+        "a failed point of an array job is not run in the table",
+        (f"{SWEEP}::test_a_failed_point_of_an_array_is_failed_in_the_table_and_runs_again",),
+    ),
+    Mutation(
+        "hybrid_jax/sweep.py",
+        '["status"] == "done":\n        return result',
+        '["status"] != "stopped":\n        return result',
+        "a failed point never runs again",
+        (f"{SWEEP}::test_a_failed_point_of_an_array_is_failed_in_the_table_and_runs_again",),
+    ),
+    Mutation(
+        "hybrid_jax/sweep.py",
+        "if code < 0:",
+        "if code < -signal.SIGKILL:",
+        "a point that the system killed fails with a line of its progress",
+        (f"{SWEEP}::test_a_point_ended_by_the_system_is_told_with_the_signal",),
+    ),
+    Mutation(
+        "hybrid_jax/sweep.py",
+        '_number(row.get("retrieval"), ".1%")',
+        '_number(row.get("retrieval"), ".1f")',
+        "retrieval is a fraction instead of a percentage",
+        (f"{SWEEP}::test_every_number_of_the_table_stands_in_its_column",),
+    ),
+    Mutation(
+        "hybrid_jax/sweep.py",
+        "{**one, **other}",
+        "{**other, **one}",
+        "a listed point does not go before the grid",
+        (f"{SWEEP}::test_a_point_is_named_by_what_varies_and_no_two_names_are_equal",),
+    ),
+    Mutation(
+        "hybrid_jax/evaluate/report.py",
+        "lost < NOTHING_LOST",
+        "lost < 0",
+        "a share of a loss of nothing is reported",
+        (f"{REPORT}::test_nothing_is_recovered_where_nothing_was_lost_nor_by_a_source_nor_by_stage_0",),
+    ),
+    Mutation(
+        "hybrid_jax/evaluate/report.py",
+        "own[0] if own else models[0] if len(models) == 1 else None",
+        "models[0] if models else None",
+        "a run's recovery is of the model named first",
+        (f"{REPORT}::test_a_run_s_recovery_is_of_its_own_source_whichever_model_comes_first",),
+    ),
+    Mutation(
+        "hybrid_jax/evaluate/report.py",
+        "0 < row.text_rows < asked",
+        "0 < row.text_rows <= asked",
+        "as many rows as asked for are called too few",
+        (f"{REPORT}::test_a_text_of_fewer_rows_than_asked_for_is_noted",),
+    ),
+    Mutation(
+        "hybrid_jax/evaluate/measures.py",
+        "jnp.sum(right * weights)",
+        "jnp.sum(right)",
+        "tokens that are not asked for count as retrieved",
+        (f"{MEASURES}::test_retrieval_counts_only_the_values_asked_for",),
+    ),
+    Mutation(
+        "hybrid_jax/evaluate/measures.py",
+        "np.linspace(0, len(held_out) - 1,",
+        "np.linspace(0, len(held_out) // 2,",
+        "the second half of the held-out text is not read",
+        (f"{MEASURES}::test_text_loss_is_the_mean_over_the_weighted_tokens_of_evenly_spaced_rows",),
+    ),
+    Mutation(
+        "hybrid_jax/commands/evaluate.py",
+        "if m is not last[m.run or m.name]:",
+        "if m.run and m is not todo[0]:",
+        "only the first stage's positions are checked",
+        (f"{COMMANDS}::test_a_run_may_be_measured_at_the_length_of_its_last_stage",),
+    ),
+    Mutation(
+        "hybrid_jax/commands/evaluate.py",
+        'found |= {"--seq-len": args.seq_len, "--rows": args.rows}',
+        'found |= {"--rows": args.rows}',
+        "a result of another row length is reused",
+        (f"{COMMANDS}::test_a_stored_result_is_of_its_options",),
+    ),
+    Mutation(
+        "hybrid_jax/commands/evaluate.py",
+        "[*records, *waiting]",
+        "records",
+        "a stopped evaluation drops the results stored before",
+        (f"{COMMANDS}::test_an_evaluation_that_is_stopped_keeps_the_results_of_the_models_after_it",),
+    ),
+    Mutation(
+        "hybrid_jax/config_file.py",
+        "default if value is None or isinstance(default, float) else value",
+        "default if value is None else value",
+        "a field of numbers takes integers alone if the config writes one",
+        (f"{MESSAGES}::test_a_number_without_a_point_in_a_config_does_not_make_a_field_one_of_integers",),
+    ),
+    Mutation(
+        "hybrid_jax/files.py",
+        "if path.is_absolute() or path.exists():",
+        "if path.is_absolute():",
+        "the package's files go before the user's",
+        ("tests/test_packaging.py::test_what_ships_is_found_from_every_directory_and_the_user_s_own_files_come_first",),
+    ),
+    Mutation(
+        "hybrid_jax/stopped.py",
+        "if self.asked and number == signal.SIGTERM:",
+        "if self.asked and number == signal.SIGINT:",
+        "a second SIGTERM disturbs the cleaning up",
+        (f"{STOPPED}::test_a_second_sigterm_does_not_disturb_what_the_first_one_cleans_up",),
+    ),
+    Mutation(
+        "hybrid_jax/stopped.py",
+        "elif number == signal.SIGINT:",
+        "elif number in SIGNALS:",
+        "a second SIGTERM ends a run before it has saved",
+        (f"{STOPPED}::test_a_second_ctrl_c_ends_at_once_and_a_second_sigterm_does_not",),
+    ),
+    Mutation(
+        "hybrid_jax/progress.py",
+        ">= SECONDS:",
+        ">= 0:",
+        "every step is a line of a log",
+        (f"{STOPPED}::test_a_bar_in_a_file_writes_a_line_now_and_then_and_not_each_step",),
+    ),
+    Mutation(
+        "hybrid_jax/commands/main.py",
+        'if takes_overrides and r.startswith("--config.")',
+        'if r.startswith("--config.")',
+        "a command without a config ignores its fields",
+        (f"{MESSAGES}::test_an_unknown_option_is_blamed_alone_and_its_neighbour_is_named",),
+    ),
+    Mutation(
+        "hybrid_jax/experiment.py",
+        "[p.name for p in workdir.iterdir()] == [record.name]",
+        "record in list(workdir.iterdir())",
+        "the directory of another run is taken over",
+        (f"{MESSAGES}::test_a_run_that_made_nothing_leaves_its_directory_to_the_corrected_command",),
+    ),
+    Mutation(
+        "hybrid_jax/commands/generate.py",
+        'given.keys() & {"top_p", "top_k"}',
+        'given.keys() & {"top_p"}',
+        "top-k is accepted where it changes nothing",
+        ("tests/test_generate_command.py::test_values_nobody_can_mean_are_refused_before_the_model_is_loaded",),
     ),
 ]

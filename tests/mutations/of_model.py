@@ -40,7 +40,7 @@ MUTATIONS = [
     ),
     Mutation(
         "hybrid_jax/evaluate/report.py",
-        "starts[0].text_loss - sources[0].text_loss",
+        "starts[0].text_loss - source.text_loss",
         "starts[0].text_loss - row.text_loss",
         "recovery is not a share of what was lost",
         (REPORT,),
