@@ -15,7 +15,7 @@ from hybrid_jax.data.documents import load_documents, pieces, split_documents
 from hybrid_jax.data.packing import LONG, PACKINGS, Joined, PackedRows
 from hybrid_jax.data.stamps import stamp
 from hybrid_jax.data.synthetic import Induction, KeyValueRetrieval
-from hybrid_jax.data.tokenizer import ASK, PAIRS, SPECIAL_TOKENS
+from hybrid_jax.data.tokenizer import ASK, PAIRS, ordinary_ids
 from hybrid_jax.data.tokens import INDEX, Encoder, Tokens, is_prepared, load_prepared, notes
 from hybrid_jax.files import file_hash
 from hybrid_jax.parallel.distributed import say
@@ -158,9 +158,10 @@ def read_corpus(data: Mapping, directory: str | pathlib.Path, eos_token_id=None)
             train[name], held_out[name] = ([encode(part)] for part in split_documents(load_documents(source.path)))
             for note in notes(encode.counts):
                 say(f"{name}: {note}")
-    size = encode.tokenizer.get_vocab_size()
     markers = [encode.tokenizer.token_to_id(t) for t in (PAIRS, ASK)]
+    ordinary = ordinary_ids(encode.tokenizer, len(markers) + NUM_SYMBOLS)
     if None in markers:  # a foreign tokenizer: any two ids serve as markers, the first two ordinary ones
-        markers = [1, 2]
-    symbols = (len(SPECIAL_TOKENS), min(len(SPECIAL_TOKENS) + NUM_SYMBOLS, size))
+        markers, ordinary = [*ordinary[:2]], ordinary[2:]
+    ordinary = ordinary[:NUM_SYMBOLS]
+    symbols = (ordinary.start, ordinary.stop)
     return Corpus(encode.tokenizer, sources, train, held_out, tuple(markers), symbols, encode.identity)

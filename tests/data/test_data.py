@@ -132,3 +132,16 @@ def test_the_mix_keeps_its_shares_and_refuses_nonsense(corpus):
         training_batches(corpus, {"txt": 1}, batch_size=1, length=128, seed=0)
     with pytest.raises(ValueError, match="positive share"):
         training_batches(corpus, {"text": 0}, batch_size=1, length=128, seed=0)
+
+
+def test_rows_too_short_for_a_synthetic_task_are_refused_and_the_shortest_have_answers():
+    with pytest.raises(ValueError, match=r"induction .* needs rows of 96 tokens \(seq_len\) or more, got 95"):
+        Induction(95, (3, 50))
+    shortest = Induction(96, (3, 50)), KeyValueRetrieval(82, (3, 50), 1, 2)
+    assert all(task[i]["loss_weights"].sum() > 0 for task in shortest for i in range(200))
+
+
+def test_a_task_needs_as_many_symbols_as_keys():
+    with pytest.raises(ValueError, match="20 or more token ids .* the tokenizer has 19"):
+        KeyValueRetrieval(128, (3, 22), 1, 2)
+    KeyValueRetrieval(128, (3, 23), 1, 2)
