@@ -9,10 +9,11 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from hybrid_jax.data.documents import load_documents, pieces, split_documents
-from hybrid_jax.data.packing import LONG, PACKINGS, Joined, PackedRows
+from hybrid_jax.data.packing import LONG, PACKINGS, PackedRows, check_long
 from hybrid_jax.data.stamps import stamp
 from hybrid_jax.data.synthetic import Induction, KeyValueRetrieval
 from hybrid_jax.data.tokenizer import ASK, PAIRS, ordinary_ids
@@ -31,7 +32,7 @@ class Source:
 
     Args:
       path: see `documents.pieces`, or a directory that `prepare` made.
-      packing, long: see `PackedRows`; by default conversations are packed whole, texts cut in rows.
+      packing, long: see `PackedRows`; by default conversations are packed whole, texts split in rows.
     """
 
     path: str
@@ -42,6 +43,7 @@ class Source:
         for name, allowed in (("packing", ("", *PACKINGS)), ("long", LONG)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(filter(None, allowed))}")
+        check_long(self.packing, self.long)
 
 
 def read_sources(data: Mapping) -> dict[str, Source]:
@@ -117,7 +119,7 @@ class Corpus:
             raise ValueError(f"unknown data source {name!r} in data.mix; have {', '.join([*self.train, *SYNTHETIC])}")
         return self._packed(name, self.train[name], length, "training")
 
-    def held_out_rows(self, length: int) -> Joined:
+    def held_out_rows(self, length: int) -> PackedRows:
         """Rows of the first source's held-out part."""
         name = next(iter(self.held_out))
         return self._packed(name, self.held_out[name], length, "held-out")
@@ -125,14 +127,17 @@ class Corpus:
     def _packing(self, name: str, shards: list[Tokens]) -> str:
         return self.sources[name].packing or ("first_fit" if any(t.weights is not None for t in shards) else "split")
 
-    def _packed(self, name: str, shards: list[Tokens], length: int, part: str) -> Joined:
-        packing, long = self._packing(name, shards), self.sources[name].long
-        rows = Joined([PackedRows(tokens, length, packing, long) for tokens in shards])
+    def _packed(self, name: str, shards: list[Tokens], length: int, part: str) -> PackedRows:
+        """Rows of the shards' documents end to end, so that the rows do not depend on how the source is divided."""
+        tokens = Tokens.chained(shards, np.uint32)
+        try:
+            rows = PackedRows(tokens, length, self._packing(name, shards), self.sources[name].long)
+        except ValueError as e:
+            raise ValueError(f"data.sources.{name}: {e}") from None
         if not len(rows):
-            total = sum(len(t.ids) for t in shards)
             raise ValueError(
-                f"the {part} part of the source {name!r} has {total:,} tokens, fewer than one row of {length:,}; give more text, "
-                "or lower seq_len"
+                f"the {part} part of the source {name!r} has {tokens.starts[-1]:,} tokens and fills no row of {length:,}"
+                f"{f' ({rows.unused})' if rows.unused else ''}; give more text, or lower seq_len"
             )
         return rows
 

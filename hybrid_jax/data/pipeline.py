@@ -14,6 +14,7 @@ import numpy as np
 
 from hybrid_jax.data.corpus import Corpus
 from hybrid_jax.data.teacher_cache import TeacherCache
+from hybrid_jax.parallel.distributed import say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +78,9 @@ def training_batches(
     """
     names = sources_of(mix)
     sources = [corpus.rows(name, length, seed, answer_weight) for name in names]
+    for name, source in zip(names, sources, strict=True):
+        if unused := getattr(source, "unused", ""):  # synthetic tasks have no documents
+            say(f"{name}: {unused}")
     mixed = grain.MapDataset.mix([_numbered(s, n, seed) for n, s in enumerate(sources)], weights=[mix[name] for name in names])
     rows = tuple(range(batch_size) if rows is None else rows)
     batches = grain.MapDataset.source(_Own(mixed, batch_size, rows)).batch(len(rows), drop_remainder=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import collections
 import dataclasses
 import functools
@@ -30,6 +31,25 @@ NOTES = {  # what an encoder counts, in words
     "replaced_documents": "documents had bytes that are not UTF-8",
     "replaced_characters": "characters of them were replaced by U+FFFD",
 }
+
+
+class Chain:
+    """Arrays end to end, of which slices are read."""
+
+    def __init__(self, parts: Sequence[np.ndarray]):
+        self.parts, self.ends = list(parts), np.cumsum([len(p) for p in parts]).tolist()
+
+    def __len__(self):
+        return self.ends[-1]
+
+    def __getitem__(self, where: slice) -> np.ndarray:
+        begin, found = where.start, []
+        n = bisect.bisect_right(self.ends, begin)
+        while begin < where.stop and n < len(self.parts):
+            first = self.ends[n] - len(self.parts[n])
+            found.append(self.parts[n][begin - first : where.stop - first])
+            begin, n = self.ends[n], n + 1
+        return np.concatenate(found) if found else self.parts[0][:0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +99,22 @@ class Tokens:
             weights = np.concatenate([np.ones(len(p.ids), np.uint8) if p.weights is None else p.weights for p in parts])
         ids = np.concatenate([np.zeros(0, dtype), *(p.ids for p in parts)])
         return cls(ids, np.concatenate([*starts, ends[-1:]]).astype(np.int64), weights, sum(p.text_bytes for p in parts))
+
+    @classmethod
+    def chained(cls, parts: Sequence[Tokens], dtype) -> Tokens:
+        """As `join`, without reading what is mapped."""
+        if len(parts) == 1:
+            return parts[0]
+        known = [(p.weights, len(p.ids)) for p in parts]
+        weights = [np.broadcast_to(np.uint8(1), n) if w is None else w for w, n in known]
+        ends = np.cumsum([0] + [n for _, n in known], dtype=np.int64)
+        starts = [p.starts[:-1] + end for p, end in zip(parts, ends, strict=False)]
+        return cls(
+            Chain([np.zeros(0, dtype), *(p.ids for p in parts)]),
+            np.concatenate([*starts, ends[-1:]]),
+            Chain(weights) if any(w is not None for w, _ in known) else None,
+            sum(p.text_bytes for p in parts),
+        )
 
     @classmethod
     def load(cls, directory: pathlib.Path, text_bytes: int = 0, digest: str = "") -> Tokens:
