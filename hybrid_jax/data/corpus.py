@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from hybrid_jax.data.documents import load_documents, pieces, split_documents
+from hybrid_jax.data.documents import load_documents, pieces, split_documents, unread_files
 from hybrid_jax.data.packing import LONG, PACKINGS, PackedRows, check_long
 from hybrid_jax.data.stamps import stamp
 from hybrid_jax.data.synthetic import Induction, KeyValueRetrieval
@@ -53,6 +53,8 @@ def read_sources(data: Mapping) -> dict[str, Source]:
       ValueError: none, an unknown key or value, or a name that a synthetic task has.
     """
     given = {"text": {"path": data["text"]}} if data.get("text") else {}
+    if given and "text" in (data.get("sources") or {}):
+        raise ValueError("config.data has 'text', and a source of that name in 'sources'; rename one of them")
     given |= dict(data.get("sources") or {})
     if not given:
         raise ValueError("config.data needs 'text' or 'sources'")
@@ -64,6 +66,8 @@ def read_sources(data: Mapping) -> dict[str, Source]:
             found[name] = Source(**values)
         except (TypeError, ValueError) as e:
             raise ValueError(f"data.sources.{name}: {e}") from None
+        if not isinstance(found[name].path, str) or not found[name].path:
+            raise ValueError(f"data.sources.{name}.path must name a source, got {found[name].path!r}")
     return found
 
 
@@ -159,6 +163,8 @@ def read_corpus(data: Mapping, directory: str | pathlib.Path, eos_token_id=None)
         if is_prepared(source.path):
             train[name], held_out[name] = load_prepared(source.path, encode.tokenizer, encode.identity)
         else:
+            if unread := unread_files(source.path):
+                say(f"{name}: {unread}")
             encode.counts.clear()
             train[name], held_out[name] = ([encode(part)] for part in split_documents(load_documents(source.path)))
             for note in notes(encode.counts):

@@ -28,6 +28,7 @@ NOTES = {  # what an encoder counts, in words
     "ignores them",
     "left_out": "answers are not learned: the chat template renders them so that their place cannot be proven",
     "unanswered": "conversations have no answer to learn",
+    "empty": "texts are empty, so that they are only what begins and ends a document",
     "replaced_documents": "documents had bytes that are not UTF-8",
     "replaced_characters": "characters of them were replaced by U+FFFD",
 }
@@ -192,6 +193,7 @@ class Encoder:
 
     def _rendered(self, document: Document):
         if not document.messages:
+            self.counts.update(empty=not document.text)
             return document.text, None
         try:
             answers = self.template.answers(document.messages)
@@ -208,11 +210,16 @@ def notes(counts: Mapping[str, int]) -> list[str]:
 
 
 def _inside(offsets, text: str, spans) -> np.ndarray:
-    """1 for the tokens inside one of the spans; the first of a span may begin with the spaces before it."""
+    """1 for the tokens inside one of the spans.
+
+    The first of a span may begin with the spaces before it, the last may end with those after it: added tokens take them in
+    where the tokenizer says `lstrip` or `rstrip`.
+    """
     begins, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
     learnt = np.zeros(len(begins), np.uint8)
     for begin, end in spans:
-        learnt[(begins >= len(text[:begin].rstrip())) & (ends > begin) & (ends <= end)] = 1
+        last = end + len(text[end:]) - len(text[end:].lstrip())
+        learnt[(begins >= len(text[:begin].rstrip())) & (ends > begin) & (begins < end) & (ends <= last)] = 1
     return learnt
 
 

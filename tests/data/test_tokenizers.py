@@ -4,14 +4,14 @@ import json
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
 
 from hybrid_jax.data import read_corpus
 from hybrid_jax.data.documents import Document
 from hybrid_jax.data.tokenizer import encode_prompt, load_tokenizer
-from hybrid_jax.data.tokens import Encoder, tokenizer_fingerprint
+from hybrid_jax.data.tokens import Encoder, _inside, tokenizer_fingerprint
 
 SOURCE = "launch/tiny_qwen3/tokenizer.json"
 BOS, EOS = ("<|pairs|>", 1), ("<|endoftext|>", 0)  # any two tokens of the vocabulary
@@ -137,3 +137,16 @@ def test_an_end_of_documents_that_the_tokenizer_does_not_have_is_refused(tmp_pat
         Encoder(tmp_path, 10)
     assert Encoder(tmp_path, 9).end_ids == [9]
     assert Encoder("launch/tiny_qwen3", -1).end_ids == [0], "a negative id is none"
+
+
+@pytest.mark.parametrize("strip", [{}, {"rstrip": True}, {"lstrip": True}, {"lstrip": True, "rstrip": True}], ids=str)
+def test_an_end_of_turn_that_takes_in_spaces_is_learned_and_nothing_of_the_next_turn(strip):
+    tokenizer = Tokenizer.from_file(SOURCE)
+    tokenizer.add_special_tokens([AddedToken("<|end|>", **strip)])
+    text = "user: x <|end|>\n\nassistant: y <|end|>\n\nuser: z <|end|>\n"
+    begin = text.index(" y")
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    weights = _inside(encoding.offsets, text, [(begin, begin + len(" y <|end|>"))])
+    learned = tokenizer.decode([i for i, w in zip(encoding.ids, weights, strict=True) if w], skip_special_tokens=False)
+    assert learned.replace(" ", "").replace("Ġ", "") == "y<|end|>"
+    assert encoding.ids[np.flatnonzero(weights)[-1]] == tokenizer.token_to_id("<|end|>")
