@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from hybrid_jax.data.documents import load_documents, pieces, split_documents, unread_files
+from hybrid_jax.data.documents import Document, content, load_documents, pieces, split_documents, unread_files
 from hybrid_jax.data.packing import LONG, PACKINGS, PackedRows, check_long
 from hybrid_jax.data.stamps import stamp
 from hybrid_jax.data.synthetic import Induction, KeyValueRetrieval
@@ -147,7 +147,9 @@ class Corpus:
 
 
 def read_corpus(data: Mapping, directory: str | pathlib.Path, eos_token_id=None) -> Corpus:
-    """Reads and tokenises what is not prepared.
+    """Reads and tokenizes what is not prepared.
+
+    Of what is not prepared, training documents that are in the first source's held-out part too are counted.
 
     Args:
       data: `text` and/or `sources`, see `read_sources`.
@@ -155,10 +157,10 @@ def read_corpus(data: Mapping, directory: str | pathlib.Path, eos_token_id=None)
       eos_token_id: of the model's config.
 
     Raises:
-      ValueError: a source is not there or can not be read, or another tokenizer prepared it.
+      ValueError: a source is not there or cannot be read, or another tokenizer prepared it.
     """
     sources, encode = read_sources(data), Encoder(directory, eos_token_id)
-    train, held_out = {}, {}
+    train, held_out, first, evaluated = {}, {}, next(iter(sources)), set()
     for name, source in sources.items():
         if is_prepared(source.path):
             train[name], held_out[name] = load_prepared(source.path, encode.tokenizer, encode.identity)
@@ -166,7 +168,12 @@ def read_corpus(data: Mapping, directory: str | pathlib.Path, eos_token_id=None)
             if unread := unread_files(source.path):
                 say(f"{name}: {unread}")
             encode.counts.clear()
-            train[name], held_out[name] = ([encode(part)] for part in split_documents(load_documents(source.path)))
+            parts = split_documents(load_documents(source.path))
+            if name == first:
+                evaluated = {content(d) for d in parts[1]} - {content(Document(""))}
+            if repeated := sum(content(d) in evaluated for d in parts[0]):
+                say(f"{name}: {repeated:,} training documents are held-out documents of {first} too, word for word")
+            train[name], held_out[name] = ([encode(part)] for part in parts)
             for note in notes(encode.counts):
                 say(f"{name}: {note}")
     markers = [encode.tokenizer.token_to_id(t) for t in (PAIRS, ASK)]

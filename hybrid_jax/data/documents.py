@@ -223,7 +223,7 @@ def pieces(source: str) -> list[Piece]:
         return [Piece("hf", (name, split, i, min(i + PIECE_ROWS, n))) for i in range(0, n, PIECE_ROWS)]
     path = pathlib.Path(source)
     if path.is_file() and path.suffix.lower() in TABLES:
-        raise ValueError(f"{source!r} would be read as plain text: make records of it, one JSON object in each line of a .jsonl file")
+        raise ValueError(f"{source!r} would be read as plain text: make records of it, one JSON object per line of a .jsonl file")
     found, texts = [], []
     for file in _files(path):
         kind = file.suffix.lower()
@@ -314,6 +314,12 @@ def _place(piece: Piece, name: str) -> str:
 def load_documents(source: str) -> list[Document]:
     """All documents of a source (see `pieces`)."""
     return [d for piece in pieces(source) for d in read_piece(piece)]
+
+
+def content(document: Document) -> bytes:
+    """A hash of what a document says, whatever its name is."""
+    said = json.dumps([document.text, document.messages], sort_keys=True, default=str)
+    return hashlib.sha256(said.encode()).digest()
 
 
 def is_held_out(name: str, percent: float = HELD_OUT_PERCENT) -> bool:

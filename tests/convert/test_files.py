@@ -111,6 +111,16 @@ def test_float64_weights_are_read_as_float32_and_the_user_is_told(directory, cap
     assert "float64" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("dtype, largest", [("float16", 65504.0), ("bfloat16", 1e38)])
+def test_a_value_beyond_the_range_of_the_dtype_is_refused_by_name(directory, dtype, largest):
+    change(directory, lambda t: t["model.norm.weight"].__setitem__(3, -largest))
+    assert float(load_model(directory, dtype=dtype).norm.weight[...][3]) == pytest.approx(-largest, rel=0.01)
+    change(directory, lambda t: t["model.norm.weight"].__setitem__(3, -3.4e38 if dtype == "bfloat16" else -65536.0))
+    with pytest.raises(ValueError, match=rf"model.norm.weight has values up to .* beyond the range of {dtype}"):
+        load_model(directory, dtype=dtype)
+    assert np.isfinite(load_model(directory, dtype="float32").norm.weight[...]).all()
+
+
 def test_a_model_cannot_be_loaded_in_an_integer_dtype(directory):
     with pytest.raises(ValueError, match="dtype must be one of 'float16'"):
         load_model(directory, dtype="int8")

@@ -6,7 +6,7 @@ import pytest
 
 from hybrid_jax.data import read_corpus
 from hybrid_jax.data.corpus import read_sources
-from hybrid_jax.data.documents import document, load_documents, pieces, unread_files
+from hybrid_jax.data.documents import document, load_documents, pieces, split_documents, unread_files
 from hybrid_jax.data.prepare import prepare
 
 MODEL = "launch/tiny_qwen3"
@@ -88,3 +88,15 @@ def test_an_empty_path_is_not_the_current_directory():
 def test_a_source_does_not_take_the_place_of_the_text():
     with pytest.raises(ValueError, match="has 'text', and a source of that name"):
         read_sources({"text": "a.txt", "sources": {"text": {"path": "b.txt"}}})
+
+
+def test_training_documents_that_are_held_out_elsewhere_are_counted(tmp_path, capsys):
+    texts = [f"document {i}" for i in range(100)]
+    for name, order in (("a", texts), ("b", texts[::-1])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ["", *order]))
+    held_out = {d.text for d in split_documents(load_documents(str(tmp_path / "a.jsonl")))[1]}
+    other = {d.text for d in split_documents(load_documents(str(tmp_path / "b.jsonl")))[0]}
+    read_corpus({"sources": {name: {"path": str(tmp_path / f"{name}.jsonl")} for name in "ab"}}, MODEL, 0)
+    said = [line for line in capsys.readouterr().out.splitlines() if "held-out" in line]
+    count = len((held_out & other) - {""})
+    assert said == [f"b: {count} training documents are held-out documents of a too, word for word"] and count > 2

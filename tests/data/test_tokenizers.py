@@ -1,5 +1,6 @@
 """Tokenizers as models bring them: what begins and ends a document, and what a tokenizer.json stores beside its vocabulary."""
 
+import datetime
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ from tokenizers.models import WordLevel
 from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
 
 from hybrid_jax.data import read_corpus
+from hybrid_jax.data.chat import ChatTemplate
 from hybrid_jax.data.documents import Document
 from hybrid_jax.data.tokenizer import encode_prompt, load_tokenizer
 from hybrid_jax.data.tokens import Encoder, _inside, tokenizer_fingerprint
@@ -150,3 +152,14 @@ def test_an_end_of_turn_that_takes_in_spaces_is_learned_and_nothing_of_the_next_
     learned = tokenizer.decode([i for i, w in zip(encoding.ids, weights, strict=True) if w], skip_special_tokens=False)
     assert learned.replace(" ", "").replace("Ġ", "") == "y<|end|>"
     assert encoding.ids[np.flatnonzero(weights)[-1]] == tokenizer.token_to_id("<|end|>")
+
+
+def test_a_template_that_writes_the_date_gives_the_same_tokens_every_day(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    directory = changed(tmp_path, lambda tokenizer: None)
+    template = "{{ strftime_now('%d %b %Y') }}{% macro a() %}{{ strftime_now('%B %y') }}{% endmacro %}{{ a() }}{% for m in messages %}<|ask|>{{ m.content }}<|ask|>{% endfor %}"
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    talk, chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], ChatTemplate(directory)
+    assert chat.answers(talk).text == "26 Jul 2024July 24<|ask|>x<|ask|><|ask|>y<|ask|>"
+    assert "writes today's date" in capsys.readouterr().err
+    assert chat.render(talk).startswith(datetime.date.today().strftime("%d %b %Y")), "a prompt has today's"
