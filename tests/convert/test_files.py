@@ -10,7 +10,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from hybrid_jax import load_model, save_model
-from hybrid_jax.convert import check_model_directory
+from hybrid_jax.convert import check_model_directory, weights
 from hybrid_jax.files import read_json
 from tests.conftest import tiny_model
 
@@ -58,6 +58,17 @@ def test_a_head_that_differs_from_the_tied_embedding_is_kept_as_in_transformers(
     assert not check_model_directory(directory).tie_embeddings
     save_model(ours, tmp_path / "again")
     assert np.array_equal(head_and_embedding(theirs(tmp_path / "again"))[0], other)
+
+
+@pytest.mark.parametrize("row", [0, 5, 11])
+def test_tensors_that_differ_in_one_part_are_not_equal(tmp_path, monkeypatch, row):
+    monkeypatch.setattr(weights, "ROWS", 4)
+    one = np.arange(24.0, dtype=np.float32).reshape(12, 2)
+    other = one.copy()
+    other[row] += 1
+    save_file({"a": one, "b": other, "c": one.copy()}, tmp_path / SINGLE)
+    with weights.TensorFiles(tmp_path) as files:
+        assert files.equal("a", "c") and not files.equal("a", "b")
 
 
 def test_an_equal_head_is_tied_without_a_word(directory, capsys):

@@ -185,3 +185,26 @@ def test_a_rule_for_long_documents_of_a_text_is_refused_by_the_sources_name():
     corpus = Corpus(None, {"web": Source("", long="drop")}, {"web": tokens}, {"web": tokens}, (1, 2), (3, 100))
     with pytest.raises(ValueError, match=r"data.sources.web: long = 'drop' has no effect with packing = 'split'"):
         corpus.rows("web", 8, 0)
+
+
+class TwoAlike:
+    def rows(self, name, length, seed, answer_weight):
+        return Numbered({"a": 0, "b": 100}[name], 10)
+
+
+def test_sources_of_one_size_have_orders_of_their_own_whatever_order_the_mix_names_them_in():
+    def steps(mix):
+        stream = training_batches(TwoAlike(), mix, batch_size=5, length=1, seed=3)
+        return np.concatenate([next(stream)["input_ids"][:, 0] for _ in range(4)])
+
+    found = steps({"a": 0.5, "b": 0.5})
+    assert found[found < 100].tolist() != (found[found >= 100] - 100).tolist()
+    assert steps({"b": 0.5, "a": 0.5}).tolist() == found.tolist()
+
+
+def test_one_shard_of_conversations_makes_a_source_of_conversations():
+    plain, chat = Tokens(np.arange(12), np.array([0, 12])), Tokens(np.arange(4), np.array([0, 4]), np.ones(4, np.uint8))
+    corpus = Corpus(None, {"x": Source("")}, {"x": [plain, chat]}, {"x": [plain]}, (1, 2), (3, 100))
+    rows = corpus.rows("x", 8, 0)
+    assert [rows[i]["input_ids"].tolist()[:4] for i in range(2)] == [[0, 1, 2, 3], [8, 9, 10, 11]]
+    assert rows[1]["segment_ids"].tolist() == [1] * 4 + [2] * 4

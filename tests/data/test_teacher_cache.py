@@ -75,3 +75,10 @@ def test_a_cache_that_does_not_say_what_it_was_made_of_is_refused(cache):
     (cache / "cache.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="does not say with which text.tokens it was made"):
         first_batch(corpus(), cache)
+
+
+def test_a_cache_says_which_step_is_the_first_that_it_lacks(cache):
+    made = TeacherCache(cache, mix=MIX, **ROWS)
+    made.check(1)
+    with pytest.raises(FileNotFoundError, match="has no step 1 of 2"):
+        made.check(2)

@@ -157,7 +157,9 @@ def test_an_end_of_turn_that_takes_in_spaces_is_learned_and_nothing_of_the_next_
 def test_a_template_that_writes_the_date_gives_the_same_tokens_every_day(tmp_path, capsys):
     pytest.importorskip("transformers")
     directory = changed(tmp_path, lambda tokenizer: None)
-    template = "{{ strftime_now('%d %b %Y') }}{% macro a() %}{{ strftime_now('%B %y') }}{% endmacro %}{{ a() }}{% for m in messages %}<|ask|>{{ m.content }}<|ask|>{% endfor %}"
+    template = "{{ strftime_now('%d %b %Y') }}"
+    template += "{% macro a() %}{{ strftime_now('%B %y') }}{% endmacro %}{{ a() }}"
+    template += "{% for m in messages %}<|ask|>{{ m.content }}<|ask|>{% endfor %}"
     (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     talk, chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], ChatTemplate(directory)
     assert chat.answers(talk).text == "26 Jul 2024July 24<|ask|>x<|ask|><|ask|>y<|ask|>"
