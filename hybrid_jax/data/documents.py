@@ -255,7 +255,8 @@ def unread_files(source: str) -> str:
     if source == "stdlib" or source.startswith("hf:") or not pathlib.Path(source).is_dir():
         return ""
     kinds = collections.Counter(p.suffix.lower() or "without an ending" for p in _files(pathlib.Path(source)))
-    other = [(kind, n) for kind, n in sorted(kinds.items()) if kind not in (*TEXT_FILES, *RECORD_FILES)]
+    kinds["links to folders or to nothing"] = sum(p.is_symlink() and not p.is_file() for p in pathlib.Path(source).rglob("*"))
+    other = [(kind, n) for kind, n in sorted(kinds.items()) if n and kind not in (*TEXT_FILES, *RECORD_FILES)]
     if not other:
         return ""
     named = ", ".join(f"{n:,} {kind}" for kind, n in other[:8])

@@ -45,8 +45,9 @@ class GenerationDefaults(NamedTuple):
 
 
 def _eos_ids(name: str, value: Any) -> tuple[int, ...]:
+    """The ids; negative ones mean none, as in config.json."""
     ids = value if isinstance(value, (list, tuple)) else [value]
-    return tuple(check_integer(name, i, minimum=0) for i in ids)
+    return tuple(i for i in (check_integer(name, i, minimum=-1) for i in ids) if i >= 0)
 
 
 def _sampling(path: pathlib.Path, values: Mapping[str, Any]) -> Sampling:

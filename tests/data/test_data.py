@@ -93,6 +93,15 @@ def test_retrieval_rows_ask_every_key_once_and_weigh_the_values():
         KeyValueRetrieval(33, (3, 200), 1, 2, max_pairs=8)
 
 
+def test_retrieval_has_every_number_of_pairs_and_asks_in_another_order():
+    task = KeyValueRetrieval(64, (3, 200), 1, 2, min_pairs=4, max_pairs=8, seed=5)
+    blocks = [task.block(np.random.default_rng(i))[0] for i in range(60)]
+    pairs = [(len(ids) - 2) // 4 for ids in blocks]
+    assert set(pairs) == {4, 5, 6, 7, 8}
+    same = [ids[1 : 2 * n + 1 : 2].tolist() == ids[2 * n + 2 :: 2].tolist() for ids, n in zip(blocks, pairs, strict=True)]
+    assert sum(same) < 10, "of 4 keys one order in 24 is the same by chance"
+
+
 def test_induction_repeats_and_weighs_the_repetition():
     row = Induction(128, (3, 50), 8, 16)[3]
     ids = row["input_ids"][row["segment_ids"] == 1]

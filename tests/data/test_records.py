@@ -70,6 +70,16 @@ def test_endings_may_be_capitals_and_files_of_other_types_are_counted(folder, tm
     assert unread_files(str(folder / "a.txt")) == unread_files("stdlib") == ""
 
 
+def test_links_that_are_not_followed_are_counted(folder, tmp_path):
+    (tmp_path / "other").mkdir()
+    (folder / "linked").symlink_to(tmp_path / "other")
+    (folder / "gone.txt").symlink_to(tmp_path / "nothing")
+    (folder / "g.txt").symlink_to(folder / "a.txt")
+    words = "6 files are not read (2 .csv, 1 .html, 2 links to folders or to nothing, 1 without an ending)"
+    assert words in unread_files(str(folder))
+    assert len(load_documents(str(folder))) == 5, "a link to a file is read"
+
+
 @pytest.mark.parametrize("name", ["a.json", "a.CSV"])
 def test_a_file_of_records_is_not_read_as_plain_text(tmp_path, name):
     (tmp_path / name).write_text(json.dumps([{"text": "x"}]))

@@ -116,7 +116,7 @@ MUTATIONS = [
         'options["high_freq_factor"] <= options["low_freq_factor"]',
         'options["high_freq_factor"] < options["low_freq_factor"]',
         "a division by zero in the rotary embedding",
-        ("tests/convert/test_schema.py",),
+        (f"{DEFAULTS}::test_rope_parameters_that_cannot_be_honoured_are_refused",),
     ),
     Mutation(
         "hybrid_jax/pattern.py",

@@ -49,13 +49,6 @@ MUTATIONS = [
         "spaces before an answer are learned",
         (f"{TOKENIZERS}::test_spaces_of_a_prompt_are_not_learned_where_the_tokenizer_trims_offsets",),
     ),
-    Mutation(
-        TOKENS,
-        "self._plain.post_processor = None",
-        "pass",
-        "offsets that a tokenizer trims move the answers",
-        (f"{TOKENIZERS}::test_spaces_of_a_prompt_are_not_learned_where_the_tokenizer_trims_offsets",),
-    ),
     Mutation(TOKENS, "self.end_ids = after or [", "self.end_ids = after + [", "a document ends twice", (BEGINS,)),
     Mutation(
         TOKENS,
