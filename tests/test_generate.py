@@ -234,3 +234,19 @@ def test_options_that_are_not_applied_are_named(tmp_path, capsys):
     generation_defaults(tmp_path, tiny_config("*"))
     error = capsys.readouterr().err
     assert "repetition_penalty = 1.05 is not applied" in error and "num_beams" not in error and "min_p" not in error
+
+
+def test_a_negative_end_id_is_none(tmp_path):
+    assert generation_defaults(tmp_path, tiny_config("*", extra={"eos_token_id": -1})).eos_ids == ()
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [-1, 3]}')
+    assert generation_defaults(tmp_path, tiny_config("*")).eos_ids == (3,)
+
+
+def test_options_that_change_greedy_generation_too_are_named(tmp_path, capsys):
+    values = dict(repetition_penalty=1.3, min_p=0.1, stop_strings=["."], forced_eos_token_id=3, num_beams=2)
+    (tmp_path / "generation_config.json").write_text(json.dumps(values))
+    assert generation_defaults(tmp_path, tiny_config("*")).sampling.greedy
+    error = capsys.readouterr().err
+    for word in ("repetition_penalty = 1.3", "num_beams = 2", "stop_strings = ['.']", "forced_eos_token_id = 3"):
+        assert word in error
+    assert "min_p" not in error, "it changes only what is sampled"

@@ -115,6 +115,23 @@ def check_model_directory(path: str | pathlib.Path) -> ModelConfig:
         return _checked(files, config)[0]
 
 
+def _cast(path: pathlib.Path, name: str, value: np.ndarray, dtype) -> np.ndarray:
+    """A tensor in another dtype.
+
+    Raises:
+      ValueError: the dtype has a smaller range, and a value is beyond it.
+    """
+    with np.errstate(over="ignore"):
+        cast = value.astype(dtype)
+    if jnp.finfo(dtype).max < jnp.finfo(value.dtype).max and not np.isfinite(cast).all() and np.isfinite(value).all():
+        largest = float(np.abs(value.astype(np.float64)).max())
+        raise ValueError(
+            f"{path}: tensor {name} has values up to {largest:.3g}, beyond the range of {jnp.dtype(dtype).name}; load the model as "
+            "bfloat16 or float32"
+        )
+    return cast
+
+
 def _read_parameters(
     files: TensorFiles, config: ModelConfig, table: dict[str, list[tuple[Tensor, str]]], dtype=None, mesh=None
 ) -> Iterator[tuple[str, jax.Array]]:
@@ -124,7 +141,7 @@ def _read_parameters(
         parts = [t.from_hf(files.read(stored)) for t, stored in tensors]
         value = parts[0] if tensors[0][0].expert is None else np.stack(parts)
         single = jnp.float32 if value.dtype == np.float64 else value.dtype
-        yield name, place(mesh, name, value.astype(dtype or single), axes[name])
+        yield name, place(mesh, name, _cast(files.path, tensors[0][1], value, dtype or single), axes[name])
 
 
 def load_model(path, pattern: str | None = None, dtype=None, mesh=None, *, seed: int = 0) -> Decoder:

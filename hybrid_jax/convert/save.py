@@ -20,8 +20,9 @@ from hybrid_jax.parameters import split_model
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "tokenizer.model", "chat_template.jinja", "generation_config.json",
+    "tokenizer.model", "tekken.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
+MORE_TEMPLATES = "additional_chat_templates"  # a folder of chat templates by name
 
 
 def _hf_items(model: Decoder) -> Iterator[tuple[str, np.ndarray]]:
@@ -65,13 +66,22 @@ def _write_weights(model: Decoder, directory: pathlib.Path, max_shard_bytes: int
 
 
 def _tokenizer_directory(model: Decoder, tokenizer_from) -> pathlib.Path | None:
-    """Where a saved model's tokenizer files come from; see `save_model`."""
+    """Where a saved model's tokenizer files come from; see `save_model`.
+
+    Raises:
+      FileNotFoundError: the directory that was named has no tokenizer files.
+    """
     if tokenizer_from is None and model.config.directory:
         source = pathlib.Path(model.config.directory)
         if source.is_dir():
             return source
         notice(f"{source}, where the model was loaded from, is not there any more: the model is saved without tokenizer files")
-    return pathlib.Path(tokenizer_from) if tokenizer_from else None
+    if not tokenizer_from:
+        return None
+    source = pathlib.Path(tokenizer_from)
+    if not source.is_dir():
+        raise FileNotFoundError(f"tokenizer_from: no directory at {source}; name a model directory, or give False for no files")
+    return source
 
 
 def write_model(model: Decoder, directory: pathlib.Path, *, tokenizer_from=None, max_shard_bytes: int = 5_000_000_000):
@@ -83,6 +93,8 @@ def write_model(model: Decoder, directory: pathlib.Path, *, tokenizer_from=None,
     for name in TOKENIZER_FILES:
         if source is not None and (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
+    if source is not None and (source / MORE_TEMPLATES).is_dir():
+        shutil.copytree(source / MORE_TEMPLATES, directory / MORE_TEMPLATES, copy_function=shutil.copyfile)
 
 
 def save_model(model: Decoder, path, *, tokenizer_from=None, max_shard_bytes: int = 5_000_000_000):
@@ -98,7 +110,8 @@ def save_model(model: Decoder, path, *, tokenizer_from=None, max_shard_bytes: in
     Of several processes the first one writes.
 
     Raises:
-      FileExistsError, PermissionError, NotADirectoryError: `path` can not be made; nothing is left behind.
+      FileExistsError, PermissionError, NotADirectoryError: `path` cannot be made; nothing is left behind.
+      FileNotFoundError: no directory at `tokenizer_from`.
     """
     if is_first():
         with new_directory(path) as directory:

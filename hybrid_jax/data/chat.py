@@ -5,6 +5,7 @@ The Jinja template is rendered by transformers, in its sandbox, in a process of 
 
 from __future__ import annotations
 
+import datetime
 import functools
 import hashlib
 import json
@@ -15,7 +16,13 @@ from collections.abc import Sequence
 from hybrid_jax.data.answers import Answers, Finder, absent
 from hybrid_jax.data.chat_process import check_renderer, render_in_process
 from hybrid_jax.files import read_json
+from hybrid_jax.parallel.distributed import notice
 
+# The date in conversations to learn from, as a template that writes today's must give the same tokens every day; the one
+# that Llama 3's templates have where they are given none.
+DATE = datetime.datetime(2024, 7, 26)
+_PARTS = "".join(f"|replace('%{part}', '{DATE.strftime('%' + part)}')" for part in "aAbBdjmyYHIMSp")
+FIXED_DATE = "{%- macro strftime_now(format) -%}{{ format" + _PARTS + " }}{%- endmacro -%}"
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -26,6 +33,9 @@ def _read(directory: pathlib.Path) -> tuple[str | None, dict[str, str]]:
     template = own.read_text() if own.is_file() else config.get("chat_template")
     if isinstance(template, list):  # several by name
         template = next((t["template"] for t in template if t["name"] == "default"), None)
+    older = directory / "special_tokens_map.json"
+    if "added_tokens_decoder" not in config and older.is_file():  # as in transformers, it goes before the config then
+        config = {**config, **read_json(older)}
     tokens = {n: config.get(n) for n in ("bos_token", "eos_token", "pad_token", "unk_token")}
     return template, {n: t["content"] if isinstance(t, dict) else t for n, t in tokens.items() if t is not None}
 
@@ -54,8 +64,19 @@ class ChatTemplate:
         check_renderer()
         self.template = template
 
-    def _render(self, messages, **options):
-        return render_in_process(self.template, list(messages), **options, **self.special)
+    def _learned(self, messages: Sequence[dict], **options):
+        return self._render(messages, self._with_fixed_date, **options)
+
+    @functools.cached_property
+    def _with_fixed_date(self) -> str:
+        """The template with `DATE` for today's."""
+        if "strftime_now" not in self.template:
+            return self.template
+        notice(f"the chat template of {self.directory} writes today's date; conversations to learn from have {DATE:%d %b %Y}")
+        return FIXED_DATE + self.template
+
+    def _render(self, messages, template="", **options):
+        return render_in_process(template or self.template, list(messages), **options, **self.special)
 
     def render(self, messages: Sequence[dict], *, add_generation_prompt: bool = False) -> str:
         """The conversation as the model reads it.
@@ -69,7 +90,8 @@ class ChatTemplate:
     def _find(self) -> Finder:
         file = self.directory / "tokenizer.json"
         added = read_json(file).get("added_tokens", []) if file.is_file() else []
-        return Finder(self.render, {*(token["content"] for token in added), *self.special.values()})
+        names = {*(token["content"] for token in added), *self.special.values()}
+        return Finder(lambda messages, **options: self._learned(messages, **options)[0], names)
 
     def answers(self, messages: Sequence[dict]) -> Answers:
         """The rendered conversation and the assistant's turns in it.
@@ -81,7 +103,7 @@ class ChatTemplate:
         """
         if not GENERATION.search(self.template):
             return self._find(messages)
-        text, found = self._render(messages, return_assistant_tokens_mask=True)
+        text, found = self._learned(messages, return_assistant_tokens_mask=True)
         if not found and any(message["role"] == "assistant" for message in messages):
             raise ValueError("the chat template has {% generation %} marks, but marks none of this conversation's answers")
         return Answers(text, found, absent=absent(messages, text))

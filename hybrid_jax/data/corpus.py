@@ -9,13 +9,14 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 
-from hybrid_jax.data.documents import load_documents, pieces, split_documents
-from hybrid_jax.data.packing import LONG, PACKINGS, Joined, PackedRows
+from hybrid_jax.data.documents import Document, content, load_documents, pieces, split_documents, unread_files
+from hybrid_jax.data.packing import LONG, PACKINGS, PackedRows, check_long
 from hybrid_jax.data.stamps import stamp
 from hybrid_jax.data.synthetic import Induction, KeyValueRetrieval
-from hybrid_jax.data.tokenizer import ASK, PAIRS, SPECIAL_TOKENS
+from hybrid_jax.data.tokenizer import ASK, PAIRS, ordinary_ids
 from hybrid_jax.data.tokens import INDEX, Encoder, Tokens, is_prepared, load_prepared, notes
 from hybrid_jax.files import file_hash
 from hybrid_jax.parallel.distributed import say
@@ -31,7 +32,7 @@ class Source:
 
     Args:
       path: see `documents.pieces`, or a directory that `prepare` made.
-      packing, long: see `PackedRows`; by default conversations are packed whole, texts cut in rows.
+      packing, long: see `PackedRows`; by default conversations are packed whole, texts split in rows.
     """
 
     path: str
@@ -42,6 +43,7 @@ class Source:
         for name, allowed in (("packing", ("", *PACKINGS)), ("long", LONG)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(filter(None, allowed))}")
+        check_long(self.packing, self.long)
 
 
 def read_sources(data: Mapping) -> dict[str, Source]:
@@ -51,6 +53,8 @@ def read_sources(data: Mapping) -> dict[str, Source]:
       ValueError: none, an unknown key or value, or a name that a synthetic task has.
     """
     given = {"text": {"path": data["text"]}} if data.get("text") else {}
+    if given and "text" in (data.get("sources") or {}):
+        raise ValueError("config.data has 'text', and a source of that name in 'sources'; rename one of them")
     given |= dict(data.get("sources") or {})
     if not given:
         raise ValueError("config.data needs 'text' or 'sources'")
@@ -62,6 +66,8 @@ def read_sources(data: Mapping) -> dict[str, Source]:
             found[name] = Source(**values)
         except (TypeError, ValueError) as e:
             raise ValueError(f"data.sources.{name}: {e}") from None
+        if not isinstance(found[name].path, str) or not found[name].path:
+            raise ValueError(f"data.sources.{name}.path must name a source, got {found[name].path!r}")
     return found
 
 
@@ -117,7 +123,7 @@ class Corpus:
             raise ValueError(f"unknown data source {name!r} in data.mix; have {', '.join([*self.train, *SYNTHETIC])}")
         return self._packed(name, self.train[name], length, "training")
 
-    def held_out_rows(self, length: int) -> Joined:
+    def held_out_rows(self, length: int) -> PackedRows:
         """Rows of the first source's held-out part."""
         name = next(iter(self.held_out))
         return self._packed(name, self.held_out[name], length, "held-out")
@@ -125,20 +131,25 @@ class Corpus:
     def _packing(self, name: str, shards: list[Tokens]) -> str:
         return self.sources[name].packing or ("first_fit" if any(t.weights is not None for t in shards) else "split")
 
-    def _packed(self, name: str, shards: list[Tokens], length: int, part: str) -> Joined:
-        packing, long = self._packing(name, shards), self.sources[name].long
-        rows = Joined([PackedRows(tokens, length, packing, long) for tokens in shards])
+    def _packed(self, name: str, shards: list[Tokens], length: int, part: str) -> PackedRows:
+        """Rows of the shards' documents end to end, so that the rows do not depend on how the source is divided."""
+        tokens = Tokens.chained(shards, np.uint32)
+        try:
+            rows = PackedRows(tokens, length, self._packing(name, shards), self.sources[name].long)
+        except ValueError as e:
+            raise ValueError(f"data.sources.{name}: {e}") from None
         if not len(rows):
-            total = sum(len(t.ids) for t in shards)
             raise ValueError(
-                f"the {part} part of the source {name!r} has {total:,} tokens, fewer than one row of {length:,}; give more text, "
-                "or lower seq_len"
+                f"the {part} part of the source {name!r} has {tokens.starts[-1]:,} tokens and fills no row of {length:,}"
+                f"{f' ({rows.unused})' if rows.unused else ''}; give more text, or lower seq_len"
             )
         return rows
 
 
 def read_corpus(data: Mapping, directory: str | pathlib.Path, eos_token_id=None) -> Corpus:
-    """Reads and tokenises what is not prepared.
+    """Reads and tokenizes what is not prepared.
+
+    Of what is not prepared, training documents that are in the first source's held-out part too are counted.
 
     Args:
       data: `text` and/or `sources`, see `read_sources`.
@@ -146,21 +157,29 @@ def read_corpus(data: Mapping, directory: str | pathlib.Path, eos_token_id=None)
       eos_token_id: of the model's config.
 
     Raises:
-      ValueError: a source is not there or can not be read, or another tokenizer prepared it.
+      ValueError: a source is not there or cannot be read, or another tokenizer prepared it.
     """
     sources, encode = read_sources(data), Encoder(directory, eos_token_id)
-    train, held_out = {}, {}
+    train, held_out, first, evaluated = {}, {}, next(iter(sources)), set()
     for name, source in sources.items():
         if is_prepared(source.path):
             train[name], held_out[name] = load_prepared(source.path, encode.tokenizer, encode.identity)
         else:
+            if unread := unread_files(source.path):
+                say(f"{name}: {unread}")
             encode.counts.clear()
-            train[name], held_out[name] = ([encode(part)] for part in split_documents(load_documents(source.path)))
+            parts = split_documents(load_documents(source.path))
+            if name == first:
+                evaluated = {content(d) for d in parts[1]} - {content(Document(""))}
+            if repeated := sum(content(d) in evaluated for d in parts[0]):
+                say(f"{name}: {repeated:,} training documents are held-out documents of {first} too, word for word")
+            train[name], held_out[name] = ([encode(part)] for part in parts)
             for note in notes(encode.counts):
                 say(f"{name}: {note}")
-    size = encode.tokenizer.get_vocab_size()
     markers = [encode.tokenizer.token_to_id(t) for t in (PAIRS, ASK)]
+    ordinary = ordinary_ids(encode.tokenizer, len(markers) + NUM_SYMBOLS)
     if None in markers:  # a foreign tokenizer: any two ids serve as markers, the first two ordinary ones
-        markers = [1, 2]
-    symbols = (len(SPECIAL_TOKENS), min(len(SPECIAL_TOKENS) + NUM_SYMBOLS, size))
+        markers, ordinary = [*ordinary[:2]], ordinary[2:]
+    ordinary = ordinary[:NUM_SYMBOLS]
+    symbols = (ordinary.start, ordinary.stop)
     return Corpus(encode.tokenizer, sources, train, held_out, tuple(markers), symbols, encode.identity)

@@ -6,6 +6,7 @@ is training data and where held out depends on its name alone.
 
 from __future__ import annotations
 
+import collections
 import functools
 import hashlib
 import json
@@ -20,6 +21,8 @@ HELD_OUT_PERCENT = 5
 PIECE_BYTES = 64 * 2**20
 PIECE_ROWS = 50_000  # of a Hugging Face dataset
 TEXT_FILES = (".py", ".txt", ".md", ".rst")
+RECORD_FILES = (".jsonl", ".parquet", ".arrow")
+TABLES = (".json", ".csv", ".tsv")  # they hold records too, but are not read
 _SKIP = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "turtledemo"}
 ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT
 FORMATS = (
@@ -53,23 +56,43 @@ def document(name: str, record: Any) -> Document:
     """
     if not isinstance(record, dict):
         raise ValueError(f"{FORMATS}; got {type(record).__name__}")
-    turns = record.get("messages") or record.get("conversations")
-    if turns is not None:
-        return Document(name, messages=tuple(_message(turn) for turn in turns))
+    if turns := record.get("messages") or record.get("conversations"):
+        return Document(name, messages=_conversation(record, tuple(_message(turn) for turn in turns)))
     if isinstance(record.get("text"), str):
         return Document(name, check_text(record["text"]))
     for asked, answers in (("instruction", ("output", "response")), ("prompt", ("completion", "response"))):
         answer = next((record[a] for a in answers if isinstance(record.get(a), str)), None)
         if isinstance(record.get(asked), str) and answer is not None:
-            question = "\n\n".join(filter(None, (record[asked], record.get("input"))))
-            said = (("user", question), ("assistant", answer))
-            return Document(name, messages=tuple({"role": role, "content": check_text(text)} for role, text in said))
+            more = record.get("input") or ""
+            if not isinstance(more, str):
+                raise ValueError(f"'input' must be text, got {more!r:.80}")
+            said = (("user", "\n\n".join(filter(None, (record[asked], more)))), ("assistant", answer))
+            talk = tuple({"role": role, "content": check_text(text)} for role, text in said)
+            return Document(name, messages=_conversation(record, talk))
     raise ValueError(f"{FORMATS}; got {', '.join(record) or 'nothing'}")
+
+
+def _conversation(record: dict, messages: tuple[dict, ...]) -> tuple[dict, ...]:
+    """The messages with what a record says beside them: `system`, a system message.
+
+    Raises:
+      ValueError: it describes tools, which are not rendered, or its system message is not text or comes twice.
+    """
+    if tools := [name for name in ("tools", "functions") if record.get(name) not in (None, "", "[]", [], {})]:
+        raise ValueError(f"{tools[0]!r} of a conversation are not rendered: describe them in its system message, or remove the key")
+    if not (system := record.get("system")):
+        return messages
+    if not isinstance(system, str) or messages[0]["role"] == "system":
+        raise ValueError(f"'system' must be text, and the only system message; got {system!r:.80}")
+    return ({"role": "system", "content": check_text(system)}, *messages)
 
 
 def _message(turn: Any) -> dict:
     if isinstance(turn, dict):
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        for name in ("weight", "train"):
+            if turn.get(name) in (0, False) and ROLES.get(role, role) == "assistant":
+                raise ValueError(f"an answer has {name} = {turn[name]!r}: which answers are learned cannot be chosen; all are")
         if isinstance(role, str) and isinstance(content, str):
             more = {k: v for k, v in turn.items() if k not in ("role", "from", "content", "value") and v is not None}
             return {"role": ROLES.get(role, role), "content": check_text(content), **more}
@@ -187,6 +210,8 @@ def pieces(source: str) -> list[Piece]:
     Raises:
       ValueError: nothing is there, or what reads it is not installed.
     """
+    if not source:
+        raise ValueError(f"a source must be named: give {SOURCES}")
     if source == "stdlib":
         root = pathlib.Path(sysconfig.get_paths()["stdlib"])
         names = [p.relative_to(root) for p in sorted(root.rglob("*.py"))]
@@ -197,18 +222,20 @@ def pieces(source: str) -> list[Piece]:
         n = len(_hugging_face(name, split))
         return [Piece("hf", (name, split, i, min(i + PIECE_ROWS, n))) for i in range(0, n, PIECE_ROWS)]
     path = pathlib.Path(source)
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
+    if path.is_file() and path.suffix.lower() in TABLES:
+        raise ValueError(f"{source!r} would be read as plain text: make records of it, one JSON object per line of a .jsonl file")
     found, texts = [], []
-    for file in files:
-        if file.suffix == ".jsonl":
+    for file in _files(path):
+        kind = file.suffix.lower()
+        if kind == ".jsonl":
             size = file.stat().st_size
             found += [Piece("jsonl", (str(file), i, min(i + PIECE_BYTES, size))) for i in range(0, size, PIECE_BYTES)]
-        elif file.suffix == ".parquet":
+        elif kind == ".parquet":
             groups = _import("pyarrow.parquet", "pyarrow").ParquetFile(file).num_row_groups
             found += [Piece("parquet", (str(file), i)) for i in range(groups)]
-        elif file.suffix == ".arrow":
+        elif kind == ".arrow":
             found.append(Piece("arrow", (str(file),)))
-        elif file.suffix in TEXT_FILES or file == path:
+        elif kind in TEXT_FILES or file == path:
             texts.append(file)
     root = path.parent if path.is_file() else path
     found += _file_pieces(root, [f.relative_to(root) for f in texts])
@@ -216,6 +243,24 @@ def pieces(source: str) -> list[Piece]:
         empty = f"the folder {source!r} has no text files" if path.is_dir() else f"the file {source!r} is empty"
         raise ValueError(f"{empty if path.exists() else f'no text at {source!r}'}: give {SOURCES}")
     return found
+
+
+def _files(path: pathlib.Path) -> list[pathlib.Path]:
+    """The file, or all files in a folder and the folders in it."""
+    return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
+
+
+def unread_files(source: str) -> str:
+    """How many files of a folder are not read because of their types, in words; empty if all are."""
+    if source == "stdlib" or source.startswith("hf:") or not pathlib.Path(source).is_dir():
+        return ""
+    kinds = collections.Counter(p.suffix.lower() or "without an ending" for p in _files(pathlib.Path(source)))
+    kinds["links to folders or to nothing"] = sum(p.is_symlink() and not p.is_file() for p in pathlib.Path(source).rglob("*"))
+    other = [(kind, n) for kind, n in sorted(kinds.items()) if n and kind not in (*TEXT_FILES, *RECORD_FILES)]
+    if not other:
+        return ""
+    named = ", ".join(f"{n:,} {kind}" for kind, n in other[:8])
+    return f"{sum(n for _, n in other):,} files are not read ({named}); read are {', '.join((*TEXT_FILES, *RECORD_FILES))}"
 
 
 def _file_pieces(root: pathlib.Path, names: list[pathlib.Path]) -> list[Piece]:
@@ -270,6 +315,12 @@ def _place(piece: Piece, name: str) -> str:
 def load_documents(source: str) -> list[Document]:
     """All documents of a source (see `pieces`)."""
     return [d for piece in pieces(source) for d in read_piece(piece)]
+
+
+def content(document: Document) -> bytes:
+    """A hash of what a document says, whatever its name is."""
+    said = json.dumps([document.text, document.messages], sort_keys=True, default=str)
+    return hashlib.sha256(said.encode()).digest()
 
 
 def is_held_out(name: str, percent: float = HELD_OUT_PERCENT) -> bool:

@@ -7,9 +7,6 @@ and i alone.
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Sequence
-
 import numpy as np
 
 from hybrid_jax.data.tokens import Tokens
@@ -71,6 +68,16 @@ def first_fit_plan(starts: np.ndarray, length: int, long: str) -> Plan:
     return Plan(begin[order], size[order], np.searchsorted(row_of[order], np.arange(opened + 1)))
 
 
+def check_long(packing: str, long: str):
+    """That `long` has an effect.
+
+    Raises:
+      ValueError: `split` fills rows whatever the documents' lengths are, and `long` asks for something else.
+    """
+    if packing == "split" and long != "split":
+        raise ValueError(f"long = {long!r} has no effect with packing = 'split'; set packing to 'first_fit', or leave long out")
+
+
 class PackedRows:
     """Rows of one `Tokens`.
 
@@ -83,7 +90,8 @@ class PackedRows:
         for name, value, allowed in (("packing", packing, PACKINGS), ("long", long, LONG)):
             if value not in allowed:
                 raise ValueError(f"{name} {value!r}: expected one of {', '.join(allowed)}")
-        self.tokens, self.length = tokens, length
+        check_long(packing, long)
+        self.tokens, self.length, self.packing, self.long = tokens, length, packing, long
         starts = tokens.starts
         self.plan = split_plan(starts, length) if packing == "split" else first_fit_plan(starts, length, long)
 
@@ -107,16 +115,15 @@ class PackedRows:
         """The share of the rows that holds tokens."""
         return float(self.plan.size.sum()) / max(len(self) * self.length, 1)
 
-
-class Joined:
-    """The rows of several sources, one after the other."""
-
-    def __init__(self, parts: Sequence):
-        self.parts, self.ends = list(parts), np.cumsum([len(p) for p in parts]).tolist()
-
-    def __len__(self):
-        return self.ends[-1] if self.ends else 0
-
-    def __getitem__(self, i):
-        part = bisect.bisect_right(self.ends, i)
-        return self.parts[part][i - (self.ends[part - 1] if part else 0)]
+    @property
+    def unused(self) -> str:
+        """Which tokens are in no row, in words; empty if all are in one."""
+        total = int(self.tokens.starts[-1])
+        if not (unused := total - int(self.plan.size.sum())):
+            return ""
+        if self.packing == "split":
+            why = f"the last {unused:,}, fewer than a row of {self.length:,}"
+        else:
+            longer = int((np.diff(self.tokens.starts) > self.length).sum())
+            why = f"{longer:,} documents are longer than a row of {self.length:,}, and long is {self.long!r}"
+        return f"{unused:,} of {total:,} tokens are in no row: {why}"

@@ -91,7 +91,8 @@ def training_batches(
     """
     names = sources_of(mix)
     sources = [corpus.rows(name, length, seed, answer_weight) for name in names]
-    for note in _repeated(dict(zip(names, map(len, sources), strict=True)), mix, steps * batch_size):
+    unused = [f"{name}: {s.unused}" for name, s in zip(names, sources, strict=True) if getattr(s, "unused", "")]
+    for note in (*_repeated(dict(zip(names, map(len, sources), strict=True)), mix, steps * batch_size), *unused):
         say(note)
     mixed = grain.MapDataset.mix([_numbered(s, n, seed) for n, s in enumerate(sources)], weights=[mix[name] for name in names])
     rows = tuple(range(batch_size) if rows is None else rows)

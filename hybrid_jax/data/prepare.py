@@ -19,10 +19,11 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from hybrid_jax.data.documents import HELD_OUT_PERCENT, Piece, is_held_out, pieces, read_piece
+from hybrid_jax.data.documents import HELD_OUT_PERCENT, Piece, is_held_out, pieces, read_piece, unread_files
 from hybrid_jax.data.stamps import changes, stamp
 from hybrid_jax.data.tokens import FORMAT, INDEX, Encoder, Tokens
 from hybrid_jax.files import new_directory, write_text
+from hybrid_jax.parallel.distributed import say
 from hybrid_jax.progress import progress_bar
 
 PLAN, SUMMARY = "plan.json", "shard.json"
@@ -70,6 +71,8 @@ def prepare(
     plan = {"format": FORMAT, **settings, "pieces": [stamp(part, source) for part in parts]}
     plan = json.loads(json.dumps(plan))
     names = [f"shard-{i:05d}" for i in range(len(parts))]
+    if unread := unread_files(source):
+        say(f"{source}: {unread}")
     if _is_done(out, plan):
         return json.loads((out / INDEX).read_text())
     _start_or_go_on(out, plan, names)

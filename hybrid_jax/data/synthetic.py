@@ -22,6 +22,14 @@ def _join(blocks: list[tuple[np.ndarray, np.ndarray]], length: int) -> dict[str,
     return {"input_ids": ids, "segment_ids": segments, "loss_weights": weights}
 
 
+def _check_symbols(task: str, symbols: tuple[int, int], needed: int):
+    if symbols[1] - symbols[0] < needed:
+        raise ValueError(
+            f"{task} draws from {needed} or more token ids in a row that are ordinary text, the tokenizer has "
+            f"{symbols[1] - symbols[0]}; leave the task out of the mix, or take a larger tokenizer"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class KeyValueRetrieval:
     """`<pairs> k1 v1 ... kn vn <ask> k5 v5 k2 v2 ...`: every key is asked once, in another order.
@@ -53,6 +61,7 @@ class KeyValueRetrieval:
                 f"key-value retrieval of {self.max_pairs} pairs needs rows of {4 * self.max_pairs + 2} tokens "
                 f"(seq_len) or more, got {self.length}"
             )
+        _check_symbols("key-value retrieval", self.symbols, self.max_pairs)
 
     def __len__(self):
         return self.rows
@@ -82,7 +91,14 @@ class KeyValueRetrieval:
 
 @dataclasses.dataclass(frozen=True)
 class Induction:
-    """Random tokens said twice: the second time every token follows from the first."""
+    """Random tokens said twice: the second time every token follows from the first.
+
+    Args:
+      length: tokens a row; at least one block of the longest period.
+      symbols: (first, last + 1) ids to draw from.
+      min_period, max_period: tokens that are repeated, drawn evenly.
+      seed, weight: as of `KeyValueRetrieval`.
+    """
 
     length: int
     symbols: tuple[int, int]
@@ -91,6 +107,14 @@ class Induction:
     seed: int = 0
     weight: float = 1.0
     rows: int = 1 << 20
+
+    def __post_init__(self):
+        if self.length < 2 * self.max_period:
+            raise ValueError(
+                f"induction with periods up to {self.max_period} needs rows of {2 * self.max_period} tokens (seq_len) or more, "
+                f"got {self.length}: shorter rows would hold nothing to learn"
+            )
+        _check_symbols("induction", self.symbols, 2)
 
     def __len__(self):
         return self.rows

@@ -89,6 +89,23 @@ def check_tokenizer_fits(tokenizer: Tokenizer, vocab_size: int, directory: str |
     return tokenizer
 
 
+def ordinary_ids(tokenizer: Tokenizer, number: int) -> range:
+    """Up to `number` ids in a row that stand for text: no special and no other added tokens, and not 0, which fills rows.
+
+    The first such run that is long enough, else the longest.
+    """
+    added = tokenizer.get_added_tokens_decoder()
+    ids = sorted(i for i in tokenizer.get_vocab(with_added_tokens=False).values() if i and i not in added)
+    longest, begin = range(0), 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or ids[end] != ids[end - 1] + 1 or end - begin == number:
+            longest = max(longest, range(ids[begin], ids[end - 1] + 1), key=len)
+            if len(longest) == number:
+                break
+            begin = end
+    return longest
+
+
 def added_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """The ids that the tokenizer itself puts before and after a text, e.g. a beginning-of-sequence token.
 
@@ -119,10 +136,19 @@ def decode_continuation(tokenizer: Tokenizer, prompt: list[int], new: list[int])
 
 
 def end_of_text_id(tokenizer: Tokenizer, eos_token_id=None) -> int:
-    """The id that ends a document: the model's own if it names one."""
+    """The id that ends a document: the model's own if it names one (the first of a list; negative ids are none).
+
+    Raises:
+      ValueError: neither the model nor the tokenizer names one, or the tokenizer does not have the model's.
+    """
     if isinstance(eos_token_id, (list, tuple)):
         eos_token_id = eos_token_id[0] if eos_token_id else None
-    if eos_token_id is None:
+    if eos_token_id is not None and eos_token_id >= 0:
+        if tokenizer.id_to_token(eos_token_id) is None:
+            raise ValueError(
+                f"the model's eos_token_id is {eos_token_id}, which its tokenizer does not have; correct it in config.json"
+            )
+    else:
         eos_token_id = tokenizer.token_to_id(END_OF_TEXT)
     if eos_token_id is None:
         raise ValueError(f"the tokenizer has no {END_OF_TEXT} token and the model's config names no eos_token_id")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import collections
 import dataclasses
 import functools
@@ -27,9 +28,29 @@ NOTES = {  # what an encoder counts, in words
     "ignores them",
     "left_out": "answers are not learned: the chat template renders them so that their place cannot be proven",
     "unanswered": "conversations have no answer to learn",
+    "empty": "texts are empty, so that they are only what begins and ends a document",
     "replaced_documents": "documents had bytes that are not UTF-8",
     "replaced_characters": "characters of them were replaced by U+FFFD",
 }
+
+
+class Chain:
+    """Arrays end to end, of which slices are read."""
+
+    def __init__(self, parts: Sequence[np.ndarray]):
+        self.parts, self.ends = list(parts), np.cumsum([len(p) for p in parts]).tolist()
+
+    def __len__(self):
+        return self.ends[-1]
+
+    def __getitem__(self, where: slice) -> np.ndarray:
+        begin, found = where.start, []
+        n = bisect.bisect_right(self.ends, begin)
+        while begin < where.stop and n < len(self.parts):
+            first = self.ends[n] - len(self.parts[n])
+            found.append(self.parts[n][begin - first : where.stop - first])
+            begin, n = self.ends[n], n + 1
+        return np.concatenate(found) if found else self.parts[0][:0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +100,22 @@ class Tokens:
             weights = np.concatenate([np.ones(len(p.ids), np.uint8) if p.weights is None else p.weights for p in parts])
         ids = np.concatenate([np.zeros(0, dtype), *(p.ids for p in parts)])
         return cls(ids, np.concatenate([*starts, ends[-1:]]).astype(np.int64), weights, sum(p.text_bytes for p in parts))
+
+    @classmethod
+    def chained(cls, parts: Sequence[Tokens], dtype) -> Tokens:
+        """As `join`, without reading what is mapped."""
+        if len(parts) == 1:
+            return parts[0]
+        known = [(p.weights, len(p.ids)) for p in parts]
+        weights = [np.broadcast_to(np.uint8(1), n) if w is None else w for w, n in known]
+        ends = np.cumsum([0] + [n for _, n in known], dtype=np.int64)
+        starts = [p.starts[:-1] + end for p, end in zip(parts, ends, strict=False)]
+        return cls(
+            Chain([np.zeros(0, dtype), *(p.ids for p in parts)]),
+            np.concatenate([*starts, ends[-1:]]),
+            Chain(weights) if any(w is not None for w, _ in known) else None,
+            sum(p.text_bytes for p in parts),
+        )
 
     @classmethod
     def load(cls, directory: pathlib.Path, text_bytes: int = 0, digest: str = "") -> Tokens:
@@ -156,6 +193,7 @@ class Encoder:
 
     def _rendered(self, document: Document):
         if not document.messages:
+            self.counts.update(empty=not document.text)
             return document.text, None
         try:
             answers = self.template.answers(document.messages)
@@ -172,11 +210,16 @@ def notes(counts: Mapping[str, int]) -> list[str]:
 
 
 def _inside(offsets, text: str, spans) -> np.ndarray:
-    """1 for the tokens inside one of the spans; the first of a span may begin with the spaces before it."""
+    """1 for the tokens inside one of the spans.
+
+    The first of a span may begin with the spaces before it, the last may end with those after it: added tokens take them in
+    where the tokenizer says `lstrip` or `rstrip`.
+    """
     begins, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
     learnt = np.zeros(len(begins), np.uint8)
     for begin, end in spans:
-        learnt[(begins >= len(text[:begin].rstrip())) & (ends > begin) & (ends <= end)] = 1
+        last = end + len(text[end:]) - len(text[end:].lstrip())
+        learnt[(begins >= len(text[:begin].rstrip())) & (ends > begin) & (begins < end) & (ends <= last)] = 1
     return learnt
 
 

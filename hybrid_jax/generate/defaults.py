@@ -16,18 +16,25 @@ FILE = "generation_config.json"
 # transformers' values for a file that samples and does not set them.
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
 # Options that change what is generated and are not applied here -> the values that change nothing.
-NOT_APPLIED = {
+NOT_APPLIED: dict[str, tuple] = {
     "repetition_penalty": (1.0,),
     "no_repeat_ngram_size": (0,),
-    "min_p": (0.0,),
-    "typical_p": (1.0,),
     "num_beams": (1,),
     "min_new_tokens": (0,),
     "bad_words_ids": ([],),
     "suppress_tokens": ([],),
     "sequence_bias": ({},),
     "guidance_scale": (1.0,),
+    "encoder_repetition_penalty": (1.0,),
+    "min_length": (0,),
+    "begin_suppress_tokens": ([],),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "exponential_decay_length_penalty": (),
+    "stop_strings": ([],),
 }
+# These change only what is sampled.
+NOT_APPLIED_SAMPLING: dict[str, tuple] = {"min_p": (0.0,), "typical_p": (1.0,), "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,)}
 
 
 class GenerationDefaults(NamedTuple):
@@ -38,18 +45,20 @@ class GenerationDefaults(NamedTuple):
 
 
 def _eos_ids(name: str, value: Any) -> tuple[int, ...]:
+    """The ids; negative ones mean none, as in config.json."""
     ids = value if isinstance(value, (list, tuple)) else [value]
-    return tuple(check_integer(name, i, minimum=0) for i in ids)
+    return tuple(i for i in (check_integer(name, i, minimum=-1) for i in ids) if i >= 0)
 
 
 def _sampling(path: pathlib.Path, values: Mapping[str, Any]) -> Sampling:
-    if not check_boolean("do_sample", values.get("do_sample") or False):
-        return Sampling()
-    found = Sampling(**{name: default if values.get(name) is None else values[name] for name, default in SAMPLING.items()})
-    ignored = [n for n, neutral in NOT_APPLIED.items() if values.get(n) is not None and values[n] not in neutral]
+    samples = check_boolean("do_sample", values.get("do_sample") or False)
+    options = NOT_APPLIED | (NOT_APPLIED_SAMPLING if samples else {})
+    ignored = [n for n, neutral in options.items() if values.get(n) is not None and values[n] not in neutral]
     if ignored:
         notice(f"{path}: {', '.join(f'{n} = {values[n]!r}' for n in ignored)} is not applied")
-    return found
+    if not samples:
+        return Sampling()
+    return Sampling(**{name: default if values.get(name) is None else values[name] for name, default in SAMPLING.items()})
 
 
 def generation_defaults(directory: str | pathlib.Path, config: ModelConfig) -> GenerationDefaults:

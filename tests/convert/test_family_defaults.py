@@ -185,6 +185,7 @@ def test_an_edit_of_our_export_has_the_same_effect_here_and_in_transformers(star
         (dict(rope_scaling={"rope_type": "linear"}), "lack factor"),
         (dict(rope_scaling={k: v for k, v in YARN.items() if k != "factor"}), "lack factor"),
         (dict(rope_scaling={**LLAMA3, "high_freq_factor": 1.5}), "high_freq_factor must be above low_freq_factor"),
+        (dict(rope_scaling={**LLAMA3, "high_freq_factor": LLAMA3["low_freq_factor"]}), "must be above low_freq_factor"),
         (dict(rope_scaling={**LLAMA3, "factor": None}), "factor must be a number above 0, got None"),
         (dict(rope_scaling={**YARN, "truncate": "no"}), "truncate must be true or false"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor = 0.5 is not supported"),

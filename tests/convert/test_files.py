@@ -10,7 +10,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from hybrid_jax import load_model, save_model
-from hybrid_jax.convert import check_model_directory
+from hybrid_jax.convert import check_model_directory, weights
 from hybrid_jax.files import read_json
 from tests.conftest import tiny_model
 
@@ -58,6 +58,17 @@ def test_a_head_that_differs_from_the_tied_embedding_is_kept_as_in_transformers(
     assert not check_model_directory(directory).tie_embeddings
     save_model(ours, tmp_path / "again")
     assert np.array_equal(head_and_embedding(theirs(tmp_path / "again"))[0], other)
+
+
+@pytest.mark.parametrize("row", [0, 5, 11])
+def test_tensors_that_differ_in_one_part_are_not_equal(tmp_path, monkeypatch, row):
+    monkeypatch.setattr(weights, "ROWS", 4)
+    one = np.arange(24.0, dtype=np.float32).reshape(12, 2)
+    other = one.copy()
+    other[row] += 1
+    save_file({"a": one, "b": other, "c": one.copy()}, tmp_path / SINGLE)
+    with weights.TensorFiles(tmp_path) as files:
+        assert files.equal("a", "c") and not files.equal("a", "b")
 
 
 def test_an_equal_head_is_tied_without_a_word(directory, capsys):
@@ -109,6 +120,16 @@ def test_float64_weights_are_read_as_float32_and_the_user_is_told(directory, cap
     change(directory, lambda t: t.update({n: v.astype(np.float64) for n, v in t.items()}))
     assert load_model(directory).norm.weight[...].dtype == np.float32
     assert "float64" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype, largest", [("float16", 65504.0), ("bfloat16", 1e38)])
+def test_a_value_beyond_the_range_of_the_dtype_is_refused_by_name(directory, dtype, largest):
+    change(directory, lambda t: t["model.norm.weight"].__setitem__(3, -largest))
+    assert float(load_model(directory, dtype=dtype).norm.weight[...][3]) == pytest.approx(-largest, rel=0.01)
+    change(directory, lambda t: t["model.norm.weight"].__setitem__(3, -3.4e38 if dtype == "bfloat16" else -65536.0))
+    with pytest.raises(ValueError, match=rf"model.norm.weight has values up to .* beyond the range of {dtype}"):
+        load_model(directory, dtype=dtype)
+    assert np.isfinite(load_model(directory, dtype="float32").norm.weight[...]).all()
 
 
 def test_a_model_cannot_be_loaded_in_an_integer_dtype(directory):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import transformers
 from flax import nnx
+from safetensors.numpy import load_file
 
 from hybrid_jax import load_model, save_model
 from tests.conftest import relative_error
@@ -129,6 +130,11 @@ def test_sharded_checkpoints_load_and_are_written(tmp_path):
     save_model(model, tmp_path / "ours", max_shard_bytes=50_000)
     index = json.loads((tmp_path / "ours" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 3
+    tensors = {name: load_file(tmp_path / "ours" / name) for name in set(index["weight_map"].values())}
+    sizes = {name: [x.nbytes for x in values.values()] for name, values in tensors.items()}
+    assert index["metadata"]["total_size"] == sum(map(sum, sizes.values()))
+    assert all(sum(size) <= 50_000 for size in sizes.values())
+    assert index["weight_map"] == {name: file for file, values in tensors.items() for name in values}
     ids = np.arange(30)[None]
     assert np.array_equal(run(model, ids), run(load_model(tmp_path / "ours"), ids))
     assert type(theirs).from_pretrained(tmp_path / "ours") is not None

@@ -93,6 +93,15 @@ def test_retrieval_rows_ask_every_key_once_and_weigh_the_values():
         KeyValueRetrieval(33, (3, 200), 1, 2, max_pairs=8)
 
 
+def test_retrieval_has_every_number_of_pairs_and_asks_in_another_order():
+    task = KeyValueRetrieval(64, (3, 200), 1, 2, min_pairs=4, max_pairs=8, seed=5)
+    blocks = [task.block(np.random.default_rng(i))[0] for i in range(60)]
+    pairs = [(len(ids) - 2) // 4 for ids in blocks]
+    assert set(pairs) == {4, 5, 6, 7, 8}
+    same = [ids[1 : 2 * n + 1 : 2].tolist() == ids[2 * n + 2 :: 2].tolist() for ids, n in zip(blocks, pairs, strict=True)]
+    assert sum(same) < 10, "of 4 keys one order in 24 is the same by chance"
+
+
 def test_induction_repeats_and_weighs_the_repetition():
     row = Induction(128, (3, 50), 8, 16)[3]
     ids = row["input_ids"][row["segment_ids"] == 1]
@@ -132,3 +141,16 @@ def test_the_mix_keeps_its_shares_and_refuses_nonsense(corpus):
         training_batches(corpus, {"txt": 1}, batch_size=1, length=128, seed=0)
     with pytest.raises(ValueError, match="positive share"):
         training_batches(corpus, {"text": 0}, batch_size=1, length=128, seed=0)
+
+
+def test_rows_too_short_for_a_synthetic_task_are_refused_and_the_shortest_have_answers():
+    with pytest.raises(ValueError, match=r"induction .* needs rows of 96 tokens \(seq_len\) or more, got 95"):
+        Induction(95, (3, 50))
+    shortest = Induction(96, (3, 50)), KeyValueRetrieval(82, (3, 50), 1, 2)
+    assert all(task[i]["loss_weights"].sum() > 0 for task in shortest for i in range(200))
+
+
+def test_a_task_needs_as_many_symbols_as_keys():
+    with pytest.raises(ValueError, match="20 or more token ids .* the tokenizer has 19"):
+        KeyValueRetrieval(128, (3, 22), 1, 2)
+    KeyValueRetrieval(128, (3, 23), 1, 2)

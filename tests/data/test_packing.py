@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from hybrid_jax.data import training_batches
-from hybrid_jax.data.packing import Joined, PackedRows
+from hybrid_jax.data.corpus import Source
+from hybrid_jax.data.packing import PackedRows
 from hybrid_jax.data.tokens import Tokens
 from tests.data.test_data import corpus  # noqa: F401 (a fixture)
 
@@ -63,11 +64,38 @@ def test_no_documents_and_empty_documents_make_no_rows():
         PackedRows(documents([3]), 8, "best")
 
 
-def test_shards_joined_give_the_rows_of_each():
-    parts = [PackedRows(documents(s), 8) for s in ([20], [3], [16])]
-    joined = Joined(parts)
-    assert len(joined) == 4
-    assert [joined[i]["input_ids"][0] for i in range(4)] == [1, 9, 1, 9]
+@pytest.mark.parametrize("packing", ["split", "first_fit"])
+@pytest.mark.parametrize("weights", [False, True], ids=["text", "the second has weights"])
+def test_shards_give_the_rows_of_their_documents_end_to_end(packing, weights):
+    shards = [documents([20, 2]), documents([3], weights), documents([]), documents([16, 1, 5])]
+    one = Tokens.join(shards, np.uint16)
+    assert one.starts.tolist() == [0, 20, 22, 25, 41, 42, 47]
+    found, want = PackedRows(Tokens.chained(shards, np.uint16), 8, packing), PackedRows(one, 8, packing)
+    assert len(found) == len(want) == {"split": 5, "first_fit": 6}[packing]
+    for i in range(len(want)):
+        assert all(np.array_equal(found[i][name], want[i][name]) for name in want[i]), i
+    ids = np.concatenate([found[i]["input_ids"] for i in range(len(found))])
+    assert sorted(ids[ids > 0]) == sorted(one.ids[:40] if packing == "split" else one.ids)
+
+
+@pytest.mark.parametrize(
+    "packing, long, words",
+    [
+        ("split", "split", "7 of 47 tokens are in no row: the last 7, fewer than a row of 8"),
+        ("first_fit", "split", ""),
+        ("first_fit", "cut", "20 of 47 tokens are in no row: 2 documents are longer than a row of 8, and long is 'cut'"),
+        ("first_fit", "drop", "36 of 47 tokens are in no row: 2 documents are longer than a row of 8, and long is 'drop'"),
+    ],
+)
+def test_tokens_that_are_in_no_row_are_counted(packing, long, words):
+    rows = PackedRows(documents([20, 2, 8, 16, 1]), 8, packing, long)
+    assert rows.unused == words
+
+
+def test_a_rule_for_long_documents_that_has_no_effect_is_refused():
+    for make in (lambda: PackedRows(documents([9]), 8, "split", "drop"), lambda: Source("a.txt", "split", "cut")):
+        with pytest.raises(ValueError, match=r"long = '(drop|cut)' has no effect with packing = 'split'"):
+            make()
 
 
 MIX = {"text": 0.6, "retrieval": 0.4}

@@ -7,10 +7,11 @@ import json
 import numpy as np
 import pytest
 
-from hybrid_jax.data import Corpus, read_corpus, training_batches
+from hybrid_jax.data import Corpus, load_tokenizer, read_corpus, training_batches
 from hybrid_jax.data.corpus import Source
 from hybrid_jax.data.documents import is_held_out
 from hybrid_jax.data.packing import PackedRows
+from hybrid_jax.data.prepare import prepare
 from hybrid_jax.data.tokens import Tokens
 
 MODEL = "launch/tiny_qwen3"
@@ -154,3 +155,55 @@ def test_which_documents_are_held_out_never_changes():
         want = {name for name, d in digits.items() if (d % 100) + (d // 100) / 100 < percent - 1e-9}
         assert {name for name in digits if is_held_out(name, percent)} == want
     assert [name for name in map(str, range(60)) if is_held_out(name)] == ["6", "26", "29"]
+
+
+def test_a_prepared_source_of_many_small_files_loses_none_of_them_and_gives_the_rows_of_an_unprepared_one(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for n in range(8):
+        lines = [json.dumps({"text": f"document {i} of the file {n}"}) + "\n" for i in range(6)]
+        (folder / f"{n}.jsonl").write_text("".join(lines))
+    prepare(str(folder), tmp_path / "out", MODEL, eos_token_id=0)
+    found, want = (read_corpus({"text": str(path)}, MODEL, 0).rows("text", 128, 0) for path in (tmp_path / "out", folder))
+    text = load_tokenizer(MODEL)
+    names = [f"document {i} of the file {n}" for n in range(8) for i in range(6) if not is_held_out(f"{n}.jsonl:{i * 37}")]
+    assert len(found) == len(want) == sum(len(text.encode(name).ids) + 1 for name in names) // 128 == 2
+    for i in range(len(want)):
+        assert all(np.array_equal(found[i][name], want[i][name]) for name in want[i])
+
+
+def test_a_run_says_which_tokens_it_does_not_read(capsys):
+    corpus = corpus_of(LONG_AND_SHORT, long="drop")
+    training_batches(corpus, {"chat": 1.0}, batch_size=1, length=8, seed=0)
+    assert capsys.readouterr().out.startswith("chat: 12 of 19 tokens are in no row: 1 documents are longer than a row of 8")
+    with pytest.raises(ValueError, match="chat.* fills no row of 2 .*3 documents are longer"):
+        corpus.rows("chat", 2, 0)
+
+
+def test_a_rule_for_long_documents_of_a_text_is_refused_by_the_sources_name():
+    tokens = [Tokens(np.arange(12), np.array([0, 12]))]
+    corpus = Corpus(None, {"web": Source("", long="drop")}, {"web": tokens}, {"web": tokens}, (1, 2), (3, 100))
+    with pytest.raises(ValueError, match=r"data.sources.web: long = 'drop' has no effect with packing = 'split'"):
+        corpus.rows("web", 8, 0)
+
+
+class TwoAlike:
+    def rows(self, name, length, seed, answer_weight):
+        return Numbered({"a": 0, "b": 100}[name], 10)
+
+
+def test_sources_of_one_size_have_orders_of_their_own_whatever_order_the_mix_names_them_in():
+    def steps(mix):
+        stream = training_batches(TwoAlike(), mix, batch_size=5, length=1, seed=3)
+        return np.concatenate([next(stream)["input_ids"][:, 0] for _ in range(4)])
+
+    found = steps({"a": 0.5, "b": 0.5})
+    assert found[found < 100].tolist() != (found[found >= 100] - 100).tolist()
+    assert steps({"b": 0.5, "a": 0.5}).tolist() == found.tolist()
+
+
+def test_one_shard_of_conversations_makes_a_source_of_conversations():
+    plain, chat = Tokens(np.arange(12), np.array([0, 12])), Tokens(np.arange(6), np.array([0, 6]), np.ones(6, np.uint8))
+    corpus = Corpus(None, {"x": Source("")}, {"x": [plain, chat]}, {"x": [plain]}, (1, 2), (3, 100))
+    rows = corpus.rows("x", 8, 0)
+    assert [rows[i]["segment_ids"].tolist() for i in range(len(rows))] == [[1] * 8, [1] * 4 + [0] * 4, [1] * 6 + [0] * 2]

@@ -33,7 +33,6 @@ def swapped():
 OTHERS = {
     "text.tokens": [corpus(ids=swapped()), corpus(starts=np.array([0, 21, 50, 64])), corpus(weights=np.ones(64, np.uint8))],
     "text.packing": [corpus(sources={"text": Source("a.txt", packing="first_fit")})],
-    "text.long": [corpus(sources={"text": Source("a.txt", long="drop")})],
     "tokenizer": [corpus(encoding={**corpus().encoding, "tokenizer": "b" * 64})],
     "document_begin": [corpus(encoding={**corpus().encoding, "document_begin": [1]})],
 }
@@ -62,9 +61,24 @@ def test_rows_of_another_text_packing_or_tokenizer_are_refused_by_name(cache, fi
             first_batch(other, cache)
 
 
+def test_rows_with_another_rule_for_long_documents_are_refused(tmp_path):
+    split, cut = (corpus(sources={"text": Source("a.txt", "first_fit", long)}) for long in ("split", "cut"))
+    TeacherCache(tmp_path, 2, made_of=split.identity(MIX), mix=MIX, **ROWS)
+    training_batches(split, MIX, **ROWS, teacher_cache=str(tmp_path))
+    with pytest.raises(ValueError, match="was made with text.long = split, this phase has cut"):
+        training_batches(cut, MIX, **ROWS, teacher_cache=str(tmp_path))
+
+
 def test_a_cache_that_does_not_say_what_it_was_made_of_is_refused(cache):
     record = json.loads((cache / "cache.json").read_text())
     del record["text.tokens"]
     (cache / "cache.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="does not say with which text.tokens it was made"):
         first_batch(corpus(), cache)
+
+
+def test_a_cache_says_which_step_is_the_first_that_it_lacks(cache):
+    made = TeacherCache(cache, mix=MIX, **ROWS)
+    made.check(1)
+    with pytest.raises(FileNotFoundError, match="has no step 1 of 2"):
+        made.check(2)

@@ -9,6 +9,7 @@ from hybrid_jax import load_model, save_model
 from hybrid_jax.commands.main import main
 from hybrid_jax.convert.save import TOKENIZER_FILES
 from hybrid_jax.data import check_tokenizer_fits, load_tokenizer
+from hybrid_jax.data.chat import ChatTemplate
 from hybrid_jax.data.tokenizer import end_of_text_id, save_tokenizer, train_tokenizer
 from tests.conftest import tiny_model
 
@@ -86,6 +87,34 @@ def test_a_loaded_model_is_saved_with_its_tokenizer_unless_told_otherwise(model,
     assert "directory" not in json.loads((tmp_path / "hybrid" / "config.json").read_text())
     save_model(loaded, tmp_path / "bare", tokenizer_from=False)
     assert not any((tmp_path / "bare" / n).exists() for n in have)
+
+
+def test_a_directory_named_for_the_tokenizer_must_be_there(model, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no directory at .*typo"):
+        save_model(load_model(model), tmp_path / "out", tokenizer_from=tmp_path / "typo")
+    assert not (tmp_path / "out").exists()
+
+
+def test_chat_templates_in_several_files_are_saved_too(model, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    (model / "chat_template.jinja").write_text("default")
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    save_model(load_model(model), tmp_path / "out")
+    saved = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out").chat_template
+    assert saved == {"default": "default", "tool_use": "tools"}
+
+
+@pytest.mark.parametrize("decoder", [{}, {"added_tokens_decoder": {}}], ids=["before transformers 4.34", "since"])
+@pytest.mark.parametrize("own", [{}, {"eos_token": "<|pairs|>"}], ids=["absent", "another"])
+def test_special_tokens_of_a_template_are_transformers(model, decoder, own):
+    transformers = pytest.importorskip("transformers")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": "{{ eos_token }}|{{ bos_token }}", **own, **decoder}
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    (model / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|ask|>"}, "bos_token": "<|endoftext|>"}))
+    talk = [{"role": "user", "content": "x"}]
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(model).apply_chat_template(talk, tokenize=False)
+    assert ChatTemplate(model).render(talk) == theirs
 
 
 def test_a_model_whose_directory_is_gone_is_saved_and_that_is_said(model, tmp_path, capsys):

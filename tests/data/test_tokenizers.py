@@ -1,15 +1,19 @@
 """Tokenizers as models bring them: what begins and ends a document, and what a tokenizer.json stores beside its vocabulary."""
 
+import datetime
 import json
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
 from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
 
+from hybrid_jax.data import read_corpus
+from hybrid_jax.data.chat import ChatTemplate
 from hybrid_jax.data.documents import Document
 from hybrid_jax.data.tokenizer import encode_prompt, load_tokenizer
-from hybrid_jax.data.tokens import Encoder, tokenizer_fingerprint
+from hybrid_jax.data.tokens import Encoder, _inside, tokenizer_fingerprint
 
 SOURCE = "launch/tiny_qwen3/tokenizer.json"
 BOS, EOS = ("<|pairs|>", 1), ("<|endoftext|>", 0)  # any two tokens of the vocabulary
@@ -103,3 +107,61 @@ def test_what_a_tokenizer_json_stores_for_batches_does_not_touch_training_text(t
     assert np.array_equal(tokens.starts, want.starts) and np.array_equal(tokens.ids, want.ids)
     assert load_tokenizer(tmp_path).encode(TEXT * 20).ids == want.ids[: want.starts[1] - 1].tolist()
     assert tokenizer_fingerprint(found.tokenizer) == tokenizer_fingerprint(plain.tokenizer), "the same ids, the same tokenizer"
+
+
+def words(number, special):
+    """A tokenizer of so many words, some of which are added tokens."""
+    tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(number)}, unk_token="w0"))
+    tokenizer.add_special_tokens([f"w{i}" for i in special])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "special, markers, symbols",
+    [
+        ([], (1, 2), (3, 131)),
+        ([0, 1, 2], (3, 4), (5, 133)),
+        ([*range(5), 100, 300], (101, 102), (103, 231)),
+        ([*range(50, 400, 50)], (1, 2), (3, 50)),
+    ],
+    ids=["Qwen", "Llama 2", "a hole", "no run is long enough"],
+)
+def test_synthetic_tasks_of_a_foreign_tokenizer_use_no_special_token(tmp_path, special, markers, symbols):
+    words(400, special).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text("w7 " * 50)
+    corpus = read_corpus({"text": str(tmp_path / "a.txt")}, tmp_path, 3)
+    assert (corpus.markers, corpus.symbols) == (markers, symbols)
+
+
+def test_an_end_of_documents_that_the_tokenizer_does_not_have_is_refused(tmp_path):
+    words(10, []).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="eos_token_id is 10, which its tokenizer does not have"):
+        Encoder(tmp_path, 10)
+    assert Encoder(tmp_path, 9).end_ids == [9]
+    assert Encoder("launch/tiny_qwen3", -1).end_ids == [0], "a negative id is none"
+
+
+@pytest.mark.parametrize("strip", [{}, {"rstrip": True}, {"lstrip": True}, {"lstrip": True, "rstrip": True}], ids=str)
+def test_an_end_of_turn_that_takes_in_spaces_is_learned_and_nothing_of_the_next_turn(strip):
+    tokenizer = Tokenizer.from_file(SOURCE)
+    tokenizer.add_special_tokens([AddedToken("<|end|>", **strip)])
+    text = "user: x <|end|>\n\nassistant: y <|end|>\n\nuser: z <|end|>\n"
+    begin = text.index(" y")
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    weights = _inside(encoding.offsets, text, [(begin, begin + len(" y <|end|>"))])
+    learned = tokenizer.decode([i for i, w in zip(encoding.ids, weights, strict=True) if w], skip_special_tokens=False)
+    assert learned.replace(" ", "").replace("Ġ", "") == "y<|end|>"
+    assert encoding.ids[np.flatnonzero(weights)[-1]] == tokenizer.token_to_id("<|end|>")
+
+
+def test_a_template_that_writes_the_date_gives_the_same_tokens_every_day(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    directory = changed(tmp_path, lambda tokenizer: None)
+    template = "{{ strftime_now('%d %b %Y') }}"
+    template += "{% macro a() %}{{ strftime_now('%B %y') }}{% endmacro %}{{ a() }}"
+    template += "{% for m in messages %}<|ask|>{{ m.content }}<|ask|>{% endfor %}"
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    talk, chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], ChatTemplate(directory)
+    assert chat.answers(talk).text == "26 Jul 2024July 24<|ask|>x<|ask|><|ask|>y<|ask|>"
+    assert "writes today's date" in capsys.readouterr().err
+    assert chat.render(talk).startswith(datetime.date.today().strftime("%d %b %Y")), "a prompt has today's"

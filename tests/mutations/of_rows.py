@@ -31,13 +31,6 @@ MUTATIONS = [
         (PACKING,),
     ),
     Mutation(
-        ROWS,
-        "return self.parts[part][i - (self.ends[part - 1] if part else 0)]",
-        "return self.parts[part][i % len(self.parts[part])]",
-        "rows of joined sources repeat",
-        (PACKING,),
-    ),
-    Mutation(
         SYNTHETIC,
         "keys = rng.choice(np.arange(*self.symbols), n, replace=False)",
         "keys = rng.choice(np.arange(*self.symbols), n)",

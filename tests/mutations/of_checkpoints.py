@@ -1,0 +1,128 @@
+"""Mutations of config.json, tensors of checkpoints, and generation."""
+
+from tests.mutations import Mutation
+
+DEFAULTS, FILES = "tests/convert/test_family_defaults.py", "tests/convert/test_files.py"
+PARITY, GENERATE = "tests/convert/test_transformers_parity.py", "tests/test_generate.py"
+ROPE, SAVE = "hybrid_jax/families/rope.py", "hybrid_jax/convert/save.py"
+SAMPLING, OPTIONS = "hybrid_jax/generate/sampling.py", "hybrid_jax/generate/defaults.py"
+PRECEDENCE = f"{DEFAULTS}::test_rope_precedence_and_frequencies_are_transformers"
+ABSENT = f"{DEFAULTS}::test_absent_keys_mean_what_they_mean_to_transformers"
+SHARDED = f"{PARITY}::test_sharded_checkpoints_load_and_are_written"
+
+MUTATIONS = [
+    Mutation(
+        ROPE,
+        'hf.get("original_max_position_embeddings", context)',
+        "context",
+        "the context at the top level of config.json does not count",
+        (PRECEDENCE,),
+    ),
+    Mutation(
+        ROPE,
+        'dict(hf.get("rope_scaling") or (absent or {} if given is None else given))',
+        'dict((absent or {} if given is None else given) or hf.get("rope_scaling") or {})',
+        "rope_parameters come before rope_scaling",
+        (PRECEDENCE,),
+    ),
+    Mutation(
+        "hybrid_jax/families/qwen3.py",
+        'layer >= hf["max_window_layers"]',
+        'layer > hf["max_window_layers"]',
+        "one layer more has full attention",
+        (f"{DEFAULTS}::test_windows_are_transformers",),
+    ),
+    Mutation(
+        "hybrid_jax/families/base.py",
+        '"norm_topk_prob": False}',
+        '"norm_topk_prob": True}',
+        "absent norm_topk_prob means true",
+        (ABSENT,),
+    ),
+    Mutation(
+        "hybrid_jax/families/mistral.py",
+        '"num_key_value_heads": 8, "sliding_window": 4096}',
+        '"num_key_value_heads": 8, "sliding_window": None}',
+        "an absent sliding_window means none",
+        (ABSENT,),
+    ),
+    Mutation(
+        SAVE,
+        "value if t.expert is None else value[t.expert]",
+        "value if t.expert is None else value[-1 - t.expert]",
+        "experts are written in reverse order",
+        (f"{PARITY}::test_our_export_is_loaded_by_transformers_with_the_same_bits[qwen3 moe]",),
+    ),
+    Mutation(SAVE, "total += value.nbytes", "total = value.nbytes", "the index has another size than its files", (SHARDED,)),
+    Mutation(SAVE, "size + value.nbytes > max_shard_bytes", "size > max_shard_bytes", "files are larger than asked", (SHARDED,)),
+    Mutation(
+        "hybrid_jax/convert/weights.py",
+        "return all(np.array_equal(",
+        "return any(np.array_equal(",
+        "tensors that differ in some rows are taken for equal",
+        (f"{FILES}::test_tensors_that_differ_in_one_part_are_not_equal",),
+    ),
+    Mutation(
+        "hybrid_jax/convert/load.py",
+        "if jnp.finfo(dtype).max < jnp.finfo(value.dtype).max and",
+        "if jnp.finfo(dtype).bits < jnp.finfo(value.dtype).bits // 2 and",
+        "values beyond a dtype become infinite",
+        (f"{FILES}::test_a_value_beyond_the_range_of_the_dtype_is_refused_by_name",),
+    ),
+    Mutation(
+        "hybrid_jax/convert/load.py",
+        "dataclasses.replace(config, tie_embeddings=False)",
+        "config",
+        "a head that differs from the tied embedding is dropped",
+        (f"{FILES}::test_a_head_that_differs_from_the_tied_embedding_is_kept_as_in_transformers",),
+    ),
+    Mutation(
+        "hybrid_jax/data/chat.py",
+        'if "added_tokens_decoder" not in config and older.is_file():',
+        "if older.is_file():",
+        "special tokens come from a file that transformers does not read",
+        ("tests/data/test_tokenizer_files.py::test_special_tokens_of_a_template_are_transformers",),
+    ),
+    Mutation(
+        "hybrid_jax/generate/__init__.py",
+        "alive &= ~np.isin(token, ends)",
+        "alive = ~np.isin(token, ends)",
+        "a row that ended goes on",
+        (f"{GENERATE}::test_generation_stops_at_the_end_of_text_row_by_row",),
+    ),
+    Mutation(
+        SAMPLING,
+        "before = jnp.cumsum(p, axis=-1) - p",
+        "before = jnp.cumsum(p, axis=-1)",
+        "the token that fills the nucleus is left out",
+        (f"{GENERATE}::test_tokens_are_drawn_with_the_probabilities_computed_by_hand",),
+    ),
+    Mutation(
+        OPTIONS,
+        '"top_p": 1.0, "top_k": 50}',
+        '"top_p": 1.0, "top_k": 0}',
+        "a file that samples keeps all tokens where transformers keeps 50",
+        (f"{GENERATE}::test_the_defaults_of_a_model_directory_are_those_of_transformers",),
+    ),
+    Mutation(
+        OPTIONS,
+        "NOT_APPLIED | (NOT_APPLIED_SAMPLING if samples else {})",
+        "NOT_APPLIED | NOT_APPLIED_SAMPLING if samples else {}",
+        "greedy generation does not name the options that it ignores",
+        (f"{GENERATE}::test_options_that_change_greedy_generation_too_are_named",),
+    ),
+    Mutation(
+        "hybrid_jax/schema.py",
+        'options["high_freq_factor"] <= options["low_freq_factor"]',
+        'options["high_freq_factor"] < options["low_freq_factor"]',
+        "a division by zero in the rotary embedding",
+        (f"{DEFAULTS}::test_rope_parameters_that_cannot_be_honoured_are_refused",),
+    ),
+    Mutation(
+        "hybrid_jax/pattern.py",
+        "list(heads) != sorted(set(heads))",
+        "list(heads) != sorted(heads)",
+        "a head can be kept twice",
+        ("tests/test_config.py::test_an_invalid_symbol_is_refused_naming_layer_and_symbol",),
+    ),
+]
