@@ -170,7 +170,7 @@ MUTATIONS = [
         "jnp.where((_owner(segments, W)[:, T:] == segments[:, -1:])[..., None], tail, 0)",
         "tail",
         "the convolution's state has inputs of earlier segments",
-        (f"{PROPERTIES}::test_packed_segments_equal_separate_sequences",),
+        (f"{PROPERTIES}::test_a_convolution_carries_on_inputs_of_the_last_segment_only",),
     ),
     Mutation(
         "hybrid_jax/parallel/tiles.py",
