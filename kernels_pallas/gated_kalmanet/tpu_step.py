@@ -19,14 +19,10 @@ HEADS = 16  # a grid step: iterations of one head wait for one another, those of
 
 def _solve(q, H, ridge_strength, num_iter):
     """(H + lambda I)^-1 q for rows q [1,K] and symmetric H [K,K], of every head."""
-    def of_heads(reduce, rows):  # the rows [1,K] of every head reduced at once, to [1,1] each
-        column = reduce(jnp.concatenate(rows, axis=0), axis=1, keepdims=True)
-        return [column[h : h + 1] for h in range(len(rows))]
-
-    # of weak states the squares do not fit; the largest element of a positive semi-definite H is on its diagonal
-    largest = of_heads(jnp.max, each(lambda h: jnp.max(h, axis=0, keepdims=True), H))
-    squared = of_heads(jnp.sum, each(lambda h, m: reduce_rows(h * (h * inverse(m))), H, largest))
-    s = each(lambda n, m: inverse(jnp.sqrt(n) * jnp.sqrt(m)) / (ridge_strength + 0.5), squared, largest)
+    # 2^30 H: the squares of |H| from 2^-93 (a weak state's) to 2^33 fit a float32
+    scaled = each(lambda h: h * 2.0**30, H)
+    squared = each(lambda h: jnp.sum(reduce_rows(h * h), axis=1, keepdims=True), scaled)
+    s = each(lambda n: inverse(jnp.sqrt(n) * 2.0**-30) / (ridge_strength + 0.5), squared)
     ridge = ridge_strength / (ridge_strength + 0.5)
     H = each(lambda h, s: jnp.concatenate(parts(s * h, jnp.bfloat16), axis=1), H, s)  # [K, 2K]: wide matrix units take both
     r = each(jnp.multiply, s, q)

@@ -253,6 +253,15 @@ def test_empty_states_and_zero_keys_have_finite_gradients():
         assert all(np.isfinite(g).all() for g in jax.tree.leaves(pull(jnp.ones_like(o))))
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_tpu"])
+def test_a_convolution_carries_on_inputs_of_the_last_segment_only(implementation):
+    inputs = make_inputs("short_conv", 5)
+    _, state = kp.short_conv(**inputs, segment_ids=jnp.asarray([[7, 7, 7, 7, 8]] * 2), implementation=implementation)
+    want = np.zeros((2, 3, 6))
+    want[:, -1] = inputs["x"][:, -1]
+    assert np.array_equal(state, want)
+
+
 def test_no_iterations_skip_the_solve():
     inputs = make_inputs("gated_kalmanet", 9)
     plain = {n: inputs[n] for n in ("q", "k", "v", "log_decay")}

@@ -133,7 +133,7 @@ MUTATIONS = [
         "dt + jnp.log(-jnp.expm1(-dt))",
         "jnp.log(dt)",
         "a new dt_bias is the logarithm, not the inverse of softplus",
-        (f"{PRIMING}::test_decays_are_drawn_evenly_from_0_to_16_and_steps_log_evenly_from_a_thousandth_to_a_tenth",),
+        (f"{PRIMING}::test_a_new_step_is_what_softplus_makes_of_its_bias",),
     ),
     Mutation(
         INITIALIZE,

@@ -27,7 +27,6 @@ MUTATIONS = [
         "keeping attention makes nothing else again",
         flops("attention kept"),
     ),
-    Mutation(FORMULA, "(4 if learned in trains else 3)", "4", "a frozen head has a gradient", flops("of queries")),
     Mutation(FORMULA, "visited if", "1 if", "every token visits every expert", flops("experts")),
     Mutation(FORMULA, "+ 2 * numbers(trains)", "+ 2 * numbers(shapes)", "what is frozen has gradients", flops("of queries")),
     Mutation(FORMULA, "forward if name in own else 1)", "forward)", "the teacher is gathered for a gradient", ALIGNING),

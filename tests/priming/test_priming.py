@@ -30,6 +30,9 @@ def test_a_window_longer_than_the_text_makes_swa_the_source():
 
 def test_mamba2_takes_q_k_v_o_and_the_norms_in_its_own_order():
     source = tiny_model("*")
+    for name, start in (("q_norm", 1.0), ("k_norm", 2.0)):
+        weight = getattr(source.layers[0].self_attn, name).weight
+        weight.set_value(jnp.arange(8.0) + start)
     have, got = parameters(source), parameters(initialize_hybrid(source, "M2"))
     attention = {n.removeprefix("layers.0.self_attn."): v for n, v in have.items() if "self_attn" in n}
     z, x, b, c, dt = np.split(got["layers.0.mamba.in_proj.kernel"], [32, 48, 64, 96], axis=1)
@@ -39,6 +42,7 @@ def test_mamba2_takes_q_k_v_o_and_the_norms_in_its_own_order():
     assert np.allclose(z, gate) and dt.shape == (24, 4)
     assert np.array_equal(got["layers.0.mamba.out_proj.kernel"], attention["o_proj.kernel"])
     assert np.array_equal(got["layers.0.mamba.C_norm.weight"], attention["q_norm.weight"])
+    assert np.array_equal(got["layers.0.mamba.B_norm.weight"], attention["k_norm.weight"])
     assert np.array_equal(got["layers.0.mamba.D"], np.ones(4))
 
 
@@ -62,6 +66,11 @@ def test_decays_are_drawn_evenly_from_0_to_16_and_steps_log_evenly_from_a_thousa
 
 
 GATES = ("a_proj", "gk_proj", "b_proj", "alpha_proj")
+
+
+def test_a_new_step_is_what_softplus_makes_of_its_bias():
+    bias = init_dt_bias(nnx.Rngs(0), 3, low=1.0, high=1.0)
+    assert np.allclose(np.log1p(np.exp(bias[...])), 1.0, atol=1e-6)
 
 
 @pytest.mark.parametrize("symbol", ["GKA", "GDN", "M2", "BMF"])
