@@ -99,6 +99,8 @@ class PackedRows:
         return len(self.plan)
 
     def __getitem__(self, i) -> dict[str, np.ndarray]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"row {i} of {len(self)}")
         ids, segments = np.zeros(self.length, np.int32), np.zeros(self.length, np.int32)
         weights = np.zeros(self.length, np.float32)
         at, (first, last) = 0, self.plan.first[i : i + 2]

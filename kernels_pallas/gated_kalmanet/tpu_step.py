@@ -6,15 +6,17 @@ iteration is one product of the step's two parts with both, in the residual form
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
-from kernels_pallas.gated_kalmanet.chebyshev import coefficients, inverse
+from kernels_pallas.gated_kalmanet.chebyshev import coefficients
 from kernels_pallas.gated_kalmanet.reference import gated_kalmanet_update
 from kernels_pallas.mosaic import dot, each
 from kernels_pallas.mosaic_step import columns, head_rows, reduce_rows, run_step, with_gradient_of
 from kernels_pallas.operands import parts
 
 HEADS = 16  # a grid step: iterations of one head wait for one another, those of many fill the matrix units
+SMALLEST = 2.0**-126  # of float32's normal numbers; a smaller square is of an empty state
 
 
 def _solve(q, H, ridge_strength, num_iter):
@@ -22,7 +24,8 @@ def _solve(q, H, ridge_strength, num_iter):
     # 2^30 H: the squares of |H| from 2^-93 (a weak state's) to 2^33 fit a float32
     scaled = each(lambda h: h * 2.0**30, H)
     squared = each(lambda h: jnp.sum(reduce_rows(h * h), axis=1, keepdims=True), scaled)
-    s = each(lambda n: inverse(jnp.sqrt(n) * 2.0**-30) / (ridge_strength + 0.5), squared)
+    inverse = each(lambda n: jnp.where(n > SMALLEST, jax.lax.rsqrt(jnp.maximum(n, SMALLEST)), 0.0), squared)
+    s = each(lambda n: n * (2.0**30 / (ridge_strength + 0.5)), inverse)
     ridge = ridge_strength / (ridge_strength + 0.5)
     H = each(lambda h, s: jnp.concatenate(parts(s * h, jnp.bfloat16), axis=1), H, s)  # [K, 2K]: wide matrix units take both
     r = each(jnp.multiply, s, q)

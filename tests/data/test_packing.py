@@ -57,6 +57,14 @@ def test_split_fills_every_row_and_predicts_across_no_border():
     assert all(weights[0] == 0 for _, weights in segments(rows))
 
 
+def test_a_row_that_is_not_there_is_an_index_error_so_that_rows_can_be_iterated():
+    rows = PackedRows(documents([16]), 8)
+    assert len(list(rows)) == 2
+    for i in (2, -1):
+        with pytest.raises(IndexError, match=f"row {i} of 2"):
+            rows[i]
+
+
 def test_no_documents_and_empty_documents_make_no_rows():
     assert len(PackedRows(documents([]), 8)) == len(PackedRows(documents([]), 8, "first_fit")) == 0
     assert segments(PackedRows(documents([0, 3, 0]), 8, "first_fit")) == [([1, 2, 3], [0, 1, 1])]

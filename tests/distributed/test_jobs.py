@@ -138,7 +138,7 @@ def test_a_job_whose_other_host_is_missing_ends_and_says_so(tmp_path):
 def test_a_failure_of_the_first_process_alone_ends_the_job_with_its_message(made_source, tmp_path):  # noqa: F811
     """It would leave the second one at a barrier: only the first claims the directory, which holds another run."""
     config, port = write_config(tmp_path / "config.py", made_source, "dict(data=2)"), free_port()
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "stages").mkdir(parents=True)
     (tmp_path / "run" / "config.json").write_text('{"phases": {}, "seed": 4}')
     both = [start(["prime", config, f"--workdir={tmp_path}/run"], 1, member(port, 2, i)) for i in range(2)]
     errors = [p.communicate(timeout=120)[1] for p in both]
