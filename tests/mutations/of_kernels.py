@@ -125,8 +125,8 @@ MUTATIONS = [
     ),
     Mutation(
         STEP,
-        "jnp.sqrt(n) * 2.0**-30",
-        "jnp.sqrt(n) * 2.0**-29",
+        "n * (2.0**30 / (ridge_strength + 0.5))",
+        "n * (2.0**29 / (ridge_strength + 0.5))",
         "the step's norm is scaled back by another power",
         (f"{PALLAS}::test_a_step_on_tpu_equals_the_recurrence_and_has_its_gradient",),
     ),
