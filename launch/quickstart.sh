@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Primes a small Transformer into a hybrid on this machine's CPU: about 10 minutes on two cores.
+# Primes a small Transformer into a hybrid on this machine's CPU: about 8 minutes on two cores.
 # Run it again to resume what was interrupted or to see the results of what is done. RUNS chooses the
 # directory of the results (runs/quickstart).
 set -euo pipefail
