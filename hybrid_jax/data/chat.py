@@ -107,7 +107,3 @@ class ChatTemplate:
         if not found and any(message["role"] == "assistant" for message in messages):
             raise ValueError("the chat template has {% generation %} marks, but marks none of this conversation's answers")
         return Answers(text, found, absent=absent(messages, text))
-
-    def spans(self, messages: Sequence[dict]) -> tuple[str, list[tuple[int, int]]]:
-        """`answers`, its text and spans alone."""
-        return self.answers(messages)[:2]
