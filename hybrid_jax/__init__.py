@@ -4,17 +4,15 @@ The functions below are imported when they are first used, so that `hybrid-jax -
 """
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hybrid_jax.convert import load_model, save_model
-    from hybrid_jax.generate import generate
+    from hybrid_jax.generation import generate
 
 __all__ = ["generate", "load_model", "save_model"]
 
-_MODULES = {"generate": "hybrid_jax.generate", "load_model": "hybrid_jax.convert", "save_model": "hybrid_jax.convert"}
+_MODULES = {"generate": "hybrid_jax.generation", "load_model": "hybrid_jax.convert", "save_model": "hybrid_jax.convert"}
 
 
 def __getattr__(name: str):
@@ -25,14 +23,3 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(types.ModuleType):
-    """Importing the subpackage `generate` would set the attribute of that name, which stays the function."""
-
-    def __setattr__(self, name: str, value):
-        if name != "generate" or not isinstance(value, types.ModuleType):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -132,9 +132,7 @@ class MoEConfig(_Options):
     def __post_init__(self):
         super().__post_init__()
         if self.experts_per_token > self.num_experts:
-            raise ValueError(
-                f"num_experts_per_tok must be at most num_experts ({self.num_experts}), got {self.experts_per_token}"
-            )
+            raise ValueError(f"num_experts_per_tok must be at most num_experts ({self.num_experts}), got {self.experts_per_token}")
 
 
 # Key of config.json -> (ModelConfig field, its class).

@@ -51,7 +51,7 @@ from hybrid_jax.priming.fuse import check_teacher, fuse, unfuse
 from hybrid_jax.priming.initialize import FRESH_PARAMETERS, check_convertible, initialize_hybrid
 from hybrid_jax.priming.select import Selection, choose_pattern, pattern_from_scores
 from hybrid_jax.train import MetricWriter, NoMetrics, Phase, train_phase
-from hybrid_jax.train.arrangement import trained_names
+from hybrid_jax.train.phase_layout import trained_names
 
 DIFFERENCES = 5  # of two configs, that a message names
 
@@ -307,7 +307,7 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path, profile: tup
             before = stage
     save_model(unfuse(load_model(before, mesh=meshes[-1])), out, tokenizer_from=source)
     if is_first():
-        from hybrid_jax.report import report_run  # it draws: a second that no other process and no start need spend
+        from hybrid_jax.run_report import report_run  # it draws: a second that no other process and no start need spend
 
         report_run(workdir)
     return out

@@ -16,7 +16,7 @@ from hybrid_jax.layers import MLP, Embedding, Linear, MoE, RMSNorm, make_mixer
 from hybrid_jax.parallel import attention
 from hybrid_jax.parallel.sequence import positions_of
 from hybrid_jax.parallel.sharding import TOKENS, axis_size, constrain, gathered
-from hybrid_jax.runs import Run, repeated_runs
+from hybrid_jax.repeats import Repeat, find_repeats
 
 # What a layer keeps for its gradient -> the policy: everything, its attention's outputs, or only its input.
 REMAT = {
@@ -77,12 +77,12 @@ class Decoder(nnx.Module):
       compute_dtype: of activations; default: the parameters'.
 
     `remat` (a key of `REMAT`) says what a layer keeps for its gradient; `scan` whether layers that repeat are
-    compiled once; `runs` is set where `layers` holds one layer for many, with stacked parameters (`stacking`).
+    compiled once; `repeats` is set where `layers` holds one layer for many, with stacked parameters (`stacking`).
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, compute_dtype=None):
         self.config, self.compute_dtype = config, jnp.dtype(compute_dtype or dtype)
-        self.remat, self.scan, self.runs = "none", True, None
+        self.remat, self.scan, self.repeats = "none", True, None
         std = config.initializer_range
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, std=std, rngs=rngs, dtype=dtype)
         self.layers = nnx.List([Layer(config, i, rngs=rngs, dtype=dtype) for i in range(config.num_layers)])
@@ -108,15 +108,15 @@ class Decoder(nnx.Module):
         """carry -> run_layer(layer, *others' layers, carry) -> (carry, out) through all layers; the outs in a list, one per layer.
 
         Layers that repeat are scanned: compiled once, however many. Their parameters come stacked (`stacking`) or
-        are stacked here. The others have as many layers, stacked in the same runs.
+        are stacked here. The others have as many layers, stacked in the same repeats.
         """
         models = (self, *others)
-        if self.runs is not None:
-            runs = self.runs
+        if self.repeats is not None:
+            repeats = self.repeats
             bodies = zip(*(model.layers for model in models), strict=True)
         else:
             keys = list(zip(*(x for m in models for x in (m.config.layers, m.config.attention_windows)), strict=True))
-            runs = repeated_runs(keys) if self.scan else [Run(i, 1, 1) for i in range(len(keys))]
+            repeats = find_repeats(keys) if self.scan else [Repeat(i, 1, 1) for i in range(len(keys))]
 
         def unit(graphs, states, carry):
             outs = []
@@ -128,24 +128,24 @@ class Decoder(nnx.Module):
                 outs.append(out)
             return carry, outs
 
-        def unit_of(run):
+        def unit_of(repeat):
             """The graphs of each layer of the unit, of each model, and their states, stacked where the run repeats."""
-            if self.runs is not None:
-                split = [[nnx.split(layer) for layer in next(bodies)] for _ in range(run.length)]
+            if self.repeats is not None:
+                split = [[nnx.split(layer) for layer in next(bodies)] for _ in range(repeat.length)]
                 return [[g for g, _ in layers] for layers in split], [[s for _, s in layers] for layers in split]
-            split = [[[nnx.split(m.layers[i]) for i in place] for m in models] for place in run.places]
+            split = [[[nnx.split(m.layers[i]) for i in place] for m in models] for place in repeat.places]
             graphs = [[layers[0][0] for layers in of_models] for of_models in split]
             return graphs, [[_stack_states([s for _, s in layers]) for layers in of_models] for of_models in split]
 
         outs = []
-        for run in runs:
-            graphs, states = unit_of(run)
-            if run.count == 1:
+        for repeat in repeats:
+            graphs, states = unit_of(repeat)
+            if repeat.count == 1:
                 carry, out = unit(graphs, states, carry)
                 outs += out
                 continue
             carry, out = jax.lax.scan(lambda c, s, graphs=graphs: unit(graphs, s, c), carry, states)
-            outs += [jax.tree.map(lambda x, n=n: x[n], out[m]) for n in range(run.count) for m in range(run.length)]
+            outs += [jax.tree.map(lambda x, n=n: x[n], out[m]) for n in range(repeat.count) for m in range(repeat.length)]
         return carry, outs
 
     def _run_merged(self, run_layer, graphs, states, carry):

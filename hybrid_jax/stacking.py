@@ -14,7 +14,7 @@ from flax import nnx
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.model import Decoder, abstract_decoder
 from hybrid_jax.parameters import Parameters, abstract_parameters, logical_axes
-from hybrid_jax.runs import Run, repeated_runs
+from hybrid_jax.repeats import Repeat, find_repeats
 
 
 def _of_layer(names: Collection[str], i: int) -> list[str]:
@@ -22,33 +22,33 @@ def _of_layer(names: Collection[str], i: int) -> list[str]:
     return [n.removeprefix(prefix) for n in names if n.startswith(prefix)]
 
 
-def training_runs(config: ModelConfig, trainable: Collection[str]) -> tuple[Run, ...]:
+def training_repeats(config: ModelConfig, trainable: Collection[str]) -> tuple[Repeat, ...]:
     """Runs of layers of one kind of which the same parameters train."""
     own = [frozenset(_of_layer(trainable, i)) for i in range(config.num_layers)]
-    return tuple(repeated_runs(list(zip(config.layers, config.attention_windows, own, strict=True))))
+    return tuple(find_repeats(list(zip(config.layers, config.attention_windows, own, strict=True))))
 
 
-def _bodies(runs: Collection[Run]) -> Iterator[tuple[int, range]]:
+def _bodies(repeats: Collection[Repeat]) -> Iterator[tuple[int, range]]:
     """(layer of the stacked model, the layers it stands for)."""
-    yield from enumerate(place for run in runs for place in run.places)
+    yield from enumerate(place for repeat in repeats for place in repeat.places)
 
 
-def stacked_names(config: ModelConfig, runs: Collection[Run]) -> dict[str, list[str]]:
+def stacked_names(config: ModelConfig, repeats: Collection[Repeat]) -> dict[str, list[str]]:
     """Name in the stacked model -> the names it stands for, in order of depth."""
     names = abstract_parameters(config)
     result = {n: [n] for n in names if not n.startswith("layers.")}
-    for j, place in _bodies(runs):
+    for j, place in _bodies(repeats):
         result |= {f"layers.{j}.{n}": [f"layers.{i}.{n}" for i in place] for n in _of_layer(names, place[0])}
     return result
 
 
-def stacked_structure(model: Decoder, runs: Collection[Run]) -> tuple[nnx.GraphDef, dict[str, tuple]]:
+def stacked_structure(model: Decoder, repeats: Collection[Repeat]) -> tuple[nnx.GraphDef, dict[str, tuple]]:
     """The stacked model's structure, and the logical axes of its parameters."""
     stacked = abstract_decoder(model.config, compute_dtype=model.compute_dtype)
-    stacked.layers = nnx.List([stacked.layers[place[0]] for _, place in _bodies(runs)])
-    stacked.remat, stacked.runs = model.remat, tuple(runs)
+    stacked.layers = nnx.List([stacked.layers[place[0]] for _, place in _bodies(repeats)])
+    stacked.remat, stacked.repeats = model.remat, tuple(repeats)
     axes = logical_axes(stacked)
-    counts = {f"layers.{j}": len(place) for j, place in _bodies(runs)}
+    counts = {f"layers.{j}": len(place) for j, place in _bodies(repeats)}
     for name in axes:
         if counts.get(".".join(name.split(".")[:2]), 1) > 1:
             axes[name] = (None, *axes[name])

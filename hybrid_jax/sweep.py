@@ -36,7 +36,7 @@ from rich.table import Column, Table
 from hybrid_jax.checks import check_known
 from hybrid_jax.config_file import flat
 from hybrid_jax.files import check_new_directory, new_directory, write_text
-from hybrid_jax.report import final_loss, phases_of
+from hybrid_jax.run_report import final_loss, phases_of
 
 KEYS = {"configs", "grid", "points", "evaluate"}
 EVALUATE_KEYS = {"text", "seq_len", "rows"}

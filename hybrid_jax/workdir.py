@@ -16,9 +16,9 @@ from hybrid_jax.model import Decoder
 from hybrid_jax.parameters import join_model, split_model
 from hybrid_jax.stacking import stack, unstack
 from hybrid_jax.train import Phase
-from hybrid_jax.train.arrangement import Arrangement, parameter_shardings
 from hybrid_jax.train.checkpoint import restore_trainable
-from hybrid_jax.train.loop import prepared
+from hybrid_jax.train.loop import apply_phase_settings
+from hybrid_jax.train.phase_layout import PhaseLayout, parameter_shardings
 
 
 def is_run(directory: str | pathlib.Path) -> bool:
@@ -71,18 +71,18 @@ def load_run(
         raise FileNotFoundError(f"{workdir} has not come to phase {phase!r}: {before} is not there yet")
     source = pathlib.Path(config.get("source") or stage_path(workdir, 0, "initial"))
     of_phase = Phase.from_config(phase, config["phases"][phase])
-    model = prepared(in_form(load_model(before, dtype=dtype, mesh=mesh), of_phase.form, source, mesh), of_phase)
+    model = apply_phase_settings(in_form(load_model(before, dtype=dtype, mesh=mesh), of_phase.form, source, mesh), of_phase)
     return _with_checkpoint(model, of_phase, workdir / "checkpoints" / phase, step, mesh)
 
 
 def _with_checkpoint(model: Decoder, phase: Phase, directory: pathlib.Path, step: int | None, mesh: Mesh | None) -> Decoder:
     """The model with a checkpoint's parameters in place of its own; those that do not train are as the phase has them."""
-    arrangement, (structure, parameters) = Arrangement(model, phase), split_model(model)
-    trainable, frozen = arrangement.split(parameters)
-    wanted = jax.eval_shape(lambda p: stack(p, arrangement.names), trainable)
+    layout, (structure, parameters) = PhaseLayout(model, phase), split_model(model)
+    trainable, frozen = layout.split(parameters)
+    wanted = jax.eval_shape(lambda p: stack(p, layout.names), trainable)
     if mesh is not None:
-        where = parameter_shardings(mesh, wanted, arrangement.axes)
+        where = parameter_shardings(mesh, wanted, layout.axes)
         wanted = {name: x.update(sharding=where[name]) for name, x in wanted.items()}
-    trained = unstack(restore_trainable(directory, wanted, step), arrangement.names)
-    rounded = {n: x.astype(frozen[n].dtype) for n, x in arrangement.rounded(frozen).items()}
+    trained = unstack(restore_trainable(directory, wanted, step), layout.names)
+    rounded = {n: x.astype(frozen[n].dtype) for n, x in layout.rounded(frozen).items()}
     return join_model(structure, {**rounded, **trained})

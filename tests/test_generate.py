@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from hybrid_jax import generate
-from hybrid_jax.generate import Sampling, _empty_state, _forward, check_prompts, generation_defaults
-from hybrid_jax.generate.sampling import adjusted, sample
+from hybrid_jax.generation import Sampling, _empty_state, _forward, check_prompts, generation_defaults
+from hybrid_jax.generation.sampling import adjusted, sample
 from hybrid_jax.parameters import split_model
 from tests.conftest import relative_error, tiny_config, tiny_model
 

@@ -79,7 +79,7 @@ def _check(args, todo: list[Measured]):
     from hybrid_jax.data import check_tokenizer_fits, load_tokenizer
     from hybrid_jax.data.tokenizer import encode_prompt
     from hybrid_jax.evaluate.measures import BLOCK, PAIRS
-    from hybrid_jax.generate import check_prompts
+    from hybrid_jax.generation import check_prompts
 
     if args.seq_len < BLOCK:
         raise ValueError(f"--seq-len must be at least {BLOCK}, the tokens of a retrieval of {PAIRS} pairs, got {args.seq_len}")
@@ -116,7 +116,7 @@ def _continuations(args, rows) -> str:
     from hybrid_jax.convert import load_model
     from hybrid_jax.data import load_tokenizer
     from hybrid_jax.data.tokenizer import decode_continuation, encode_prompt
-    from hybrid_jax.generate import generate
+    from hybrid_jax.generation import generate
 
     last = {r.run or r.name: r for r in rows}  # a run's rows come in order: the last one stays
     parts = []
@@ -137,8 +137,8 @@ def run(args: argparse.Namespace):
     from hybrid_jax.convert import load_model
     from hybrid_jax.data import read_corpus
     from hybrid_jax.data.tokens import Encoder
+    from hybrid_jax.evaluate.evaluation_report import HEADER, Row, draw_recovery, markdown_table, notes, table_cells
     from hybrid_jax.evaluate.measures import retrieval_loss_and_accuracy, text_loss
-    from hybrid_jax.evaluate.report import HEADER, Row, draw_recovery, markdown_table, notes, table_cells
     from hybrid_jax.files import check_new_directory, check_writable, write_text
     from hybrid_jax.parallel.distributed import say
     from hybrid_jax.progress import progress_bar

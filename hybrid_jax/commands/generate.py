@@ -59,7 +59,7 @@ def run(args: argparse.Namespace):
     from hybrid_jax.data import check_tokenizer_fits, load_tokenizer
     from hybrid_jax.data.chat import ChatTemplate
     from hybrid_jax.data.tokenizer import END_OF_TEXT, decode_continuation, encode_prompt
-    from hybrid_jax.generate import check_prompts, generate, generation_defaults
+    from hybrid_jax.generation import check_prompts, generate, generation_defaults
     from hybrid_jax.parallel.distributed import notice
 
     if args.system is not None and not args.chat:

@@ -47,9 +47,9 @@ def run(args: argparse.Namespace):
     from hybrid_jax.hardware import TPUS
     from hybrid_jax.model import REMAT
     from hybrid_jax.parallel.mesh import parse_mesh
+    from hybrid_jax.plan.plan_report import cache_table, plan_json, plan_table
     from hybrid_jax.plan.planner import make_plan, spread_pattern
     from hybrid_jax.plan.program import Job, topology_devices
-    from hybrid_jax.plan.report import cache_table, plan_json, plan_table
 
     check_choice("--remat", args.remat, REMAT)
     if args.json:

@@ -19,7 +19,7 @@ from hybrid_jax.families import config_from_hf
 from hybrid_jax.files import read_json
 from hybrid_jax.model import Decoder, abstract_decoder
 from hybrid_jax.parallel.distributed import notice
-from hybrid_jax.parallel.sharding import place
+from hybrid_jax.parallel.sharding import load_sharded
 from hybrid_jax.parameters import abstract_parameters, join_model, logical_axes
 from hybrid_jax.priming.initialize import initialize_hybrid
 
@@ -141,7 +141,7 @@ def _read_parameters(
         parts = [t.from_hf(files.read(stored)) for t, stored in tensors]
         value = parts[0] if tensors[0][0].expert is None else np.stack(parts)
         single = jnp.float32 if value.dtype == np.float64 else value.dtype
-        yield name, place(mesh, name, _cast(files.path, tensors[0][1], value, dtype or single), axes[name])
+        yield name, load_sharded(mesh, name, _cast(files.path, tensors[0][1], value, dtype or single), axes[name])
 
 
 def load_model(path, pattern: str | None = None, dtype=None, mesh=None, *, seed: int = 0) -> Decoder:

@@ -10,7 +10,7 @@ from flax import nnx
 
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.layers.linear import Linear
-from hybrid_jax.parallel.sharding import TOKENS, axis_size, per_device
+from hybrid_jax.parallel.sharding import TOKENS, axis_size, shard_map_by_axes
 
 
 class MLP(nnx.Module):
@@ -108,4 +108,4 @@ class MoE(nnx.Module):
         gate, up, down = (p[...].astype(x.dtype) for p in (self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj))
         wide = ("expert", None, "mlp")
         axes = (TOKENS, (None,), wide, wide, ("expert", "mlp"))
-        return per_device(local, (x, self.gate.kernel[...].astype(x.dtype), gate, up, down), axes, TOKENS)
+        return shard_map_by_axes(local, (x, self.gate.kernel[...].astype(x.dtype), gate, up, down), axes, TOKENS)

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from hybrid_jax.parallel.attention_block import FULL, Mask, block_backward, block_forward, merge
-from hybrid_jax.parallel.sequence import AXIS, as_chunks, as_rows, halo, halo_segments, join, split
-from hybrid_jax.parallel.sharding import TOKENS, axis_size, per_device
+from hybrid_jax.parallel.sequence import SEQ_AXIS, as_chunks, as_rows, from_pair, halo, halo_segments, to_pair
+from hybrid_jax.parallel.sharding import TOKENS, axis_size, shard_map_by_axes
 
 HEADS = (*TOKENS, "heads")
 SAVED = "attention"  # what a rematerialisation policy may keep: each attention's output and log-sum-exp
@@ -46,7 +46,7 @@ def attend(q, k, v, segment_ids, window: int | None = None):
         window = None
     if takes_ring(window, T, n):
         ring = functools.partial(_ring, window)
-        return per_device(ring, (q, k, v, segment_ids), (HEADS, HEADS, HEADS, TOKENS), HEADS)
+        return shard_map_by_axes(ring, (q, k, v, segment_ids), (HEADS, HEADS, HEADS, TOKENS), HEADS)
     return attend_windows((q,), (k,), (v,), ((0, window),), segment_ids)
 
 
@@ -67,7 +67,7 @@ def attend_windows(qs: Sequence, ks: Sequence, vs: Sequence, windows: Sequence[t
     tokens are not cut over the mesh.
     """
     local = functools.partial(_by_halo if axis_size("seq") > 1 else _at_hand, tuple(windows))
-    return per_device(local, (segment_ids, tuple(qs), tuple(ks), tuple(vs)), (TOKENS, HEADS, HEADS, HEADS), HEADS)
+    return shard_map_by_axes(local, (segment_ids, tuple(qs), tuple(ks), tuple(vs)), (TOKENS, HEADS, HEADS, HEADS), HEADS)
 
 
 def _at_hand(windows, segment_ids, qs, ks, vs):
@@ -77,22 +77,22 @@ def _at_hand(windows, segment_ids, qs, ks, vs):
 
 def _by_halo(windows, segment_ids, qs, ks, vs):
     """Tokens cut over the mesh: each chunk with the tokens before it that its windows reach, at most the row's."""
-    segments = split(segment_ids)
+    segments = to_pair(segment_ids)
     c = segments.shape[2]
-    row = (2 * jax.lax.axis_size(AXIS) - 1) * c  # tokens before the last chunk
+    row = (2 * jax.lax.axis_size(SEQ_AXIS) - 1) * c  # tokens before the last chunk
     parts, masks = [], []
     for q, k, v, (nearest, window) in zip(qs, ks, vs, windows, strict=True):
         reach = window - 1
         before = min(-reach % 128 + reach if c >= 128 else reach, row)  # whole tiles of a TPU
 
         def extended(x, before=before):
-            chunks = split(x)
+            chunks = to_pair(x)
             return as_rows(jnp.concatenate([halo(chunks, before), chunks], axis=2))
 
         ids = as_rows(jnp.concatenate([halo_segments(segments, before), segments], axis=2))
-        parts.append(Part(as_rows(split(q)), extended(k), extended(v), ids))
+        parts.append(Part(as_rows(to_pair(q)), extended(k), extended(v), ids))
         masks.append(Mask(nearest, window, offset=before))
-    return join(as_chunks(parts_attention(tuple(parts), as_rows(segments), tuple(masks))))
+    return from_pair(as_chunks(parts_attention(tuple(parts), as_rows(segments), tuple(masks))))
 
 
 # A softmax over parts that are at hand ---------------------------------------------------------------------------
@@ -128,13 +128,13 @@ parts_attention.defvjp(_parts_forward, _parts_backward)
 
 def _next(x):
     """Everything one device on."""
-    n = jax.lax.axis_size(AXIS)
-    return jax.lax.ppermute(x, AXIS, [(i, (i + 1) % n) for i in range(n)])
+    n = jax.lax.axis_size(SEQ_AXIS)
+    return jax.lax.ppermute(x, SEQ_AXIS, [(i, (i + 1) % n) for i in range(n)])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def ring_attention(q, k, v, segment_ids, window: int | None = None):
-    """Causal attention of a device's two chunks over the row; inside `per_device`, in the zig-zag layout.
+    """Causal attention of a device's two chunks over the row; inside `shard_map_by_axes`, in the zig-zag layout.
 
     Of the keys that come from another device the back chunk of queries sees the front one, and either the front sees
     the front (those of an earlier device) or the back the back (a later one): two pairs of chunks in every step, on
@@ -154,7 +154,7 @@ def ring_attention(q, k, v, segment_ids, window: int | None = None):
 
 def _pairs(step):
     """Pairs of chunks with the keys from `step` devices before: (queries' chunk, keys' chunk, how many chunks between them)."""
-    n, i = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
+    n, i = jax.lax.axis_size(SEQ_AXIS), jax.lax.axis_index(SEQ_AXIS)
     other = (i - step) % n
     same = jnp.where(i >= step, 0, 1)  # front and front, or back and back
     return (1, 0, 2 * n - 1 - i - other), (same, same, jnp.abs(i - other))
@@ -168,7 +168,7 @@ def _of_pair(block, pair, window, queries, keys):
         return block(queries, keys, FULL)
     c = queries[0].shape[1]
     nothing, masks = Mask(None, 1 - c), []
-    for d in range(1, 2 * jax.lax.axis_size(AXIS)):
+    for d in range(1, 2 * jax.lax.axis_size(SEQ_AXIS)):
         mask = FULL if (d + 1) * c <= window else Mask(None, window, offset=d * c)
         masks.append(mask if mask.shows(c, c) else nothing)
     different = list(dict.fromkeys(masks))
@@ -193,9 +193,9 @@ def _backward_block(queries, keys, mask):
 
 
 def _ring_forward(q, k, v, segment_ids, window):
-    n = jax.lax.axis_size(AXIS)
-    segments = split(segment_ids)
-    queries, keys = (split(q), segments), (split(k), split(v), segments)
+    n = jax.lax.axis_size(SEQ_AXIS)
+    segments = to_pair(segment_ids)
+    queries, keys = (to_pair(q), segments), (to_pair(k), to_pair(v), segments)
 
     def add(pair, keys, parts):
         at = pair[0]
@@ -212,16 +212,16 @@ def _ring_forward(q, k, v, segment_ids, window):
     parts = add(_pairs(0)[0], keys, _alike(_forward_block, window, queries, keys))
     state = jax.lax.fori_loop(1, n - 1, lambda s, state: (_next(state[0]), step(s, state)), (coming, parts))
     o, lse = step(n - 1, state)
-    o, lse = checkpoint_name((join(o).astype(q.dtype), lse), SAVED)
+    o, lse = checkpoint_name((from_pair(o).astype(q.dtype), lse), SAVED)
     return o, (q, k, v, segment_ids, o, lse)
 
 
 def _ring_backward(window, residuals, do):
     """The gradients of keys travel with them, and come home while the device's own keys are used."""
     q, k, v, segment_ids, o, lse = residuals
-    n = jax.lax.axis_size(AXIS)
-    segments = split(segment_ids)
-    queries, keys = (split(q), segments, split(o), lse, split(do)), (split(k), split(v), segments)
+    n = jax.lax.axis_size(SEQ_AXIS)
+    segments = to_pair(segment_ids)
+    queries, keys = (to_pair(q), segments, to_pair(o), lse, to_pair(do)), (to_pair(k), to_pair(v), segments)
 
     def add(pair, keys, dq, dkv):
         more, *found = _of_pair(_backward_block, pair, window, queries, keys)
@@ -246,8 +246,8 @@ def _ring_backward(window, residuals, do):
     home = _next(dkv)
     own = _alike(_backward_block, window, queries, keys)
     dq, dkv = add(_pairs(0)[0], keys, dq + own[0], own[1:])
-    dk, dv = (join(x + y) for x, y in zip(home, dkv, strict=True))
-    return join(dq).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    dk, dv = (from_pair(x + y) for x, y in zip(home, dkv, strict=True))
+    return from_pair(dq).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
 ring_attention.defvjp(_ring_forward, _ring_backward)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from hybrid_jax.parallel.sharding import TOKENS, axes_cutting, per_device
+from hybrid_jax.parallel.sharding import TOKENS, axes_cutting, shard_map_by_axes
 
 
 def lookup(table, ids, dtype):
@@ -37,4 +37,4 @@ def lookup(table, ids, dtype):
             found = jax.lax.all_to_all(found, columns, split_axis=0, concat_axis=found.ndim - 1, tiled=True)[0]
         return found
 
-    return per_device(local, (table, ids), (("vocab", "embed"), TOKENS), TOKENS)
+    return shard_map_by_axes(local, (table, ids), (("vocab", "embed"), TOKENS), TOKENS)

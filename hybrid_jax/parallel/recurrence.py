@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from hybrid_jax.parallel.sequence import as_chunks, as_rows, continued, exclusive_scan, halo, halo_segments, join, split
-from hybrid_jax.parallel.sharding import TOKENS, axis_size, per_device
+from hybrid_jax.parallel.sequence import as_chunks, as_rows, continued, exclusive_scan, from_pair, halo, halo_segments, to_pair
+from hybrid_jax.parallel.sharding import TOKENS, axis_size, shard_map_by_axes
 from kernels_pallas import short_conv, short_conv_step
 
 HEADS, STATE, CHANNELS = (*TOKENS, "heads"), ("batch", "heads"), ("heads",)
@@ -53,12 +53,12 @@ def incoming_states(summary: tuple, segment_ids: jax.Array):
 
 
 def _over_chunks(op, summary, segment_ids, *arrays):
-    segments = split(segment_ids)
-    chunks = [as_rows(split(x)) for x in arrays]
+    segments = to_pair(segment_ids)
+    chunks = [as_rows(to_pair(x)) for x in arrays]
     ids = as_rows(segments)
     maps = jax.tree.map(as_chunks, summary(*chunks, segment_ids=ids))
     before = jax.tree.map(as_rows, incoming_states(maps, segments))
-    return join(as_chunks(op(*chunks, initial_state=before, segment_ids=ids)[0]))
+    return from_pair(as_chunks(op(*chunks, initial_state=before, segment_ids=ids)[0]))
 
 
 def recurrence(op: Callable, step: Callable, summary: Callable, arrays: Sequence[jax.Array], *, state, segment_ids):
@@ -77,47 +77,47 @@ def recurrence(op: Callable, step: Callable, summary: Callable, arrays: Sequence
         if state is not None:
             raise NotImplementedError("generation does not cut tokens over the mesh: give a mesh whose 'seq' is 1")
         local = functools.partial(_over_chunks, op, summary)
-        return per_device(local, (segment_ids, *arrays), (TOKENS, *[HEADS] * len(arrays)), HEADS), None
+        return shard_map_by_axes(local, (segment_ids, *arrays), (TOKENS, *[HEADS] * len(arrays)), HEADS), None
     if state is not None and arrays[0].shape[1] == 1:
         arrays = [x[:, 0] for x in arrays]
 
         def one(state, *arrays):
             return step(*arrays, state=state)
 
-        o, state = per_device(one, (state, *arrays), [STATE] * (1 + len(arrays)), (STATE, STATE))
+        o, state = shard_map_by_axes(one, (state, *arrays), [STATE] * (1 + len(arrays)), (STATE, STATE))
         return o[:, None], state
 
     def whole(state, segment_ids, *arrays):
         return op(*arrays, initial_state=state, segment_ids=segment_ids)
 
-    return per_device(whole, (state, segment_ids, *arrays), (STATE, TOKENS, *[HEADS] * len(arrays)), (HEADS, STATE))
+    return shard_map_by_axes(whole, (state, segment_ids, *arrays), (STATE, TOKENS, *[HEADS] * len(arrays)), (HEADS, STATE))
 
 
 def _conv_over_chunks(segment_ids, x, weight, bias):
     width = weight.shape[1]
-    segments, chunks = split(segment_ids), split(x)
+    segments, chunks = to_pair(segment_ids), to_pair(x)
     same = halo_segments(segments, width - 1) == segments[:, :, :1]
     same = jnp.flip(jnp.cumprod(jnp.flip(same, axis=2).astype(jnp.int32), axis=2), axis=2)
     before = halo(chunks, width - 1) * same[..., None].astype(x.dtype)
     y, _ = short_conv(as_rows(chunks), weight, bias, initial_state=as_rows(before), segment_ids=as_rows(segments))
-    return join(as_chunks(y))
+    return from_pair(as_chunks(y))
 
 
 def convolution(x, weight, bias, *, state, segment_ids):
     """The short conv of x [B, T, D], wherever it lies -> (y, state); D is cut like heads, as weight [D, W] is."""
     if axis_size("seq") > 1:
         axes = (TOKENS, HEADS, CHANNELS, CHANNELS)
-        return per_device(_conv_over_chunks, (segment_ids, x, weight, bias), axes, HEADS), None
+        return shard_map_by_axes(_conv_over_chunks, (segment_ids, x, weight, bias), axes, HEADS), None
     tail = ("batch", None, "heads")
     if state is not None and x.shape[1] == 1:
 
         def one(x, weight, bias, state):
             return short_conv_step(x, weight, bias, state=state)
 
-        y, state = per_device(one, (x[:, 0], weight, bias, state), (STATE, CHANNELS, CHANNELS, tail), (STATE, tail))
+        y, state = shard_map_by_axes(one, (x[:, 0], weight, bias, state), (STATE, CHANNELS, CHANNELS, tail), (STATE, tail))
         return y[:, None], state
 
     def whole(segment_ids, x, weight, bias, state):
         return short_conv(x, weight, bias, initial_state=state, segment_ids=segment_ids)
 
-    return per_device(whole, (segment_ids, x, weight, bias, state), (TOKENS, HEADS, CHANNELS, CHANNELS, tail), (HEADS, tail))
+    return shard_map_by_axes(whole, (segment_ids, x, weight, bias, state), (TOKENS, HEADS, CHANNELS, CHANNELS, tail), (HEADS, tail))

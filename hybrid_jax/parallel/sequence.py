@@ -2,7 +2,7 @@
 
 A row is cut in 2N chunks for N devices; device i holds chunk i (its front) and chunk 2N-1-i (its back), so that
 causal attention costs every device the same. The data pipeline makes the layout (`to_zigzag`). Inside
-`per_device` a device sees [B, 2c, ...]; here its chunks are stacked, [2, B, c, ...].
+`shard_map_by_axes` a device sees [B, 2c, ...]; here its chunks are stacked, [2, B, c, ...].
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-AXIS = "seq"
+SEQ_AXIS = "seq"
 
 
 def positions_of(segment_ids):
@@ -52,13 +52,13 @@ def from_zigzag(x, devices: int, axis: int = 1):
     return x if devices == 1 else x.take(np.argsort(zigzag_order(x.shape[axis], devices)), axis=axis)
 
 
-def split(x: jax.Array) -> jax.Array:
+def to_pair(x: jax.Array) -> jax.Array:
     """A device's [B, 2c, ...] -> its chunks [2, B, c, ...]."""
     return jnp.stack(jnp.split(x, 2, axis=1))
 
 
-def join(x: jax.Array) -> jax.Array:
-    """The inverse of `split`."""
+def from_pair(x: jax.Array) -> jax.Array:
+    """The inverse of `to_pair`."""
     return jnp.concatenate([x[0], x[1]], axis=1)
 
 
@@ -74,7 +74,7 @@ def as_chunks(x: jax.Array) -> jax.Array:
 
 def shift(x: jax.Array, distance: int) -> jax.Array:
     """Chunk j of the row takes what chunk j - distance has; zeros where there is none. x [2, ...]."""
-    n = jax.lax.axis_size(AXIS)
+    n = jax.lax.axis_size(SEQ_AXIS)
     send = {
         "front": [(i, i + distance) for i in range(n - distance)],
         "back": [(i, i - distance) for i in range(distance, n)],
@@ -82,7 +82,7 @@ def shift(x: jax.Array, distance: int) -> jax.Array:
     }
 
     def moved(x, pairs):
-        return jax.lax.ppermute(x, AXIS, pairs) if pairs else jnp.zeros_like(x)
+        return jax.lax.ppermute(x, SEQ_AXIS, pairs) if pairs else jnp.zeros_like(x)
 
     return jnp.stack([moved(x[0], send["front"]), moved(x[1], send["back"]) + moved(x[0], send["over"])])
 
@@ -114,7 +114,7 @@ def exclusive_scan(first, then: Callable):
     depth is log2 of the number of chunks, plus the step to the next one.
     """
     maps, distance = first, 1
-    chunks = 2 * jax.lax.axis_size(AXIS)
+    chunks = 2 * jax.lax.axis_size(SEQ_AXIS)
     while distance < chunks:
         earlier = jax.tree.map(lambda x, d=distance: shift(x, d), maps)
         maps = then(earlier, maps)

@@ -1,7 +1,7 @@
 """Sharding: the one table from logical axes to mesh axes, of parameters and of activations.
 
 The compiler propagates shardings from there (GSPMD). What it can not cut, a Pallas kernel or a ring, runs
-under `per_device`, each device on its own part.
+under `shard_map_by_axes`, each device on its own part.
 """
 
 from __future__ import annotations
@@ -64,20 +64,20 @@ def parameter_sharding(mesh: Mesh, name: str, shape: tuple[int, ...], axes: Axes
     return NamedSharding(mesh, spec)
 
 
-def place(mesh: Mesh | None, name: str, value, axes: Axes) -> jax.Array:
+def load_sharded(mesh: Mesh | None, name: str, value, axes: Axes) -> jax.Array:
     """Puts a host array straight into its final sharding."""
     if mesh is None:
         return jax.numpy.asarray(value)
-    return put(value, parameter_sharding(mesh, name, value.shape, axes))
+    return to_global(value, parameter_sharding(mesh, name, value.shape, axes))
 
 
-def put(value, sharding: NamedSharding) -> jax.Array:
+def to_global(value, sharding: NamedSharding) -> jax.Array:
     """An array that every process holds whole as one over the mesh, each device with its part."""
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def context_mesh():
-    """The mesh in context (`jax.set_mesh`) if it spreads anything and we are not inside `per_device`; else None.
+    """The mesh in context (`jax.set_mesh`) if it spreads anything and we are not inside `shard_map_by_axes`; else None.
 
     Raises:
       ValueError: an axis of it is Explicit: the compiler is to propagate shardings from the table above.
@@ -115,7 +115,7 @@ def gathered(x: jax.Array, axes: Axes) -> jax.Array:
 gathered.defvjp(lambda x, axes: (gathered(x, axes), None), lambda axes, _, d: (constrain(d, *axes),))
 
 
-def per_device(function: Callable, arrays: Sequence, axes: Sequence, out_axes):
+def shard_map_by_axes(function: Callable, arrays: Sequence, axes: Sequence, out_axes):
     """function(*arrays), each device on its own part of every array.
 
     Args:

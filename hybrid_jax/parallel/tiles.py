@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from hybrid_jax.parallel.sharding import TOKENS, axes_cutting, per_device
+from hybrid_jax.parallel.sharding import TOKENS, axes_cutting, shard_map_by_axes
 from kernels_pallas.arguments import alike
 from kernels_pallas.operands import pad_axis
 
@@ -19,7 +19,7 @@ HEAD = ("embed", "vocab")
 
 
 class Vocabulary:
-    """The vocabulary as a device holds it: whole, or its part of the mesh's `tensor` axis; made outside of `per_device`."""
+    """The vocabulary as a device holds it: whole, or its part of the mesh's `tensor` axis; made outside of `shard_map_by_axes`."""
 
     def __init__(self):
         self.axis, self.cut = axes_cutting("vocab") or None, axes_cutting("embed")
@@ -110,10 +110,10 @@ def loss_of_logits(value: Callable, slope: Callable, hidden, head, tokens: Seque
         return losses(*alike("loss_of_logits", hidden, vocabulary.head(head), others[: len(tokens)], constants))
 
     arrays = (hidden, head.astype(hidden.dtype), *tokens, *constants)
-    return per_device(local, arrays, (TOKENS, HEAD, *[TOKENS] * len(tokens), *[HEAD] * len(constants)), TOKENS)
+    return shard_map_by_axes(local, arrays, (TOKENS, HEAD, *[TOKENS] * len(tokens), *[HEAD] * len(constants)), TOKENS)
 
 
-def likeliest(hidden, head, k: int):
+def top_k_tokens(hidden, head, k: int):
     """The k likeliest next tokens of every token, the best first.
 
     Args:
@@ -142,4 +142,4 @@ def likeliest(hidden, head, k: int):
         _, tiles = jax.lax.scan(step, None, _in_tiles(hidden))
         return tuple(_flat(x, hidden) for x in tiles)
 
-    return per_device(local, (hidden, head.astype(hidden.dtype)), (TOKENS, HEAD), (TOKENS, TOKENS))
+    return shard_map_by_axes(local, (hidden, head.astype(hidden.dtype)), (TOKENS, HEAD), (TOKENS, TOKENS))

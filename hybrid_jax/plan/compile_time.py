@@ -1,6 +1,6 @@
 """Trace and compile time of a training step by depth: `python -m hybrid_jax.plan.compile_time [--layers 8 36 64]`.
 
-Small dimensions and a CPU: what is compared is the programs' size, not their speed. Patterns: every other layer; runs as
+Small dimensions and a CPU: what is compared is the programs' size, not their speed. Patterns: every other layer; repeats as
 in arXiv 2605.08301's Qwen3-8B; a coin for every layer. Beside each the same step with its layers written out.
 """
 
@@ -17,7 +17,7 @@ from hybrid_jax.config import ModelConfig, parse_pattern
 from hybrid_jax.data.layout import abstract_batch
 from hybrid_jax.model import Decoder, abstract_decoder
 from hybrid_jax.parameters import abstract_parameters, join_model
-from hybrid_jax.runs import repeated_runs
+from hybrid_jax.repeats import find_repeats
 from hybrid_jax.train.objectives import next_token
 
 RUNS = "*gggggg**ggg**************ggg*gggggg"
@@ -27,7 +27,7 @@ def patterns(layers: int) -> dict[str, str]:
     coin = random.Random(0)
     kinds = {
         "alternating": "".join("*g"[i % 2] for i in range(layers)),
-        "in runs": (RUNS * 2)[:layers],
+        "in repeats": (RUNS * 2)[:layers],
         "coin": "".join(coin.choice("*g") for _ in range(layers)),
     }
     return {name: "-".join("GDN" if k == "g" else "*" for k in kind) for name, kind in kinds.items()}
@@ -61,7 +61,7 @@ def main():
     print(f"{'layers':>6}  {'pattern':12} {'compiled once':>13}  trace s  compile s")
     for layers in options.layers:
         for name, pattern in patterns(layers).items():
-            bodies = sum(run.length for run in repeated_runs(parse_pattern(pattern)))
+            bodies = sum(run.length for run in find_repeats(parse_pattern(pattern)))
             for scan in (True, False) if options.written_out else (True,):
                 traced, compiled = seconds(pattern, scan)
                 print(f"{layers:6}  {name:12} {bodies if scan else layers:13}  {traced:7.1f}  {compiled:9.1f}", flush=True)

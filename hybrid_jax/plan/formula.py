@@ -19,7 +19,7 @@ from hybrid_jax.parallel.mesh import AXES, BATCH_AXES, abstract_mesh
 from hybrid_jax.parallel.sharding import RULES, partition_spec
 from hybrid_jax.parameters import abstract_parameters, logical_axes
 from hybrid_jax.plan.program import Job
-from hybrid_jax.train.arrangement import trained_names
+from hybrid_jax.train.phase_layout import trained_names
 
 COMPUTE, SUM = 2, 4  # bytes of a number in the compute dtype (bf16), and of one that is summed in float32
 TABLE = "embed_tokens.embedding"

@@ -22,9 +22,9 @@ from hybrid_jax.parallel.mesh import BATCH_AXES, check_mesh_fits
 from hybrid_jax.parallel.sharding import TOKENS, parameter_sharding, partition_spec
 from hybrid_jax.parameters import abstract_parameters, join_model, logical_axes
 from hybrid_jax.plan.wire import wire_bytes
-from hybrid_jax.train.arrangement import TEACHER, Arrangement, parameter_shardings
-from hybrid_jax.train.loop import prepared
+from hybrid_jax.train.loop import apply_phase_settings
 from hybrid_jax.train.phase import Phase
+from hybrid_jax.train.phase_layout import TEACHER, PhaseLayout, parameter_shardings
 from hybrid_jax.train.step import make_step
 
 STAGES = ("align", "train", "decode")
@@ -135,19 +135,19 @@ def training_program(config: ModelConfig, phase: Phase, mesh: Mesh) -> Program:
       ValueError: the mesh does not divide the model or the batch.
     """
     check_mesh_fits(config, mesh, phase.rows_at_a_time, phase.seq_len)
-    model = prepared(abstract_decoder(config), phase)
-    arrangement = Arrangement(model, phase)
-    trainable, frozen = arrangement.split(abstract_parameters(config))
-    copies = arrangement.copies(abstract_parameters(config))
-    state, frozen = jax.eval_shape(arrangement.make_state, trainable), jax.eval_shape(arrangement.make_frozen, frozen, copies)
-    state_where = arrangement.state_shardings(mesh, state)
-    state, frozen = _with(state_where, state), _with(arrangement.frozen_shardings(mesh, frozen), frozen)
+    model = apply_phase_settings(abstract_decoder(config), phase)
+    layout = PhaseLayout(model, phase)
+    trainable, frozen = layout.split(abstract_parameters(config))
+    copies = layout.copies(abstract_parameters(config))
+    state, frozen = jax.eval_shape(layout.make_state, trainable), jax.eval_shape(layout.make_frozen, frozen, copies)
+    state_where = layout.state_shardings(mesh, state)
+    state, frozen = _with(state_where, state), _with(layout.frozen_shardings(mesh, frozen), frozen)
     batch = abstract_batch(phase.batch_size, phase.seq_len, NamedSharding(mesh, partition_spec(mesh, TOKENS)))
     local = phase.rows_at_a_time * phase.seq_len / math.prod(mesh.shape[a] for a in (*BATCH_AXES, "seq"))
     widths = {"none": 0, "full": config.hidden_size}
     widths["attention"] = config.hidden_size + config.num_heads * config.head_dim // mesh.shape["tensor"]
     return Program(
-        make_step(arrangement, phase, state_where),
+        make_step(layout, phase, state_where),
         (state, frozen, batch),
         mesh,
         parameters=_local_bytes(state.trainable) + _local_bytes(frozen),

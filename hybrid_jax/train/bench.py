@@ -20,10 +20,10 @@ from hybrid_jax import load_model
 from hybrid_jax.data import read_corpus, training_batches
 from hybrid_jax.data.layout import training_batch
 from hybrid_jax.parameters import split_model
-from hybrid_jax.train.arrangement import Arrangement
-from hybrid_jax.train.loop import prepared, train_phase
+from hybrid_jax.train.loop import apply_phase_settings, train_phase
 from hybrid_jax.train.metrics import MetricWriter, read_metrics
 from hybrid_jax.train.phase import Phase
+from hybrid_jax.train.phase_layout import PhaseLayout
 from hybrid_jax.train.step import make_step
 
 SOURCE = "launch/tiny_qwen3"
@@ -32,9 +32,9 @@ MIX = {"text": 0.7, "retrieval": 0.3}
 
 def bare(model, phase: Phase, corpus) -> float:
     """Seconds a step."""
-    arrangement = Arrangement(prepared(model, phase), phase)
-    state, frozen, _ = arrangement.begin(None, split_model(model)[1])
-    step = make_step(arrangement, phase)
+    layout = PhaseLayout(apply_phase_settings(model, phase), phase)
+    state, frozen, _ = layout.begin(None, split_model(model)[1])
+    step = make_step(layout, phase)
     rows = next(training_batches(corpus, MIX, batch_size=phase.batch_size, length=phase.seq_len, seed=0))
     batch = jax.device_put(training_batch(rows))
     state, metrics = step(state, frozen, batch)

@@ -19,11 +19,11 @@ from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.distributed import barrier, is_first, whole_array
 from hybrid_jax.parallel.mesh import check_mesh_fits
 from hybrid_jax.parallel.sequence import from_zigzag
-from hybrid_jax.parallel.tiles import likeliest
+from hybrid_jax.parallel.tiles import top_k_tokens
 from hybrid_jax.parameters import split_model
-from hybrid_jax.train.arrangement import Arrangement
 from hybrid_jax.train.metrics import progress_bar
 from hybrid_jax.train.phase import Phase
+from hybrid_jax.train.phase_layout import PhaseLayout
 from hybrid_jax.train.placement import in_mesh, own_rows, to_mesh
 
 
@@ -90,16 +90,16 @@ def cache_teacher(
 
     model.compute_dtype = jnp.dtype(phase.compute_dtype)
     nothing_trains = dict(trainable=(), objective="next_token", options={}, form="as_is", teacher_cache="")
-    arrangement = Arrangement(model, dataclasses.replace(phase, **nothing_trains))
+    layout = PhaseLayout(model, dataclasses.replace(phase, **nothing_trains))
     parameters = split_model(model)[1]
     del model
-    _, parameters, _ = arrangement.begin(mesh, parameters)
+    _, parameters, _ = layout.begin(mesh, parameters)
 
     @jax.jit
     def answers(parameters, batch):
-        model, _ = arrangement.models({}, parameters)
+        model, _ = layout.models({}, parameters)
         hidden, _ = model.hidden_states(batch["input_ids"], batch["segment_ids"], batch["positions"])
-        return likeliest(hidden, model.head_kernel, k)
+        return top_k_tokens(hidden, model.head_kernel, k)
 
     seq_devices = 1 if mesh is None else mesh.shape["seq"]
     at_a_time = phase.rows_at_a_time

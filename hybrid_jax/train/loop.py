@@ -21,21 +21,21 @@ from hybrid_jax.parallel.mesh import check_mesh_fits
 from hybrid_jax.parameters import count, join_model, split_model, with_config
 from hybrid_jax.priming.fuse import share, teacher_stream
 from hybrid_jax.stopped import Stopped, StopRequest
-from hybrid_jax.train.arrangement import Arrangement
 from hybrid_jax.train.cache import teacher_fingerprint
 from hybrid_jax.train.checkpoint import Checkpoints
-from hybrid_jax.train.health import first_bad
+from hybrid_jax.train.diagnose import first_bad
 from hybrid_jax.train.interval import LATEST, Interval
 from hybrid_jax.train.meter import Meter
 from hybrid_jax.train.metrics import MetricWriter, NoMetrics, progress_bar
 from hybrid_jax.train.objectives import OBJECTIVES
 from hybrid_jax.train.phase import Phase
-from hybrid_jax.train.placement import flag, in_mesh, own_rows, to_mesh
+from hybrid_jax.train.phase_layout import PhaseLayout
+from hybrid_jax.train.placement import any_process_flag, in_mesh, own_rows, to_mesh
 from hybrid_jax.train.profile import Profile
 from hybrid_jax.train.step import STOP, make_step
 
 
-def prepared(model: Decoder, phase: Phase) -> Decoder:
+def apply_phase_settings(model: Decoder, phase: Phase) -> Decoder:
     """The model with what the phase says of it: compute dtype, rematerialisation, RoPE, context length."""
     config = model.config
     if phase.rope_theta:
@@ -70,7 +70,7 @@ def _check_same(name: str, step: int, saved: Mapping, made_of: Mapping):
             )
 
 
-def told(values: dict[str, float]) -> str:
+def progress_text(values: dict[str, float]) -> str:
     """The few numbers beside the progress bar."""
     parts = [f"loss {values['loss']:.4f}"] if "loss" in values else []
     if "tokens_per_second" in values:
@@ -117,18 +117,18 @@ def train_phase(
       FileNotFoundError: the teacher's cache ends before the phase does.
     """
     source = _source(model, phase, teacher)
-    model, phase = prepared(model, phase), phase.in_steps(corpus, mix, seed)
+    model, phase = apply_phase_settings(model, phase), phase.in_steps(corpus, mix, seed)
     if mesh is not None:
         check_mesh_fits(model.config, mesh, phase.rows_at_a_time, phase.seq_len)
-    arrangement, meter = Arrangement(model, phase, source), Meter(phase, model, source)
+    layout, meter = PhaseLayout(model, phase, source), Meter(phase, model, source)
     whole, parameters = split_model(model)
-    total, training = count(parameters), count(arrangement.split(parameters)[0])
+    total, training = count(parameters), count(layout.split(parameters)[0])
     taught, made_of = {}, {}
     if source is not None:
         taught, made_of = split_model(source)[1], {"teacher": teacher_fingerprint(source)}
-    copied = count(arrangement.copies(taught))
+    copied = count(layout.copies(taught))
     del model, source  # their arrays go as soon as the caller lets them
-    state, frozen, shardings = arrangement.begin(mesh, parameters, taught)
+    state, frozen, shardings = layout.begin(mesh, parameters, taught)
     del parameters, taught
     say(
         f"{name}: {phase.objective}, {phase.steps:,} steps of {phase.tokens_per_step:,} tokens; "
@@ -150,17 +150,17 @@ def train_phase(
         batches.set_state(saved_beside["rows"])
         interval.set_state(saved_beside["interval"])
         say(f"{name}: resumed at step {done}")
-    step_fn = make_step(arrangement, phase, shardings, interval.sources)
+    step_fn = make_step(layout, phase, shardings, interval.sources)
     seq_devices = 1 if mesh is None else mesh.shape["seq"]
 
-    def look(step, metrics, batch, sums):
+    def read_metrics_of(step, metrics, batch, sums):
         """At a step's outcome, while the next one runs; whether some process had been asked to stop before it.
 
         `sums` are of the interval that the step ends, if it ends one.
         """
         if int(whole_array(metrics["skipped_in_a_row"])) >= phase.bad_steps:
-            trained = join_model(whole, arrangement.parameters(state, frozen))
-            where = first_bad(trained, batch, arrangement.source(state, frozen))
+            trained = join_model(whole, layout.parameters(state, frozen))
+            where = first_bad(trained, batch, layout.source(state, frozen))
             loss, norm = (float(whole_array(metrics[n])) for n in ("loss", "grad_norm"))
             raise FloatingPointError(
                 f"{name}: {phase.bad_steps} steps in a row were bad, the last is step {step} (loss {loss:.4g}, gradient norm "
@@ -171,7 +171,7 @@ def train_phase(
             latest = {name: float(whole_array(metrics[name])) for name in LATEST}
             values = {**interval.means(sums), **latest, **meter.read(step)}
             writer.write(name, step, values)
-            bar.set_postfix_str(told(values))
+            bar.set_postfix_str(progress_text(values))
         meter.begin(step)
         return bool(whole_array(metrics[STOP]))
 
@@ -181,7 +181,7 @@ def train_phase(
         while done < phase.steps:
             with meter.waiting():
                 batch = training_batch(next(batches), seq_devices)
-            batch = {**to_mesh(mesh, batch, phase.batch_size, rows), STOP: flag(mesh, stop.asked)}
+            batch = {**to_mesh(mesh, batch, phase.batch_size, rows), STOP: any_process_flag(mesh, stop.asked)}
             meter.count(state, frozen, batch)
             tracing.before(done + 1)
             state, metrics = step_fn(state, frozen, batch)
@@ -189,14 +189,14 @@ def train_phase(
             tracing.after(done, metrics)
             interval.add(metrics)
             if pending is not None:
-                told_to |= look(*pending)  # one step late, but the same for every process
+                told_to |= read_metrics_of(*pending)  # one step late, but the same for every process
             stopping = told_to if jax.process_count() > 1 else stop.asked
             last = done == phase.steps
             logged = done % phase.log_every == 0 or done == 1 or last
             pending = (done, metrics, batch, interval.take() if logged else None)
             bar.update()
             if done % phase.checkpoint_every == 0 or last or stopping:
-                told_to |= look(*pending)  # so that what is saved has been logged
+                told_to |= read_metrics_of(*pending)  # so that what is saved has been logged
                 pending = None
                 beside = {"rows": batches.get_state(), "interval": interval.state(), "made_of": made_of}
                 checkpoints.save(done, state, beside)
@@ -206,4 +206,4 @@ def train_phase(
         checkpoints.close()
         if any(of_every_process(stop.asked)):  # also where the request came during the last step, or while it was saved
             raise Stopped(f"{name}: stopped and saved at step {done} of {phase.steps}; the same command resumes")
-    return join_model(whole, arrangement.parameters(state, frozen))
+    return join_model(whole, layout.parameters(state, frozen))

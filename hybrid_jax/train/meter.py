@@ -10,8 +10,8 @@ import jax
 from hybrid_jax.flops import traced_flops
 from hybrid_jax.hardware import accelerator_of
 from hybrid_jax.model import Decoder
-from hybrid_jax.train.arrangement import Arrangement
 from hybrid_jax.train.phase import Phase
+from hybrid_jax.train.phase_layout import PhaseLayout
 from hybrid_jax.train.step import make_step
 
 
@@ -27,7 +27,7 @@ class Meter:
         self.kind = accelerator_of(jax.local_devices()[0].device_kind)
         if self.kind is not None:
             remat, model.remat = model.remat, "none"
-            self._counted = make_step(Arrangement(model, phase, teacher), phase)
+            self._counted = make_step(PhaseLayout(model, phase, teacher), phase)
             model.remat = remat
 
     def count(self, state, frozen, batch):

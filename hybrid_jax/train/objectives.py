@@ -24,6 +24,7 @@ from hybrid_jax.parallel.divergence import KINDS, divergence, top_k_divergence
 
 PER_TOKEN = "per_token"
 
+
 def _weighted_mean(losses, weights):
     """Over all tokens, and what it weighs: the sum of the weights."""
     weight = jnp.sum(weights)

@@ -17,7 +17,7 @@ def in_mesh(mesh: Mesh | None):
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def flag(mesh: Mesh | None, value: bool) -> jax.Array:
+def any_process_flag(mesh: Mesh | None, value: bool) -> jax.Array:
     """What each process says, an element a device; every process can have the largest by a program over the mesh."""
     if mesh is None:
         return jax.numpy.asarray([value], "float32")

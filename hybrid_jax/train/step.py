@@ -16,12 +16,12 @@ import optax
 from hybrid_jax.data.layout import SOURCE
 from hybrid_jax.parallel.mesh import BATCH_AXES
 from hybrid_jax.parallel.sharding import TOKENS, axis_size, constrain
-from hybrid_jax.train.arrangement import Arrangement
 from hybrid_jax.train.checkpoint import Health, TrainState
 from hybrid_jax.train.metrics import gradient_norms
 from hybrid_jax.train.objectives import PER_TOKEN, make_objective
 from hybrid_jax.train.optimizer import learning_rate_schedule
 from hybrid_jax.train.phase import Phase
+from hybrid_jax.train.phase_layout import PhaseLayout
 
 WEIGHT = "weight"  # of the metrics: what the step's loss is a mean over
 SOURCE_SUMS = "source_sums"  # of the metrics: [sources, 2], of every source its tokens' weighted losses and their weights
@@ -29,7 +29,7 @@ STOP = "stop_asked"  # of a batch: whether a process was asked to stop; the metr
 DECAY, TRUSTED = 0.98, 20  # of the running means of loss and gradient norm; steps before it is relied on
 
 
-def make_step(arrangement: Arrangement, phase: Phase, shardings: TrainState | None = None, sources: Sequence[str] = ()):
+def make_step(layout: PhaseLayout, phase: Phase, shardings: TrainState | None = None, sources: Sequence[str] = ()):
     """(state, frozen, batch) -> (the next state, metrics), jitted; the state is donated.
 
     Frozen parameters have neither gradients nor optimizer state. The metrics are means over the step, `learning_rate` the one
@@ -42,7 +42,7 @@ def make_step(arrangement: Arrangement, phase: Phase, shardings: TrainState | No
     objective, schedule = make_objective(phase.objective, phase.options), learning_rate_schedule(phase)
 
     def loss_of(trainable, frozen, batch):
-        model, teacher = arrangement.models(trainable, frozen)
+        model, teacher = layout.models(trainable, frozen)
         loss, metrics = objective(model, batch, teacher)
         per_token = metrics.pop(PER_TOKEN, None)
         if sources and per_token is not None:
@@ -55,7 +55,7 @@ def make_step(arrangement: Arrangement, phase: Phase, shardings: TrainState | No
         grads, metrics = gradients_of(loss_of, state.trainable, frozen, batch, phase.accumulate)
         norms = gradient_norms(grads)
         health, good = _judge(state.health, metrics["loss"], norms["grad_norm"], phase.spike)
-        directions, optimizer = arrangement.optimizer.update(grads, state.optimizer, state.trainable)
+        directions, optimizer = layout.optimizer.update(grads, state.optimizer, state.trainable)
         rate = jnp.float32(schedule(state.health.steps + state.health.skipped))
         updates = jax.tree.map(lambda x: -rate * x, directions)
         new = TrainState(optax.apply_updates(state.trainable, updates), optimizer, health)

@@ -10,7 +10,7 @@ import sys
 from kernels_pallas.lab.cases import CASES, Shape
 from kernels_pallas.lab.chips import CHIPS
 from kernels_pallas.lab.compile import compile_cases
-from kernels_pallas.lab.report import draw, print_table, write_json
+from kernels_pallas.lab.lab_report import draw, print_table, write_json
 
 
 def choose(names: list[str]) -> list[str]:

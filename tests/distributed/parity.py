@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from hybrid_jax.config import GKAConfig, MoEConfig
 from hybrid_jax.data.layout import training_batch
 from hybrid_jax.parallel.mesh import make_mesh, parse_mesh
-from hybrid_jax.parallel.sharding import place
+from hybrid_jax.parallel.sharding import load_sharded
 from hybrid_jax.parameters import join_model, logical_axes, split_model
 from hybrid_jax.train.objectives import OBJECTIVES
 from hybrid_jax.train.placement import own_rows, to_mesh
@@ -85,7 +85,7 @@ def run_case(name):
     want_loss, want = jax.device_get(jax.jit(both)(parameters, training_batch(raw), taught))
 
     axes = {**logical_axes(source), **logical_axes(model)}
-    placed, placed_taught = ({n: place(mesh, n, np.asarray(p), axes[n]) for n, p in x.items()} for x in (parameters, taught))
+    placed, placed_taught = ({n: load_sharded(mesh, n, np.asarray(p), axes[n]) for n, p in x.items()} for x in (parameters, taught))
     mine = own_rows(mesh, rows)
     batch = to_mesh(mesh, {n: x[mine] for n, x in training_batch(raw, mesh.shape["seq"]).items()}, rows, mine)
 

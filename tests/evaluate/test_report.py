@@ -2,7 +2,7 @@
 
 import pytest
 
-from hybrid_jax.evaluate.report import Row, markdown_table, notes, recovered
+from hybrid_jax.evaluate.evaluation_report import Row, markdown_table, notes, recovered
 
 ROWS = [
     Row("source", "s", "*-*", 2.0, 1.0),

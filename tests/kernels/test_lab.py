@@ -12,7 +12,7 @@ import pytest
 
 from kernels_pallas.lab import CASES, CHIPS, compile_cases
 from kernels_pallas.lab.estimates import estimated_cycles
-from kernels_pallas.lab.report import cells, draw, write_json
+from kernels_pallas.lab.lab_report import cells, draw, write_json
 from kernels_pallas.lab.schedule import read_schedules
 
 RECORD = pathlib.Path(__file__).parents[1] / "golden" / "lab.json"

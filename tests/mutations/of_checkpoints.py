@@ -5,7 +5,7 @@ from tests.mutations import Mutation
 DEFAULTS, FILES = "tests/convert/test_family_defaults.py", "tests/convert/test_files.py"
 PARITY, GENERATE = "tests/convert/test_transformers_parity.py", "tests/test_generate.py"
 ROPE, SAVE = "hybrid_jax/families/rope.py", "hybrid_jax/convert/save.py"
-SAMPLING, OPTIONS = "hybrid_jax/generate/sampling.py", "hybrid_jax/generate/defaults.py"
+SAMPLING, OPTIONS = "hybrid_jax/generation/sampling.py", "hybrid_jax/generation/defaults.py"
 PRECEDENCE = f"{DEFAULTS}::test_rope_precedence_and_frequencies_are_transformers"
 ABSENT = f"{DEFAULTS}::test_absent_keys_mean_what_they_mean_to_transformers"
 SHARDED = f"{PARITY}::test_sharded_checkpoints_load_and_are_written"
@@ -84,7 +84,7 @@ MUTATIONS = [
         ("tests/data/test_tokenizer_files.py::test_special_tokens_of_a_template_are_transformers",),
     ),
     Mutation(
-        "hybrid_jax/generate/__init__.py",
+        "hybrid_jax/generation/__init__.py",
         "alive &= ~np.isin(token, ends)",
         "alive = ~np.isin(token, ends)",
         "a row that ended goes on",

@@ -5,7 +5,7 @@ from tests.mutations import Mutation
 MEASURES, REPORT = "tests/evaluate/test_measures.py", "tests/evaluate/test_report.py"
 PARTS, INVARIANCE = "tests/parallel/test_parts.py", "tests/layers/test_invariance.py"
 PARITY, PRIMING = "tests/convert/test_transformers_parity.py", "tests/priming/test_priming.py"
-MODEL, STACKING, RUNS = "hybrid_jax/model.py", "hybrid_jax/stacking.py", "hybrid_jax/runs.py"
+MODEL, STACKING, RUNS = "hybrid_jax/model.py", "hybrid_jax/stacking.py", "hybrid_jax/repeats.py"
 SELECT, EVALUATE = "hybrid_jax/priming/select.py", "hybrid_jax/evaluate/measures.py"
 
 MUTATIONS = [
@@ -39,14 +39,14 @@ MUTATIONS = [
         (MEASURES,),
     ),
     Mutation(
-        "hybrid_jax/evaluate/report.py",
+        "hybrid_jax/evaluate/evaluation_report.py",
         "starts[0].text_loss - source.text_loss",
         "starts[0].text_loss - row.text_loss",
         "recovery is not a share of what was lost",
         (REPORT,),
     ),
     Mutation(
-        "hybrid_jax/evaluate/report.py",
+        "hybrid_jax/evaluate/evaluation_report.py",
         "if lost < NOTHING_LOST else",
         "if lost < -NOTHING_LOST else",
         "a share of nothing is reported",

@@ -3,10 +3,10 @@
 from tests.mutations import Mutation
 
 TRAIN = "hybrid_jax/train"
-STEP, OPTIMIZER, ARRANGEMENT = f"{TRAIN}/step.py", f"{TRAIN}/optimizer.py", f"{TRAIN}/arrangement.py"
+STEP, OPTIMIZER, ARRANGEMENT = f"{TRAIN}/step.py", f"{TRAIN}/optimizer.py", f"{TRAIN}/phase_layout.py"
 OBJECTIVES, INTERVAL, LOOP, PHASE = f"{TRAIN}/objectives.py", f"{TRAIN}/interval.py", f"{TRAIN}/loop.py", f"{TRAIN}/phase.py"
-CHECKPOINT, HEALTH, METRICS = f"{TRAIN}/checkpoint.py", f"{TRAIN}/health.py", f"{TRAIN}/metrics.py"
-FUSE, MODEL, REPORT = "hybrid_jax/priming/fuse.py", "hybrid_jax/model.py", "hybrid_jax/report.py"
+CHECKPOINT, HEALTH, METRICS = f"{TRAIN}/checkpoint.py", f"{TRAIN}/diagnose.py", f"{TRAIN}/metrics.py"
+FUSE, MODEL, REPORT = "hybrid_jax/priming/fuse.py", "hybrid_jax/model.py", "hybrid_jax/run_report.py"
 
 OF_OPTIMIZER, OF_INTERVAL, OF_STEPS = "tests/train/test_optimizer.py", "tests/train/test_interval.py", "tests/train/test_steps.py"
 OF_TEACHERS, OF_OBJECTIVES, OF_PHASE = "tests/train/test_teachers.py", "tests/train/test_objectives.py", "tests/train/test_phase.py"

@@ -14,8 +14,8 @@ from hybrid_jax.parallel.attention_block import FULL, Mask
 from hybrid_jax.parallel.mesh import abstract_mesh, check_mesh_fits, make_mesh, parse_mesh
 from hybrid_jax.parallel.sequence import from_zigzag, positions_of, to_zigzag, zigzag_order
 from hybrid_jax.parameters import abstract_parameters, join_model, logical_axes, split_model
-from hybrid_jax.runs import repeated_runs
-from hybrid_jax.stacking import stack, stacked_names, stacked_structure, training_runs, unstack
+from hybrid_jax.repeats import find_repeats
+from hybrid_jax.stacking import stack, stacked_names, stacked_structure, training_repeats, unstack
 from kernels_pallas import (
     gated_delta_rule,
     gated_delta_rule_summary,
@@ -148,13 +148,13 @@ def test_a_batch_s_targets_follow_their_tokens_through_the_layout():
 
 
 def test_repeated_layers_are_found():
-    assert repeated_runs("ababab") == [(0, 2, 3)]
-    assert repeated_runs("aaabbb") == [(0, 1, 3), (3, 1, 3)]
-    assert sum(r.length for r in repeated_runs("a" * 64)) == 1
+    assert find_repeats("ababab") == [(0, 2, 3)]
+    assert find_repeats("aaabbb") == [(0, 1, 3), (3, 1, 3)]
+    assert sum(r.length for r in find_repeats("a" * 64)) == 1
     published = "*gggggg**ggg" + "*" * 14 + "ggg*gggggg"  # Qwen3-8B's layers in arXiv 2605.08301
-    runs = repeated_runs(published)
-    assert sum(r.length for r in runs) == 8
-    assert "".join(published[r.start : r.start + r.length] * r.count for r in runs) == published
+    repeats = find_repeats(published)
+    assert sum(r.length for r in repeats) == 8
+    assert "".join(published[r.start : r.start + r.length] * r.count for r in repeats) == published
 
 
 def test_a_deep_model_is_traced_as_fast_as_a_shallow_one():
@@ -214,12 +214,12 @@ def test_stacked_training_gives_the_gradients_of_layers_by_themselves():
     model = tiny_model("*-GKA-*-GKA-*-GKA-*")
     structure, parameters = split_model(model)
     trainable = {n for n in parameters if ".gka." in n or n.startswith("layers.6.self_attn.")}
-    runs = training_runs(model.config, trainable)
-    names = stacked_names(model.config, runs)
-    stacked_graph, axes = stacked_structure(model, runs)
+    repeats = training_repeats(model.config, trainable)
+    names = stacked_names(model.config, repeats)
+    stacked_graph, axes = stacked_structure(model, repeats)
     together = stack(parameters, names)
     assert {n for ns in names.values() for n in ns} == set(parameters)
-    assert sum(r.length for r in runs) == 3 and all(len(axes[n]) == x.ndim for n, x in together.items())
+    assert sum(r.length for r in repeats) == 3 and all(len(axes[n]) == x.ndim for n, x in together.items())
     alone = logical_axes(model)
     assert all(axes[new] == (*[None] * (len(olds) > 1), *alone[olds[0]]) for new, olds in names.items())
     mixed = [olds for olds in names.values() if 0 < len(trainable & set(olds)) < len(olds)]
@@ -234,4 +234,4 @@ def test_stacked_training_gives_the_gradients_of_layers_by_themselves():
 
 def test_layers_of_different_windows_are_not_stacked_together():
     config = tiny_config("*-*-*-*", attention_windows=(None, None, 6, 6))
-    assert [(r.start, r.length, r.count) for r in training_runs(config, abstract_parameters(config))] == [(0, 1, 2), (2, 1, 2)]
+    assert [(r.start, r.length, r.count) for r in training_repeats(config, abstract_parameters(config))] == [(0, 1, 2), (2, 1, 2)]

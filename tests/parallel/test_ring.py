@@ -16,7 +16,7 @@ from hybrid_jax.parallel.divergence import divergence
 from hybrid_jax.parallel.mesh import abstract_mesh
 from hybrid_jax.parallel.recurrence import _conv_over_chunks, incoming_states
 from hybrid_jax.parallel.sequence import (
-    AXIS,
+    SEQ_AXIS,
     continued,
     exclusive_scan,
     from_zigzag,
@@ -48,7 +48,7 @@ def any_pairs(monkeypatch):
 def on_devices(function, n, *arrays):
     """`function` of every device's part of arrays [B, T, ...] in order of time; its result likewise."""
     parts = [jnp.stack(jnp.split(to_zigzag(x, n), n, axis=1)) for x in arrays]
-    out = jax.jit(jax.vmap(function, axis_name=AXIS))(*parts)
+    out = jax.jit(jax.vmap(function, axis_name=SEQ_AXIS))(*parts)
     return jax.tree.map(lambda x: from_zigzag(jnp.concatenate(list(x), axis=1), n), out)
 
 
@@ -60,7 +60,7 @@ def chunks_in_order(x, n):
 def of_chunks(function, n, x):
     """`function` of chunks [2n, ...], given and returned in order of time."""
     devices = jnp.stack([jnp.stack([x[i], x[2 * n - 1 - i]]) for i in range(n)])
-    return jax.tree.map(lambda y: chunks_in_order(y, n), jax.jit(jax.vmap(function, axis_name=AXIS))(devices))
+    return jax.tree.map(lambda y: chunks_in_order(y, n), jax.jit(jax.vmap(function, axis_name=SEQ_AXIS))(devices))
 
 
 def test_the_zigzag_order_of_three_devices():
@@ -155,7 +155,7 @@ def test_a_vocabulary_in_parts_gives_the_losses_and_the_likeliest_tokens_of_all_
         return jax.tree.map(lambda x: x[1], mapped(*parts))
 
     monkeypatch.setattr(tiles, "axes_cutting", lambda logical: ("tensor",) if logical == "vocab" else ())
-    monkeypatch.setattr(tiles, "per_device", on_parts)
+    monkeypatch.setattr(tiles, "shard_map_by_axes", on_parts)
     hidden, head, targets = random(1, 6, 8), random(8, 12, seed=1), jnp.asarray([[0, 3, 4, 7, 8, 11]])
     head = head.at[:, 10].set(head[:, 1])
     log_p = jax.nn.log_softmax(hidden @ head)
@@ -166,7 +166,7 @@ def test_a_vocabulary_in_parts_gives_the_losses_and_the_likeliest_tokens_of_all_
     np.testing.assert_allclose(found, jnp.sum(jnp.exp(log_q) * (log_q - log_p), axis=-1), rtol=1e-4, atol=1e-5)
     for k in (2, 6):  # fewer and more than a part has
         values, ids = jax.lax.top_k(log_p, k)
-        got_ids, got = tiles.likeliest(hidden, head, k)
+        got_ids, got = tiles.top_k_tokens(hidden, head, k)
         np.testing.assert_array_equal(got_ids, ids)
         np.testing.assert_allclose(got, values, rtol=1e-5, atol=1e-6)
 

@@ -11,8 +11,8 @@ import pytest
 
 from hybrid_jax.parameters import split_model
 from hybrid_jax.train import checkpoint
-from hybrid_jax.train.arrangement import Arrangement
 from hybrid_jax.train.checkpoint import Checkpoints
+from hybrid_jax.train.phase_layout import PhaseLayout
 from tests.data.test_data import corpus  # noqa: F401 (a fixture)
 from tests.train.test_training import arrays, losses, model_for, phase, train
 
@@ -178,7 +178,7 @@ def test_a_checkpoint_of_other_parameters_is_not_called_damaged(saved):
 
 def test_health_is_restored_with_the_rest(corpus, tmp_path):  # noqa: F811
     p, model = phase(), model_for(corpus)
-    state, _, _ = Arrangement(model, p).begin(None, split_model(model)[1])
+    state, _, _ = PhaseLayout(model, p).begin(None, split_model(model)[1])
     state = state._replace(health=state.health._replace(skipped=state.health.skipped + 7))
     checkpoints = Checkpoints(tmp_path / "c")
     checkpoints.save(3, state, {"next": 1})

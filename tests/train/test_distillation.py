@@ -15,9 +15,9 @@ from hybrid_jax.parameters import split_model
 from hybrid_jax.priming.fuse import fuse
 from hybrid_jax.priming.initialize import initialize_hybrid
 from hybrid_jax.train import Phase, read_metrics
-from hybrid_jax.train.arrangement import TEACHER, Arrangement
 from hybrid_jax.train.cache import cache_teacher, teacher_fingerprint
 from hybrid_jax.train.objectives import OBJECTIVES, distill
+from hybrid_jax.train.phase_layout import TEACHER, PhaseLayout
 from hybrid_jax.train.step import make_step
 from tests.conftest import relative_error, tiny_model
 from tests.data.test_data import corpus  # noqa: F401 (a fixture)
@@ -53,22 +53,22 @@ def test_the_loss_is_the_textbook_s(kind, temperature):
 def test_the_student_nears_a_teacher_that_stays(trainable):
     model, batch = fused(), batch_of()
     p = phase(objective="distill", form="fused", trainable=trainable, learning_rate=3e-3, options={"kind": "forward"})
-    arrangement = Arrangement(model, p)
-    state, frozen, _ = arrangement.begin(None, split_model(model)[1])
+    layout = PhaseLayout(model, p)
+    state, frozen, _ = layout.begin(None, split_model(model)[1])
     copies = {n for n in frozen if n.startswith(TEACHER)}
     assert bool(copies) == (trainable == ("all",)) and not any(".swa." in n for n in copies)
 
     def teacher(state):
-        own, other = arrangement.models(state.trainable, frozen)
+        own, other = layout.models(state.trainable, frozen)
         return (other or own).hidden_states(batch["input_ids"], batch["segment_ids"], batch["positions"], stream="teacher")[0]
 
-    before, step, seen = np.asarray(teacher(state)), make_step(arrangement, p), []
+    before, step, seen = np.asarray(teacher(state)), make_step(layout, p), []
     for _ in range(25):
         state, metrics = step(state, frozen, batch)
         seen.append(float(metrics["loss"]))
     assert seen[-1] < 0.5 * seen[0]
     assert relative_error(teacher(state), before) < 1e-6
-    assert set(arrangement.parameters(state, frozen)) == set(split_model(model)[1])
+    assert set(layout.parameters(state, frozen)) == set(split_model(model)[1])
 
 
 def test_options_that_an_objective_has_not_are_refused():

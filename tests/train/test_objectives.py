@@ -7,8 +7,8 @@ import pytest
 
 from hybrid_jax.data.layout import training_batch
 from hybrid_jax.parameters import split_model
-from hybrid_jax.train.arrangement import Arrangement, trained_names
 from hybrid_jax.train.objectives import PER_TOKEN, make_objective
+from hybrid_jax.train.phase_layout import PhaseLayout, trained_names
 from tests.conftest import tiny_config, tiny_model
 from tests.train.test_steps import batch_of
 from tests.train.test_training import phase
@@ -86,7 +86,7 @@ def test_frozen_matrices_alone_are_rounded_to_the_frozen_dtype():
     model = tiny_model("*-SWA")
     p = phase(trainable=(r"\.swa\.",), frozen_dtype="bfloat16")
     parameters = split_model(model)[1]
-    state, frozen, _ = Arrangement(model, p).begin(None, parameters)
+    state, frozen, _ = PhaseLayout(model, p).begin(None, parameters)
     assert {n for n, x in frozen.items() if x.dtype == jnp.bfloat16} == {n for n, x in frozen.items() if x.ndim > 1}
     for name, x in {**state.trainable, **frozen}.items():
         want = torch.tensor(np.asarray(parameters[name]))

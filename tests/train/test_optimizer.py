@@ -43,7 +43,7 @@ def arrays_like(seed, scale=1.0):
 
 
 class Linear:
-    """In place of an arrangement: what trains is given, its gradients are the batch."""
+    """In place of an layout: what trains is given, its gradients are the batch."""
 
     def __init__(self, p):
         self.optimizer = make_optimizer(p)
@@ -60,10 +60,10 @@ def steps_of(monkeypatch, p, parameters, gradients):
         return loss, {"loss": loss, "weight": jnp.float32(1)}
 
     monkeypatch.setattr(step_module, "make_objective", lambda name, options: objective)
-    arrangement = Linear(p)
+    layout = Linear(p)
     parameters = {n: jnp.asarray(x) for n, x in parameters.items()}
-    state = TrainState(parameters, arrangement.optimizer.init(parameters), jax.tree.map(jnp.copy, Health.new()))
-    step, found = make_step(arrangement, p), []
+    state = TrainState(parameters, layout.optimizer.init(parameters), jax.tree.map(jnp.copy, Health.new()))
+    step, found = make_step(layout, p), []
     for g in gradients:
         state, metrics = step(state, {}, g)
         found.append(({n: np.asarray(x) for n, x in state.trainable.items()}, {n: float(x) for n, x in metrics.items()}))
@@ -100,9 +100,7 @@ def test_steps_are_torch_s_adamw_with_warmup_a_clipped_norm_and_decay_of_matrice
     assert norms[0] > 5 > norms[1] and norms[2] > 5
     rates = [0.02, 0.04, 0.04, 0.03, 0.02]
     want = torch_steps(p, start, gradients, rates)
-    for (found, metrics), wanted, rate, norm in zip(
-        steps_of(monkeypatch, p, start, gradients), want, rates, norms, strict=True
-    ):
+    for (found, metrics), wanted, rate, norm in zip(steps_of(monkeypatch, p, start, gradients), want, rates, norms, strict=True):
         for name in SHAPES:
             assert relative_error(found[name] - start[name], wanted[name] - start[name]) < 2e-5, name
         assert metrics["learning_rate"] == pytest.approx(rate, rel=1e-6)

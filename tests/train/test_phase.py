@@ -11,7 +11,7 @@ from hybrid_jax import load_model
 from hybrid_jax.data import training_batches
 from hybrid_jax.experiment import mix_of, phases_of_config, run_experiment
 from hybrid_jax.train import Phase, read_metrics
-from hybrid_jax.train.loop import prepared
+from hybrid_jax.train.loop import apply_phase_settings
 from tests.conftest import relative_error, tiny_model
 from tests.data.test_data import corpus  # noqa: F401 (a fixture)
 from tests.train.test_training import experiment, made_source, phase  # noqa: F401 (a fixture)
@@ -90,7 +90,7 @@ def test_rows_are_described_as_the_phase_has_them():
 def test_activations_have_the_phase_s_dtype_and_parameters_keep_theirs():
     ids, found = np.arange(3, 13)[None], {}
     for dtype in ("float32", "bfloat16"):
-        model = prepared(tiny_model("*"), phase(compute_dtype=dtype))
+        model = apply_phase_settings(tiny_model("*"), phase(compute_dtype=dtype))
         hidden, _ = model.hidden_states(ids, np.ones_like(ids), np.arange(10)[None])
         assert hidden.dtype == jnp.dtype(dtype) and model.embed_tokens.embedding[...].dtype == jnp.float32
         found[dtype] = hidden.astype(jnp.float32)

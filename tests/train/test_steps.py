@@ -14,11 +14,11 @@ from hybrid_jax.priming.fuse import fuse
 from hybrid_jax.priming.initialize import initialize_hybrid
 from hybrid_jax.train import loop as loop_module
 from hybrid_jax.train import read_metrics
-from hybrid_jax.train.arrangement import Arrangement
-from hybrid_jax.train.health import first_bad
-from hybrid_jax.train.loop import prepared
+from hybrid_jax.train.diagnose import first_bad
+from hybrid_jax.train.loop import apply_phase_settings
 from hybrid_jax.train.metrics import MetricWriter, gradient_norms
 from hybrid_jax.train.optimizer import learning_rate_schedule
+from hybrid_jax.train.phase_layout import PhaseLayout
 from hybrid_jax.train.step import make_step
 from tests.conftest import relative_error, tiny_model
 from tests.data.test_data import corpus  # noqa: F401 (a fixture)
@@ -37,10 +37,10 @@ def batch_of(rows=4, length=16, seed=0):
 def one_step(model, batch, **changes):
     """The state before and after, and the metrics."""
     p = phase(**changes)
-    arrangement = Arrangement(prepared(model, p), p)
-    state, frozen, _ = arrangement.begin(None, split_model(model)[1])
+    layout = PhaseLayout(apply_phase_settings(model, p), p)
+    state, frozen, _ = layout.begin(None, split_model(model)[1])
     before = jax.tree.map(np.asarray, state)
-    after, metrics = make_step(arrangement, p)(state, frozen, batch)
+    after, metrics = make_step(layout, p)(state, frozen, batch)
     return before, after, metrics
 
 
@@ -73,9 +73,9 @@ def test_a_bad_step_changes_nothing_but_the_count():
 def test_a_spike_is_skipped_once_the_mean_is_trusted():
     p = phase(spike=3.0)
     model = tiny_model("*-SWA")
-    arrangement = Arrangement(model, p)
-    state, frozen, _ = arrangement.begin(None, split_model(model)[1])
-    step, batch = make_step(arrangement, p), batch_of()
+    layout = PhaseLayout(model, p)
+    state, frozen, _ = layout.begin(None, split_model(model)[1])
+    step, batch = make_step(layout, p), batch_of()
     loss, norm = (float(one_step(model, batch)[2][n]) for n in ("loss", "grad_norm"))
     for steps, loss_then, norm_then, skipped in (
         (5, loss, norm / 10, 0),
@@ -117,14 +117,14 @@ def test_a_teacher_that_overflows_is_named_and_the_student_s_own_copy_of_it_is_n
     teacher.layers[0].mlp.down_proj.kernel[...] = teacher.layers[0].mlp.down_proj.kernel[...] * 1e38
     teacher.layers[0].mlp.up_proj.kernel[...] = teacher.layers[0].mlp.up_proj.kernel[...] * 1e38
     batch = {n: jnp.asarray(x) for n, x in batch_of().items()}
-    arrangement = Arrangement(model, phase(objective="align_all", form="fused", trainable=("swa",)), teacher)
-    state, frozen, _ = arrangement.begin(None, *(split_model(m)[1] for m in (model, teacher)))
+    layout = PhaseLayout(model, phase(objective="align_all", form="fused", trainable=("swa",)), teacher)
+    state, frozen, _ = layout.begin(None, *(split_model(m)[1] for m in (model, teacher)))
     want = "layer 0 (*) is the first whose output of the teacher is not finite: its mlp"
-    assert first_bad(model, batch, arrangement.source(state, frozen)) == want
-    own = arrangement.source(state, frozen)
+    assert first_bad(model, batch, layout.source(state, frozen)) == want
+    own = layout.source(state, frozen)
     assert all(np.array_equal(x, split_model(own)[1][n]) for n, x in split_model(teacher)[1].items())
     assert "loss" in first_bad(model, batch), "an objective without a teacher does not read it"
-    assert Arrangement(model, phase(objective="next_token")).source(state, frozen) is None
+    assert PhaseLayout(model, phase(objective="next_token")).source(state, frozen) is None
 
 
 def test_skipped_steps_are_told_and_the_run_goes_on(corpus, tmp_path, monkeypatch):  # noqa: F811

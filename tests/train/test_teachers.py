@@ -18,15 +18,15 @@ from hybrid_jax.data.layout import training_batch
 from hybrid_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from hybrid_jax.experiment import run_experiment
 from hybrid_jax.parameters import join_model, split_model
+from hybrid_jax.plan.plan_report import plan_rows
 from hybrid_jax.plan.planner import make_plan
 from hybrid_jax.plan.program import Job
-from hybrid_jax.plan.report import plan_rows
 from hybrid_jax.priming.fuse import check_teacher, fuse, share
 from hybrid_jax.priming.initialize import initialize_hybrid
 from hybrid_jax.train import read_metrics
-from hybrid_jax.train.arrangement import TEACHER, Arrangement
-from hybrid_jax.train.loop import prepared
+from hybrid_jax.train.loop import apply_phase_settings
 from hybrid_jax.train.objectives import OBJECTIVES, Objective, make_objective
+from hybrid_jax.train.phase_layout import TEACHER, PhaseLayout
 from tests.conftest import relative_error, tiny_config, tiny_model
 from tests.train.test_training import arrays, experiment, phase
 
@@ -39,8 +39,8 @@ def moved(model, names=("",), by=0.1):
     return join_model(structure, {n: p + by if any(part in n for part in names) else p for n, p in parameters.items()})
 
 
-def logits_of_the_teacher(arrangement, state, frozen):
-    model, teacher = arrangement.models(state.trainable, frozen)
+def logits_of_the_teacher(layout, state, frozen):
+    model, teacher = layout.models(state.trainable, frozen)
     teacher = teacher or model
     return teacher.head(teacher.hidden_states(IDS, stream="teacher")[0])
 
@@ -62,10 +62,10 @@ def registered():
 def test_a_teacher_does_not_move_when_what_it_shares_trains(registered, objective):
     source = tiny_model("*-*")
     model = fuse(initialize_hybrid(source, "*-SWA"), source)
-    arrangement = Arrangement(model, phase(objective=objective, form="fused"))
-    state, frozen, _ = arrangement.begin(None, split_model(model)[1])
+    layout = PhaseLayout(model, phase(objective=objective, form="fused"))
+    state, frozen, _ = layout.begin(None, split_model(model)[1])
     state = state._replace(trainable=jax.tree.map(lambda x: x + 0.1, state.trainable))
-    assert relative_error(logits_of_the_teacher(arrangement, state, frozen), source(IDS)) < 1e-6
+    assert relative_error(logits_of_the_teacher(layout, state, frozen), source(IDS)) < 1e-6
     assert "layers.0.self_attn.q_proj.kernel" in state.trainable
     assert not any(n.startswith("layers.1.self_attn") for n in state.trainable), "the teacher's own attention never trains"
 
@@ -84,10 +84,10 @@ def test_a_model_fused_again_learns_from_the_source(trainable):
     source = tiny_model("*-*-*-*")
     hybrid = moved(initialize_hybrid(source, "*-SWA-*-SWA"), ("layers.3.", "embed_tokens", "layers.2.self_attn", "lm_head"))
     model, p = fuse(hybrid, source), phase(objective="align_all", form="fused", trainable=trainable)
-    arrangement = Arrangement(prepared(model, p), p, teacher := share(source, model))
-    state, frozen, _ = arrangement.begin(None, split_model(model)[1], split_model(teacher)[1])
-    assert relative_error(logits_of_the_teacher(arrangement, state, frozen), source(IDS)) < 1e-6
-    student, _ = arrangement.models(state.trainable, frozen)
+    layout = PhaseLayout(apply_phase_settings(model, p), p, teacher := share(source, model))
+    state, frozen, _ = layout.begin(None, split_model(model)[1], split_model(teacher)[1])
+    assert relative_error(logits_of_the_teacher(layout, state, frozen), source(IDS)) < 1e-6
+    student, _ = layout.models(state.trainable, frozen)
     assert relative_error(student(IDS), hybrid(IDS)) < 1e-6 and relative_error(hybrid(IDS), source(IDS)) > 0.1
     copies = {n.removeprefix(TEACHER) for n in frozen if n.startswith(TEACHER)}
     if trainable != ("all",):
@@ -110,10 +110,10 @@ def test_a_phase_s_rope_and_context_are_the_student_s_alone():
     source = tiny_model("*-*", rope=yarn)
     model = fuse(initialize_hybrid(source, "*-SWA"), source)
     p = phase(objective="distill", form="fused", trainable=(r"\.swa\.",), rope_theta=1e6, max_position_embeddings=512)
-    arrangement = Arrangement(prepared(model, p), p, source := share(source, model))
-    state, frozen, _ = arrangement.begin(None, split_model(model)[1], split_model(source)[1])
-    assert relative_error(logits_of_the_teacher(arrangement, state, frozen), source(IDS)) < 1e-6
-    student, teacher = arrangement.models(state.trainable, frozen)
+    layout = PhaseLayout(apply_phase_settings(model, p), p, source := share(source, model))
+    state, frozen, _ = layout.begin(None, split_model(model)[1], split_model(source)[1])
+    assert relative_error(logits_of_the_teacher(layout, state, frozen), source(IDS)) < 1e-6
+    student, teacher = layout.models(state.trainable, frozen)
     assert student.config.rope.theta == 1e6 and student.config.max_position_embeddings == 512
     assert teacher.config.rope.theta == 1e4 and teacher.config.max_position_embeddings == 256
     assert relative_error(student(IDS), initialize_hybrid(source, "*-SWA")(IDS)) > 1e-3
@@ -130,18 +130,18 @@ def test_what_is_equal_and_frozen_is_shared_also_after_rounding():
         other = dataclasses.replace(source.config, swa=SWAConfig(9))  # an option of a mixer that the source does not have
         teacher = share(join_model(*split_model(source)), before, p.frozen_dtype)
         teacher.config = other
-        arrangement = Arrangement(prepared(before, p), p, teacher)
-        state, frozen, _ = arrangement.begin(None, split_model(before)[1], split_model(teacher)[1])
-        assert not arrangement.copied and arrangement.models(state.trainable, frozen)[1] is None
+        layout = PhaseLayout(apply_phase_settings(before, p), p, teacher)
+        state, frozen, _ = layout.begin(None, split_model(before)[1], split_model(teacher)[1])
+        assert not layout.copied and layout.models(state.trainable, frozen)[1] is None
     other = moved(model, ("layers.0.mlp",))
-    copied = Arrangement(other, p, share(source, other, "bfloat16")).copied
+    copied = PhaseLayout(other, p, share(source, other, "bfloat16")).copied
     assert copied == {f"layers.0.mlp.{n}_proj.kernel" for n in ("up", "gate", "down")}
 
 
 def test_a_pattern_that_finds_only_the_teacher_s_is_refused():
     model = tiny_model("*DA-SWA*")
     with pytest.raises(ValueError, match=r"'layers.1.self_attn' matches only parameters of the teacher, which never trains"):
-        Arrangement(model, phase(objective="distill", form="fused", trainable=("layers.1.self_attn",)))
+        PhaseLayout(model, phase(objective="distill", form="fused", trainable=("layers.1.self_attn",)))
 
 
 def test_the_plan_says_what_the_teacher_s_copies_cost():
@@ -190,7 +190,7 @@ def test_a_run_aligns_with_its_source_after_post_training(run):
     """The first step's loss, from the source and the hybrid that the phase began with, each a model of one stream."""
     workdir, source, config = run
     teacher, student = load_model(source), load_model(workdir / "stages" / "01_train")
-    student = prepared(student, phase(rope_theta=1e6))
+    student = apply_phase_settings(student, phase(rope_theta=1e6))
     corpus = read_corpus(config.data.to_dict(), source, 0)
     batch = training_batch(next(training_batches(corpus, {"text": 1.0}, batch_size=2, length=32, seed=2, answer_weight=1.0)))
     final = nnx.jit(lambda model, batch: model.hidden_states(batch["input_ids"], batch["segment_ids"])[0])
@@ -257,13 +257,13 @@ def test_a_fused_source_teaches_by_its_teacher_stream():
     source = tiny_model("*-*")
     fused = moved(fuse(initialize_hybrid(source, "*-SWA"), source), (".swa.",))
     check_teacher(fused.config, fused.config)
-    arrangement = Arrangement(fused, p := phase(objective="distill", form="fused"), fused)
-    state, frozen, _ = arrangement.begin(None, split_model(fused)[1])
-    assert relative_error(logits_of_the_teacher(arrangement, state, frozen), source(IDS)) < 1e-6
+    layout = PhaseLayout(fused, p := phase(objective="distill", form="fused"), fused)
+    state, frozen, _ = layout.begin(None, split_model(fused)[1])
+    assert relative_error(logits_of_the_teacher(layout, state, frozen), source(IDS)) < 1e-6
     with pytest.raises(ValueError, match="the teacher's vocab_size is 64, the model's is 61"):
-        Arrangement(fused, p, tiny_model("*-*", vocab_size=64))
+        PhaseLayout(fused, p, tiny_model("*-*", vocab_size=64))
     with pytest.raises(ValueError, match="must have the model's 2 layers, it has 1"):
-        Arrangement(fused, p, tiny_model("*"))
+        PhaseLayout(fused, p, tiny_model("*"))
 
 
 def test_alignment_does_not_see_padding():

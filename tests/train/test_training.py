@@ -15,8 +15,8 @@ from hybrid_jax.data.layout import training_batch
 from hybrid_jax.experiment import run_experiment
 from hybrid_jax.parameters import select_names, split_model
 from hybrid_jax.train import MetricWriter, Phase, Stopped, read_metrics, train_phase
-from hybrid_jax.train.arrangement import Arrangement
 from hybrid_jax.train.optimizer import decayed, learning_rate_schedule, make_optimizer
+from hybrid_jax.train.phase_layout import PhaseLayout
 from hybrid_jax.train.step import make_step
 from tests.conftest import tiny_model
 from tests.data.test_data import corpus  # noqa: F401 (a fixture)
@@ -173,9 +173,9 @@ def test_alignment_moves_the_student_towards_the_teacher():
     batch = training_batch({"input_ids": ids, "segment_ids": ones, "loss_weights": ones.astype(np.float32)})
     for objective in ("align_decoder", "align_mixer", "align_residuals", "align_all", "align_none"):
         p = phase(objective=objective, form="fused", steps=25, trainable=(r"\.gka\.",))
-        arrangement = Arrangement(fused, p)
-        state, frozen, _ = arrangement.begin(None, split_model(fused)[1])
-        step = make_step(arrangement, p)
+        layout = PhaseLayout(fused, p)
+        state, frozen, _ = layout.begin(None, split_model(fused)[1])
+        step = make_step(layout, p)
         seen = []
         for _ in range(25):
             state, metrics = step(state, frozen, batch)

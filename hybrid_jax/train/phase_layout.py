@@ -18,8 +18,8 @@ from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.sharding import parameter_sharding
 from hybrid_jax.parameters import Parameters, abstract_parameters, join_model, select_names, split_model
 from hybrid_jax.priming.fuse import check_teacher, same_function, teacher_stream
-from hybrid_jax.runs import Run
-from hybrid_jax.stacking import stack, stacked_names, stacked_structure, training_runs, unstack
+from hybrid_jax.repeats import Repeat
+from hybrid_jax.stacking import stack, stacked_names, stacked_structure, training_repeats, unstack
 from hybrid_jax.train.checkpoint import Health, TrainState
 from hybrid_jax.train.objectives import OBJECTIVES
 from hybrid_jax.train.optimizer import make_optimizer
@@ -47,7 +47,7 @@ def trained_names(config: ModelConfig, patterns: Iterable[str]) -> set[str]:
     return set().union(*(found for _, found in chosen))
 
 
-class Arrangement:
+class PhaseLayout:
     """Of a model (its arrays are not touched) for a phase.
 
     `structure` is of the stacked model, `names` maps its parameters to those they stand for, `optimizer` is over the
@@ -64,14 +64,14 @@ class Arrangement:
     def __init__(self, model: Decoder, phase: Phase, teacher: Decoder | None = None):
         self.phase, self.chosen = phase, trained_names(model.config, phase.trainable)
         self.frozen_dtype, self.config = phase.frozen_dtype, model.config
-        runs = training_runs(model.config, self.chosen)
-        self.names = stacked_names(model.config, runs)
-        self.structure, self.axes = stacked_structure(model, runs)
+        repeats = training_repeats(model.config, self.chosen)
+        self.names = stacked_names(model.config, repeats)
+        self.structure, self.axes = stacked_structure(model, repeats)
         self.copied, self.teacher_structure, self.source_structure = frozenset(), None, None
         if OBJECTIVES[phase.objective].two_streams:
-            self._arrange_teacher(model, teacher, runs)
+            self._lay_out_teacher(model, teacher, repeats)
 
-    def _arrange_teacher(self, model: Decoder, teacher: Decoder | None, runs: Sequence[Run]):
+    def _lay_out_teacher(self, model: Decoder, teacher: Decoder | None, repeats: Sequence[Repeat]):
         """What of the teacher is its own: the parameters that differ or train, and its structure where it has any or computes
         otherwise."""
         own = teacher_stream(model)
@@ -83,8 +83,8 @@ class Arrangement:
         self.copied = frozenset(n for olds in self.names.values() if differ.intersection(olds) for n in olds)
         self.source_structure = split_model(teacher)[0]
         if self.copied or not same_function(own.config, teacher.config):
-            self.teacher_structure = stacked_structure(teacher, runs)[0]
-            self.teacher_names = frozenset(stacked_names(teacher.config, runs))
+            self.teacher_structure = stacked_structure(teacher, repeats)[0]
+            self.teacher_names = frozenset(stacked_names(teacher.config, repeats))
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:

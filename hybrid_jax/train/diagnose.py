@@ -17,7 +17,7 @@ def first_bad(model: Decoder, batch: Mapping[str, jax.Array], teacher: Decoder |
     """In words. Runs the model without its teacher path, and beside it the teacher where there is one, layer by layer.
 
     Args:
-      teacher: a model of one stream, as `Arrangement.source` makes it.
+      teacher: a model of one stream, as `PhaseLayout.source` makes it.
     """
 
     def finite(x) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from hybrid_jax.checks import check_boolean, check_integer
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.files import read_json
-from hybrid_jax.generate.sampling import Sampling
+from hybrid_jax.generation.sampling import Sampling
 from hybrid_jax.parallel.distributed import notice
 
 FILE = "generation_config.json"

@@ -10,8 +10,8 @@ import numpy as np
 
 from hybrid_jax.checks import check_integer
 from hybrid_jax.config import ATTENTION, ModelConfig
-from hybrid_jax.generate.defaults import GenerationDefaults, generation_defaults
-from hybrid_jax.generate.sampling import Sampling, sample
+from hybrid_jax.generation.defaults import GenerationDefaults, generation_defaults
+from hybrid_jax.generation.sampling import Sampling, sample
 from hybrid_jax.model import Decoder
 from hybrid_jax.parameters import join_model, split_model
 

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 
-class Run(NamedTuple):
+class Repeat(NamedTuple):
     """Layers start ... stop - 1: `length` layers, `count` times over."""
 
     start: int
@@ -23,17 +23,17 @@ class Run(NamedTuple):
         return [range(self.start + n, self.stop, self.length) for n in range(self.length)]
 
 
-def repeated_runs(keys: Sequence[Hashable], most: int = 16) -> list[Run]:
-    """Cuts layers into runs of repeated units so that the units, which are what is compiled, are shortest together.
+def find_repeats(keys: Sequence[Hashable], most: int = 16) -> list[Repeat]:
+    """Cuts layers into repeats of repeated units so that the units, which are what is compiled, are shortest together.
 
-    `* GKA * GKA * GKA GKA GKA` is two layers thrice and one twice. Of equal cuts the one with fewer runs.
+    `* GKA * GKA * GKA GKA GKA` is two layers thrice and one twice. Of equal cuts the one with fewer repeats.
 
     Args:
       keys: equal for layers that share a program.
       most: layers a unit may have.
     """
     n = len(keys)
-    best: list[tuple[int, int, list[Run]]] = [(0, 0, [])]
+    best: list[tuple[int, int, list[Repeat]]] = [(0, 0, [])]
     for stop in range(1, n + 1):
         options = []
         for length in range(1, min(most, stop) + 1):
@@ -42,8 +42,8 @@ def repeated_runs(keys: Sequence[Hashable], most: int = 16) -> list[Run]:
                 start = stop - length * count
                 if start < 0 or tuple(keys[start : start + length]) != tuple(keys[stop - length : stop]):
                     break
-                size, runs, cut = best[start]
-                options.append((size + length, runs + 1, [*cut, Run(start, length, count)]))
+                size, repeats, cut = best[start]
+                options.append((size + length, repeats + 1, [*cut, Repeat(start, length, count)]))
                 count += 1
         best.append(min(options, key=lambda o: o[:2]))
     return best[n][2]
