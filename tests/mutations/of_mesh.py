@@ -120,7 +120,11 @@ MUTATIONS = [
     Mutation(ATTENTION, "jnp.where(i >= step, 0, 1)", "jnp.where(i > step, 0, 1)", "front chunks miss the row's first", WINDOWS),
     Mutation(ATTENTION, "2 * n - 1 - i - other), (same", "2 * n - i - other), (same", "back chunks stand a chunk too far", WINDOWS),
     Mutation(
-        ATTENTION, "(from_pair(x + y) for x, y in zip(home", "(from_pair(y) for x, y in zip(home", "gradients do not come home", WINDOWS
+        ATTENTION,
+        "(from_pair(x + y) for x, y in zip(home",
+        "(from_pair(y) for x, y in zip(home",
+        "gradients do not come home",
+        WINDOWS,
     ),
     Mutation(ATTENTION, "dq + own[0], own[1:]", "own[0], own[1:]", "queries forget the keys of other devices", WINDOWS),
     Mutation(

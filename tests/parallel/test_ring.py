@@ -19,12 +19,12 @@ from hybrid_jax.parallel.sequence import (
     SEQ_AXIS,
     continued,
     exclusive_scan,
+    from_pair,
     from_zigzag,
     halo,
     halo_segments,
-    join,
     shift,
-    split,
+    to_pair,
     to_zigzag,
     zigzag_order,
 )
@@ -262,5 +262,5 @@ def test_a_halo_is_never_longer_than_the_row():
 
 def test_chunks_join_to_what_was_split():
     x = jnp.arange(12).reshape(2, 6)
-    assert split(x).tolist() == [[[0, 1, 2], [6, 7, 8]], [[3, 4, 5], [9, 10, 11]]]
-    np.testing.assert_array_equal(join(split(x)), x)
+    assert to_pair(x).tolist() == [[[0, 1, 2], [6, 7, 8]], [[3, 4, 5], [9, 10, 11]]]
+    np.testing.assert_array_equal(from_pair(to_pair(x)), x)
