@@ -5,7 +5,7 @@ from tests.mutations import Mutation
 MEASURES, REPORT = "tests/evaluate/test_measures.py", "tests/evaluate/test_report.py"
 PARTS, INVARIANCE = "tests/parallel/test_parts.py", "tests/layers/test_invariance.py"
 PARITY, PRIMING = "tests/convert/test_transformers_parity.py", "tests/priming/test_priming.py"
-MODEL, STACKING, RUNS = "hybrid_jax/model.py", "hybrid_jax/stacking.py", "hybrid_jax/repeats.py"
+MODEL, STACKING, REPEATS = "hybrid_jax/model.py", "hybrid_jax/stacking.py", "hybrid_jax/repeats.py"
 SELECT, EVALUATE = "hybrid_jax/priming/select.py", "hybrid_jax/evaluate/measures.py"
 
 MUTATIONS = [
@@ -74,7 +74,7 @@ MUTATIONS = [
         (f"{PARTS}::test_stacked_training_gives_the_gradients_of_layers_by_themselves",),
     ),
     Mutation(
-        RUNS,
+        REPEATS,
         "range(self.start + n, self.stop, self.length)",
         "range(self.start + n, self.stop, self.length)[::-1]",
         "stacked layers are in reverse order",

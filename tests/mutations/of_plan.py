@@ -3,7 +3,7 @@
 from tests.mutations import Mutation
 
 FORMULA, PLANNER, PROGRAM, WIRE = (f"hybrid_jax/plan/{name}.py" for name in ("formula", "planner", "program", "wire"))
-FLOPS, HARDWARE, RUNS, STACKING = (f"hybrid_jax/{name}.py" for name in ("flops", "hardware", "runs", "stacking"))
+FLOPS, HARDWARE, REPEATS, STACKING = (f"hybrid_jax/{name}.py" for name in ("flops", "hardware", "repeats", "stacking"))
 PLAN, PARTS = "tests/plan/test_plan.py", "tests/parallel/test_parts.py"
 
 
@@ -104,7 +104,7 @@ MUTATIONS = [
         (f"{PARTS}::test_layers_of_different_windows_are_not_stacked_together",),
     ),
     Mutation(
-        RUNS,
+        REPEATS,
         "key=lambda o: o[:2]",
         "key=lambda o: o[0]",
         "more runs than are needed",
