@@ -1,4 +1,4 @@
-"""Shared by all tests: where the golden data lives, tiny models, relative errors."""
+"""Shared by all tests: where the golden data lives, tiny models, corpora and sources, relative errors, other processes."""
 
 import os
 
@@ -9,19 +9,26 @@ os.environ["XLA_FLAGS"] = f"--xla_allow_excess_precision=false {os.environ.get('
 
 import pathlib
 import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from ml_collections import ConfigDict
 
 from hybrid_jax.config import BMojoConfig, GKAConfig, ModelConfig, SWAConfig, parse_pattern
+from hybrid_jax.convert import save_model
+from hybrid_jax.data import Corpus, read_corpus
+from hybrid_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from hybrid_jax.model import Decoder
 
 if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:  # most of the tests' time is XLA's, optimising programs that run once
     jax.config.update("jax_disable_most_optimizations", True)
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+TEXT = "def f(x):\n    return x + 1\n\nclass A:\n    pass\n" * 40
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,3 +80,88 @@ def tiny_config(pattern, **changes) -> ModelConfig:
 
 def tiny_model(pattern, seed=0, **changes) -> Decoder:
     return Decoder(tiny_config(pattern, **changes), rngs=nnx.Rngs(seed))
+
+
+def run_processes(module, processes, *arguments, devices=8, timeout=900, env=None):
+    """Starts `python -m module PROCESS PROCESSES PORT *arguments` in every process; the first one's output."""
+    port = free_port()
+    flags = f"--xla_force_host_platform_device_count={devices // processes}"
+    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **(env or {})}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, str(i), str(processes), str(port), *arguments],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(processes)
+    ]
+    outs = []
+    try:
+        outs = [p.communicate(timeout=timeout) for p in running]
+    finally:
+        for p in running:
+            p.kill()
+    for p, (_, errors) in zip(running, outs, strict=True):
+        assert p.returncode == 0, errors[-3000:]
+    return outs[0][0]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Corpus:
+    """Forty small Python files, with a tokenizer of their own."""
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(40):
+        (folder / f"file{i}.py").write_text(TEXT + f"# file {i}\n" * i)
+    model = tmp_path_factory.mktemp("model")
+    save_tokenizer(train_tokenizer([TEXT], 300), model, 256)
+    return read_corpus({"text": str(folder)}, model)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """A small byte-level tokenizer of 270 tokens at most."""
+    return train_tokenizer(["abc def " * 50], 270)
+
+
+@pytest.fixture
+def model(tokenizer, tmp_path) -> pathlib.Path:
+    """The directory of a model of one attention layer, with `tokenizer`."""
+    save_model(tiny_model("*", vocab_size=tokenizer.get_vocab_size()), tmp_path / "model")
+    save_tokenizer(tokenizer, tmp_path / "model", 256)
+    return tmp_path / "model"
+
+
+@pytest.fixture(scope="module")
+def made_source(tmp_path_factory):
+    """A run that makes a source from nothing; (its model directory, its text)."""
+    from hybrid_jax.experiment import run_experiment  # imports the training stack, which few tests need
+
+    folder = tmp_path_factory.mktemp("source")
+    (folder / "text").mkdir()
+    for i in range(30):
+        (folder / "text" / f"file{i}.py").write_text("def f(x):\n    return x + 1\n" * 20)
+    model = dict(
+        model_type="qwen3",
+        vocab_size=270,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        tie_word_embeddings=True,
+        eos_token_id=0,
+    )
+    pretrain = dict(objective="next_token", steps=2, batch_size=2, seq_len=32)
+    config = ConfigDict(
+        {
+            "model": model,
+            "schedule": ("pretrain",),
+            "phases": {"pretrain": pretrain},
+            "data": {"text": str(folder / "text"), "mix": {"text": 1.0}},
+            "seed": 0,
+        }
+    )
+    return run_experiment(config, folder / "run"), str(folder / "text")

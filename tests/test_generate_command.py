@@ -8,26 +8,13 @@ import jax.numpy as jnp
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
-from hybrid_jax import generate, load_model, save_model
+from hybrid_jax import generate, load_model
 from hybrid_jax.commands.main import main
-from hybrid_jax.data.tokenizer import decode_continuation, save_tokenizer, train_tokenizer
-from tests.conftest import tiny_model
+from hybrid_jax.data.tokenizer import decode_continuation
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 NEW = 8
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(["abc def " * 50], 270)
-
-
-@pytest.fixture
-def model(tokenizer, tmp_path):
-    save_model(tiny_model("*", vocab_size=tokenizer.get_vocab_size()), tmp_path / "model")
-    save_tokenizer(tokenizer, tmp_path / "model", 256)
-    return tmp_path / "model"
 
 
 def said(capsys, *arguments):

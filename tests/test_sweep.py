@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 
 from hybrid_jax.commands.main import main
 from hybrid_jax.sweep import _command, collect, draw_sweep, points_of, run_point
-from tests.train.test_training import made_source  # noqa: F401 (a fixture)
 
 CONFIG = """
 from ml_collections import ConfigDict
@@ -89,7 +88,7 @@ def test_a_sweep_asked_to_stop_waits_until_its_point_has_saved(tmp_path, whom):
 
 
 @pytest.fixture
-def sweep(made_source, tmp_path):  # noqa: F811
+def sweep(made_source, tmp_path):
     source, text = made_source
     (tmp_path / "base.py").write_text(CONFIG.replace("SOURCE", str(source)).replace("TEXT", text))
     (tmp_path / "sweep.py").write_text(SWEEP.replace("BASE", str(tmp_path / "base.py")))

@@ -5,24 +5,13 @@ import json
 import numpy as np
 import pytest
 
-from hybrid_jax.data import Corpus, read_corpus, training_batches
+from hybrid_jax.data import training_batches
 from hybrid_jax.data.documents import Document, is_held_out, load_documents, split_documents
 from hybrid_jax.data.packing import PackedRows
 from hybrid_jax.data.synthetic import Induction, KeyValueRetrieval
-from hybrid_jax.data.tokenizer import ASK, END_OF_TEXT, PAIRS, save_tokenizer, train_tokenizer
+from hybrid_jax.data.tokenizer import ASK, END_OF_TEXT, PAIRS, train_tokenizer
 from hybrid_jax.data.tokens import Tokens
-
-TEXT = "def f(x):\n    return x + 1\n\nclass A:\n    pass\n" * 40
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Corpus:
-    folder = tmp_path_factory.mktemp("text")
-    for i in range(40):
-        (folder / f"file{i}.py").write_text(TEXT + f"# file {i}\n" * i)
-    model = tmp_path_factory.mktemp("model")
-    save_tokenizer(train_tokenizer([TEXT], 300), model, 256)
-    return read_corpus({"text": str(folder)}, model)
+from tests.conftest import TEXT
 
 
 def test_the_standard_library_is_real_text_and_splits_without_overlap():

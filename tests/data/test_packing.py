@@ -9,7 +9,6 @@ from hybrid_jax.data import training_batches
 from hybrid_jax.data.corpus import Source
 from hybrid_jax.data.packing import PackedRows
 from hybrid_jax.data.tokens import Tokens
-from tests.data.test_data import corpus  # noqa: F401 (a fixture)
 
 
 def documents(sizes, weights=False):
@@ -109,12 +108,12 @@ def test_a_rule_for_long_documents_that_has_no_effect_is_refused():
 MIX = {"text": 0.6, "retrieval": 0.4}
 
 
-def read(corpus, steps, rows=None, batch_size=6, threads=1):  # noqa: F811
+def read(corpus, steps, rows=None, batch_size=6, threads=1):
     stream = training_batches(corpus, MIX, batch_size=batch_size, length=128, seed=3, rows=rows, threads=threads)
     return [next(stream) for _ in range(steps)]
 
 
-def test_processes_together_read_what_one_alone_reads(corpus):  # noqa: F811
+def test_processes_together_read_what_one_alone_reads(corpus):
     alone = read(corpus, 4)
     for parts in ([[0, 1, 2], [3, 4, 5]], [[0], [1, 2], [3, 4, 5]], [[0, 1, 2, 3, 4, 5]] * 2):
         for rows in parts:
@@ -122,7 +121,7 @@ def test_processes_together_read_what_one_alone_reads(corpus):  # noqa: F811
                 assert all(np.array_equal(mine[k], whole[k][rows]) for k in whole)
 
 
-def test_a_run_goes_on_with_the_same_rows_on_another_number_of_processes(corpus):  # noqa: F811
+def test_a_run_goes_on_with_the_same_rows_on_another_number_of_processes(corpus):
     stream = training_batches(corpus, MIX, batch_size=6, length=128, seed=3, rows=[0, 1, 2])
     for _ in range(3):
         next(stream)

@@ -10,20 +10,8 @@ from hybrid_jax.commands.main import main
 from hybrid_jax.convert.save import TOKENIZER_FILES
 from hybrid_jax.data import check_tokenizer_fits, load_tokenizer
 from hybrid_jax.data.chat import ChatTemplate
-from hybrid_jax.data.tokenizer import end_of_text_id, save_tokenizer, train_tokenizer
+from hybrid_jax.data.tokenizer import end_of_text_id, save_tokenizer
 from tests.conftest import tiny_model
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(["abc def " * 50], 270)
-
-
-@pytest.fixture
-def model(tokenizer, tmp_path):
-    save_model(tiny_model("*", vocab_size=tokenizer.get_vocab_size()), tmp_path / "model")
-    save_tokenizer(tokenizer, tmp_path / "model", 256)
-    return tmp_path / "model"
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import json
 
-from tests.distributed.test_parity import run_processes
+from tests.conftest import run_processes
 
 
 def measured(what):

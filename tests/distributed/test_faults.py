@@ -11,15 +11,14 @@ import pytest
 from hybrid_jax import load_model
 from hybrid_jax.parameters import split_model
 from tests.conftest import free_port
-from tests.distributed.test_jobs import losses, member, start, write_config
-from tests.train.test_training import made_source  # noqa: F401 (a fixture)
+from tests.distributed.conftest import losses, member, start, write_config
 
 KILLS = int(os.environ.get("HYBRID_JAX_TEST_KILLS", "20"))
 STEPS = 150
 
 
 @pytest.mark.long
-def test_a_run_killed_many_times_ends_as_if_nothing_had_happened(made_source, tmp_path):  # noqa: F811
+def test_a_run_killed_many_times_ends_as_if_nothing_had_happened(made_source, tmp_path):
     argument = write_config(tmp_path / "config.py", made_source, "dict(data=2, fsdp=2)")
     path = tmp_path / "config.py"
     path.write_text(re.sub(r"steps=3", f"steps={STEPS}, checkpoint_every=2", path.read_text()))

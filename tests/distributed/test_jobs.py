@@ -1,11 +1,8 @@
 """A job of several processes by the command that a laptop runs: the environment says who is who."""
 
 import functools
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -14,43 +11,10 @@ from hybrid_jax import load_model, save_model
 from hybrid_jax.parameters import split_model
 from hybrid_jax.train import read_metrics
 from tests.conftest import free_port, relative_error, tiny_model
-from tests.train.test_training import made_source  # noqa: F401 (a fixture)
-
-CONFIG = r"""
-from ml_collections import ConfigDict
-
-def get_config():
-    each = dict(steps=3, batch_size=4, seq_len=32, log_every=1, learning_rate=1e-2)
-    align = dict(form="fused", objective="align_all", trainable=(r"\.gdn\.",), **each)
-    train = dict(form="unfused", objective="next_token", **each)
-    return ConfigDict(dict(source="SOURCE", pattern="*-GDN", mesh=MESH, schedule=("align", "train"), seed=3,
-                           phases=dict(align=align, train=train),
-                           data=dict(text="TEXT", sources=dict(more=dict(path="TEXT")), mix=dict(text=0.6, more=0.4))))
-"""
+from tests.distributed.conftest import losses, member, start, write_config
 
 
-def start(arguments, devices, env):
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", **flags, **env}
-    command = [sys.executable, "-m", "hybrid_jax", *arguments]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def member(port, count, process):
-    return {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(process)}
-
-
-def write_config(path, source, mesh):
-    directory, text = source
-    path.write_text(CONFIG.replace("SOURCE", str(directory)).replace("TEXT", str(text)).replace("MESH", mesh))
-    return f"--config={path}"
-
-
-def losses(workdir):
-    return {(r["phase"], r["step"]): r["loss"] for r in read_metrics(workdir)}
-
-
-def test_two_processes_of_which_one_is_asked_to_stop_and_one_on_another_mesh_are_the_run_of_one_device(made_source, tmp_path):  # noqa: F811
+def test_two_processes_of_which_one_is_asked_to_stop_and_one_on_another_mesh_are_the_run_of_one_device(made_source, tmp_path):
     def config(name, mesh):
         argument, path = write_config(tmp_path / f"{name}.py", made_source, mesh), tmp_path / f"{name}.py"
         path.write_text(path.read_text().replace('"next_token", **each', '"next_token", **{**each, "steps": 60}'))
@@ -102,7 +66,7 @@ def get_config():
 """
 
 
-def test_the_teacher_of_two_processes_answers_as_that_of_one_device(made_source, tmp_path):  # noqa: F811
+def test_the_teacher_of_two_processes_answers_as_that_of_one_device(made_source, tmp_path):
     source, text = made_source
     save_model(tiny_model("*-*-*", vocab_size=270), tmp_path / "teacher", tokenizer_from=source)
 
@@ -135,7 +99,7 @@ def test_a_job_whose_other_host_is_missing_ends_and_says_so(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_failure_of_the_first_process_alone_ends_the_job_with_its_message(made_source, tmp_path):  # noqa: F811
+def test_a_failure_of_the_first_process_alone_ends_the_job_with_its_message(made_source, tmp_path):
     """It would leave the second one at a barrier: only the first claims the directory, which holds another run."""
     config, port = write_config(tmp_path / "config.py", made_source, "dict(data=2)"), free_port()
     (tmp_path / "run" / "stages").mkdir(parents=True)
@@ -153,7 +117,7 @@ def test_half_an_environment_is_refused(tmp_path):
     assert process.returncode == 1 and "JAX_COORDINATOR_ADDRESS is not" in errors
 
 
-def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_written(made_source, tmp_path):  # noqa: F811
+def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_written(made_source, tmp_path):
     config = write_config(tmp_path / "config.py", made_source, "dict(data=3)")
     process = start(["prime", config, f"--workdir={tmp_path}/run"], 3, {})
     _, errors = process.communicate(timeout=300)

@@ -1,42 +1,13 @@
 """Loss and every gradient on a mesh are those of one device; eight CPU devices, in one process and in two."""
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 
-from tests.conftest import free_port
+from tests.conftest import run_processes
 from tests.distributed.parity import CASES
 
 TOLERANCE = 1e-5
-
-
-def run_processes(module, processes, *arguments, devices=8, timeout=900, env=None):
-    """Starts `python -m module PROCESS PROCESSES PORT *arguments` in every process; the first one's output."""
-    port = free_port()
-    flags = f"--xla_force_host_platform_device_count={devices // processes}"
-    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **(env or {})}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-m", module, str(i), str(processes), str(port), *arguments],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(processes)
-    ]
-    outs = []
-    try:
-        outs = [p.communicate(timeout=timeout) for p in running]
-    finally:
-        for p in running:
-            p.kill()
-    for p, (_, errors) in zip(running, outs, strict=True):
-        assert p.returncode == 0, errors[-3000:]
-    return outs[0][0]
 
 
 def check(cases, processes):

@@ -10,7 +10,7 @@ import pytest
 import kernels_pallas as kp
 from kernels_pallas import chunks
 from tests.conftest import relative_error
-from tests.kernels.test_pallas import make
+from tests.kernels.conftest import make
 
 OPS = ["linear_attention", "gated_delta_rule", "gated_kalmanet"]
 

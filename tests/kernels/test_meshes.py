@@ -15,7 +15,7 @@ from hybrid_jax.parallel.attention_block import Mask
 from hybrid_jax.parallel.cross_entropy import cross_entropy
 from kernels_pallas import mosaic
 from tests.conftest import relative_error, tiny_model
-from tests.kernels.test_properties import cut, make_inputs, make_state, run
+from tests.kernels.conftest import cut, make_inputs, make_state, run
 
 OPS = ["linear_attention", "gated_delta_rule", "gated_kalmanet", "ssd", "short_conv"]
 ROWS, HERE = PartitionSpec("data"), PartitionSpec()

@@ -11,33 +11,10 @@ import kernels_pallas as kp
 from kernels_pallas import arguments, triton
 from kernels_pallas.lab.cases import CASES, Shape, program
 from tests.conftest import relative_error
+from tests.kernels.conftest import make
 
 OPS = ["linear_attention", "gated_delta_rule", "gated_kalmanet", "short_conv"]
 FORMS = [(op, "pallas_tpu") for op in OPS] + [(op, "pallas_gpu") for op in OPS[:3]]
-B, H, K, V, D = 1, 3, 24, 40, 130  # nothing a multiple of anything
-
-
-def make(op, T, strength, seed=0):
-    """(arguments by name, initial state, segment ids with an empty-looking border, a one-token and a long segment)."""
-    rng = np.random.default_rng(seed)
-    unit = rng.standard_normal((2, B, T, H, K))
-    q, k = unit / np.linalg.norm(unit, axis=-1, keepdims=True)
-    kk = rng.standard_normal((B, H, K, K))
-    kv = rng.standard_normal((B, H, K, V))
-    shared = dict(q=q, k=k, v=rng.standard_normal((B, T, H, V)), log_decay=-strength * rng.uniform(0, 1, (B, T, H)))
-    gate = rng.uniform(0, 1, (B, T, H))
-    inputs, state = {
-        "linear_attention": (shared, kv),
-        "gated_delta_rule": (shared | dict(beta=2 * gate), kv),
-        "gated_kalmanet": (shared | dict(alpha=gate), (kk @ kk.swapaxes(-1, -2), kv)),
-        "short_conv": (
-            dict(x=rng.standard_normal((B, T, D)), weight=rng.standard_normal((D, 4)), bias=rng.standard_normal(D)),
-            rng.standard_normal((B, 3, D)),
-        ),
-    }[op]
-    borders = [b for b in (0, 20, 21, 100) if b < T]
-    ids = np.repeat([4, 2, 2 if T < 22 else 9, 4][: len(borders)], np.diff([*borders, T]))[None]
-    return inputs, state, jnp.asarray(ids)
 
 
 def few(op):
@@ -122,6 +99,7 @@ def test_identical_keys_and_full_gates_do_not_break_the_inverse(implementation):
     the same size is the measure.
     """
     inputs, state, _ = make("gated_delta_rule", 131, 0.0)
+    B, _, H, K = inputs["k"].shape
     inputs |= dict(beta=np.full((B, 131, H), 2.0), k=np.broadcast_to((np.arange(K) < 16) / 4.0, (B, 131, H, K)))
     for dtype, limit in (("float32", 1e-4), ("bfloat16", None)):
         low = {n: jnp.asarray(x, dtype if x.ndim == 4 else "float32") for n, x in inputs.items()}

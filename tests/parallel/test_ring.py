@@ -29,7 +29,7 @@ from hybrid_jax.parallel.sequence import (
     zigzag_order,
 )
 from tests.conftest import relative_error
-from tests.parallel.test_parts import plain_attention, random
+from tests.parallel.conftest import plain_attention, random
 
 
 def by_gathering(x, axis, pairs):

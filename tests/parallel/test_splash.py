@@ -8,7 +8,7 @@ from hybrid_jax.parallel import attention_block
 from hybrid_jax.parallel.attention import Part, parts_attention
 from hybrid_jax.parallel.attention_block import FULL, Mask
 from tests.conftest import relative_error
-from tests.parallel.test_parts import plain_attention, random
+from tests.parallel.conftest import plain_attention, random
 
 T, CASES = 256, {"causal": (Mask(),), "window": (Mask(0, 70),), "memory": (Mask(0, 70), Mask(70, 140))}
 

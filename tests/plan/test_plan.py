@@ -26,8 +26,7 @@ from hybrid_jax.plan.formula import flops_by_formula, link_speed, traffic
 from hybrid_jax.plan.planner import make_plan, meshes, spread_pattern, torus_meshes
 from hybrid_jax.plan.program import Compiled, Job, abstract_parameters, decoding_program, make_program, program_flops, state_bytes
 from hybrid_jax.plan.wire import wire_bytes
-from tests.conftest import tiny_config
-from tests.distributed.test_parity import run_processes
+from tests.conftest import run_processes, tiny_config
 
 
 def test_flops_count_loops_and_branches_and_kernels():

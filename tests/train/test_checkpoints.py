@@ -13,8 +13,7 @@ from hybrid_jax.parameters import split_model
 from hybrid_jax.train import checkpoint
 from hybrid_jax.train.checkpoint import Checkpoints
 from hybrid_jax.train.phase_layout import PhaseLayout
-from tests.data.test_data import corpus  # noqa: F401 (a fixture)
-from tests.train.test_training import arrays, losses, model_for, phase, train
+from tests.train.conftest import arrays, losses, model_for, phase, train
 
 
 def saved_steps(directory: pathlib.Path):
@@ -28,7 +27,7 @@ def damage(directory: pathlib.Path, step: int):
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_as_if_it_had_not_been(corpus, tmp_path, capsys):  # noqa: F811
+def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_as_if_it_had_not_been(corpus, tmp_path, capsys):
     whole = arrays(train(corpus, tmp_path / "whole"))
     train(corpus, tmp_path / "parts")
     assert saved_steps(tmp_path / "parts") == [4, 6]
@@ -44,7 +43,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_as_if_it_had_not_b
     assert str(aside) in told and list((aside / "state").rglob("manifest.ocdbt")), "renamed, not deleted"
 
 
-def test_when_none_can_be_read_nothing_is_begun_anew(corpus, tmp_path):  # noqa: F811
+def test_when_none_can_be_read_nothing_is_begun_anew(corpus, tmp_path):
     train(corpus, tmp_path)
     for step in saved_steps(tmp_path):
         damage(tmp_path, step)
@@ -53,7 +52,7 @@ def test_when_none_can_be_read_nothing_is_begun_anew(corpus, tmp_path):  # noqa:
     assert saved_steps(tmp_path) == [4, 6]
 
 
-def test_an_unfinished_checkpoint_is_no_checkpoint(corpus, tmp_path, capsys):  # noqa: F811
+def test_an_unfinished_checkpoint_is_no_checkpoint(corpus, tmp_path, capsys):
     train(corpus, tmp_path)
     (tmp_path / "checkpoints" / "6").rename(tmp_path / "checkpoints" / "6.orbax-checkpoint-tmp")
     capsys.readouterr()
@@ -61,12 +60,12 @@ def test_an_unfinished_checkpoint_is_no_checkpoint(corpus, tmp_path, capsys):  #
     assert "resumed at step 4" in capsys.readouterr().out
 
 
-def test_the_newest_stay_and_those_asked_for(corpus, tmp_path):  # noqa: F811
+def test_the_newest_stay_and_those_asked_for(corpus, tmp_path):
     train(corpus, tmp_path, checkpoint_every=1, keep=2, keep_every=3)
     assert saved_steps(tmp_path) == [3, 5, 6]
 
 
-def test_a_full_disk_ends_the_run_and_loses_nothing_earlier(corpus, tmp_path):  # noqa: F811
+def test_a_full_disk_ends_the_run_and_loses_nothing_earlier(corpus, tmp_path):
     before = arrays(train(corpus, tmp_path, steps=2))
     limit, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
@@ -176,7 +175,7 @@ def test_a_checkpoint_of_other_parameters_is_not_called_damaged(saved):
     assert saved_steps(directory) == [3, 5]
 
 
-def test_health_is_restored_with_the_rest(corpus, tmp_path):  # noqa: F811
+def test_health_is_restored_with_the_rest(corpus, tmp_path):
     p, model = phase(), model_for(corpus)
     state, _, _ = PhaseLayout(model, p).begin(None, split_model(model)[1])
     state = state._replace(health=state.health._replace(skipped=state.health.skipped + 7))

@@ -20,9 +20,7 @@ from hybrid_jax.train.objectives import OBJECTIVES, distill
 from hybrid_jax.train.phase_layout import TEACHER, PhaseLayout
 from hybrid_jax.train.step import make_step
 from tests.conftest import relative_error, tiny_model
-from tests.data.test_data import corpus  # noqa: F401 (a fixture)
-from tests.train.test_steps import batch_of
-from tests.train.test_training import made_source, phase  # noqa: F401 (a fixture)
+from tests.train.conftest import batch_of, phase
 
 
 def fused(pattern="*-SWA-*"):
@@ -90,7 +88,7 @@ def test_options_that_an_objective_has_not_are_refused():
 ROWS = dict(batch_size=2, length=128, seed=0, answer_weight=1.0)
 
 
-def test_a_cache_holds_what_a_teacher_thinks_of_each_row(corpus, tmp_path):  # noqa: F811
+def test_a_cache_holds_what_a_teacher_thinks_of_each_row(corpus, tmp_path):
     k = corpus.tokenizer.get_vocab_size()
     teacher = tiny_model("*-*", vocab_size=k)
     student = dict(rope_theta=1e6, max_position_embeddings=512)  # a phase's RoPE is not its teacher's
@@ -122,7 +120,7 @@ def test_a_cache_of_other_rows_is_refused(tmp_path):
         TeacherCache(tmp_path / "d", mix={"text": 1}, **ROWS)
 
 
-def test_a_cache_is_not_continued_with_another_teacher(corpus, tmp_path):  # noqa: F811
+def test_a_cache_is_not_continued_with_another_teacher(corpus, tmp_path):
     k = corpus.tokenizer.get_vocab_size()
     p = Phase.from_config("p", dict(objective="next_token", steps=1, batch_size=2, seq_len=128))
     made_of = {**corpus.identity({"text": 1.0}), "teacher": teacher_fingerprint(tiny_model("*", vocab_size=k))}
@@ -164,7 +162,7 @@ def get_config():
 """
 
 
-def test_a_run_distils_from_what_the_command_cached(made_source, tmp_path, capsys):  # noqa: F811
+def test_a_run_distils_from_what_the_command_cached(made_source, tmp_path, capsys):
     source, text = made_source
     path, cache = tmp_path / "config.py", tmp_path / "cache"
     path.write_text(CONFIG.replace("CACHE", str(cache)).replace("SOURCE", str(source)).replace("TEXT", text))
@@ -182,7 +180,7 @@ def test_a_run_distils_from_what_the_command_cached(made_source, tmp_path, capsy
     assert "schedule has kd" in capsys.readouterr().err
 
 
-def test_a_cache_that_ends_before_a_phase_in_epochs_is_refused_by_name(made_source, tmp_path, capsys):  # noqa: F811
+def test_a_cache_that_ends_before_a_phase_in_epochs_is_refused_by_name(made_source, tmp_path, capsys):
     source, text = made_source
     path, cache = tmp_path / "config.py", tmp_path / "cache"
     in_epochs = CONFIG.replace("steps=2,", "epochs=0.1, mix=dict(text=1.0),")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_jax import report
+from hybrid_jax import run_report
 from hybrid_jax.data import training_batches
 from hybrid_jax.data.layout import SOURCE, training_batch
 from hybrid_jax.data.pipeline import sources_of
@@ -20,9 +20,7 @@ from hybrid_jax.train.objectives import PER_TOKEN, make_objective
 from hybrid_jax.train.optimizer import make_optimizer
 from hybrid_jax.train.step import SOURCE_SUMS, make_step
 from tests.conftest import tiny_model
-from tests.data.test_data import corpus  # noqa: F401 (a fixture)
-from tests.train.test_optimizer import Linear
-from tests.train.test_training import phase
+from tests.train.conftest import Linear, phase
 
 MIX = {"text": 0.6, "retrieval": 0.4, "induction": 0.0}
 
@@ -90,7 +88,7 @@ def test_a_source_s_loss_is_over_its_own_tokens_however_the_batch_is_divided(mon
         assert means["loss/a"] == pytest.approx(want[0][0] / want[0][1], rel=1e-5) and "loss/b" not in means
 
 
-def test_rows_say_which_source_they_come_from(corpus):  # noqa: F811
+def test_rows_say_which_source_they_come_from(corpus):
     retrieval = 1  # of ("retrieval", "text") the marker that only its rows begin with
     assert sources_of(MIX) == ("retrieval", "text")
     for rows in (None, [1, 3]):
@@ -102,7 +100,7 @@ def test_rows_say_which_source_they_come_from(corpus):  # noqa: F811
     assert batch[SOURCE].shape == (2, 128) and np.array_equal(batch[SOURCE][:, 5], found[0]["source"])
 
 
-def run(corpus, directory, **changes):  # noqa: F811
+def run(corpus, directory, **changes):
     p, writer = phase(seq_len=128, batch_size=2, **changes), MetricWriter(directory)
     where = dict(seed=0, directory=directory / "checkpoints", writer=writer)
     train_phase(tiny_model("*", vocab_size=corpus.tokenizer.get_vocab_size()), "p", p, corpus, MIX, **where)
@@ -110,7 +108,7 @@ def run(corpus, directory, **changes):  # noqa: F811
     return {r["step"]: r for r in read_metrics(directory)}
 
 
-def test_the_loop_logs_means_over_its_intervals_and_resumes_within_one(corpus, tmp_path):  # noqa: F811
+def test_the_loop_logs_means_over_its_intervals_and_resumes_within_one(corpus, tmp_path):
     single = run(corpus, tmp_path / "single", log_every=1)
     logged = run(corpus, tmp_path / "several", log_every=3)
     assert sorted(logged) == [1, 3, 6]
@@ -143,7 +141,7 @@ def test_the_loop_logs_means_over_its_intervals_and_resumes_within_one(corpus, t
 
 def test_the_picture_has_every_source_s_own_loss_and_bridges_intervals_without_one(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(report.plt, "close", figures.append)
+    monkeypatch.setattr(run_report.plt, "close", figures.append)
     rows = {
         "align": [{"step": 1, "loss": 4.0, "loss/text": 4.0, "mixer_mse/01": 8.0}, {"step": 5, "loss": 3.0, "mixer_mse/01": 2.0}],
         "train": [
@@ -155,7 +153,7 @@ def test_the_picture_has_every_source_s_own_loss_and_bridges_intervals_without_o
     with (tmp_path / "metrics.jsonl").open("w") as f:
         for name, of_phase in rows.items():
             f.writelines(json.dumps({"phase": name, "skipped": 0, **row}) + "\n" for row in of_phase)
-    report.report_run(tmp_path)
+    run_report.report_run(tmp_path)
     lines = {line.get_label(): line.get_xydata().tolist() for line in figures[0].axes[0].lines}
     assert lines == {
         "align": [[1, 4.0], [5, 3.0]],
@@ -163,7 +161,7 @@ def test_the_picture_has_every_source_s_own_loss_and_bridges_intervals_without_o
         "train: text": [[6, 1.0], [8, 1.25]],
         "train: recall": [[6, 3.0]],
     }
-    assert report.alignment_of(rows["align"]) == {1: (8.0, 2.0)} and (tmp_path / "run.png").exists()
+    assert run_report.alignment_of(rows["align"]) == {1: (8.0, 2.0)} and (tmp_path / "run.png").exists()
     worse = [*rows["align"], {"step": 9, "loss": 5.0, "mixer_mse/01": 3.0}]
-    assert report.alignment_of(worse) == {1: (8.0, 3.0)} and report.final_loss(rows["train"]) == 1.5
-    assert report.final_loss(rows["train"][:2]) == 2.0 and np.isnan(report.final_loss(rows["train"][1:2]))
+    assert run_report.alignment_of(worse) == {1: (8.0, 3.0)} and run_report.final_loss(rows["train"]) == 1.5
+    assert run_report.final_loss(rows["train"][:2]) == 2.0 and np.isnan(run_report.final_loss(rows["train"][1:2]))

@@ -9,10 +9,10 @@ from hybrid_jax import load_model
 from hybrid_jax.experiment import run_experiment
 from hybrid_jax.lengthen import lengthen_phases
 from hybrid_jax.train import read_metrics
-from tests.train.test_training import arrays, experiment, made_source  # noqa: F401 (a fixture)
+from tests.train.conftest import arrays, experiment
 
 
-def single(made_source, steps, **changes):  # noqa: F811
+def single(made_source, steps, **changes):
     config = experiment(made_source[0], pattern="*-SWA", schedule=("train",))
     config.data.text = made_source[1]
     values = dict(form="as_is", steps=steps, batch_size=1, seq_len=16, schedule="constant", keep_every=1, learning_rate=1e-2)
@@ -20,7 +20,7 @@ def single(made_source, steps, **changes):  # noqa: F811
     return config
 
 
-def test_a_finished_phase_of_constant_rate_becomes_the_run_that_was_longer_from_the_start(made_source, tmp_path, capsys):  # noqa: F811
+def test_a_finished_phase_of_constant_rate_becomes_the_run_that_was_longer_from_the_start(made_source, tmp_path, capsys):
     want = arrays(load_model(run_experiment(single(made_source, 4), tmp_path / "whole")))
     short = arrays(load_model(run_experiment(single(made_source, 2), tmp_path / "parts")))
     capsys.readouterr()

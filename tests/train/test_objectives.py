@@ -10,8 +10,7 @@ from hybrid_jax.parameters import split_model
 from hybrid_jax.train.objectives import PER_TOKEN, make_objective
 from hybrid_jax.train.phase_layout import PhaseLayout, trained_names
 from tests.conftest import tiny_config, tiny_model
-from tests.train.test_steps import batch_of
-from tests.train.test_training import phase
+from tests.train.conftest import batch_of, phase
 
 torch = pytest.importorskip("torch")
 functional = torch.nn.functional

@@ -15,7 +15,7 @@ from hybrid_jax.train.checkpoint import Health, TrainState
 from hybrid_jax.train.optimizer import learning_rate_schedule, make_optimizer, muon_matrices
 from hybrid_jax.train.step import _judge, gradients_of, make_step
 from tests.conftest import relative_error, tiny_config
-from tests.train.test_training import phase
+from tests.train.conftest import Linear, phase
 
 SHAPES = {
     "embed_tokens.embedding": (7, 4),
@@ -40,16 +40,6 @@ MUON = {n for n in SHAPES if n.endswith(("gate_proj.kernel", "down_proj", "o_pro
 def arrays_like(seed, scale=1.0):
     rng = np.random.default_rng(seed)
     return {n: (scale * rng.standard_normal(shape)).astype(np.float32) for n, shape in SHAPES.items()}
-
-
-class Linear:
-    """In place of an layout: what trains is given, its gradients are the batch."""
-
-    def __init__(self, p):
-        self.optimizer = make_optimizer(p)
-
-    def models(self, trainable, frozen):
-        return trainable, None
 
 
 def steps_of(monkeypatch, p, parameters, gradients):

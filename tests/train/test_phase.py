@@ -13,8 +13,7 @@ from hybrid_jax.experiment import mix_of, phases_of_config, run_experiment
 from hybrid_jax.train import Phase, read_metrics
 from hybrid_jax.train.loop import apply_phase_settings
 from tests.conftest import relative_error, tiny_model
-from tests.data.test_data import corpus  # noqa: F401 (a fixture)
-from tests.train.test_training import experiment, made_source, phase  # noqa: F401 (a fixture)
+from tests.train.conftest import experiment, phase
 
 GIVEN = {"objective": "next_token", "steps": 5}
 
@@ -97,7 +96,7 @@ def test_activations_have_the_phase_s_dtype_and_parameters_keep_theirs():
     assert 1e-4 < relative_error(found["bfloat16"], found["float32"]) < 5e-2
 
 
-def test_a_phase_s_own_mix_comes_before_the_experiment_s(made_source):  # noqa: F811
+def test_a_phase_s_own_mix_comes_before_the_experiment_s(made_source):
     config = experiment(made_source[0])
     config.data.text = made_source[1]
     config.phases.align.mix = {"induction": 2.0}
@@ -105,7 +104,7 @@ def test_a_phase_s_own_mix_comes_before_the_experiment_s(made_source):  # noqa: 
     assert mix_of(config, align) == {"induction": 2.0} and mix_of(config, train) == {"text": 1.0}
 
 
-def test_mixers_and_each_phase_s_mix_are_what_a_run_has(made_source, tmp_path):  # noqa: F811
+def test_mixers_and_each_phase_s_mix_are_what_a_run_has(made_source, tmp_path):
     source, text = made_source
     sources = {"more": {"path": text}}
     config = experiment(source, pattern="*-SWA", mixers={"swa_config": {"window_size": 3}}, schedule=("train",))
@@ -126,7 +125,7 @@ def test_mixers_and_each_phase_s_mix_are_what_a_run_has(made_source, tmp_path): 
         (dict(mix={}), "phase 'align': data.mix needs at least one positive share"),
     ],
 )
-def test_what_would_fail_or_mislead_later_is_refused_before_any_work(made_source, tmp_path, changes, words):  # noqa: F811
+def test_what_would_fail_or_mislead_later_is_refused_before_any_work(made_source, tmp_path, changes, words):
     mix = changes.pop("mix", {"text": 1.0})
     config = experiment(made_source[0], **changes)
     config.data = {"text": made_source[1], "mix": mix}
@@ -135,7 +134,7 @@ def test_what_would_fail_or_mislead_later_is_refused_before_any_work(made_source
     assert words in str(e.value) and not (tmp_path / "run").exists()
 
 
-def test_a_source_with_fewer_rows_than_the_phase_takes_is_named_with_how_often_it_is_seen(corpus, capsys):  # noqa: F811
+def test_a_source_with_fewer_rows_than_the_phase_takes_is_named_with_how_often_it_is_seen(corpus, capsys):
     mix, have = {"text": 3.0, "retrieval": 1.0}, len(corpus.rows("text", 128, 0))
     steps = -(-10 * have // 12)  # three of a step's four rows are text, each of which is seen two and a half times
     capsys.readouterr()

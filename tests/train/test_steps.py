@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_jax.data.layout import training_batch
 from hybrid_jax.parameters import split_model
 from hybrid_jax.priming.fuse import fuse
 from hybrid_jax.priming.initialize import initialize_hybrid
@@ -21,17 +20,7 @@ from hybrid_jax.train.optimizer import learning_rate_schedule
 from hybrid_jax.train.phase_layout import PhaseLayout
 from hybrid_jax.train.step import make_step
 from tests.conftest import relative_error, tiny_model
-from tests.data.test_data import corpus  # noqa: F401 (a fixture)
-from tests.train.test_training import arrays, losses, model_for, phase, train
-
-
-def batch_of(rows=4, length=16, seed=0):
-    """Rows that weigh unevenly: of the first, one token."""
-    rng = np.random.default_rng(seed)
-    weights = np.ones((rows, length), np.float32)
-    weights[0, 2:] = 0
-    ids = rng.integers(0, 61, (rows, length)).astype(np.int32)
-    return training_batch({"input_ids": ids, "segment_ids": np.ones_like(ids), "loss_weights": weights})
+from tests.train.conftest import arrays, batch_of, losses, model_for, phase, train
 
 
 def one_step(model, batch, **changes):
@@ -91,7 +80,7 @@ def test_a_spike_is_skipped_once_the_mean_is_trusted():
         assert (after.health.mean_norm == known.mean_norm) == bool(skipped)
 
 
-def test_bad_steps_in_a_row_end_the_phase_and_name_what_went_bad(corpus, tmp_path, monkeypatch):  # noqa: F811
+def test_bad_steps_in_a_row_end_the_phase_and_name_what_went_bad(corpus, tmp_path, monkeypatch):
     model = model_for(corpus)
     model.layers[1].mlp.up_proj.kernel[...] = model.layers[1].mlp.up_proj.kernel[...] * jnp.nan
     with pytest.raises(
@@ -127,7 +116,7 @@ def test_a_teacher_that_overflows_is_named_and_the_student_s_own_copy_of_it_is_n
     assert PhaseLayout(model, phase(objective="next_token")).source(state, frozen) is None
 
 
-def test_skipped_steps_are_told_and_the_run_goes_on(corpus, tmp_path, monkeypatch):  # noqa: F811
+def test_skipped_steps_are_told_and_the_run_goes_on(corpus, tmp_path, monkeypatch):
     real = loop_module.training_batch
 
     def poisoned(rows, seq_devices, calls=[]):  # noqa: B006
@@ -170,7 +159,7 @@ def test_a_phase_in_epochs_is_checked_before_its_steps_are_known():
         phase(steps=0, tokens=100, batch_size=0)
 
 
-def test_rope_and_context_of_a_phase_stay_with_the_model(corpus, tmp_path):  # noqa: F811
+def test_rope_and_context_of_a_phase_stay_with_the_model(corpus, tmp_path):
     model = model_for(corpus)
     after = train(corpus, tmp_path, model, steps=1, rope_theta=5e6, max_position_embeddings=512, learning_rate=0.0)
     assert after.config.rope.theta == 5e6 and after.config.max_position_embeddings == 512
@@ -181,7 +170,7 @@ def test_rope_and_context_of_a_phase_stay_with_the_model(corpus, tmp_path):  # n
     assert relative_error(after(ids), model(ids)) > 1e-3
 
 
-def test_gradient_norms_come_by_group(corpus, tmp_path):  # noqa: F811
+def test_gradient_norms_come_by_group(corpus, tmp_path):
     names = (
         "embed_tokens.embedding",
         "layers.0.self_attn.q_proj.kernel",
@@ -201,7 +190,7 @@ def test_gradient_norms_come_by_group(corpus, tmp_path):  # noqa: F811
     assert {"loss", "learning_rate", "tokens_per_second", "data_wait", "skipped", "grad_norm", "grad_norm/mixer"} <= set(last)
 
 
-def test_the_share_of_the_peak_is_measured_where_the_peak_is_known(corpus, tmp_path, monkeypatch):  # noqa: F811
+def test_the_share_of_the_peak_is_measured_where_the_peak_is_known(corpus, tmp_path, monkeypatch):
     from hybrid_jax import hardware
     from hybrid_jax.train import meter
 
@@ -225,7 +214,7 @@ def test_a_torn_line_of_a_killed_run_is_left_out(tmp_path):
     assert losses(tmp_path) == {1: 2.0, 2: 1.0}
 
 
-def test_chosen_steps_are_traced(corpus, tmp_path):  # noqa: F811
+def test_chosen_steps_are_traced(corpus, tmp_path):
     writer = MetricWriter(tmp_path)
     loop_module.train_phase(
         model_for(corpus),
@@ -242,7 +231,7 @@ def test_chosen_steps_are_traced(corpus, tmp_path):  # noqa: F811
     assert list((tmp_path / "profile" / "p").rglob("*.xplane.pb"))
 
 
-def test_arrays_of_the_caller_stay(corpus, tmp_path):  # noqa: F811
+def test_arrays_of_the_caller_stay(corpus, tmp_path):
     model = model_for(corpus)
     start = arrays(model)
     train(corpus, tmp_path, model, optimizer="muon")

@@ -28,7 +28,7 @@ from hybrid_jax.train.loop import apply_phase_settings
 from hybrid_jax.train.objectives import OBJECTIVES, Objective, make_objective
 from hybrid_jax.train.phase_layout import TEACHER, PhaseLayout
 from tests.conftest import relative_error, tiny_config, tiny_model
-from tests.train.test_training import arrays, experiment, phase
+from tests.train.conftest import arrays, experiment, phase
 
 IDS = np.random.default_rng(0).integers(0, 61, (2, 12)).astype(np.int32)
 

@@ -8,61 +8,20 @@ import signal
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from hybrid_jax import load_model
 from hybrid_jax.data.layout import training_batch
 from hybrid_jax.experiment import run_experiment
 from hybrid_jax.parameters import select_names, split_model
-from hybrid_jax.train import MetricWriter, Phase, Stopped, read_metrics, train_phase
+from hybrid_jax.train import MetricWriter, Phase, Stopped
 from hybrid_jax.train.optimizer import decayed, learning_rate_schedule, make_optimizer
 from hybrid_jax.train.phase_layout import PhaseLayout
 from hybrid_jax.train.step import make_step
 from tests.conftest import tiny_model
-from tests.data.test_data import corpus  # noqa: F401 (a fixture)
-
-MIX = {"text": 1.0}
+from tests.train.conftest import arrays, experiment, losses, model_for, phase, train
 
 
-def phase(**changes):
-    return Phase(
-        **{
-            **dict(objective="next_token", steps=6, batch_size=2, seq_len=16, log_every=1, checkpoint_every=2, learning_rate=1e-2),
-            **changes,
-        }
-    )
-
-
-def model_for(corpus):  # noqa: F811
-    return tiny_model("*-GKA", vocab_size=corpus.tokenizer.get_vocab_size())
-
-
-def train(corpus, directory, model=None, **changes):  # noqa: F811
-    writer = MetricWriter(directory)
-    try:
-        return train_phase(
-            model or model_for(corpus),
-            "p",
-            phase(**changes),
-            corpus,
-            MIX,
-            seed=0,
-            directory=directory / "checkpoints",
-            writer=writer,
-        )
-    finally:
-        writer.close()
-
-
-def arrays(model):
-    return {n: np.asarray(v) for n, v in split_model(model)[1].items()}
-
-
-def losses(directory):
-    return {r["step"]: r["loss"] for r in read_metrics(directory)}
-
-
-def test_training_lowers_the_loss_and_leaves_frozen_parameters_alone(corpus, tmp_path):  # noqa: F811
+def test_training_lowers_the_loss_and_leaves_frozen_parameters_alone(corpus, tmp_path):
     before = model_for(corpus)
     start = arrays(before)
     after = arrays(train(corpus, tmp_path, before, steps=30, trainable=(r"\.gka\.",)))
@@ -72,7 +31,7 @@ def test_training_lowers_the_loss_and_leaves_frozen_parameters_alone(corpus, tmp
     assert all(np.array_equal(start[n], v) for n, v in arrays(before).items()), "the caller's model must stay whole"
 
 
-def test_frozen_parameters_hold_no_optimizer_state(corpus):  # noqa: F811
+def test_frozen_parameters_hold_no_optimizer_state(corpus):
     structure, parameters = split_model(model_for(corpus))
     names = select_names(parameters, [r"\.gka\."])
     optimizer = make_optimizer(phase(trainable=(r"\.gka\.",)))
@@ -82,7 +41,7 @@ def test_frozen_parameters_hold_no_optimizer_state(corpus):  # noqa: F811
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_stopped_run_resumes_bit_exactly(corpus, tmp_path, monkeypatch, optimizer):  # noqa: F811
+def test_a_stopped_run_resumes_bit_exactly(corpus, tmp_path, monkeypatch, optimizer):
     whole = arrays(train(corpus, tmp_path / "whole", optimizer=optimizer))
     import hybrid_jax.train.loop as loop
 
@@ -112,7 +71,7 @@ def test_a_stopped_run_resumes_bit_exactly(corpus, tmp_path, monkeypatch, optimi
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_request_to_stop_during_the_last_step_is_not_lost(corpus, tmp_path, monkeypatch):  # noqa: F811
+def test_a_request_to_stop_during_the_last_step_is_not_lost(corpus, tmp_path, monkeypatch):
     real = MetricWriter.write
 
     def write(self, name, step, metrics):
@@ -126,7 +85,7 @@ def test_a_request_to_stop_during_the_last_step_is_not_lost(corpus, tmp_path, mo
     train(corpus, tmp_path, steps=2)  # nothing is left to do
 
 
-def test_a_pattern_that_matches_nothing_is_refused(corpus, tmp_path):  # noqa: F811
+def test_a_pattern_that_matches_nothing_is_refused(corpus, tmp_path):
     with pytest.raises(ValueError, match="'gdn' matches no parameter"):
         train(corpus, tmp_path, trainable=("gdn",))
 
@@ -182,54 +141,6 @@ def test_alignment_moves_the_student_towards_the_teacher():
             seen.append(float(metrics["loss"]))
         assert seen[-1] < 0.7 * seen[0], objective
         assert "mixer_mse/01" in metrics and "mixer_mse/00" not in metrics
-
-
-def experiment(path, **changes):
-    align = dict(form="fused", objective="align_mixer", trainable=(r"\.gka\.",), steps=2, batch_size=2, seq_len=32, log_every=1)
-    final = dict(form="unfused", objective="next_token", steps=2, batch_size=2, seq_len=32, log_every=1)
-    return ConfigDict(
-        {
-            "source": str(path),
-            "pattern": "*-GKA",
-            "schedule": ("align", "train"),
-            "phases": {"align": align, "train": final},
-            "data": {"text": "", "mix": {"text": 1.0}},
-            "seed": 0,
-            **changes,
-        }
-    )
-
-
-@pytest.fixture(scope="module")
-def made_source(tmp_path_factory):
-    """A run that makes a source from nothing; (its model directory, its text)."""
-    folder = tmp_path_factory.mktemp("source")
-    (folder / "text").mkdir()
-    for i in range(30):
-        (folder / "text" / f"file{i}.py").write_text("def f(x):\n    return x + 1\n" * 20)
-    model = dict(
-        model_type="qwen3",
-        vocab_size=270,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        tie_word_embeddings=True,
-        eos_token_id=0,
-    )
-    pretrain = dict(objective="next_token", steps=2, batch_size=2, seq_len=32)
-    config = ConfigDict(
-        {
-            "model": model,
-            "schedule": ("pretrain",),
-            "phases": {"pretrain": pretrain},
-            "data": {"text": str(folder / "text"), "mix": {"text": 1.0}},
-            "seed": 0,
-        }
-    )
-    return run_experiment(config, folder / "run"), str(folder / "text")
 
 
 def test_an_experiment_makes_every_stage_and_a_second_run_reuses_all(made_source, tmp_path):

@@ -18,11 +18,11 @@ from hybrid_jax.experiment import run_experiment
 from hybrid_jax.parallel.mesh import make_mesh
 from hybrid_jax.priming.fuse import unfuse
 from hybrid_jax.workdir import load_run
-from tests.train.test_training import arrays, experiment, made_source  # noqa: F401 (a fixture)
+from tests.train.conftest import arrays, experiment
 
 
 @pytest.fixture(scope="module")
-def run(made_source, tmp_path_factory):  # noqa: F811
+def run(made_source, tmp_path_factory):
     """A run of two phases, the first of which kept its checkpoints and rounded what is frozen; layers are stacked in training."""
     source, text = made_source
     config = experiment(source, pattern="GKA-GKA")
