@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybrid_jax.config import PARAMETER_KEYS, ModelConfig
+from hybrid_jax.config import ModelConfig
 from hybrid_jax.layers import MLP, Embedding, Linear, MoE, RMSNorm, make_mixer
+from hybrid_jax.mixers import KINDS
 from hybrid_jax.parallel import attention
 from hybrid_jax.parallel.sequence import positions_of
 from hybrid_jax.parallel.sharding import TOKENS, axis_size, constrain, gathered
@@ -49,12 +50,12 @@ class Layer(nnx.Module):
         self.spec = config.layers[index]
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         for kind in self.spec.kinds:
-            setattr(self, PARAMETER_KEYS[kind], make_mixer(kind, config, index, rngs=rngs, dtype=dtype))
+            setattr(self, KINDS[kind].parameter_key, make_mixer(kind, config, index, rngs=rngs, dtype=dtype))
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.mlp = (MLP if config.moe is None else MoE)(config, rngs=rngs, dtype=dtype)
 
     def mixer(self, kind: str):
-        return getattr(self, PARAMETER_KEYS[kind])
+        return getattr(self, KINDS[kind].parameter_key)
 
     def run(self, kind, hidden, *, positions, segment_ids, state=None) -> tuple[LayerOutputs, Any]:
         """The layer with its mixer of `kind`."""

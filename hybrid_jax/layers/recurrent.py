@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hybrid_jax.config import ModelConfig
+from hybrid_jax.layers.mixer import Arrays
 from hybrid_jax.parallel.recurrence import convolution
 from kernels_pallas.gated_kalmanet.chebyshev import safe_sqrt
 
@@ -30,6 +32,23 @@ def l2_normalize(x, *, eps=1e-6, eps_outside: bool):
 def repeat_heads(x, num_heads):
     """[..., Hkv, D] -> [..., H, D], each head repeated in place (`repeat_interleave`)."""
     return jnp.repeat(x, num_heads // x.shape[-2], axis=-2)
+
+
+def gate_of_attention(source: Arrays, config: ModelConfig) -> jax.Array:
+    """Returns an output gate made from attention, (o_proj^T + v_proj, each column repeated in place) / 2, [hidden, H * D].
+
+    hybrid-model-factory repeats the rows of `v_proj.weight` one by one, not head by head, and so does this function.
+    """
+    groups = config.num_heads // config.num_kv_heads
+    return 0.5 * (source["o_proj.kernel"].T + jnp.repeat(source["v_proj.kernel"], groups, axis=1))
+
+
+def from_projections(source: Arrays, fresh: Arrays, config: ModelConfig) -> dict[str, jax.Array]:
+    """Returns q, k, v, o copied from attention (biases where both have them), and `g_proj` made from o and v."""
+    copied = {n: source[n] for n in fresh if n in source and n.split(".")[0] in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    if "g_proj.kernel" in fresh:
+        copied["g_proj.kernel"] = gate_of_attention(source, config)
+    return copied
 
 
 def init_a_log(rngs, num_heads, dtype=jnp.float32):

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybrid_jax.config import MIXER_CONFIGS, ModelConfig
+from hybrid_jax.config import ModelConfig
+from hybrid_jax.mixers import KINDS
 from hybrid_jax.model import Decoder, abstract_decoder
 from hybrid_jax.parallel.distributed import whole_array
 from hybrid_jax.parameters import Parameters, abstract_parameters, join_model, split_model
@@ -66,10 +67,13 @@ def teacher_stream(model: Decoder) -> Decoder:
 
 
 def same_function(one: ModelConfig, other: ModelConfig) -> bool:
-    """Whether two models of equal parameters compute the same; options of mixers that neither has do not count."""
-    kinds = {spec.kind for config in (one, other) for spec in config.layers}
-    unused = [] if "bmojo" in kinds else [name for name, _ in MIXER_CONFIGS.values() if name not in kinds]
-    return one == dataclasses.replace(other, **{name: getattr(one, name) for name in unused})
+    """Returns whether two models with equal parameters compute the same; options of mixers that neither has do not count."""
+    used = {KINDS[kind].options for config in (one, other) for kind in config.used_kinds()}
+
+    def only_used(config: ModelConfig) -> ModelConfig:
+        return dataclasses.replace(config, mixers=tuple(options for options in config.mixers if type(options) in used))
+
+    return only_used(one) == only_used(other)
 
 
 def share(teacher: Decoder, model: Decoder, dtype: str = "") -> Decoder:

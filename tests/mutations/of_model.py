@@ -27,7 +27,7 @@ MUTATIONS = [
         (MEASURES,),
     ),
     Mutation(SELECT, "return text + retrieval", "return text - retrieval", "a layer that harms retrieval looks cheap", (MEASURES,)),
-    Mutation(SELECT, "swa=SWAConfig(selection.window)", "swa=SWAConfig()", "layers are scored with another window", (MEASURES,)),
+    Mutation(SELECT, "SWAConfig(selection.window)", "SWAConfig()", "layers are scored with another window", (MEASURES,)),
     Mutation(EVALUATE, "losses * weights", "losses", "padding and prompts count in the loss", (MEASURES,)),
     Mutation(EVALUATE, "right * weights", "right", "padding and prompts count in the accuracy", (MEASURES,)),
     Mutation(EVALUATE, "short = BATCH - len(part)", "short = 0", "the last batch has another shape", (MEASURES,)),
