@@ -12,6 +12,7 @@ from flax import nnx
 from hybrid_jax.config import Mamba2Config, ModelConfig
 from hybrid_jax.layers.linear import Linear, RMSNorm, rms_norm
 from hybrid_jax.layers.mixer import Arrays
+from hybrid_jax.layers.parameter import parameter
 from hybrid_jax.layers.recurrent import STATE_AXES, ShortConv, gate_of_attention, init_a_log, init_dt_bias, repeat_heads
 from hybrid_jax.parallel.recurrence import recurrence
 from kernels_pallas import linear_attention, linear_attention_step, linear_attention_summary, ssd_inputs
@@ -39,7 +40,7 @@ class Mamba2(nnx.Module):
         self.conv1d = ShortConv((H + 2 * Hkv) * D, CONV_SIZE, bias=True, **fresh)
         self.A_log = init_a_log(rngs, H, dtype)
         self.dt_bias = init_dt_bias(rngs, H, dtype)
-        self.D = nnx.Param(jnp.ones(H, dtype), axes=("heads",))
+        self.D = parameter(jnp.ones(H, dtype), ("heads",))
         self.B_norm = RMSNorm(D, eps=QK_NORM_EPS, dtype=dtype) if normed else None
         self.C_norm = RMSNorm(D, eps=QK_NORM_EPS, dtype=dtype) if normed else None
         self.norm = RMSNorm(H * D, eps=NORM_EPS, dtype=dtype)

@@ -11,6 +11,7 @@ from flax import nnx
 
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.layers.mixer import Arrays
+from hybrid_jax.layers.parameter import marks_of, parameter
 from hybrid_jax.parallel.recurrence import convolution
 from kernels_pallas.gated_kalmanet.chebyshev import safe_sqrt
 
@@ -54,14 +55,14 @@ def from_projections(source: Arrays, fresh: Arrays, config: ModelConfig) -> dict
 def init_a_log(rngs, num_heads, dtype=jnp.float32):
     """A_log = log U(0, 16), away from log 0."""
     a = jax.random.uniform(rngs.params(), (num_heads,), dtype, minval=1e-4, maxval=16.0)
-    return nnx.Param(jnp.log(a), axes=("heads",))
+    return parameter(jnp.log(a), ("heads",))
 
 
 def init_dt_bias(rngs, num_heads, dtype=jnp.float32, low=1e-3, high=0.1, floor=1e-4):
     """softplus^-1(dt), dt log-uniform in [low, high] and at least `floor` (Mamba-2's initialisation)."""
     u = jax.random.uniform(rngs.params(), (num_heads,), dtype)
     dt = jnp.maximum(jnp.exp(u * (math.log(high) - math.log(low)) + math.log(low)), floor)
-    return nnx.Param(dt + jnp.log(-jnp.expm1(-dt)), axes=("heads",))
+    return parameter(dt + jnp.log(-jnp.expm1(-dt)), ("heads",))
 
 
 def log_decay(dt, a_log, dt_bias):
@@ -77,8 +78,9 @@ class ShortConv(nnx.Module):
     """
 
     def __init__(self, dim, size, *, std, bias=False, axes=("heads",), rngs, dtype=jnp.float32):
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (dim, size), dtype), axes=(*axes, None))
-        self.bias = nnx.Param(jnp.zeros(dim, dtype), axes=axes) if bias else None
+        kernel = std * jax.random.normal(rngs.params(), (dim, size), dtype)
+        self.kernel = parameter(kernel, (*axes, None), frozen=True, decay=True, layout="conv")
+        self.bias = parameter(jnp.zeros(dim, dtype), axes) if bias else None
 
     def __call__(self, x, *, segment_ids, state=None):
         """x [B,T,D] -> (y, state [B,W-1,D]); one token with a state takes the step."""
@@ -103,4 +105,4 @@ class ShortConv(nnx.Module):
         return jnp.zeros((batch, size - 1, dim), dtype)
 
     def state_axes(self):
-        return ("batch", None, self.kernel.axes[0])
+        return ("batch", None, marks_of(self.kernel).axes[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 from flax import nnx
@@ -13,10 +13,11 @@ from jax.sharding import Mesh
 from hybrid_jax.checks import check_choice
 from hybrid_jax.config import ATTENTION, ModelConfig
 from hybrid_jax.layers import MIXERS
+from hybrid_jax.layers.parameter import Marks
 from hybrid_jax.mixers import KINDS
 from hybrid_jax.model import Decoder, abstract_decoder
 from hybrid_jax.parallel.sharding import parameter_sharding
-from hybrid_jax.parameters import Parameters, abstract_parameters, join_model, logical_axes, split_model
+from hybrid_jax.parameters import Parameters, abstract_parameters, join_model, logical_axes, marks, split_model
 
 
 def _like(value, fresh):
@@ -24,12 +25,12 @@ def _like(value, fresh):
     return value if len(fresh.sharding.device_set) == 1 else jax.device_put(value, fresh.sharding)
 
 
-def _as_transformers(fresh: Parameters, seed: int) -> Parameters:
+def _as_transformers(fresh: Parameters, stated: Mapping[str, Marks], seed: int) -> Parameters:
     """As the layers draw them: kernels N(0, initializer_range^2), biases 0."""
     return fresh
 
 
-def _as_torch(fresh: Parameters, seed: int) -> Parameters:
+def _as_torch(fresh: Parameters, stated: Mapping[str, Marks], seed: int) -> Parameters:
     """Kernels and biases drawn again as the constructors of torch's `Linear` and `Conv1d` draw them: uniform in
     +-1/sqrt(fan_in), where the fan-in is the inputs of a linear map or the taps of a depthwise convolution."""
 
@@ -37,7 +38,7 @@ def _as_torch(fresh: Parameters, seed: int) -> Parameters:
         module, _, leaf = name.rpartition(".")
         if leaf not in ("kernel", "bias"):
             return value
-        taps = module.endswith("conv1d")
+        taps = stated[f"{module}.kernel"].layout == "conv"
         bound = 1 / math.sqrt(fresh[f"{module}.kernel"].shape[1 if taps else 0])
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
         return jax.random.uniform(key, value.shape, value.dtype, -bound, bound)
@@ -46,15 +47,18 @@ def _as_torch(fresh: Parameters, seed: int) -> Parameters:
 
 
 # How kernels and biases that attention does not give are drawn; decays, norms and D do not depend on it.
-FRESH_PARAMETERS: dict[str, Callable[[Parameters, int], Parameters]] = {"transformers": _as_transformers, "torch": _as_torch}
+FRESH_PARAMETERS: dict[str, Callable[[Parameters, Mapping[str, Marks], int], Parameters]] = {
+    "transformers": _as_transformers,
+    "torch": _as_torch,
+}
 
 
 def _fresh(config: ModelConfig, dtype, seed: int, names: set[str], mesh: Mesh | None, how: str) -> Parameters:
     """Those parameters of a new decoder that `names` asks for; no others are made."""
 
     def make():
-        new = split_model(Decoder(config, rngs=nnx.Rngs(seed), dtype=dtype))[1]
-        return FRESH_PARAMETERS[how]({n: p for n, p in new.items() if n in names}, seed)
+        new = Decoder(config, rngs=nnx.Rngs(seed), dtype=dtype)
+        return FRESH_PARAMETERS[how]({n: p for n, p in split_model(new)[1].items() if n in names}, marks(new), seed)
 
     where = None
     if mesh is not None:

@@ -68,8 +68,8 @@ MUTATIONS = [
     ),
     Mutation(
         STACKING,
-        "axes[name] = (None, *axes[name])",
-        "axes[name] = (*axes[name], None)",
+        "axes=(None, *mark.axes)",
+        "axes=(*mark.axes, None)",
         "stacked parameters are sharded along the wrong dimension",
         (f"{PARTS}::test_stacked_training_gives_the_gradients_of_layers_by_themselves",),
     ),

@@ -17,7 +17,6 @@ from hybrid_jax.train import step as step_module
 from hybrid_jax.train.checkpoint import Health, TrainState
 from hybrid_jax.train.interval import Interval
 from hybrid_jax.train.objectives import PER_TOKEN, make_objective
-from hybrid_jax.train.optimizer import make_optimizer
 from hybrid_jax.train.step import SOURCE_SUMS, make_step
 from tests.conftest import tiny_model
 from tests.data.test_data import corpus  # noqa: F401 (a fixture)
@@ -80,7 +79,7 @@ def test_a_source_s_loss_is_over_its_own_tokens_however_the_batch_is_divided(mon
     for parts in (1, 2):
         p = phase(batch_size=4, accumulate=parts)
         parameters = {"w": jnp.ones(())}
-        state = TrainState(parameters, make_optimizer(p).init(parameters), jax.tree.map(jnp.copy, Health.new()))
+        state = TrainState(parameters, Linear(p).optimizer.init(parameters), jax.tree.map(jnp.copy, Health.new()))
         _, metrics = make_step(Linear(p), p, sources="abc")(state, {}, given)
         assert np.allclose(metrics[SOURCE_SUMS], want, rtol=1e-5)
         assert float(metrics["weight"]) == weights[:, 1:].sum()
