@@ -2,8 +2,8 @@
 
     python -m hybrid_jax prime --config=configs/prime_tiny.py:GKA --workdir=runs/gka
 
-The word after the colon is the mixer's symbol: GKA, GDN, M2 or SWA. `./launch/quickstart.sh` runs this for
-GKA and SWA and prints what to expect.
+The word after the colon is the mixer's symbol: GKA, GDN, M2, SWA or another of `hybrid_jax.mixers`.
+`./launch/quickstart.sh` runs this for GKA and SWA and prints what to expect.
 
 Stages as in Priming (arXiv 2605.08301): select half of the layers by what sliding-window attention in their
 place costs, initialise the mixers from attention, align (only the mixers train, towards the teacher's layer outputs
@@ -13,23 +13,24 @@ The numbers are ours, chosen for two cores and ten minutes; the paper's recipes 
 
 from ml_collections import ConfigDict
 
-PARAMETER_KEYS = {"GKA": "gka", "GDN": "gdn", "M2": "mamba", "SWA": "swa"}
-# A window starts from attention's own weights and needs no more than a touch; the others start half from nothing.
-ALIGN_LEARNING_RATES = {"GKA": 5e-3, "GDN": 5e-3, "M2": 5e-3, "SWA": 2e-4}
+from hybrid_jax.mixers import KINDS
+
+MIXERS = {row.symbol: row for row in KINDS.values() if row.built and row.symbol != "*"}
 
 
 def get_config(mixer: str = "GKA") -> ConfigDict:
-    if mixer not in PARAMETER_KEYS:
-        raise ValueError(f"prime_tiny knows {', '.join(PARAMETER_KEYS)}, got {mixer!r}")
+    if mixer not in MIXERS:
+        raise ValueError(f"prime_tiny knows {', '.join(MIXERS)}, got {mixer!r}")
     align = {
         "form": "fused",
         "objective": "align_decoder",
-        "trainable": (rf"\.{PARAMETER_KEYS[mixer]}\.",),
+        "trainable": (rf"\.{MIXERS[mixer].parameter_key}\.",),
         "steps": 120,
         "batch_size": 8,
         "seq_len": 256,
         "optimizer": "adamw",
-        "learning_rate": ALIGN_LEARNING_RATES[mixer],
+        # attention in windows starts from attention's own weights and needs small updates; the others start half from nothing
+        "learning_rate": 5e-3 if MIXERS[mixer].recurrent else 2e-4,
         "schedule": "cosine",
         "final_fraction": 0.05,
         "warmup_steps": 10,

@@ -17,7 +17,9 @@ Where the numbers come from:
 
 from ml_collections import ConfigDict
 
-KEYS = {"GKA": "gka", "GDN": "gdn", "M2": "mamba", "SWA": "swa"}
+from hybrid_jax.mixers import KINDS
+
+KEYS = {row.symbol: row.parameter_key for row in KINDS.values() if row.symbol in ("GKA", "GDN", "M2", "SWA")}  # [P]
 
 # Layers that become mixers, 50 % of all [P].
 LAYERS = {

@@ -8,16 +8,30 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
-from hybrid_jax.pattern import ATTENTION, NOT_BUILT, PARAMETER_KEYS, SYMBOLS, MixerSpec, format_pattern, parse_pattern
-from hybrid_jax.schema import FIXED, FREE, MODEL_FIELDS, OPTIONS, REPEATED, check_key, check_rope
+from hybrid_jax.checks import check_boolean
+from hybrid_jax.mixers import (
+    ATTENTION,
+    KINDS,
+    BMojoConfig,
+    GDNConfig,
+    GKAConfig,
+    Mamba2Config,
+    MixerOptions,
+    SWAConfig,
+    options_by_key,
+)  # fmt: skip
+from hybrid_jax.options import Options, option
+from hybrid_jax.pattern import MixerSpec, format_pattern, parse_pattern
+from hybrid_jax.schema import KEYS, MODEL_FIELDS, check_key, check_rope
 
 __all__ = [
-    "ATTENTION", "MIXER_CONFIGS", "NOT_BUILT", "PARAMETER_KEYS", "SYMBOLS", "BMojoConfig", "GDNConfig", "GKAConfig",
-    "Mamba2Config", "MixerSpec", "MoEConfig", "ModelConfig", "RopeConfig", "SWAConfig", "format_pattern",
-    "mixer_config_from_dict", "parse_pattern",
+    "ATTENTION", "BMojoConfig", "GDNConfig", "GKAConfig", "Mamba2Config", "MixerOptions", "MixerSpec", "MoEConfig",
+    "ModelConfig", "RopeConfig", "SWAConfig", "format_pattern", "mixer_config_from_dict", "parse_pattern",
 ]  # fmt: skip
+
+AnyOptions = TypeVar("AnyOptions", bound=MixerOptions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,92 +56,25 @@ class RopeConfig:
         return dict(self.options).get(name, default)
 
 
-class _Options:
-    """Options that check themselves against the schema when they are made."""
-
-    KEY: ClassVar[str]
-
-    def __post_init__(self):
-        for name, check in OPTIONS[self.KEY].items():
-            check(f"{self.KEY}.{name}", getattr(self, name))
-
-
 @dataclasses.dataclass(frozen=True)
-class GKAConfig(_Options):
-    """Gated KalmaNet options (arXiv 2511.21016), named as in hybrid-model-factory's `gka_config`; `precision` (fast,
-    accurate: of the kernels' solve) is ours."""
+class MoEConfig(Options):
+    """Options of a mixture-of-experts MLP: softmax router, top-k experts, no shared expert.
 
-    KEY: ClassVar[str] = "gka_config"
+    All of them belong to the source model, so a hybrid keeps them as they are.
 
-    num_iter: int = 30
-    ridge_strength: float = 0.02
-    chunk_size: int = 64
-    conv_size: int = 4
-    norm_eps: float = 1e-6
-    gla_rescale: bool = True
-    use_alpha_connection: bool = True
-    use_beta_gate: bool = True
-    use_forgetting_gate: bool = True
-    use_forgetting_gate_kk: bool = True
-    use_gate: bool = True
-    use_v_conv: bool = True
-    bp_lambda: bool = True
-    precision: str = "fast"
-
-
-@dataclasses.dataclass(frozen=True)
-class GDNConfig(_Options):
-    """Gated DeltaNet options, named as in hybrid-model-factory's `gdn_config`."""
-
-    KEY: ClassVar[str] = "gdn_config"
-
-    conv_size: int = 4
-    conv_bias: bool = False
-    norm_eps: float = 1e-5
-    allow_neg_eigval: bool = False
-    use_gate: bool = True
-    use_short_conv: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
-class Mamba2Config(_Options):
-    """Mamba-2 options, named as in hybrid-model-factory's `mamba2_config`."""
-
-    KEY: ClassVar[str] = "mamba2_config"
-
-    use_qk_norm: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
-class SWAConfig(_Options):
-    """Sliding-window attention: query i sees keys j with 0 <= i - j < window_size."""
-
-    KEY: ClassVar[str] = "swa_config"
-
-    window_size: int = 2048
-
-
-@dataclasses.dataclass(frozen=True)
-class BMojoConfig(_Options):
-    """B'MOJO-F: one softmax over a window of keys and a window of fading keys made by a mixer."""
-
-    KEY: ClassVar[str] = "bmojo_config"
-
-    window_size: int = 2048
-    ssm_mixer: str = "mamba2"
-    tie_attn_weights: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
-class MoEConfig(_Options):
-    """A mixture-of-experts MLP: softmax router, top-k experts, no shared expert."""
+    Args:
+      num_experts: number of expert MLPs per layer.
+      experts_per_token: how many experts process each token: those with the largest router probabilities.
+      intermediate_size: hidden width of each expert.
+      norm_topk_prob: rescale the router probabilities of the chosen experts so that they sum to one.
+    """
 
     KEY: ClassVar[str] = "moe"
 
-    num_experts: int
-    experts_per_token: int
-    intermediate_size: int
-    norm_topk_prob: bool = True
+    num_experts: int = option(KEYS["num_experts"])
+    experts_per_token: int = option(KEYS["num_experts_per_tok"])
+    intermediate_size: int = option(KEYS["moe_intermediate_size"])
+    norm_topk_prob: bool = option(check_boolean, True)
 
     def __post_init__(self):
         super().__post_init__()
@@ -135,40 +82,40 @@ class MoEConfig(_Options):
             raise ValueError(f"num_experts_per_tok must be at most num_experts ({self.num_experts}), got {self.experts_per_token}")
 
 
-# Key of config.json -> (ModelConfig field, its class).
-MIXER_CONFIGS = {
-    "gka_config": ("gka", GKAConfig),
-    "gdn_config": ("gdn", GDNConfig),
-    "mamba2_config": ("mamba2", Mamba2Config),
-    "swa_config": ("swa", SWAConfig),
-    "bmojo_config": ("bmojo", BMojoConfig),
-}
-
-
-def mixer_config_from_dict(key: str, values: Mapping[str, Any]):
+def mixer_config_from_dict(key: str, values: Mapping[str, Any]) -> MixerOptions:
     """Reads one of config.json's mixer dicts (`gka_config`, ...).
 
-    What the dict repeats from the model is not checked here: see `hybrid_jax.families.mixers`.
+    Keys that repeat the model's sizes are not checked here: see `hybrid_jax.families.mixers`.
 
     Raises:
       ValueError: an unknown option, one of a wrong type or out of its range, or one that this project cannot honour.
     """
-    _, cls = MIXER_CONFIGS[key]
-    known = {f.name for f in dataclasses.fields(cls)}
-    kept = {}
+    cls = options_by_key()[key]
+    known, kept = cls.checks(), {}
     for name, value in check_key(key, values).items():
         where = f"{key}.{name}"
         if name in known:
             kept[name] = value
-        elif name in FIXED[key]:
-            expected = FIXED[key][name]
+        elif name in cls.FIXED:
+            expected = cls.FIXED[name]
             if (type(value), value) != (type(expected), expected):
                 raise ValueError(f"{where} = {value!r} is not supported; only {expected!r} is")
-        elif name in FREE.get(key, {}):
-            FREE[key][name](where, value)
-        elif name not in REPEATED[key] and value is not None:
+        elif name in cls.FREE:
+            cls.FREE[name](where, value)
+        elif name not in cls.REPEATED and value is not None:
             raise ValueError(f"{key} has the unknown option {name!r}; known: {', '.join(sorted(known))}")
     return cls(**kept)
+
+
+def _canonical(mixers: Sequence[MixerOptions]) -> tuple[MixerOptions, ...]:
+    """Returns the options that differ from the defaults, in the order of `KINDS`, so that equal models compare equal."""
+    order = [row.options for row in KINDS.values()]
+    for one in mixers:
+        if type(one) not in order:
+            raise ValueError(f"mixers: {type(one).__name__} belongs to no mixer of hybrid_jax.mixers.KINDS")
+    if len({type(one) for one in mixers}) < len(mixers):
+        raise ValueError(f"mixers has two options of one class: {', '.join(type(one).__name__ for one in mixers)}")
+    return tuple(sorted((one for one in mixers if one != type(one)()), key=lambda one: order.index(type(one))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +128,8 @@ class ModelConfig:
       attention_windows: per layer, the source's own sliding window, or None for full attention.
       query_scaling: Ministral-3's (beta, original_max_position_embeddings): queries are multiplied by
         1 + beta * log(1 + floor(position / original_max_position_embeddings)).
+      mixers: the options of mixer kinds that are not the defaults, at most one of each class (`GKAConfig(num_iter=10),
+        ...`), for all layers of the kind; read them with `options`.
       extra: keys of the source's config.json that the decoder does not use (token ids and the like);
         they are written back on export and take no part in comparisons.
       directory: where the model was loaded from, or empty; it takes no part in comparisons and is not written.
@@ -206,11 +155,7 @@ class ModelConfig:
     query_scaling: tuple[float, int] | None = None
     initializer_range: float = 0.02
     moe: MoEConfig | None = None
-    gka: GKAConfig = GKAConfig()
-    gdn: GDNConfig = GDNConfig()
-    mamba2: Mamba2Config = Mamba2Config()
-    swa: SWAConfig = SWAConfig()
-    bmojo: BMojoConfig = BMojoConfig()
+    mixers: tuple[MixerOptions, ...] = ()
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
     directory: str = dataclasses.field(default="", compare=False)
 
@@ -233,17 +178,31 @@ class ModelConfig:
             raise ValueError(
                 f"attention_windows has {len(self.attention_windows)} entries, the model has {len(self.layers)} layers"
             )
-        if not self.gka.use_forgetting_gate_kk and self.gka.num_iter:
-            raise ValueError("gka_config.use_forgetting_gate_kk = false is not supported")
+        object.__setattr__(self, "mixers", _canonical(self.mixers))
         for i, layer in enumerate(self.layers):
             for kind in layer.kinds:
-                if kind in NOT_BUILT:
+                if not KINDS[kind].built:
                     raise NotImplementedError(f"layer {i}: {layer.symbol!r} is not built yet")
             if layer.attention_heads:
                 wrong = [h for h in layer.attention_heads if h >= self.num_heads]
                 if wrong:
                     raise ValueError(f"layer {i}: {layer.symbol!r} keeps head {wrong[0]}, the model has {self.num_heads}")
                 raise NotImplementedError(f"layer {i}: head-level hybrids ({layer.symbol!r}) are not built yet")
+
+    def options(self, cls: type[AnyOptions]) -> AnyOptions:
+        """Returns the options of one mixer kind, by their class: those in `mixers`, or the defaults."""
+        return next((one for one in self.mixers if isinstance(one, cls)), cls())
+
+    def with_options(self, *options: MixerOptions) -> ModelConfig:
+        """Returns the same model with these options in place of its own of the same classes."""
+        kept = [one for one in self.mixers if type(one) not in {type(new) for new in options}]
+        return dataclasses.replace(self, mixers=(*kept, *options))
+
+    def used_kinds(self) -> set[str]:
+        """Returns the kinds of all mixers that some layer computes with, teachers and mixers inside mixers included."""
+        used = {kind for layer in self.layers for kind in layer.kinds}
+        rows = [KINDS[kind].options for kind in used]
+        return used.union(*(self.options(cls).inner for cls in rows if cls is not None))
 
     @property
     def num_layers(self) -> int:

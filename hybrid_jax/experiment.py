@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from hybrid_jax.checks import check_choice, check_known
-from hybrid_jax.config import MIXER_CONFIGS, ModelConfig
+from hybrid_jax.config import ModelConfig
 from hybrid_jax.config_file import flat
 from hybrid_jax.convert import (
     check_model_directory,
@@ -44,6 +44,7 @@ from hybrid_jax.families import config_from_hf, config_to_hf
 from hybrid_jax.fields import fields_of
 from hybrid_jax.files import check_new_directory, check_writable, find_shipped, new_directory, write_text
 from hybrid_jax.lengthen import lengthen_phases
+from hybrid_jax.mixers import options_by_key
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.distributed import barrier, is_first, say
 from hybrid_jax.parallel.mesh import check_mesh_fits, make_mesh
@@ -215,7 +216,7 @@ def _new_source(config: ConfigDict, directory: pathlib.Path):
 
 def _with_mixer_options(model_config: ModelConfig, options: dict) -> ModelConfig:
     """The model with the experiment's `mixers` (swa_config and the like) in place of its own."""
-    check_known("config.mixers", options, MIXER_CONFIGS)
+    check_known("config.mixers", options, options_by_key())
     return config_from_hf({**config_to_hf(model_config), **options})
 
 

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from hybrid_jax.config import MIXER_CONFIGS
 from hybrid_jax.data.corpus import SYNTHETIC, Source
+from hybrid_jax.mixers import options_by_key
 from hybrid_jax.parallel.mesh import AXES
 from hybrid_jax.priming.select import Selection
 from hybrid_jax.train.objectives import OBJECTIVES
@@ -35,7 +35,7 @@ def fields_of(config: Mapping) -> dict[str, Any]:
         "pattern": "",
         "fresh_parameters": "transformers",
         "select": _defaults(Selection),
-        "mixers": {key: _defaults(cls) for key, (_, cls) in MIXER_CONFIGS.items()},
+        "mixers": {key: _defaults(cls) for key, cls in options_by_key().items()},
         "schedule": (),
         "phases": phases,
         "data": {"text": "", "sources": sources, "mix": mix},

@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybrid_jax.config import PARAMETER_KEYS, ModelConfig
+from hybrid_jax.config import ModelConfig
 from hybrid_jax.layers import MLP, Embedding, Linear, MoE, RMSNorm, make_mixer
+from hybrid_jax.layers.parameter import marks_of
+from hybrid_jax.mixers import KINDS
 from hybrid_jax.parallel import attention
 from hybrid_jax.parallel.sequence import positions_of
 from hybrid_jax.parallel.sharding import TOKENS, axis_size, constrain, gathered
@@ -49,12 +51,12 @@ class Layer(nnx.Module):
         self.spec = config.layers[index]
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         for kind in self.spec.kinds:
-            setattr(self, PARAMETER_KEYS[kind], make_mixer(kind, config, index, rngs=rngs, dtype=dtype))
+            setattr(self, KINDS[kind].parameter_key, make_mixer(kind, config, index, rngs=rngs, dtype=dtype))
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.mlp = (MLP if config.moe is None else MoE)(config, rngs=rngs, dtype=dtype)
 
     def mixer(self, kind: str):
-        return getattr(self, PARAMETER_KEYS[kind])
+        return getattr(self, KINDS[kind].parameter_key)
 
     def run(self, kind, hidden, *, positions, segment_ids, state=None) -> tuple[LayerOutputs, Any]:
         """The layer with its mixer of `kind`."""
@@ -90,7 +92,7 @@ class Decoder(nnx.Module):
         if config.tie_embeddings:
             self.lm_head = None
         else:
-            head = dict(axes=("embed", "vocab"), std=std, rngs=rngs, dtype=dtype)
+            head = dict(axes=("embed", "vocab"), muon=False, std=std, rngs=rngs, dtype=dtype)
             self.lm_head = Linear(config.hidden_size, config.vocab_size, **head)
 
     def inputs(self, input_ids, segment_ids=None, positions=None):
@@ -153,13 +155,13 @@ class Decoder(nnx.Module):
         return run_layer(*layers, carry)
 
     def _computed(self, state: nnx.State) -> nnx.State:
-        """A layer's parameters as it computes with them: matrices in the compute dtype, and then gathered, on every device
-        whole but for `tensor` and `expert` (in this order half the bytes travel)."""
+        """Returns a layer's parameters as it computes with them: those marked `compute` are cast and then all-gathered."""
         flat = []
         for path, variable in nnx.to_flat_state(state):
             x = variable[...]
-            if x.ndim > 1 and not any("conv1d" in str(key) for key in path):
-                x = gathered(x.astype(self.compute_dtype), tuple(variable.axes))
+            marks = marks_of(variable)
+            if marks.compute:
+                x = gathered(x.astype(self.compute_dtype), marks.axes)
             flat.append((path, variable.replace(x)))
         return nnx.from_flat_state(flat)
 

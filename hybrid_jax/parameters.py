@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hybrid_jax.config import ModelConfig
+from hybrid_jax.layers.parameter import Marks, marks_of
 from hybrid_jax.model import Decoder, abstract_decoder
 
 Parameters = dict[str, jax.Array]
@@ -41,10 +42,15 @@ def abstract_parameters(config: ModelConfig, dtype=jnp.float32) -> dict[str, jax
     return {".".join(map(str, path)): jax.ShapeDtypeStruct(v.shape, v.dtype) for path, v in nnx.to_flat_state(state)}
 
 
-def logical_axes(model: Decoder) -> dict[str, tuple[str | None, ...]]:
-    """The logical axis names of every parameter, for sharding."""
+def marks(model: Decoder) -> dict[str, Marks]:
+    """Returns how every parameter of a model (or of its shapes) is sharded, computed with, trained and stored."""
     _, state = nnx.split(model)
-    return {".".join(map(str, path)): value.axes for path, value in nnx.to_flat_state(state)}
+    return {".".join(map(str, path)): marks_of(value) for path, value in nnx.to_flat_state(state)}
+
+
+def logical_axes(model: Decoder) -> dict[str, tuple[str | None, ...]]:
+    """Returns the logical axis names of every parameter, for sharding."""
+    return {name: mark.axes for name, mark in marks(model).items()}
 
 
 def select_names(names: Iterable[str], patterns: Iterable[str]) -> set[str]:

@@ -14,30 +14,9 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import NoReturn
 
-ATTENTION = "attention"
-
-# Pattern symbol -> mixer kind, and mixer kind -> the name of its parameters in a checkpoint.
-SYMBOLS = {
-    "*": ATTENTION,
-    "SWA": "swa",
-    "GKA": "gka",
-    "GDN": "gdn",
-    "M2": "mamba2",
-    "M3": "mamba3",
-    "BMF": "bmojo",
-}
-PARAMETER_KEYS = {
-    ATTENTION: "self_attn",
-    "swa": "swa",
-    "gka": "gka",
-    "gdn": "gdn",
-    "mamba2": "mamba",
-    "mamba3": "mamba3",
-    "bmojo": "bmojo_f",
-}
-_SYMBOL_OF = {kind: symbol for symbol, kind in SYMBOLS.items()}
-NOT_BUILT = {"mamba3"}
+from hybrid_jax.mixers import ATTENTION, KINDS, kinds_by_symbol
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +24,7 @@ class MixerSpec:
     """One decoder layer's token mixer.
 
     Args:
-      kind: what the layer computes (the student, in a fused layer); a value of `SYMBOLS`.
+      kind: what the layer computes (the student, in a fused layer); a key of `mixers.KINDS`.
       teacher: in a fused layer, the kind the student learns from; `None` otherwise.
         `attention` beside `attention` means one set of weights for both streams (`*DA`).
       attention_heads: heads that stay attention in a head-level hybrid.
@@ -78,12 +57,12 @@ class MixerSpec:
     def symbol(self) -> str:
         if self.shared:
             return "*DA"
-        symbol = _SYMBOL_OF[self.kind]
+        symbol = KINDS[self.kind].symbol
         if self.attention_heads:
             symbol += "[" + ",".join(map(str, self.attention_heads)) + "]"
         if self.teacher == ATTENTION:
             return symbol + "*"
-        return f"{_SYMBOL_OF[self.teacher]}>{symbol}" if self.teacher else symbol
+        return f"{KINDS[self.teacher].symbol}>{symbol}" if self.teacher else symbol
 
     def unfused(self) -> MixerSpec:
         """The layer without its teacher."""
@@ -95,8 +74,10 @@ class MixerSpec:
 
 
 def _parse_symbol(text: str, where: str) -> MixerSpec:
-    def fail(why: str):
-        known = ", ".join(SYMBOLS)
+    symbols = kinds_by_symbol()
+
+    def fail(why: str) -> NoReturn:
+        known = ", ".join(symbols)
         raise ValueError(
             f"hybrid pattern, {where}: {text!r} {why}; a symbol is one of {known}, a mixer "
             "followed by '*' (fused with attention), '*DA', 'TEACHER>STUDENT', or a mixer with the "
@@ -111,15 +92,15 @@ def _parse_symbol(text: str, where: str) -> MixerSpec:
     body = text
     if ">" in body:
         teacher_symbol, _, body = body.partition(">")
-        if teacher_symbol not in SYMBOLS or teacher_symbol == "*":
+        if teacher_symbol not in symbols or teacher_symbol == "*":
             fail(f"names no mixer before '>' ({teacher_symbol!r})")
-        teacher = SYMBOLS[teacher_symbol]
+        teacher = symbols[teacher_symbol]
     elif body.endswith("*"):
         teacher, body = ATTENTION, body[:-1]
     match = re.fullmatch(r"([A-Z0-9]+)(?:\[([0-9,]*)\])?", body)
-    if match is None or match[1] not in SYMBOLS:
+    if match is None or match[1] not in symbols:
         fail("is not a known symbol")
-    kind = SYMBOLS[match[1]]
+    kind = symbols[match[1]]
     if teacher == kind:
         fail("fuses a mixer with itself")
     heads: tuple[int, ...] = ()
@@ -130,7 +111,7 @@ def _parse_symbol(text: str, where: str) -> MixerSpec:
         heads = tuple(int(h) for h in fields)
         if list(heads) != sorted(set(heads)):
             fail("must list its heads in rising order, each once")
-        if kind == "swa":
+        if not KINDS[kind].recurrent:
             fail("keeps heads of a mixer that is attention already")
     return MixerSpec(kind, teacher, heads)
 

@@ -1,41 +1,26 @@
 """The schema of config.json: the type and the range of every key that is read, in one table.
 
-`ModelConfig` and the option classes check themselves with the same tables, so that a config made in Python is held to
-the same rules. Checks take (name, value) and raise a ValueError that names the key, what was expected and what came.
+`ModelConfig` checks itself with the same table, so that a config made in Python obeys the same rules; the options of the
+mixers carry their own checks (`hybrid_jax.mixers`). A check takes (name, value) and raises a ValueError that names the key,
+what was expected and what came.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from hybrid_jax.checks import check_boolean, check_choice, check_integer, check_number
+from hybrid_jax.checks import check_boolean, check_choice
+from hybrid_jax.mixers import options_by_key
+from hybrid_jax.options import EPSILON, Check, choice, integer, number, optional
 
-Check = Callable[[str, Any], Any]
-LARGEST = 2**31 - 1  # positions, token ids and sizes are 32-bit integers
 MOST_LAYERS = 10_000
 
 
-def integer(minimum: int = 1, maximum: int = LARGEST) -> Check:
-    return functools.partial(check_integer, minimum=minimum, maximum=maximum)
-
-
-def number(**bounds) -> Check:
-    return functools.partial(check_number, **bounds)
-
-
-def choice(*names: str) -> Check:
-    return functools.partial(check_choice, choices=names)
-
-
-def optional(check: Check) -> Check:
-    """`check`, or null."""
-    return lambda name, value: None if value is None else check(name, value)
-
-
 def list_of(check: Check) -> Check:
+    """Returns a check for a list whose items all pass `check`."""
+
     def checked(name, value):
         if not isinstance(value, list | tuple):
             raise ValueError(f"{name} must be a list, got {value!r}")
@@ -69,7 +54,6 @@ def token_ids(name: str, value: Any):
     return ids(name, value)
 
 
-EPSILON = number(above=0, below=1)
 SIZE = integer(1, 2**24)
 
 # Keys of config.json.
@@ -109,7 +93,6 @@ KEYS: dict[str, Check] = {
     "eos_token_id": token_ids,
     "bos_token_id": token_ids,
     "pad_token_id": token_ids,
-    **{f"{mixer}_config": optional(mapping) for mixer in ("gka", "gdn", "mamba2", "swa", "bmojo")},
 }
 
 # Fields of ModelConfig -> the key of config.json whose check they share.
@@ -125,65 +108,6 @@ MODEL_FIELDS = {
     "tie_embeddings": "tie_word_embeddings",
     "initializer_range": "initializer_range",
 }
-
-# The options of the mixers' dicts and of the mixture of experts.
-OPTIONS: dict[str, dict[str, Check]] = {
-    "gka_config": {
-        "num_iter": integer(0, 10_000),
-        "ridge_strength": number(minimum=0),
-        "chunk_size": integer(1, 2**16),
-        "conv_size": integer(1, 1024),
-        "norm_eps": EPSILON,
-        "precision": choice("fast", "accurate"),
-        **dict.fromkeys(
-            ("gla_rescale", "use_alpha_connection", "use_beta_gate", "use_forgetting_gate", "use_forgetting_gate_kk",
-             "use_gate", "use_v_conv", "bp_lambda"), check_boolean),
-    },
-    "gdn_config": {
-        "conv_size": integer(1, 1024),
-        "norm_eps": EPSILON,
-        **dict.fromkeys(("conv_bias", "allow_neg_eigval", "use_gate", "use_short_conv"), check_boolean),
-    },
-    "mamba2_config": {"use_qk_norm": check_boolean},
-    "swa_config": {"window_size": integer()},
-    "bmojo_config": {
-        "window_size": integer(),
-        "ssm_mixer": choice("gka", "gdn", "mamba2"),
-        "tie_attn_weights": check_boolean,
-    },
-    "moe": {
-        "num_experts": KEYS["num_experts"],
-        "experts_per_token": KEYS["num_experts_per_tok"],
-        "intermediate_size": KEYS["moe_intermediate_size"],
-        "norm_topk_prob": check_boolean,
-    },
-}  # fmt: skip
-
-_HEADS = {"hidden_size", "head_dim", "num_q_heads", "num_k_heads", "num_v_heads"}
-# What the mixers' dicts repeat from the model: written on export, refused where they contradict the model.
-REPEATED: dict[str, set[str]] = {
-    "gka_config": _HEADS,
-    "gdn_config": _HEADS,
-    "mamba2_config": {
-        "d_model", "d_inner", "d_xb", "intermediate_size", "hidden_act", "rms_norm_eps", "n_layer", "ssm_cfg",
-    },
-    "swa_config": set(),
-    "bmojo_config": {"hidden_size", "head_dim", "num_heads", "num_key_value_heads", "rms_norm_eps", "use_qk_norm"},
-}  # fmt: skip
-_LOW_RANK = {"kv_proj_rank": None, "kv_learnable_residual": False}
-# Options that hybrid-model-factory knows and that may have one value here.
-FIXED: dict[str, dict[str, Any]] = {
-    "gka_config": {**_LOW_RANK, "solver_type": "chebyshev", "conv_bias": False, "num_sketches_per_head": 1},
-    "gdn_config": _LOW_RANK,
-    "mamba2_config": {
-        "use_pos_emb": False, "use_pos_embed": False, "use_rotary_emb": False, "d_conv": 4, "use_conv_bias": True,
-        "use_bias": False, "xb_proj_rank": None, "xb_proj_activation": False, "xb_learnable_residual": False,
-    },
-    "swa_config": {},
-    "bmojo_config": {},
-}  # fmt: skip
-# Options that say how a kernel of theirs computes, not what: any value, kept for the export.
-FREE: dict[str, dict[str, Check]] = {"mamba2_config": {"chunk_size": integer()}}
 
 # The keys of rope_parameters.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -209,7 +133,9 @@ ROPE_REQUIRED = {
 
 
 def check_key(key: str, value: Any):
-    """A value of config.json by the schema; a key that the schema does not have passes."""
+    """Checks a value of config.json against the schema and returns it; a key that the schema does not have passes."""
+    if key in options_by_key():
+        return optional(mapping)(key, value)
     return KEYS[key](key, value) if key in KEYS else value
 
 

@@ -6,14 +6,16 @@ model stands for several of the source's; `layers.J.…` names its parameters.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 
 import jax.numpy as jnp
 from flax import nnx
 
 from hybrid_jax.config import ModelConfig
+from hybrid_jax.layers.parameter import Marks
 from hybrid_jax.model import Decoder, abstract_decoder
-from hybrid_jax.parameters import Parameters, abstract_parameters, logical_axes
+from hybrid_jax.parameters import Parameters, abstract_parameters, marks
 from hybrid_jax.repeats import Repeat, find_repeats
 
 
@@ -42,17 +44,20 @@ def stacked_names(config: ModelConfig, repeats: Collection[Repeat]) -> dict[str,
     return result
 
 
-def stacked_structure(model: Decoder, repeats: Collection[Repeat]) -> tuple[nnx.GraphDef, dict[str, tuple]]:
-    """The stacked model's structure, and the logical axes of its parameters."""
+def stacked_structure(model: Decoder, repeats: Collection[Repeat]) -> tuple[nnx.GraphDef, dict[str, Marks]]:
+    """Returns the stacked model's structure, and the marks of its parameters, whose axes count the stacked dimension too.
+
+    The marks inside the structure stay those of one layer, which is what a scanned layer sees.
+    """
     stacked = abstract_decoder(model.config, compute_dtype=model.compute_dtype)
     stacked.layers = nnx.List([stacked.layers[place[0]] for _, place in _bodies(repeats)])
     stacked.remat, stacked.repeats = model.remat, tuple(repeats)
-    axes = logical_axes(stacked)
+    found = marks(stacked)
     counts = {f"layers.{j}": len(place) for j, place in _bodies(repeats)}
-    for name in axes:
+    for name, mark in found.items():
         if counts.get(".".join(name.split(".")[:2]), 1) > 1:
-            axes[name] = (None, *axes[name])
-    return nnx.split(stacked)[0], axes
+            found[name] = dataclasses.replace(mark, axes=(None, *mark.axes))
+    return nnx.split(stacked)[0], found
 
 
 def stack(parameters: Parameters, names: Mapping[str, list[str]]) -> Parameters:

@@ -22,6 +22,7 @@ from hybrid_jax.config import BMojoConfig, GKAConfig, ModelConfig, SWAConfig, pa
 from hybrid_jax.convert import save_model
 from hybrid_jax.data import Corpus, read_corpus
 from hybrid_jax.data.tokenizer import save_tokenizer, train_tokenizer
+from hybrid_jax.mixers import KINDS
 from hybrid_jax.model import Decoder
 
 if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:  # most of the tests' time is XLA's, optimising programs that run once
@@ -57,7 +58,11 @@ def free_port() -> int:
 
 
 def tiny_config(pattern, **changes) -> ModelConfig:
-    """A Qwen3 of odd sizes: head_dim != hidden / heads, two query heads a key head, windows of 6."""
+    """A Qwen3 of odd sizes: head_dim != hidden / heads, two query heads per key head, windows of 6.
+
+    Args:
+      changes: fields of `ModelConfig`, or options of mixers by kind (`gka=GKAConfig(...)`).
+    """
     layers = parse_pattern(pattern)
     values = dict(
         family="qwen3",
@@ -69,13 +74,12 @@ def tiny_config(pattern, **changes) -> ModelConfig:
         head_dim=8,
         layers=layers,
         qk_norm=True,
-        swa=SWAConfig(6),
-        bmojo=BMojoConfig(4, "gka"),
-        gka=GKAConfig(chunk_size=16),
         initializer_range=0.2,
         max_position_embeddings=256,
     )
-    return ModelConfig(**{**values, **changes})
+    mixers = {"swa": SWAConfig(6), "bmojo": BMojoConfig(4, "gka"), "gka": GKAConfig(chunk_size=16)}
+    mixers |= {kind: changes.pop(kind) for kind in KINDS if kind in changes}
+    return ModelConfig(**{**values, "mixers": tuple(mixers.values()), **changes})
 
 
 def tiny_model(pattern, seed=0, **changes) -> Decoder:

@@ -1,7 +1,5 @@
 """The pattern language and the model's description."""
 
-import dataclasses
-
 import pytest
 
 from hybrid_jax.config import ATTENTION, GKAConfig, MixerSpec, format_pattern, mixer_config_from_dict, parse_pattern
@@ -95,8 +93,8 @@ def test_unknown_and_unsupported_mixer_options_are_refused():
 def test_the_precision_of_gka_is_kept_and_told_only_where_it_is_not_the_usual():
     model = tiny_config("*-GKA")
     assert "precision" not in config_to_hf(model)["gka_config"]
-    accurate = dataclasses.replace(model, gka=GKAConfig(precision="accurate"))
+    accurate = model.with_options(GKAConfig(precision="accurate"))
     assert config_to_hf(accurate)["gka_config"]["precision"] == "accurate"
-    assert config_from_hf(config_to_hf(accurate)).gka == accurate.gka
+    assert config_from_hf(config_to_hf(accurate)).mixers == accurate.mixers
     with pytest.raises(ValueError, match="gka_config.precision must be one of 'fast', 'accurate', got 'exact'"):
-        dataclasses.replace(model, gka=GKAConfig(precision="exact"))
+        GKAConfig(precision="exact")

@@ -13,6 +13,7 @@ import hybrid_jax.experiment
 import hybrid_jax.priming.select
 from hybrid_jax import load_model, save_model
 from hybrid_jax.commands.main import main
+from hybrid_jax.config import GKAConfig, SWAConfig
 from hybrid_jax.experiment import _check_phases_fit, _with_mixer_options, mesh_of, mix_of
 from hybrid_jax.parameters import split_model
 from hybrid_jax.priming.select import Selection
@@ -75,8 +76,8 @@ def test_convert_draws_new_parameters_from_its_seed(tmp_path):
 
 def test_the_mixers_of_a_config_take_the_place_of_the_model_s():
     config = _with_mixer_options(tiny_config("*-SWA-GKA"), {"swa_config": {"window_size": 5}, "gka_config": {"num_iter": 3}})
-    assert config.swa.window_size == 5 and config.gka.num_iter == 3
-    assert tiny_config("*-SWA-GKA").swa.window_size == 6  # the model's own
+    assert config.options(SWAConfig).window_size == 5 and config.options(GKAConfig).num_iter == 3
+    assert tiny_config("*-SWA-GKA").options(SWAConfig).window_size == 6  # the model's own
 
 
 def test_a_phase_s_own_mix_and_mesh_go_before_the_experiment_s():

@@ -20,7 +20,7 @@ from hybrid_jax.files import read_json
 from hybrid_jax.model import Decoder, abstract_decoder
 from hybrid_jax.parallel.distributed import notice
 from hybrid_jax.parallel.sharding import load_sharded
-from hybrid_jax.parameters import abstract_parameters, join_model, logical_axes
+from hybrid_jax.parameters import abstract_parameters, join_model, logical_axes, marks
 from hybrid_jax.priming.initialize import initialize_hybrid
 
 _IGNORED = ("rotary_emb.inv_freq",)
@@ -80,9 +80,9 @@ def _checked(files: TensorFiles, config: ModelConfig) -> tuple[ModelConfig, dict
       ValueError: a name, shape or dtype that does not fit.
     """
     config = _tied_as_stored(files, config)
-    table, shapes = {}, {}
+    table, shapes, stated = {}, {}, marks(abstract_decoder(config))
     for name, parameter in abstract_parameters(config).items():
-        table[name] = [(t, _stored_name(files, config, t.name)) for t in hf_tensors(name, config)]
+        table[name] = [(t, _stored_name(files, config, t.name)) for t in hf_tensors(name, stated[name].layout, config)]
         for tensor, stored in table[name]:
             shapes[stored] = _hf_shape(tensor, parameter.shape if tensor.expert is None else parameter.shape[1:])
     files.check_dtypes([n for n in shapes if n in files.files])  # first: quantized checkpoints have other names too

@@ -16,7 +16,7 @@ from hybrid_jax.families import config_to_hf
 from hybrid_jax.files import new_directory
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.distributed import barrier, is_first, notice, whole_array
-from hybrid_jax.parameters import split_model
+from hybrid_jax.parameters import marks, split_model
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -27,9 +27,10 @@ MORE_TEMPLATES = "additional_chat_templates"  # a folder of chat templates by na
 
 def _hf_items(model: Decoder) -> Iterator[tuple[str, np.ndarray]]:
     _, parameters = split_model(model)
+    stated = marks(model)
     for name, value in parameters.items():
         value = whole_array(value)
-        for t in hf_tensors(name, model.config):
+        for t in hf_tensors(name, stated[name].layout, model.config):
             yield t.name, np.ascontiguousarray(t.to_hf(value if t.expert is None else value[t.expert]))
 
 

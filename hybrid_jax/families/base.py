@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from hybrid_jax.config import MIXER_CONFIGS, ModelConfig, MoEConfig, parse_pattern
+from hybrid_jax.config import ModelConfig, MoEConfig, parse_pattern
 from hybrid_jax.families.mixers import check_repeated, read_mixers, write_mixers
 from hybrid_jax.families.rope import read_query_scaling, read_rope, write_rope
+from hybrid_jax.mixers import options_by_key
 from hybrid_jax.schema import Check, check_finite, check_key
 
 # transformers' defaults for keys that a config.json may leave out; a family's own come before these.
@@ -27,7 +28,7 @@ _HANDLED = {
     *_REQUIRED, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters",
     "original_max_position_embeddings", "partial_rotary_factor", "max_position_embeddings", "tie_word_embeddings",
     "initializer_range", "hybrid_override_pattern", "layer_types", "attention_windows", "architectures", "model_type",
-    "torch_dtype", "dtype", "transformers_version", *MIXER_CONFIGS,
+    "torch_dtype", "dtype", "transformers_version",
 }  # fmt: skip
 HYBRID_PREFIX = "hybrid_"
 _WINDOWED = {"sliding_attention": True, "full_attention": False}
@@ -147,8 +148,8 @@ def read_config(family: Family, hf: Mapping[str, Any]) -> ModelConfig:
         tie_embeddings=hf["tie_word_embeddings"],
         attention_windows=_read_windows(family, hf, num_layers),
         initializer_range=hf["initializer_range"],
-        extra={**{k: v for k, v in hf.items() if k not in _HANDLED}, **kept},
-        **mixers,
+        extra={**{k: v for k, v in hf.items() if k not in _HANDLED and k not in options_by_key()}, **kept},
+        mixers=mixers,
         **own,
     )
     check_repeated(hf, config)
@@ -162,7 +163,7 @@ def write_config(family: Family, config: ModelConfig, dtype: str) -> dict[str, A
       ValueError: the family's config.json cannot describe the model (a window per layer where the family has one for all).
     """
     common = {
-        **{k: v for k, v in config.extra.items() if k not in MIXER_CONFIGS},
+        **{k: v for k, v in config.extra.items() if k not in options_by_key()},
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -185,7 +186,7 @@ def write_config(family: Family, config: ModelConfig, dtype: str) -> dict[str, A
             "model_type": family.model_type,
             **_write_windows(family, config),
         }
-        plain = dataclasses.replace(config, **{field: cls() for field, cls in MIXER_CONFIGS.values()})
+        plain = dataclasses.replace(config, mixers=())
     else:
         written = {
             **common,

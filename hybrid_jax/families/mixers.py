@@ -10,12 +10,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from hybrid_jax.config import MIXER_CONFIGS, ModelConfig, mixer_config_from_dict
-from hybrid_jax.schema import REPEATED
+from hybrid_jax.config import ModelConfig, mixer_config_from_dict
+from hybrid_jax.mixers import KINDS, MixerOptions, options_by_key
 
 
-def repeated(key: str, config: ModelConfig) -> dict[str, Any]:
-    """What one mixer's dict repeats from the model."""
+def repeated(options: type[MixerOptions], config: ModelConfig) -> dict[str, Any]:
+    """Returns what one mixer's dict repeats from the model."""
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
     values = {
         "hidden_size": config.hidden_size,
@@ -35,47 +35,44 @@ def repeated(key: str, config: ModelConfig) -> dict[str, Any]:
         "ssm_cfg": {"expand": 1, "ngroups": heads, "d_state": dim},
         "use_qk_norm": config.qk_norm,
     }
-    return {name: values[name] for name in values if name in REPEATED[key]}
+    return {name: values[name] for name in values if name in options.REPEATED}
 
 
-# Beside the repeated ones: what the plugin's Mamba-2 has other defaults for elsewhere, so that no default decides.
-_STATED = {
-    "mamba2_config": {"d_conv": 4, "use_conv_bias": True, "use_bias": False, "use_pos_emb": False, "chunk_size": 256},
-    "gka_config": {"solver_type": "chebyshev", "kv_proj_rank": None, "kv_learnable_residual": False},
-    "gdn_config": {"kv_proj_rank": None, "kv_learnable_residual": False},
-}
-# Written only where they differ from the default. `norm_eps`: the plugin gives a norm_eps that is present to the norms of
-# the block too, which are trained with rms_norm_eps; where it is absent, both are as trained.
-_ONLY_IF_CHANGED = {"precision", "norm_eps"}
+def read_mixers(hf: Mapping[str, Any], qk_norm: bool) -> tuple[tuple[MixerOptions, ...], dict[str, dict[str, Any]]]:
+    """Reads the mixers' dicts of a config.json.
 
+    Args:
+      hf: config.json.
+      qk_norm: whether the source norms queries and keys.
 
-def read_mixers(hf: Mapping[str, Any], qk_norm: bool) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The mixers' options as fields of ModelConfig, and the other keys of each dict, kept for the export.
+    Returns:
+      The mixers' options, and the other keys of each dict, which are kept for the export.
 
     Raises:
       ValueError: as `mixer_config_from_dict`.
     """
-    fields, kept = {}, {}
-    for key, (field, cls) in MIXER_CONFIGS.items():
+    options, kept = [], {}
+    for key, cls in options_by_key().items():
         values = dict(hf.get(key) or {})
-        if key == "mamba2_config" and not qk_norm and values.get("use_qk_norm") is False:
-            del values["use_qk_norm"]  # it says nothing where the source norms neither queries nor keys
+        for name in cls.ONLY_WITH_QK_NORM:
+            if not qk_norm and values.get(name) is False:
+                del values[name]
         if values:
-            fields[field] = mixer_config_from_dict(key, values)
-            own = {f.name for f in dataclasses.fields(cls)} | REPEATED[key]
+            options.append(mixer_config_from_dict(key, values))
+            own = cls.checks().keys() | cls.REPEATED
             kept[key] = {name: value for name, value in values.items() if name not in own}
-    return fields, {key: values for key, values in kept.items() if values}
+    return tuple(options), {key: values for key, values in kept.items() if values}
 
 
 def check_repeated(hf: Mapping[str, Any], config: ModelConfig):
-    """Refuses mixer dicts that contradict the model.
+    """Checks that the mixers' dicts do not contradict the model.
 
     Raises:
       ValueError: a repeated value that is not the model's.
     """
-    for key in MIXER_CONFIGS:
-        values, model = hf.get(key) or {}, repeated(key, config)
-        for name in REPEATED[key] & values.keys():
+    for key, cls in options_by_key().items():
+        values, model = hf.get(key) or {}, repeated(cls, config)
+        for name in cls.REPEATED & values.keys():
             value, expected = values[name], model[name]
             if name == "ssm_cfg" and isinstance(value, Mapping):
                 expected = {**expected, "repeat_kv_before_conv": False}
@@ -87,21 +84,17 @@ def check_repeated(hf: Mapping[str, Any], config: ModelConfig):
 
 
 def write_mixers(config: ModelConfig) -> dict[str, dict[str, Any]]:
-    """The dicts of the mixers in use, and of those whose options are not the defaults, with everything the plugin reads."""
-    used = {kind for layer in config.layers for kind in layer.kinds}
-    if "bmojo" in used:
-        used.add(config.bmojo.ssm_mixer)
+    """Returns the dicts of the mixers in use, and of those whose options are not the defaults, with everything the plugin reads."""
+    used = {KINDS[kind].options for kind in config.used_kinds()}
     dicts = {}
-    for key, (field, cls) in MIXER_CONFIGS.items():
-        mixer, default, kept = getattr(config, field), cls(), config.extra.get(key, {})
-        if field not in used and mixer == default and not kept:
+    for key, cls in options_by_key().items():
+        mixer, default, kept = config.options(cls), cls(), config.extra.get(key, {})
+        if cls not in used and mixer == default and not kept:
             continue
         options = {
-            name: value
-            for name, value in dataclasses.asdict(mixer).items()
-            if name not in _ONLY_IF_CHANGED or value != getattr(default, name)
+            name: value and config.qk_norm if name in cls.ONLY_WITH_QK_NORM else value
+            for name, value in dataclasses.asdict(mixer).items()  # pyright: ignore[reportArgumentType]
+            if name not in cls.ONLY_IF_CHANGED or value != getattr(default, name)
         }
-        if key == "mamba2_config":
-            options["use_qk_norm"] = config.qk_norm and config.mamba2.use_qk_norm
-        dicts[key] = {**_STATED.get(key, {}), **kept, **repeated(key, config), **options}
+        dicts[key] = {**cls.STATED, **kept, **repeated(cls, config), **options}
     return dicts

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from hybrid_jax.config import ATTENTION, GDNConfig, GKAConfig, ModelConfig
+from hybrid_jax.config import ATTENTION, BMojoConfig, GDNConfig, GKAConfig, Mamba2Config, ModelConfig
+from hybrid_jax.mixers import KINDS
 
 SERVED = ("qwen2", "qwen3", "qwen3_moe")
-_RECURRENT = ("gka", "gdn", "mamba2")
 _MAMBA2_QK_NORM_EPS = 1e-6  # of B_norm and C_norm, whatever rms_norm_eps is
 
 
 def _norm_notes(config: ModelConfig, used: set[str]) -> list[str]:
-    eps, notes = config.rms_norm_eps, []
-    if "gdn" in used and config.gdn.norm_eps != GDNConfig().norm_eps:
+    eps, notes, gdn, gka = config.rms_norm_eps, [], config.options(GDNConfig), config.options(GKAConfig)
+    if "gdn" in used and gdn.norm_eps != GDNConfig().norm_eps:
         notes.append(
-            f"gdn_config.norm_eps = {config.gdn.norm_eps}: it serves the output norm with {GDNConfig().norm_eps} and the "
-            f"block norms with {config.gdn.norm_eps} instead of {eps}"
+            f"gdn_config.norm_eps = {gdn.norm_eps}: it serves the output norm with {GDNConfig().norm_eps} and the "
+            f"block norms with {gdn.norm_eps} instead of {eps}"
         )
-    if "gka" in used and config.gka.norm_eps not in (GKAConfig().norm_eps, eps):
-        notes.append(f"gka_config.norm_eps = {config.gka.norm_eps}: it serves the block norms with it instead of {eps}")
-    if "mamba2" in used and config.qk_norm and config.mamba2.use_qk_norm and eps != _MAMBA2_QK_NORM_EPS:
+    if "gka" in used and gka.norm_eps not in (GKAConfig().norm_eps, eps):
+        notes.append(f"gka_config.norm_eps = {gka.norm_eps}: it serves the block norms with it instead of {eps}")
+    if "mamba2" in used and config.qk_norm and config.options(Mamba2Config).use_qk_norm and eps != _MAMBA2_QK_NORM_EPS:
         notes.append(f"Mamba-2's B and C are normed with rms_norm_eps = {eps} instead of {_MAMBA2_QK_NORM_EPS}")
     return notes
 
@@ -39,11 +39,9 @@ def _notes(config: ModelConfig) -> list[str]:
         return [f"it serves hybrids of {', '.join(SERVED)} only, not of {config.family}"]
     if config.is_fused:
         return ["it serves no fused models; export without the teacher"]
-    used = {kind for layer in config.layers for kind in layer.kinds}
+    used, gdn, bmojo = config.used_kinds(), config.options(GDNConfig), config.options(BMojoConfig)
     windowed = any(w for w, layer in zip(config.attention_windows, config.layers, strict=True) if layer.kind == ATTENTION)
-    if "bmojo" in used:
-        used.add(config.bmojo.ssm_mixer)
-    mixed = [kind for kind in _RECURRENT if kind in used]
+    mixed = [kind for kind, row in KINDS.items() if kind in used and not row.attends]
     notes = []
     if len(mixed) > 1:
         notes.append(f"it cannot serve {' and '.join(mixed)} in one model")
@@ -51,8 +49,8 @@ def _notes(config: ModelConfig) -> list[str]:
         notes.append("it knows no sliding windows of attention layers, and serves them with full attention; use SWA layers")
     if config.o_bias:
         notes.append("it has no bias for the attention's output projection")
-    if "gdn" in used and not (config.gdn.use_gate and config.gdn.use_short_conv):
+    if "gdn" in used and not (gdn.use_gate and gdn.use_short_conv):
         notes.append("it has no GDN without gate or convolution")
-    if "bmojo" in used and config.bmojo.window_size % 2:
-        notes.append(f"it raises the odd bmojo_config.window_size {config.bmojo.window_size} by 1")
+    if "bmojo" in used and bmojo.window_size % 2:
+        notes.append(f"it raises the odd bmojo_config.window_size {bmojo.window_size} by 1")
     return notes + _norm_notes(config, used)

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 
 from hybrid_jax.checks import check_integer
-from hybrid_jax.config import ATTENTION, ModelConfig
+from hybrid_jax.config import ModelConfig
 from hybrid_jax.generation.defaults import GenerationDefaults, generation_defaults
 from hybrid_jax.generation.sampling import Sampling, sample
+from hybrid_jax.mixers import KINDS
 from hybrid_jax.model import Decoder
 from hybrid_jax.parameters import join_model, split_model
 
@@ -21,7 +22,6 @@ __all__ = ["GenerationDefaults", "Sampling", "check_prompts", "generate", "gener
 # writes the answer, and compiling another one for the prompt takes seconds.
 STEPWISE = 64
 SLOTS = 64  # caches have a multiple of so many slots, so that prompts of various lengths share a program
-POSITIONED = {ATTENTION, "swa", "bmojo"}  # mixers that rotate by positions
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -51,7 +51,7 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new
     if max(row.max() for row in rows) >= config.vocab_size or min(row.min() for row in rows) < 0:
         raise ValueError(f"a prompt has a token id outside 0 ... {config.vocab_size - 1}; is it this model's tokenizer?")
     longest, most = max(map(len, rows)), config.max_position_embeddings
-    if longest + max_new_tokens > most and any(layer.kind in POSITIONED for layer in config.layers):
+    if longest + max_new_tokens > most and any(KINDS[layer.kind].attends for layer in config.layers):
         raise ValueError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than the model's {most} positions "
             "(max_position_embeddings); shorten the prompt or lower max_new_tokens"

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybrid_jax.config import ModelConfig
+from hybrid_jax.config import ModelConfig, SWAConfig
 from hybrid_jax.layers.linear import Linear, RMSNorm
+from hybrid_jax.layers.mixer import Arrays
 from hybrid_jax.layers.rope import rope_frequencies, rotate
 from hybrid_jax.parallel.attention import attend
 
@@ -67,13 +68,9 @@ def extend_full(cache: KVCache, new: KVCache) -> KVCache:
 
 
 class Attention(nnx.Module):
-    """Multi-head attention with the source family's options.
+    """Multi-head attention with the source family's options; `window` is how many keys a query sees, itself included."""
 
-    Args:
-      window: keys a query sees, itself included; None for all.
-    """
-
-    def __init__(self, config: ModelConfig, window: int | None = None, *, rngs, dtype=jnp.float32):
+    def __init__(self, config: ModelConfig, layer: int, *, rngs, dtype=jnp.float32):
         hid, H, Hkv, D = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         kw = dict(std=config.initializer_range, rngs=rngs, dtype=dtype)
         self.q_proj = Linear(hid, H * D, bias=config.qkv_bias, axes=("embed", "heads"), **kw)
@@ -82,17 +79,30 @@ class Attention(nnx.Module):
         self.o_proj = Linear(H * D, hid, bias=config.o_bias, axes=("heads", "embed"), **kw)
         self.q_norm = RMSNorm(D, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(D, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
-        self.config, self.window = config, window
+        self.config, self.window = config, self.window_of(config, layer)
 
-    def project(self, x, positions):
-        """q [B,T,H,D], k and v [B,T,Hkv,D], normed and rotated."""
+    @staticmethod
+    def window_of(config: ModelConfig, layer: int) -> int | None:
+        """Returns how many keys a query sees, itself included; None for all. Here: the source's own window."""
+        return config.attention_windows[layer]
+
+    @staticmethod
+    def from_attention(source: Arrays, fresh: Arrays, config: ModelConfig) -> dict[str, jax.Array]:
+        """Returns all parameters: they are copied."""
+        return {name: source[name] for name in fresh}
+
+    def project(self, x, positions, suffix=""):
+        """q [B,T,H,D], k and v [B,T,Hkv,D], normed and rotated, by the projections whose names end with `suffix`."""
+        q_proj, k_proj, v_proj, q_norm, k_norm = (
+            getattr(self, name + suffix) for name in ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")
+        )
         c = self.config
         B, T, _ = x.shape
-        q = self.q_proj(x).reshape(B, T, c.num_heads, c.head_dim)
-        k = self.k_proj(x).reshape(B, T, c.num_kv_heads, c.head_dim)
-        v = self.v_proj(x).reshape(B, T, c.num_kv_heads, c.head_dim)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q = q_proj(x).reshape(B, T, c.num_heads, c.head_dim)
+        k = k_proj(x).reshape(B, T, c.num_kv_heads, c.head_dim)
+        v = v_proj(x).reshape(B, T, c.num_kv_heads, c.head_dim)
+        if q_norm is not None:
+            q, k = q_norm(q), k_norm(k)
         inv_freq, factor = rope_frequencies(c.rope, c.head_dim, c.max_position_embeddings)
         q, k = rotate(q, positions, inv_freq, factor), rotate(k, positions, inv_freq, factor)
         if c.query_scaling is not None:
@@ -122,3 +132,12 @@ class Attention(nnx.Module):
 
     def state_axes(self) -> KVCache:
         return CACHE_AXES
+
+
+class SlidingWindowAttention(Attention):
+    """Attention whose queries see the last `swa_config.window_size` keys."""
+
+    @staticmethod
+    def window_of(config: ModelConfig, layer: int) -> int | None:
+        """Returns the window of the options; it is the same in every layer."""
+        return config.options(SWAConfig).window_size

@@ -5,22 +5,19 @@ Query i attends to keys of x at i-W+1 … i and to keys of f = mixer(x) at i-2W+
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybrid_jax.config import PARAMETER_KEYS, ModelConfig
+from hybrid_jax import layers
+from hybrid_jax.config import BMojoConfig, ModelConfig
 from hybrid_jax.layers.attention import CACHE_AXES, Attention, KVCache, attention_mask, empty_cache, extend_window
-from hybrid_jax.layers.gdn import GatedDeltaNet
-from hybrid_jax.layers.gka import GatedKalmaNet
 from hybrid_jax.layers.linear import Linear, RMSNorm
-from hybrid_jax.layers.mamba2 import Mamba2
+from hybrid_jax.layers.mixer import Arrays
+from hybrid_jax.mixers import KINDS
 from hybrid_jax.parallel.attention import attend_windows
-
-SSM_MIXERS = {"gka": GatedKalmaNet, "gdn": GatedDeltaNet, "mamba2": Mamba2}
 
 
 class BMojoState(NamedTuple):
@@ -34,9 +31,9 @@ class BMojoState(NamedTuple):
 class BMojoAttention(Attention):
     """Attention's projections; untied, a second set (`q_proj_`, ...) serves the fading tokens."""
 
-    def __init__(self, config: ModelConfig, *, rngs, dtype=jnp.float32):
-        super().__init__(config, rngs=rngs, dtype=dtype)
-        self.tied = config.bmojo.tie_attn_weights
+    def __init__(self, config: ModelConfig, layer: int, *, rngs, dtype=jnp.float32):
+        super().__init__(config, layer, rngs=rngs, dtype=dtype)
+        self.tied = config.options(BMojoConfig).tie_attn_weights
         if self.tied:
             return
         hid, H, Hkv, D = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
@@ -47,35 +44,45 @@ class BMojoAttention(Attention):
         self.q_norm_ = RMSNorm(D, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
         self.k_norm_ = RMSNorm(D, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
 
+    @staticmethod
+    def window_of(config: ModelConfig, layer: int) -> int | None:
+        """Returns None: `BMojoF` has windows of its own."""
+        return None
+
     def project_fading(self, x, f, positions):
         """The query against fading tokens (from x), and their keys and values (from f)."""
-        first = self if self.tied else _Second(self)
-        q, _, _ = Attention.project(first, x, positions)
-        _, k, v = Attention.project(first, f, positions)
+        suffix = "" if self.tied else "_"
+        q, _, _ = self.project(x, positions, suffix)
+        _, k, v = self.project(f, positions, suffix)
         return q, k, v
 
 
-@dataclasses.dataclass
-class _Second:
-    """The second set of projections under the first set's names."""
-
-    attention: BMojoAttention
-
-    def __getattr__(self, name):
-        return getattr(self.attention, name if name == "config" else name + "_")
-
-
 class BMojoF(nnx.Module):
-    def __init__(self, config: ModelConfig, *, rngs, dtype=jnp.float32):
-        kind = config.bmojo.ssm_mixer
-        self.mixer_key = PARAMETER_KEYS[kind]
-        setattr(self, self.mixer_key, SSM_MIXERS[kind](config, rngs=rngs, dtype=dtype))
-        self.bmojo_attn = BMojoAttention(config, rngs=rngs, dtype=dtype)
+    """B'MOJO-F. The project has it for compatibility with released checkpoints; no recipe uses it."""
+
+    def __init__(self, config: ModelConfig, layer: int, *, rngs, dtype=jnp.float32):
+        kind = config.options(BMojoConfig).ssm_mixer
+        self.mixer_key = KINDS[kind].parameter_key
+        setattr(self, self.mixer_key, layers.make_mixer(kind, config, layer, rngs=rngs, dtype=dtype))
+        self.bmojo_attn = BMojoAttention(config, layer, rngs=rngs, dtype=dtype)
         self.config = config
+
+    @staticmethod
+    def from_attention(source: Arrays, fresh: Arrays, config: ModelConfig) -> dict[str, jax.Array]:
+        """Returns attention copied to `bmojo_attn`, to both sets if untied (`q_proj_`), and the mixer's own recipe."""
+        kind = config.options(BMojoConfig).ssm_mixer
+        prefix = KINDS[kind].parameter_key + "."
+        mixer = {n.removeprefix(prefix): v for n, v in fresh.items() if n.startswith(prefix)}
+        copied = {prefix + n: v for n, v in layers.MIXERS[kind].from_attention(source, mixer, config).items()}
+        for name in fresh:
+            if name.startswith("bmojo_attn."):
+                module, leaf = name.removeprefix("bmojo_attn.").split(".")
+                copied[name] = source[f"{module.rstrip('_')}.{leaf}"]
+        return copied
 
     def __call__(self, x, *, positions, segment_ids, state: BMojoState | None = None):
         """x [B,T,hidden] -> (y [B,T,hidden], state)."""
-        c, W = self.config, self.config.bmojo.window_size
+        c, W = self.config, self.config.options(BMojoConfig).window_size
         B, T, _ = x.shape
         f, mixer_state = getattr(self, self.mixer_key)(x, positions=positions, segment_ids=segment_ids, state=state and state.mixer)
         q, k, v = self.bmojo_attn.project(x, positions)
@@ -103,7 +110,7 @@ class BMojoF(nnx.Module):
 
     def init_state(self, batch: int, max_length: int, dtype=jnp.float32) -> BMojoState:
         c = self.config
-        cache = empty_cache(batch, 2 * c.bmojo.window_size - 1, c.num_kv_heads, c.head_dim, dtype)
+        cache = empty_cache(batch, 2 * c.options(BMojoConfig).window_size - 1, c.num_kv_heads, c.head_dim, dtype)
         return BMojoState(getattr(self, self.mixer_key).init_state(batch, max_length, dtype), cache, cache)
 
     def state_axes(self) -> BMojoState:

@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybrid_jax.config import ModelConfig
+from hybrid_jax.config import GDNConfig, ModelConfig
 from hybrid_jax.layers.linear import Linear, RMSNorm
+from hybrid_jax.layers.mixer import Arrays
 from hybrid_jax.layers.recurrent import (
     STATE_AXES,
     ShortConv,
+    from_projections,
     init_a_log,
     init_dt_bias,
     l2_normalize,
@@ -40,8 +42,10 @@ class GatedDeltaNet(nnx.Module):
     Without `use_short_conv` q, k, v = SiLU(proj x), as in hybrid-model-factory.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs, dtype=jnp.float32):
-        hid, H, Hkv, D, gdn = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.gdn
+    def __init__(self, config: ModelConfig, layer: int, *, rngs, dtype=jnp.float32):
+        del layer
+        hid, H, Hkv, D = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+        gdn = config.options(GDNConfig)
         fresh = dict(std=config.initializer_range, rngs=rngs, dtype=dtype)
         linear = functools.partial(Linear, **fresh)
 
@@ -81,7 +85,7 @@ class GatedDeltaNet(nnx.Module):
         q, k, v = (repeat_heads(a.reshape(B, T, -1, D), H) for a in (q, k, v))
         q, k = (l2_normalize(a, eps_outside=False) for a in (q, k))
         beta = jax.nn.sigmoid(self.b_proj(x).astype(jnp.float32))
-        if self.config.gdn.allow_neg_eigval:
+        if self.config.options(GDNConfig).allow_neg_eigval:
             beta = 2 * beta
         g = log_decay(self.gk_proj(x), self.A_log[...], self.dt_bias[...])
         o, S = recurrence(
@@ -96,6 +100,11 @@ class GatedDeltaNet(nnx.Module):
         if self.g_proj is not None:
             o = o * jax.nn.silu(self.g_proj(x))
         return self.o_proj(o), GDNState(S, q_conv, k_conv, v_conv)
+
+    @staticmethod
+    def from_attention(source: Arrays, fresh: Arrays, config: ModelConfig) -> dict[str, jax.Array]:
+        """Returns q, k, v, o of attention, and the output gate made from o and v."""
+        return from_projections(source, fresh, config)
 
     def init_state(self, batch: int, max_length: int, dtype=jnp.float32) -> GDNState:
         del max_length

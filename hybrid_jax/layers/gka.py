@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybrid_jax.config import ModelConfig
+from hybrid_jax.config import GKAConfig, ModelConfig
 from hybrid_jax.layers.linear import Linear, RMSNorm
+from hybrid_jax.layers.mixer import Arrays
 from hybrid_jax.layers.recurrent import (
     STATE_AXES,
     ShortConv,
+    from_projections,
     init_a_log,
     init_dt_bias,
     l2_normalize,
@@ -42,8 +44,10 @@ class GatedKalmaNet(nnx.Module):
     0; the parameters of the gate exist all the same, as in its checkpoints.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs, dtype=jnp.float32):
-        hid, H, Hkv, D, gka = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.gka
+    def __init__(self, config: ModelConfig, layer: int, *, rngs, dtype=jnp.float32):
+        del layer
+        hid, H, Hkv, D = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+        gka = config.options(GKAConfig)
         fresh = dict(std=config.initializer_range, rngs=rngs, dtype=dtype)
         linear = functools.partial(Linear, **fresh)
         conv = functools.partial(ShortConv, size=gka.conv_size, **fresh)
@@ -66,7 +70,7 @@ class GatedKalmaNet(nnx.Module):
     def __call__(self, x, *, positions, segment_ids, state: GKAState | None = None):
         """x [B,T,hidden] -> (y [B,T,hidden], state)."""
         del positions
-        c, gka = self.config, self.config.gka
+        c, gka = self.config, self.config.options(GKAConfig)
         B, T, _ = x.shape
         H, D = c.num_heads, c.head_dim
         s = GKAState(*[None] * 5) if state is None else state
@@ -98,6 +102,11 @@ class GatedKalmaNet(nnx.Module):
         if self.g_proj is not None:
             o = o * jax.nn.silu(self.g_proj(x))
         return self.o_proj(o), GKAState(*(states or (None, None)), q_conv, k_conv, v_conv)
+
+    @staticmethod
+    def from_attention(source: Arrays, fresh: Arrays, config: ModelConfig) -> dict[str, jax.Array]:
+        """Returns q, k, v, o of attention, and the output gate made from o and v."""
+        return from_projections(source, fresh, config)
 
     def init_state(self, batch: int, max_length: int, dtype=jnp.float32) -> GKAState:
         del max_length

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hybrid_jax.layers.parameter import marks_of, parameter
 from hybrid_jax.parallel.embedding import lookup
 from hybrid_jax.parallel.sharding import axis_size, constrain
 
@@ -21,9 +22,10 @@ class Linear(nnx.Module):
         initializes every linear map in this way, those of mixers too, with the config's `initializer_range`.
     """
 
-    def __init__(self, din, dout, *, std, bias=False, axes=("embed", "heads"), rngs, dtype=jnp.float32):
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (din, dout), dtype), axes=axes)
-        self.bias = nnx.Param(jnp.zeros(dout, dtype), axes=(axes[1],)) if bias else None
+    def __init__(self, din, dout, *, std, bias=False, axes=("embed", "heads"), muon=True, rngs, dtype=jnp.float32):
+        kernel = std * jax.random.normal(rngs.params(), (din, dout), dtype)
+        self.kernel = parameter(kernel, axes, compute=True, frozen=True, decay=True, muon=muon, layout="transposed")
+        self.bias = parameter(jnp.zeros(dout, dtype), (axes[1],)) if bias else None
 
     def __call__(self, x):
         y = x @ self.kernel[...].astype(x.dtype)
@@ -36,14 +38,15 @@ class Linear(nnx.Module):
         if axis_size("tensor") == 1:
             return jnp.split(self(x), cuts, axis=-1)
         kernels = jnp.split(self.kernel[...].astype(x.dtype), cuts, axis=1)
-        return [x @ constrain(kernel, *self.kernel.axes) for kernel in kernels]
+        return [x @ constrain(kernel, *marks_of(self.kernel).axes) for kernel in kernels]
 
 
 class Embedding(nnx.Module):
     """Token embedding; `embedding` [vocab, hidden]. `attend` is the tied output head."""
 
     def __init__(self, vocab, hidden, *, std, rngs, dtype=jnp.float32):
-        self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (vocab, hidden), dtype), axes=("vocab", "embed"))
+        table = std * jax.random.normal(rngs.params(), (vocab, hidden), dtype)
+        self.embedding = parameter(table, ("vocab", "embed"), frozen=True, decay=True)
 
     def __call__(self, ids, dtype):
         return lookup(self.embedding[...], ids, dtype)
@@ -63,7 +66,7 @@ class RMSNorm(nnx.Module):
     """`rms_norm` with a learned weight [dim]."""
 
     def __init__(self, dim, *, eps, dtype=jnp.float32):
-        self.weight = nnx.Param(jnp.ones(dim, dtype), axes=("norm",))
+        self.weight = parameter(jnp.ones(dim, dtype), ("norm",))
         self.eps = eps
 
     def __call__(self, x):

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybrid_jax.config import ModelConfig
+from hybrid_jax.config import Mamba2Config, ModelConfig
 from hybrid_jax.layers.linear import Linear, RMSNorm, rms_norm
-from hybrid_jax.layers.recurrent import STATE_AXES, ShortConv, init_a_log, init_dt_bias, repeat_heads
+from hybrid_jax.layers.mixer import Arrays
+from hybrid_jax.layers.parameter import parameter
+from hybrid_jax.layers.recurrent import STATE_AXES, ShortConv, gate_of_attention, init_a_log, init_dt_bias, repeat_heads
 from hybrid_jax.parallel.recurrence import recurrence
 from kernels_pallas import linear_attention, linear_attention_step, linear_attention_summary, ssd_inputs
 
@@ -29,15 +31,16 @@ class Mamba2(nnx.Module):
     """z, x, B, C, dt = in_proj(u); C, B normed if the source norms q, k; xBC = SiLU(conv(xBC));
     SSD with D skip; out_proj(RMSNorm per head of y SiLU(z))."""
 
-    def __init__(self, config: ModelConfig, *, rngs, dtype=jnp.float32):
+    def __init__(self, config: ModelConfig, layer: int, *, rngs, dtype=jnp.float32):
+        del layer
         hid, H, Hkv, D = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-        normed = config.qk_norm and config.mamba2.use_qk_norm
+        normed = config.qk_norm and config.options(Mamba2Config).use_qk_norm
         fresh = dict(std=config.initializer_range, rngs=rngs, dtype=dtype)
         self.in_proj = Linear(hid, 2 * (H + Hkv) * D + H, axes=("embed", "heads"), **fresh)
         self.conv1d = ShortConv((H + 2 * Hkv) * D, CONV_SIZE, bias=True, **fresh)
         self.A_log = init_a_log(rngs, H, dtype)
         self.dt_bias = init_dt_bias(rngs, H, dtype)
-        self.D = nnx.Param(jnp.ones(H, dtype), axes=("heads",))
+        self.D = parameter(jnp.ones(H, dtype), ("heads",))
         self.B_norm = RMSNorm(D, eps=QK_NORM_EPS, dtype=dtype) if normed else None
         self.C_norm = RMSNorm(D, eps=QK_NORM_EPS, dtype=dtype) if normed else None
         self.norm = RMSNorm(H * D, eps=NORM_EPS, dtype=dtype)
@@ -70,6 +73,20 @@ class Mamba2(nnx.Module):
         y = y * jax.nn.silu(z).reshape(y.shape)
         y = rms_norm(y, self.norm.weight[...].reshape(H, D), NORM_EPS)
         return self.out_proj(y.reshape(batch, T, H * D)), Mamba2State(S, conv)
+
+    @staticmethod
+    def from_attention(source: Arrays, fresh: Arrays, config: ModelConfig) -> dict[str, jax.Array]:
+        """Returns in_proj with columns z, x = v, B = k, C = q of attention (dt's stay as drawn), out_proj = o, and the norms of
+        C and B, which are those of q and k."""
+        parts = [gate_of_attention(source, config), *(source[f"{p}_proj.kernel"] for p in "vkq")]
+        width = sum(p.shape[1] for p in parts)
+        copied = {
+            "in_proj.kernel": jnp.concatenate([*parts, fresh["in_proj.kernel"][:, width:]], axis=1),
+            "out_proj.kernel": source["o_proj.kernel"],
+        }
+        if "C_norm.weight" in fresh:
+            copied |= {"C_norm.weight": source["q_norm.weight"], "B_norm.weight": source["k_norm.weight"]}
+        return copied
 
     def init_state(self, batch: int, max_length: int, dtype=jnp.float32) -> Mamba2State:
         del max_length

@@ -10,6 +10,7 @@ from flax import nnx
 
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.layers.linear import Linear
+from hybrid_jax.layers.parameter import parameter
 from hybrid_jax.parallel.sharding import TOKENS, axis_size, shard_map_by_axes
 
 
@@ -35,7 +36,7 @@ class Experts(nnx.Module):
 
         def stack(din, dout, axes):
             value = config.initializer_range * jax.random.normal(rngs.params(), (moe.num_experts, din, dout), dtype)
-            return nnx.Param(value, axes=("expert", *axes))
+            return parameter(value, ("expert", *axes), compute=True, frozen=True, decay=True, muon=True, layout="experts")
 
         self.gate_proj = stack(hid, moe.intermediate_size, ("embed", "mlp"))
         self.up_proj = stack(hid, moe.intermediate_size, ("embed", "mlp"))
@@ -97,6 +98,7 @@ class MoE(nnx.Module):
             config.hidden_size,
             config.moe.num_experts,
             axes=("embed", None),
+            muon=False,
             std=config.initializer_range,
             rngs=rngs,
             dtype=dtype,

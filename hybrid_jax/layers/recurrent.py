@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hybrid_jax.config import ModelConfig
+from hybrid_jax.layers.mixer import Arrays
+from hybrid_jax.layers.parameter import marks_of, parameter
 from hybrid_jax.parallel.recurrence import convolution
 from kernels_pallas.gated_kalmanet.chebyshev import safe_sqrt
 
@@ -32,17 +35,34 @@ def repeat_heads(x, num_heads):
     return jnp.repeat(x, num_heads // x.shape[-2], axis=-2)
 
 
+def gate_of_attention(source: Arrays, config: ModelConfig) -> jax.Array:
+    """Returns an output gate made from attention, (o_proj^T + v_proj, each column repeated in place) / 2, [hidden, H * D].
+
+    hybrid-model-factory repeats the rows of `v_proj.weight` one by one, not head by head, and so does this function.
+    """
+    groups = config.num_heads // config.num_kv_heads
+    return 0.5 * (source["o_proj.kernel"].T + jnp.repeat(source["v_proj.kernel"], groups, axis=1))
+
+
+def from_projections(source: Arrays, fresh: Arrays, config: ModelConfig) -> dict[str, jax.Array]:
+    """Returns q, k, v, o copied from attention (biases where both have them), and `g_proj` made from o and v."""
+    copied = {n: source[n] for n in fresh if n in source and n.split(".")[0] in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    if "g_proj.kernel" in fresh:
+        copied["g_proj.kernel"] = gate_of_attention(source, config)
+    return copied
+
+
 def init_a_log(rngs, num_heads, dtype=jnp.float32):
     """A_log = log U(0, 16), away from log 0."""
     a = jax.random.uniform(rngs.params(), (num_heads,), dtype, minval=1e-4, maxval=16.0)
-    return nnx.Param(jnp.log(a), axes=("heads",))
+    return parameter(jnp.log(a), ("heads",))
 
 
 def init_dt_bias(rngs, num_heads, dtype=jnp.float32, low=1e-3, high=0.1, floor=1e-4):
     """softplus^-1(dt), dt log-uniform in [low, high] and at least `floor` (Mamba-2's initialisation)."""
     u = jax.random.uniform(rngs.params(), (num_heads,), dtype)
     dt = jnp.maximum(jnp.exp(u * (math.log(high) - math.log(low)) + math.log(low)), floor)
-    return nnx.Param(dt + jnp.log(-jnp.expm1(-dt)), axes=("heads",))
+    return parameter(dt + jnp.log(-jnp.expm1(-dt)), ("heads",))
 
 
 def log_decay(dt, a_log, dt_bias):
@@ -58,8 +78,9 @@ class ShortConv(nnx.Module):
     """
 
     def __init__(self, dim, size, *, std, bias=False, axes=("heads",), rngs, dtype=jnp.float32):
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (dim, size), dtype), axes=(*axes, None))
-        self.bias = nnx.Param(jnp.zeros(dim, dtype), axes=axes) if bias else None
+        kernel = std * jax.random.normal(rngs.params(), (dim, size), dtype)
+        self.kernel = parameter(kernel, (*axes, None), frozen=True, decay=True, layout="conv")
+        self.bias = parameter(jnp.zeros(dim, dtype), axes) if bias else None
 
     def __call__(self, x, *, segment_ids, state=None):
         """x [B,T,D] -> (y, state [B,W-1,D]); one token with a state takes the step."""
@@ -84,4 +105,4 @@ class ShortConv(nnx.Module):
         return jnp.zeros((batch, size - 1, dim), dtype)
 
     def state_axes(self):
-        return ("batch", None, self.kernel.axes[0])
+        return ("batch", None, marks_of(self.kernel).axes[0])

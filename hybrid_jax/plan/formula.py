@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from hybrid_jax.config import ATTENTION, ModelConfig
 from hybrid_jax.hardware import Accelerator
+from hybrid_jax.mixers import KINDS
 from hybrid_jax.model import abstract_decoder
 from hybrid_jax.parallel.attention import takes_ring
 from hybrid_jax.parallel.mesh import AXES, BATCH_AXES, abstract_mesh
@@ -33,7 +34,7 @@ def parameter_count(config: ModelConfig) -> float:
 
 def _windows(config: ModelConfig, kinds: Sequence[str]) -> list[tuple[str, int | None]]:
     """(mixer, how many keys a query sees at most; None: all before it) of the layers whose mixers attend to keys."""
-    of_kind = {"swa": config.swa.window_size, "bmojo": 2 * config.bmojo.window_size}  # B'MOJO's tokens and its fading ones
+    of_kind = {kind: config.options(row.options).window for kind, row in KINDS.items() if row.attends and row.options}
     layers = zip(kinds, config.attention_windows[: len(kinds)], strict=True)  # a stream may have none
     return [(kind, own if kind == ATTENTION else of_kind[kind]) for kind, own in layers if kind == ATTENTION or kind in of_kind]
 
@@ -49,7 +50,9 @@ def _keys_seen(job: Job, kinds: Sequence[str]) -> float:
 
 def _in_ring(job: Job, kinds: Sequence[str], devices: int) -> int:
     """Layers whose keys travel to all devices of `seq`; B'MOJO's windows never do."""
-    return sum(takes_ring(window, job.seq_len, devices) for kind, window in _windows(job.config, kinds) if kind != "bmojo")
+    return sum(
+        takes_ring(window, job.seq_len, devices) for kind, window in _windows(job.config, kinds) if not KINDS[kind].recurrent
+    )
 
 
 def _kinds(job: Job) -> tuple[list[str], list[str]]:

@@ -14,9 +14,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from hybrid_jax.config import PARAMETER_KEYS, ModelConfig
+from hybrid_jax.config import ATTENTION, ModelConfig
 from hybrid_jax.data.layout import abstract_batch
 from hybrid_jax.flops import traced_flops
+from hybrid_jax.mixers import KINDS
 from hybrid_jax.model import abstract_decoder
 from hybrid_jax.parallel.mesh import BATCH_AXES, check_mesh_fits
 from hybrid_jax.parallel.sharding import TOKENS, parameter_sharding, partition_spec
@@ -62,7 +63,7 @@ class Job:
 
     @property
     def phase(self) -> Phase:
-        mixers = sorted({PARAMETER_KEYS[s.kind] for s in self.config.layers if s.kind != "attention"})
+        mixers = sorted({KINDS[s.kind].parameter_key for s in self.config.layers if s.kind != ATTENTION})
         align = self.stage == "align"
         return Phase(
             objective="align_none" if align else "next_token",

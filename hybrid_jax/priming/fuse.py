@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybrid_jax.config import MIXER_CONFIGS, ModelConfig
+from hybrid_jax.config import ModelConfig
+from hybrid_jax.mixers import KINDS
 from hybrid_jax.model import Decoder, abstract_decoder
 from hybrid_jax.parallel.distributed import whole_array
-from hybrid_jax.parameters import Parameters, abstract_parameters, join_model, split_model
+from hybrid_jax.parameters import Parameters, abstract_parameters, join_model, marks, split_model
 
 
 def _rebuild(config: ModelConfig, parameters: Parameters, compute_dtype) -> Decoder:
@@ -66,29 +68,32 @@ def teacher_stream(model: Decoder) -> Decoder:
 
 
 def same_function(one: ModelConfig, other: ModelConfig) -> bool:
-    """Whether two models of equal parameters compute the same; options of mixers that neither has do not count."""
-    kinds = {spec.kind for config in (one, other) for spec in config.layers}
-    unused = [] if "bmojo" in kinds else [name for name, _ in MIXER_CONFIGS.values() if name not in kinds]
-    return one == dataclasses.replace(other, **{name: getattr(one, name) for name in unused})
+    """Returns whether two models with equal parameters compute the same; options of mixers that neither has do not count."""
+    used = {KINDS[kind].options for config in (one, other) for kind in config.used_kinds()}
+
+    def only_used(config: ModelConfig) -> ModelConfig:
+        return dataclasses.replace(config, mixers=tuple(options for options in config.mixers if type(options) in used))
+
+    return only_used(one) == only_used(other)
 
 
 def share(teacher: Decoder, model: Decoder, dtype: str = "") -> Decoder:
     """The teacher with the model's own arrays in place of those of its own that equal them.
 
     Args:
-      dtype: in which matrices are compared; empty: their own.
+      dtype: in which parameters marked `frozen` are compared; empty: their own.
     """
 
-    @jax.jit
-    def equal(a, b):
-        low = (lambda x: x.astype(dtype)) if dtype and a.ndim > 1 else (lambda x: x)
+    @functools.partial(jax.jit, static_argnums=2)
+    def equal(a: jax.Array, b: jax.Array, rounded: bool) -> jax.Array:
+        low = (lambda x: x.astype(dtype)) if rounded else (lambda x: x)
         return jnp.array_equal(low(a), low(b))
 
-    own = split_model(model)[1]
+    own, stated = split_model(model)[1], marks(teacher)
     structure, parameters = split_model(teacher)
 
     def same(name: str) -> bool:
         a, b = parameters[name], own.get(name)
-        return a is b or b is not None and bool(whole_array(equal(a, b)))
+        return a is b or b is not None and bool(whole_array(equal(a, b, bool(dtype) and stated[name].frozen)))
 
     return join_model(structure, {n: own[n] if same(n) else x for n, x in parameters.items()})

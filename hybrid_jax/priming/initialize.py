@@ -4,66 +4,20 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
 from hybrid_jax.checks import check_choice
-from hybrid_jax.config import ATTENTION, PARAMETER_KEYS, ModelConfig
+from hybrid_jax.config import ATTENTION, ModelConfig
+from hybrid_jax.layers import MIXERS
+from hybrid_jax.layers.parameter import Marks
+from hybrid_jax.mixers import KINDS
 from hybrid_jax.model import Decoder, abstract_decoder
 from hybrid_jax.parallel.sharding import parameter_sharding
-from hybrid_jax.parameters import Parameters, abstract_parameters, join_model, logical_axes, split_model
-
-
-def _gate(source: Parameters, config: ModelConfig):
-    """g = (o_proj' + v_proj, each column repeated in place) / 2, as a kernel [hid, H*D].
-
-    The reference repeats rows of `v_proj.weight` one by one, not head by head; so do we.
-    """
-    groups = config.num_heads // config.num_kv_heads
-    return 0.5 * (source["o_proj.kernel"].T + jnp.repeat(source["v_proj.kernel"], groups, axis=1))
-
-
-def _from_projections(source: Parameters, fresh: Parameters, config: ModelConfig) -> Parameters:
-    """GKA and GDN: q, k, v, o copied (biases where both have them); the output gate from o and v."""
-    copied = {n: source[n] for n in fresh if n in source and n.split(".")[0] in ("q_proj", "k_proj", "v_proj", "o_proj")}
-    if "g_proj.kernel" in fresh:
-        copied["g_proj.kernel"] = _gate(source, config)
-    return copied
-
-
-def _mamba2(source: Parameters, fresh: Parameters, config: ModelConfig) -> Parameters:
-    """in_proj columns z, x = v, B = k, C = q, and dt afresh; out_proj = o; C_norm, B_norm = q_norm, k_norm."""
-    parts = [_gate(source, config), *(source[f"{p}_proj.kernel"] for p in "vkq")]
-    width = sum(p.shape[1] for p in parts)
-    copied = {
-        "in_proj.kernel": jnp.concatenate([*parts, fresh["in_proj.kernel"][:, width:]], axis=1),
-        "out_proj.kernel": source["o_proj.kernel"],
-    }
-    if "C_norm.weight" in fresh:
-        copied |= {"C_norm.weight": source["q_norm.weight"], "B_norm.weight": source["k_norm.weight"]}
-    return copied
-
-
-def _attention(source: Parameters, fresh: Parameters, config: ModelConfig) -> Parameters:
-    """Everything copied."""
-    return {n: source[n] for n in fresh}
-
-
-def _bmojo(source: Parameters, fresh: Parameters, config: ModelConfig) -> Parameters:
-    """The attention part copied, to both sets if untied (`q_proj_`), and the mixer as by itself."""
-    kind = config.bmojo.ssm_mixer
-    prefix = PARAMETER_KEYS[kind] + "."
-    mixer = {n.removeprefix(prefix): v for n, v in fresh.items() if n.startswith(prefix)}
-    copied = {prefix + n: v for n, v in RECIPES[kind](source, mixer, config).items()}
-    for name in fresh:
-        if name.startswith("bmojo_attn."):
-            module, leaf = name.removeprefix("bmojo_attn.").split(".")
-            copied[name] = source[f"{module.rstrip('_')}.{leaf}"]
-    return copied
+from hybrid_jax.parameters import Parameters, abstract_parameters, join_model, logical_axes, marks, split_model
 
 
 def _like(value, fresh):
@@ -71,23 +25,12 @@ def _like(value, fresh):
     return value if len(fresh.sharding.device_set) == 1 else jax.device_put(value, fresh.sharding)
 
 
-# Mixer kind -> (attention's parameters, the mixer's fresh ones, config) -> those that attention gives.
-RECIPES: dict[str, Callable[[Parameters, Parameters, ModelConfig], Parameters]] = {
-    ATTENTION: _attention,
-    "swa": _attention,
-    "gka": _from_projections,
-    "gdn": _from_projections,
-    "mamba2": _mamba2,
-    "bmojo": _bmojo,
-}
-
-
-def _as_transformers(fresh: Parameters, seed: int) -> Parameters:
+def _as_transformers(fresh: Parameters, stated: Mapping[str, Marks], seed: int) -> Parameters:
     """As the layers draw them: kernels N(0, initializer_range^2), biases 0."""
     return fresh
 
 
-def _as_torch(fresh: Parameters, seed: int) -> Parameters:
+def _as_torch(fresh: Parameters, stated: Mapping[str, Marks], seed: int) -> Parameters:
     """Kernels and biases drawn again as the constructors of torch's `Linear` and `Conv1d` draw them: uniform in
     +-1/sqrt(fan_in), where the fan-in is the inputs of a linear map or the taps of a depthwise convolution."""
 
@@ -95,7 +38,7 @@ def _as_torch(fresh: Parameters, seed: int) -> Parameters:
         module, _, leaf = name.rpartition(".")
         if leaf not in ("kernel", "bias"):
             return value
-        taps = module.endswith("conv1d")
+        taps = stated[f"{module}.kernel"].layout == "conv"
         bound = 1 / math.sqrt(fresh[f"{module}.kernel"].shape[1 if taps else 0])
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
         return jax.random.uniform(key, value.shape, value.dtype, -bound, bound)
@@ -104,15 +47,18 @@ def _as_torch(fresh: Parameters, seed: int) -> Parameters:
 
 
 # How kernels and biases that attention does not give are drawn; decays, norms and D do not depend on it.
-FRESH_PARAMETERS: dict[str, Callable[[Parameters, int], Parameters]] = {"transformers": _as_transformers, "torch": _as_torch}
+FRESH_PARAMETERS: dict[str, Callable[[Parameters, Mapping[str, Marks], int], Parameters]] = {
+    "transformers": _as_transformers,
+    "torch": _as_torch,
+}
 
 
 def _fresh(config: ModelConfig, dtype, seed: int, names: set[str], mesh: Mesh | None, how: str) -> Parameters:
     """Those parameters of a new decoder that `names` asks for; no others are made."""
 
     def make():
-        new = split_model(Decoder(config, rngs=nnx.Rngs(seed), dtype=dtype))[1]
-        return FRESH_PARAMETERS[how]({n: p for n, p in new.items() if n in names}, seed)
+        new = Decoder(config, rngs=nnx.Rngs(seed), dtype=dtype)
+        return FRESH_PARAMETERS[how]({n: p for n, p in split_model(new)[1].items() if n in names}, marks(new), seed)
 
     where = None
     if mesh is not None:
@@ -164,10 +110,10 @@ def initialize_hybrid(
         own = {name.removeprefix(f"layers.{i}."): v for name, v in have.items() if name.startswith(f"layers.{i}.")}
         source = {n.removeprefix("self_attn."): v for n, v in own.items() if n.startswith("self_attn.")}
         for kind in layer.kinds:
-            prefix = f"layers.{i}.{PARAMETER_KEYS[kind]}."
+            prefix = f"layers.{i}.{KINDS[kind].parameter_key}."
             wanted = {n.removeprefix(prefix): v for n, v in fresh.items() if n.startswith(prefix)}
             if not wanted:
                 continue
-            copied = RECIPES[kind](source, wanted, config)
+            copied = MIXERS[kind].from_attention(source, wanted, config)
             result |= {prefix + n: _like(v.astype(dtype), wanted[n]) for n, v in copied.items()}
     return join_model(structure, result)

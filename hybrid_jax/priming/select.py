@@ -50,7 +50,7 @@ class Selection:
 
 def score_layers(model: Decoder, corpus: Corpus, selection: Selection) -> list[float]:
     """What replacing each layer by SWA costs: rise of the mean loss (text + retrieval), in nats a token."""
-    config = dataclasses.replace(model.config, swa=SWAConfig(selection.window))
+    config = model.config.with_options(SWAConfig(selection.window))
     model = join_model(*split_model(model))  # the caller's model keeps its own window
     model.config = config
 

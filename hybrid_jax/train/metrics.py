@@ -15,24 +15,24 @@ import tensorboardX
 import tqdm
 
 from hybrid_jax import progress
-from hybrid_jax.config import PARAMETER_KEYS
+from hybrid_jax.mixers import KINDS
 from hybrid_jax.parallel.distributed import is_first
 
-_MIXERS = "|".join(key for kind, key in PARAMETER_KEYS.items() if kind != "attention")
 GROUPS = {
     "embedding": re.compile(r"embed_tokens|lm_head"),
     "norm": re.compile(r"^norm\.|layernorm"),
     "mlp": re.compile(r"\.mlp\."),
-    "mixer": re.compile(rf"\.({_MIXERS})\."),
     "attention": re.compile(r"\.self_attn\."),
 }
 
 
 def gradient_norms(grads: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """`grad_norm`, and of every group of parameters that trains `grad_norm/GROUP`."""
+    keys = {row.parameter_key for row in KINDS.values()}
     groups: dict[str, list] = {}
     for name, g in grads.items():
-        group = next((group for group, found in GROUPS.items() if found.search(name)), "other")
+        mixer = not keys.isdisjoint(name.split("."))
+        group = next((group for group, found in GROUPS.items() if found.search(name)), "mixer" if mixer else "other")
         groups.setdefault(group, []).append(g)
     return {"grad_norm": optax.tree.norm(grads), **{f"grad_norm/{n}": optax.tree.norm(g) for n, g in groups.items()}}
 

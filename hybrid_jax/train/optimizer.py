@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 
 import jax
 import optax
 from optax import contrib
 
+from hybrid_jax.layers.parameter import Marks
 from hybrid_jax.train.phase import Phase
 
-_NOT_DECAYED = re.compile(r"(norm\w*\.weight|\.bias|\.A_log|\.dt_bias|\.D)$")
-_MATRIX = re.compile(r"(\.kernel|\.experts\.\w+)$")  # in the last two axes; layers and experts may be stacked before them
-_NOT_MUON = re.compile(r"(embed_tokens|lm_head|conv1d|\.mlp\.gate\.)")
-MUON = contrib.MuonDimensionNumbers(-2, -1)
+MUON = contrib.MuonDimensionNumbers(-2, -1)  # the last two axes; layers and experts may be stacked before them
 MUON_RMS = 0.2  # of an update, as AdamW's (arXiv 2502.16982)
 
 
@@ -39,21 +36,15 @@ def learning_rate_schedule(phase: Phase) -> optax.Schedule:
     return optax.join_schedules([warmup, shape], [phase.warmup_steps])
 
 
-def decayed(parameters: Mapping[str, jax.Array]) -> dict[str, bool]:
-    """Which parameters take weight decay: all but norms, biases, A_log, dt_bias and D."""
-    return {name: not _NOT_DECAYED.search("." + name) for name in parameters}
-
-
-def muon_matrices(parameters: Mapping[str, jax.Array]) -> dict[str, bool]:
-    """Which parameters Muon updates: every projection and every expert's; not embeddings, head, router and convolutions."""
-    return {name: bool(_MATRIX.search(name)) and not _NOT_MUON.search(name) for name in parameters}
-
-
-def make_optimizer(phase: Phase) -> optax.GradientTransformation:
+def make_optimizer(phase: Phase, marks: Mapping[str, Marks]) -> optax.GradientTransformation:
     """Gradients -> directions, of which a step subtracts the learning rate times: clipped, by AdamW or Muon, with decay.
 
     The directions do not depend on the learning rate, so that the schedule can follow the steps of the phase and the moments
     only those that counted. Under Muon, what is no matrix of its gets exactly AdamW's directions.
+
+    Args:
+      phase: its optimizer, betas, clipping and weight decay.
+      marks: of every parameter that may train: `muon` and `decay` say which are updated by Muon and which decay.
     """
     adam = optax.scale_by_adam(phase.beta1, phase.beta2)
     if phase.optimizer == "muon":
@@ -62,10 +53,11 @@ def make_optimizer(phase: Phase) -> optax.GradientTransformation:
                 "muon": optax.chain(contrib.scale_by_muon(weight_dimension_numbers=_all_matrices), optax.stateless(_of_one_rms)),
                 "adamw": adam,
             },
-            lambda parameters: {n: "muon" if muon else "adamw" for n, muon in muon_matrices(parameters).items()},
+            lambda parameters: {name: "muon" if marks[name].muon else "adamw" for name in parameters},
         )
     clip = optax.clip_by_global_norm(phase.clip) if phase.clip else optax.identity()
-    return optax.chain(clip, adam, optax.add_decayed_weights(phase.weight_decay, decayed))
+    decay = optax.add_decayed_weights(phase.weight_decay, lambda parameters: {name: marks[name].decay for name in parameters})
+    return optax.chain(clip, adam, decay)
 
 
 def _all_matrices(parameters):

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.sharding import parameter_sharding
-from hybrid_jax.parameters import Parameters, abstract_parameters, join_model, select_names, split_model
+from hybrid_jax.parameters import Parameters, abstract_parameters, join_model, marks, select_names, split_model
 from hybrid_jax.priming.fuse import check_teacher, same_function, teacher_stream
 from hybrid_jax.repeats import Repeat
 from hybrid_jax.stacking import stack, stacked_names, stacked_structure, training_repeats, unstack
@@ -66,7 +66,9 @@ class PhaseLayout:
         self.frozen_dtype, self.config = phase.frozen_dtype, model.config
         repeats = training_repeats(model.config, self.chosen)
         self.names = stacked_names(model.config, repeats)
-        self.structure, self.axes = stacked_structure(model, repeats)
+        self.structure, self.marks = stacked_structure(model, repeats)
+        self.axes = {name: mark.axes for name, mark in self.marks.items()}
+        self.cast = {name for name, mark in marks(model).items() if self.frozen_dtype and mark.frozen}
         self.copied, self.teacher_structure, self.source_structure = frozenset(), None, None
         if OBJECTIVES[phase.objective].two_streams:
             self._lay_out_teacher(model, teacher, repeats)
@@ -88,7 +90,7 @@ class PhaseLayout:
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        return make_optimizer(self.phase)
+        return make_optimizer(self.phase, self.marks)
 
     def split(self, parameters: Parameters) -> tuple[Parameters, Parameters]:
         """(those that train, the frozen ones), by the model's own names."""
@@ -111,8 +113,8 @@ class PhaseLayout:
         return {**own, **{TEACHER + n: jnp.copy(p) for n, p in copied.items()}}
 
     def rounded(self, frozen: Parameters) -> Parameters:
-        """Parameters that do not train as the phase has them: the matrices in `frozen_dtype`."""
-        return {n: p.astype(self.frozen_dtype) if self.frozen_dtype and p.ndim > 1 else p for n, p in frozen.items()}
+        """Returns parameters that do not train as the phase has them: those marked `frozen` in `frozen_dtype`."""
+        return {n: p.astype(self.frozen_dtype) if n in self.cast else p for n, p in frozen.items()}
 
     def frozen_shardings(self, mesh: Mesh, frozen: Mapping) -> dict[str, NamedSharding]:
         """Of `make_frozen`'s parameters (or their shapes)."""

@@ -9,12 +9,13 @@ from hybrid_jax.commands.experiments import load_config
 from hybrid_jax.experiment import phases_of_config
 from hybrid_jax.families import config_from_hf
 from hybrid_jax.families.public import PUBLIC
+from hybrid_jax.mixers import KINDS, kinds_by_symbol
 from hybrid_jax.parallel.mesh import abstract_mesh, check_mesh_fits, make_mesh
 from hybrid_jax.parameters import abstract_parameters, select_names
 from hybrid_jax.plan.program import compile_program, program_flops, topology_devices, training_program
 
 RECIPE = "configs/priming_qwen3.py"
-SIZES, MIXERS = ("4B", "8B", "32B"), ("GKA", "GDN", "M2", "SWA")
+SIZES, MIXERS = ("4B", "8B", "32B"), ("GKA", "GDN", "M2", "SWA")  # as published
 SLICES = {"4B": "4x4x4", "8B": "4x4x4", "32B": "4x4x8"}
 
 
@@ -62,7 +63,7 @@ def test_a_recipe_trains_what_it_says_on_a_mesh_that_fits(size, mixer):
         assert mesh.size == (128 if size == "32B" else 64)
         names = select_names(abstract_parameters(model), phase.trainable)
         if name == "align":
-            assert names and all(f".{ {'GKA': 'gka', 'GDN': 'gdn', 'M2': 'mamba', 'SWA': 'swa'}[mixer] }." in n for n in names)
+            assert names and all(f".{KINDS[kinds_by_symbol()[mixer]].parameter_key}." in n for n in names)
 
 
 def test_the_numbers_are_the_published_ones():

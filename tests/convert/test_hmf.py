@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from hybrid_jax import load_model, save_model
 from hybrid_jax.convert.names import hf_tensors
 from hybrid_jax.data.layout import training_batch
-from hybrid_jax.parameters import join_model, split_model
+from hybrid_jax.parameters import join_model, marks, split_model
 from hybrid_jax.priming.fuse import fuse, unfuse
 from hybrid_jax.train.objectives import ALIGN_TARGETS, align, next_token
 from tests.conftest import GOLDEN, relative_error
@@ -29,6 +29,12 @@ def io(path):
 def batch_of(ids):
     ids = np.asarray(ids, np.int32)
     return training_batch({"input_ids": ids, "segment_ids": np.ones_like(ids), "loss_weights": np.ones(ids.shape, np.float32)})
+
+
+def tensors(model, arrays):
+    """Arrays by our names (parameters, or their gradients) as a checkpoint's tensors."""
+    stated = marks(model)
+    return {t.name: t.to_hf(np.asarray(x)) for n, x in arrays.items() for t in hf_tensors(n, stated[n].layout, model.config)}
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
@@ -48,7 +54,7 @@ def test_loss_and_every_gradient_equal(name):
     batch = batch_of(z["input_ids"])
     loss, grads = jax.jit(jax.value_and_grad(lambda p: next_token(join_model(structure, p), batch)[0]))(parameters)
     assert abs(float(loss) - float(z["loss"])) < 1e-5
-    got = {t.name: t.to_hf(np.asarray(g)) for n, g in grads.items() for t in hf_tensors(n, model.config)}
+    got = tensors(model, grads)
     wanted = [k for k in z if k.startswith("grad/")]
     assert len(wanted) > 20
     for key in wanted:
@@ -103,7 +109,7 @@ def test_stage_0_takes_from_attention_what_the_reference_takes(name):
     want, kind = load_file(path / "fused" / "model.safetensors"), name.split("_")[1]
     model = load_model(path / "source", pattern=f"*DA-{kind.upper()}*")
     _, parameters = split_model(model)
-    got = {t.name: t.to_hf(np.asarray(v)) for n, v in parameters.items() for t in hf_tensors(n, model.config)}
+    got = tensors(model, parameters)
     assert got.keys() == want.keys()
     fresh = ("A_log", "dt_bias", "conv1d.weight", "a_proj", "gk_proj", "b_proj", "alpha_proj")
     for tensor, value in want.items():
@@ -116,7 +122,7 @@ def test_what_stage_0_draws_has_the_distribution_that_the_reference_draws_from(n
     path, kind = GOLDEN / "hmf_fused" / name, name.split("_")[1]
     want = load_file(path / "fused" / "model.safetensors")
     model = load_model(path / "source", pattern=f"*DA-{kind.upper()}*")
-    got = {t.name: t.to_hf(np.asarray(v)) for n, v in split_model(model)[1].items() for t in hf_tensors(n, model.config)}
+    got = tensors(model, split_model(model)[1])
     drawn = [
         t for t in want if t.endswith(("conv1d.weight", "a_proj.weight", "gk_proj.weight", "b_proj.weight", "alpha_proj.weight"))
     ]

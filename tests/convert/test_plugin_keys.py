@@ -11,6 +11,7 @@ import pytest
 from hybrid_jax.commands import convert, export
 from hybrid_jax.config import BMojoConfig, GDNConfig, GKAConfig, Mamba2Config, MoEConfig
 from hybrid_jax.families import config_from_hf, config_to_hf, plugin_notes
+from hybrid_jax.mixers import KINDS
 from tests.conftest import GOLDEN, tiny_config
 
 # tiny_config: hidden_size 24, 4 heads and 2 key heads of size 8, rms_norm_eps 1e-6
@@ -50,7 +51,7 @@ def test_the_block_norms_are_served_with_the_eps_they_were_trained_with(eps):
         config = tiny_config(pattern, rms_norm_eps=eps)
         assert served(config_to_hf(config))[f"{mixer} block norms"] == eps
         if mixer != "mamba2":
-            assert served(config_to_hf(config))[f"{mixer} output norm"] == getattr(config, mixer).norm_eps
+            assert served(config_to_hf(config))[f"{mixer} output norm"] == config.options(KINDS[mixer].options).norm_eps
             assert plugin_notes(config) == []
 
 

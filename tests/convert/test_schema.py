@@ -6,9 +6,10 @@ import tracemalloc
 
 import pytest
 
-from hybrid_jax.config import MIXER_CONFIGS, BMojoConfig, GDNConfig, GKAConfig, MoEConfig, RopeConfig, SWAConfig
+from hybrid_jax.config import BMojoConfig, GDNConfig, GKAConfig, MoEConfig, RopeConfig, SWAConfig
 from hybrid_jax.families import config_from_hf, config_to_hf
-from hybrid_jax.schema import KEYS, OPTIONS
+from hybrid_jax.mixers import options_by_key
+from hybrid_jax.schema import KEYS
 from tests.conftest import tiny_config
 
 NAN, INF = float("nan"), float("inf")
@@ -39,12 +40,12 @@ def refused(hf, name, value):
 
 
 def base_of(key):
-    if key in MIXER_CONFIGS or key in ("hybrid_override_pattern", "attention_windows"):
+    if key in options_by_key() or key in ("hybrid_override_pattern", "attention_windows"):
         return HYBRID
     return MOE if any(word in key for word in ("expert", "moe", "mlp_only", "sparse", "topk")) else LLAMA
 
 
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("key", [*KEYS, *options_by_key()])
 def test_a_wrong_value_of_any_key_is_refused_by_name(key):
     name = {"hybrid_override_pattern": "hybrid", "rope_scaling": "rope"}.get(key, key)
     for value in NEVER:
@@ -52,9 +53,9 @@ def test_a_wrong_value_of_any_key_is_refused_by_name(key):
             assert refused({**base_of(key), key: value}, name, value), (key, value)
 
 
-@pytest.mark.parametrize("key", MIXER_CONFIGS)
+@pytest.mark.parametrize("key", options_by_key())
 def test_a_wrong_value_of_any_mixer_option_is_refused_by_name(key):
-    for name in OPTIONS[key]:
+    for name in options_by_key()[key].checks():
         for value in NEVER:
             if value not in ALLOWED.get(name, []):
                 assert refused({**HYBRID, key: {name: value}}, name, value), (key, name, value)
@@ -118,9 +119,8 @@ def test_a_billion_layers_are_refused_without_allocating():
 
 
 def test_every_option_has_a_rule_and_options_made_in_python_follow_it():
-    for key, (_, cls) in MIXER_CONFIGS.items():
-        assert {f.name for f in dataclasses.fields(cls)} == OPTIONS[key].keys()
-    assert {f.name for f in dataclasses.fields(MoEConfig)} == OPTIONS["moe"].keys()
+    for cls in (*options_by_key().values(), MoEConfig):
+        assert {f.name for f in dataclasses.fields(cls)} == cls.checks().keys()
     for make, word in (
         (lambda: GKAConfig(num_iter=-1), "gka_config.num_iter"),
         (lambda: GKAConfig(ridge_strength=-1.0), "gka_config.ridge_strength"),

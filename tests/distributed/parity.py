@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 
 from hybrid_jax.config import GKAConfig, MoEConfig
 from hybrid_jax.data.layout import training_batch
+from hybrid_jax.mixers import built_symbols
 from hybrid_jax.parallel.mesh import make_mesh, parse_mesh
 from hybrid_jax.parallel.sharding import load_sharded
 from hybrid_jax.parameters import join_model, logical_axes, split_model
@@ -28,7 +29,7 @@ SMALL = 0.08
 WELL_CONDITIONED = GKAConfig(ridge_strength=1.0, chunk_size=16)
 MIXTURE = {"moe": MoEConfig(8, 2, 12), "family": "qwen3_moe"}
 ALL = "*-GKA-GDN-M2-SWA-BMF"
-MIXERS = ("*", "GKA", "GDN", "M2", "SWA", "BMF")
+MIXERS = built_symbols()
 
 
 def packed(length, rows):

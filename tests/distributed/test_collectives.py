@@ -11,7 +11,7 @@ def measured(what):
 
 def test_recurrent_mixers_and_windows_send_no_more_for_longer_rows_and_attention_does():
     wire = measured("model_wire")
-    for pattern in ("GKA", "GDN", "M2", "SWA"):
+    for pattern in wire.keys() - {"*"}:
         assert wire[pattern]["128"] == wire[pattern]["256"] > 0, wire
     assert wire["*"]["256"] > 1.2 * wire["*"]["128"]
 

@@ -1,7 +1,5 @@
 """Measures and layer scores against plain numpy on the model's logits."""
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -69,8 +67,8 @@ def test_a_layers_score_is_the_loss_that_replacing_it_adds(corpus):
 
     scores = score_layers(model, corpus, selection)
     narrow = join_model(*split_model(model))
-    narrow.config = dataclasses.replace(model.config, swa=SWAConfig(2))
+    narrow.config = model.config.with_options(SWAConfig(2))
     windowed = initialize_hybrid(narrow, "SWA-*")
     assert scores[0] == pytest.approx(loss(windowed) - loss(model), abs=1e-5) and abs(scores[0]) > 1e-3
     assert scores[1] == pytest.approx(0, abs=1e-6)
-    assert model.config.swa.window_size == 6  # the caller's model is as it was
+    assert model.config.options(SWAConfig).window_size == 6  # the caller's model is as it was

@@ -11,6 +11,7 @@ from flax import nnx
 
 from hybrid_jax.config import BMojoConfig, GDNConfig, GKAConfig, Mamba2Config
 from hybrid_jax.layers import make_mixer
+from hybrid_jax.mixers import KINDS
 from tests.conftest import relative_error, tiny_config
 
 T, H, HKV, D, HID = 9, 4, 2, 8, 24
@@ -56,7 +57,7 @@ def gated(p, o, x, eps, use_gate):
 
 
 def gka(p, x, c):
-    c = c.gka
+    c = c.options(GKAConfig)
     q, k = (heads(conv(p, f"{n}_conv1d", linear(p, f"{n}_proj", x))) for n in "qk")
     v = linear(p, "v_proj", x)
     v = heads(conv(p, "v_conv1d", v) if c.use_v_conv else v)
@@ -81,7 +82,7 @@ def gka(p, x, c):
 
 
 def gdn(p, x, c):
-    c = c.gdn
+    c = c.options(GDNConfig)
     q, k, v = (linear(p, f"{n}_proj", x) for n in "qkv")
     q, k, v = (heads(conv(p, f"{n}_conv1d", a) if c.use_short_conv else silu(a)) for n, a in zip("qkv", (q, k, v), strict=True))
     q, k = (a / np.sqrt((a * a).sum(-1, keepdims=True) + 1e-6) for a in (q, k))
@@ -99,7 +100,7 @@ def gdn(p, x, c):
 
 def mamba2(p, x, c):
     z, v, b, cc, dt = np.split(linear(p, "in_proj", x), np.cumsum([H * D, HKV * D, HKV * D, H * D]), axis=1)
-    if c.qk_norm and c.mamba2.use_qk_norm:
+    if c.qk_norm and c.options(Mamba2Config).use_qk_norm:
         b = rms(b.reshape(T, -1, D), p["B_norm.weight"], 1e-6).reshape(T, -1)
         cc = rms(cc.reshape(T, -1, D), p["C_norm.weight"], 1e-6).reshape(T, -1)
     mixed = conv(p, "conv1d", np.concatenate([v, b, cc], axis=1))
@@ -123,11 +124,12 @@ def rotary(x, theta):
 
 
 def bmojo(p, x, c):
-    kind, W = c.bmojo.ssm_mixer, c.bmojo.window_size
-    key = {"gka": "gka", "gdn": "gdn", "mamba2": "mamba"}[kind]
+    bmojo = c.options(BMojoConfig)
+    kind, W = bmojo.ssm_mixer, bmojo.window_size
+    key = KINDS[kind].parameter_key
     f = FORMULAS[kind]({n.removeprefix(f"{key}."): v for n, v in p.items() if n.startswith(f"{key}.")}, x, c)
     p = {n.removeprefix("bmojo_attn."): v for n, v in p.items() if n.startswith("bmojo_attn.")}
-    second = "" if c.bmojo.tie_attn_weights else "_"
+    second = "" if bmojo.tie_attn_weights else "_"
 
     def project(inputs, name, suffix):
         y = linear(p, f"{name}_proj{suffix}", inputs).reshape(T, -1, D)

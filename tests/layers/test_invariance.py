@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from hybrid_jax.mixers import built_symbols
 from tests.conftest import relative_error, tiny_model
 
-MIXERS = ["*", "SWA", "GKA", "GDN", "M2", "BMF"]
+MIXERS = built_symbols()
 IDS = np.random.default_rng(0).integers(0, 61, (2, 21))
 
 

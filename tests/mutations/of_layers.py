@@ -60,7 +60,7 @@ MUTATIONS = [
     Mutation(MAMBA2, "self.D[...][:, None] * v", "0 * self.D[...][:, None] * v", "the skip D x is missing", (HMF,)),
     Mutation(
         MAMBA2,
-        "normed = config.qk_norm and config.mamba2.use_qk_norm",
+        "normed = config.qk_norm and config.options(Mamba2Config).use_qk_norm",
         "normed = config.qk_norm",
         "use_qk_norm is ignored",
         (FORMULAS, "tests/priming/test_priming.py"),
@@ -83,8 +83,8 @@ MUTATIONS = [
     Mutation(BMOJO, "((0, W), (W, 2 * W))", "((0, W), (W, 2 * W - 1))", "the fading window is one token short", (HMF, INVARIANCE)),
     Mutation(
         BMOJO,
-        "_, k, v = Attention.project(first, f, positions)",
-        "_, k, v = Attention.project(self, f, positions)",
+        "_, k, v = self.project(f, positions, suffix)",
+        "_, k, v = self.project(f, positions)",
         "untied fading keys use the first projections",
         (FORMULAS,),
     ),
@@ -136,14 +136,14 @@ MUTATIONS = [
         (f"{PRIMING}::test_a_new_step_is_what_softplus_makes_of_its_bias",),
     ),
     Mutation(
-        INITIALIZE,
+        RECURRENT,
         'jnp.repeat(source["v_proj.kernel"], groups, axis=1)',
         'jnp.concatenate([source["v_proj.kernel"]] * groups, axis=1)',
         "the output gate takes v's columns head by head",
         (f"{HMF}::test_stage_0_takes_from_attention_what_the_reference_takes",),
     ),
     Mutation(
-        INITIALIZE,
+        MAMBA2,
         '"B_norm.weight": source["k_norm.weight"]',
         '"B_norm.weight": source["q_norm.weight"]',
         "B takes the norm of q",

@@ -111,9 +111,9 @@ MUTATIONS = [
         (f"{OF_OPTIMIZER}::test_muon_orthogonalizes_every_layer_s_and_every_expert_s_own_matrix",),
     ),
     Mutation(
-        OPTIMIZER,
-        r"|\.dt_bias|\.D)$",
-        r"|\.dt_bias)$",
+        "hybrid_jax/layers/mamba2.py",
+        'parameter(jnp.ones(H, dtype), ("heads",))',
+        'parameter(jnp.ones(H, dtype), ("heads",), decay=True)',
         "Mamba-2's D decays to 0",
         (f"{OF_OPTIMIZER}::test_steps_are_torch_s_adamw_with_warmup_a_clipped_norm_and_decay_of_matrices_alone",),
     ),
@@ -133,8 +133,8 @@ MUTATIONS = [
     ),
     Mutation(
         ARRANGEMENT,
-        "if self.frozen_dtype and p.ndim > 1 else p",
-        "if self.frozen_dtype and p.ndim > 0 else p",
+        "if self.frozen_dtype and mark.frozen}",
+        "if self.frozen_dtype}",
         "norms and decays are rounded with the frozen matrices",
         (f"{OF_OBJECTIVES}::test_frozen_matrices_alone_are_rounded_to_the_frozen_dtype",),
     ),

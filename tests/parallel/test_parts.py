@@ -197,7 +197,8 @@ def test_stacked_training_gives_the_gradients_of_layers_by_themselves():
     trainable = {n for n in parameters if ".gka." in n or n.startswith("layers.6.self_attn.")}
     repeats = training_repeats(model.config, trainable)
     names = stacked_names(model.config, repeats)
-    stacked_graph, axes = stacked_structure(model, repeats)
+    stacked_graph, stated = stacked_structure(model, repeats)
+    axes = {name: mark.axes for name, mark in stated.items()}
     together = stack(parameters, names)
     assert {n for ns in names.values() for n in ns} == set(parameters)
     assert sum(r.length for r in repeats) == 3 and all(len(axes[n]) == x.ndim for n, x in together.items())

@@ -78,8 +78,8 @@ def batch_of(rows=4, length=16, seed=0):
 class Linear:
     """In place of a `PhaseLayout`: what trains is given, its gradients are the batch."""
 
-    def __init__(self, p):
-        self.optimizer = make_optimizer(p)
+    def __init__(self, p, marks):
+        self.optimizer = make_optimizer(p, marks)
 
     def models(self, trainable, frozen):
         return trainable, None

@@ -12,12 +12,12 @@ from hybrid_jax import run_report
 from hybrid_jax.data import training_batches
 from hybrid_jax.data.layout import SOURCE, training_batch
 from hybrid_jax.data.pipeline import sources_of
+from hybrid_jax.layers.parameter import Marks
 from hybrid_jax.train import MetricWriter, read_metrics, train_phase
 from hybrid_jax.train import step as step_module
 from hybrid_jax.train.checkpoint import Health, TrainState
 from hybrid_jax.train.interval import Interval
 from hybrid_jax.train.objectives import PER_TOKEN, make_objective
-from hybrid_jax.train.optimizer import make_optimizer
 from hybrid_jax.train.step import SOURCE_SUMS, make_step
 from tests.conftest import tiny_model
 from tests.train.conftest import Linear, phase
@@ -77,9 +77,9 @@ def test_a_source_s_loss_is_over_its_own_tokens_however_the_batch_is_divided(mon
     monkeypatch.setattr(step_module, "make_objective", lambda name, options: objective)
     for parts in (1, 2):
         p = phase(batch_size=4, accumulate=parts)
-        parameters = {"w": jnp.ones(())}
-        state = TrainState(parameters, make_optimizer(p).init(parameters), jax.tree.map(jnp.copy, Health.new()))
-        _, metrics = make_step(Linear(p), p, sources="abc")(state, {}, given)
+        parameters, own = {"w": jnp.ones(())}, {"w": Marks(())}
+        state = TrainState(parameters, Linear(p, own).optimizer.init(parameters), jax.tree.map(jnp.copy, Health.new()))
+        _, metrics = make_step(Linear(p, own), p, sources="abc")(state, {}, given)
         assert np.allclose(metrics[SOURCE_SUMS], want, rtol=1e-5)
         assert float(metrics["weight"]) == weights[:, 1:].sum()
         interval = Interval("abc")

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from hybrid_jax.config import MoEConfig
-from hybrid_jax.parameters import abstract_parameters
+from hybrid_jax.model import abstract_decoder
+from hybrid_jax.parameters import abstract_parameters, marks
 from hybrid_jax.train import step as step_module
 from hybrid_jax.train.checkpoint import Health, TrainState
-from hybrid_jax.train.optimizer import learning_rate_schedule, make_optimizer, muon_matrices
+from hybrid_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from hybrid_jax.train.step import _judge, gradients_of, make_step
 from tests.conftest import relative_error, tiny_config
 from tests.train.conftest import Linear, phase
@@ -33,6 +34,10 @@ SHAPES = {
     "layers.0.input_layernorm.weight": (4,),
     "norm.weight": (4,),
 }
+EXPERTS = MoEConfig(num_experts=2, experts_per_token=1, intermediate_size=4)
+MARKS = {  # as the models state them
+    **{n: mark for moe in (EXPERTS, None) for n, mark in marks(abstract_decoder(tiny_config("M2>GKA", moe=moe))).items()},
+}
 NOT_DECAYED = {n for n in SHAPES if n.endswith(("norm.weight", "A_log", "bias", ".D"))}
 MUON = {n for n in SHAPES if n.endswith(("gate_proj.kernel", "down_proj", "o_proj.kernel"))}
 
@@ -50,7 +55,7 @@ def steps_of(monkeypatch, p, parameters, gradients):
         return loss, {"loss": loss, "weight": jnp.float32(1)}
 
     monkeypatch.setattr(step_module, "make_objective", lambda name, options: objective)
-    layout = Linear(p)
+    layout = Linear(p, MARKS)
     parameters = {n: jnp.asarray(x) for n, x in parameters.items()}
     state = TrainState(parameters, layout.optimizer.init(parameters), jax.tree.map(jnp.copy, Health.new()))
     step, found = make_step(layout, p), []
@@ -122,14 +127,14 @@ def test_under_muon_everything_else_gets_adamw_s_update_and_the_same_decay():
     parameters, gradients = arrays_like(0), [arrays_like(1), arrays_like(2), arrays_like(3)]
     found = {}
     for name in ("adamw", "muon"):
-        optimizer = make_optimizer(phase(optimizer=name, weight_decay=0.5, beta1=0.7, beta2=0.8, clip=3.0))
+        optimizer = make_optimizer(phase(optimizer=name, weight_decay=0.5, beta1=0.7, beta2=0.8, clip=3.0), MARKS)
         state = optimizer.init(parameters)
         for g in gradients:
             found[name], state = optimizer.update(g, state, parameters)
     for name in SHAPES:
         assert np.array_equal(found["adamw"][name], found["muon"][name]) == (name not in MUON), name
     zeros = {n: np.zeros_like(x) for n, x in parameters.items()}
-    optimizer = make_optimizer(phase(optimizer="muon", weight_decay=0.5))
+    optimizer = make_optimizer(phase(optimizer="muon", weight_decay=0.5), MARKS)
     still, _ = optimizer.update(zeros, optimizer.init(parameters), parameters)
     for name, x in parameters.items():
         assert np.allclose(still[name], 0 if name in NOT_DECAYED else 0.5 * x), name
@@ -145,7 +150,7 @@ def newton_schulz(x):
 
 def test_muon_orthogonalizes_every_layer_s_and_every_expert_s_own_matrix():
     parameters, gradients = arrays_like(0), [arrays_like(1), arrays_like(2)]
-    optimizer = make_optimizer(phase(optimizer="muon", clip=0.0))
+    optimizer = make_optimizer(phase(optimizer="muon", clip=0.0), MARKS)
     state = optimizer.init(parameters)
     found, state = optimizer.update(gradients[0], state, parameters)
     again, state = optimizer.update(gradients[1], state, parameters)
@@ -162,7 +167,7 @@ def test_muon_s_matrices_are_the_projections_and_the_experts():
     moe = MoEConfig(num_experts=4, experts_per_token=2, intermediate_size=8)
     config = tiny_config("*-GKA-M2", moe=moe, tie_embeddings=False)
     names = abstract_parameters(config)
-    others = {n for n, muon in muon_matrices(names).items() if not muon}
+    others = {n for n, mark in marks(abstract_decoder(config)).items() if not mark.muon}
     assert {n for n in others if len(names[n].shape) > 1} == {
         "embed_tokens.embedding",
         "lm_head.kernel",
@@ -225,5 +230,5 @@ def test_moments_of_what_trains_are_all_the_optimizer_holds():
     count = {True: sum(x.size for n, x in parameters.items() if n in MUON), False: 0}
     count[False] = sum(x.size for x in parameters.values()) - count[True]
     for name, want in (("adamw", 2 * sum(count.values())), ("muon", count[True] + 2 * count[False])):
-        state = make_optimizer(phase(optimizer=name)).init(parameters)
+        state = make_optimizer(phase(optimizer=name), MARKS).init(parameters)
         assert 0 <= sum(np.size(x) for x in jax.tree.leaves(state)) - want < 10

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax import load_model
+from hybrid_jax.config import SWAConfig
 from hybrid_jax.data import training_batches
 from hybrid_jax.experiment import mix_of, phases_of_config, run_experiment
 from hybrid_jax.train import Phase, read_metrics
@@ -111,7 +112,7 @@ def test_mixers_and_each_phase_s_mix_are_what_a_run_has(made_source, tmp_path):
     config.data = {"text": text, "sources": sources, "mix": {"more": 1.0}}
     config.phases.train.update(dict(mix={"text": 1.0}, steps=1, batch_size=1, seq_len=16, form="as_is"))
     out = run_experiment(config, tmp_path / "run")
-    assert load_model(out).config.swa.window_size == 3
+    assert load_model(out).config.options(SWAConfig).window_size == 3
     (row,) = read_metrics(tmp_path / "run")
     assert row["loss/text"] == pytest.approx(row["loss"]) and "loss/more" not in row
 

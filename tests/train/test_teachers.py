@@ -1,6 +1,5 @@
 """The teacher is the source, whatever trains, whatever the student became before, whatever the phase changes of the student."""
 
-import dataclasses
 import pathlib
 import shutil
 
@@ -127,7 +126,7 @@ def test_what_is_equal_and_frozen_is_shared_also_after_rounding():
     structure, parameters = split_model(model)
     rounded = {n: x if x.ndim == 1 else x.astype(jnp.bfloat16).astype(jnp.float32) for n, x in parameters.items()}
     for before in (model, join_model(structure, rounded)):  # as a phase with this frozen_dtype saves it
-        other = dataclasses.replace(source.config, swa=SWAConfig(9))  # an option of a mixer that the source does not have
+        other = source.config.with_options(SWAConfig(9))  # an option of a mixer that the source does not have
         teacher = share(join_model(*split_model(source)), before, p.frozen_dtype)
         teacher.config = other
         layout = PhaseLayout(apply_phase_settings(before, p), p, teacher)

@@ -12,9 +12,9 @@ import pytest
 from hybrid_jax import load_model
 from hybrid_jax.data.layout import training_batch
 from hybrid_jax.experiment import run_experiment
-from hybrid_jax.parameters import select_names, split_model
+from hybrid_jax.parameters import marks, select_names, split_model
 from hybrid_jax.train import MetricWriter, Phase, Stopped
-from hybrid_jax.train.optimizer import decayed, learning_rate_schedule, make_optimizer
+from hybrid_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from hybrid_jax.train.phase_layout import PhaseLayout
 from hybrid_jax.train.step import make_step
 from tests.conftest import tiny_model
@@ -32,9 +32,9 @@ def test_training_lowers_the_loss_and_leaves_frozen_parameters_alone(corpus, tmp
 
 
 def test_frozen_parameters_hold_no_optimizer_state(corpus):
-    structure, parameters = split_model(model_for(corpus))
+    structure, parameters = split_model(model := model_for(corpus))
     names = select_names(parameters, [r"\.gka\."])
-    optimizer = make_optimizer(phase(trainable=(r"\.gka\.",)))
+    optimizer = make_optimizer(phase(trainable=(r"\.gka\.",)), marks(model))
     state = optimizer.init({n: parameters[n] for n in names})
     moments = sum(x.size for x in jax.tree.leaves(state) if x.ndim)
     assert moments == 2 * sum(parameters[n].size for n in names)
@@ -116,7 +116,7 @@ def test_schedules_warm_up_and_end_where_they_should():
 
 
 def test_norms_biases_and_decay_parameters_are_not_decayed():
-    flags = decayed(split_model(tiny_model("M2-GKA-*"))[1])
+    flags = {name: mark.decay for name, mark in marks(tiny_model("M2-GKA-*")).items()}
     assert not any(flags[n] for n in flags if n.endswith(("norm.weight", "layernorm.weight", "bias", "A_log", ".D")))
     assert flags["layers.0.mamba.in_proj.kernel"] and flags["layers.2.self_attn.q_proj.kernel"]
 

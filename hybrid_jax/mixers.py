@@ -1,0 +1,269 @@
+"""The table of mixer kinds, and the options of each.
+
+`KINDS` is the only list of mixers: the pattern language, config.json, checkpoints, metrics and tests read it. To add a
+mixer, write its options class and its row here, and its layer class and row in `hybrid_jax.layers`. This module imports
+no array library, so that `--help` stays fast.
+
+The attributes of an options class in capitals describe the mixer's dict in hybrid-model-factory's config.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from hybrid_jax.checks import check_boolean, check_choice
+from hybrid_jax.options import EPSILON, Check, Options, choice, integer, number, option
+
+ATTENTION = "attention"
+_HEADS = frozenset({"hidden_size", "head_dim", "num_q_heads", "num_k_heads", "num_v_heads"})
+_LOW_RANK = {"kv_proj_rank": None, "kv_learnable_residual": False}
+
+
+class MixerOptions(Options):
+    """Base class of the options of one mixer kind: what `KEY` (`gka_config`, ...) may hold in config.json."""
+
+    # Keys that repeat the model's sizes: written on export, rejected where they contradict the model.
+    REPEATED: ClassVar[frozenset[str]] = frozenset()
+    # Keys that hybrid-model-factory knows and that may have only this value here.
+    FIXED: ClassVar[Mapping[str, Any]] = {}
+    # Keys that change how a kernel of hybrid-model-factory computes, but not the result: any valid value, kept for the export.
+    FREE: ClassVar[Mapping[str, Check]] = {}
+    # Keys for which the vLLM plugin has other defaults elsewhere: always written on export, so that no default decides.
+    STATED: ClassVar[Mapping[str, Any]] = {}
+    # Options that are written only where they differ from the default.
+    ONLY_IF_CHANGED: ClassVar[frozenset[str]] = frozenset()
+    # Options that mean nothing, and are written as false, where the source model does not norm queries and keys.
+    ONLY_WITH_QK_NORM: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def inner(self) -> tuple[str, ...]:
+        """The kinds of the mixers inside this mixer, whose options count too."""
+        return ()
+
+    @property
+    def window(self) -> int | None:
+        """How many keys a query sees at most; None for a mixer that does not attend to keys."""
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class GKAConfig(MixerOptions):
+    """Options of Gated KalmaNet (arXiv 2511.21016), named as in hybrid-model-factory's `gka_config`.
+
+    For each head the mixer keeps two states, H (of keys and keys) and U (of keys and values), in float32:
+
+        H <- e^g H + k k^T     U <- e^g U + k v^T     x = approximately (H + lambda I)^-1 q     o = U^T x
+
+    where lambda = ridge_strength * |H|_F, and x is mixed with q by alpha (see `use_alpha_connection`).
+
+    Args:
+      num_iter: number of Chebyshev iterations of the solve. 0 skips the solve, which leaves gated linear attention. More
+        iterations are slower and more exact; 30 is the published setting, 10 is usually enough for small experiments.
+      ridge_strength: the `a` of the paper's lambda = a * |H|_F. It bounds the condition number of the solve by
+        (1 + a) / a, so a larger value converges in fewer iterations and remembers less exactly. It is relative to |H|_F
+        because the scale of H depends on the data, on the decay and on the position in the document: a fixed lambda would
+        dominate at the start of a document, when H is small, and vanish later.
+      chunk_size: tokens that a kernel processes at a time. It changes speed and memory, not the result.
+      conv_size: width of the causal convolutions of q, k and v, in tokens.
+      norm_eps: epsilon of the RMSNorm of the output.
+      gla_rescale: multiply the readout of U by 1 / sqrt(head_dim), as attention scales its scores.
+      use_alpha_connection: mix x and q with alpha = sigmoid(alpha_proj u), per head and token; without it only the
+        solution x is used.
+      use_beta_gate: multiply k and v by beta = sigmoid(b_proj u), per head and token, so that a token can be kept out of
+        the states.
+      use_forgetting_gate: decay the states with g = -exp(A_log) softplus(a_proj u + dt_bias); without it nothing is
+        forgotten (g = 0). The gate's parameters exist in either case, as in released checkpoints.
+      use_forgetting_gate_kk: decay H too. False is supported only without the solve (`num_iter` 0), where H is unused.
+      use_gate: multiply the normed output by SiLU(g_proj u).
+      use_v_conv: apply the convolution and SiLU to v; without it v is the bare projection.
+      bp_lambda: propagate gradients through lambda, that is, through |H|_F. False treats it as a constant.
+      precision: of the solve in the TPU kernel: `fast` is within 2e-3 of float64 for bf16 inputs, `accurate` within
+        2e-5 and two to three times slower. Other kernels always solve in float32. The option is ours; it is exported
+        only if it is not `fast`.
+    """
+
+    KEY: ClassVar[str] = "gka_config"
+    REPEATED: ClassVar[frozenset[str]] = _HEADS
+    FIXED: ClassVar[Mapping[str, Any]] = {
+        **_LOW_RANK, "solver_type": "chebyshev", "conv_bias": False, "num_sketches_per_head": 1,
+    }  # fmt: skip
+    STATED: ClassVar[Mapping[str, Any]] = {"solver_type": "chebyshev", **_LOW_RANK}
+    # The plugin also gives a `norm_eps` that is present to the block norms, which are trained with rms_norm_eps.
+    ONLY_IF_CHANGED: ClassVar[frozenset[str]] = frozenset({"precision", "norm_eps"})
+
+    num_iter: int = option(integer(0, 10_000), 30)
+    ridge_strength: float = option(number(minimum=0), 0.02)
+    chunk_size: int = option(integer(1, 2**16), 64)
+    conv_size: int = option(integer(1, 1024), 4)
+    norm_eps: float = option(EPSILON, 1e-6)
+    gla_rescale: bool = option(check_boolean, True)
+    use_alpha_connection: bool = option(check_boolean, True)
+    use_beta_gate: bool = option(check_boolean, True)
+    use_forgetting_gate: bool = option(check_boolean, True)
+    use_forgetting_gate_kk: bool = option(check_boolean, True)
+    use_gate: bool = option(check_boolean, True)
+    use_v_conv: bool = option(check_boolean, True)
+    bp_lambda: bool = option(check_boolean, True)
+    precision: str = option(choice("fast", "accurate"), "fast")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.use_forgetting_gate_kk and self.num_iter:
+            raise ValueError("gka_config.use_forgetting_gate_kk = false is not supported")
+
+
+@dataclasses.dataclass(frozen=True)
+class GDNConfig(MixerOptions):
+    """Options of Gated DeltaNet (arXiv 2412.06464), named as in hybrid-model-factory's `gdn_config`.
+
+    For each head:  S <- e^g S;  S <- S + beta k (v - S^T k)^T;  o = S^T q / sqrt(head_dim).
+
+    Args:
+      conv_size: width of the causal convolutions of q, k and v, in tokens.
+      conv_bias: give the convolutions a bias. Only for checkpoints that have one.
+      norm_eps: epsilon of the RMSNorm of the output.
+      allow_neg_eigval: beta = 2 sigmoid(.) instead of sigmoid(.), so that I - beta k k^T can have the eigenvalue -1 and
+        a state can flip sign. It helps state tracking (parity, counting); released hybrids do not use it.
+      use_gate: multiply the normed output by SiLU(g_proj u).
+      use_short_conv: apply the convolutions; without them q, k, v = SiLU(projection).
+    """
+
+    KEY: ClassVar[str] = "gdn_config"
+    REPEATED: ClassVar[frozenset[str]] = _HEADS
+    FIXED: ClassVar[Mapping[str, Any]] = _LOW_RANK
+    STATED: ClassVar[Mapping[str, Any]] = _LOW_RANK
+    ONLY_IF_CHANGED: ClassVar[frozenset[str]] = frozenset({"norm_eps"})  # see GKAConfig
+
+    conv_size: int = option(integer(1, 1024), 4)
+    conv_bias: bool = option(check_boolean, False)
+    norm_eps: float = option(EPSILON, 1e-5)
+    allow_neg_eigval: bool = option(check_boolean, False)
+    use_gate: bool = option(check_boolean, True)
+    use_short_conv: bool = option(check_boolean, True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mamba2Config(MixerOptions):
+    """Options of Mamba-2 (arXiv 2405.21060), named as in hybrid-model-factory's `mamba2_config`.
+
+    Args:
+      use_qk_norm: norm C and B, which take the place of queries and keys, with the source's query and key norms. It
+        means nothing where the source norms neither.
+    """
+
+    KEY: ClassVar[str] = "mamba2_config"
+    REPEATED: ClassVar[frozenset[str]] = frozenset(
+        {"d_model", "d_inner", "d_xb", "intermediate_size", "hidden_act", "rms_norm_eps", "n_layer", "ssm_cfg"}
+    )
+    FIXED: ClassVar[Mapping[str, Any]] = {
+        "use_pos_emb": False, "use_pos_embed": False, "use_rotary_emb": False, "d_conv": 4, "use_conv_bias": True,
+        "use_bias": False, "xb_proj_rank": None, "xb_proj_activation": False, "xb_learnable_residual": False,
+    }  # fmt: skip
+    FREE: ClassVar[Mapping[str, Check]] = {"chunk_size": integer()}
+    STATED: ClassVar[Mapping[str, Any]] = {
+        "d_conv": 4, "use_conv_bias": True, "use_bias": False, "use_pos_emb": False, "chunk_size": 256,
+    }  # fmt: skip
+    ONLY_WITH_QK_NORM: ClassVar[frozenset[str]] = frozenset({"use_qk_norm"})
+
+    use_qk_norm: bool = option(check_boolean, True)
+
+
+@dataclasses.dataclass(frozen=True)
+class SWAConfig(MixerOptions):
+    """Options of sliding-window attention.
+
+    Args:
+      window_size: query i sees the keys j with 0 <= i - j < window_size. A larger window costs memory and time in
+        proportion. The cache of a layer holds window_size - 1 tokens.
+    """
+
+    KEY: ClassVar[str] = "swa_config"
+
+    window_size: int = option(integer(), 2048)
+
+    @property
+    def window(self) -> int:
+        return self.window_size
+
+
+def _check_recurrent(name: str, value: Any) -> str:
+    return check_choice(name, value, [kind for kind, row in KINDS.items() if row.recurrent and not row.attends and row.built])
+
+
+@dataclasses.dataclass(frozen=True)
+class BMojoConfig(MixerOptions):
+    """Options of B'MOJO-F (arXiv 2407.06324): one softmax over a window of keys and a window of keys made by a mixer.
+
+    Args:
+      window_size: length of each of the two windows, in tokens.
+      ssm_mixer: the kind of the mixer that makes the second window's keys and values; its own options apply.
+      tie_attn_weights: use one set of query, key and value projections for both windows. False gives the second window
+        its own set.
+    """
+
+    KEY: ClassVar[str] = "bmojo_config"
+    REPEATED: ClassVar[frozenset[str]] = frozenset(
+        {"hidden_size", "head_dim", "num_heads", "num_key_value_heads", "rms_norm_eps", "use_qk_norm"}
+    )
+
+    window_size: int = option(integer(), 2048)
+    ssm_mixer: str = option(_check_recurrent, "mamba2")
+    tie_attn_weights: bool = option(check_boolean, True)
+
+    @property
+    def inner(self) -> tuple[str, ...]:
+        return (self.ssm_mixer,)
+
+    @property
+    def window(self) -> int:
+        return 2 * self.window_size
+
+
+@dataclasses.dataclass(frozen=True)
+class MixerKind:
+    """One row of `KINDS`: what the project knows of a mixer kind without its layer.
+
+    Args:
+      symbol: its name in patterns; upper-case letters and digits.
+      parameter_key: the name of its module in a checkpoint, `layers.N.PARAMETER_KEY.*`.
+      options: its options class; None if it has none.
+      attends: it attends to earlier keys, which rotate by position, so a model with it is limited to
+        `max_position_embeddings` tokens.
+      recurrent: it keeps a state of fixed size.
+      built: False for a kind whose symbol is parsed but that has no layer yet.
+    """
+
+    symbol: str
+    parameter_key: str
+    options: type[MixerOptions] | None = None
+    attends: bool = False
+    recurrent: bool = True
+    built: bool = True
+
+
+KINDS: dict[str, MixerKind] = {
+    ATTENTION: MixerKind("*", "self_attn", attends=True, recurrent=False),
+    "gka": MixerKind("GKA", "gka", GKAConfig),
+    "gdn": MixerKind("GDN", "gdn", GDNConfig),
+    "mamba2": MixerKind("M2", "mamba", Mamba2Config),
+    "mamba3": MixerKind("M3", "mamba3", built=False),
+    "swa": MixerKind("SWA", "swa", SWAConfig, attends=True, recurrent=False),
+    "bmojo": MixerKind("BMF", "bmojo_f", BMojoConfig, attends=True),
+}
+
+
+def kinds_by_symbol() -> dict[str, str]:
+    """Returns pattern symbol -> mixer kind."""
+    return {row.symbol: kind for kind, row in KINDS.items()}
+
+
+def built_symbols() -> list[str]:
+    """Returns the pattern symbols of all mixers that have a layer, attention first."""
+    return [row.symbol for row in KINDS.values() if row.built]
+
+
+def options_by_key() -> dict[str, type[MixerOptions]]:
+    """Returns key of config.json (`gka_config`, ...) -> the options class that it describes."""
+    return {row.options.KEY: row.options for row in KINDS.values() if row.options is not None}
