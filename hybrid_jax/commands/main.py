@@ -41,7 +41,7 @@ COMMANDS = {
     "plan": (
         "plan",
         "what a job needs on a TPU slice or GPUs, compiled ahead of time",
-        "--source Qwen/Qwen3-8B --pattern GKA:0.5 --topology v5p:4x4x4 --seq-len 131072 --stage align",
+        "--source Qwen/Qwen3-8B --pattern GKA:0.5 --topology v5p:4x4x4 --seq-len 131072 --program align",
     ),
     "cache-teacher": (
         "cache_teacher",

@@ -1,4 +1,4 @@
-"""`plan`: what a job needs on a TPU slice or GPUs, from the real step, compiled here."""
+"""`plan`: what a job needs on a TPU slice or GPUs, from the real step, compiled here for TPUs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--topology", required=True, help="v5p:4x4x4, v5p (the smallest slice that fits), h100:64, …")
     parser.add_argument("--mesh", help="e.g. fsdp=8,seq=8; default: chosen")
     parser.add_argument("--seq-len", type=integer(minimum=1), default=8192, help="tokens a row; of context when decoding")
-    parser.add_argument("--stage", default="train", help="align, train or decode")
+    parser.add_argument("--program", default="train", help="the step to plan: align, train or decode")
     parser.add_argument("--rows", type=integer(minimum=0), default=0, help="rows a step; default: one for every part of the batch")
     parser.add_argument("--remat", default="full", help="none, attention or full: what layers keep for their gradient")
     parser.add_argument("--trainable", nargs="+", default=(), help="patterns of the parameters that train")
@@ -63,14 +63,14 @@ def run(args: argparse.Namespace):
         raise ValueError(f"--source {args.source!r} is no directory and no name known here: {', '.join(PUBLIC)}")
     if args.pattern:
         config = config.with_pattern(spread_pattern(args.pattern, config))
-    job = Job(config.unfused(), args.stage, args.seq_len, args.rows, tuple(args.trainable), args.remat)
+    job = Job(config.unfused(), args.program, args.seq_len, args.rows, tuple(args.trainable), args.remat)
     if args.topology.partition(":")[0] in TPUS:
         with native_stderr_hidden(), contextlib.suppress(FileNotFoundError):
             topology_devices("v5e", "2x2")  # loads libtpu, which says at length that this machine has no TPU
     console = Console(width=None if Console().is_terminal else 140)
-    plan = make_plan(job, args.topology, mesh, tell=console.print)
+    plan = make_plan(job, args.topology, mesh, log=console.print)
     console.print(plan_table(plan, args.tokens, args.efficiency))
-    if args.stage == "decode":
+    if args.program == "decode":
         console.print(cache_table(plan))
     if args.json:
         write_text(args.json, json.dumps(plan_json(plan, args.tokens, args.efficiency), indent=2) + "\n")

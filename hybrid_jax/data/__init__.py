@@ -1,4 +1,4 @@
-"""Data: text, conversations and synthetic rows; tokenised ahead of time or on the fly, packed, mixed and batched by grain."""
+"""Data: text, conversations and synthetic rows; tokenized ahead of time or on the fly, packed, mixed and batched by grain."""
 
 from hybrid_jax.data.corpus import Corpus, read_corpus, read_sources
 from hybrid_jax.data.pipeline import training_batches
@@ -6,4 +6,4 @@ from hybrid_jax.data.tokenizer import check_tokenizer_fits, load_tokenizer
 
 __all__ = ["HELD_OUT_SEED", "Corpus", "check_tokenizer_fits", "load_tokenizer", "read_corpus", "read_sources", "training_batches"]
 
-HELD_OUT_SEED = 987_654_321
+HELD_OUT_SEED = 987_654_321  # of synthetic rows for evaluation; no training seed should be the same

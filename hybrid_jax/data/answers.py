@@ -1,4 +1,4 @@
-"""Where the assistant's turns are in a rendered conversation, proven so that no other turn can be learned.
+"""Finds where the assistant's turns are in a rendered conversation, with proof, so that no other turn can be learned.
 
 A chat template is a program, so a turn cannot be found by looking for its text: a user may have said the same, and a
 template may trim, wrap or shorten what it is given. A turn is found by rendering parts of the conversation and comparing:
@@ -7,7 +7,7 @@ template may trim, wrap or shorten what it is given. A turn is found by renderin
 - It ends with the end of turn in the rendering that stops after it. Nobody has spoken after it there, so if the complete
   rendering begins in the same way, the turn holds nothing of a later message.
 - Templates that render a turn differently once others follow (Qwen3 removes earlier thoughts) fail that test. Then every
-  other message is replaced by a placeholder: what stays the same after the turn's begin is the turn's own text.
+  other message is replaced by a placeholder: what stays the same after the beginning of the turn is the turn's own text.
 
 A turn for which neither holds is left out of the loss and counted.
 """
@@ -21,17 +21,18 @@ from typing import NamedTuple
 
 PLACEHOLDERS = ("\u2021one", "\u2022two")  # they begin with characters that differ from each other
 Render = Callable[..., str]
+"""(messages, add_generation_prompt=False) -> text; raises ValueError if the template refuses the messages."""
 
 
 class Answers(NamedTuple):
-    """A rendered conversation.
+    """A rendered conversation and where the assistant's turns are in it.
 
     Args:
-      text: as the model reads it.
+      text: the conversation as the model reads it.
       spans: (begin, end) characters of the assistant's turns in it, each with its end-of-turn token.
-      rewritten: of these turns, those that the complete rendering shows differently than the conversation up to them.
-      left_out: the assistant's other turns, whose place could not be proven.
-      absent: messages of others whose content is not in the text, as a template may move, change or ignore it.
+      rewritten: how many of these turns the complete rendering shows differently than the conversation up to them.
+      left_out: how many of the assistant's turns are not in `spans`, because their place could not be proven.
+      absent: how many messages of others have a content that is not in the text, as a template may change or ignore it.
     """
 
     text: str
@@ -42,17 +43,23 @@ class Answers(NamedTuple):
 
 
 def shared_prefix(*texts: str) -> int:
-    """How many characters the texts have in common at their beginning."""
+    """Returns how many characters the texts have in common at their beginning."""
     return len(os.path.commonprefix(texts))
 
 
 def absent(messages: Sequence[dict], text: str) -> int:
-    """How many messages that are not the assistant's have a content that is not in the text."""
+    """Returns how many messages that are not the assistant's have a content that is not in the text."""
     return sum(m["role"] != "assistant" and m["content"].strip() not in text for m in messages)
 
 
 def with_placeholders(messages: Sequence[dict], which: Iterable[int], number: int = 0) -> list[dict]:
-    """The messages with the content of some replaced by a text that begins with another character."""
+    """Returns the messages with the contents of `which` replaced by a text that begins with another character.
+
+    Args:
+      messages: the conversation.
+      which: indices of the messages to change.
+      number: which of `PLACEHOLDERS` is tried first.
+    """
     replaced = list(messages)
     for j in which:
         own = str(messages[j].get("content") or "").lstrip()
@@ -62,10 +69,10 @@ def with_placeholders(messages: Sequence[dict], which: Iterable[int], number: in
 
 
 class Finder:
-    """Finds the assistant's turns of conversations.
+    """Finds the assistant's turns in conversations.
 
     Args:
-      render: (messages, add_generation_prompt=False) -> text; raises ValueError where the template refuses.
+      render: see `Render`.
       added_tokens: the tokenizer's added tokens, one of which ends a turn in most templates.
     """
 
@@ -75,14 +82,15 @@ class Finder:
         self.added = re.compile("|".join(map(re.escape, named)) or "(?!)")
         self.end_of_turn = self._end_of_turn()
 
-    def _try(self, messages: Sequence[dict], **options) -> str | None:
+    def _try(self, messages: Sequence[dict], **options: bool) -> str | None:
+        """Renders messages; None if the template refuses them."""
         try:
             return self.render(messages, **options)
         except ValueError:
             return None
 
     def _end_of_turn(self) -> str:
-        """What the template writes after an answer whatever follows, up to its last added token; empty: unknown."""
+        """Returns what the template writes after every answer, up to its last added token; empty: unknown."""
         said, talk = PLACEHOLDERS[0], [{"role": "user", "content": "a"}, {"role": "assistant", "content": PLACEHOLDERS[0]}]
         last, before_another = self._try(talk), self._try([*talk, {"role": "user", "content": "b"}])
         if not last or not before_another or said not in last or said not in before_another:
@@ -92,20 +100,21 @@ class Finder:
         return after[: self._last_added(after)]
 
     def _last_added(self, text: str) -> int:
-        """Where the last added token in a text ends; the text's length if it has none."""
+        """Returns where the last added token in a text ends; the text's length if it has none."""
         return max((match.end() for match in self.added.finditer(text)), default=len(text))
 
     def _outside(self, text: str, at: int) -> int:
-        """`at`, or where the added token begins that it is inside of."""
+        """Returns `at`, or where the added token begins if `at` is inside of one."""
         return next((match.start() for match in self.added.finditer(text) if match.start() < at < match.end()), at)
 
     def __call__(self, messages: Sequence[dict]) -> Answers:
-        """The answers of a conversation.
+        """Renders a conversation and finds the answers in it.
 
         Raises:
           ValueError: the template refuses the conversation, or the place of none of its answers can be proven.
         """
-        text, spans, rewritten, left_out = self.render(messages), [], 0, 0
+        text, rewritten, left_out = self.render(messages), 0, 0
+        spans: list[tuple[int, int]] = []
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         for i in turns:
             if (span := self._plain(messages, i, text)) is not None:
@@ -123,7 +132,7 @@ class Finder:
         return Answers(text, spans, rewritten, left_out, absent(messages, text))
 
     def _plain(self, messages: Sequence[dict], i: int, text: str) -> tuple[int, int] | None:
-        """The span of a turn that is rendered in the same way whatever follows."""
+        """Returns the span of turn i if it is rendered in the same way whatever follows."""
         begin, alone = self._after_prompt(messages, i, text), self._try(messages[: i + 1])
         if begin is None or alone is None or alone[:begin] != text[:begin]:
             return None
@@ -139,13 +148,15 @@ class Finder:
         return begin, end
 
     def _rewritten(self, messages: Sequence[dict], i: int, text: str) -> tuple[int, int] | None:
-        """The span of a turn that is rendered differently because of what follows."""
+        """Returns the span of turn i if it is rendered differently because of what follows."""
         own = self._own_text(messages, i, text)
-        at = text.rfind(self.end_of_turn, *own) if own is not None and self.end_of_turn else -1
+        if own is None or not self.end_of_turn:
+            return None
+        at = text.rfind(self.end_of_turn, *own)
         return (own[0], at + len(self.end_of_turn)) if at >= 0 else None
 
     def _own_text(self, messages: Sequence[dict], i: int, text: str) -> tuple[int, int] | None:
-        """From where turn i begins, the characters that no other message changes."""
+        """Returns the span that begins with turn i and holds the characters that no other message changes."""
         others = with_placeholders(messages, (j for j in range(len(messages)) if j != i))
         changed = self._try(others)
         if changed is None:
@@ -157,7 +168,7 @@ class Finder:
         return None
 
     def _after_prompt(self, messages: Sequence[dict], i: int, text: str) -> int | None:
-        """Where turn i begins if the text begins with the prompt for it."""
+        """Returns where turn i begins if the text begins with the prompt for it."""
         prompt = self._try(messages[:i], add_generation_prompt=True)
         if prompt is None:
             return None
@@ -170,7 +181,7 @@ class Finder:
         return self._outside(text, shared)
 
     def _content(self, messages: Sequence[dict], i: int, text: str) -> int | None:
-        """Where the content of message i begins in the complete rendering."""
+        """Returns where the content of message i begins in the complete rendering."""
         bare = [*messages[:i], {"role": messages[i]["role"], "content": ""}, *messages[i + 1 :]]
         one, two = (self._try(with_placeholders(bare, [i], n)) for n in (0, 1))
         if one is None or two is None:

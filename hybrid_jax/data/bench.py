@@ -1,7 +1,8 @@
-"""How fast rows are made: `python -m hybrid_jax.data.bench [--tokens 20e6]`.
+"""Benchmark of the data pipeline: `python -m hybrid_jax.data.bench [--tokens 20e6]`.
 
-Documents of random tokens, lengths spread like text's; planning and reading rows by themselves, and the whole pipeline in
-one process. Beside it what a model needs: an 8B model on a host of four v5p at 40 % of their peak.
+The documents are random tokens with lengths distributed like those of text. Measured are planning the rows, reading them, and
+the complete pipeline in one process, in tokens per second and relative to what a model needs: an 8B model on a host with four
+v5p at 40 % of their peak.
 """
 
 from __future__ import annotations
@@ -23,16 +24,18 @@ NEED = 4 * TPUS["v5p"].flops * 0.4 / (6 * 8e9)
 
 
 def documents(tokens: int) -> Tokens:
+    """Returns documents of about `tokens` random tokens together, with log-normal lengths."""
     rng = np.random.default_rng(0)
     sizes = np.clip(rng.lognormal(6.3, 1.2, int(tokens / 1000)).astype(np.int64), 1, None)
     starts = np.concatenate([[0], np.cumsum(sizes)])
     return Tokens(rng.integers(0, 150_000, starts[-1], dtype=np.uint32), starts, np.ones(starts[-1], np.uint8))
 
 
-def main():
-    parser = argparse.ArgumentParser(prog="python -m hybrid_jax.data.bench", description=__doc__.split(":")[0])
+def main() -> None:
+    """Prints a table of tokens per second by row length and packing."""
+    parser = argparse.ArgumentParser(prog="python -m hybrid_jax.data.bench", description="Benchmark of the data pipeline")
     parser.add_argument("--tokens", type=float, default=20e6)
-    parser.add_argument("--threads", type=int, default=2, help="of the pipeline")
+    parser.add_argument("--threads", type=int, default=2, help="threads that read ahead in the pipeline")
     options = parser.parse_args()
     tokens = documents(int(options.tokens))
     size = int(tokens.starts[-1])

@@ -1,4 +1,4 @@
-"""Conversations through the tokenizer's own chat template, with the spans that the assistant said.
+"""Conversations rendered by the tokenizer's chat template, with the spans of the assistant's turns.
 
 The Jinja template is rendered by transformers, in its sandbox, in a process of its own (`chat_process`).
 """
@@ -18,8 +18,8 @@ from hybrid_jax.data.chat_process import check_renderer, render_in_process
 from hybrid_jax.files import read_json
 from hybrid_jax.parallel.distributed import notice
 
-# The date in conversations to learn from, as a template that writes today's must give the same tokens every day; the one
-# that Llama 3's templates have where they are given none.
+# A template that writes today's date writes this one in training conversations, so that they have the same tokens every day. It
+# is the default of Llama 3's templates.
 DATE = datetime.datetime(2024, 7, 26)
 _PARTS = "".join(f"|replace('%{part}', '{DATE.strftime('%' + part)}')" for part in "aAbBdjmyYHIMSp")
 FIXED_DATE = "{%- macro strftime_now(format) -%}{{ format" + _PARTS + " }}{%- endmacro -%}"
@@ -27,7 +27,7 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def _read(directory: pathlib.Path) -> tuple[str | None, dict[str, str]]:
-    """A model directory's chat template, and the special tokens that it may name."""
+    """Reads a model directory's chat template, and the special tokens that it may name."""
     path, own = directory / "tokenizer_config.json", directory / "chat_template.jinja"
     config = read_json(path) if path.is_file() else {}
     template = own.read_text() if own.is_file() else config.get("chat_template")
@@ -41,13 +41,16 @@ def _read(directory: pathlib.Path) -> tuple[str | None, dict[str, str]]:
 
 
 def template_fingerprint(directory: str | pathlib.Path) -> str:
-    """Of the chat template and the tokens that it may name; empty where there is no template."""
+    """Returns a hash of the chat template and the special tokens that it may name; empty if there is no template."""
     template, special = _read(pathlib.Path(directory))
     return hashlib.sha256(json.dumps([template, special], sort_keys=True).encode()).hexdigest() if template else ""
 
 
 class ChatTemplate:
     """The chat template of a model directory: `chat_template.jinja`, or the one in `tokenizer_config.json`.
+
+    Args:
+      directory: a model directory with its tokenizer.
 
     Raises:
       ValueError: the directory has none, or transformers is not installed.
@@ -64,22 +67,28 @@ class ChatTemplate:
         check_renderer()
         self.template = template
 
-    def _learned(self, messages: Sequence[dict], **options):
+    def _learned(self, messages: Sequence[dict], **options: bool) -> tuple[str, list[tuple[int, int]]]:
+        """Renders a training conversation."""
         return self._render(messages, self._with_fixed_date, **options)
 
     @functools.cached_property
     def _with_fixed_date(self) -> str:
-        """The template with `DATE` for today's."""
+        """The template with `DATE` in place of today's date."""
         if "strftime_now" not in self.template:
             return self.template
         notice(f"the chat template of {self.directory} writes today's date; conversations to learn from have {DATE:%d %b %Y}")
         return FIXED_DATE + self.template
 
-    def _render(self, messages, template="", **options):
+    def _render(self, messages: Sequence[dict], template: str = "", **options: bool) -> tuple[str, list[tuple[int, int]]]:
+        """Renders messages by `template`; empty: the directory's own."""
         return render_in_process(template or self.template, list(messages), **options, **self.special)
 
     def render(self, messages: Sequence[dict], *, add_generation_prompt: bool = False) -> str:
-        """The conversation as the model reads it.
+        """Renders a conversation as the model reads it.
+
+        Args:
+          messages: {role, content} each.
+          add_generation_prompt: end with what begins an answer.
 
         Raises:
           ValueError: the template refuses it, fails, or takes too long or too much memory.
@@ -94,9 +103,9 @@ class ChatTemplate:
         return Finder(lambda messages, **options: self._learned(messages, **options)[0], names)
 
     def answers(self, messages: Sequence[dict]) -> Answers:
-        """The rendered conversation and the assistant's turns in it.
+        """Renders a conversation and finds the assistant's turns in it.
 
-        From `{% generation %}` marks where the template has them, else as `data.answers` proves them.
+        If the template has `{% generation %}` marks, they say where the turns are; else `data.answers` finds them.
 
         Raises:
           ValueError: the template refuses the conversation, or no answer can be found in what it renders.

@@ -1,4 +1,4 @@
-"""What an experiment reads: its sources tokenised, their held-out parts, and the synthetic tasks."""
+"""The tokenized sources that an experiment reads, their held-out parts, and the synthetic tasks."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from hybrid_jax.data.documents import Document, content, load_documents, pieces, split_documents, unread_files
-from hybrid_jax.data.packing import LONG, PACKINGS, PackedRows, check_long
+from hybrid_jax.data.packing import LONG, PACKINGS, PackedRows, Rows, check_long
 from hybrid_jax.data.stamps import stamp
 from hybrid_jax.data.synthetic import Induction, KeyValueRetrieval
-from hybrid_jax.data.tokenizer import ASK, PAIRS, ordinary_ids
+from hybrid_jax.data.tokenizer import ASK, PAIRS, EosTokenId, ordinary_ids
 from hybrid_jax.data.tokens import INDEX, Encoder, Tokens, is_prepared, load_prepared, notes
 from hybrid_jax.files import file_hash
 from hybrid_jax.parallel.distributed import say
 
-# Synthetic tasks draw from so many token ids, the first ordinary ones (a byte-level BPE's single bytes).
+# Synthetic tasks draw from this many token ids: the first ordinary ones (the single bytes of a byte-level BPE).
 NUM_SYMBOLS = 128
 SYNTHETIC = ("retrieval", "induction")
 
@@ -31,8 +31,12 @@ class Source:
     """Where documents come from and how they fill rows.
 
     Args:
-      path: see `documents.pieces`, or a directory that `prepare` made.
-      packing, long: see `PackedRows`; by default conversations are packed whole, texts split in rows.
+      path: a source as `documents.pieces` takes it, or a directory that `prepare` made.
+      packing: `split` or `first_fit`, see `PackedRows`; empty: `first_fit` for conversations, `split` for texts.
+      long: what happens to a document longer than a row, see `first_fit_plan`.
+
+    Raises:
+      ValueError: an unknown `packing` or `long`, or a `long` that has no effect.
     """
 
     path: str
@@ -46,11 +50,14 @@ class Source:
         check_long(self.packing, self.long)
 
 
-def read_sources(data: Mapping) -> dict[str, Source]:
-    """The sources of a config's `data`: `text`, a path, and `sources`, name -> {path, packing, long}.
+def read_sources(data: Mapping[str, Any]) -> dict[str, Source]:
+    """Returns the sources of a config's `data` by name.
+
+    Args:
+      data: has `text`, a path, or `sources`, which maps names to {path, packing, long}, or both.
 
     Raises:
-      ValueError: none, an unknown key or value, or a name that a synthetic task has.
+      ValueError: there is no source, an unknown key or value, or a source has the name of a synthetic task.
     """
     given = {"text": {"path": data["text"]}} if data.get("text") else {}
     if given and "text" in (data.get("sources") or {}):
@@ -71,16 +78,25 @@ def read_sources(data: Mapping) -> dict[str, Source]:
     return found
 
 
-def source_stamp(path: str) -> list:
-    """What changes when the text of a source changes: the size and time of every file, or a prepared directory's index."""
+def source_stamp(path: str) -> list[Any]:
+    """Returns a value that changes when the text of a source changes.
+
+    It holds the size and time of every file, or a hash of a prepared directory's index.
+    """
     return [file_hash(pathlib.Path(path) / INDEX)] if is_prepared(path) else [stamp(piece, path) for piece in pieces(path)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Tokenized sources by name, with their held-out parts, and what the synthetic tasks need of the tokenizer.
+    """Tokenized sources by name, with their held-out parts, and the token ids that the synthetic tasks use.
 
     Args:
+      tokenizer: made the tokens.
+      sources: where each source comes from and how it fills rows.
+      train: the training part of each source, shard by shard.
+      held_out: the held-out part of each source, shard by shard; a part may be empty.
+      markers: the ids that begin the pairs and the questions of key-value retrieval.
+      symbols: the synthetic tasks draw from the ids symbols[0] ... symbols[1] - 1.
       encoding: what decides the tokens of a text, see `Encoder.identity`.
     """
 
@@ -90,12 +106,15 @@ class Corpus:
     held_out: Mapping[str, list[Tokens]]
     markers: tuple[int, int]
     symbols: tuple[int, int]
-    encoding: Mapping = dataclasses.field(default_factory=dict)
+    encoding: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def identity(self, mix: Mapping[str, float]) -> dict[str, Any]:
-        """What the rows of a mix are made of, beside their length and order: how text became tokens, and of each source the
-        tokens and how they are packed. The same for the same rows, whatever the sources' paths are."""
-        found = dict(self.encoding)
+        """Returns everything but length and order that decides the rows of a mix, in JSON's types.
+
+        That is how text became tokens and, for each source with a share, a hash of its tokens and how they are packed. Equal
+        rows have equal identities, whatever the paths of the sources are.
+        """
+        found: dict[str, Any] = dict(self.encoding)
         for name in sorted(n for n, share in mix.items() if share):
             if name in SYNTHETIC:
                 found[name] = [*self.markers, *self.symbols]
@@ -106,14 +125,21 @@ class Corpus:
             found[f"{name}.long"] = source.long
         return json.loads(json.dumps(found))
 
-    def retrieval(self, length: int, seed: int, **options) -> KeyValueRetrieval:
+    def retrieval(self, length: int, seed: int, **options: Any) -> KeyValueRetrieval:
+        """Returns the rows of key-value retrieval; `options` are those of `KeyValueRetrieval`."""
         return KeyValueRetrieval(length, self.symbols, *self.markers, seed=seed, **options)
 
-    def rows(self, name: str, length: int, seed: int, answer_weight: float = 1.0):
-        """Training rows of one source, or of a synthetic task (`retrieval`, `induction`).
+    def rows(self, name: str, length: int, seed: int, answer_weight: float = 1.0) -> Rows:
+        """Returns the training rows of one source, or of a synthetic task (`retrieval`, `induction`).
+
+        Args:
+          name: of the source or the task.
+          length: tokens per row.
+          seed: decides the rows of a synthetic task.
+          answer_weight: weight of a synthetic task's answers in the loss.
 
         Raises:
-          ValueError: nothing has that name, or it does not fill one row.
+          ValueError: nothing has that name, or the training part does not fill one row.
         """
         if name == "retrieval":
             return self.retrieval(length, seed, weight=answer_weight)
@@ -123,44 +149,73 @@ class Corpus:
             raise ValueError(f"unknown data source {name!r} in data.mix; have {', '.join([*self.train, *SYNTHETIC])}")
         return self._packed(name, self.train[name], length, "training")
 
-    def held_out_rows(self, length: int) -> PackedRows:
-        """Rows of the first source's held-out part."""
-        name = next(iter(self.held_out))
+    def held_out_rows(self, length: int, name: str | None = None) -> PackedRows:
+        """Returns the rows of a source's held-out part.
+
+        Args:
+          length: tokens per row.
+          name: of the source; default: the first one.
+
+        Raises:
+          ValueError: no source has that name, or its held-out part does not fill one row.
+        """
+        name = next(iter(self.held_out)) if name is None else name
+        if name not in self.held_out:
+            raise ValueError(f"no source is named {name!r}; have {', '.join(self.held_out)}")
         return self._packed(name, self.held_out[name], length, "held-out")
+
+    def held_out_by_source(self, length: int) -> dict[str, PackedRows]:
+        """Returns the held-out rows of every source that has any, by the sources' names in their order.
+
+        A source whose held-out part does not fill one row of `length` tokens is left out, so the result may be empty.
+        """
+        sizes = self.held_out_tokens()
+        rows = {name: self._pack(name, shards, length) for name, shards in self.held_out.items() if sizes[name]}
+        return {name: found for name, found in rows.items() if len(found)}
+
+    def held_out_tokens(self) -> dict[str, int]:
+        """Returns the number of held-out tokens of every source, by the sources' names in their order."""
+        return {name: sum(int(tokens.starts[-1]) for tokens in shards) for name, shards in self.held_out.items()}
 
     def _packing(self, name: str, shards: list[Tokens]) -> str:
         return self.sources[name].packing or ("first_fit" if any(t.weights is not None for t in shards) else "split")
 
-    def _packed(self, name: str, shards: list[Tokens], length: int, part: str) -> PackedRows:
-        """Rows of the shards' documents end to end, so that the rows do not depend on how the source is divided."""
-        tokens = Tokens.chained(shards, np.uint32)
+    def _pack(self, name: str, shards: list[Tokens], length: int) -> PackedRows:
+        """Packs the documents of all shards end to end, so that the rows do not depend on how the source is divided."""
         try:
-            rows = PackedRows(tokens, length, self._packing(name, shards), self.sources[name].long)
+            return PackedRows(Tokens.chained(shards, np.uint32), length, self._packing(name, shards), self.sources[name].long)
         except ValueError as e:
             raise ValueError(f"data.sources.{name}: {e}") from None
+
+    def _packed(self, name: str, shards: list[Tokens], length: int, part: str) -> PackedRows:
+        """Packs a part of a source, and refuses one that does not fill a row."""
+        rows = self._pack(name, shards, length)
         if not len(rows):
             raise ValueError(
-                f"the {part} part of the source {name!r} has {tokens.starts[-1]:,} tokens and fills no row of {length:,}"
+                f"the {part} part of the source {name!r} has {rows.tokens.starts[-1]:,} tokens and fills no row of {length:,}"
                 f"{f' ({rows.unused})' if rows.unused else ''}; give more text, or lower seq_len"
             )
         return rows
 
 
-def read_corpus(data: Mapping, directory: str | pathlib.Path, eos_token_id=None) -> Corpus:
-    """Reads and tokenizes what is not prepared.
+def read_corpus(data: Mapping[str, Any], directory: str | pathlib.Path, eos_token_id: EosTokenId = None) -> Corpus:
+    """Loads prepared sources and tokenizes the others; prints how much of each source is held out.
 
-    Of what is not prepared, training documents that are in the first source's held-out part too are counted.
+    Also printed is how many training documents are held out in some source too, word for word; documents of prepared sources
+    are not compared.
 
     Args:
-      data: `text` and/or `sources`, see `read_sources`.
-      directory: of the model whose tokenizer it is.
-      eos_token_id: of the model's config.
+      data: `text` or `sources` or both, see `read_sources`.
+      directory: of the model whose tokenizer is used.
+      eos_token_id: of the model's config, see `end_of_text_id`.
 
     Raises:
-      ValueError: a source is not there or cannot be read, or another tokenizer prepared it.
+      ValueError: a source does not exist or cannot be read, or was prepared with another tokenizer.
     """
     sources, encode = read_sources(data), Encoder(directory, eos_token_id)
-    train, held_out, first, evaluated = {}, {}, next(iter(sources)), set()
+    train: dict[str, list[Tokens]] = {}
+    held_out: dict[str, list[Tokens]] = {}
+    contents: dict[str, tuple[list[bytes], set[bytes]]] = {}  # of the training and the held-out documents
     for name, source in sources.items():
         if is_prepared(source.path):
             train[name], held_out[name] = load_prepared(source.path, encode.tokenizer, encode.identity)
@@ -169,17 +224,20 @@ def read_corpus(data: Mapping, directory: str | pathlib.Path, eos_token_id=None)
                 say(f"{name}: {unread}")
             encode.counts.clear()
             parts = split_documents(load_documents(source.path))
-            if name == first:
-                evaluated = {content(d) for d in parts[1]} - {content(Document(""))}
-            if repeated := sum(content(d) in evaluated for d in parts[0]):
-                say(f"{name}: {repeated:,} training documents are held-out documents of {first} too, word for word")
+            contents[name] = [content(d) for d in parts[0]], {content(d) for d in parts[1]} - {content(Document(""))}
             train[name], held_out[name] = ([encode(part)] for part in parts)
             for note in notes(encode.counts):
                 say(f"{name}: {note}")
-    markers = [encode.tokenizer.token_to_id(t) for t in (PAIRS, ASK)]
-    ordinary = ordinary_ids(encode.tokenizer, len(markers) + NUM_SYMBOLS)
-    if None in markers:  # a foreign tokenizer: any two ids serve as markers, the first two ordinary ones
-        markers, ordinary = [*ordinary[:2]], ordinary[2:]
+    for name, (trained, _) in contents.items():
+        for other, (_, evaluated) in contents.items():
+            if repeated := sum(document in evaluated for document in trained):
+                say(f"{name}: {repeated:,} training documents are held-out documents of {other} too, word for word")
+    pairs_id, ask_id = (encode.tokenizer.token_to_id(t) for t in (PAIRS, ASK))
+    ordinary = ordinary_ids(encode.tokenizer, 2 + NUM_SYMBOLS)
+    if pairs_id is None or ask_id is None:  # a foreign tokenizer: its first two ordinary ids serve as markers
+        (pairs_id, ask_id), ordinary = ordinary[:2], ordinary[2:]
     ordinary = ordinary[:NUM_SYMBOLS]
     symbols = (ordinary.start, ordinary.stop)
-    return Corpus(encode.tokenizer, sources, train, held_out, tuple(markers), symbols, encode.identity)
+    corpus = Corpus(encode.tokenizer, sources, train, held_out, (pairs_id, ask_id), symbols, encode.identity)
+    say("held out: " + ", ".join(f"{tokens:,} tokens of {name}" for name, tokens in corpus.held_out_tokens().items()))
+    return corpus

@@ -1,7 +1,7 @@
 """Documents, plain text or conversations: the Python standard library, files of many formats, Hugging Face datasets.
 
-A source is cut in pieces, each read by itself: the unit of work when tokenising in parallel. Where a document
-is training data and where held out depends on its name alone.
+A source is divided into pieces that can be read independently: the unit of work when a source is tokenized in parallel.
+Whether a document is training data or held out depends on its name alone.
 """
 
 from __future__ import annotations
@@ -33,7 +33,14 @@ SOURCES = "'stdlib', a text file, .jsonl, .parquet or .arrow, a folder of such, 
 
 
 class Document(NamedTuple):
-    """`text`, or `messages` ({role, content} each) of a conversation; `replaced` characters were not UTF-8."""
+    """A text or a conversation.
+
+    Args:
+      name: identifies the document in its source.
+      text: the text; empty for a conversation.
+      messages: {role, content} each, of a conversation.
+      replaced: how many characters stand for bytes that were not UTF-8.
+    """
 
     name: str
     text: str = ""
@@ -42,17 +49,22 @@ class Document(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A part of a source: `reader`'s name and what it takes; the same for the same files."""
+    """A part of a source; equal for equal files.
+
+    Args:
+      reader: a name in `READERS`.
+      arguments: what that reader takes.
+    """
 
     reader: str
     arguments: tuple
 
 
 def document(name: str, record: Any) -> Document:
-    """A record of any of the known forms.
+    """Makes a document of a record in any of the known formats, see `FORMATS`.
 
     Raises:
-      ValueError: it has none of them.
+      ValueError: the record has none of the formats.
     """
     if not isinstance(record, dict):
         raise ValueError(f"{FORMATS}; got {type(record).__name__}")
@@ -73,7 +85,7 @@ def document(name: str, record: Any) -> Document:
 
 
 def _conversation(record: dict, messages: tuple[dict, ...]) -> tuple[dict, ...]:
-    """The messages with what a record says beside them: `system`, a system message.
+    """Returns the messages, preceded by the record's `system` message if it has one.
 
     Raises:
       ValueError: it describes tools, which are not rendered, or its system message is not text or comes twice.
@@ -87,22 +99,24 @@ def _conversation(record: dict, messages: tuple[dict, ...]) -> tuple[dict, ...]:
     return ({"role": "system", "content": check_text(system)}, *messages)
 
 
-def _message(turn: Any) -> dict:
+def _message(turn: Any) -> dict[str, Any]:
+    """Makes a message {role, content, ...} of a turn in OpenAI's or ShareGPT's format."""
     if isinstance(turn, dict):
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        role = ROLES.get(role, role) if isinstance(role, str) else None
         for name in ("weight", "train"):
-            if turn.get(name) in (0, False) and ROLES.get(role, role) == "assistant":
+            if turn.get(name) in (0, False) and role == "assistant":
                 raise ValueError(f"an answer has {name} = {turn[name]!r}: which answers are learned cannot be chosen; all are")
-        if isinstance(role, str) and isinstance(content, str):
+        if role is not None and isinstance(content, str):
             more = {k: v for k, v in turn.items() if k not in ("role", "from", "content", "value") and v is not None}
-            return {"role": ROLES.get(role, role), "content": check_text(content), **more}
+            return {"role": role, "content": check_text(content), **more}
     raise ValueError(f"a message needs a role and a content, both text; got {turn!r:.80}")
 
 
 # Readers ------------------------------------------------------------------------------------------------------------
 
-# A record's name, the record or why it cannot be read, and how many characters replace bytes that are not UTF-8.
 Records = Iterator[tuple[str, Any, int]]
+"""A record's name, the record or the ValueError that reading it gave, and how many characters replace bytes that are not UTF-8."""
 
 
 def _read_files(root: str, names: tuple[str, ...], replace: bool = False) -> Records:
@@ -115,7 +129,7 @@ def _read_files(root: str, names: tuple[str, ...], replace: bool = False) -> Rec
 
 
 def _read_jsonl(path: str, begin: int, end: int, replace: bool = False) -> Records:
-    """The lines that begin in bytes [begin, end)."""
+    """Reads the lines that begin in bytes [begin, end)."""
     with open(path, "rb") as file:
         if begin:
             file.seek(begin - 1)
@@ -123,7 +137,8 @@ def _read_jsonl(path: str, begin: int, end: int, replace: bool = False) -> Recor
         while (offset := file.tell()) < end and (line := file.readline()):
             if not line.strip():
                 continue
-            record, replaced = None, 0
+            record: Any = None
+            replaced = 0
             try:
                 text, replaced = decode(line, replace)
                 try:
@@ -135,8 +150,8 @@ def _read_jsonl(path: str, begin: int, end: int, replace: bool = False) -> Recor
             yield f"{pathlib.Path(path).name}:{offset}", record, replaced
 
 
-def _rows(table, name: str) -> Records:
-    """The rows of a table of pyarrow; one by one where some are not UTF-8."""
+def _rows(table: Any, name: str) -> Records:
+    """Reads the rows of a pyarrow table; one by one if some are not UTF-8."""
     try:
         records = table.to_pylist()
     except UnicodeDecodeError as e:
@@ -154,7 +169,7 @@ def _read_parquet(path: str, group: int, replace: bool = False) -> Records:
 
 
 def _read_arrow(path: str, replace: bool = False) -> Records:
-    """An Arrow file, or the stream that Hugging Face's `datasets` saves."""
+    """Reads an Arrow file, or the Arrow stream that Hugging Face's `datasets` saves."""
     pyarrow = _import("pyarrow", "pyarrow")
     with pyarrow.memory_map(path) as file:
         try:
@@ -166,12 +181,12 @@ def _read_arrow(path: str, replace: bool = False) -> Records:
 
 
 @functools.lru_cache(1)
-def _hugging_face(name: str, split: str):
+def _hugging_face(name: str, split: str) -> Any:
     return _import("datasets", "datasets").load_dataset(name, split=split)
 
 
 def dataset_fingerprint(name: str, split: str) -> str:
-    """Of a Hugging Face dataset, by which `datasets` knows its content."""
+    """Returns the fingerprint by which `datasets` identifies the content of a Hugging Face dataset."""
     return str(getattr(_hugging_face(name, split), "_fingerprint", ""))
 
 
@@ -190,7 +205,12 @@ READERS: dict[str, Callable[..., Records]] = {
 }
 
 
-def _import(module: str, package: str):
+def _import(module: str, package: str) -> Any:
+    """Imports an optional dependency.
+
+    Raises:
+      ValueError: it is not installed; the message names the package.
+    """
     try:
         return __import__(module, fromlist=["_"])
     except ImportError:
@@ -201,14 +221,14 @@ def _import(module: str, package: str):
 
 
 def pieces(source: str) -> list[Piece]:
-    """The pieces of a source, in order.
+    """Divides a source into pieces, in order.
 
     Args:
       source: `stdlib` (the sources of the running Python's standard library); a text file; a `.jsonl`, `.parquet` or
         `.arrow` file of records (see `document`); a folder of such files; `hf:NAME[:SPLIT]` (needs `datasets`).
 
     Raises:
-      ValueError: nothing is there, or what reads it is not installed.
+      ValueError: the source does not exist, is empty, or a package that it needs is not installed.
     """
     if not source:
         raise ValueError(f"a source must be named: give {SOURCES}")
@@ -224,7 +244,8 @@ def pieces(source: str) -> list[Piece]:
     path = pathlib.Path(source)
     if path.is_file() and path.suffix.lower() in TABLES:
         raise ValueError(f"{source!r} would be read as plain text: make records of it, one JSON object per line of a .jsonl file")
-    found, texts = [], []
+    found: list[Piece] = []
+    texts: list[pathlib.Path] = []
     for file in _files(path):
         kind = file.suffix.lower()
         if kind == ".jsonl":
@@ -246,12 +267,12 @@ def pieces(source: str) -> list[Piece]:
 
 
 def _files(path: pathlib.Path) -> list[pathlib.Path]:
-    """The file, or all files in a folder and the folders in it."""
+    """Returns the file, or all files in a folder and its subfolders."""
     return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
 
 
 def unread_files(source: str) -> str:
-    """How many files of a folder are not read because of their types, in words; empty if all are."""
+    """Describes which files of a folder are not read because of their types; empty if all are read."""
     if source == "stdlib" or source.startswith("hf:") or not pathlib.Path(source).is_dir():
         return ""
     kinds = collections.Counter(p.suffix.lower() or "without an ending" for p in _files(pathlib.Path(source)))
@@ -264,7 +285,9 @@ def unread_files(source: str) -> str:
 
 
 def _file_pieces(root: pathlib.Path, names: list[pathlib.Path]) -> list[Piece]:
-    groups, size = [[]], 0
+    """Groups text files into pieces of about `PIECE_BYTES`."""
+    groups: list[list[str]] = [[]]
+    size = 0
     for name in names:
         size += (root / name).stat().st_size
         if size > PIECE_BYTES and groups[-1]:
@@ -275,14 +298,15 @@ def _file_pieces(root: pathlib.Path, names: list[pathlib.Path]) -> list[Piece]:
 
 
 def read_piece(piece: Piece, on_bad: Callable[[str], None] | None = None, replace: bool = False) -> Iterator[Document]:
-    """The documents of a piece.
+    """Reads the documents of a piece.
 
     Args:
-      on_bad: is given the description of a record that cannot be read, instead of an error that ends the reading.
+      piece: a part of a source, see `pieces`.
+      on_bad: called with the description of each record that cannot be read; default: the first such record raises.
       replace: put U+FFFD in place of bytes that are not UTF-8, and count it in `Document.replaced`.
 
     Raises:
-      ValueError: a record that cannot be read; says where it is.
+      ValueError: a record cannot be read; the message says where it is.
     """
     for name, record, replaced in READERS[piece.reader](*piece.arguments, replace=replace):
         try:
@@ -290,14 +314,14 @@ def read_piece(piece: Piece, on_bad: Callable[[str], None] | None = None, replac
                 raise record
             yield document(name, record)._replace(replaced=replaced)
         except ValueError as e:
-            where = _place(piece, name)
+            where = _location(piece, name)
             if on_bad is None:
                 raise ValueError(f"{where}: {e}") from None
             on_bad(f"{where}: {e}")
 
 
-def _place(piece: Piece, name: str) -> str:
-    """Where people look for a record."""
+def _location(piece: Piece, name: str) -> str:
+    """Describes where a record is, for a message: its file, with the line number if it is a line."""
     if piece.reader == "files":
         return str(pathlib.Path(piece.arguments[0], name))
     if piece.reader != "jsonl":
@@ -313,28 +337,27 @@ def _place(piece: Piece, name: str) -> str:
 
 
 def load_documents(source: str) -> list[Document]:
-    """All documents of a source (see `pieces`)."""
+    """Reads all documents of a source (see `pieces`)."""
     return [d for piece in pieces(source) for d in read_piece(piece)]
 
 
 def content(document: Document) -> bytes:
-    """A hash of what a document says, whatever its name is."""
-    said = json.dumps([document.text, document.messages], sort_keys=True, default=str)
-    return hashlib.sha256(said.encode()).digest()
+    """Returns a hash of a document's text or messages, whatever its name is."""
+    content = json.dumps([document.text, document.messages], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).digest()
 
 
 def is_held_out(name: str, percent: float = HELD_OUT_PERCENT) -> bool:
-    """Whether a document belongs to the held-out part: by a hash of its name, the same on every machine."""
+    """Returns whether a document belongs to the held-out part, by a hash of its name: the same on every machine."""
     h = int(hashlib.sha256(name.encode()).hexdigest(), 16)
     return h % 100 * 100 + h // 100 % 100 < 100 * percent
 
 
 def split_documents(documents: Iterable[Document]) -> tuple[list[Document], list[Document]]:
-    """(training, held-out) documents, by their names.
+    """Divides documents into (training, held-out) by their names.
 
-    Where that would leave one of the parts empty, texts are divided by their length instead: the last 5 percent of the
-    characters are held out, and the document in which they begin gives its first part to training. No document is joined to
-    another.
+    If that leaves one of the parts empty, texts are divided by their length instead: the last 5 percent of the characters are
+    held out, and the document in which they begin gives its first part to training. Documents are never joined.
     """
     documents = list(documents)
     train = [d for d in documents if not is_held_out(d.name)]

@@ -1,4 +1,4 @@
-"""The last step of the data pipeline: rows -> what a training step reads, in the mesh's order of tokens."""
+"""The last step of the data pipeline: from rows to the batch that a training step reads, in the mesh's order of tokens."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ import numpy as np
 from hybrid_jax.parallel.sequence import positions_of, to_zigzag
 
 TEACHER = ("teacher_ids", "teacher_log_probabilities")
-SOURCE = "source"  # of a batch: which source every token comes from, by `pipeline.sources_of`
+SOURCE = "source"  # a batch's [B,T] numbers of the source that each token comes from, numbered by `pipeline.sources_of`
 
 
 def training_batch(rows: Mapping[str, np.ndarray], seq_devices: int = 1) -> dict[str, np.ndarray]:
-    """What every objective takes.
+    """Returns the batch that every objective takes.
 
     Args:
-      rows: `input_ids`, `segment_ids` [B,T] and `loss_weights` [B,T], the weight of predicting a token from those
-        before it; in order of time. With `source` [B], the number of each row's source, the batch has it too.
-      seq_devices: size of the mesh axis `seq`; above 1 the tokens come in its zig-zag order.
+      rows: `input_ids`, `segment_ids` and `loss_weights` (the weight of predicting a token from those before it), each
+        [B,T] in order of time. Optional are `source` [B], the number of each row's source, and the arrays named in
+        `TEACHER`, [B,T,k].
+      seq_devices: size of the mesh axis `seq`; if above 1, the tokens are put in its zig-zag order.
 
     Returns:
-      [B,T] each: `input_ids`, `segment_ids`, `positions`, and for the token that follows each one `targets` and
-      `weights` (0 at a row's end); where the rows have them, `SOURCE` [B,T], and as they are `TEACHER`'s [B,T,k].
+      `input_ids`, `segment_ids`, `positions`, `targets` (the token that follows each one) and `weights` (of predicting it; 0
+      at a row's end), each [B,T]. If the rows have them, also `source` [B,T], and the arrays named in `TEACHER` [B,T,k].
     """
     ids, segments, weights = (np.asarray(rows[n]) for n in ("input_ids", "segment_ids", "loss_weights"))
     batch = {
@@ -39,7 +40,7 @@ def training_batch(rows: Mapping[str, np.ndarray], seq_devices: int = 1) -> dict
     return {name: to_zigzag(x, seq_devices) for name, x in batch.items()}
 
 
-def abstract_batch(rows: int, length: int, sharding=None) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of a `training_batch`."""
+def abstract_batch(rows: int, length: int, sharding: jax.sharding.Sharding | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes [rows, length] of a `training_batch`, with a sharding if one is given."""
     dtypes = dict(input_ids="int32", segment_ids="int32", positions="int32", targets="int32", weights="float32")
     return {name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharding) for name, dtype in dtypes.items()}

@@ -1,4 +1,4 @@
-"""Rows of a fixed length packed from tokenised documents, with segments.
+"""Rows of a fixed length packed from tokenized documents, with segments.
 
 A row is a dict of [length]: `input_ids`, `segment_ids` (1, 2, ... within the row; 0 is padding), `loss_weights` (the
 weight of predicting this token from those before it: 0 for the first of a segment). Row i is a function of the documents
@@ -7,27 +7,57 @@ and i alone.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
 from hybrid_jax.data.tokens import Tokens
 
 PACKINGS = ("split", "first_fit")
 LONG = ("split", "cut", "drop")
-OPEN_ROWS = 64  # that first-fit looks at
+OPEN_ROWS = 64  # how many of the newest rows first-fit tries to fill
+
+Row = dict[str, np.ndarray]
+"""`input_ids` int32, `segment_ids` int32 and `loss_weights` float32, each [length]; see the module."""
+
+
+class Rows(Protocol):
+    """Rows that can be read by number: those of a source (`PackedRows`) or of a synthetic task."""
+
+    @property
+    def unused(self) -> str:
+        """A sentence about tokens that are in no row; empty if there are none."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Row: ...
 
 
 class Plan:
-    """Row r holds the pieces first[r] ... first[r + 1] - 1; piece p is tokens begin[p] ... begin[p] + size[p] - 1."""
+    """Which tokens fill which row.
+
+    Args:
+      begin, size: [pieces], piece p is the tokens begin[p] ... begin[p] + size[p] - 1.
+      first: [rows + 1], row r holds the pieces first[r] ... first[r + 1] - 1.
+    """
 
     def __init__(self, begin: np.ndarray, size: np.ndarray, first: np.ndarray):
         self.begin, self.size, self.first = begin, size, first
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.first) - 1
 
 
 def split_plan(starts: np.ndarray, length: int) -> Plan:
-    """The stream of documents cut every `length` tokens; no padding, what is left at the end goes unused."""
+    """Returns the plan that splits the stream of documents every `length` tokens.
+
+    There is no padding; the tokens after the last full row are not used.
+
+    Args:
+      starts: [documents + 1], see `Tokens`.
+      length: tokens per row.
+    """
     end = int(starts[-1]) // length * length
     first_of_row = np.arange(0, end + 1, length)
     begin = np.union1d(starts[starts < end], first_of_row[:-1]).astype(np.int64)
@@ -36,10 +66,12 @@ def split_plan(starts: np.ndarray, length: int) -> Plan:
 
 
 def first_fit_plan(starts: np.ndarray, length: int, long: str) -> Plan:
-    """Whole documents, each put in the first of the newest `OPEN_ROWS` rows that has room for it.
+    """Returns the plan that puts each document, undivided, in the first of the newest `OPEN_ROWS` rows that has room for it.
 
     Args:
-      long: what becomes of a document longer than a row: `split` in rows and a rest, `cut` to a row, `drop`.
+      starts: [documents + 1], see `Tokens`.
+      length: tokens per row.
+      long: what happens to a document longer than a row: `split` into rows and a rest, `cut` to its first row, or `drop`.
     """
     begin, size = np.asarray(starts[:-1], np.int64), np.diff(starts)
     if long == "drop":
@@ -68,8 +100,8 @@ def first_fit_plan(starts: np.ndarray, length: int, long: str) -> Plan:
     return Plan(begin[order], size[order], np.searchsorted(row_of[order], np.arange(opened + 1)))
 
 
-def check_long(packing: str, long: str):
-    """That `long` has an effect.
+def check_long(packing: str, long: str) -> None:
+    """Checks that `long` has an effect.
 
     Raises:
       ValueError: `split` fills rows whatever the documents' lengths are, and `long` asks for something else.
@@ -79,11 +111,17 @@ def check_long(packing: str, long: str):
 
 
 class PackedRows:
-    """Rows of one `Tokens`.
+    """The rows of tokenized documents; row i is made when it is asked for.
 
     Args:
-      packing: `split` (the stream cut in rows, for text) or `first_fit` (whole documents and padding).
-      long: with `first_fit`, see there.
+      tokens: the documents.
+      length: tokens per row.
+      packing: `split` (the stream of documents split every `length` tokens, for texts) or `first_fit` (undivided documents
+        and padding, for conversations).
+      long: what `first_fit` does with a document longer than a row: `split`, `cut` or `drop`, see `first_fit_plan`.
+
+    Raises:
+      ValueError: an unknown `packing` or `long`, or a `long` that has no effect.
     """
 
     def __init__(self, tokens: Tokens, length: int, packing: str = "split", long: str = "split"):
@@ -95,15 +133,15 @@ class PackedRows:
         starts = tokens.starts
         self.plan = split_plan(starts, length) if packing == "split" else first_fit_plan(starts, length, long)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.plan)
 
-    def __getitem__(self, i) -> dict[str, np.ndarray]:
-        if not 0 <= i < len(self):
-            raise IndexError(f"row {i} of {len(self)}")
+    def __getitem__(self, index: int) -> Row:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
         ids, segments = np.zeros(self.length, np.int32), np.zeros(self.length, np.int32)
         weights = np.zeros(self.length, np.float32)
-        at, (first, last) = 0, self.plan.first[i : i + 2]
+        at, (first, last) = 0, self.plan.first[index : index + 2]
         pieces = zip(self.plan.begin[first:last].tolist(), self.plan.size[first:last].tolist(), strict=True)
         for n, (begin, size) in enumerate(pieces, start=1):
             end, where = at + size, slice(begin, begin + size)
@@ -114,12 +152,12 @@ class PackedRows:
 
     @property
     def filled(self) -> float:
-        """The share of the rows that holds tokens."""
+        """The share of the rows' places that holds tokens rather than padding."""
         return float(self.plan.size.sum()) / max(len(self) * self.length, 1)
 
     @property
     def unused(self) -> str:
-        """Which tokens are in no row, in words; empty if all are in one."""
+        """A sentence about the tokens that are in no row; empty if there are none."""
         total = int(self.tokens.starts[-1])
         if not (unused := total - int(self.plan.size.sum())):
             return ""

@@ -1,10 +1,10 @@
-"""Tokenising ahead of time: a source -> a directory of shards, in parallel; killed, it goes on where it was.
+"""Tokenizes a source ahead of time, in parallel, into a directory of shards; continues where it was if it is run again.
 
     OUT/plan.json            what is being prepared, in which pieces, with the size and time of every file
-    OUT/shard-00000/         of one piece: train/ and held_out/, each ids.npy, starts.npy and, of conversations, weights.npy
-    OUT/index.json           what is there; written last, so that a directory that has it is whole
+    OUT/shard-00000/         one piece: train/ and held_out/, each ids.npy, starts.npy and, for conversations, weights.npy
+    OUT/index.json           what there is; written last, so that a directory that has it is complete
 
-One set serves every row length, packing and mesh: rows are packed when they are read.
+The directory serves any row length, packing and mesh, because rows are packed when they are read.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import multiprocessing
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from hybrid_jax.data.documents import HELD_OUT_PERCENT, Piece, is_held_out, pieces, read_piece, unread_files
 from hybrid_jax.data.stamps import changes, stamp
+from hybrid_jax.data.tokenizer import EosTokenId
 from hybrid_jax.data.tokens import FORMAT, INDEX, Encoder, Tokens
 from hybrid_jax.files import new_directory, write_text
 from hybrid_jax.parallel.distributed import say
@@ -28,8 +29,11 @@ from hybrid_jax.progress import progress_bar
 
 PLAN, SUMMARY = "plan.json", "shard.json"
 COUNTED = ("documents", "tokens", "text_bytes")
-LENIENT = ("skip_bad", "replace_invalid")  # settings that change only shards which have something to be lenient about
-AT_A_TIME = 4096  # documents
+LENIENT = ("skip_bad", "replace_invalid")  # settings that change only the shards of pieces with bad records
+AT_A_TIME = 4096  # documents tokenized together
+
+Work = tuple[str, Piece, dict[str, Any]]
+"""A shard to make: its directory, the piece it is made of, and the piece's stamp in the plan."""
 
 
 def prepare(
@@ -37,30 +41,34 @@ def prepare(
     out: str | pathlib.Path,
     tokenizer_from: str,
     *,
-    eos_token_id=None,
+    eos_token_id: EosTokenId = None,
     workers: int = 1,
     held_out_percent: float = HELD_OUT_PERCENT,
     skip_bad: bool = False,
     replace_invalid: bool = False,
-) -> dict:
+) -> dict[str, Any]:
     """Makes a prepared directory, or finishes one.
 
     Args:
       source: see `documents.pieces`.
+      out: the directory to make or to finish.
       tokenizer_from: a model directory.
-      workers: processes.
+      eos_token_id: of the model's config, see `end_of_text_id`.
+      workers: number of processes.
+      held_out_percent: how many percent of the documents are kept for evaluation.
       skip_bad: count records that cannot be read instead of ending at the first.
       replace_invalid: put U+FFFD in place of bytes that are not UTF-8, and count them, instead of refusing them.
 
     Returns:
-      The index: what decides the tokens, and for each part and shard how many documents, tokens and bytes of text; `bad`
-      records that were skipped; `counts` of what was replaced, left out or rendered differently (see `tokens.NOTES`).
+      The index: what decides the tokens, and for each part and shard how many documents, tokens and bytes of text; `bad`,
+      the number of skipped records; `counts` of what was replaced, left out or rendered differently (see `tokens.NOTES`).
 
     Raises:
-      ValueError: bad input, or `out` holds the preparation of another source or with other settings; says what differs.
+      ValueError: the source has no document or a bad one, or `out` holds the preparation of another source or with other
+        settings; the message says what differs.
     """
     out, parts = pathlib.Path(out), pieces(source)
-    settings = {
+    settings: dict[str, Any] = {
         "source": source if source == "stdlib" or source.startswith("hf:") else str(pathlib.Path(source).absolute()),
         "tokenizer_from": str(pathlib.Path(tokenizer_from).absolute()),
         **Encoder(tokenizer_from, eos_token_id).identity,
@@ -77,40 +85,46 @@ def prepare(
         return json.loads((out / INDEX).read_text())
     _start_or_go_on(out, plan, names)
 
-    todo = [(str(out / n), *work) for n, *work in zip(names, parts, plan["pieces"], strict=True) if not (out / n).exists()]
+    planned = zip(names, parts, plan["pieces"], strict=True)
+    todo = [(str(out / name), part, stamped) for name, part, stamped in planned if not (out / name).exists()]
     lenient = {name: settings[name] for name in LENIENT}
     _run(todo, workers, (str(tokenizer_from), eos_token_id, held_out_percent, source, lenient), len(parts))
     shards = [json.loads((out / name / SUMMARY).read_text()) for name in names]
     totals = {part: {k: sum(s[part][k] for s in shards) for k in COUNTED} for part in ("train", "held_out")}
+    bad = sum(s["bad"] for s in shards)
+    if not any(part["documents"] for part in totals.values()):
+        first = next((s["first_bad"][0] for s in shards if s["first_bad"]), "")
+        why = f"none of its {bad:,} records could be read, the first: {first}" if bad else "there is nothing in it"
+        raise ValueError(f"{source} has no documents: {why}")
     counts = {n: sum(s["counts"].get(n, 0) for s in shards) for n in sorted({n for s in shards for n in s["counts"]})}
     shards = [{k: v for k, v in s.items() if k not in ("piece", "counts", *LENIENT)} for s in shards]
     if not any((out / name / part / "weights.npy").exists() for name in names for part in totals):
         settings["chat_template"] = ""  # there are no conversations
-    index = {"format": FORMAT, **settings, **totals, "bad": sum(s["bad"] for s in shards), "counts": counts, "shards": shards}
+    index = {"format": FORMAT, **settings, **totals, "bad": bad, "counts": counts, "shards": shards}
     write_text(out / INDEX, json.dumps(index, indent=1) + "\n")
     return index
 
 
-def _differences(old: Mapping, plan: Mapping) -> tuple[list[str], list[str]]:
-    """(in the settings, in the source) what differs between two plans, in words."""
+def _differences(old: Mapping[str, Any], plan: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Describes how two plans differ: (in the settings, in the source)."""
     names = [n for n in plan if n not in ("source", "tokenizer_from", "pieces", *LENIENT) and old.get(n) != plan[n]]
     if "format" in names:  # the rest cannot be compared
         return [f"its format was {old.get('format')!r}, now {FORMAT!r}"], []
     return [f"{n} was {old[n]!r:.40}, now {plan[n]!r:.40}" for n in names], changes(old["pieces"], plan["pieces"])
 
 
-def _refuse(out: pathlib.Path, differences: list[str]):
+def _refuse(out: pathlib.Path, differences: list[str]) -> NoReturn:
     raise ValueError(
         f"{out} holds another preparation: {'; '.join(differences)}. Choose another directory, or remove it and everything is "
         "tokenized again"
     )
 
 
-def _is_done(out: pathlib.Path, plan: Mapping) -> bool:
-    """Whether `out` is the finished preparation of a plan.
+def _is_done(out: pathlib.Path, plan: Mapping[str, Any]) -> bool:
+    """Returns whether `out` is the finished preparation of a plan.
 
     Raises:
-      ValueError: it is finished, and differs; says in what.
+      ValueError: it is the finished preparation of another plan; the message says what differs.
     """
     if not (out / INDEX).exists() or not (out / PLAN).exists():
         return False
@@ -125,11 +139,11 @@ def _is_done(out: pathlib.Path, plan: Mapping) -> bool:
     return True
 
 
-def _start_or_go_on(out: pathlib.Path, plan: Mapping, names: Sequence[str]):
-    """Writes the plan and removes what an unfinished preparation left that is of no use for it.
+def _start_or_go_on(out: pathlib.Path, plan: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Writes the plan, and removes what an unfinished preparation left and the plan cannot use.
 
     Raises:
-      ValueError: finished shards are there that were made with other settings; says which.
+      ValueError: there are finished shards that were made with other settings; the message names them.
     """
     finished = sorted(out.glob("shard-*"))
     if not (out / PLAN).exists():
@@ -152,14 +166,20 @@ def _start_or_go_on(out: pathlib.Path, plan: Mapping, names: Sequence[str]):
         print(f"{out}: {len(stale)} of {len(finished)} finished shards are made again: {why}", flush=True)
 
 
-def _is_of_use(shard: pathlib.Path, piece: Mapping | None, plan: Mapping) -> bool:
-    """Whether a finished shard is what the plan would make of a piece."""
+def _is_of_use(shard: pathlib.Path, piece: Mapping[str, Any] | None, plan: Mapping[str, Any]) -> bool:
+    """Returns whether a finished shard is what the plan would make of a piece."""
     summary = json.loads((shard / SUMMARY).read_text())
     as_strict = not summary["bad"] and not summary["counts"].get("replaced_documents")
     return summary["piece"] == piece and (as_strict or all(summary[name] == plan[name] for name in LENIENT))
 
 
-def _run(todo: Sequence[tuple[str, Piece, dict]], workers: int, settings: tuple, total: int):
+def _run(todo: Sequence[Work], workers: int, settings: tuple[Any, ...], total: int) -> None:
+    """Makes the missing shards with a progress bar.
+
+    Args:
+      settings: arguments of `_start`.
+      total: number of shards, finished ones included.
+    """
     bar = progress_bar(name="prepare", unit="piece", total=total, done=total - len(todo))
     tokens = 0
     with bar:
@@ -169,8 +189,8 @@ def _run(todo: Sequence[tuple[str, Piece, dict]], workers: int, settings: tuple,
             bar.set_postfix_str(f"{tokens:,} tokens")
 
 
-def _made(todo: Sequence[tuple[str, Piece, dict]], workers: int, settings: tuple) -> Iterator[int]:
-    """Makes the shards, by this process alone or by several others; yields the tokens of each."""
+def _made(todo: Sequence[Work], workers: int, settings: tuple[Any, ...]) -> Iterator[int]:
+    """Makes the shards in this process or in several others; yields the number of tokens of each."""
     if workers == 1:
         _start(*settings)
         yield from (_shard(*work) for work in todo)
@@ -184,8 +204,8 @@ def _made(todo: Sequence[tuple[str, Piece, dict]], workers: int, settings: tuple
             raise
 
 
-def _pool(workers: int, settings: tuple):
-    """Processes that have the tokenizer; fresh ones, as this one may hold a device."""
+def _pool(workers: int, settings: tuple[Any, ...]) -> concurrent.futures.ProcessPoolExecutor:
+    """Starts processes that have the tokenizer; they are spawned, not forked, because this one may hold a device."""
     context = multiprocessing.get_context("spawn")
     return concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_start, initargs=settings)
 
@@ -193,21 +213,24 @@ def _pool(workers: int, settings: tuple):
 _worker: dict[str, Any] = {}
 
 
-def _start(tokenizer_from, eos_token_id, held_out_percent, source, lenient):
+def _start(
+    tokenizer_from: str, eos_token_id: EosTokenId, held_out_percent: float, source: str, lenient: Mapping[str, bool]
+) -> None:
+    """Prepares this process for `_shard`."""
     _worker.update(encode=Encoder(tokenizer_from, eos_token_id), percent=held_out_percent, source=source, lenient=lenient)
 
 
-def _shard(directory: str, piece: Piece, planned: dict) -> int:
-    """One shard, written beside and renamed; how many tokens it has.
+def _shard(directory: str, piece: Piece, planned: dict[str, Any]) -> int:
+    """Makes one shard, written under another name and then renamed; returns how many tokens it has.
 
     Raises:
-      ValueError: a record that cannot be read, or a file that changes while it is read.
+      ValueError: a record cannot be read, or a file changes while it is read.
     """
     bad: list[str] = []
     encode, lenient = _worker["encode"], _worker["lenient"]
     counts = encode.counts = collections.Counter()
     documents = read_piece(piece, bad.append if lenient["skip_bad"] else None, lenient["replace_invalid"])
-    parts = {"train": [], "held_out": []}
+    parts: dict[str, list[Tokens]] = {"train": [], "held_out": []}
     for some in iter(lambda: list(itertools.islice(documents, AT_A_TIME)), []):
         chosen = [is_held_out(d.name, _worker["percent"]) for d in some]
         counts.update(replaced_documents=sum(d.replaced > 0 for d in some), replaced_characters=sum(d.replaced for d in some))
@@ -216,7 +239,7 @@ def _shard(directory: str, piece: Piece, planned: dict) -> int:
     if changed := changes([planned], [json.loads(json.dumps(stamp(piece, _worker["source"])))]):
         raise ValueError(f"the source changed while it was being prepared: {'; '.join(changed)}; start again")
     with new_directory(directory) as work:
-        summary = {"name": pathlib.Path(directory).name, "bad": len(bad), "first_bad": bad[:1], **lenient}
+        summary: dict[str, Any] = {"name": pathlib.Path(directory).name, "bad": len(bad), "first_bad": bad[:1], **lenient}
         summary |= {"counts": {n: c for n, c in sorted(counts.items()) if c}, "piece": planned}
         for name, found in parts.items():
             tokens = Tokens.join(found, encode.dtype)

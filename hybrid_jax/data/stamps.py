@@ -1,10 +1,11 @@
-"""What a piece of a source was when it was read, so that tokens are not used again after the source changed."""
+"""Stamps of the pieces of a source when it was read, so that tokens are not used again after the source changed."""
 
 from __future__ import annotations
 
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from hybrid_jax.data.documents import Piece, dataset_fingerprint
 
@@ -12,17 +13,18 @@ SHOWN = 3  # changes that a message names
 
 
 def _files(piece: Piece) -> list[str]:
-    """The paths of what a piece reads."""
+    """Returns the paths of the files that a piece reads."""
     if piece.reader == "files":
         return [os.path.join(piece.arguments[0], name) for name in piece.arguments[1]]
     return [] if piece.reader == "hf" else [piece.arguments[0]]
 
 
-def stamp(piece: Piece, source: str) -> dict:
-    """A piece in JSON's types: the same for the same files, from whichever directory and by whichever path they are named.
+def stamp(piece: Piece, source: str) -> dict[str, Any]:
+    """Describes a piece in JSON's types: equal for the same files, whatever the path by which the source was named.
 
     Args:
-      source: the source that it is a piece of.
+      piece: a part of the source.
+      source: the path or name of the source.
 
     Returns:
       `reader`; `range`, the part of its file or data set; `files`, path within the source -> [bytes, time of the last change
@@ -37,8 +39,8 @@ def stamp(piece: Piece, source: str) -> dict:
     return {"reader": piece.reader, "range": part, "files": files}
 
 
-def changes(before: Sequence[Mapping], now: Sequence[Mapping]) -> list[str]:
-    """What differs between the stamps of a source's pieces, in words; nothing if they are the same."""
+def changes(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Describes the differences between the stamps of a source's pieces; the list is empty if they are equal."""
     old, new = ({name: stat for piece in pieces for name, stat in piece["files"].items()} for pieces in (before, now))
     found = [f"{name} is gone" for name in old if name not in new]
     found += [f"{name} is new" for name in new if name not in old]

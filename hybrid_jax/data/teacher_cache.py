@@ -1,6 +1,6 @@
-"""What a teacher thinks of every token of a phase: its likeliest tokens, kept step by step.
+"""A teacher's top-k tokens and their log-probabilities for every token of a phase, stored step by step.
 
-DIR/cache.json          of which rows (text, packing, tokenizer, mix, seed), which teacher, and how many tokens
+DIR/cache.json          which rows (text, packing, tokenizer, mix, seed), which teacher, and how many tokens
 DIR/step-0000000/       ids.npy and log_probabilities.npy, [rows, length, k]
 """
 
@@ -19,19 +19,19 @@ RECORD = "cache.json"
 
 
 def shortened(value: Any) -> str:
-    """A value for a message; of a hash its beginning."""
+    """Formats a value for a message; a hash is shortened to its beginning."""
     return value[:12] + "..." if isinstance(value, str) and len(value) == 64 else str(value)
 
 
 class TeacherCache:
-    """A cache of the rows that these arguments of `training_batches` make.
+    """A directory of a teacher's top-k tokens for the rows that `training_batches` makes with the same arguments.
 
     Args:
-      path: its directory.
-      k: tokens kept of every distribution, to make one or go on with it; None: to read.
-      mix, rows: which rows, in which order.
-      made_of: what else decides the answers: the rows' text, packing and tokenizer (`Corpus.identity`), and `teacher` where
-        one is at hand. What is not given is not compared.
+      path: the directory.
+      k: tokens kept of every distribution, to write a cache or continue one; None: to read.
+      mix, rows: arguments of `training_batches` that decide which rows come in which order.
+      made_of: what else decides the teacher's answers: the rows' text, packing and tokenizer (`Corpus.identity`), and
+        `teacher` if one is loaded. Entries that are not given are not compared.
 
     Raises:
       ValueError: the directory holds a cache of other rows or of another teacher; names the first difference.
@@ -45,7 +45,7 @@ class TeacherCache:
         *,
         mix: Mapping[str, float],
         made_of: Mapping[str, Any] | None = None,
-        **rows,
+        **rows: Any,
     ):
         self.path = pathlib.Path(path)
         shares = {name: share for name, share in sorted(mix.items()) if share}
@@ -72,14 +72,14 @@ class TeacherCache:
         return self.path / f"step-{step:07d}"
 
     def missing(self, steps: int) -> Iterator[int]:
-        """The steps below `steps` that are not there yet."""
+        """Returns the steps below `steps` that have not been written yet."""
         return (step for step in range(steps) if not self._step(step).exists())
 
-    def check(self, steps: int):
-        """That it holds so many steps.
+    def check(self, steps: int) -> None:
+        """Checks that the cache holds all steps below `steps`.
 
         Raises:
-          FileNotFoundError: it does not; names the first that is missing.
+          FileNotFoundError: a step is missing; the message names the first.
         """
         if (step := next(self.missing(steps), None)) is not None:
             raise FileNotFoundError(
@@ -87,13 +87,18 @@ class TeacherCache:
                 "hybrid-jax cache-teacher goes on where it stopped"
             )
 
-    def write(self, step: int, ids: np.ndarray, log_probabilities: np.ndarray):
+    def write(self, step: int, ids: np.ndarray, log_probabilities: np.ndarray) -> None:
+        """Writes a step: `ids` and `log_probabilities` [rows, length, k], stored as uint32 and float16."""
         with new_directory(self._step(step)) as directory:
             np.save(directory / "ids.npy", ids.astype(np.uint32))
             np.save(directory / "log_probabilities.npy", log_probabilities.astype(np.float16))
 
     def read(self, step: int, rows: Sequence[int]) -> dict[str, np.ndarray]:
-        """Of some rows of a step."""
+        """Reads some rows of a step.
+
+        Returns:
+          `teacher_ids` int32 and `teacher_log_probabilities` float32, each [rows, length, k].
+        """
         directory = self._step(step)
         ids, values = (np.load(directory / f"{n}.npy", mmap_mode="r")[list(rows)] for n in ("ids", "log_probabilities"))
         return {"teacher_ids": ids.astype(np.int32), "teacher_log_probabilities": values.astype(np.float32)}

@@ -1,4 +1,4 @@
-"""Bytes -> text: UTF-8, and nothing else without a word."""
+"""Bytes to text: UTF-8, and a clear refusal or a count for everything else."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ ADVICE = "convert it to UTF-8, or prepare the source with --skip-bad or --replac
 
 
 def decode(data: bytes, replace: bool = False) -> tuple[str, int]:
-    """The text of UTF-8 bytes, and how many characters replace bytes that are not UTF-8.
+    """Decodes UTF-8 and counts the characters that replace bytes which are not UTF-8.
 
     Args:
+      data: the bytes; a byte-order mark at the beginning is removed.
       replace: put U+FFFD in place of such bytes, instead of refusing them.
 
     Raises:
@@ -30,10 +31,10 @@ def decode(data: bytes, replace: bool = False) -> tuple[str, int]:
 
 
 def check_text(text: str) -> str:
-    """The text, which can be written as UTF-8.
+    """Returns the text if it can be written as UTF-8.
 
     Raises:
-      ValueError: it has half of a surrogate pair (JSON's "\\ud800" gives one).
+      ValueError: the text has half of a surrogate pair (JSON's "\\ud800" gives one).
     """
     try:
         text.encode()

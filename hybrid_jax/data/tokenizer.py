@@ -1,10 +1,10 @@
-"""Tokenizers: reading a model's `tokenizer.json`, and training a byte-level BPE of our own."""
+"""Tokenizers: reading a model's `tokenizer.json`, and training a byte-level BPE for the shipped tiny model."""
 
 from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -13,9 +13,12 @@ from hybrid_jax.files import read_json
 END_OF_TEXT, PAIRS, ASK = "<|endoftext|>", "<|pairs|>", "<|ask|>"
 SPECIAL_TOKENS = (END_OF_TEXT, PAIRS, ASK)
 
+EosTokenId = int | Sequence[int] | None
+"""`eos_token_id` as a model's config has it: one id, several, or none; a negative id counts as none."""
+
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE with `SPECIAL_TOKENS` as ids 0, 1, 2."""
+    """Trains a byte-level BPE on texts; it has `SPECIAL_TOKENS` as ids 0, 1, 2."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -29,8 +32,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Tokenizer, directory: pathlib.Path, max_length: int):
-    """Writes tokenizer.json and the tokenizer_config.json by which transformers loads it."""
+def save_tokenizer(tokenizer: Tokenizer, directory: pathlib.Path, max_length: int) -> None:
+    """Writes tokenizer.json, and the tokenizer_config.json that transformers needs to load it."""
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -44,10 +47,10 @@ def save_tokenizer(tokenizer: Tokenizer, directory: pathlib.Path, max_length: in
 
 
 def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
-    """The tokenizer of a model directory, which gives every token of a text, in one way.
+    """Loads the tokenizer of a model directory so that the same text always gives the same, complete tokens.
 
-    What a tokenizer.json may store beside its vocabulary does not apply to training text: truncation and padding are
-    switched off, and so is BPE dropout (a random choice among the ways to split a word).
+    Truncation, padding and BPE dropout (a random choice among the ways to split a word), which tokenizer.json may switch on,
+    are switched off.
 
     Raises:
       FileNotFoundError: the directory has no tokenizer.json.
@@ -59,7 +62,7 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
     read_json(path)
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as e:  # what tokenizers raises
+    except Exception as e:  # tokenizers raises bare Exceptions
         raise ValueError(f"{path} is not a tokenizer ({e})") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -71,9 +74,10 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
 
 
 def check_tokenizer_fits(tokenizer: Tokenizer, vocab_size: int, directory: str | pathlib.Path) -> Tokenizer:
-    """A tokenizer all of whose ids a model has; fewer ids than the model has are usual, as vocabularies are padded.
+    """Returns the tokenizer if the model has all of its ids; a model may have more, as vocabularies are padded.
 
     Args:
+      tokenizer: to be checked.
       vocab_size: rows of the model's embedding.
       directory: where the tokenizer came from, for the message.
 
@@ -90,9 +94,10 @@ def check_tokenizer_fits(tokenizer: Tokenizer, vocab_size: int, directory: str |
 
 
 def ordinary_ids(tokenizer: Tokenizer, number: int) -> range:
-    """Up to `number` ids in a row that stand for text: no special and no other added tokens, and not 0, which fills rows.
+    """Returns up to `number` consecutive ids that stand for text.
 
-    The first such run that is long enough, else the longest.
+    Special and other added tokens are excluded, and so is 0, which pads rows. The result is the first run that is long
+    enough, or else the longest.
     """
     added = tokenizer.get_added_tokens_decoder()
     ids = sorted(i for i in tokenizer.get_vocab(with_added_tokens=False).values() if i and i not in added)
@@ -107,7 +112,7 @@ def ordinary_ids(tokenizer: Tokenizer, number: int) -> range:
 
 
 def added_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer itself puts before and after a text, e.g. a beginning-of-sequence token.
+    """Returns the ids that the tokenizer itself puts before and after a text, e.g. a beginning-of-sequence token.
 
     They come from the post-processor in tokenizer.json, as in transformers; for most models of the Qwen family there are none.
     """
@@ -121,27 +126,30 @@ def added_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a text to be continued: as a document begins in training, without what ends one.
+    """Returns the ids of a text to be continued: they begin as a document does in training, and nothing ends them.
 
-    Not for a rendered conversation, whose template writes its own beginning.
+    A rendered conversation must not be given, as its template has written the beginning.
     """
     return added_around(tokenizer)[0] + tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def decode_continuation(tokenizer: Tokenizer, prompt: list[int], new: list[int]) -> str:
-    """The text that `new` ids add to that of `prompt`. On their own they would lose the space before the first word where a
-    tokenizer marks the beginnings of words (sentencepiece)."""
+    """Returns the text that the ids `new` add to the text of `prompt`.
+
+    Decoded alone, they would lose the space before the first word if the tokenizer marks the beginnings of words (as
+    sentencepiece does).
+    """
     before, all_of_it = tokenizer.decode(prompt), tokenizer.decode([*prompt, *new])
     return all_of_it.removeprefix(before) if all_of_it.startswith(before) else tokenizer.decode(new)
 
 
-def end_of_text_id(tokenizer: Tokenizer, eos_token_id=None) -> int:
-    """The id that ends a document: the model's own if it names one (the first of a list; negative ids are none).
+def end_of_text_id(tokenizer: Tokenizer, eos_token_id: EosTokenId = None) -> int:
+    """Returns the id that ends a document: the model's if it names one (the first of a list), else `END_OF_TEXT`'s.
 
     Raises:
       ValueError: neither the model nor the tokenizer names one, or the tokenizer does not have the model's.
     """
-    if isinstance(eos_token_id, (list, tuple)):
+    if isinstance(eos_token_id, Sequence):
         eos_token_id = eos_token_id[0] if eos_token_id else None
     if eos_token_id is not None and eos_token_id >= 0:
         if tokenizer.id_to_token(eos_token_id) is None:

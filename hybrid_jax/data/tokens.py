@@ -1,4 +1,4 @@
-"""Tokenised documents, end to end in one array: in memory or mapped from the shards of a prepared directory."""
+"""Tokenized documents, end to end in one array: in memory or mapped from the shards of a prepared directory."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 from tokenizers import Tokenizer
 
 from hybrid_jax.data.chat import ChatTemplate, template_fingerprint
 from hybrid_jax.data.documents import Document
-from hybrid_jax.data.tokenizer import added_around, end_of_text_id, load_tokenizer
+from hybrid_jax.data.tokenizer import EosTokenId, added_around, end_of_text_id, load_tokenizer
 
 INDEX = "index.json"
 FORMAT = "hybrid_jax tokens 2"
 BATCH = 512  # documents encoded at a time
-NOTES = {  # what an encoder counts, in words
+NOTES = {  # sentences about what an encoder counts; the count comes before them
     "rewritten": "answers are rendered differently because other turns follow (a template may remove earlier thoughts); "
     "they are learned as rendered",
     "absent": "messages that are not the assistant's are not in the rendered text as given: the chat template changes or "
@@ -35,12 +37,15 @@ NOTES = {  # what an encoder counts, in words
 
 
 class Chain:
-    """Arrays end to end, of which slices are read."""
+    """One-dimensional arrays read as if they were concatenated, without copying more than the slice that is asked for.
 
-    def __init__(self, parts: Sequence[np.ndarray]):
+    Slices must have a start and a stop, both at least 0, and no step.
+    """
+
+    def __init__(self, parts: Sequence[np.ndarray | Chain]):
         self.parts, self.ends = list(parts), np.cumsum([len(p) for p in parts]).tolist()
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.ends[-1]
 
     def __getitem__(self, where: slice) -> np.ndarray:
@@ -50,60 +55,69 @@ class Chain:
             first = self.ends[n] - len(self.parts[n])
             found.append(self.parts[n][begin - first : where.stop - first])
             begin, n = self.ends[n], n + 1
-        return np.concatenate(found) if found else self.parts[0][:0]
+        return np.concatenate(found) if found else self.parts[0][0:0]
+
+
+def _array(values: np.ndarray | Chain) -> np.ndarray:
+    """Returns all values in one array."""
+    return values[0 : len(values)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Document i is ids[starts[i]:starts[i + 1]].
+    """Tokenized documents; document i is ids[starts[i]:starts[i + 1]].
 
     Args:
       ids: [tokens], uint16 or uint32.
-      starts: [documents + 1].
-      weights: [tokens] uint8, 1 where a token is to be learnt; None: everywhere.
-      text_bytes: of the text they came from.
-      digest: their `fingerprint` where it is known already.
+      starts: [documents + 1] int64.
+      weights: [tokens] uint8, 1 where a token is learned, else 0; None: 1 everywhere.
+      text_bytes: size of the text that was tokenized, in UTF-8.
+      digest: the `fingerprint` if it is known already, else empty.
     """
 
-    ids: np.ndarray
+    ids: np.ndarray | Chain
     starts: np.ndarray
-    weights: np.ndarray | None = None
+    weights: np.ndarray | Chain | None = None
     text_bytes: int = 0
     digest: str = ""
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of the tokens, the documents' ends and the weights."""
+        """A hash of the tokens, the beginnings of the documents and the weights."""
         if self.digest:
             return self.digest
         found = hashlib.sha256()
-        for array in (self.ids, self.starts, self.weights):
-            found.update(b"none" if array is None else f"{array.dtype} {array.shape}".encode())
-            if array is not None:
-                found.update(np.ascontiguousarray(array))
+        for values in (self.ids, self.starts, self.weights):
+            if values is None:
+                found.update(b"none")
+                continue
+            array = np.ascontiguousarray(_array(values))
+            found.update(f"{array.dtype} {array.shape}".encode())
+            found.update(array.data)
         return found.hexdigest()
 
-    def save(self, directory: pathlib.Path):
+    def save(self, directory: pathlib.Path) -> None:
+        """Writes the arrays to a new directory."""
         directory.mkdir(parents=True)
-        np.save(directory / "ids.npy", self.ids)
+        np.save(directory / "ids.npy", _array(self.ids))
         np.save(directory / "starts.npy", self.starts)
         if self.weights is not None:
-            np.save(directory / "weights.npy", self.weights)
+            np.save(directory / "weights.npy", _array(self.weights))
 
     @classmethod
-    def join(cls, parts: Sequence[Tokens], dtype) -> Tokens:
-        """One after the other; of none, nothing, with ids of `dtype`."""
+    def join(cls, parts: Sequence[Tokens], dtype: DTypeLike) -> Tokens:
+        """Concatenates tokens in memory; without parts the result is empty and has ids of `dtype`."""
         ends = np.cumsum([0] + [len(p.ids) for p in parts])
         starts = [p.starts[:-1] + end for p, end in zip(parts, ends, strict=False)]
         weights = None
         if any(p.weights is not None for p in parts):
-            weights = np.concatenate([np.ones(len(p.ids), np.uint8) if p.weights is None else p.weights for p in parts])
-        ids = np.concatenate([np.zeros(0, dtype), *(p.ids for p in parts)])
+            weights = np.concatenate([np.ones(len(p.ids), np.uint8) if p.weights is None else _array(p.weights) for p in parts])
+        ids = np.concatenate([np.zeros(0, dtype), *(_array(p.ids) for p in parts)])
         return cls(ids, np.concatenate([*starts, ends[-1:]]).astype(np.int64), weights, sum(p.text_bytes for p in parts))
 
     @classmethod
-    def chained(cls, parts: Sequence[Tokens], dtype) -> Tokens:
-        """As `join`, without reading what is mapped."""
+    def chained(cls, parts: Sequence[Tokens], dtype: DTypeLike) -> Tokens:
+        """Concatenates tokens as `join` does, without reading or copying mapped arrays."""
         if len(parts) == 1:
             return parts[0]
         known = [(p.weights, len(p.ids)) for p in parts]
@@ -119,7 +133,7 @@ class Tokens:
 
     @classmethod
     def load(cls, directory: pathlib.Path, text_bytes: int = 0, digest: str = "") -> Tokens:
-        """Mapped, not read."""
+        """Maps the arrays that `save` wrote; they are read when they are used."""
         weights = directory / "weights.npy"
         return cls(
             np.load(directory / "ids.npy", mmap_mode="r"),
@@ -131,7 +145,7 @@ class Tokens:
 
 
 class Encoder:
-    """Documents -> tokens: texts between the tokens that begin and end a document, conversations by the chat template.
+    """Turns documents into tokens: texts between the ids that begin and end a document, conversations by the chat template.
 
     A text begins with what the tokenizer itself puts there (see `added_around`) and ends with what it puts after a text,
     else with the end-of-text token.
@@ -141,23 +155,24 @@ class Encoder:
       eos_token_id: of the model's config; see `end_of_text_id`.
 
     Attributes:
-      counts: what happened to conversations, see `NOTES`.
+      counts: how often each of `NOTES` happened.
     """
 
-    def __init__(self, directory: str | pathlib.Path, eos_token_id=None):
+    def __init__(self, directory: str | pathlib.Path, eos_token_id: EosTokenId = None):
         self.directory, self.tokenizer = pathlib.Path(directory), load_tokenizer(directory)
         self.begin_ids, after = added_around(self.tokenizer)
         self.end_ids = after or [end_of_text_id(self.tokenizer, eos_token_id)]
         self.end_id = self.end_ids[-1]
         self.dtype = np.dtype(np.uint16 if self.tokenizer.get_vocab_size() <= 2**16 else np.uint32)
-        # Without the post-processor, which may trim the offsets of tokens, so that a space would seem to begin elsewhere.
-        self._plain = Tokenizer.from_str(self.tokenizer.to_str())
-        self._plain.post_processor = None
-        self.counts = collections.Counter()
+        # The post-processor runs even without special tokens. One that trims offsets gives tokens of spaces an empty span, so
+        # that a space at an answer's end would not be learned.
+        self._untrimmed = Tokenizer.from_str(self.tokenizer.to_str())
+        self._untrimmed.post_processor = None
+        self.counts: collections.Counter[str] = collections.Counter()
 
     @property
-    def identity(self) -> dict:
-        """What decides the tokens of a document, in JSON's types: encoders that give the same tokens have the same."""
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the tokens of a document, in JSON's types; equal identities give equal tokens."""
         return {
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "document_begin": self.begin_ids,
@@ -167,13 +182,14 @@ class Encoder:
 
     @functools.cached_property
     def template(self) -> ChatTemplate:
+        """The model directory's chat template, read when the first conversation comes."""
         return ChatTemplate(self.directory)
 
     def __call__(self, documents: Iterable[Document]) -> Tokens:
-        """Every document, in order.
+        """Encodes documents in order.
 
         Raises:
-          ValueError: a conversation and no template for it, or one that refuses it; names the document.
+          ValueError: there is no chat template for a conversation, or it refuses one; the message names the document.
         """
         documents = list(documents)
         return Tokens.join([self._encoded(documents[i : i + BATCH]) for i in range(0, len(documents), BATCH)], self.dtype)
@@ -181,7 +197,7 @@ class Encoder:
     def _encoded(self, documents: list[Document]) -> Tokens:
         texts, spans = zip(*map(self._rendered, documents), strict=True)
         ids, weights = [], []
-        encodings = self._plain.encode_batch(list(texts), add_special_tokens=False)
+        encodings = self._untrimmed.encode_batch(list(texts), add_special_tokens=False)
         for encoding, text, said in zip(encodings, texts, spans, strict=True):
             around = (self.begin_ids, self.end_ids) if said is None else ([], [])
             ids.append(np.asarray([*around[0], *encoding.ids, *around[1]], self.dtype))
@@ -191,7 +207,8 @@ class Encoder:
         size = sum(len(text.encode()) for text in texts)
         return Tokens(np.concatenate(ids), starts, np.concatenate(weights) if chats else None, size)
 
-    def _rendered(self, document: Document):
+    def _rendered(self, document: Document) -> tuple[str, list[tuple[int, int]] | None]:
+        """Returns the text to encode, and the spans of a conversation's answers in it; None for a plain text."""
         if not document.messages:
             self.counts.update(empty=not document.text)
             return document.text, None
@@ -205,43 +222,46 @@ class Encoder:
 
 
 def notes(counts: Mapping[str, int]) -> list[str]:
-    """What to say about an encoder's `counts`."""
+    """Returns a sentence for every count of an encoder that is not 0."""
     return [f"{counts[name]:,} {words}" for name, words in NOTES.items() if counts.get(name)]
 
 
-def _inside(offsets, text: str, spans) -> np.ndarray:
-    """1 for the tokens inside one of the spans.
+def _inside(offsets: Sequence[tuple[int, int]], text: str, spans: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Returns 1 for the tokens inside one of the spans, else 0: [tokens] uint8.
 
-    The first of a span may begin with the spaces before it, the last may end with those after it: added tokens take them in
-    where the tokenizer says `lstrip` or `rstrip`.
+    The first token of a span may begin with the spaces before it, the last may end with those after it: added tokens include
+    them if the tokenizer says `lstrip` or `rstrip`.
     """
     begins, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
-    learnt = np.zeros(len(begins), np.uint8)
+    learned = np.zeros(len(begins), np.uint8)
     for begin, end in spans:
         last = end + len(text[end:]) - len(text[end:].lstrip())
-        learnt[(begins >= len(text[:begin].rstrip())) & (ends > begin) & (begins < end) & (ends <= last)] = 1
-    return learnt
+        learned[(begins >= len(text[:begin].rstrip())) & (ends > begin) & (begins < end) & (ends <= last)] = 1
+    return learned
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """The same for tokenizers that give the same ids."""
+    """Returns a hash that is equal for tokenizers that give the same ids."""
     return hashlib.sha256(json.dumps(json.loads(tokenizer.to_str()), sort_keys=True).encode()).hexdigest()
 
 
 def is_prepared(path: str | pathlib.Path) -> bool:
+    """Returns whether a directory holds a finished preparation."""
     return (pathlib.Path(path) / INDEX).is_file()
 
 
 def load_prepared(
-    path: str | pathlib.Path, tokenizer: Tokenizer, identity: Mapping | None = None
+    path: str | pathlib.Path, tokenizer: Tokenizer, identity: Mapping[str, Any] | None = None
 ) -> tuple[list[Tokens], list[Tokens]]:
-    """(training, held-out) tokens of a prepared directory, shard by shard.
+    """Returns the (training, held-out) tokens of a prepared directory, shard by shard; empty shards are left out.
 
     Args:
-      identity: of the encoder that would make them, see `Encoder.identity`; None: only the tokenizer must be the same.
+      path: the prepared directory.
+      tokenizer: must be the one that prepared it.
+      identity: of the encoder that would make the same tokens, see `Encoder.identity`; None: only the tokenizer is compared.
 
     Raises:
-      ValueError: they were made differently, or are of another format; says what differs.
+      ValueError: the tokens were made differently, or have another format; the message says what differs.
     """
     path = pathlib.Path(path)
     index = json.loads((path / INDEX).read_text())
@@ -257,8 +277,9 @@ def load_prepared(
                 f"{path} was prepared with {name} = {index[name]!r:.40}, this model has {value!r:.40}; prepare it again with "
                 "this model's directory"
             )
-    parts = []
-    for part in ("train", "held_out"):
+
+    def tokens(part: str) -> list[Tokens]:
         shards = [s for s in index["shards"] if s[part]["tokens"]]
-        parts.append([Tokens.load(path / s["name"] / part, s[part]["text_bytes"], s[part]["digest"]) for s in shards])
-    return tuple(parts)
+        return [Tokens.load(path / s["name"] / part, s[part]["text_bytes"], s[part]["digest"]) for s in shards]
+
+    return tokens("train"), tokens("held_out")

@@ -1,1 +1,1 @@
-"""What a job needs on a given TPU or GPU mesh, before renting it: the real step, compiled ahead of time."""
+"""Plans what a job needs on a TPU or GPU mesh before it is rented: the real step, compiled ahead of time for TPUs."""

@@ -1,7 +1,8 @@
-"""Trace and compile time of a training step by depth: `python -m hybrid_jax.plan.compile_time [--layers 8 36 64]`.
+"""Measures trace and compile time of a training step by depth: `python -m hybrid_jax.plan.compile_time [--layers 8 36 64]`.
 
-Small dimensions and a CPU: what is compared is the programs' size, not their speed. Patterns: every other layer; repeats as
-in arXiv 2605.08301's Qwen3-8B; a coin for every layer. Beside each the same step with its layers written out.
+Dimensions are small and the device is a CPU, as programs are compared by size, not by speed. There are three patterns: every
+other layer is GDN; repeats as in the Qwen3-8B of arXiv 2605.08301; a coin is tossed for each layer. With `--written-out`,
+each is also compiled without scanning over the layers that repeat.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import random
 import time
+from typing import Any
 
 import jax
 from flax import nnx
@@ -24,6 +26,7 @@ RUNS = "*gggggg**ggg**************ggg*gggggg"
 
 
 def patterns(layers: int) -> dict[str, str]:
+    """Returns the three patterns for this many layers, by name."""
     coin = random.Random(0)
     kinds = {
         "alternating": "".join("*g"[i % 2] for i in range(layers)),
@@ -34,14 +37,15 @@ def patterns(layers: int) -> dict[str, str]:
 
 
 def model(pattern: str, scan: bool) -> Decoder:
-    sizes = dict(vocab_size=256, hidden_size=128, intermediate_size=256, num_heads=4, num_kv_heads=2, head_dim=32)
+    """Returns a small abstract model."""
+    sizes: dict[str, Any] = dict(vocab_size=256, hidden_size=128, intermediate_size=256, num_heads=4, num_kv_heads=2, head_dim=32)
     decoder = abstract_decoder(ModelConfig("qwen3", layers=parse_pattern(pattern), qk_norm=True, **sizes))
     decoder.scan, decoder.remat = scan, "full"
     return decoder
 
 
 def seconds(pattern: str, scan: bool) -> tuple[float, float]:
-    """(trace and lower, compile) of loss and gradients."""
+    """Returns the seconds for loss and gradients: (to trace and lower, to compile)."""
     decoder = model(pattern, scan)
     structure, _ = nnx.split(decoder)
     step = jax.jit(jax.grad(lambda p, b: next_token(join_model(structure, p), b)[0]))
@@ -52,8 +56,9 @@ def seconds(pattern: str, scan: bool) -> tuple[float, float]:
     return traced - begin, time.perf_counter() - traced
 
 
-def main():
-    parser = argparse.ArgumentParser(prog="python -m hybrid_jax.plan.compile_time", description=__doc__.split(":")[0])
+def main() -> None:
+    """Prints a table of seconds by depth and pattern."""
+    parser = argparse.ArgumentParser(prog="python -m hybrid_jax.plan.compile_time", description="Trace and compile time by depth")
     parser.add_argument("--layers", type=int, nargs="+", default=(8, 36, 64))
     parser.add_argument("--written-out", action="store_true", help="also without scanning (minutes)")
     options = parser.parse_args()

@@ -1,14 +1,15 @@
-"""Plans by formula, for devices whose compiler is not at hand: what a step computes and what its collectives send.
+"""Counts what a step computes and what its collectives send, for devices whose compiler is not available here.
 
-The state's bytes are exact. What is sent is counted of each parameter by its sharding, and of activations where their
-bytes grow with the tokens: gathers, scatters and sums of parameters and gradients, tensor-parallel sums, keys around the
-ring, tokens that visit experts, embeddings. Left out are halos of windows, states passed between chunks and scalars.
+All numbers are counted from shapes and shardings; none is fitted to measurements. Counted are: all-gathers of each parameter
+and reduce-scatters or all-reduces of its gradient, by its sharding; all-reduces of activations over `tensor`; keys and values
+sent around the ring; tokens sent to experts and to shards of the embedding table. Not counted are halos of windows, states
+passed between chunks, and scalars. Memory for temporaries is not a formula's to say: the compiler decides it.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from hybrid_jax.config import ATTENTION, ModelConfig
@@ -22,70 +23,71 @@ from hybrid_jax.parameters import abstract_parameters, logical_axes
 from hybrid_jax.plan.program import Job
 from hybrid_jax.train.phase_layout import trained_names
 
-COMPUTE, SUM = 2, 4  # bytes of a number in the compute dtype (bf16), and of one that is summed in float32
+COMPUTE, SUM = 2, 4  # bytes per number in the compute dtype (bf16), and per number that is summed in float32
 TABLE = "embed_tokens.embedding"
 Sizes = Mapping[str, int]
+"""Mesh axis -> its number of devices; axes that are missing have one."""
 Axes = tuple[str, ...]
-
-
-def parameter_count(config: ModelConfig) -> float:
-    return float(sum(math.prod(x.shape) for x in abstract_parameters(config).values()))
+"""Names of mesh axes."""
 
 
 def _windows(config: ModelConfig, kinds: Sequence[str]) -> list[tuple[str, int | None]]:
-    """(mixer, how many keys a query sees at most; None: all before it) of the layers whose mixers attend to keys."""
+    """Returns (mixer, how many keys a query sees at most; None: all before it) for the layers whose mixers attend to keys."""
     of_kind = {kind: config.options(row.options).window for kind, row in KINDS.items() if row.attends and row.options}
     layers = zip(kinds, config.attention_windows[: len(kinds)], strict=True)  # a stream may have none
     return [(kind, own if kind == ATTENTION else of_kind[kind]) for kind, own in layers if kind == ATTENTION or kind in of_kind]
 
 
 def _keys_seen(job: Job, kinds: Sequence[str]) -> float:
-    """Keys that a token sees, on average over a row, summed over the layers; of a context of `seq_len` when decoding."""
+    """Returns how many keys a token sees, averaged over a row and summed over the layers; when decoding, at the row's end."""
     T, total = job.seq_len, 0.0
     for _, window in _windows(job.config, kinds):
         w = min(window or T, T)
-        total += w if job.stage == "decode" else w * (1 - w / (2 * T))
+        total += w if job.program == "decode" else w * (1 - w / (2 * T))
     return total
 
 
 def _in_ring(job: Job, kinds: Sequence[str], devices: int) -> int:
-    """Layers whose keys travel to all devices of `seq`; B'MOJO's windows never do."""
+    """Returns the number of layers whose keys are sent to all devices of `seq`; those of B'MOJO's windows never are."""
     return sum(
         takes_ring(window, job.seq_len, devices) for kind, window in _windows(job.config, kinds) if not KINDS[kind].recurrent
     )
 
 
 def _kinds(job: Job) -> tuple[list[str], list[str]]:
-    """The mixers of the stream that learns, and of the teacher's, empty but in aligning."""
+    """Returns the mixers of the stream that learns, and those of the teacher's stream, which there is only when aligning."""
     own = [s.kind for s in job.config.layers]
-    return own, [s.teaching for s in job.model_config.layers] if job.stage == "align" else []
+    return own, [s.teaching for s in job.model_config.layers] if job.program == "align" else []
 
 
 def flops_by_formula(job: Job) -> float:
-    """2 for each of a layer's parameters and token, forward, again if rematerialised, backward, and for gradients of those
-    that train; of a query's product with a key as much for each of its numbers, two such forward and five backward.
+    """Returns the FLOPs of a step on all devices together.
 
-    The head's logits are made again for its gradient, whatever is kept. Aligning has no logits and a second stream that
-    only goes forward. Of experts those that a token visits count. A recurrence's own work on its state is left out, and
-    gradients are taken to reach the first layer.
+    A product with a matrix takes 2 FLOPs per parameter and token. There is one forward, one more if it is rematerialized, one
+    for the gradient of its input, and one for the gradient of the matrix if it trains. A product of queries with keys takes 2
+    per number; attention has two such products forward and five backward. The head's logits are made again for its
+    gradient whatever is kept, so a frozen head has three products and one that trains four. Aligning has no logits, and a
+    second stream that only goes forward. Only the experts that a token visits count.
+
+    Not counted is a recurrence's work on its state. Gradients are assumed to reach the first layer.
     """
     c = job.config
     own, teaching = _kinds(job)
     shapes, fused = abstract_parameters(c), abstract_parameters(job.model_config)
-    trains = set() if job.stage == "decode" else trained_names(job.model_config, job.phase.trainable)
+    trains = set() if job.program == "decode" else trained_names(job.model_config, job.phase.trainable)
 
     def numbers(names: Iterable[str]) -> float:
-        """Of layers' parameters, those that a token meets."""
+        """Returns how many parameters of the layers a token is multiplied with."""
         visited = c.moe.experts_per_token / c.moe.num_experts if c.moe else 1
         return sum(math.prod(fused[n].shape) * (visited if ".experts." in n else 1) for n in names if n.startswith("layers."))
 
     product = 2 * c.num_heads * c.head_dim
     layers, seen, head = 2 * numbers(shapes), product * _keys_seen(job, own), 2 * c.vocab_size * c.hidden_size
-    if job.stage == "decode":
+    if job.program == "decode":
         return job.tokens * (layers + 2 * seen + head)
     found = layers * (2 if job.remat == "none" else 3) + 2 * numbers(trains)
     found += seen * ((4 if job.remat == "full" else 2) + 5)
-    if job.stage == "align":
+    if job.program == "align":
         found += 2 * numbers(abstract_parameters(job.model_config.teacher())) + 2 * product * _keys_seen(job, teaching)
     else:
         learned = TABLE if c.tie_embeddings else "lm_head.kernel"
@@ -94,37 +96,43 @@ def flops_by_formula(job: Job) -> float:
 
 
 class Traffic:
-    """What one device sends in a step, by kind of collective and the mesh axes it runs over."""
+    """The bytes that one device sends per step, by kind of collective and the mesh axes it runs over.
+
+    Args:
+      sizes: of the mesh.
+    """
 
     def __init__(self, sizes: Sizes):
-        self.sizes, self.sent = sizes, Counter()
+        self.sizes = sizes
+        self.sent: defaultdict[tuple[str, Axes], float] = defaultdict(float)
 
     def devices(self, axes: Axes) -> int:
+        """Returns the number of devices along these axes together."""
         return math.prod(self.sizes.get(a, 1) for a in axes)
 
-    def add(self, kind: str, axes: Axes, whole: float, times: float = 1):
-        """A collective that brings or takes (n - 1) / n of `whole` bytes among the n devices of these axes."""
+    def add(self, kind: str, axes: Axes, size: float, times: float = 1) -> None:
+        """Adds a collective in which each of the n devices along `axes` sends (n - 1) / n of `size` bytes, `times` times."""
         n = self.devices(axes)
-        if n > 1 and whole:
-            self.sent[kind, tuple(a for a in AXES if a in axes and self.sizes.get(a, 1) > 1)] += times * whole * (n - 1) / n
+        if n > 1 and size:
+            self.sent[kind, tuple(a for a in AXES if a in axes and self.sizes.get(a, 1) > 1)] += times * size * (n - 1) / n
 
     def by_kind(self) -> dict[str, float]:
-        found = Counter()
+        """Returns the bytes by kind of collective, whatever the axes."""
+        found: defaultdict[str, float] = defaultdict(float)
         for (kind, _), n in self.sent.items():
             found[kind] += n
         return dict(found)
 
     def seconds(self, hardware: Accelerator) -> float:
-        """Of all collectives one after the other, each at the speed of the links it needs."""
+        """Returns the time of all collectives one after the other, each at the speed of the links it needs."""
         return sum(n / link_speed(hardware, self.sizes, axes) for (_, axes), n in self.sent.items())
 
 
 def link_speed(hardware: Accelerator, sizes: Sizes, axes: Axes) -> float:
-    """Bytes a second that a device can send among the devices of these mesh axes.
+    """Returns the bytes per second that a device can send among the devices along these mesh axes.
 
-    Devices are numbered with the last mesh axis fastest, `hardware.node` of them in a node. Groups that leave their node
-    share its network: of a group's ring one member in each node sends over it, at the speed of the adapters of all its
-    members there.
+    Devices are numbered with the last mesh axis fastest, `hardware.node` of them per node. A group that spans nodes forms a
+    ring in which one member per node sends to the next node, with the network adapters of all of the group's members there.
     """
     grid = [sizes.get(a, 1) for a in AXES]
     strides = {a: math.prod(grid[i + 1 :]) for i, a in enumerate(AXES)}
@@ -138,7 +146,7 @@ def link_speed(hardware: Accelerator, sizes: Sizes, axes: Axes) -> float:
 
 
 def traffic(job: Job, sizes: Sizes) -> Traffic:
-    """What a step sends on a mesh of these sizes."""
+    """Counts what a device sends per step on a mesh of these sizes."""
     found = Traffic(sizes)
     _parameters(found, job, sizes)
     _activations(found, job, sizes)
@@ -146,58 +154,58 @@ def traffic(job: Job, sizes: Sizes) -> Traffic:
 
 
 def _passes(job: Job) -> tuple[int, int]:
-    """How often a layer runs forward and backward."""
-    if job.stage == "decode":
+    """Returns how often a layer runs forward and backward."""
+    if job.program == "decode":
         return 1, 0
     return (1 if job.remat == "none" else 2), 1
 
 
-def _parameters(found: Traffic, job: Job, sizes: Sizes):
-    """Gathers where parameters are used, and of those that train the gradients: scattered where gathered, else summed.
+def _parameters(found: Traffic, job: Job, sizes: Sizes) -> None:
+    """Counts all-gathers of parameters, and reduce-scatters or all-reduces of the gradients of those that train.
 
-    What the teacher's stream alone reads is not gathered again for the gradient; aligning does not read the head.
+    Parameters that only the teacher's stream reads are not gathered again for the gradient. Aligning does not read the head.
     """
     model, shapes = abstract_decoder(job.model_config), abstract_parameters(job.model_config)
     axes, mesh, (forward, backward) = logical_axes(model), abstract_mesh(sizes), _passes(job)
-    trains = set() if job.stage == "decode" else trained_names(job.model_config, job.phase.trainable)
+    trains = set() if job.program == "decode" else trained_names(job.model_config, job.phase.trainable)
     own = abstract_parameters(job.config)
     tokens = (*BATCH_AXES, "seq")
     for name, x in shapes.items():
         spec = [(e,) if isinstance(e, str) else e or () for e in partition_spec(mesh, axes[name])]
-        cut = tuple(a for entry in spec for a in entry)
+        sharded = tuple(a for entry in spec for a in entry)
         gathered = tuple(a for a, entry in zip(axes[name], spec, strict=True) if a == "embed" for a in entry)
-        whole = COMPUTE * math.prod(x.shape) / found.devices(tuple(a for a in cut if a not in gathered))
+        size = COMPUTE * math.prod(x.shape) / found.devices(tuple(a for a in sharded if a not in gathered))  # once gathered
         table = name == TABLE
         head = name.startswith("lm_head.") or (table and job.config.tie_embeddings)
         if not (table or head):
-            found.add("all-gather of parameters", gathered, whole, forward if name in own else 1)
-        elif head and job.stage != "align":  # once for forward and backward; of a table that is not the head the tokens travel
-            found.add("all-gather of parameters", gathered, whole)
+            found.add("all-gather of parameters", gathered, size, forward if name in own else 1)
+        elif head and job.program != "align":  # once for both passes; a table that is no head is never gathered
+            found.add("all-gather of parameters", gathered, size)
         if name in trains and backward:
             if not table:
-                found.add("reduce-scatter of gradients", gathered, whole)
-            rest = tuple(a for a in tokens if a not in cut)
-            share = whole / found.devices(gathered) * (SUM / COMPUTE if table else 1)
+                found.add("reduce-scatter of gradients", gathered, size)
+            rest = tuple(a for a in tokens if a not in sharded)
+            share = size / found.devices(gathered) * (SUM / COMPUTE if table else 1)
             found.add("all-reduce of gradients", rest, share, 2)
 
 
-def _activations(found: Traffic, job: Job, sizes: Sizes):
-    """What grows with the tokens. The teacher's stream goes forward once: nothing of it is needed for the gradient."""
+def _activations(found: Traffic, job: Job, sizes: Sizes) -> None:
+    """Counts what grows with the number of tokens. The teacher's stream goes forward once and has no gradient."""
     c, (forward, backward) = job.config, _passes(job)
     own, teaching = _kinds(job)
     local = job.tokens / found.devices((*BATCH_AXES, "seq"))
     hidden = COMPUTE * local * c.hidden_size
     passes = forward + backward + bool(teaching)
     learned = backward and TABLE in trained_names(job.model_config, job.phase.trainable)
-    # forward after the mixer and after the MLP, backward before them
+    # two per layer and pass: forward behind the mixer and behind the MLP, backward in front of them
     found.add("all-reduce of activations", ("tensor",), hidden * c.num_layers * 2 * passes, 2)
     # the embedding, and the head's gradient
-    found.add("all-reduce of activations", ("tensor",), hidden * (1 + (job.stage == "train")), 2)
+    found.add("all-reduce of activations", ("tensor",), hidden * (1 + (job.program == "train")), 2)
     found.add("all-to-all of embeddings", RULES["embed"], hidden * (1 + learned))
-    if c.moe and (n := sizes.get("expert", 1)) > 1:  # each token, and what experts add to it, visits every device and comes home
+    if c.moe and (n := sizes.get("expert", 1)) > 1:  # each token and what experts add to it pass every device and return
         found.add("tokens to experts", ("expert",), 2 * hidden * c.num_layers * passes * n * n / (n - 1))
     n = sizes.get("seq", 1)
-    ours, taught = (_in_ring(job, kinds, n) for kinds in (own, teaching))
+    ours, teachers = (_in_ring(job, kinds, n) for kinds in (own, teaching))
     again = 1 if job.remat == "attention" else forward  # attention's outputs are kept
-    runs = COMPUTE * (ours * again + taught) + backward * ours * (COMPUTE + SUM)
+    runs = COMPUTE * (ours * again + teachers) + backward * ours * (COMPUTE + SUM)
     found.add("ring attention", ("seq",), 2 * local * c.num_kv_heads * c.head_dim / sizes.get("tensor", 1) * runs * n)

@@ -1,6 +1,8 @@
-"""A plan as a table for people, and as JSON."""
+"""Formats a plan as a table and as JSON."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from rich.table import Table
 
@@ -8,10 +10,11 @@ from hybrid_jax.config import MixerSpec
 from hybrid_jax.plan.planner import Plan, mesh_text
 from hybrid_jax.plan.program import state_bytes
 
-CONTEXTS = (16384, 32768, 65536, 131072)
+CONTEXTS = (16384, 32768, 65536, 131072)  # tokens, rows of the table of caches
 
 
 def _bytes(n: float) -> str:
+    """Formats a number of bytes with its unit."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if n >= size:
             return f"{n / size:.2f} {unit}"
@@ -19,49 +22,63 @@ def _bytes(n: float) -> str:
 
 
 def plan_rows(plan: Plan, tokens: float, efficiency: float) -> list[tuple[str, str]]:
-    """(what, how much) lines."""
+    """Returns the lines of the table as (label, value).
+
+    Args:
+      plan: what to show.
+      tokens: to train on, for the hours.
+      efficiency: the fraction of the floor's speed that is reached, for the hours.
+    """
     job, floors = plan.job, plan.floors
     compiled = f"compiled in {plan.compile_seconds:.0f} s" if plan.compiled else "by formula, not compiled"
-    verdict = "yes" if plan.fits else "NO"
-    size = _bytes(plan.accelerator.hbm)
     rows = [
-        ("job", f"{job.stage}, {job.config.family}, {job.config.num_layers} layers, {mixers(plan)}"),
+        ("job", f"{job.program}, {job.config.family}, {job.config.num_layers} layers, {mixers(plan)}"),
         ("on", f"{plan.topology} ({plan.devices} devices), mesh {mesh_text(plan.mesh)}, {compiled}"),
-        ("a step", f"{job.rows} rows of {job.seq_len:,} tokens" + ("" if job.stage == "decode" else f", remat {job.remat}")),
-        ("fits", f"{verdict}: {_bytes(plan.total)} of {size} a device" + (f" ({plan.note})" if plan.note else "")),
+        ("per step", f"{job.rows} rows of {job.seq_len:,} tokens" + ("" if job.program == "decode" else f", remat {job.remat}")),
+        ("fits", _verdict(plan)),
         ("  parameters", _bytes(plan.parameters)),
     ]
     if plan.teacher:
         rows.append(("  of which the teacher's own copies", _bytes(plan.teacher)))
-    if job.stage == "decode":
+    if job.program == "decode":
         rows.append(("  caches and states", _bytes(plan.caches)))
     else:
         rows += [("  optimizer", _bytes(plan.optimizer)), ("  activations kept", _bytes(plan.kept))]
-    rows.append(("  temporaries", _bytes(plan.temporaries)))
+    if plan.temporaries is not None:
+        rows.append(("  temporaries", _bytes(plan.temporaries)))
     if plan.advice:
         rows.append(("instead", plan.advice))
-    if not plan.compiled or plan.fits:
+    if not plan.compiled or plan.fits:  # of a program that does not fit, what it sends is of no interest
         kinds = ", ".join(f"{kind} {_bytes(n)}" for kind, n in sorted(plan.wire.items(), key=lambda w: -w[1]) if n)
-        rows.append(("wire a device and step", f"{_bytes(sum(plan.wire.values()))}" + (f" ({kinds})" if kinds else "")))
+        rows.append(("wire per device and step", f"{_bytes(sum(plan.wire.values()))}" + (f" ({kinds})" if kinds else "")))
     rows += [
-        ("FLOPs", f"{plan.flops / job.tokens:.3e} a token, {plan.flops:.3e} a step"),
+        ("FLOPs", f"{plan.flops / job.tokens:.3e} per token, {plan.flops:.3e} per step"),
         ("floor of a step", f"{plan.floor:.3g} s (" + ", ".join(f"{k} {v:.3g}" for k, v in floors.items()) + ")"),
     ]
-    if job.stage == "decode":
-        rows.append(("tokens a second", f"{job.tokens / plan.floor * efficiency:,.0f} at {efficiency:.0%} of the floor"))
+    if job.program == "decode":
+        rows.append(("tokens per second", f"{job.tokens / plan.floor * efficiency:,.0f} at {efficiency:.0%} of the floor"))
     else:
         hours = plan.hours(tokens, efficiency)
         rows.append(("hours", f"{hours:,.1f} for {tokens:.3g} tokens at {efficiency:.0%} of the floor"))
     return rows
 
 
+def _verdict(plan: Plan) -> str:
+    """Says whether the plan fits: yes, no, or, for a plan by formula, that this is not known."""
+    size = f"{_bytes(plan.total)} of {_bytes(plan.accelerator.hbm)} per device"
+    if plan.compiled:
+        return f"{'yes' if plan.fits else 'NO'}: {size}"
+    return f"{'not known' if plan.fits is None else 'NO'}: at least {size} ({plan.note})"
+
+
 def mixers(plan: Plan) -> str:
-    """`18 GKA, 18 *`."""
+    """Counts the layers by mixer, e.g. `18 GKA, 18 *`."""
     symbols = [s.symbol for s in plan.job.config.layers]
     return ", ".join(f"{symbols.count(s)} {s}" for s in dict.fromkeys(sorted(symbols, key=lambda s: s == "*")))
 
 
 def plan_table(plan: Plan, tokens: float, efficiency: float) -> Table:
+    """Makes the table of `plan_rows`."""
     table = Table(show_header=False, title="plan")
     for row in plan_rows(plan, tokens, efficiency):
         table.add_row(*row)
@@ -69,7 +86,7 @@ def plan_table(plan: Plan, tokens: float, efficiency: float) -> Table:
 
 
 def cache_table(plan: Plan) -> Table:
-    """Caches and states by context and batch, all devices together, the hybrid's against the source's."""
+    """Makes a table of caches and states by context and batch: the hybrid's and the source's bytes, all devices together."""
     config = plan.job.config
     source = config.with_pattern([MixerSpec("attention")] * config.num_layers)
     table = Table("context", "sequences", "source", "hybrid", "hybrid / source", title="caches and states")
@@ -80,8 +97,11 @@ def cache_table(plan: Plan) -> Table:
     return table
 
 
-def plan_json(plan: Plan, tokens: float, efficiency: float) -> dict:
-    """Everything, in bytes, seconds and FLOPs."""
+def plan_json(plan: Plan, tokens: float, efficiency: float) -> dict[str, Any]:
+    """Returns everything in JSON's types, in bytes per device, seconds, hours and FLOPs.
+
+    `fits` is null where it is not known; then `total` is a lower bound and `temporaries` is null.
+    """
     fields = ("topology", "mesh", "devices", "fits", "compiled", "parameters", "optimizer", "caches", "kept", "temporaries")
     job = plan.job
     return {
@@ -90,11 +110,11 @@ def plan_json(plan: Plan, tokens: float, efficiency: float) -> dict:
             for name in (*fields, "total", "teacher", "wire", "flops", "compile_seconds", "note", "advice")
         },
         "hbm": plan.accelerator.hbm,
-        "stage": job.stage,
+        "program": job.program,
         "pattern": job.config.pattern,
         "rows": job.rows,
         "seq_len": job.seq_len,
         "remat": job.remat,
         "floors": plan.floors,
-        "hours": None if job.stage == "decode" else plan.hours(tokens, efficiency),
+        "hours": None if job.program == "decode" else plan.hours(tokens, efficiency),
     }

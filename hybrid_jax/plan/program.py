@@ -1,4 +1,4 @@
-"""The step that a job would run, on a mesh of devices that are not there: shapes and shardings, traced, compiled."""
+"""Builds, traces and compiles the step that a job would run, for a mesh of devices that this machine does not have."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from hybrid_jax.train.phase import Phase
 from hybrid_jax.train.phase_layout import TEACHER, PhaseLayout, parameter_shardings
 from hybrid_jax.train.step import make_step
 
-STAGES = ("align", "train", "decode")
+PROGRAMS = ("align", "train", "decode")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,34 +37,39 @@ class Job:
 
     Args:
       config: the hybrid, in one-stream form.
-      stage: align (two streams, the mixers train), train (next token) or decode (one token with caches).
-      seq_len: tokens a row, or of context when decoding.
-      rows: of a step, on all devices.
-      trainable: patterns of names that train; empty: the mixers when aligning, else all.
-      remat: see `model.REMAT`.
+      program: `align` (two streams, the mixers train), `train` (next token) or `decode` (one token with caches).
+      seq_len: tokens per row, or of context when decoding.
+      rows: per step, on all devices together; 0: one for each shard of the batch (`planner.with_rows` fills it in).
+      trainable: patterns of the names of parameters that train; empty: the mixers when aligning, else all.
+      remat: what layers keep for the backward pass, see `model.REMAT`.
+
+    Raises:
+      ValueError: an unknown program, or `align` for a model without mixers.
     """
 
     config: ModelConfig
-    stage: str
+    program: str
     seq_len: int
     rows: int
     trainable: tuple[str, ...] = ()
     remat: str = "full"
 
     def __post_init__(self):
-        if self.stage not in STAGES:
-            raise ValueError(f"--stage {self.stage!r}: expected one of {', '.join(STAGES)}")
-        if self.stage == "align" and not self.config.is_hybrid:
-            raise ValueError("--stage align needs a --pattern with a mixer in it: attention has nothing to be aligned with")
+        if self.program not in PROGRAMS:
+            raise ValueError(f"--program {self.program!r}: expected one of {', '.join(PROGRAMS)}")
+        if self.program == "align" and not self.config.is_hybrid:
+            raise ValueError("--program align needs a --pattern with a mixer in it: attention has nothing to be aligned with")
 
     @property
     def model_config(self) -> ModelConfig:
-        return self.config.fused() if self.stage == "align" else self.config
+        """The model that the step runs: with both streams when aligning."""
+        return self.config.fused() if self.program == "align" else self.config
 
     @property
     def phase(self) -> Phase:
+        """The training phase of which one step is planned; bf16 matrix products and frozen parameters."""
         mixers = sorted({KINDS[s.kind].parameter_key for s in self.config.layers if s.kind != ATTENTION})
-        align = self.stage == "align"
+        align = self.program == "align"
         return Phase(
             objective="align_none" if align else "next_token",
             form="fused" if align else "unfused",
@@ -79,12 +84,16 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a step."""
-        return self.rows * (1 if self.stage == "decode" else self.seq_len)
+        """Tokens per step, on all devices together."""
+        return self.rows * (1 if self.program == "decode" else self.seq_len)
 
 
-def topology_devices(chip: str, shape: str) -> list:
-    """The devices of a TPU slice that is not there.
+def topology_devices(chip: str, shape: str) -> list[Any]:
+    """Returns descriptions of a TPU slice's devices for the compiler; no TPU is needed.
+
+    Args:
+      chip: e.g. `v5p`.
+      shape: e.g. `4x4x4`.
 
     Raises:
       FileNotFoundError: libtpu is not installed.
@@ -97,30 +106,40 @@ def topology_devices(chip: str, shape: str) -> list:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:{shape}").devices)
     except (RuntimeError, ImportError) as error:
         raise FileNotFoundError(
-            f"the TPU compiler can not be loaded ({str(error).splitlines()[0]}); install it with pip install 'jax[tpu]'"
+            f"the TPU compiler cannot be loaded ({str(error).splitlines()[0]}); install it with pip install 'jax[tpu]'"
         ) from None
 
 
-def _local_bytes(tree) -> float:
-    """Bytes a device holds of abstract arrays with shardings."""
+def _local_bytes(tree: Any) -> float:
+    """Returns the bytes per device of abstract arrays with shardings."""
     return float(
         sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree) if hasattr(x, "sharding"))
     )
 
 
-def _with(shardings, shapes):
+def _sharded_shapes(shardings: Any, shapes: Any) -> Any:
+    """Adds the shardings of one tree to the shapes of another."""
     return jax.tree.map(lambda s, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shardings, shapes)
 
 
 @dataclasses.dataclass
 class Program:
-    """A step ready to be traced: the function, its abstract arguments, and what of them is what (bytes a device).
+    """A step ready to be traced: the function, its abstract arguments, and a breakdown of memory in bytes per device.
 
-    Of the parameters `teacher` are a fixed teacher's own copies.
+    Args:
+      function: the jitted step.
+      arguments: abstract, with shardings.
+      mesh: what the step runs on; one without devices can be traced but not compiled.
+      parameters: bytes of all parameters.
+      optimizer: bytes of the optimizer's state.
+      caches: bytes of caches and recurrent states when decoding.
+      kept: bytes of what layers keep for the backward pass under the phase's `remat`; 0 for `none`, which keeps everything
+        that the compiler does not make again.
+      teacher: bytes of a fixed teacher's own copies, which are part of `parameters`.
     """
 
     function: Any
-    arguments: tuple
+    arguments: tuple[Any, ...]
     mesh: Mesh
     parameters: float
     optimizer: float
@@ -128,9 +147,19 @@ class Program:
     kept: float
     teacher: float = 0.0
 
+    @property
+    def at_least(self) -> float:
+        """Bytes per device that the step cannot do without: its arguments and what its layers keep."""
+        return self.parameters + self.optimizer + self.caches + self.kept
+
 
 def training_program(config: ModelConfig, phase: Phase, mesh: Mesh) -> Program:
-    """The step of `train.loop`, exactly, for a model in the phase's form.
+    """Builds exactly the step that `train.loop` runs.
+
+    Args:
+      config: the model in the phase's form.
+      phase: what trains, on which rows, with which objective.
+      mesh: of all five axes.
 
     Raises:
       ValueError: the mesh does not divide the model or the batch.
@@ -138,17 +167,19 @@ def training_program(config: ModelConfig, phase: Phase, mesh: Mesh) -> Program:
     check_mesh_fits(config, mesh, phase.rows_at_a_time, phase.seq_len)
     model = apply_phase_settings(abstract_decoder(config), phase)
     layout = PhaseLayout(model, phase)
-    trainable, frozen = layout.split(abstract_parameters(config))
-    copies = layout.copies(abstract_parameters(config))
+    shapes: Any = abstract_parameters(config)  # shapes go where `PhaseLayout` is annotated with arrays
+    trainable, frozen = layout.split(shapes)
+    copies = layout.copies(shapes)
     state, frozen = jax.eval_shape(layout.make_state, trainable), jax.eval_shape(layout.make_frozen, frozen, copies)
-    state_where = layout.state_shardings(mesh, state)
-    state, frozen = _with(state_where, state), _with(layout.frozen_shardings(mesh, frozen), frozen)
+    state_shardings = layout.state_shardings(mesh, state)
+    state = _sharded_shapes(state_shardings, state)
+    frozen = _sharded_shapes(layout.frozen_shardings(mesh, frozen), frozen)
     batch = abstract_batch(phase.batch_size, phase.seq_len, NamedSharding(mesh, partition_spec(mesh, TOKENS)))
     local = phase.rows_at_a_time * phase.seq_len / math.prod(mesh.shape[a] for a in (*BATCH_AXES, "seq"))
     widths = {"none": 0, "full": config.hidden_size}
     widths["attention"] = config.hidden_size + config.num_heads * config.head_dim // mesh.shape["tensor"]
     return Program(
-        make_step(layout, phase, state_where),
+        make_step(layout, phase, state_shardings),
         (state, frozen, batch),
         mesh,
         parameters=_local_bytes(state.trainable) + _local_bytes(frozen),
@@ -160,25 +191,25 @@ def training_program(config: ModelConfig, phase: Phase, mesh: Mesh) -> Program:
 
 
 def decoding_program(job: Job, mesh: Mesh) -> Program:
-    """One token for every row, with caches of `seq_len` tokens and recurrent states; parameters in bf16.
+    """Builds the step that decodes one token per row, with caches of `seq_len` tokens and recurrent states; all in bf16.
 
     Raises:
-      ValueError: the mesh does not divide the model or the batch, or cuts tokens.
+      ValueError: the mesh does not divide the model or the batch, or shards tokens.
     """
     if mesh.shape["seq"] > 1:
-        raise ValueError("--stage decode: tokens are not cut over the mesh when decoding; use seq=1 and more 'tensor' or 'data'")
+        raise ValueError("--program decode: tokens are not sharded when decoding; use seq=1 and more 'tensor' or 'data'")
     check_mesh_fits(job.config, mesh, job.rows)
     model = abstract_decoder(job.config, jnp.bfloat16)
     structure, _ = nnx.split(model)
     shapes = abstract_parameters(job.config, jnp.bfloat16)
-    parameters = _with(parameter_shardings(mesh, shapes, logical_axes(model)), shapes)
+    parameters = _sharded_shapes(parameter_shardings(mesh, shapes, logical_axes(model)), shapes)
     states = jax.eval_shape(lambda: model.init_state(job.rows, job.seq_len))
 
-    def place(x, axes):
+    def sharded(x: jax.ShapeDtypeStruct, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parameter_sharding(mesh, "a decoding state", x.shape, axes))
 
-    states = jax.tree.map(place, states, model.state_axes())
-    ids = place(jax.ShapeDtypeStruct((job.rows, 1), jnp.int32), ("batch", None))
+    states = jax.tree.map(sharded, states, model.state_axes())
+    ids = sharded(jax.ShapeDtypeStruct((job.rows, 1), jnp.int32), ("batch", None))
 
     def step(states, parameters, ids, positions):
         decoder = join_model(structure, parameters)
@@ -191,12 +222,24 @@ def decoding_program(job: Job, mesh: Mesh) -> Program:
 
 
 def make_program(job: Job, mesh: Mesh) -> Program:
-    return decoding_program(job, mesh) if job.stage == "decode" else training_program(job.model_config, job.phase, mesh)
+    """Builds the step of a job.
+
+    Raises:
+      ValueError: the mesh does not divide the model or the batch.
+    """
+    return decoding_program(job, mesh) if job.program == "decode" else training_program(job.model_config, job.phase, mesh)
 
 
 @dataclasses.dataclass
 class Compiled:
-    """What the TPU compiler made of a step; bytes a device. `total` is what must fit."""
+    """What the TPU compiler says about a step.
+
+    Args:
+      total: bytes per device that must fit: arguments and temporaries.
+      temporaries: bytes per device beside the arguments, what layers keep included.
+      wire: bytes that a device sends per step, by kind of collective.
+      seconds: that tracing and compiling took.
+    """
 
     total: float
     temporaries: float
@@ -205,7 +248,7 @@ class Compiled:
 
 
 def compile_program(program: Program) -> Compiled:
-    """Compiles a step for its mesh; the compiler does not mind a program larger than the device."""
+    """Compiles a step for its mesh; a program larger than the device's memory compiles too."""
     begin = time.perf_counter()
     with jax.set_mesh(program.mesh):
         lowered = program.function.lower(*program.arguments)
@@ -218,13 +261,16 @@ def compile_program(program: Program) -> Compiled:
 
 
 def program_flops(program: Program) -> float:
-    """FLOPs of a step on all devices, rematerialisation included."""
+    """Returns the FLOPs of a step on all devices together, rematerialization included."""
     with jax.set_mesh(program.mesh):
         return traced_flops(program.function, *program.arguments)
 
 
 def state_bytes(config: ModelConfig, rows: int, context: int) -> float:
-    """Bytes of caches and recurrent states of `rows` sequences of `context` tokens, all devices together, caches in bf16."""
+    """Returns the bytes of caches and recurrent states for `rows` sequences of `context` tokens, with caches in bf16.
+
+    The bytes are those of all devices together if nothing is replicated.
+    """
     model = abstract_decoder(config, jnp.bfloat16)
     shapes = jax.eval_shape(lambda: model.init_state(rows, context))
     return float(sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes)))

@@ -104,6 +104,21 @@ def test_a_failed_preparation_does_not_block_the_corrected_one(tmp_path, capsys)
         prepare(str(path), out, MODEL)
 
 
+@pytest.mark.parametrize(
+    "lines, words",
+    [(['{"txt": 1}', "["], r"none of its 2 records could be read, the first: .*a\.jsonl, line 1"), ([""], "nothing in it")],
+)
+def test_a_source_of_which_no_document_is_left_is_refused(tmp_path, capsys, lines, words):
+    path, out = tmp_path / "a.jsonl", tmp_path / "out"
+    path.write_text("\n".join(lines) + "\n")
+    for _ in range(2):  # the second time the shards are there
+        with pytest.raises(ValueError, match=rf"a\.jsonl has no documents: .*{words}"):
+            prepare(str(path), out, MODEL, skip_bad=True)
+    assert not (out / "index.json").exists()
+    assert main(["prepare", str(path), str(out), "--tokenizer", MODEL, "--skip-bad"]) == 1
+    assert "has no documents" in capsys.readouterr().err
+
+
 def test_what_an_unfinished_preparation_has_of_changed_files_is_made_again(tmp_path, capsys):
     path, out = tmp_path / "a.jsonl", tmp_path / "out"
     path.write_text("\n".join([*LINES, '{"txt": 1}']))

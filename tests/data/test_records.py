@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from hybrid_jax.data import read_corpus
@@ -104,9 +105,33 @@ def test_training_documents_that_are_held_out_elsewhere_are_counted(tmp_path, ca
     texts = [f"document {i}" for i in range(100)]
     for name, order in (("a", texts), ("b", texts[::-1])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ["", *order]))
-    held_out = {d.text for d in split_documents(load_documents(str(tmp_path / "a.jsonl")))[1]}
-    other = {d.text for d in split_documents(load_documents(str(tmp_path / "b.jsonl")))[0]}
+    parts = {name: split_documents(load_documents(str(tmp_path / f"{name}.jsonl"))) for name in "ab"}
     read_corpus({"sources": {name: {"path": str(tmp_path / f"{name}.jsonl")} for name in "ab"}}, MODEL, 0)
     said = [line for line in capsys.readouterr().out.splitlines() if "held-out" in line]
-    count = len((held_out & other) - {""})
-    assert said == [f"b: {count} training documents are held-out documents of a too, word for word"] and count > 2
+    trained, held_out = ({name: {d.text for d in parts[name][i]} - {""} for name in "ab"} for i in (0, 1))
+    for name, other in ("ab", "ba"):
+        count = len(trained[name] & held_out[other])
+        assert count > 2 and f"{name}: {count} training documents are held-out documents of {other} too, word for word" in said
+    assert len(said) == 2
+
+
+def test_the_held_out_rows_of_every_source_that_has_any_are_there_by_name(tmp_path, capsys):
+    sizes = {"web": 200, "code": 220, "short": 1}
+    for name, n in sizes.items():
+        texts = [f"{name} number {i} of a text" for i in range(n)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    corpus = read_corpus({"sources": {name: {"path": str(tmp_path / f"{name}.jsonl")} for name in sizes}}, MODEL, 0)
+    found = corpus.held_out_by_source(64)
+    assert list(found) == ["web", "code"], "what is held out of the short source fills no row"
+    for name, rows in found.items():
+        texts = [d.text for d in split_documents(load_documents(str(tmp_path / f"{name}.jsonl")))[1]]
+        tokens = sum(len(corpus.tokenizer.encode(text).ids) + 1 for text in texts)  # and the id that ends a document
+        assert len(rows) == tokens // 64 and corpus.held_out_tokens()[name] == tokens
+        assert np.array_equal(rows[0]["input_ids"], corpus.held_out_rows(64, name)[0]["input_ids"])
+    assert np.array_equal(corpus.held_out_rows(64)[0]["input_ids"], found["web"][0]["input_ids"]), "by default the first source"
+    counts = ", ".join(f"{tokens:,} tokens of {name}" for name, tokens in corpus.held_out_tokens().items())
+    assert f"held out: {counts}\n" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no source is named 'chat'; have web, code, short"):
+        corpus.held_out_rows(64, "chat")
+    with pytest.raises(ValueError, match="the held-out part of the source 'short' has"):
+        corpus.held_out_rows(64, "short")

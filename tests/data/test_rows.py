@@ -95,6 +95,8 @@ def test_an_answer_weighs_what_the_phase_says_and_text_weighs_one(task):
 class Numbered:
     """Rows of one token: where they come from."""
 
+    unused = ""
+
     def __init__(self, first, number):
         self.first, self.number = first, number
 

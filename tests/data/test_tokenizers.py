@@ -87,6 +87,21 @@ def test_spaces_of_a_prompt_are_not_learned_where_the_tokenizer_trims_offsets(tm
     assert tokens.ids[tokens.weights == 1].tolist() == [encode.tokenizer.token_to_id("<|ask|>")]
 
 
+def test_a_space_that_ends_an_answer_is_learned_where_the_tokenizer_trims_offsets(tmp_path):
+    """A post-processor that trims gives the token of a space an empty span, which is inside of no answer."""
+    pytest.importorskip("transformers")
+    directory = changed(tmp_path, processor(ByteLevel(trim_offsets=True)))
+    template = (
+        "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+    )
+    template += "{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|ask|>", "chat_template": template}))
+    tokens = Encoder(directory, 0)(
+        [Document("a", messages=({"role": "user", "content": "y"}, {"role": "assistant", "content": "x "}))]
+    )
+    assert load_tokenizer(directory).decode(tokens.ids[tokens.weights == 1].tolist()) == "x "
+
+
 def dropout(tokenizer):
     model = tokenizer.model
     model.dropout = 0.9

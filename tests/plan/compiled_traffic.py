@@ -17,7 +17,7 @@ from tests.conftest import tiny_config
 
 SIZES = dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_heads=8, num_kv_heads=4, head_dim=16, qk_norm=False)
 EXPERTS = dict(family="qwen3_moe", moe=MoEConfig(8, 2, 32))
-# case -> (mesh, pattern, stage, changes to the model); every layer repeats, so that what remat makes again is made again
+# case -> (mesh, pattern, program, changes to the model); every layer repeats, so that what remat makes again is made again
 CASES = {
     "experts": ("expert=2,seq=2,tensor=2", "*-*-*", "train", EXPERTS),
     "aligned": ("fsdp=4,seq=2", "*-SWA-*-SWA", "align", {"swa": SWAConfig(80)}),  # a window that takes the ring
@@ -27,9 +27,9 @@ CASES = {
 def main(process, processes, port, case):
     del process, processes, port
     formula.COMPUTE = 4
-    mesh, pattern, stage, changes = CASES[case]
+    mesh, pattern, program, changes = CASES[case]
     sizes = parse_mesh(mesh)
-    job = Job(tiny_config(pattern, **{**SIZES, **changes}), stage, 128, 8)
+    job = Job(tiny_config(pattern, **{**SIZES, **changes}), program, 128, 8)
     compiled = compile_program(make_program(job, make_mesh(sizes)))
     print(json.dumps([compiled.wire, formula.traffic(job, sizes).by_kind()]), flush=True)
 
