@@ -10,6 +10,7 @@ import math
 
 import jax
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 
 def count_flops(jaxpr) -> float:
@@ -65,5 +66,7 @@ def _jaxprs(params):
 
 
 def traced_flops(function, *arguments) -> float:
-    """`count_flops` of a function on abstract arguments."""
-    return count_flops(jax.make_jaxpr(function)(*arguments))
+    """Returns the FLOPs of a function on abstract arguments; what reaches no result is not counted, as compilers remove it."""
+    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return count_flops(live)

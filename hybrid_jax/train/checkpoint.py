@@ -7,14 +7,14 @@ import pathlib
 import re
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from hybrid_jax.files import unused
 from hybrid_jax.parallel.distributed import barrier, is_first, of_every_process, say
+from hybrid_jax.train.state import Health, TrainState
 
 READ_ERRORS = (ValueError, OSError, KeyError, TypeError)  # that orbax raises when it restores
 WAITS = (1.0, 5.0, 25.0)  # seconds before each further attempt
@@ -48,29 +48,6 @@ def may_pass(error: Exception) -> bool:
 
 def _reason(error: Exception) -> str:
     return " ".join(str(error).split(" [tensorstore_spec")[0].split())[:600]
-
-
-class Health(NamedTuple):
-    """Of a run so far: steps that counted, running means of their losses and gradient norms, steps skipped, those in a row."""
-
-    steps: jax.Array
-    mean_loss: jax.Array
-    mean_norm: jax.Array
-    skipped: jax.Array
-    in_a_row: jax.Array
-
-    @classmethod
-    def new(cls) -> Health:
-        zero = jnp.zeros((), jnp.int32)
-        return cls(zero, jnp.zeros(()), jnp.zeros(()), zero, zero)
-
-
-class TrainState(NamedTuple):
-    """What changes from step to step: trainable parameters, the optimizer's state, the run's health."""
-
-    trainable: dict[str, jax.Array]
-    optimizer: Any
-    health: Health
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

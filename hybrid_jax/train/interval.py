@@ -1,65 +1,68 @@
-"""Means of what the steps since the last logged one measured, summed on the device and saved with every checkpoint."""
+"""Means over the steps between two log lines, summed on the device and saved with every checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hybrid_jax.parallel.distributed import whole_array
-from hybrid_jax.train.step import SOURCE_SUMS, STOP, WEIGHT
+from hybrid_jax.train.objective import Mean
+from hybrid_jax.train.step import LOSS, STOP
 
-LATEST = ("learning_rate", "skipped", "skipped_in_a_row")  # not averaged: those of the last step
-
-
-@jax.jit
-def _sums(metrics):
-    """Of a step's metrics, each weighed by what its loss is a mean over; zeros if the step was skipped."""
-    weight = jnp.where(metrics["skipped_in_a_row"] > 0, 0.0, metrics[WEIGHT])
-    sums = {n: weight * x for n, x in metrics.items() if n not in (WEIGHT, SOURCE_SUMS, STOP, *LATEST)}
-    sums |= {n: metrics[n] for n in (SOURCE_SUMS,) if n in metrics}
-    return {WEIGHT: weight, **{n: jnp.where(weight > 0, x, 0.0) for n, x in sums.items()}}
+LATEST = ("learning_rate", "skipped", "skipped_in_a_row")  # logged as they are after the interval's last step
 
 
 @jax.jit
-def _add(sums, metrics):
+def _sums(metrics: Mapping[str, Any]) -> dict[str, Mean]:
+    """Returns a step's metrics as means; a scalar weighs what the step's loss weighs, a skipped step nothing."""
+    counts = metrics["skipped_in_a_row"] == 0
+
+    def counted(metric):
+        total, weight = metric if isinstance(metric, Mean) else (metric * metrics[LOSS].weight, metrics[LOSS].weight)
+        weight = jnp.where(counts, weight, 0.0)
+        return Mean(jnp.where(weight > 0, total, 0.0), weight)
+
+    return {name: counted(x) for name, x in metrics.items() if name not in (STOP, *LATEST)}
+
+
+@jax.jit
+def _add(sums: Mapping[str, Mean], metrics: Mapping[str, Any]) -> dict[str, Mean]:
     return jax.tree.map(jnp.add, sums, _sums(metrics))
 
 
 class Interval:
-    """The steps since the last logged one.
+    """The steps since the last log line.
 
-    A mean is over the steps that counted, each weighing what its loss is a mean over, so that the loss of an interval is that
-    of all its tokens. A source's loss, `loss/SOURCE`, is over its own tokens; what had none in the interval is left out.
-
-    Args:
-      sources: their names by number, as `make_step` has them.
+    A mean is over the accepted steps, each with the weight that the metric had in it: the loss of an interval is that of all its
+    tokens, and a metric of some tokens only is the mean over those. A metric without weight in the interval is left out.
     """
 
-    def __init__(self, sources: Sequence[str]):
-        self.sources, self.sums = tuple(sources), None
+    def __init__(self) -> None:
+        self.sums: dict[str, Mean] | None = None
 
-    def add(self, metrics: Mapping[str, jax.Array]):
-        """Counts a step's metrics in; does not wait for them."""
+    def add(self, metrics: Mapping[str, Any]) -> None:
+        """Adds a step's metrics; does not wait for them."""
         self.sums = _sums(metrics) if self.sums is None else _add(self.sums, metrics)
 
-    def take(self) -> dict[str, jax.Array]:
-        """The sums, for `means`; the next interval begins."""
+    def take(self) -> dict[str, Mean]:
+        """Returns the sums, for `means`, and begins the next interval."""
         sums, self.sums = self.sums, None
-        return sums
+        return sums or {}
 
-    def means(self, sums: Mapping[str, jax.Array]) -> dict[str, float]:
-        found = {n: whole_array(x).astype(np.float64) for n, x in sums.items()}
-        weight, sources = found.pop(WEIGHT), found.pop(SOURCE_SUMS, ())
-        means = {n: float(x / weight) for n, x in found.items()} if weight > 0 else {}
-        own = zip(self.sources, sources, strict=False)
-        return means | {f"loss/{name}": float(total / of) for name, (total, of) in own if of > 0}
+    @staticmethod
+    def means(sums: Mapping[str, Mean]) -> dict[str, float]:
+        """Returns the value of each metric that has any weight; waits for the steps."""
+        found = {name: [whole_array(x).astype(np.float64) for x in mean] for name, mean in sums.items()}
+        return {name: float(total / weight) for name, (total, weight) in found.items() if weight > 0}
 
-    def state(self) -> dict:
-        """For a checkpoint: exact, as JSON."""
-        return {} if self.sums is None else {n: whole_array(x).tolist() for n, x in self.sums.items()}
+    def state(self) -> dict[str, list[float]]:
+        """Returns the sums for a checkpoint: exact, as JSON."""
+        return {name: [float(whole_array(x)) for x in mean] for name, mean in (self.sums or {}).items()}
 
-    def set_state(self, state: Mapping):
-        self.sums = {n: np.asarray(x, np.float32) for n, x in state.items()} or None
+    def set_state(self, state: Mapping[str, list[float]]) -> None:
+        """Goes on with the interval that a checkpoint was saved in."""
+        self.sums = {name: Mean(*np.asarray(mean, np.float32)) for name, mean in state.items()} or None

@@ -141,7 +141,7 @@ def train_phase(
         made_of["teacher_cache"] = file_hash(pathlib.Path(phase.teacher_cache) / RECORD)
     batches = training_batches(corpus, **described, rows=rows, teacher_cache=phase.teacher_cache, steps=phase.steps)
     made_of |= corpus.identity(mix)
-    checkpoints, interval = Checkpoints(directory, phase.keep, phase.keep_every), Interval(sources_of(mix))
+    checkpoints, interval = Checkpoints(directory, phase.keep, phase.keep_every), Interval()
     done = saved = 0
     if (found := checkpoints.restore_latest(state)) is not None:
         done, state, saved_beside = found
@@ -150,7 +150,7 @@ def train_phase(
         batches.set_state(saved_beside["rows"])
         interval.set_state(saved_beside["interval"])
         say(f"{name}: resumed at step {done}")
-    step_fn = make_step(layout, phase, shardings, interval.sources)
+    step_fn = make_step(layout, phase, shardings, sources_of(mix))
     seq_devices = 1 if mesh is None else mesh.shape["seq"]
 
     def read_metrics_of(step, metrics, batch, sums):
@@ -161,7 +161,7 @@ def train_phase(
         if int(whole_array(metrics["skipped_in_a_row"])) >= phase.bad_steps:
             trained = join_model(whole, layout.parameters(state, frozen))
             where = first_bad(trained, batch, layout.source(state, frozen))
-            loss, norm = (float(whole_array(metrics[n])) for n in ("loss", "grad_norm"))
+            loss, norm = (float(whole_array(x)) for x in (metrics["loss"].value, metrics["grad_norm"]))
             raise FloatingPointError(
                 f"{name}: {phase.bad_steps} steps in a row were bad, the last is step {step} (loss {loss:.4g}, gradient norm "
                 f"{norm:.4g}); {where}. Nothing of them was kept; the last checkpoint is step {saved}. Lower "

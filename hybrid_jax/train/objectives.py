@@ -1,64 +1,52 @@
-"""Objectives: small functions (model, batch, teacher, **options) -> (loss, metrics), and what each of them needs.
+"""The objectives: a function each, and one row in `OBJECTIVES`. The contract is in `train.objective`.
 
-A batch is what `hybrid_jax.data.layout.training_batch` makes: `input_ids`, `segment_ids`, `positions`, `targets`
-and `weights`, [B,T] each, in the mesh's order of tokens. Of the metrics `weight` says what the loss is a mean over, so that
-parts of a batch can be put together again, and `PER_TOKEN`, where there is one, holds every token's loss and weight [B,T].
-A teacher never changes: see `Objective.two_streams`.
+To add one, write a function like those below and add its row to the table; an option is a keyword-only argument.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from hybrid_jax.checks import check_boolean, check_choice, check_number
+from hybrid_jax.data.layout import TEACHER
 from hybrid_jax.model import Decoder, LayerOutputs
 from hybrid_jax.parallel.cross_entropy import cross_entropy
 from hybrid_jax.parallel.divergence import KINDS, divergence, top_k_divergence
-
-PER_TOKEN = "per_token"
-
-
-def _weighted_mean(losses, weights):
-    """Over all tokens, and what it weighs: the sum of the weights."""
-    weight = jnp.sum(weights)
-    return jnp.sum(losses * weights) / jnp.where(weight > 0, weight, 1.0), weight
+from hybrid_jax.train.objective import INPUTS, LABELS, Batch, Mean, Objective, Outcome, mean_over_tokens
 
 
-def next_token(model: Decoder, batch, teacher: Decoder | None = None):
+def next_token(model: Decoder, batch: Batch, teacher: Decoder | None = None) -> Outcome:
     """Weighted mean next-token cross-entropy: of text, or of what an assistant says (the data's weights make it SFT)."""
     del teacher
     hidden, _ = model.hidden_states(batch["input_ids"], batch["segment_ids"], batch["positions"])
     losses = cross_entropy(hidden, model.head_kernel, batch["targets"])
-    loss, weight = _weighted_mean(losses, batch["weights"])
-    return loss, {"loss": loss, "weight": weight, PER_TOKEN: (losses, batch["weights"])}
+    return mean_over_tokens(losses, batch["weights"])
 
 
 def distill(
     model: Decoder,
-    batch,
+    batch: Batch,
     teacher: Decoder | None = None,
     *,
     kind: str = "forward",
     temperature: float = 1.0,
     divergence_weight: float = 1.0,
     next_token_weight: float = 0.0,
-):
-    """The student's next-token distribution against the teacher's (arXiv 2408.15237, 2502.20339).
+) -> Outcome:
+    """Compares the student's next-token distribution with the teacher's (arXiv 2408.15237, 2502.20339).
 
     loss = divergence_weight * temperature^2 * KL + next_token_weight * cross-entropy, weighted means over tokens.
 
     Args:
-      model: a fused one.
-      teacher: whose the teacher stream is; None: the model's own, whose parameters are frozen.
-      kind: `forward` KL(teacher | student) or `reverse`, KL(student | teacher).
-      temperature: divides both models' logits.
+      model: a fused model.
+      teacher: the model whose teacher stream is the target; None: the model's own, whose parameters are frozen.
+      kind: `forward`, KL(teacher | student), or `reverse`, KL(student | teacher).
+      temperature: divides both models' logits; above 1 the tail of the teacher's distribution counts more.
+      divergence_weight, next_token_weight: of the two terms; at least one is positive.
     """
     at = (batch["input_ids"], batch["segment_ids"], batch["positions"])
     streams = model.two_streams(*at, compare=lambda t, s: (), teacher=teacher)
@@ -67,30 +55,42 @@ def distill(
     return _mixed(model, batch, streams.student, found, divergence_weight * temperature**2, next_token_weight)
 
 
-def distill_cached(model: Decoder, batch, teacher=None, *, divergence_weight: float = 1.0, next_token_weight: float = 0.0):
-    """`distill`, forward, of a teacher whose likeliest tokens the batch holds: `teacher_ids`, `teacher_log_probabilities`."""
+def distill_cached(
+    model: Decoder,
+    batch: Batch,
+    teacher: Decoder | None = None,
+    *,
+    divergence_weight: float = 1.0,
+    next_token_weight: float = 0.0,
+) -> Outcome:
+    """Computes `distill`, forward, for a teacher whose top-k tokens are in the batch: no teacher runs beside the student.
+
+    All tokens outside the teacher's top-k count as one event.
+    """
     del teacher
     hidden, _ = model.hidden_states(batch["input_ids"], batch["segment_ids"], batch["positions"])
     found = top_k_divergence(hidden, model.head_kernel, batch["teacher_ids"], batch["teacher_log_probabilities"])
     return _mixed(model, batch, hidden, found, divergence_weight, next_token_weight)
 
 
-def _mixed(model, batch, hidden, found, divergence_weight, next_token_weight):
-    mean, weight = _weighted_mean(found, batch["weights"])
-    loss, metrics, losses = divergence_weight * mean, {"divergence": mean}, divergence_weight * found
+def _mixed(
+    model: Decoder, batch: Batch, hidden: jax.Array, found: jax.Array, divergence_weight: float, next_token_weight: float
+) -> Outcome:
+    """Returns the outcome of a divergence `found` [B, T], with a share of the next-token cross-entropy."""
+    weights, losses = batch["weights"], divergence_weight * found
+    metrics = {"divergence": Mean.of(found, weights)}
     if next_token_weight:
         entropies = cross_entropy(hidden, model.head_kernel, batch["targets"])
-        metrics["next_token"], _ = _weighted_mean(entropies, batch["weights"])
-        loss, losses = loss + next_token_weight * metrics["next_token"], losses + next_token_weight * entropies
-    return loss, {"loss": loss, "weight": weight, PER_TOKEN: (losses, batch["weights"]), **metrics}
+        metrics["next_token"], losses = Mean.of(entropies, weights), losses + next_token_weight * entropies
+    return mean_over_tokens(losses, weights, metrics)
 
 
-def _mse(student, teacher, real):
-    """[B,T]: every real token's mean square over its elements, in float32, 0 at padding; the teacher takes no gradient.
+def _mse(student: jax.Array, teacher: jax.Array, real: jax.Array) -> jax.Array:
+    """Returns every real token's mean square error over its elements, [B, T] float32, 0 at padding.
 
     Args:
-      student, teacher: [B,T,hidden].
-      real: [B,T] bool, False at padding.
+      student, teacher: [B, T, hidden]; the teacher takes no gradient.
+      real: [B, T] bool, False at padding.
     """
     error = jnp.square(student.astype(jnp.float32) - jax.lax.stop_gradient(teacher).astype(jnp.float32))
     return jnp.mean(jnp.where(real[..., None], error, 0), axis=-1)
@@ -106,17 +106,18 @@ ALIGN_TARGETS = {
 }
 
 
-def align(model: Decoder, batch, teacher: Decoder | None = None, *, target: str, pre_lm_head: bool = True):
-    """Stage 1 of Priming (arXiv 2605.08301): the student stream imitates the teacher's.
+def align(model: Decoder, batch: Batch, teacher: Decoder | None = None, *, target: str, pre_lm_head: bool = True) -> Outcome:
+    """Makes the student stream imitate the teacher's: stage 1 of Priming (arXiv 2605.08301).
 
     loss = sum over layers of target(layer) / number of layers + MSE(final normed states) if `pre_lm_head`. Every mean is over
     the elements of real tokens: padding (segment 0) counts for nothing.
     Metrics hold every layer's mixer error, `mixer_mse/N`, whatever the target.
 
     Args:
-      model: a fused one.
-      teacher: whose the teacher stream is; None: the model's own, whose parameters are frozen.
+      model: a fused model.
+      teacher: the model whose teacher stream is the target; None: the model's own, whose parameters are frozen.
       target: a key of `ALIGN_TARGETS`.
+      pre_lm_head: whether the final normed states are compared too.
     """
     real = batch["segment_ids"] > 0
     weights = real.astype(jnp.float32)
@@ -125,50 +126,19 @@ def align(model: Decoder, batch, teacher: Decoder | None = None, *, target: str,
         parts = dict.fromkeys(("mixer", *ALIGN_TARGETS[target]))  # in an order that every process has
         errors = {part: _mse(getattr(student, part), getattr(taught, part), real) for part in parts}
         of_layer = sum((errors[part] for part in ALIGN_TARGETS[target]), jnp.zeros(real.shape))
-        return of_layer, _weighted_mean(errors["mixer"], weights)[0]
+        return of_layer, Mean.of(errors["mixer"], weights)
 
     at = (batch["input_ids"], batch["segment_ids"], batch["positions"])
     streams = model.two_streams(*at, compare, teacher)
-    losses = sum(of_layer for of_layer, _ in streams.layers) / len(streams.layers)
+    losses = sum((of_layer for of_layer, _ in streams.layers), jnp.zeros(real.shape)) / len(streams.layers)
     final = _mse(streams.student, streams.teacher, real)
     if pre_lm_head:
         losses = losses + final
-    loss, weight = _weighted_mean(losses, weights)
-    metrics = {"loss": loss, "weight": weight, PER_TOKEN: (losses, weights), "pre_lm_head_mse": _weighted_mean(final, weights)[0]}
+    metrics = {"pre_lm_head_mse": Mean.of(final, weights)}
     for i, (_, mixer) in enumerate(streams.layers):
         if not model.config.layers[i].shared:
             metrics[f"mixer_mse/{i:02d}"] = mixer
-    return loss, metrics
-
-
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """A loss and what it needs.
-
-    Args:
-      loss: (model, batch, teacher, **options) -> (loss, metrics); its options are its keyword-only arguments.
-      two_streams: it compares a fused model's two streams. Then it gets as teacher a model that does not change, or None where
-        that is the model's own frozen part.
-      teacher_cache: it reads a teacher's answers from the batch (`cache-teacher` makes them).
-      checks: option -> (name, value) -> value, raises ValueError if the value is bad.
-      nothing: values of options that together make the loss 0 everywhere.
-    """
-
-    loss: Callable
-    two_streams: bool = False
-    teacher_cache: bool = False
-    checks: Mapping[str, Callable[[str, Any], Any]] = dataclasses.field(default_factory=dict)
-    nothing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __call__(self, model: Decoder, batch, teacher: Decoder | None = None, **options):
-        return self.loss(model, batch, teacher, **options)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The options' names, in the order of the loss's arguments, and their defaults."""
-        bound = self.loss.keywords if isinstance(self.loss, functools.partial) else {}
-        arguments = inspect.signature(self.loss).parameters.items()
-        return {n: p.default for n, p in arguments if p.kind == p.KEYWORD_ONLY and n not in bound}
+    return mean_over_tokens(losses, weights, metrics)
 
 
 _WEIGHTS = dict.fromkeys(("divergence_weight", "next_token_weight"), functools.partial(check_number, minimum=0))
@@ -179,13 +149,14 @@ _DISTILL = {
     **_WEIGHTS,
 }
 
-OBJECTIVES = {
+OBJECTIVES: dict[str, Objective] = {
     "next_token": Objective(next_token),
     "distill": Objective(distill, two_streams=True, checks=_DISTILL, nothing=_NO_WEIGHTS),
-    "distill_cached": Objective(distill_cached, teacher_cache=True, checks=_WEIGHTS, nothing=_NO_WEIGHTS),
+    "distill_cached": Objective(distill_cached, reads=(*INPUTS, *LABELS, *TEACHER), checks=_WEIGHTS, nothing=_NO_WEIGHTS),
     **{
         f"align_{target}": Objective(
             functools.partial(align, target=target),
+            reads=INPUTS,
             two_streams=True,
             checks={"pre_lm_head": check_boolean},
             nothing={} if ALIGN_TARGETS[target] else {"pre_lm_head": False},
@@ -195,8 +166,8 @@ OBJECTIVES = {
 }
 
 
-def make_objective(name: str, options: Mapping) -> Callable:
-    """The objective with its options.
+def make_objective(name: str, options: Mapping) -> Callable[..., Outcome]:
+    """Returns the objective of that name with its options: (model, batch, teacher=None) -> `Outcome`.
 
     Raises:
       ValueError: no objective has that name, or it does not have that option, or not with that value; or nothing would train.

@@ -20,10 +20,10 @@ from hybrid_jax.parameters import Parameters, abstract_parameters, join_model, m
 from hybrid_jax.priming.fuse import check_teacher, same_function, teacher_stream
 from hybrid_jax.repeats import Repeat
 from hybrid_jax.stacking import stack, stacked_names, stacked_structure, training_repeats, unstack
-from hybrid_jax.train.checkpoint import Health, TrainState
 from hybrid_jax.train.objectives import OBJECTIVES
 from hybrid_jax.train.optimizer import make_optimizer
 from hybrid_jax.train.phase import Phase
+from hybrid_jax.train.state import Health, TrainState
 
 TEACHER = "teacher: "  # before the names of a teacher's own copies
 

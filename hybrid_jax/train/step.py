@@ -1,13 +1,14 @@
-"""The jitted training step: gradients of the parts of a batch put together, the update, and what is not let in.
+"""The jitted training step: gradients accumulated over microbatches, the update, and which updates are rejected.
 
-A step whose loss or gradient is not finite, or one of which is a spike, changes nothing but `Health`. The learning rate
-follows the steps of the phase, skipped ones too; the optimizer's moments and their bias corrections only those that counted.
+A step whose loss or gradient norm is not finite, or is a spike, changes nothing but `Health`. The learning rate follows the
+steps of the phase, skipped ones too; the optimizer's moments and their bias corrections follow the accepted steps only.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,37 +17,47 @@ import optax
 from hybrid_jax.data.layout import SOURCE
 from hybrid_jax.parallel.mesh import BATCH_AXES
 from hybrid_jax.parallel.sharding import TOKENS, axis_size, constrain
-from hybrid_jax.train.checkpoint import Health, TrainState
 from hybrid_jax.train.metrics import gradient_norms
-from hybrid_jax.train.objectives import PER_TOKEN, make_objective
+from hybrid_jax.train.objective import Batch, Mean, TokenLosses
+from hybrid_jax.train.objectives import make_objective
 from hybrid_jax.train.optimizer import learning_rate_schedule
 from hybrid_jax.train.phase import Phase
 from hybrid_jax.train.phase_layout import PhaseLayout
+from hybrid_jax.train.state import Health, TrainState
 
-WEIGHT = "weight"  # of the metrics: what the step's loss is a mean over
-SOURCE_SUMS = "source_sums"  # of the metrics: [sources, 2], of every source its tokens' weighted losses and their weights
+LOSS = "loss"  # of the metrics: the objective's loss, a `Mean`; LOSS/SOURCE is that of one data source's tokens
 STOP = "stop_asked"  # of a batch: whether a process was asked to stop; the metric of that name tells all of them
-DECAY, TRUSTED = 0.98, 20  # of the running means of loss and gradient norm; steps before it is relied on
+
+# Spikes are judged against means with a memory of 1 / (1 - DECAY) = 50 steps: long enough that one step does not move them,
+# short enough to follow the fast fall of the loss at the start. Before TRUSTED accepted steps the mean has little more than the
+# warm-up in it, where losses vary most, so nothing is a spike yet.
+DECAY, TRUSTED = 0.98, 20
+
+Metrics = dict[str, Any]
+"""name -> `Mean`, or a scalar that is a property of the step (a norm, a rate, a count)."""
+
+StepFunction = Callable[[TrainState, Mapping[str, jax.Array], Batch], tuple[TrainState, Metrics]]
 
 
-def make_step(layout: PhaseLayout, phase: Phase, shardings: TrainState | None = None, sources: Sequence[str] = ()):
-    """(state, frozen, batch) -> (the next state, metrics), jitted; the state is donated.
+def make_step(layout: PhaseLayout, phase: Phase, shardings: TrainState | None = None, sources: Sequence[str] = ()) -> StepFunction:
+    """Makes (state, frozen, batch) -> (the next state, metrics), jitted; the state is donated.
 
-    Frozen parameters have neither gradients nor optimizer state. The metrics are means over the step, `learning_rate` the one
-    it was taken with; `skipped` and `skipped_in_a_row` are counts.
+    Frozen parameters have neither gradients nor optimizer state. The metrics are the objective's, `LOSS` among them, as means
+    that carry their weights, and scalars: gradient norms, `learning_rate` (the one the step was taken with), and the counts
+    `skipped` and `skipped_in_a_row`.
 
     Args:
       shardings: of the state, which the next one keeps.
-      sources: of the batch's rows, by number (see `data.layout.SOURCE`); the metrics then have `SOURCE_SUMS`.
+      sources: names of the data sources of the batch's rows, by number (see `data.layout.SOURCE`); the metrics then have
+        `loss/NAME` for each.
     """
     objective, schedule = make_objective(phase.objective, phase.options), learning_rate_schedule(phase)
 
     def loss_of(trainable, frozen, batch):
         model, teacher = layout.models(trainable, frozen)
-        loss, metrics = objective(model, batch, teacher)
-        per_token = metrics.pop(PER_TOKEN, None)
-        if sources and per_token is not None:
-            metrics[SOURCE_SUMS] = _sums_by_source(*per_token, batch[SOURCE], len(sources))
+        loss, metrics, tokens = objective(model, batch, teacher)
+        if sources and tokens is not None:
+            metrics = {**metrics, **_losses_by_source(tokens, batch[SOURCE], sources)}
         return loss, metrics
 
     def step(state: TrainState, frozen, batch):
@@ -54,7 +65,7 @@ def make_step(layout: PhaseLayout, phase: Phase, shardings: TrainState | None = 
         asked = {STOP: jnp.max(batch.pop(STOP))} if STOP in batch else {}
         grads, metrics = gradients_of(loss_of, state.trainable, frozen, batch, phase.accumulate)
         norms = gradient_norms(grads)
-        health, good = _judge(state.health, metrics["loss"], norms["grad_norm"], phase.spike)
+        health, good = _judge(state.health, metrics[LOSS].value, norms["grad_norm"], phase.spike)
         directions, optimizer = layout.optimizer.update(grads, state.optimizer, state.trainable)
         rate = jnp.float32(schedule(state.health.steps + state.health.skipped))
         updates = jax.tree.map(lambda x: -rate * x, directions)
@@ -66,8 +77,8 @@ def make_step(layout: PhaseLayout, phase: Phase, shardings: TrainState | None = 
     return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
 
 
-def _judge(health: Health, loss, norm, spike: float) -> tuple[Health, jax.Array]:
-    """What is known of the run after this step, and whether the step counts."""
+def _judge(health: Health, loss: jax.Array, norm: jax.Array, spike: float) -> tuple[Health, jax.Array]:
+    """Returns the counters after this step, and whether the step is accepted."""
     good = jnp.isfinite(loss) & jnp.isfinite(norm)
     if spike:
         good &= (health.steps < TRUSTED) | (norm < spike * health.mean_norm) & (loss < spike * health.mean_loss)
@@ -86,35 +97,56 @@ def _judge(health: Health, loss, norm, spike: float) -> tuple[Health, jax.Array]
     ), good
 
 
-def _sums_by_source(losses, weights, source, count: int) -> jax.Array:
-    own = source[None] == jnp.arange(count)[:, None, None]
-    return jnp.stack([jnp.sum(jnp.where(own, x, 0), axis=(1, 2)) for x in (losses * weights, weights)], axis=-1)
+def _losses_by_source(tokens: TokenLosses, source: jax.Array, names: Sequence[str]) -> dict[str, Mean]:
+    """Returns the loss of each source's own tokens; `source` [B, T] has the number of each token's source."""
+    losses, weights = tokens
+    own = source[None] == jnp.arange(len(names))[:, None, None]
+    totals, counts = (jnp.sum(jnp.where(own, x, 0), axis=(1, 2)) for x in (losses * weights, weights))
+    return {f"{LOSS}/{name}": Mean(totals[n], counts[n]) for n, name in enumerate(names)}
 
 
-def gradients_of(loss_of, trainable, frozen, batch, parts: int):
-    """Gradients and metrics of the batch, from its parts one after the other, each weighing what its loss is a mean over."""
-    both = jax.grad(loss_of, has_aux=True)
+def gradients_of(
+    loss_of: Callable[[Any, Any, Batch], tuple[Mean, Mapping[str, Mean]]],
+    trainable: Any,
+    frozen: Any,
+    batch: Batch,
+    parts: int,
+) -> tuple[Any, Metrics]:
+    """Returns the gradient of the batch's loss and its metrics, accumulated over `parts` microbatches.
+
+    The loss is a mean, so the gradient of the batch is the mean of the microbatches' gradients by the weights of their losses.
+    A metric is the sum of its totals over the sum of its own weights.
+
+    Args:
+      loss_of: (trainable, frozen, batch) -> (loss, metrics).
+      batch: [B, T, ...] arrays; B is a multiple of `parts` times the devices over which rows are sharded.
+    """
+
+    def value_of(trainable, frozen, batch):
+        loss, metrics = loss_of(trainable, frozen, batch)
+        return loss.value, {**metrics, LOSS: loss}
+
+    both = jax.grad(value_of, has_aux=True)
     if parts == 1:
         return both(trainable, frozen, batch)
     shards = math.prod(axis_size(a) for a in BATCH_AXES)
 
-    def cut(x):
-        """Part p has rows of every device."""
+    def split(x):
+        """[B, T, ...] -> [parts, B / parts, T, ...]; every microbatch has rows of every device."""
         x = x.reshape(shards, parts, -1, *x.shape[1:]).swapaxes(0, 1)
         return constrain(x.reshape(parts, -1, *x.shape[3:]), None, *TOKENS)
 
     def sums_of(part):
         grads, metrics = both(trainable, frozen, part)
-        sums = {name: metrics.pop(name) for name in (WEIGHT, SOURCE_SUMS) if name in metrics}
-        return *jax.tree.map(lambda x: sums[WEIGHT] * x, (grads, metrics)), sums
+        return jax.tree.map(lambda x: metrics[LOSS].weight * x, grads), metrics
 
     def add(total, part):
         return jax.tree.map(jnp.add, total, sums_of(part)), None
 
-    batch = {name: cut(x) for name, x in batch.items()}
+    batch = {name: split(x) for name, x in batch.items()}
     shapes = jax.eval_shape(sums_of, {name: x[0] for name, x in batch.items()})
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    (grads, metrics, sums), _ = jax.lax.scan(add, zeros, batch)
-    weight = jnp.where(sums[WEIGHT] > 0, sums[WEIGHT], 1.0)
-    grads, metrics = jax.tree.map(lambda x: x / weight, (grads, metrics))
-    return grads, {**metrics, **sums}
+    (grads, metrics), _ = jax.lax.scan(add, zeros, batch)
+    weight = metrics[LOSS].weight
+    weight = jnp.where(weight > 0, weight, 1.0)
+    return jax.tree.map(lambda x: x / weight, grads), metrics

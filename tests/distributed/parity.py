@@ -80,7 +80,7 @@ def run_case(name):
 
     def loss(parameters, batch, taught):
         teacher = join_model(source_structure, taught) if own_teacher else None
-        return OBJECTIVES[objective](join_model(structure, parameters), batch, teacher)[0]
+        return OBJECTIVES[objective](join_model(structure, parameters), batch, teacher).loss.value
 
     both = jax.value_and_grad(loss)
     want_loss, want = jax.device_get(jax.jit(both)(parameters, training_batch(raw), taught))
@@ -92,10 +92,10 @@ def run_case(name):
 
     def in_parts(parameters, batch, _):
         grads, metrics = gradients_of(loss_and_metrics, parameters, {}, batch, parts)
-        return metrics["loss"], grads
+        return metrics["loss"].value, grads
 
     def loss_and_metrics(parameters, frozen, batch):
-        return OBJECTIVES[objective](join_model(structure, parameters), batch)
+        return OBJECTIVES[objective](join_model(structure, parameters), batch)[:2]
 
     with jax.set_mesh(mesh):
         got_loss, got = jax.jit(in_parts if parts > 1 else both)(placed, batch, placed_taught)

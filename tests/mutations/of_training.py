@@ -4,13 +4,15 @@ from tests.mutations import Mutation
 
 TRAIN = "hybrid_jax/train"
 STEP, OPTIMIZER, ARRANGEMENT = f"{TRAIN}/step.py", f"{TRAIN}/optimizer.py", f"{TRAIN}/phase_layout.py"
-OBJECTIVES, INTERVAL, LOOP, PHASE = f"{TRAIN}/objectives.py", f"{TRAIN}/interval.py", f"{TRAIN}/loop.py", f"{TRAIN}/phase.py"
+OBJECTIVES, OBJECTIVE, INTERVAL = f"{TRAIN}/objectives.py", f"{TRAIN}/objective.py", f"{TRAIN}/interval.py"
+LOOP, PHASE = f"{TRAIN}/loop.py", f"{TRAIN}/phase.py"
 CHECKPOINT, HEALTH, METRICS = f"{TRAIN}/checkpoint.py", f"{TRAIN}/diagnose.py", f"{TRAIN}/metrics.py"
 FUSE, MODEL, REPORT = "hybrid_jax/priming/fuse.py", "hybrid_jax/model.py", "hybrid_jax/run_report.py"
 
 OF_OPTIMIZER, OF_INTERVAL, OF_STEPS = "tests/train/test_optimizer.py", "tests/train/test_interval.py", "tests/train/test_steps.py"
 OF_TEACHERS, OF_OBJECTIVES, OF_PHASE = "tests/train/test_teachers.py", "tests/train/test_objectives.py", "tests/train/test_phase.py"
 OF_CHECKPOINTS, OF_WORKDIR = "tests/train/test_checkpoints.py", "tests/train/test_workdir.py"
+OF_CONTRACTS = "tests/train/test_contracts.py"
 OF_LENGTHENING, OF_TRAINING = "tests/train/test_lengthening.py", "tests/train/test_training.py"
 PICTURE = f"{OF_INTERVAL}::test_the_picture_has_every_source_s_own_loss_and_bridges_intervals_without_one"
 SPIKES = f"{OF_OPTIMIZER}::test_spikes_are_counted_against_means_of_the_steps_that_counted"
@@ -45,25 +47,31 @@ MUTATIONS = [
         "bad steps far apart end a phase",
         (SKIPPED,),
     ),
-    Mutation(STEP, "lambda x: sums[WEIGHT] * x", "lambda x: x", "parts of a batch weigh the same whatever is in them", (PARTS,)),
     Mutation(
         STEP,
-        "jnp.where(sums[WEIGHT] > 0, sums[WEIGHT], 1.0)",
-        "jnp.maximum(sums[WEIGHT], 1.0)",
+        "lambda x: metrics[LOSS].weight * x, grads)",
+        "lambda x: x, grads)",
+        "parts of a batch weigh the same whatever is in them",
+        (PARTS,),
+    ),
+    Mutation(
+        STEP,
+        "weight = jnp.where(weight > 0, weight, 1.0)",
+        "weight = jnp.maximum(weight, 1.0)",
         "parts of a batch that weigh less than 1 in all are made smaller",
         (PARTS,),
     ),
     Mutation(
         STEP,
-        "for x in (losses * weights, weights)]",
-        "for x in (losses, weights)]",
+        "for x in (losses * weights, weights))",
+        "for x in (losses, weights))",
         "a source's loss counts its prompts and padding",
         (f"{OF_INTERVAL}::test_a_source_s_loss_is_over_its_own_tokens_however_the_batch_is_divided",),
     ),
     Mutation(
-        OBJECTIVES,
-        "jnp.where(weight > 0, weight, 1.0), weight",
-        "jnp.maximum(weight, 1.0), weight",
+        OBJECTIVE,
+        "jnp.where(self.weight > 0, self.weight, 1.0)",
+        "jnp.maximum(self.weight, 1.0)",
         "a loss whose weights are less than 1 in all is made smaller",
         (f"{OF_OBJECTIVES}::test_a_loss_does_not_depend_on_the_scale_of_its_weights",),
     ),
@@ -83,12 +91,25 @@ MUTATIONS = [
     ),
     Mutation(
         INTERVAL,
-        'jnp.where(metrics["skipped_in_a_row"] > 0, 0.0, metrics[WEIGHT])',
-        "metrics[WEIGHT]",
+        "weight = jnp.where(counts, weight, 0.0)",
+        "weight = jnp.where(counts, weight, weight)",
         "a skipped step's loss is in the mean of its interval",
         (MEANS,),
     ),
-    Mutation(INTERVAL, "float(total / of)", "float(total / weight)", "a source's loss is divided by all sources' tokens", (MEANS,)),
+    Mutation(
+        STEP,
+        "Mean(totals[n], counts[n])",
+        "Mean(totals[n], jnp.sum(counts))",
+        "a source's loss is divided by all sources' tokens",
+        (f"{OF_INTERVAL}::test_a_source_s_loss_is_over_its_own_tokens_however_the_batch_is_divided",),
+    ),
+    Mutation(
+        STEP,
+        "lambda x: metrics[LOSS].weight * x, grads), metrics",
+        "lambda x: metrics[LOSS].weight * x, (grads, metrics))",
+        "a metric over some tokens only is averaged by the tokens of the loss",
+        (f"{OF_CONTRACTS}::test_a_metric_has_its_own_denominator_however_the_batch_is_divided",),
+    ),
     Mutation(
         OPTIMIZER,
         "optax.linear_schedule(peak / phase.warmup_steps, peak, phase.warmup_steps - 1)",

@@ -260,18 +260,19 @@ def test_the_smallest_slice_is_looked_for_among_all_that_can_hold_the_state(monk
 
 
 def test_of_gpus_is_known_what_a_step_must_hold_and_not_whether_it_fits():
-    config = config_from_hf(PUBLIC["Qwen/Qwen3-8B"]).with_pattern("-".join(["*", "GDN"] * 18))
+    sizes = dict(vocab_size=8192, hidden_size=4096, intermediate_size=16384)
+    config = tiny_config("*-GDN", **{**DENSE, **sizes})
     job = Job(config, "train", 8192, 0)
     plan = make_plan(job, "h100:2")
     state = 12 * sum(math.prod(x.shape) for x in abstract_parameters(config).values()) / 2  # parameters, two moments each
-    layers = 2 * 36 * 8192 * 4096  # each layer's input in bf16, of the one row that a device has
-    assert plan.total == pytest.approx(state + layers, rel=1e-4)
+    layers = 2 * 2 * 8192 * 4096  # each layer's input in bf16, of the one row that a device has
+    assert plan.total == pytest.approx(state + layers, rel=1e-3)
     assert plan.fits is None and plan.temporaries is None and not plan.compiled
     rows = dict(plan_rows(plan, 1e9, 0.4))
-    assert rows["fits"].startswith("not known: at least 5") and "temporaries are not counted" in rows["fits"]
+    assert rows["fits"].startswith("not known: at least 3.1") and "temporaries are not counted" in rows["fits"]
     assert "  temporaries" not in rows and plan_json(plan, 1e9, 0.4)["fits"] is None
-    large = make_plan(dataclasses.replace(job, config=config_from_hf(PUBLIC["Qwen/Qwen3-32B"])), "h100:4")
-    assert large.fits is False and dict(plan_rows(large, 1e9, 0.4))["fits"].startswith("NO: at least ")
+    many = make_plan(dataclasses.replace(job, seq_len=2**20, rows=32), "h100:2")
+    assert many.fits is False and dict(plan_rows(many, 1e9, 0.4))["fits"].startswith("NO: at least ")
 
 
 def states_by_device(pattern, sizes):

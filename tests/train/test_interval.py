@@ -15,10 +15,11 @@ from hybrid_jax.data.pipeline import sources_of
 from hybrid_jax.layers.parameter import Marks
 from hybrid_jax.train import MetricWriter, read_metrics, train_phase
 from hybrid_jax.train import step as step_module
-from hybrid_jax.train.checkpoint import Health, TrainState
 from hybrid_jax.train.interval import Interval
-from hybrid_jax.train.objectives import PER_TOKEN, make_objective
-from hybrid_jax.train.step import SOURCE_SUMS, make_step
+from hybrid_jax.train.objective import Mean, mean_over_tokens
+from hybrid_jax.train.objectives import make_objective
+from hybrid_jax.train.state import Health, TrainState
+from hybrid_jax.train.step import make_step
 from tests.conftest import tiny_model
 from tests.train.conftest import Linear, phase
 
@@ -26,26 +27,27 @@ MIX = {"text": 0.6, "retrieval": 0.4, "induction": 0.0}
 
 
 def measured(loss, weight, sources, bad=0, norm=1.0):
-    """A step's metrics; `sources` are pairs (sum, weight)."""
+    """A step's metrics; `loss` is a mean over `weight`, `sources` are pairs (sum, weight)."""
+    means = {f"loss/{n}": Mean(*pair) for n, pair in sources.items()}
     counts = {"skipped": bad, "skipped_in_a_row": bad, "learning_rate": 0.1}
-    metrics = {"loss": loss, "weight": weight, "grad_norm": norm, SOURCE_SUMS: sources, **counts}
-    return {n: jnp.asarray(x, jnp.float32) for n, x in metrics.items()}
+    metrics = {"loss": Mean(loss * weight, weight), **means, "grad_norm": norm, **counts}
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
 
 
 def test_an_interval_is_the_mean_over_its_tokens_and_each_source_s_over_its_own():
-    interval = Interval(("chat", "web", "code"))
-    interval.add(measured(2.0, 6.0, [(4.0, 4.0), (8.0, 2.0), (0, 0)], norm=1.0))
-    interval.add(measured(np.nan, 50.0, [(np.nan, 40.0), (1.0, 10.0), (0, 0)], bad=1))
-    interval.add(measured(9.0, 2.0, [(0.0, 0.0), (18.0, 2.0), (0, 0)], norm=5.0))
+    interval = Interval()
+    interval.add(measured(2.0, 6.0, dict(chat=(4.0, 4.0), web=(8.0, 2.0), code=(0, 0)), norm=1.0))
+    interval.add(measured(np.nan, 50.0, dict(chat=(np.nan, 40.0), web=(1.0, 10.0), code=(0, 0)), bad=1))
+    interval.add(measured(9.0, 2.0, dict(chat=(0.0, 0.0), web=(18.0, 2.0), code=(0, 0)), norm=5.0))
     want = {"loss": (6 * 2 + 2 * 9) / 8, "grad_norm": (6 + 10) / 8, "loss/chat": 1.0, "loss/web": 26 / 4}
     assert interval.means(interval.take()) == pytest.approx(want)
-    interval.add(measured(np.inf, 6.0, [(np.inf, 4.0), (1.0, 2.0), (0, 0)], bad=1))
+    interval.add(measured(np.inf, 6.0, dict(chat=(np.inf, 4.0), web=(1.0, 2.0), code=(0, 0)), bad=1))
     assert interval.means(interval.take()) == {}, "no step counted"
 
 
 def test_an_interval_goes_on_exactly_from_a_checkpoint():
-    steps = [measured(x, w, [(x, w), (3 * x, w / 3), (0, 0)]) for x, w in ((0.1, 3.0), (0.7, 5.0), (0.3, 7.0))]
-    whole, begun, resumed = (Interval("abc") for _ in range(3))
+    steps = [measured(x, w, dict(a=(x, w), b=(3 * x, w / 3), c=(0, 0))) for x, w in ((0.1, 3.0), (0.7, 5.0), (0.3, 7.0))]
+    whole, begun, resumed = (Interval() for _ in range(3))
     for metrics in steps:
         whole.add(metrics)
     for metrics in steps[:2]:
@@ -67,12 +69,12 @@ def test_a_source_s_loss_is_over_its_own_tokens_however_the_batch_is_divided(mon
     want = [[(losses * weights[:, 1:])[rows].sum(), weights[rows, 1:].sum()] for rows in ([1], [], [0, 2, 3])]
     assert weights[:, 0].any(), "the first token is predicted from nothing"
     batch = {n: jnp.asarray(x) for n, x in training_batch(rows).items()}
-    per_token = make_objective("next_token", {})(model, batch)[1][PER_TOKEN]
+    per_token = make_objective("next_token", {})(model, batch).tokens
     given = {**batch, "losses": per_token[0], "given": per_token[1]}
 
     def objective(model, batch, teacher):
-        mean, weight = model["w"] * jnp.sum(batch["losses"] * batch["given"]), jnp.sum(batch["given"])
-        return mean / weight, {"loss": mean / weight, "weight": weight, PER_TOKEN: (batch["losses"], batch["given"])}
+        loss = Mean.of(model["w"] * batch["losses"], batch["given"])
+        return mean_over_tokens(batch["losses"], batch["given"])._replace(loss=loss)
 
     monkeypatch.setattr(step_module, "make_objective", lambda name, options: objective)
     for parts in (1, 2):
@@ -80,9 +82,9 @@ def test_a_source_s_loss_is_over_its_own_tokens_however_the_batch_is_divided(mon
         parameters, own = {"w": jnp.ones(())}, {"w": Marks(())}
         state = TrainState(parameters, Linear(p, own).optimizer.init(parameters), jax.tree.map(jnp.copy, Health.new()))
         _, metrics = make_step(Linear(p, own), p, sources="abc")(state, {}, given)
-        assert np.allclose(metrics[SOURCE_SUMS], want, rtol=1e-5)
-        assert float(metrics["weight"]) == weights[:, 1:].sum()
-        interval = Interval("abc")
+        assert np.allclose([metrics[f"loss/{n}"] for n in "abc"], want, rtol=1e-5)
+        assert float(metrics["loss"].weight) == weights[:, 1:].sum()
+        interval = Interval()
         interval.add(metrics)
         means = interval.means(interval.take())
         assert means["loss/a"] == pytest.approx(want[0][0] / want[0][1], rel=1e-5) and "loss/b" not in means

@@ -7,7 +7,7 @@ import pytest
 
 from hybrid_jax.data.layout import training_batch
 from hybrid_jax.parameters import split_model
-from hybrid_jax.train.objectives import PER_TOKEN, make_objective
+from hybrid_jax.train.objectives import make_objective
 from hybrid_jax.train.phase_layout import PhaseLayout, trained_names
 from tests.conftest import tiny_config, tiny_model
 from tests.train.conftest import batch_of, phase
@@ -40,7 +40,7 @@ def next_token(student, batch):
 def test_distillation_is_torch_s_weighed_as_its_options_say(streams, kind):
     model, batch, teacher, student = streams
     options = dict(kind=kind, temperature=2.0, divergence_weight=0.25, next_token_weight=0.5)
-    loss, metrics = make_objective("distill", options)(model, batch)
+    loss, metrics, _ = make_objective("distill", options)(model, batch)
     log_q, log_p = ((x / 2.0).log_softmax(-1) for x in (teacher, student))
     if kind == "reverse":
         log_q, log_p = log_p, log_q
@@ -48,7 +48,7 @@ def test_distillation_is_torch_s_weighed_as_its_options_say(streams, kind):
     assert float(metrics["divergence"]) == pytest.approx(want, rel=1e-5)
     assert float(metrics["next_token"]) == pytest.approx(next_token(student, batch), rel=1e-5)
     assert float(loss) == pytest.approx(0.25 * 4.0 * want + 0.5 * next_token(student, batch), rel=1e-5)
-    assert metrics["weight"] == batch["weights"].sum()
+    assert loss.weight == batch["weights"].sum()
 
 
 def test_cached_distillation_is_torch_s_weighed_as_its_options_say(streams):
@@ -59,7 +59,7 @@ def test_cached_distillation_is_torch_s_weighed_as_its_options_say(streams):
         "teacher_ids": jnp.asarray(ids.numpy().reshape(shape)),
         "teacher_log_probabilities": jnp.asarray(log_q.numpy().reshape(shape)),
     }
-    loss, metrics = make_objective("distill_cached", dict(divergence_weight=0.25, next_token_weight=0.5))(
+    loss, metrics, _ = make_objective("distill_cached", dict(divergence_weight=0.25, next_token_weight=0.5))(
         model, {**batch, **cached}
     )
     want = mean(
@@ -102,12 +102,12 @@ def test_an_alignment_s_losses_of_tokens_are_those_of_the_rows_by_themselves():
     segments[1, 4:] = 0
     rows = {"input_ids": ids, "segment_ids": segments, "loss_weights": np.ones(ids.shape, np.float32)}
     objective = make_objective("align_all", {})
-    loss, metrics = objective(model, {n: jnp.asarray(x) for n, x in training_batch(rows).items()})
-    losses, weights = (np.asarray(x) for x in metrics[PER_TOKEN])
-    assert np.array_equal(weights, segments) and metrics["weight"] == 13
+    loss, _, tokens = objective(model, {n: jnp.asarray(x) for n, x in training_batch(rows).items()})
+    losses, weights = (np.asarray(x) for x in tokens)
+    assert np.array_equal(weights, segments) and loss.weight == 13
     for row in (0, 1):
         alone = {n: jnp.asarray(x[row : row + 1]) for n, x in training_batch(rows).items()}
-        want = float(objective(model, alone)[0])
+        want = float(objective(model, alone).loss)
         assert np.average(losses[row], weights=weights[row]) == pytest.approx(want, rel=1e-5)
     assert np.average(losses, weights=weights) == pytest.approx(float(loss), rel=1e-5)
 
@@ -117,8 +117,8 @@ def test_a_loss_does_not_depend_on_the_scale_of_its_weights(scale):
     model, ids = tiny_model("*"), np.random.default_rng(0).integers(0, 61, (2, 9)).astype(np.int32)
     given = np.linspace(0.1, 1, 18, dtype=np.float32).reshape(2, 9) * scale
     rows = {"input_ids": ids, "segment_ids": np.ones_like(ids), "loss_weights": given}
-    loss, metrics = make_objective("next_token", {})(model, {n: jnp.asarray(x) for n, x in training_batch(rows).items()})
+    loss = make_objective("next_token", {})(model, {n: jnp.asarray(x) for n, x in training_batch(rows).items()}).loss
     logits = torch.tensor(np.asarray(model(ids), np.float64))[:, :-1].flatten(0, 1)
     losses = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[:, 1:].reshape(-1).astype(np.int64)), reduction="none")
     assert float(loss) == pytest.approx(np.average(losses.numpy(), weights=given[:, 1:].reshape(-1)), rel=1e-5)
-    assert float(metrics["weight"]) == pytest.approx(given[:, 1:].sum(), rel=1e-6)
+    assert float(loss.weight) == pytest.approx(given[:, 1:].sum(), rel=1e-6)

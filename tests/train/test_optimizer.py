@@ -12,8 +12,9 @@ from hybrid_jax.config import MoEConfig
 from hybrid_jax.model import abstract_decoder
 from hybrid_jax.parameters import abstract_parameters, marks
 from hybrid_jax.train import step as step_module
-from hybrid_jax.train.checkpoint import Health, TrainState
+from hybrid_jax.train.objective import Mean, Outcome
 from hybrid_jax.train.optimizer import learning_rate_schedule, make_optimizer
+from hybrid_jax.train.state import Health, TrainState
 from hybrid_jax.train.step import _judge, gradients_of, make_step
 from tests.conftest import relative_error, tiny_config
 from tests.train.conftest import Linear, phase
@@ -52,7 +53,7 @@ def steps_of(monkeypatch, p, parameters, gradients):
 
     def objective(model, batch, teacher):
         loss = sum(jnp.sum(model[n] * batch[n]) for n in model)
-        return loss, {"loss": loss, "weight": jnp.float32(1)}
+        return Outcome(Mean(loss, jnp.float32(1)))
 
     monkeypatch.setattr(step_module, "make_objective", lambda name, options: objective)
     layout = Linear(p, MARKS)
@@ -197,9 +198,7 @@ def test_schedules_at_their_boundaries():
 
 def test_parts_of_a_batch_weigh_what_their_losses_are_means_over():
     def loss_of(trainable, frozen, batch):
-        weight = jnp.sum(batch["weights"])
-        loss = jnp.sum(trainable * batch["x"] * batch["weights"]) / weight
-        return loss, {"loss": loss, "weight": weight}
+        return Mean.of(trainable * batch["x"], batch["weights"]), {}
 
     x, weights = np.array([[1.0], [2.0], [4.0], [8.0]]), np.array([[0.1], [0.1], [0.0], [0.3]])  # less than 1 in all
     batch = {"x": jnp.asarray(x, "float32"), "weights": jnp.asarray(weights, "float32")}
@@ -207,7 +206,7 @@ def test_parts_of_a_batch_weigh_what_their_losses_are_means_over():
     for parts in (1, 2):
         grads, metrics = gradients_of(loss_of, jnp.float32(3), {}, batch, parts)
         assert float(grads) == pytest.approx(want) and float(metrics["loss"]) == pytest.approx(3 * want)
-        assert float(metrics["weight"]) == pytest.approx(0.5)
+        assert float(metrics["loss"].weight) == pytest.approx(0.5)
 
 
 def test_spikes_are_counted_against_means_of_the_steps_that_counted():

@@ -24,7 +24,8 @@ from hybrid_jax.priming.fuse import check_teacher, fuse, share
 from hybrid_jax.priming.initialize import initialize_hybrid
 from hybrid_jax.train import read_metrics
 from hybrid_jax.train.loop import apply_phase_settings
-from hybrid_jax.train.objectives import OBJECTIVES, Objective, make_objective
+from hybrid_jax.train.objective import INPUTS, Mean, Objective, Outcome
+from hybrid_jax.train.objectives import OBJECTIVES, make_objective
 from hybrid_jax.train.phase_layout import TEACHER, PhaseLayout
 from tests.conftest import relative_error, tiny_config, tiny_model
 from tests.train.conftest import arrays, experiment, phase
@@ -50,9 +51,9 @@ def registered():
 
     def loss(model, batch, teacher=None, *, kind="symmetric", target=1.0):
         streams = model.two_streams(batch["input_ids"], teacher=teacher)
-        return target * jnp.mean(jnp.abs(streams.student - streams.teacher)), {}
+        return Outcome(Mean(target * jnp.mean(jnp.abs(streams.student - streams.teacher)), jnp.float32(1)))
 
-    OBJECTIVES["mine"] = Objective(loss, two_streams=True)
+    OBJECTIVES["mine"] = Objective(loss, reads=INPUTS, two_streams=True)
     yield "mine"
     del OBJECTIVES["mine"]
 
@@ -272,15 +273,15 @@ def test_alignment_does_not_see_padding():
     ids = np.random.default_rng(0).integers(1, 61, (2, 16)).astype(np.int32)
     real = np.arange(16) < np.array([[10], [16]])
     rows = {"input_ids": ids, "segment_ids": real.astype(np.int32), "loss_weights": real.astype(np.float32)}
-    found, metrics = loss(model, training_batch(rows))
-    other, _ = loss(model, training_batch({**rows, "input_ids": np.where(real, ids, 7)}))
+    found, *_ = loss(model, training_batch(rows))
+    other, *_ = loss(model, training_batch({**rows, "input_ids": np.where(real, ids, 7)}))
     streams = model.two_streams(ids, real.astype(np.int32))
 
     def error(a, b):
         return np.square(np.asarray(a, np.float64) - np.asarray(b))[real].mean()
 
     layers = sum(error(a, b) for teacher, student in streams.layers for a, b in zip(teacher, student, strict=True))
-    assert relative_error(found, layers / 2 + error(streams.teacher, streams.student)) < 1e-5
-    assert float(found) == float(other) and metrics["weight"] == 26
-    empty, metrics = loss(model, training_batch({**rows, "segment_ids": np.zeros_like(ids)}))
-    assert float(empty) == 0 and metrics["weight"] == 0
+    assert relative_error(found.value, layers / 2 + error(streams.teacher, streams.student)) < 1e-5
+    assert float(found) == float(other) and found.weight == 26
+    empty, *_ = loss(model, training_batch({**rows, "segment_ids": np.zeros_like(ids)}))
+    assert float(empty) == 0 and empty.weight == 0
