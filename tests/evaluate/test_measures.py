@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models
 from hybrid_jax.config import SWAConfig
 from hybrid_jax.data.corpus import Corpus, Source
 from hybrid_jax.data.tokens import Tokens
-from hybrid_jax.evaluate.measures import retrieval_loss_and_accuracy, text_loss
+from hybrid_jax.evaluate.measures import _batch_sums, retrieval_loss_and_accuracy, text_loss
 from hybrid_jax.parameters import join_model, split_model
 from hybrid_jax.priming.initialize import initialize_hybrid
 from hybrid_jax.priming.select import Selection, score_layers
@@ -41,6 +41,9 @@ def test_text_loss_is_the_mean_over_the_weighted_tokens_of_evenly_spaced_rows(co
     model, rows = tiny_model("*-GKA"), corpus.held_out_rows(LENGTH)
     assert len(rows) == 10
     assert text_loss(model, corpus, LENGTH, ROWS) == pytest.approx(measured(model, rows)[0], rel=1e-5)
+    _batch_sums.clear_cache()
+    text_loss(model, corpus, LENGTH, ROWS)
+    assert _batch_sums._cache_size() == 1  # the last batch, which is not full, needs no program of its own
     three = [rows[i] for i in (0, 4, 9)]
     assert text_loss(model, corpus, LENGTH, 3) == pytest.approx(measured(model, three)[0], rel=1e-5)
 

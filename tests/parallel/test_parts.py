@@ -131,6 +131,7 @@ def test_a_batch_s_targets_follow_their_tokens_through_the_layout():
 def test_repeated_layers_are_found():
     assert find_repeats("ababab") == [(0, 2, 3)]
     assert find_repeats("aaabbb") == [(0, 1, 3), (3, 1, 3)]
+    assert find_repeats("aaba") == [(0, 1, 2), (2, 2, 1)]  # three layers in two repeats, not in three
     assert sum(r.length for r in find_repeats("a" * 64)) == 1
     published = "*gggggg**ggg" + "*" * 14 + "ggg*gggggg"  # Qwen3-8B's layers in arXiv 2605.08301
     repeats = find_repeats(published)

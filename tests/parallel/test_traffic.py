@@ -43,6 +43,21 @@ def test_a_layer_s_parameters_are_gathered_and_its_gradients_scattered_in_the_co
     assert found.get("all-reduce", 0) <= 2 * 1.2 * 2 * SIZE * SIZE / FSDP  # of the parts, over `data`
 
 
+def test_the_gradient_of_a_gathered_parameter_is_sharded_as_the_parameter_is(mesh):
+    """Also where nothing else asks for it; else the sum would stand on every device."""
+    axes = ("embed", "mlp")
+    where = NamedSharding(mesh, partition_spec(mesh, axes))
+    w = jax.ShapeDtypeStruct((SIZE, SIZE), jnp.float32, sharding=where)
+    x = jax.ShapeDtypeStruct((16, 256, SIZE), jnp.float32, sharding=NamedSharding(mesh, partition_spec(mesh, TOKENS)))
+
+    def gradient(w, x):
+        return jax.grad(lambda w: jnp.sum((x @ gathered(w, axes)) ** 2))(w)
+
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(gradient).lower(w, x).compile()
+    assert compiled.output_shardings.is_equivalent_to(where, 2)
+
+
 def test_embeddings_cost_the_tokens_not_the_table(mesh):
     ids, vocab = ((16, 256), jnp.int32), 2**15
     found = wire_of_gradient(mesh, lambda w, ids: lookup(w, ids, jnp.bfloat16), (vocab, SIZE), ("vocab", "embed"), ids)
