@@ -123,9 +123,9 @@ class Corpus:
             raise ValueError(f"unknown data source {name!r} in data.mix; have {', '.join([*self.train, *SYNTHETIC])}")
         return self._packed(name, self.train[name], length, "training")
 
-    def held_out_rows(self, length: int) -> PackedRows:
-        """Rows of the first source's held-out part."""
-        name = next(iter(self.held_out))
+    def held_out_rows(self, length: int, name: str = "") -> PackedRows:
+        """Rows of a source's held-out part; default: the first source's."""
+        name = name or next(iter(self.held_out))
         return self._packed(name, self.held_out[name], length, "held-out")
 
     def _packing(self, name: str, shards: list[Tokens]) -> str:

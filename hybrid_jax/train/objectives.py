@@ -106,9 +106,7 @@ ALIGN_TARGETS = {
 }
 
 
-def align(
-    model: Decoder, batch: Batch, teacher: Decoder | None = None, *, target: str, pre_lm_head: bool = True
-) -> Outcome:
+def align(model: Decoder, batch: Batch, teacher: Decoder | None = None, *, target: str, pre_lm_head: bool = True) -> Outcome:
     """Makes the student stream imitate the teacher's: stage 1 of Priming (arXiv 2605.08301).
 
     loss = sum over layers of target(layer) / number of layers + MSE(final normed states) if `pre_lm_head`. Every mean is over

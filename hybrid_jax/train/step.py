@@ -39,9 +39,7 @@ Metrics = dict[str, Any]
 StepFunction = Callable[[TrainState, Mapping[str, jax.Array], Batch], tuple[TrainState, Metrics]]
 
 
-def make_step(
-    layout: PhaseLayout, phase: Phase, shardings: TrainState | None = None, sources: Sequence[str] = ()
-) -> StepFunction:
+def make_step(layout: PhaseLayout, phase: Phase, shardings: TrainState | None = None, sources: Sequence[str] = ()) -> StepFunction:
     """Makes (state, frozen, batch) -> (the next state, metrics), jitted; the state is donated.
 
     Frozen parameters have neither gradients nor optimizer state. The metrics are the objective's, `LOSS` among them, as means
