@@ -303,7 +303,7 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path, profile: tup
                 )
                 save_model(model, stage, tokenizer_from=source)
                 del model
-            if is_first() and not phase.keep_every:
+            if is_first() and not (phase.keep_every or phase.keep_best):
                 shutil.rmtree(checkpoints, ignore_errors=True)
             before = stage
     save_model(unfuse(load_model(before, mesh=meshes[-1])), out, tokenizer_from=source)

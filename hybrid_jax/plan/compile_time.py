@@ -48,7 +48,7 @@ def seconds(pattern: str, scan: bool) -> tuple[float, float]:
     """Returns the seconds for loss and gradients: (to trace and lower, to compile)."""
     decoder = model(pattern, scan)
     structure, _ = nnx.split(decoder)
-    step = jax.jit(jax.grad(lambda p, b: next_token(join_model(structure, p), b)[0]))
+    step = jax.jit(jax.grad(lambda p, b: next_token(join_model(structure, p), b).loss.value))
     begin = time.perf_counter()
     lowered = step.lower(abstract_parameters(decoder.config), abstract_batch(2, 256))
     traced = time.perf_counter()

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policy
 
 from hybrid_jax.files import unused
 from hybrid_jax.parallel.distributed import barrier, is_first, of_every_process, say
@@ -54,16 +55,32 @@ def _as_dict(state: TrainState) -> dict[str, Any]:
     return {**state._asdict(), "health": state.health._asdict()}
 
 
+class _KeepBest:
+    """Orbax's preservation policy for `Checkpoints.best`."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self.checkpoints = checkpoints
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        del context
+        return [c.step == self.checkpoints.best for c in checkpoints]
+
+
 class Checkpoints:
     """Saves asynchronously and atomically (orbax writes beside, then renames).
 
     Args:
       keep, keep_every: the newest that stay; and the steps, in multiples, whose checkpoints stay; 0: none.
+
+    Attributes:
+      best: the step whose checkpoint stays too, whatever comes after it; 0: none.
     """
 
     def __init__(self, directory: pathlib.Path, keep: int = 2, keep_every: int = 0):
+        self.best = 0
+        policies = [policy.LatestN(keep), *([policy.EveryNSteps(keep_every)] if keep_every else []), _KeepBest(self)]
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, keep_period=keep_every or None, create=True, enable_async_checkpointing=True
+            preservation_policy=policy.AnyPreservationPolicy(policies), create=True, enable_async_checkpointing=True
         )
         self.directory = directory.absolute()
         self.manager = ocp.CheckpointManager(self.directory, options=options)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,9 @@ from hybrid_jax.stopped import Stopped, StopRequest
 from hybrid_jax.train.cache import teacher_fingerprint
 from hybrid_jax.train.checkpoint import Checkpoints
 from hybrid_jax.train.diagnose import first_bad
+from hybrid_jax.train.evaluation import LOSS as HELD_OUT_LOSS
+from hybrid_jax.train.evaluation import Evaluation
+from hybrid_jax.train.hook import Hook, StepView
 from hybrid_jax.train.interval import LATEST, Interval
 from hybrid_jax.train.meter import Meter
 from hybrid_jax.train.metrics import MetricWriter, NoMetrics, progress_bar
@@ -77,7 +81,9 @@ def progress_text(values: dict[str, float]) -> str:
         parts.append(f"{values['tokens_per_second']:,.0f} tok/s")
     if "mfu" in values:
         parts.append(f"MFU {values['mfu']:.0%}")
-    if values["skipped"]:
+    if HELD_OUT_LOSS in values:
+        parts.append(f"held-out {values[HELD_OUT_LOSS]:.4f}")
+    if values.get("skipped"):
         parts.append(f"{values['skipped']:.0f} steps skipped")
     return ", ".join(parts)
 
@@ -95,6 +101,7 @@ def train_phase(
     mesh: Mesh | None = None,
     profile: tuple[int, int] | None = None,
     teacher: Callable[[], Decoder] | None = None,
+    hooks: Sequence[Hook] = (),
 ) -> Decoder:
     """Runs a phase from its start or its newest checkpoint.
 
@@ -105,6 +112,7 @@ def train_phase(
       profile: first and last step to trace, into `directory`'s neighbour `profile`.
       teacher: makes the source, which teaches where the objective compares two streams, in its place on the mesh; default: the
         model's own teacher stream as it is here. It does not change, and takes neither RoPE nor context length from the phase.
+      hooks: called beside the built-in evaluation; see `train.hook`.
 
     Returns:
       The trained model.
@@ -142,6 +150,8 @@ def train_phase(
     batches = training_batches(corpus, **described, rows=rows, teacher_cache=phase.teacher_cache, steps=phase.steps)
     made_of |= corpus.identity(mix)
     checkpoints, interval = Checkpoints(directory, phase.keep, phase.keep_every), Interval()
+    hooks = [*([Evaluation(phase, corpus, mix, mesh)] if phase.eval_every else ()), *hooks]
+    best, held_out = {"step": 0, "loss": math.inf}, {}
     done = saved = 0
     if (found := checkpoints.restore_latest(state)) is not None:
         done, state, saved_beside = found
@@ -149,6 +159,10 @@ def train_phase(
         _check_same(name, done, saved_beside["made_of"], made_of)
         batches.set_state(saved_beside["rows"])
         interval.set_state(saved_beside["interval"])
+        best = saved_beside.get("best") or best
+        checkpoints.best = best["step"]
+        for hook in hooks:
+            hook.set_state(saved_beside.get("hooks", {}).get(hook.name, {}))
         say(f"{name}: resumed at step {done}")
     step_fn = make_step(layout, phase, shardings, sources_of(mix))
     seq_devices = 1 if mesh is None else mesh.shape["seq"]
@@ -171,7 +185,7 @@ def train_phase(
             latest = {name: float(whole_array(metrics[name])) for name in LATEST}
             values = {**interval.means(sums), **latest, **meter.read(step)}
             writer.write(name, step, values)
-            bar.set_postfix_str(progress_text(values))
+            bar.set_postfix_str(progress_text({**values, **held_out}))
         meter.begin(step)
         return bool(whole_array(metrics[STOP]))
 
@@ -195,10 +209,31 @@ def train_phase(
             logged = done % phase.log_every == 0 or done == 1 or last
             pending = (done, metrics, batch, interval.take() if logged else None)
             bar.update()
-            if done % phase.checkpoint_every == 0 or last or stopping:
-                told_to |= read_metrics_of(*pending)  # so that what is saved has been logged
-                pending = None
+            due, improved = [hook for hook in hooks if done % hook.every == 0 or last], False
+            if due:
+                told_to |= read_metrics_of(*pending)  # so that a bad step ends the phase before it is evaluated
+                pending, stopping = None, stopping or told_to
+                view = StepView(name, phase, done, mesh, state, frozen, layout)
+                with meter.paused():
+                    values = {n: x for hook in due for n, x in hook(view).items()}
+                del view
+                improved = phase.keep_best and values.get(HELD_OUT_LOSS, math.inf) < best["loss"]
+                if improved:
+                    best = {"step": done, "loss": values[HELD_OUT_LOSS]}
+                    checkpoints.best = done
+                if phase.keep_best and best["step"]:
+                    values["eval/best_step"] = float(best["step"])
+                held_out = {n: values[n] for n in (HELD_OUT_LOSS,) if n in values}
+                writer.write(name, done, values)
+            if done % phase.checkpoint_every == 0 or last or stopping or improved:
+                if pending is not None:
+                    told_to |= read_metrics_of(*pending)  # so that what is saved has been logged
+                    pending = None
                 beside = {"rows": batches.get_state(), "interval": interval.state(), "made_of": made_of}
+                if best["step"]:  # infinity is not JSON
+                    beside["best"] = best
+                if hooks:
+                    beside["hooks"] = {hook.name: hook.state() for hook in hooks}
                 checkpoints.save(done, state, beside)
                 saved, stopping = done, stopping or told_to
             if stopping:

@@ -47,6 +47,14 @@ class Meter:
         yield
         self.waited += time.perf_counter() - begin
 
+    @contextlib.contextmanager
+    def paused(self):
+        """Context manager whose time counts for nothing: neither as training nor as waiting."""
+        begin = time.perf_counter()
+        yield
+        if self.begun is not None:
+            self.begun += time.perf_counter() - begin
+
     def read(self, step: int) -> dict[str, float]:
         """After `step`; without speeds if there were none to measure."""
         values = {}

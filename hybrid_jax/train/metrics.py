@@ -70,13 +70,15 @@ class NoMetrics:
 
 
 def read_metrics(directory: pathlib.Path) -> list[dict]:
-    """The lines of `metrics.jsonl`; of a step written twice (a resumed run) the last; torn lines (of a killed one) are left out."""
+    """Returns the values of every logged step, from `metrics.jsonl`; a step's lines are merged, and of a value written twice (by a
+    resumed run) the last counts. Torn lines (of a killed run) are left out."""
     path = directory / "metrics.jsonl"
     rows = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
             row = json.loads(line)
-            rows[row["phase"], row["step"]] = row
+            key = row["phase"], row["step"]
+            rows[key] = {**rows.get(key, {}), **row}
     return list(rows.values())
 
 

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 
-from hybrid_jax.checks import check_choice, check_integer, check_known, check_number
+from hybrid_jax.checks import check_boolean, check_choice, check_integer, check_known, check_number
 from hybrid_jax.data import Corpus
 from hybrid_jax.model import REMAT
 from hybrid_jax.train.objectives import OBJECTIVES, make_objective
@@ -25,8 +25,8 @@ CHOICES = {
 }
 SHAPED_BY = {"decay_steps": ("wsd",), "final_fraction": ("cosine", "linear", "wsd")}  # the schedules that read a value
 INTEGERS = {  # name -> the least
-    **dict.fromkeys(("batch_size", "seq_len", "accumulate", "bad_steps", "log_every", "checkpoint_every", "keep"), 1),
-    **dict.fromkeys(("steps", "tokens", "warmup_steps", "decay_steps", "max_position_embeddings", "keep_every"), 0),
+    **dict.fromkeys(("batch_size", "seq_len", "accumulate", "eval_rows", "bad_steps", "log_every", "checkpoint_every", "keep"), 1),
+    **dict.fromkeys(("steps", "tokens", "warmup_steps", "decay_steps", "max_position_embeddings", "keep_every", "eval_every"), 0),
 }
 NUMBERS = {
     **dict.fromkeys(("epochs", "learning_rate", "weight_decay", "clip", "rope_theta", "answer_weight"), dict(minimum=0)),
@@ -69,6 +69,11 @@ class Phase:
       answer_weight: weight of a synthetic task's answer, against 1 for a token of text.
       teacher_cache: for `distill_cached`, the directory made by `cache-teacher`.
       mesh: axis -> size (see `parallel.mesh`), in place of the experiment's.
+      eval_every: steps between two evaluations (see `train.evaluation`), which do not change the training; 0: none. The last
+        step is evaluated too. An evaluation costs about a third of a step per `batch_size` rows.
+      eval_rows: rows of each source that are evaluated; more of them make differences between steps less noisy.
+      keep_best: keeps the checkpoint with the lowest `eval/loss` beside the newest ones, also when the phase has ended, for
+        `export --phase P --step N`; `eval/best_step` in the metrics is its step. Needs `eval_every`.
       log_every: steps, of which the means are logged (see `train.interval`); step 1 is logged on its own.
       checkpoint_every: steps.
       keep, keep_every: the newest checkpoints that stay, and the steps whose checkpoints outlive the phase (0: none do).
@@ -106,6 +111,9 @@ class Phase:
     answer_weight: float = 1.0
     teacher_cache: str = ""
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    eval_every: int = 0
+    eval_rows: int = 64
+    keep_best: bool = False
     log_every: int = 10
     checkpoint_every: int = 200
     keep: int = 2
@@ -153,6 +161,8 @@ class Phase:
             check_integer(f"phase.{name}", getattr(self, name), minimum=least)
         for name, bounds in NUMBERS.items():
             check_number(f"phase.{name}", getattr(self, name), **bounds)
+        if check_boolean("phase.keep_best", self.keep_best) and not self.eval_every:
+            raise ValueError("phase.keep_best needs a phase.eval_every: the best checkpoint is that of the lowest held-out loss")
         if check_number("phase.spike", self.spike, minimum=0) and self.spike <= 1:
             raise ValueError(f"phase.spike must be above 1, or 0 for never, got {self.spike}: the mean itself would be skipped")
         for name, share in dict(self.mix).items():

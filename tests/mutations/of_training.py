@@ -224,8 +224,8 @@ MUTATIONS = [
     ),
     Mutation(
         METRICS,
-        'rows[row["phase"], row["step"]] = row',
-        'rows.setdefault((row["phase"], row["step"]), row)',
+        "{**rows.get(key, {}), **row}",
+        "{**row, **rows.get(key, {})}",
         "of a step written twice the first counts",
         (f"{OF_STEPS}::test_a_torn_line_of_a_killed_run_is_left_out",),
     ),

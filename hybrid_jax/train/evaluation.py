@@ -1,0 +1,88 @@
+"""Evaluation during training: held-out loss of each data source, and retrieval accuracy, on the phase's mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from hybrid_jax.data import HELD_OUT_SEED, Corpus
+from hybrid_jax.data.layout import training_batch
+from hybrid_jax.evaluate.measures import BLOCK, PAIRS, batch_sums, evenly_spaced
+from hybrid_jax.parallel.distributed import say, whole_array
+from hybrid_jax.parameters import split_model
+from hybrid_jax.train.hook import Hook, StepView
+from hybrid_jax.train.placement import own_rows, to_mesh
+
+if TYPE_CHECKING:
+    from hybrid_jax.train.phase import Phase
+
+LOSS = "eval/loss"  # the mean of the sources' held-out losses by their shares of the phase's rows
+
+
+class Evaluation(Hook):
+    """Logs `eval/loss/SOURCE` for each source of text in the mix, their mean `eval/loss`, and `eval/retrieval` (accuracy).
+
+    The rows are the same at every call and on every mesh: evenly spaced rows of each held-out part, and retrieval blocks of a
+    seed of their own. Retrieval is measured where a row has room for a block.
+
+    Raises:
+      ValueError: no source's held-out part fills a row.
+    """
+
+    name = "evaluation"
+
+    def __init__(self, phase: Phase, corpus: Corpus, mix: Mapping[str, float], mesh: Mesh | None):
+        super().__init__(phase.eval_every)
+        self.mesh, self.size, self.length = mesh, phase.rows_at_a_time, phase.seq_len
+        self.mine = own_rows(mesh, self.size)
+        texts = {n: share for n, share in mix.items() if share and n in corpus.held_out}
+        self.shares = texts or dict.fromkeys(corpus.held_out, 1.0)
+        self.sets: dict[str, tuple[Any, list[int]]] = {}
+        problem = ""
+        for source in self.shares:
+            try:
+                rows = corpus.held_out_rows(self.length, source)
+                self.sets[source] = rows, evenly_spaced(len(rows), phase.eval_rows)
+            except ValueError as e:
+                problem = str(e)
+                say(f"{source} is not evaluated: {e}")
+        if not self.sets:
+            raise ValueError(f"phase.eval_every is {phase.eval_every}, but nothing can be evaluated: {problem}")
+        self.retrieval = None
+        if self.length >= BLOCK:
+            task = corpus.retrieval(self.length, HELD_OUT_SEED, min_pairs=PAIRS, max_pairs=PAIRS)
+            self.retrieval = task, list(range(phase.eval_rows))
+
+    def __call__(self, view: StepView) -> dict[str, float]:
+        structure, parameters = split_model(view.model)
+
+        def measure(rows, indices):
+            total = np.zeros(3)
+            for batch in self._batches(rows, indices):
+                total += np.asarray(whole_array(batch_sums(structure, parameters, batch)), np.float64)
+            return total
+
+        sums = {name: measure(*rows) for name, rows in self.sets.items()}
+        losses = {name: float(loss / weight) for name, (loss, _, weight) in sums.items() if weight > 0}
+        shares = sum(self.shares[name] for name in losses)
+        values = {f"{LOSS}/{name}": loss for name, loss in losses.items()}
+        if losses:
+            values[LOSS] = sum(self.shares[name] * loss for name, loss in losses.items()) / shares
+        if self.retrieval is not None:
+            _, right, weight = measure(*self.retrieval)
+            values["eval/retrieval"] = float(right / weight)
+        return values
+
+    def _batches(self, rows, indices):
+        """Yields batches of the phase's microbatch size over the mesh; the last one is padded with rows of weight 0."""
+        seq_devices = 1 if self.mesh is None else self.mesh.shape["seq"]
+        for begin in range(0, len(indices), self.size):
+            places = [begin + row for row in self.mine]
+            found = [rows[indices[place]] if place < len(indices) else None for place in places]
+            like = rows[indices[0]]
+            names = ("input_ids", "segment_ids", "loss_weights")
+            own = {n: np.stack([np.zeros_like(like[n]) if row is None else row[n] for row in found]) for n in names}
+            yield to_mesh(self.mesh, training_batch(own, seq_devices), self.size, self.mine)

@@ -1,0 +1,69 @@
+"""The contract of a hook: something that the training loop calls every so many steps, and logs what it returns."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from jax.sharding import Mesh
+
+from hybrid_jax.model import Decoder
+
+if TYPE_CHECKING:
+    from hybrid_jax.train.phase import Phase
+    from hybrid_jax.train.phase_layout import PhaseLayout
+    from hybrid_jax.train.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class StepView:
+    """A phase after one of its steps, as a hook sees it. Its arrays are valid during the call only: the next step reuses them.
+
+    Attributes:
+      name, phase: the phase's name and settings.
+      step: the number of steps done.
+      mesh: the mesh whose context the hook runs in; None for one device.
+      state, frozen, layout: the parameters as they are trained.
+    """
+
+    name: str
+    phase: Phase
+    step: int
+    mesh: Mesh | None
+    state: TrainState
+    frozen: Mapping[str, Any]
+    layout: PhaseLayout
+
+    @functools.cached_property
+    def model(self) -> Decoder:
+        """The model in the phase's form, repeated layers stacked, sharded over the mesh."""
+        return self.layout.models(self.state.trainable, self.frozen)[0]
+
+
+class Hook:
+    """Called after every `every`-th step and after the last one, on every process of a job, in the mesh's context.
+
+    It must not change what it sees. Its time does not count in `tokens_per_second`.
+
+    Args:
+      every: steps between two calls, at least 1.
+    """
+
+    name = "hook"
+    """The key of its state in a checkpoint, different for each hook of a phase."""
+
+    def __init__(self, every: int):
+        self.every = every
+
+    def __call__(self, view: StepView) -> Mapping[str, float]:
+        """Returns what is logged for this step; name values `group/name`, and return the same on every process."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        """Returns what a resumed run needs, as JSON; saved with every checkpoint, after the call of that step."""
+        return {}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Takes over the state of a checkpoint."""
