@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
-from hybrid_jax.checks import check_boolean
+from hybrid_jax.checks import check_boolean, check_number
 from hybrid_jax.mixers import (
     ATTENTION,
     KINDS,
@@ -128,6 +128,8 @@ class ModelConfig:
       attention_windows: per layer, the source's own sliding window, or None for full attention.
       query_scaling: Ministral-3's (beta, original_max_position_embeddings): queries are multiplied by
         1 + beta * log(1 + floor(position / original_max_position_embeddings)).
+      logits_scaling: the logits are divided by this number, above 0.
+      logits_soft_cap: c > 0: the logits x, after scaling, become c * tanh(x / c) (Gemma 2); None: they stay as they are.
       mixers: the options of mixer kinds that are not the defaults, at most one of each class (`GKAConfig(num_iter=10),
         ...`), for all layers of the kind; read them with `options`.
       extra: keys of the source's config.json that the decoder does not use (token ids and the like);
@@ -153,6 +155,8 @@ class ModelConfig:
     mlp_bias: bool = False
     attention_windows: tuple[int | None, ...] = ()
     query_scaling: tuple[float, int] | None = None
+    logits_scaling: float = 1.0
+    logits_soft_cap: float | None = None
     initializer_range: float = 0.02
     moe: MoEConfig | None = None
     mixers: tuple[MixerOptions, ...] = ()
@@ -172,6 +176,9 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+        check_number("logits_scaling", self.logits_scaling, above=0)
+        if self.logits_soft_cap is not None:
+            check_number("logits_soft_cap", self.logits_soft_cap, above=0)
         windows = self.attention_windows or (None,) * len(self.layers)
         object.__setattr__(self, "attention_windows", tuple(check_key("attention_windows", windows)))
         if len(self.attention_windows) != len(self.layers):

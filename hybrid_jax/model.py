@@ -16,6 +16,7 @@ from hybrid_jax.layers import MLP, Embedding, Linear, MoE, RMSNorm, make_mixer
 from hybrid_jax.layers.parameter import marks_of
 from hybrid_jax.mixers import KINDS
 from hybrid_jax.parallel import attention
+from hybrid_jax.parallel.head import Head
 from hybrid_jax.parallel.sequence import positions_of
 from hybrid_jax.parallel.sharding import TOKENS, axis_size, constrain, gathered
 from hybrid_jax.repeats import Repeat, find_repeats
@@ -221,14 +222,11 @@ class Decoder(nnx.Module):
         (taught, student), layers = self._through_layers(both, (start, hidden), *others)
         return TwoStreams(tuple(layers), (teacher or self).norm(taught), self.norm(student))
 
-    def head(self, hidden):
-        """Final hidden states -> logits [..., vocab], in the compute dtype."""
-        return self.embed_tokens.attend(hidden) if self.lm_head is None else self.lm_head(hidden)
-
     @property
-    def head_kernel(self):
-        """[hidden, vocab] of the output head."""
-        return self.embed_tokens.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
+    def head(self) -> Head:
+        """The output head, a function of the final normed states [..., hidden] that returns the logits [..., vocab] in float32."""
+        kernel = self.embed_tokens.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
+        return Head(kernel, self.config.logits_scaling, self.config.logits_soft_cap)
 
     def __call__(self, input_ids, segment_ids=None, positions=None):
         """Logits [B,T,vocab] of input_ids [B,T]; segment ids pack several sequences in a row, 0 is padding."""

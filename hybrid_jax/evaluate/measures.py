@@ -25,8 +25,8 @@ def batch_sums(structure, parameters, batch):
     """[sum of weight * loss, sum of weight * (argmax is right), sum of weight]."""
     model, weights = join_model(structure, parameters), batch["weights"]
     hidden, _ = model.hidden_states(batch["input_ids"], batch["segment_ids"], batch["positions"])
-    losses = cross_entropy(hidden, model.head_kernel, batch["targets"])
-    right = top_k_tokens(hidden, model.head_kernel, 1)[0][..., 0] == batch["targets"]
+    losses = cross_entropy(hidden, model.head, batch["targets"])
+    right = top_k_tokens(hidden, model.head, 1)[0][..., 0] == batch["targets"]
     return jnp.stack([jnp.sum(losses * weights), jnp.sum(right * weights), jnp.sum(weights)])
 
 

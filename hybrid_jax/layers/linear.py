@@ -51,9 +51,6 @@ class Embedding(nnx.Module):
     def __call__(self, ids, dtype):
         return lookup(self.embedding[...], ids, dtype)
 
-    def attend(self, x):
-        return x @ self.embedding[...].astype(x.dtype).T
-
 
 def rms_norm(x, weight, eps):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32; returned in x's dtype."""

@@ -8,33 +8,49 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from hybrid_jax.parallel.tiles import logits_of, loss_of_logits
+from hybrid_jax.parallel.head import Head, as_head
+from hybrid_jax.parallel.tiles import Vocabulary, loss_of_logits
 
 KINDS = ("forward", "reverse")
-EXCLUDED = -1e30  # a logit that counts for nothing
+EXCLUDED = -1e30  # the logit of a token that is left out of a log-sum-exp
 
 
-def divergence(hidden, head, teacher_hidden, teacher_head, *, kind: str = "forward", temperature: float = 1.0):
-    """KL(teacher | student), or KL(student | teacher) if `reverse`, of every token, in nats, float32.
+def divergence(
+    hidden: jax.Array,
+    head: Head | jax.Array,
+    teacher_hidden: jax.Array,
+    teacher_head: Head | jax.Array,
+    *,
+    kind: str = "forward",
+    temperature: float = 1.0,
+) -> jax.Array:
+    """Returns KL(teacher | student), or KL(student | teacher) for `kind="reverse"`, of every token, in nats.
 
     Both distributions are softmax(logits / temperature); nothing is multiplied by temperature^2.
 
     Args:
       hidden, teacher_hidden: [B, T, hidden] final states.
-      head, teacher_head: [hidden, vocab]; may be the same array.
+      head, teacher_head: the models' heads, or the kernels [hidden, vocab] of plain ones; they may be the same.
+      kind: `forward` or `reverse`.
+      temperature: what both models' logits are divided by.
 
     Returns:
       [B, T].
     """
 
-    def log_probabilities(vocabulary, logits, lse=None):
+    teacher = as_head(teacher_head)
+
+    def log_probabilities(vocabulary: Vocabulary, logits: jax.Array, lse: jax.Array | None = None):
+        """Returns log softmax(logits / temperature) [tile, local vocab] and its log-sum-exp [tile, 1]."""
         logits = logits / temperature
         lse = vocabulary.log_sum_exp(logits) if lse is None else lse
         return logits - lse, lse
 
-    def both(vocabulary, logits, tokens, constants, kept=(None, None)):
+    def both(vocabulary: Vocabulary, logits: jax.Array, tokens, constants, kept=(None, None)):
+        """Returns the student's and the teacher's log-probabilities, and their log-sum-exps."""
+        (hidden,), (kernel,) = tokens, constants
         own, own_lse = log_probabilities(vocabulary, logits, kept[0])
-        other, other_lse = log_probabilities(vocabulary, logits_of(*tokens, *constants), kept[1])
+        other, other_lse = log_probabilities(vocabulary, teacher.with_kernel(kernel)(hidden), kept[1])
         return own, other, (own_lse, other_lse)
 
     def value(vocabulary, logits, tokens, constants):
@@ -49,35 +65,41 @@ def divergence(hidden, head, teacher_hidden, teacher_head, *, kind: str = "forwa
         p = jnp.exp(own)
         return (p - jnp.exp(other) if kind == "forward" else p * (own - other - found[:, None])) / temperature
 
-    teacher, constant = map(jax.lax.stop_gradient, (teacher_hidden, teacher_head.astype(hidden.dtype)))
-    return loss_of_logits(value, slope, hidden, head, (teacher,), (constant,))
+    fixed, kernel = map(jax.lax.stop_gradient, (teacher_hidden, teacher.kernel.astype(hidden.dtype)))
+    return loss_of_logits(value, slope, hidden, head, (fixed,), (kernel,))
 
 
-def top_k_divergence(hidden, head, ids, log_probabilities):
-    """KL(teacher | student) where of the teacher only its k likeliest tokens are known, all others as one event.
+def top_k_divergence(hidden: jax.Array, head: Head | jax.Array, ids: jax.Array, log_probabilities: jax.Array) -> jax.Array:
+    """Returns KL(teacher | student) of every token, in nats, given the teacher's top-k tokens; all others count as one event.
 
     The student's probability of the others is summed over them, not 1 minus the sum over the known ones, which would cancel for
     a confident student. The teacher's is 1 minus the sum of what is known.
 
     Args:
       hidden, head: as in `divergence`.
-      ids, log_probabilities: [B, T, k], distinct ids.
+      ids, log_probabilities: [B, T, k] of the teacher's top-k tokens; the ids of a token are distinct.
 
     Returns:
-      [B, T].
+      [B, T] float32.
     """
     return loss_of_logits(_top_k_value, _top_k_slope, hidden, head, (ids, jax.lax.stop_gradient(log_probabilities)))
 
 
-def _known(vocabulary, logits, ids):
-    """(which of the known tokens this part of the vocabulary has, their row and place there, beyond its end where it has not)."""
+def _known(vocabulary: Vocabulary, logits: jax.Array, ids: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Finds the known tokens ids [tile, k] in this device's shard of the vocabulary.
+
+    Returns:
+      (inside [tile, k], which of them the shard holds; an index into `logits` of their columns, which for the others is past the
+      end, so that `mode="drop"` and `mode="fill"` skip them).
+    """
     size = logits.shape[-1]
     here = vocabulary.local(ids, size)
     inside = (here >= 0) & (here < size)
     return inside, (jnp.arange(len(ids))[:, None], jnp.where(inside, here, size))
 
 
-def _top_k_value(vocabulary, logits, tokens, _):
+def _top_k_value(vocabulary: Vocabulary, logits: jax.Array, tokens, _) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Returns the losses [tile] and what `_top_k_slope` needs, [tile, 1] each; see `loss_of_logits`."""
     (ids, log_q), lse = tokens, vocabulary.log_sum_exp(logits)
     inside, at = _known(vocabulary, logits, ids)
     log_p = vocabulary.sum(jnp.where(inside, logits.at[at].get(mode="fill", fill_value=0) - lse, 0))
@@ -90,8 +112,11 @@ def _top_k_value(vocabulary, logits, tokens, _):
     return found, (lse, lse_rest, rest_q)
 
 
-def _top_k_slope(vocabulary, logits, kept, tokens, _):
-    """p - q of the known tokens; of all others p - rest q * p / rest p. (The q's sum is 1, or more by their rounding.)"""
+def _top_k_slope(vocabulary: Vocabulary, logits: jax.Array, kept, tokens, _) -> jax.Array:
+    """Returns d loss / d logits [tile, local vocab]: p - q for the known tokens, p - rest_q * p / rest_p for the others.
+
+    The q's sum to 1, or to a little more because they are rounded; `total` accounts for that.
+    """
     (ids, log_q), (lse, lse_rest, rest_q) = tokens, kept
     q = jnp.exp(log_q)
     _, at = _known(vocabulary, logits, ids)

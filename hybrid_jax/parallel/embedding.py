@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from hybrid_jax.parallel.sharding import TOKENS, axes_cutting, shard_map_by_axes
+from hybrid_jax.parallel.sharding import TOKENS, mesh_axes_of, shard_map_by_axes
 
 
 def lookup(table, ids, dtype):
@@ -21,7 +21,7 @@ def lookup(table, ids, dtype):
     Returns:
       [B, T, hidden].
     """
-    columns, rows = axes_cutting("embed"), axes_cutting("vocab")
+    columns, rows = mesh_axes_of("embed"), mesh_axes_of("vocab")
 
     def local(table, ids):
         if columns:

@@ -92,7 +92,7 @@ def axis_size(name: str) -> int:
     return 1 if mesh is None else mesh.shape.get(name, 1)
 
 
-def axes_cutting(logical: str) -> tuple[str, ...]:
+def mesh_axes_of(logical: str) -> tuple[str, ...]:
     """The axes of the mesh in context that cut a logical axis."""
     return tuple(axis for axis in RULES[logical] if axis_size(axis) > 1)
 

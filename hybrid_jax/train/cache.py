@@ -99,7 +99,7 @@ def cache_teacher(
     def answers(parameters, batch):
         model, _ = layout.models({}, parameters)
         hidden, _ = model.hidden_states(batch["input_ids"], batch["segment_ids"], batch["positions"])
-        return top_k_tokens(hidden, model.head_kernel, k)
+        return top_k_tokens(hidden, model.head, k)
 
     seq_devices = 1 if mesh is None else mesh.shape["seq"]
     at_a_time = phase.rows_at_a_time

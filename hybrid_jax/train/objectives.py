@@ -23,7 +23,7 @@ def next_token(model: Decoder, batch: Batch, teacher: Decoder | None = None) -> 
     """Weighted mean next-token cross-entropy: of text, or of what an assistant says (the data's weights make it SFT)."""
     del teacher
     hidden, _ = model.hidden_states(batch["input_ids"], batch["segment_ids"], batch["positions"])
-    losses = cross_entropy(hidden, model.head_kernel, batch["targets"])
+    losses = cross_entropy(hidden, model.head, batch["targets"])
     return mean_over_tokens(losses, batch["weights"])
 
 
@@ -50,8 +50,8 @@ def distill(
     """
     at = (batch["input_ids"], batch["segment_ids"], batch["positions"])
     streams = model.two_streams(*at, compare=lambda t, s: (), teacher=teacher)
-    head = (teacher or model).head_kernel
-    found = divergence(streams.student, model.head_kernel, streams.teacher, head, kind=kind, temperature=temperature)
+    head = (teacher or model).head
+    found = divergence(streams.student, model.head, streams.teacher, head, kind=kind, temperature=temperature)
     return _mixed(model, batch, streams.student, found, divergence_weight * temperature**2, next_token_weight)
 
 
@@ -69,7 +69,7 @@ def distill_cached(
     """
     del teacher
     hidden, _ = model.hidden_states(batch["input_ids"], batch["segment_ids"], batch["positions"])
-    found = top_k_divergence(hidden, model.head_kernel, batch["teacher_ids"], batch["teacher_log_probabilities"])
+    found = top_k_divergence(hidden, model.head, batch["teacher_ids"], batch["teacher_log_probabilities"])
     return _mixed(model, batch, hidden, found, divergence_weight, next_token_weight)
 
 
@@ -80,7 +80,7 @@ def _mixed(
     weights, losses = batch["weights"], divergence_weight * found
     metrics = {"divergence": Mean.of(found, weights)}
     if next_token_weight:
-        entropies = cross_entropy(hidden, model.head_kernel, batch["targets"])
+        entropies = cross_entropy(hidden, model.head, batch["targets"])
         metrics["next_token"], losses = Mean.of(entropies, weights), losses + next_token_weight * entropies
     return mean_over_tokens(losses, weights, metrics)
 

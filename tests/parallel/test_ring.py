@@ -154,7 +154,7 @@ def test_a_vocabulary_in_parts_gives_the_losses_and_the_likeliest_tokens_of_all_
         mapped = jax.vmap(function, in_axes=tuple(0 if a == tiles.HEAD else None for a in axes), axis_name="tensor")
         return jax.tree.map(lambda x: x[1], mapped(*parts))
 
-    monkeypatch.setattr(tiles, "axes_cutting", lambda logical: ("tensor",) if logical == "vocab" else ())
+    monkeypatch.setattr(tiles, "mesh_axes_of", lambda logical: ("tensor",) if logical == "vocab" else ())
     monkeypatch.setattr(tiles, "shard_map_by_axes", on_parts)
     hidden, head, targets = random(1, 6, 8), random(8, 12, seed=1), jnp.asarray([[0, 3, 4, 7, 8, 11]])
     head = head.at[:, 10].set(head[:, 1])

@@ -68,7 +68,7 @@ def test_a_metric_has_its_own_denominator_however_the_batch_is_divided(table):
 
     def answers(model, batch, teacher=None):
         hidden, _ = model.hidden_states(batch["input_ids"], batch["segment_ids"], batch["positions"])
-        losses = cross_entropy(hidden, model.head_kernel, batch["targets"])
+        losses = cross_entropy(hidden, model.head, batch["targets"])
         own = (batch["weights"] == 2).astype(jnp.float32)
         return mean_over_tokens(losses, batch["weights"], {"answers": Mean.of(losses, own)})
 
@@ -87,5 +87,5 @@ def test_a_metric_has_its_own_denominator_however_the_batch_is_divided(table):
         assert metrics["answers"].weight == 10 and metrics["loss"].weight == weights.sum()
     assert found[3] == pytest.approx(found[1], rel=1e-5)
     hidden, _ = model.hidden_states(batch["input_ids"], batch["segment_ids"], batch["positions"])
-    losses = np.asarray(cross_entropy(hidden, model.head_kernel, batch["targets"]))
+    losses = np.asarray(cross_entropy(hidden, model.head, batch["targets"]))
     assert found[3]["answers"] == pytest.approx(losses[weights == 2].mean(), rel=1e-5)
