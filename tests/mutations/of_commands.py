@@ -99,8 +99,8 @@ MUTATIONS = [
     ),
     Mutation(
         "hybrid_jax/evaluate/measures.py",
-        "np.linspace(0, len(held_out) - 1,",
-        "np.linspace(0, len(held_out) // 2,",
+        "np.linspace(0, available - 1,",
+        "np.linspace(0, available // 2,",
         "the second half of the held-out text is not read",
         (f"{MEASURES}::test_text_loss_is_the_mean_over_the_weighted_tokens_of_evenly_spaced_rows",),
     ),

@@ -33,8 +33,8 @@ MUTATIONS = [
     Mutation(EVALUATE, "short = BATCH - len(part)", "short = 0", "the last batch has another shape", (MEASURES,)),
     Mutation(
         EVALUATE,
-        "np.linspace(0, len(held_out) - 1, min(rows, len(held_out)))",
-        "np.arange(min(rows, len(held_out)))",
+        "np.linspace(0, available - 1, min(rows, available))",
+        "np.arange(min(rows, available))",
         "rows are the first ones instead of evenly spaced",
         (MEASURES,),
     ),
