@@ -60,14 +60,14 @@ def test_a_layers_score_is_the_loss_that_replacing_it_adds(corpus):
     model = tiny_model("*-*")
     attention = model.layers[1].self_attn
     attention.o_proj.kernel[...] = jnp.zeros_like(attention.o_proj.kernel[...])  # a layer that does nothing costs nothing
-    selection = Selection(window=2, rows=4, seq_len=90)
+    selection = Selection(options=dict(window=2, rows=4, seq_len=90))
 
     def loss(model):
         text = [corpus.held_out_rows(90)[i] for i in range(2)]
         retrieval = [corpus.retrieval(90, 987_654_321, min_pairs=16, max_pairs=16)[i] for i in range(4)]
         return measured(model, text)[0] + measured(model, retrieval)[0]
 
-    scores = score_layers(model, corpus, selection)
+    scores = score_layers(model, corpus, selection).per_layer()
     narrow = join_model(*split_model(model))
     narrow.config = dataclasses.replace(model.config, swa=SWAConfig(2))
     windowed = initialize_hybrid(narrow, "SWA-*")
