@@ -121,7 +121,7 @@ class SwaRetrieval:
         structure, parameters = split_model(model)
         sums = np.zeros((model.config.num_layers + 1, 3))
         for batch in batches:
-            hidden = np.zeros((*batch["input_ids"].shape, model.config.hidden_size), model.compute_dtype)
+            hidden = jnp.zeros((*batch["input_ids"].shape, model.config.hidden_size), model.compute_dtype)
             for replaced in range(NONE, model.config.num_layers):
                 found, hidden = _replace(structure, parameters, batch, hidden, np.int32(replaced))
                 sums[replaced + 1] += np.asarray(found, np.float64)
