@@ -84,10 +84,10 @@ def _override(config: ConfigDict, path: list[str], text: str, fields: Mapping[st
     if isinstance(value if value is not None else default, Mapping | ConfigDict):
         raise ValueError(f"{where} is a group; set its fields, --{where}.NAME=VALUE")
     with config.unlocked(), config.ignore_type():
-        config[path[-1]] = _parse(where, text, default if value is None or isinstance(default, float) else value)
+        config[path[-1]] = parse_value(where, text, default if value is None or isinstance(default, float) else value)
 
 
-def _parse(where: str, text: str, like: Any) -> Any:
+def parse_value(where: str, text: str, like: Any) -> Any:
     """The text of an option as a value of the type of `like`.
 
     Raises:

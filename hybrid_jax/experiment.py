@@ -115,7 +115,8 @@ def _check_phases_fit(model_config: ModelConfig, config: ConfigDict, phases: lis
     if config.get("select"):
         check_known("config.select", config.select, fields_of(config)["select"])
     if not pattern and config.get("select"):
-        selection = Selection(**config.select)
+        selection = Selection.from_config(config.select)
+        selection.check(model_config)
         pattern = pattern_from_scores([0.0] * model_config.num_layers, selection.mixer, selection.fraction)
     hybrid = model_config.with_pattern(pattern) if pattern else model_config
     check_convertible(model_config, hybrid)

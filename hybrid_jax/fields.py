@@ -9,7 +9,7 @@ from typing import Any
 from hybrid_jax.data.corpus import SYNTHETIC, Source
 from hybrid_jax.mixers import options_by_key
 from hybrid_jax.parallel.mesh import AXES
-from hybrid_jax.priming.select import Selection
+from hybrid_jax.priming.select import select_fields
 from hybrid_jax.train.objectives import OBJECTIVES
 from hybrid_jax.train.phase import Phase
 
@@ -34,7 +34,7 @@ def fields_of(config: Mapping) -> dict[str, Any]:
         "model": {},
         "pattern": "",
         "fresh_parameters": "transformers",
-        "select": _defaults(Selection),
+        "select": select_fields(config.get("select") or {}),
         "mixers": {key: _defaults(cls) for key, cls in options_by_key().items()},
         "schedule": (),
         "phases": phases,

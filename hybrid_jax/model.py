@@ -107,7 +107,7 @@ class Decoder(nnx.Module):
         hidden = constrain(self.embed_tokens(input_ids, self.compute_dtype), *TOKENS)
         return hidden, dict(positions=positions, segment_ids=segment_ids)
 
-    def _through_layers(self, run_layer: Callable, carry, *others: Decoder):
+    def through_layers(self, run_layer: Callable, carry, *others: Decoder):
         """carry -> run_layer(layer, *others' layers, carry) -> (carry, out) through all layers; the outs in a list, one per layer.
 
         Layers that repeat are scanned: compiled once, however many. Their parameters come stacked (`stacking`) or
@@ -179,7 +179,7 @@ class Decoder(nnx.Module):
                 kind = layer.spec.teaching if stream == "teacher" else layer.spec.kind
                 return layer.run(kind, h, **at)[0].hidden, None
 
-            hidden, _ = self._through_layers(run, hidden)
+            hidden, _ = self.through_layers(run, hidden)
             return self.norm(hidden), None
         states = []
         for layer, s in zip(self.layers, state, strict=True):
@@ -219,7 +219,7 @@ class Decoder(nnx.Module):
             s, _ = layer.run(layer.spec.kind, student, **at)
             return (t.hidden, s.hidden), compare(t, s)
 
-        (taught, student), layers = self._through_layers(both, (start, hidden), *others)
+        (taught, student), layers = self.through_layers(both, (start, hidden), *others)
         return TwoStreams(tuple(layers), (teacher or self).norm(taught), self.norm(student))
 
     @property

@@ -16,6 +16,7 @@ from hybrid_jax.commands.main import main
 from hybrid_jax.config import GKAConfig, SWAConfig
 from hybrid_jax.experiment import _check_phases_fit, _with_mixer_options, mesh_of, mix_of
 from hybrid_jax.parameters import split_model
+from hybrid_jax.priming.scorers.contract import Scores
 from hybrid_jax.priming.select import Selection
 from hybrid_jax.train import Phase
 from tests.conftest import tiny_config, tiny_model
@@ -34,7 +35,7 @@ def test_select_scores_what_its_options_say_and_prints_the_cheapest(monkeypatch,
 
     def scores(_, __, selection):
         seen["selection"] = selection
-        return [0.3, 0.1, 0.2, 0.4]
+        return Scores([0.3, 0.1, 0.2, 0.4], "nats")
 
     monkeypatch.setattr(hybrid_jax.convert, "check_model_directory", lambda _: tiny_config("*-*-*-*"))
     monkeypatch.setattr(hybrid_jax.convert, "load_model", load)
@@ -43,7 +44,11 @@ def test_select_scores_what_its_options_say_and_prints_the_cheapest(monkeypatch,
     monkeypatch.setattr(hybrid_jax.priming.select, "score_layers", scores)
     options = ["--mixer", "GDN", "--fraction", "0.75", "--window", "9", "--rows", "5", "--seq-len", "77", "--text", "t"]
     assert main(["select", "src", *options]) == 0
-    assert seen == {"source": "src", "text": ("t", "src"), "selection": Selection("GDN", 0.75, 9, 5, 77)}
+    assert seen == {
+        "source": "src",
+        "text": ("t", "src"),
+        "selection": Selection("GDN", 0.75, options=dict(window=9, rows=5, seq_len=77)),
+    }
     assert capsys.readouterr().out == "GDN-GDN-GDN-*\n"
     assert main(["select", "src", "--seq-len", "257"]) == 1
     assert "--seq-len 257 is more than the model's max_position_embeddings, 256" in capsys.readouterr().err

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,35 +15,68 @@ from hybrid_jax.data.layout import training_batch
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.cross_entropy import cross_entropy
 from hybrid_jax.parallel.tiles import top_k_tokens
-from hybrid_jax.parameters import join_model, split_model
+from hybrid_jax.parameters import Parameters, join_model, split_model
 
-BATCH = 8
-PAIRS = 16  # of a retrieval block
-BLOCK = 4 * PAIRS + 2  # its tokens
+BATCH = 8  # rows that are evaluated at a time
+PAIRS = 16  # pairs in a block of retrieval
+BLOCK = 4 * PAIRS + 2  # tokens of such a block
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def batch_sums(structure, parameters, batch):
-    """[sum of weight * loss, sum of weight * (argmax is right), sum of weight]."""
-    model, weights = join_model(structure, parameters), batch["weights"]
-    hidden, _ = model.hidden_states(batch["input_ids"], batch["segment_ids"], batch["positions"])
+def loss_sums(
+    model: Decoder,
+    hidden: jax.Array,  # [B, T, hidden]
+    batch: Mapping[str, Any],
+) -> jax.Array:
+    """Returns [sum of weight * loss, sum of weight * (the most likely token is right), sum of weight].
+
+    Args:
+      hidden: the model's final normed hidden states of the batch.
+      batch: a `training_batch`.
+    """
+    weights = batch["weights"]
     losses = cross_entropy(hidden, model.head, batch["targets"])
     right = top_k_tokens(hidden, model.head, 1)[0][..., 0] == batch["targets"]
     return jnp.stack([jnp.sum(losses * weights), jnp.sum(right * weights), jnp.sum(weights)])
 
 
-def _weighted_sums(model: Decoder, rows) -> tuple[float, float, float]:
-    """`batch_sums` over all rows, in float64."""
-    structure, parameters = split_model(model)
-    total = np.zeros(3)
-    rows = list(rows)
+@functools.partial(jax.jit, static_argnums=0)
+def batch_sums(structure: Any, parameters: Parameters, batch: Mapping[str, Any]) -> jax.Array:
+    """`loss_sums` of a model on a batch."""
+    model = join_model(structure, parameters)
+    hidden, _ = model.hidden_states(batch["input_ids"], batch["segment_ids"], batch["positions"])
+    return loss_sums(model, hidden, batch)
+
+
+def padded_batches(rows: Iterable[Mapping[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+    """Returns training batches of `BATCH` rows each; the last one is filled with rows of weight 0."""
+    rows, batches = list(rows), []
     for i in range(0, len(rows), BATCH):
         part = rows[i : i + BATCH]
         batch = {k: np.stack([r[k] for r in part]) for k in part[0]}
         short = BATCH - len(part)  # rows of weight 0 keep the batch's shape
-        batch = {k: np.pad(v, ((0, short), (0, 0))) for k, v in batch.items()}
-        total += np.asarray(batch_sums(structure, parameters, training_batch(batch)), np.float64)
-    return tuple(total)
+        batches.append(training_batch({k: np.pad(v, ((0, short), (0, 0))) for k, v in batch.items()}))
+    return batches
+
+
+def _weighted_sums(model: Decoder, batches: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
+    """`loss_sums` over all batches, in float64."""
+    structure, parameters = split_model(model)
+    total = np.zeros(3)
+    for batch in batches:
+        total += np.asarray(batch_sums(structure, parameters, batch), np.float64)
+    return total
+
+
+def held_out_rows(corpus: Corpus, seq_len: int, rows: int) -> list[Mapping[str, np.ndarray]]:
+    """Returns evenly spaced rows of the held-out text: `rows`, or all where there are fewer."""
+    held_out = corpus.held_out_rows(seq_len)
+    return [held_out[i] for i in evenly_spaced(len(held_out), rows)]
+
+
+def retrieval_rows(corpus: Corpus, seq_len: int, rows: int, pairs: int = PAIRS) -> list[Mapping[str, np.ndarray]]:
+    """Returns rows of key-value retrieval that training does not see, in blocks of exactly `pairs` pairs."""
+    task = corpus.retrieval(seq_len, HELD_OUT_SEED, min_pairs=pairs, max_pairs=pairs)
+    return [task[i] for i in range(rows)]
 
 
 def evenly_spaced(available: int, rows: int) -> list[int]:
@@ -50,14 +85,22 @@ def evenly_spaced(available: int, rows: int) -> list[int]:
 
 
 def text_loss(model: Decoder, corpus: Corpus, seq_len: int, rows: int) -> float:
-    """Mean loss in nats a token on `rows` evenly spaced rows of the held-out text."""
-    held_out = corpus.held_out_rows(seq_len)
-    loss, _, weight = _weighted_sums(model, (held_out[i] for i in evenly_spaced(len(held_out), rows)))
-    return loss / weight
+    """Returns the mean loss on held-out text, in nats per token.
+
+    Args:
+      seq_len: tokens per row.
+      rows: how many rows to read; see `held_out_rows`.
+    """
+    loss, _, weight = _weighted_sums(model, padded_batches(held_out_rows(corpus, seq_len, rows)))
+    return float(loss / weight)
 
 
-def retrieval_loss_and_accuracy(model: Decoder, corpus: Corpus, seq_len: int, rows: int, pairs: int = PAIRS):
-    """Mean loss (nats) and accuracy of the values asked for, blocks of exactly `pairs` pairs."""
-    task = corpus.retrieval(seq_len, HELD_OUT_SEED, min_pairs=pairs, max_pairs=pairs)
-    loss, right, weight = _weighted_sums(model, (task[i] for i in range(rows)))
-    return loss / weight, right / weight
+def retrieval_loss_and_accuracy(model: Decoder, corpus: Corpus, seq_len: int, rows: int, pairs: int = PAIRS) -> tuple[float, float]:
+    """Returns the mean loss (nats) and the accuracy of the values that retrieval asks for.
+
+    Args:
+      seq_len: tokens per row.
+      rows, pairs: see `retrieval_rows`.
+    """
+    loss, right, weight = _weighted_sums(model, padded_batches(retrieval_rows(corpus, seq_len, rows, pairs)))
+    return float(loss / weight), float(right / weight)

@@ -1,9 +1,4 @@
-"""Which layers to convert: the paper's ranking with a cheap score.
-
-One attention layer at a time is replaced by sliding-window attention with the same weights, and the loss
-it costs is measured (arXiv 2605.08301, section 3.1, scores long-context benchmarks; here: mean
-negative log-likelihood on held-out text and on key-value retrieval). The layers that cost least are converted.
-"""
+"""Which layers to convert: those whose conversion costs least by a scorer (see `priming.scorers`)."""
 
 from __future__ import annotations
 
@@ -11,16 +6,19 @@ import dataclasses
 import json
 import math
 import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from hybrid_jax.checks import check_integer, check_number
-from hybrid_jax.config import ATTENTION, MixerSpec, SWAConfig, format_pattern, parse_pattern
+from hybrid_jax.checks import check_known, check_number
+from hybrid_jax.config import ATTENTION, ModelConfig, parse_pattern
 from hybrid_jax.data import Corpus
-from hybrid_jax.evaluate.measures import PAIRS, retrieval_loss_and_accuracy, text_loss
 from hybrid_jax.files import write_text
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.distributed import is_first, say
-from hybrid_jax.parameters import join_model, split_model
-from hybrid_jax.priming.initialize import initialize_hybrid
+from hybrid_jax.priming.scorers import DEFAULT_SCORER, SCORERS, find_scorer
+from hybrid_jax.priming.scorers.contract import Scorer, Scores
+
+GENERAL = ("mixer", "fraction", "scorer")  # fields of `config.select` that are not options of the scorer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,47 +27,92 @@ class Selection:
 
     Args:
       mixer: symbol of the mixer that replaces attention.
-      fraction: of the layers to convert.
-      window: of the sliding-window attention that stands in for a mixer while scoring.
-      rows, seq_len: held-out rows of each kind to score on.
+      fraction: fraction of the layers to convert.
+      scorer: what measures the cost of converting a layer; a key of `scorers.SCORERS`.
+      options: options of the scorer by name; those that are absent have its defaults.
+
+    Raises:
+      ValueError: an unknown scorer or option, or a bad value.
     """
 
     mixer: str = "GKA"
     fraction: float = 0.5
-    window: int = 16
-    rows: int = 16
-    seq_len: int = 256
+    scorer: str = DEFAULT_SCORER
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         check_number("select.fraction", self.fraction, above=0, maximum=1)
-        for name, minimum in (("window", 1), ("rows", 1), ("seq_len", 4 * PAIRS + 2)):
-            check_integer(f"select.{name}", getattr(self, name), minimum=minimum)
         if parse_pattern(self.mixer)[0].kind == ATTENTION:
             raise ValueError(f"select.mixer must be a mixer, got {self.mixer!r}")
+        self.make_scorer()
+
+    @classmethod
+    def from_config(cls, values: Mapping[str, Any]) -> Selection:
+        """Returns the selection that `config.select` describes, where the scorer's options stand beside the other fields."""
+        general = {name: values[name] for name in GENERAL if name in values}
+        return cls(**general, options={name: value for name, value in values.items() if name not in GENERAL})
+
+    def make_scorer(self) -> Scorer:
+        """Returns the scorer with its options."""
+        kind = find_scorer(self.scorer)
+        check_known(f"select, with the scorer {self.scorer!r},", self.options, scorer_options(self.scorer))
+        return kind(**self.options)
+
+    def check(self, config: ModelConfig) -> None:
+        """Checks, before a model is loaded, that a model of this config can be scored and that a layer is converted.
+
+        Raises:
+          ValueError, FileNotFoundError: it cannot be scored, or the fraction is less than half a layer.
+        """
+        self.make_scorer().check(config)
+        pattern_from_scores([0.0] * config.num_layers, self.mixer, self.fraction)
+
+    def described(self) -> dict[str, Any]:
+        """Returns every field and every option of the scorer by name, as `config.select` has them."""
+        options = dataclasses.asdict(self.make_scorer())
+        return {name: getattr(self, name) for name in GENERAL} | options
 
 
-def score_layers(model: Decoder, corpus: Corpus, selection: Selection) -> list[float]:
-    """What replacing each layer by SWA costs: rise of the mean loss (text + retrieval), in nats a token."""
-    config = model.config.with_options(SWAConfig(selection.window))
-    model = join_model(*split_model(model))  # the caller's model keeps its own window
-    model.config = config
+def scorer_options(scorer: str) -> dict[str, Any]:
+    """Returns a scorer's options with their defaults."""
+    return {field.name: field.default for field in dataclasses.fields(find_scorer(scorer))}
 
-    def loss(candidate):
-        text = text_loss(candidate, corpus, selection.seq_len, selection.rows)
-        return text + retrieval_loss_and_accuracy(candidate, corpus, selection.seq_len, selection.rows)[0]
 
-    whole = loss(model)
-    scores = []
-    for i in range(config.num_layers):
-        symbols = list(config.layers)
-        symbols[i] = MixerSpec("swa")
-        scores.append(loss(initialize_hybrid(model, format_pattern(symbols))) - whole)
-        say(f"select: layer {i} as SWA({selection.window}) costs {scores[-1]:+.4f} nats")
+def select_fields(select: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns every field that `config.select` may have, with its default; the options are those of the scorer it names."""
+    scorer = select.get("scorer", DEFAULT_SCORER)
+    general = {field.name: field.default for field in dataclasses.fields(Selection) if field.name in GENERAL}
+    return general | scorer_options(scorer if scorer in SCORERS else DEFAULT_SCORER)
+
+
+def score_layers(model: Decoder, corpus: Corpus, selection: Selection) -> Scores:
+    """Scores a model's layers and reports each cost.
+
+    Args:
+      model: the source; it is left unchanged.
+      corpus: the text to score on.
+
+    Raises:
+      ValueError: the scorer did not score each layer of the model.
+    """
+    scores = selection.make_scorer().score(model, corpus)
+    if len(scores.costs) != model.config.num_layers:
+        raise ValueError(
+            f"the scorer {selection.scorer!r} scored {len(scores.costs)} layers, the model has {model.config.num_layers}"
+        )
+    if not scores.of_heads:
+        for layer, cost in enumerate(scores.per_layer()):
+            say(f"select: converting layer {layer} costs {cost:+.4f} {scores.unit}")
     return scores
 
 
-def pattern_from_scores(scores: list[float], mixer: str, fraction: float) -> str:
-    """Converts the cheapest `fraction` of the layers; ties go to the earlier layer.
+def pattern_from_scores(scores: Sequence[float], mixer: str, fraction: float) -> str:
+    """Returns the pattern that converts the cheapest `fraction` of the layers; ties go to the earlier layer.
+
+    Args:
+      scores: the cost of converting each layer.
+      mixer: symbol of the mixer that replaces attention.
+      fraction: fraction of the layers to convert, rounded to a number of layers.
 
     Raises:
       ValueError: a score is not finite, so that there is no order, or the fraction is less than half a layer.
@@ -85,20 +128,23 @@ def pattern_from_scores(scores: list[float], mixer: str, fraction: float) -> str
     return "-".join(mixer if i in cheapest else "*" for i in range(len(scores)))
 
 
-def choose_pattern(model: Decoder, pattern: str, select, corpus: Corpus, workdir: pathlib.Path) -> str:
-    """The config's pattern; without one, the selection's; without both, the model as it is.
+def choose_pattern(model: Decoder, pattern: str, select: Mapping[str, Any] | None, corpus: Corpus, workdir: pathlib.Path) -> str:
+    """Returns the config's pattern; without one, the pattern that its selection chooses; without both, the model's own.
 
-    A selection is kept in `selection.json`.
+    Args:
+      pattern: `config.pattern`, which may be empty.
+      select: `config.select`, which may be empty; see `Selection.from_config`.
+      workdir: where a selection is recorded, in `selection.json`.
     """
     if pattern:
         return pattern
     if not select:
         return model.config.pattern
-    selection = Selection(**select)
-    scores = score_layers(model, corpus, selection)
+    selection = Selection.from_config(select)
+    scores = score_layers(model, corpus, selection).per_layer()
     pattern = pattern_from_scores(scores, selection.mixer, selection.fraction)
     if is_first():
-        record = {"pattern": pattern, "scores": scores, **dataclasses.asdict(selection)}
+        record = {"pattern": pattern, "scores": scores, **selection.described()}
         write_text(workdir / "selection.json", json.dumps(record, indent=2) + "\n")
     say(f"select: {pattern}")
     return pattern

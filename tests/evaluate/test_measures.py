@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models
 from hybrid_jax.config import SWAConfig
 from hybrid_jax.data.corpus import Corpus, Source
 from hybrid_jax.data.tokens import Tokens
-from hybrid_jax.evaluate.measures import _batch_sums, retrieval_loss_and_accuracy, text_loss
+from hybrid_jax.evaluate.measures import batch_sums, retrieval_loss_and_accuracy, text_loss
 from hybrid_jax.parameters import join_model, split_model
 from hybrid_jax.priming.initialize import initialize_hybrid
 from hybrid_jax.priming.select import Selection, score_layers
@@ -41,9 +41,9 @@ def test_text_loss_is_the_mean_over_the_weighted_tokens_of_evenly_spaced_rows(co
     model, rows = tiny_model("*-GKA"), corpus.held_out_rows(LENGTH)
     assert len(rows) == 10
     assert text_loss(model, corpus, LENGTH, ROWS) == pytest.approx(measured(model, rows)[0], rel=1e-5)
-    _batch_sums.clear_cache()
+    batch_sums.clear_cache()
     text_loss(model, corpus, LENGTH, ROWS)
-    assert _batch_sums._cache_size() == 1  # the last batch, which is not full, needs no program of its own
+    assert batch_sums._cache_size() == 1  # the last batch, which is not full, needs no program of its own
     three = [rows[i] for i in (0, 4, 9)]
     assert text_loss(model, corpus, LENGTH, 3) == pytest.approx(measured(model, three)[0], rel=1e-5)
 
@@ -61,14 +61,14 @@ def test_a_layers_score_is_the_loss_that_replacing_it_adds(corpus):
     model = tiny_model("*-*")
     attention = model.layers[1].self_attn
     attention.o_proj.kernel[...] = jnp.zeros_like(attention.o_proj.kernel[...])  # a layer that does nothing costs nothing
-    selection = Selection(window=2, rows=4, seq_len=90)
+    selection = Selection(options=dict(window=2, rows=4, seq_len=90))
 
     def loss(model):
         text = [corpus.held_out_rows(90)[i] for i in range(2)]
         retrieval = [corpus.retrieval(90, 987_654_321, min_pairs=16, max_pairs=16)[i] for i in range(4)]
         return measured(model, text)[0] + measured(model, retrieval)[0]
 
-    scores = score_layers(model, corpus, selection)
+    scores = score_layers(model, corpus, selection).per_layer()
     narrow = join_model(*split_model(model))
     narrow.config = model.config.with_options(SWAConfig(2))
     windowed = initialize_hybrid(narrow, "SWA-*")

@@ -7,6 +7,7 @@ PARTS, INVARIANCE = "tests/parallel/test_parts.py", "tests/layers/test_invarianc
 PARITY, PRIMING = "tests/convert/test_transformers_parity.py", "tests/priming/test_priming.py"
 MODEL, STACKING, REPEATS = "hybrid_jax/model.py", "hybrid_jax/stacking.py", "hybrid_jax/repeats.py"
 SELECT, EVALUATE = "hybrid_jax/priming/select.py", "hybrid_jax/evaluate/measures.py"
+SCORER = "hybrid_jax/priming/scorers/swa_retrieval.py"
 
 MUTATIONS = [
     Mutation(
@@ -20,14 +21,14 @@ MUTATIONS = [
         SELECT, "key=lambda i: (scores[i], i)", "key=lambda i: (-scores[i], i)", "converts the layers that cost most", (PRIMING,)
     ),
     Mutation(
-        SELECT,
-        "format_pattern(symbols))) - whole",
-        "format_pattern(symbols))) + whole",
+        SCORER,
+        "losses[1:] - losses[0]",
+        "losses[1:] + losses[0]",
         "a score is the loss, not the rise of the loss",
         (MEASURES,),
     ),
-    Mutation(SELECT, "return text + retrieval", "return text - retrieval", "a layer that harms retrieval looks cheap", (MEASURES,)),
-    Mutation(SELECT, "SWAConfig(selection.window)", "SWAConfig()", "layers are scored with another window", (MEASURES,)),
+    Mutation(SCORER, "text, bar) + self", "text, bar) - self", "a layer that harms retrieval looks cheap", (MEASURES,)),
+    Mutation(SCORER, "SWAConfig(self.window)", "SWAConfig()", "layers are scored with another window", (MEASURES,)),
     Mutation(EVALUATE, "losses * weights", "losses", "padding and prompts count in the loss", (MEASURES,)),
     Mutation(EVALUATE, "right * weights", "right", "padding and prompts count in the accuracy", (MEASURES,)),
     Mutation(EVALUATE, "short = BATCH - len(part)", "short = 0", "the last batch has another shape", (MEASURES,)),

@@ -13,6 +13,7 @@ from hybrid_jax.parameters import split_model
 from hybrid_jax.priming import select
 from hybrid_jax.priming.fuse import fuse, unfuse
 from hybrid_jax.priming.initialize import initialize_hybrid
+from hybrid_jax.priming.scorers.contract import Scores
 from hybrid_jax.priming.select import Selection, pattern_from_scores
 from tests.conftest import relative_error, tiny_model
 
@@ -144,7 +145,7 @@ def test_a_mixer_can_teach_another():
 
 
 def test_the_configured_share_of_the_layers_is_converted_and_recorded(monkeypatch, tmp_path):
-    monkeypatch.setattr(select, "score_layers", lambda *_: [0.3, 0.2, -0.1, 0.4])
+    monkeypatch.setattr(select, "score_layers", lambda *_: Scores([0.3, 0.2, -0.1, 0.4], "nats"))
     how = {"mixer": "GDN", "fraction": 0.25, "window": 4}
     pattern = select.choose_pattern(tiny_model("*-*-*-*"), "", how, None, tmp_path)
     record = json.loads((tmp_path / "selection.json").read_text())

@@ -1,12 +1,18 @@
 """Shared by the tests of training: small phases, experiments and batches."""
 
+import pathlib
+
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from hybrid_jax.data.layout import training_batch
 from hybrid_jax.parameters import split_model
 from hybrid_jax.train import MetricWriter, Phase, read_metrics, train_phase
+from hybrid_jax.train.loop import apply_phase_settings
 from hybrid_jax.train.optimizer import make_optimizer
+from hybrid_jax.train.phase_layout import PhaseLayout
+from hybrid_jax.train.step import make_step
 from tests.conftest import tiny_model
 
 MIX = {"text": 1.0}
@@ -83,3 +89,17 @@ class Linear:
 
     def models(self, trainable, frozen):
         return trainable, None
+
+
+def one_step(model, batch, **changes):
+    """The state before and after, and the metrics."""
+    p = phase(**changes)
+    layout = PhaseLayout(apply_phase_settings(model, p), p)
+    state, frozen, _ = layout.begin(None, split_model(model)[1])
+    before = jax.tree.map(np.asarray, state)
+    after, metrics = make_step(layout, p)(state, frozen, batch)
+    return before, after, metrics
+
+
+def saved_steps(directory: pathlib.Path):
+    return sorted(int(p.name) for p in (directory / "checkpoints").iterdir() if p.name.isdigit())

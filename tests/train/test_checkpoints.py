@@ -13,11 +13,7 @@ from hybrid_jax.parameters import split_model
 from hybrid_jax.train import checkpoint
 from hybrid_jax.train.checkpoint import Checkpoints
 from hybrid_jax.train.phase_layout import PhaseLayout
-from tests.train.conftest import arrays, losses, model_for, phase, train
-
-
-def saved_steps(directory: pathlib.Path):
-    return sorted(int(p.name) for p in (directory / "checkpoints").iterdir() if p.name.isdigit())
+from tests.train.conftest import arrays, losses, model_for, phase, saved_steps, train
 
 
 def damage(directory: pathlib.Path, step: int):

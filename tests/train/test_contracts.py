@@ -14,8 +14,7 @@ from hybrid_jax.train.objectives import OBJECTIVES
 from hybrid_jax.train.phase_layout import PhaseLayout
 from hybrid_jax.train.step import make_step
 from tests.conftest import relative_error, tiny_model
-from tests.train.test_steps import batch_of, one_step
-from tests.train.test_training import phase
+from tests.train.conftest import batch_of, one_step, phase
 
 
 def toy(model, batch, teacher=None, *, kind="absolute"):

@@ -7,12 +7,10 @@ from hybrid_jax.evaluate.measures import retrieval_loss_and_accuracy, text_loss
 from hybrid_jax.train import MetricWriter, read_metrics, train_phase
 from hybrid_jax.train.evaluation import Evaluation
 from hybrid_jax.train.hook import Hook
-from tests.data.test_data import corpus  # noqa: F401 (a fixture)
-from tests.train.test_checkpoints import saved_steps
-from tests.train.test_training import MIX, arrays, losses, model_for, phase, train
+from tests.train.conftest import MIX, arrays, losses, model_for, phase, saved_steps, train
 
 
-def test_an_evaluation_is_evaluate_s_own_and_does_not_change_the_training(corpus, tmp_path):  # noqa: F811
+def test_an_evaluation_is_evaluate_s_own_and_does_not_change_the_training(corpus, tmp_path):
     want = arrays(train(corpus, tmp_path / "plain", seq_len=96))
     model = train(corpus, tmp_path / "evaluated", seq_len=96, eval_every=4, eval_rows=3)
     assert all(np.array_equal(want[n], x) for n, x in arrays(model).items())
@@ -23,7 +21,7 @@ def test_an_evaluation_is_evaluate_s_own_and_does_not_change_the_training(corpus
     assert rows[6]["eval/retrieval"] == retrieval_loss_and_accuracy(model, corpus, 96, 3)[1]
 
 
-def test_the_best_checkpoint_stays_and_a_resumed_run_remembers_it(corpus, tmp_path, monkeypatch):  # noqa: F811
+def test_the_best_checkpoint_stays_and_a_resumed_run_remembers_it(corpus, tmp_path, monkeypatch):
     """Step 2 is the best, and neither among the newest nor one that `checkpoint_every` saves."""
     monkeypatch.setattr(Evaluation, "__call__", lambda self, view: {"eval/loss": [3.0, 1.0, 2.0, 2.5, 1.5, 4.0][view.step - 1]})
     given = dict(eval_every=1, eval_rows=2, keep_best=True, keep=1, checkpoint_every=100, schedule="constant")
@@ -51,7 +49,7 @@ class Counting(Hook):
         self.calls = state["calls"]
 
 
-def test_a_hook_is_called_with_the_step_s_model_and_its_state_is_resumed(corpus, tmp_path):  # noqa: F811
+def test_a_hook_is_called_with_the_step_s_model_and_its_state_is_resumed(corpus, tmp_path):
     for steps in (4, 6):
         writer = MetricWriter(tmp_path)
         where = dict(seed=0, directory=tmp_path / "checkpoints", writer=writer, hooks=(Counting(2),))

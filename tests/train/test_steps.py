@@ -14,23 +14,12 @@ from hybrid_jax.priming.initialize import initialize_hybrid
 from hybrid_jax.train import loop as loop_module
 from hybrid_jax.train import read_metrics
 from hybrid_jax.train.diagnose import first_bad
-from hybrid_jax.train.loop import apply_phase_settings
 from hybrid_jax.train.metrics import MetricWriter, gradient_norms
 from hybrid_jax.train.optimizer import learning_rate_schedule
 from hybrid_jax.train.phase_layout import PhaseLayout
 from hybrid_jax.train.step import make_step
 from tests.conftest import relative_error, tiny_model
-from tests.train.conftest import arrays, batch_of, losses, model_for, phase, train
-
-
-def one_step(model, batch, **changes):
-    """The state before and after, and the metrics."""
-    p = phase(**changes)
-    layout = PhaseLayout(apply_phase_settings(model, p), p)
-    state, frozen, _ = layout.begin(None, split_model(model)[1])
-    before = jax.tree.map(np.asarray, state)
-    after, metrics = make_step(layout, p)(state, frozen, batch)
-    return before, after, metrics
+from tests.train.conftest import arrays, batch_of, losses, model_for, one_step, phase, train
 
 
 @pytest.mark.parametrize("objective", ["next_token", "align_all"])

@@ -1,0 +1,78 @@
+"""What a scorer is given and what it returns."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from hybrid_jax.config import ModelConfig
+from hybrid_jax.data import Corpus
+from hybrid_jax.model import Decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What converting each layer, or each attention head of each layer, costs. The lowest costs are converted first.
+
+    Args:
+      costs: float64 [num_layers], or [num_layers, num_heads] from a scorer of heads. Numbers that are not finite are
+        allowed here; choosing a pattern refuses them.
+      unit: what the costs are measured in, for messages, e.g. "nats".
+    """
+
+    costs: np.ndarray
+    unit: str
+
+    def __post_init__(self):
+        costs = np.asarray(self.costs, np.float64)
+        if costs.ndim not in (1, 2):
+            raise ValueError(f"scores must have shape [layers] or [layers, heads], got {list(costs.shape)}")
+        object.__setattr__(self, "costs", costs)
+
+    @property
+    def of_heads(self) -> bool:
+        """True if each head has a cost of its own."""
+        return self.costs.ndim == 2
+
+    def per_layer(self) -> list[float]:
+        """Returns one cost per layer.
+
+        Raises:
+          ValueError: the scores are of heads, which do not say what converting the layer costs.
+        """
+        if self.of_heads:
+            raise ValueError("the scorer scores heads, but a pattern of converted layers needs one score per layer")
+        return [float(cost) for cost in self.costs]
+
+
+class Scorer(Protocol):
+    """Measures what converting each layer of a model costs.
+
+    A scorer is a frozen dataclass. Its fields are its options: each has a default (a string, an integer, a float or a
+    boolean), `config.select.FIELD` sets it, and `__post_init__` raises a ValueError that begins with `select.FIELD` for a bad
+    value. A scorer leaves the model unchanged, and in a job of several processes it returns the same scores on each.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def check(self, config: ModelConfig) -> None:
+        """Checks, before a model is loaded, that a model of this config can be scored.
+
+        Raises:
+          ValueError, FileNotFoundError: it cannot; the message begins with the option that is wrong, `select.FIELD`.
+        """
+        ...
+
+    def score(self, model: Decoder, corpus: Corpus) -> Scores:
+        """Scores every layer.
+
+        Args:
+          model: the source, in float32, possibly sharded over a mesh.
+          corpus: tokenized text; `held_out_rows` gives rows that training does not see.
+
+        Returns:
+          A cost for each of the model's layers, or for each of its heads.
+        """
+        ...

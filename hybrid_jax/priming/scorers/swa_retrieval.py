@@ -1,0 +1,129 @@
+"""The published ranking with a cheap score.
+
+One attention layer at a time is replaced by sliding-window attention with the same weights (arXiv 2605.08301, section 3.1,
+scores long-context benchmarks; here the score is the mean negative log-likelihood on held-out text plus that on key-value
+retrieval). A layer's cost is the rise of that loss.
+
+All replacements run in one compiled program, whose argument is the number of the replaced layer. Until that layer the
+replaced model is the source, so each replacement starts from the source's hidden states at its layer:
+
+    layer:                0     1     2     3
+    source, replacing 0   *  -> SWA
+                          |      \\--> *  -> *  -> *  -> loss
+    source, replacing 1   *  -> *  -> SWA -> ...
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybrid_jax.checks import check_integer
+from hybrid_jax.config import ModelConfig, SWAConfig
+from hybrid_jax.data import Corpus
+from hybrid_jax.evaluate.measures import BLOCK, held_out_rows, loss_sums, padded_batches, retrieval_rows
+from hybrid_jax.model import Decoder
+from hybrid_jax.parallel.distributed import is_first
+from hybrid_jax.parameters import Parameters, join_model, split_model
+from hybrid_jax.priming.initialize import initialize_hybrid
+from hybrid_jax.priming.scorers.contract import Scores
+from hybrid_jax.progress import progress_bar
+
+NONE = -1  # the number of the replaced layer where none is
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _replace(
+    structure: Any,
+    parameters: Parameters,
+    batch: Mapping[str, jax.Array],
+    hidden: jax.Array,  # [B, T, hidden]
+    replaced: jax.Array,  # []
+) -> tuple[jax.Array, jax.Array]:
+    """Runs a model whose layers hold attention and its stand-in, one layer with the stand-in and all others with attention.
+
+    Args:
+      hidden: the source's input of layer `replaced`; ignored if `replaced` is NONE.
+
+    Returns:
+      `loss_sums`, and the source's input of layer `replaced` + 1.
+    """
+    model = join_model(structure, parameters)
+    embedded, at = model.inputs(batch["input_ids"], batch["segment_ids"], batch["positions"])
+    start = jnp.where(replaced == NONE, embedded, hidden)
+
+    def run(layer, carry):
+        number, candidate, source = carry
+
+        def through(kind, x):
+            return layer.run(kind, x, **at)[0].hidden
+
+        attention, stand_in = layer.spec.teaching, layer.spec.kind
+        branches = (
+            lambda: (candidate, source),  # layers before the replaced one: their output is given
+            lambda: (through(stand_in, candidate), through(attention, source)),
+            lambda: (through(attention, candidate), source),
+        )
+        candidate, source = jax.lax.switch(jnp.sign(number - replaced) + 1, branches)
+        return (number + 1, candidate, source), None
+
+    (_, candidate, source), _ = model.through_layers(run, (jnp.int32(0), start, start))
+    return loss_sums(model, model.norm(candidate), batch), source
+
+
+@dataclasses.dataclass(frozen=True)
+class SwaRetrieval:
+    """Scores a layer by the loss that sliding-window attention in its place adds on text and on retrieval.
+
+    Args:
+      window: keys that a query sees in the sliding-window attention, itself included. The published score has 2048 at 32k
+        tokens; choose it far below `seq_len`, or replacing a layer changes nothing.
+      rows: held-out rows of text, and as many of retrieval.
+      seq_len: tokens per row.
+    """
+
+    window: int = 16
+    rows: int = 16
+    seq_len: int = 256
+
+    def __post_init__(self):
+        for name, minimum in (("window", 1), ("rows", 1), ("seq_len", BLOCK)):
+            check_integer(f"select.{name}", getattr(self, name), minimum=minimum)
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises ValueError if rows are longer than the model's positions."""
+        if self.seq_len > config.max_position_embeddings:
+            raise ValueError(
+                f"select.seq_len {self.seq_len:,} is more than the model's max_position_embeddings, "
+                f"{config.max_position_embeddings:,}"
+            )
+
+    def score(self, model: Decoder, corpus: Corpus) -> Scores:
+        """Returns the rise of the mean loss, text plus retrieval, in nats per token."""
+        text = padded_batches(held_out_rows(corpus, self.seq_len, self.rows))
+        retrieval = padded_batches(retrieval_rows(corpus, self.seq_len, self.rows))
+        L, pair = model.config.num_layers, join_model(*split_model(model))  # the caller's model keeps its own window
+        pair.config = model.config.with_options(SWAConfig(self.window))
+        pair = initialize_hybrid(pair, "-".join(["SWA*"] * L))
+        total = (len(text) + len(retrieval)) * (L + 1)
+        with progress_bar(name="select", unit="layer", total=total, shown=is_first()) as bar:
+            losses = self._losses(pair, text, bar) + self._losses(pair, retrieval, bar)
+        return Scores(losses[1:] - losses[0], "nats")
+
+    def _losses(self, model: Decoder, batches: Sequence[Mapping[str, np.ndarray]], bar) -> np.ndarray:
+        """Mean losses [1 + num_layers]: of the source, and with each layer replaced."""
+        structure, parameters = split_model(model)
+        sums = np.zeros((model.config.num_layers + 1, 3))
+        for batch in batches:
+            hidden = jnp.zeros((*batch["input_ids"].shape, model.config.hidden_size), model.compute_dtype)
+            for replaced in range(NONE, model.config.num_layers):
+                found, hidden = _replace(structure, parameters, batch, hidden, np.int32(replaced))
+                sums[replaced + 1] += np.asarray(found, np.float64)
+                bar.update()
+        return sums[:, 0] / sums[:, 2]

@@ -1,0 +1,99 @@
+"""Scorers of layers: one compiled program scores as one evaluation per layer does, files of scores, a scorer of one's own."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from hybrid_jax.config import SWAConfig
+from hybrid_jax.evaluate.measures import retrieval_loss_and_accuracy, text_loss
+from hybrid_jax.parameters import join_model, split_model
+from hybrid_jax.priming.initialize import initialize_hybrid
+from hybrid_jax.priming.scorers import SCORERS, swa_retrieval
+from hybrid_jax.priming.scorers.contract import Scores
+from hybrid_jax.priming.select import Selection, choose_pattern, score_layers, select_fields
+from tests.conftest import tiny_config, tiny_model
+
+LENGTH, ROWS = 70, 3
+
+
+@dataclasses.dataclass(frozen=True)
+class LastFirst:
+    """A toy: the later a layer, the cheaper."""
+
+    step: float = 1.0
+
+    def check(self, config):
+        if self.step <= 0:
+            raise ValueError(f"select.step must be above 0, got {self.step}")
+
+    def score(self, model, corpus):
+        return Scores(-self.step * np.arange(model.config.num_layers), "steps")
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    monkeypatch.setitem(SCORERS, "last_first", f"{__name__}:LastFirst")
+
+
+def test_one_program_scores_as_one_evaluation_per_layer(corpus):
+    """Windows differ by layer in the source, so that its layers do not repeat and the third and fourth do."""
+    vocabulary = corpus.tokenizer.get_vocab_size()
+    model = tiny_model("*-*-*-*", vocab_size=vocabulary, attention_windows=(None, 9, None, None))
+
+    def loss(candidate):
+        text = text_loss(candidate, corpus, LENGTH, ROWS)
+        return text + retrieval_loss_and_accuracy(candidate, corpus, LENGTH, ROWS)[0]
+
+    narrow = join_model(*split_model(model))
+    narrow.config = model.config.with_options(SWAConfig(2))
+    patterns = ["-".join("SWA" if n == i else "*" for n in range(4)) for i in range(4)]
+    want = np.array([loss(initialize_hybrid(narrow, p)) for p in patterns]) - loss(model)
+
+    swa_retrieval._replace.clear_cache()
+    got = score_layers(model, corpus, Selection(options=dict(window=2, rows=ROWS, seq_len=LENGTH))).per_layer()
+    assert swa_retrieval._replace._cache_size() == 1
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert np.argsort(got).tolist() == np.argsort(want).tolist() and np.ptp(want) > 1e-4
+    jax.clear_caches()
+
+
+def test_a_scorer_of_ones_own_is_chosen_by_its_name_and_takes_options(registered, tmp_path):
+    how = {"mixer": "GDN", "fraction": 0.5, "scorer": "last_first", "step": 2.0}
+    assert choose_pattern(tiny_model("*-*-*-*"), "", how, None, tmp_path) == "*-*-GDN-GDN"
+    assert select_fields(how)["step"] == 1.0
+    with pytest.raises(ValueError, match=r"select\.step must be above 0"):
+        Selection.from_config({**how, "step": -1.0}).check(tiny_config("*-*"))
+    with pytest.raises(ValueError, match="unknown key 'window'.*known: step"):
+        Selection.from_config({**how, "window": 4})
+    with pytest.raises(ValueError, match="select.scorer must be one of"):
+        Selection(scorer="nothing")
+
+
+def test_scores_of_heads_are_kept_and_give_no_pattern_of_layers():
+    scores = Scores(np.zeros((2, 4)), "nats")
+    assert scores.of_heads
+    with pytest.raises(ValueError, match="scores heads"):
+        scores.per_layer()
+
+
+def test_a_file_of_scores_costs_the_fall_of_the_tasks_mean_and_is_refused_if_it_is_of_another_model(tmp_path):
+    file = tmp_path / "scores.csv"
+    how = {"mixer": "GKA", "fraction": 0.5, "scorer": "score_file", "path": str(file)}
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        Selection.from_config(how).check(tiny_config("*-*"))
+    file.write_text("layer_num,icl,rag\n1,60,40\n0,40,50\n-1,70,50\n")
+    selection = Selection.from_config(how)
+    assert score_layers(tiny_model("*-*"), None, selection).per_layer() == [15.0, 10.0]
+    for text, words in (
+        ("layer_num,icl\n-1,1\n0,1\n", "no row for layer_num 1"),
+        ("layer_num,icl\n-1,1\n0,1\n1,1\n2,1\n", "a row for layer_num 2"),
+        ("layer_num,icl\n0,1\n1,1\n", "no row for layer_num -1"),
+        ("layer_num,icl\n-1,1\n0,x\n", "line 3"),
+        ("layer_num,icl\n-1,1\n0,1\n0,1\n", "layer 0 twice"),
+        ("layer,icl\n", "the first line must be"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=words):
+            selection.check(tiny_config("*-*"))
