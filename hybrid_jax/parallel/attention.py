@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from hybrid_jax.parallel.attention_block import FULL, Mask, block_backward, block_forward, merge
+from hybrid_jax.parallel.attention_cudnn import attend_documents, cudnn_applies
 from hybrid_jax.parallel.sequence import SEQ_AXIS, as_chunks, as_rows, from_pair, halo, halo_segments, to_pair
 from hybrid_jax.parallel.sharding import TOKENS, axis_size, shard_map_by_axes
 
@@ -47,7 +48,15 @@ def attend(q, k, v, segment_ids, window: int | None = None):
     if takes_ring(window, T, n):
         ring = functools.partial(_ring, window)
         return shard_map_by_axes(ring, (q, k, v, segment_ids), (HEADS, HEADS, HEADS, TOKENS), HEADS)
+    if n == 1 and cudnn_applies(q):
+        one = functools.partial(attend_documents, window, functools.partial(_packed, window))
+        return shard_map_by_axes(one, (q, k, v, segment_ids), (HEADS, HEADS, HEADS, TOKENS), HEADS)
     return attend_windows((q,), (k,), (v,), ((0, window),), segment_ids)
+
+
+def _packed(window: int | None, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """Returns the attention of a device's packed rows, tile by tile."""
+    return _at_hand(((0, window),), segment_ids, (q,), (k,), (v,))
 
 
 def takes_ring(window: int | None, tokens: int, devices: int) -> bool:
