@@ -60,7 +60,7 @@ class GKAConfig(MixerOptions):
 
     Args:
       num_iter: number of Chebyshev iterations of the solve. 0 skips the solve, which leaves gated linear attention. More
-        iterations are slower and more exact; 30 is the published setting, 10 is usually enough for small experiments.
+        iterations are slower and more exact; 30 is the published setting.
       ridge_strength: the `a` of the paper's lambda = a * |H|_F. It bounds the condition number of the solve by
         (1 + a) / a, so a larger value converges in fewer iterations and remembers less exactly. It is relative to |H|_F
         because the scale of H depends on the data, on the decay and on the position in the document: a fixed lambda would
@@ -80,7 +80,7 @@ class GKAConfig(MixerOptions):
       use_v_conv: apply the convolution and SiLU to v; without it v is the bare projection.
       bp_lambda: propagate gradients through lambda, that is, through |H|_F. False treats it as a constant.
       precision: of the solve in the TPU kernel: `fast` is within 2e-3 of float64 for bf16 inputs, `accurate` within
-        2e-5 and two to three times slower. Other kernels always solve in float32. The option is ours; it is exported
+        2e-5 and about 1.5 times slower. Other kernels always solve in float32. The option is ours; it is exported
         only if it is not `fast`.
     """
 
@@ -125,7 +125,7 @@ class GDNConfig(MixerOptions):
       conv_bias: give the convolutions a bias. Only for checkpoints that have one.
       norm_eps: epsilon of the RMSNorm of the output.
       allow_neg_eigval: beta = 2 sigmoid(.) instead of sigmoid(.), so that I - beta k k^T can have the eigenvalue -1 and
-        a state can flip sign. It helps state tracking (parity, counting); released hybrids do not use it.
+        a state can flip sign, which state tracking (parity, counting) needs.
       use_gate: multiply the normed output by SiLU(g_proj u).
       use_short_conv: apply the convolutions; without them q, k, v = SiLU(projection).
     """
