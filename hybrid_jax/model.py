@@ -98,6 +98,7 @@ class Decoder(nnx.Module):
 
     def inputs(self, input_ids, segment_ids=None, positions=None):
         """What the layers take: the embeddings [B,T,hidden], and {positions, segment_ids}."""
+        input_ids = jnp.asarray(input_ids)
         if segment_ids is None:
             segment_ids = jnp.ones(input_ids.shape, jnp.int32)
         if positions is None:

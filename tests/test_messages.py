@@ -185,11 +185,11 @@ def test_a_run_that_made_nothing_leaves_its_directory_to_the_corrected_command(t
 
 
 def test_help_shows_defaults_an_example_and_the_exit_codes(capsys):
-    for command, (_, _, example) in COMMANDS.items():
+    for command, row in COMMANDS.items():
         with pytest.raises(SystemExit):
             main([command, "--help"])
         text = capsys.readouterr().out
-        assert f"hybrid-jax {command} {example}" in text and "3 stopped by Ctrl-C or SIGTERM" in text
+        assert f"hybrid-jax {command} {row.example}" in text and "3 stopped by Ctrl-C or SIGTERM" in text
         assert "default: None" not in text and "default: False" not in text
     with pytest.raises(SystemExit):
         main(["select", "--help"])
@@ -201,8 +201,8 @@ def test_help_shows_defaults_an_example_and_the_exit_codes(capsys):
 def test_the_examples_of_help_are_command_lines_that_are_read():
     import shlex
 
-    for command, (_, _, example) in COMMANDS.items():
-        assert read_arguments([command, *shlex.split(example)]).command == command
+    for command, row in COMMANDS.items():
+        assert read_arguments([command, *shlex.split(row.example)]).command == command
 
 
 def test_help_and_the_parsers_import_no_large_library():

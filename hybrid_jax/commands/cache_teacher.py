@@ -22,7 +22,7 @@ def run(args: argparse.Namespace):
 
     import jax.numpy as jnp
 
-    from hybrid_jax.commands.experiments import load_config
+    from hybrid_jax.config_file import load_config
     from hybrid_jax.convert import check_model_directory, load_model
     from hybrid_jax.data import check_tokenizer_fits, load_tokenizer, read_corpus
     from hybrid_jax.data.tokens import tokenizer_fingerprint

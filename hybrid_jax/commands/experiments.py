@@ -7,13 +7,6 @@ import argparse
 from hybrid_jax.commands.options import OVERRIDES
 
 
-def load_config(arguments: list[str]):
-    """See `config_file.load_config`."""
-    from hybrid_jax.config_file import load_config
-
-    return load_config(arguments)
-
-
 def add_arguments(parser: argparse.ArgumentParser):
     parser.description += f". {OVERRIDES}"
     parser.add_argument("--workdir", required=True, help="everything the run writes goes here; the same one resumes it")
@@ -36,6 +29,7 @@ def steps_of(text: str) -> tuple[int, int]:
 
 
 def run(args: argparse.Namespace):
+    from hybrid_jax.config_file import load_config
     from hybrid_jax.experiment import run_experiment
     from hybrid_jax.parallel.distributed import say
 

@@ -6,6 +6,7 @@ Nothing here or at the top of a command's module imports JAX or another large li
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import sys
 import traceback
@@ -14,70 +15,114 @@ from hybrid_jax.commands.options import Parser
 from hybrid_jax.commands.quiet import silence_libraries
 from hybrid_jax.stopped import EXIT_CODE, Stopped, Terminable
 
-# Command -> (module with `add_arguments` and `run`, what it does, an example of its arguments).
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One row of `COMMANDS`.
+
+    Args:
+      module: name of its module in `hybrid_jax.commands`. The module defines `add_arguments(parser)`, which adds the command's
+        arguments, and `run(args)`, which does the work and raises one of `EXPECTED` with a message for the user if it cannot.
+        At its top it imports no large library; `run` does.
+      summary: what it does, for `--help`.
+      example: arguments of a useful call, for `--help`.
+      job: the processes of a job run it together, so `jax.distributed` is started first, and one that fails ends the others.
+      overrides: it takes `--config.a.b=VALUE`; they arrive as `args.overrides`.
+      resumable: given again after Ctrl-C or SIGTERM, it continues.
+    """
+
+    module: str
+    summary: str
+    example: str
+    job: bool = False
+    overrides: bool = False
+    resumable: bool = False
+
+
 COMMANDS = {
-    "convert": (
+    "convert": Command(
         "convert",
-        "a Transformer directory into a hybrid one (stage 0), or a copy",
+        "convert a Transformer directory into a hybrid one (stage 0), or copy it",
         "launch/tiny_qwen3 hybrid --pattern '*-GKA-*-GKA-*-GKA-*-GKA'",
     ),
-    "export": (
+    "export": Command(
         "export",
-        "a run's outcome or a model directory to a clean Hugging Face directory",
+        "write a run's model, or a model directory, as a clean Hugging Face directory",
         "runs/mine out --dtype bfloat16",
     ),
-    "prepare": (
+    "prepare": Command(
         "prepare",
         "tokenize text or conversations ahead of time",
         "conversations.jsonl data/instruct --tokenizer Qwen3-8B --workers 16",
+        resumable=True,
     ),
-    "select": ("select", "rank the layers and print a pattern", "Qwen3-0.6B --mixer GKA --fraction 0.5 --text my_text"),
-    "prime": (
+    "select": Command(
+        "select",
+        "rank the layers and print a pattern",
+        "Qwen3-0.6B --mixer GKA --fraction 0.5 --text my_text",
+    ),
+    "prime": Command(
         "experiments",
         "run a priming config: select, initialize, align, post-train",
         "--config=configs/prime_tiny.py:GKA --workdir=runs/mine --config.phases.align.steps=200",
+        job=True,
+        overrides=True,
+        resumable=True,
     ),
-    "train": ("experiments", "run a training config", "--config=configs/source_tiny_qwen3.py --workdir=runs/source"),
-    "plan": (
+    "train": Command(
+        "experiments",
+        "run a training config",
+        "--config=configs/source_tiny_qwen3.py --workdir=runs/source",
+        job=True,
+        overrides=True,
+        resumable=True,
+    ),
+    "plan": Command(
         "plan",
-        "what a job needs on a TPU slice or GPUs, compiled ahead of time",
+        "print what a job needs on a TPU slice or on GPUs, compiled ahead of time",
         "--source Qwen/Qwen3-8B --pattern GKA:0.5 --topology v5p:4x4x4 --seq-len 131072 --program align",
     ),
-    "cache-teacher": (
+    "cache-teacher": Command(
         "cache_teacher",
-        "keep a teacher's likeliest tokens, to distil from",
+        "write a teacher's top-k tokens to files, to distill from",
         "--config=my_config.py --phase distil --k 64",
+        job=True,
+        overrides=True,
+        resumable=True,
     ),
-    "sweep": (
+    "sweep": Command(
         "sweep",
         "run a grid or list of overrides over configs and collect the results",
         "--config=configs/sweep_tiny.py --out runs/sweep",
+        resumable=True,
     ),
-    "evaluate": (
+    "evaluate": Command(
         "evaluate",
-        "held-out loss and recall of models and runs: table, report, picture",
+        "measure held-out loss and retrieval of models and runs: table, report, picture",
         "--model source=launch/tiny_qwen3 --run mine=runs/mine --out runs/report",
+        resumable=True,
     ),
-    "generate": ("generate", "continue a prompt", "launch/tiny_qwen3 'def main():'"),
+    "generate": Command(
+        "generate",
+        "continue a prompt",
+        "launch/tiny_qwen3 'def main():'",
+    ),
 }
-SPREAD = {"prime", "train", "cache-teacher"}  # commands that run as one job of several processes
-CONFIGURED = {"experiments", "cache_teacher"}  # modules that take --config.a.b=VALUE
-RESUMABLE = {"prime", "train", "cache-teacher", "prepare", "sweep", "evaluate"}
 EXPECTED = (ValueError, OSError, NotImplementedError, FloatingPointError)
 EXIT_CODES = (
     f"exit codes: 0 done; 1 failed, with a message; 2 wrong options; {EXIT_CODE} stopped by Ctrl-C or SIGTERM (prime, train, "
-    "sweep,\nprepare, cache-teacher and evaluate go on from there when the same command is given again)"
+    "sweep,\nprepare, cache-teacher and evaluate continue when the same command is given again)"
 )
 
 
 def _parsers() -> tuple[Parser, dict[str, Parser]]:
-    """The parser of everything, and that of each command."""
+    """Returns the parser of everything, and that of each command."""
     parser = Parser(prog="hybrid-jax", description="Turn pretrained Transformers into hybrids.", epilog=EXIT_CODES)
     subparsers, found = parser.add_subparsers(dest="command", required=True, metavar="COMMAND"), {}
-    for name, (module, summary, example) in COMMANDS.items():
-        epilog = f"example:\n  hybrid-jax {name} {example}\n\n{EXIT_CODES}"
-        found[name] = subparsers.add_parser(name, help=summary, description=summary, epilog=epilog)
-        _module(module).add_arguments(found[name])
+    for name, command in COMMANDS.items():
+        epilog = f"example:\n  hybrid-jax {name} {command.example}\n\n{EXIT_CODES}"
+        found[name] = subparsers.add_parser(name, help=command.summary, description=command.summary, epilog=epilog)
+        _module(command.module).add_arguments(found[name])
     return parser, found
 
 
@@ -86,10 +131,10 @@ def _module(name: str):
 
 
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The arguments of a command; `overrides` has the `--config.a.b=VALUE`. Wrong ones end the process with code 2."""
+    """Returns the arguments of a command; `overrides` has the `--config.a.b=VALUE`. Wrong ones end the process with code 2."""
     parser, commands = _parsers()
     args, rest = parser.parse_known_args(argv)
-    takes_overrides = COMMANDS[args.command][0] in CONFIGURED
+    takes_overrides = COMMANDS[args.command].overrides
     args.overrides = [r for r in rest if takes_overrides and r.startswith("--config.")]
     unknown = [r for r in rest if r not in args.overrides]
     if unknown:
@@ -105,16 +150,16 @@ def main(argv: list[str] | None = None) -> int:
     args = read_arguments(argv)
     silence_libraries()
     try:
-        if args.command in SPREAD:
+        if COMMANDS[args.command].job:
             from hybrid_jax.parallel.distributed import initialize
 
             initialize()
         with Terminable(f"hybrid-jax {args.command}"):
-            _module(COMMANDS[args.command][0]).run(args)
+            _module(COMMANDS[args.command].module).run(args)
     except EXPECTED as e:
         return _failed(args.command, " ".join(str(e).split()), 1)
     except KeyboardInterrupt:
-        more = "; the same command goes on with what is left" if args.command in RESUMABLE else ""
+        more = "; the same command continues with what is left" if COMMANDS[args.command].resumable else ""
         return _failed(args.command, f"stopped{more}", EXIT_CODE)
     except Stopped as e:  # by every process of a job, after the same step
         print(f"hybrid-jax {args.command}: {e}", file=sys.stderr)
@@ -128,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
 def _failed(command: str, message: str, code: int) -> int:
     """Prints why this process ends; of a job, ends the others."""
     message = f"hybrid-jax {command}: {message}"
-    if command in SPREAD:
+    if COMMANDS[command].job:
         from hybrid_jax.parallel.distributed import end_job, in_job
 
         if in_job():

@@ -24,7 +24,7 @@ def check_points(points) -> list:
     Raises:
       ValueError: names the first wrong point, and how many are wrong.
     """
-    from hybrid_jax.commands.experiments import load_config
+    from hybrid_jax.config_file import load_config
     from hybrid_jax.experiment import phases_of_config
 
     wrong, configs = [], []
@@ -40,7 +40,7 @@ def check_points(points) -> list:
 
 
 def run(args: argparse.Namespace):
-    from hybrid_jax.commands.experiments import load_config
+    from hybrid_jax.config_file import load_config
     from hybrid_jax.stopped import Stopped
     from hybrid_jax.sweep import claim, collect, points_of, run_point
 

@@ -5,7 +5,7 @@ import pathlib
 import jax
 import pytest
 
-from hybrid_jax.commands.experiments import load_config
+from hybrid_jax.config_file import load_config
 from hybrid_jax.experiment import phases_of_config
 from hybrid_jax.families import config_from_hf
 from hybrid_jax.families.public import PUBLIC

@@ -17,7 +17,9 @@ from tests.distributed.conftest import losses, member, start, write_config
 def test_two_processes_of_which_one_is_asked_to_stop_and_one_on_another_mesh_are_the_run_of_one_device(made_source, tmp_path):
     def config(name, mesh):
         argument, path = write_config(tmp_path / f"{name}.py", made_source, mesh), tmp_path / f"{name}.py"
-        path.write_text(path.read_text().replace('"next_token", **each', '"next_token", **{**each, "steps": 60}'))
+        path.write_text(
+            path.read_text().replace('"next_token", **each', '"next_token", **{**each, "steps": 60}, eval_every=1, eval_rows=5')
+        )
         return argument
 
     alone = start(["prime", config("alone", "dict()"), f"--workdir={tmp_path}/alone"], 1, {})
@@ -50,6 +52,12 @@ def test_two_processes_of_which_one_is_asked_to_stop_and_one_on_another_mesh_are
     own = [{(r["step"], n): r[n] for r in read_metrics(tmp_path / d) for n in r if n.startswith("loss/")} for d in ("alone", "run")]
     assert own[0].keys() == own[1].keys() and {n for _, n in own[0]} == {"loss/text", "loss/more"}
     assert all(np.isclose(own[1][k], x, rtol=1e-3) for k, x in own[0].items())
+    held_out = [
+        {(r["step"], n): r[n] for r in read_metrics(tmp_path / d) for n in r if n.startswith("eval/")} for d in ("alone", "run")
+    ]
+    assert held_out[0].keys() == held_out[1].keys() and len(held_out[0]) == 60 * 3  # two sources and their mean
+    assert all(np.isclose(held_out[1][k], x, rtol=1e-3) for k, x in held_out[0].items())
+    assert all(np.isclose(held_out[1][k], held_out[0][k], rtol=1e-5) for k in held_out[0] if k[0] == 1)
     want, got = (split_model(load_model(tmp_path / d / "model"))[1] for d in ("alone", "run"))
     for name, value in want.items():
         assert relative_error(got[name], value) < 1e-2, name
