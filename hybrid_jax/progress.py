@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 
@@ -28,7 +29,7 @@ class _Lines(tqdm):
         if not self.disable:
             if self._shown != (self.n, self.postfix):
                 self._line()
-            self._decr_instances(self)
+            self._decr_instances(self)  # pyright: ignore[reportAttributeAccessIssue] (of tqdm, absent from its stubs)
             self.disable = True
 
 
@@ -39,7 +40,7 @@ def progress_bar(items=None, *, name: str, unit: str, total: int | None = None, 
       total, done: how many units there are (default: `len(items)`), and how many are done at the start.
       shown: False draws nothing: for all processes of a job but the first.
     """
-    options = dict(total=total, initial=done, desc=name, unit=unit, disable=not shown)
-    if sys.stderr.isatty():
-        return tqdm(items, mininterval=0.5, dynamic_ncols=True, **options)
-    return _Lines(items, file=sys.stderr, ncols=100, **options)
+    bar = functools.partial(tqdm, mininterval=0.5, dynamic_ncols=True)
+    if not sys.stderr.isatty():
+        bar = functools.partial(_Lines, file=sys.stderr, ncols=100)
+    return bar(items, total=total, initial=done, desc=name, unit=unit, disable=not shown)

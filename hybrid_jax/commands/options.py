@@ -67,5 +67,5 @@ class Parser(argparse.ArgumentParser):
         """Names options that the command does not have, and what they may be misspellings of."""
         unknown, known = list(unknown), [name for action in self._actions for name in action.option_strings if name != "--help"]
         near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1, cutoff=0.7)
-        hint = f"; did you mean {near[0]}?" if near else "" if OVERRIDES not in self.description else f"; {OVERRIDES[:-1]}"
+        hint = f"; did you mean {near[0]}?" if near else "" if OVERRIDES not in (self.description or "") else f"; {OVERRIDES[:-1]}"
         self.error(f"{'unknown options' if len(unknown) > 1 else 'unknown option'} {' '.join(unknown)}{hint}")

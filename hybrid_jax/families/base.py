@@ -234,6 +234,8 @@ def read_moe(hf: Mapping[str, Any]) -> MoEConfig:
 def write_moe(config: ModelConfig) -> dict[str, Any]:
     """The keys that `read_moe` reads; the number of experts under both names, if both came in."""
     moe = config.moe
+    if moe is None:
+        raise ValueError(f"a {config.family} model needs ModelConfig.moe, the options of its experts")
     names = [name for name in ("num_experts", "num_local_experts") if name in config.extra] or ["num_experts"]
     return {
         **dict.fromkeys(names, moe.num_experts),

@@ -7,6 +7,7 @@ The cache of a windowed layer holds window - 1 tokens, that of a full layer `max
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -72,11 +73,11 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, layer: int, *, rngs, dtype=jnp.float32):
         hid, H, Hkv, D = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-        kw = dict(std=config.initializer_range, rngs=rngs, dtype=dtype)
-        self.q_proj = Linear(hid, H * D, bias=config.qkv_bias, axes=("embed", "heads"), **kw)
-        self.k_proj = Linear(hid, Hkv * D, bias=config.qkv_bias, axes=("embed", "kv_heads"), **kw)
-        self.v_proj = Linear(hid, Hkv * D, bias=config.qkv_bias, axes=("embed", "kv_heads"), **kw)
-        self.o_proj = Linear(H * D, hid, bias=config.o_bias, axes=("heads", "embed"), **kw)
+        linear = functools.partial(Linear, std=config.initializer_range, rngs=rngs, dtype=dtype)
+        self.q_proj = linear(hid, H * D, bias=config.qkv_bias, axes=("embed", "heads"))
+        self.k_proj = linear(hid, Hkv * D, bias=config.qkv_bias, axes=("embed", "kv_heads"))
+        self.v_proj = linear(hid, Hkv * D, bias=config.qkv_bias, axes=("embed", "kv_heads"))
+        self.o_proj = linear(H * D, hid, bias=config.o_bias, axes=("heads", "embed"))
         self.q_norm = RMSNorm(D, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(D, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
         self.config, self.window = config, self.window_of(config, layer)

@@ -19,10 +19,10 @@ class MLP(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs, dtype=jnp.float32):
         hid, inner = config.hidden_size, config.intermediate_size
-        kw = dict(bias=config.mlp_bias, std=config.initializer_range, rngs=rngs, dtype=dtype)
-        self.gate_proj = Linear(hid, inner, axes=("embed", "mlp"), **kw)
-        self.up_proj = Linear(hid, inner, axes=("embed", "mlp"), **kw)
-        self.down_proj = Linear(inner, hid, axes=("mlp", "embed"), **kw)
+        linear = functools.partial(Linear, bias=config.mlp_bias, std=config.initializer_range, rngs=rngs, dtype=dtype)
+        self.gate_proj = linear(hid, inner, axes=("embed", "mlp"))
+        self.up_proj = linear(hid, inner, axes=("embed", "mlp"))
+        self.down_proj = linear(inner, hid, axes=("mlp", "embed"))
 
     def __call__(self, x):
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))

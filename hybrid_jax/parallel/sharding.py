@@ -38,7 +38,7 @@ def partition_spec(mesh, axes: Axes) -> PartitionSpec:
     """Where an array with these logical axes lies; mesh axes of size 1 are left out."""
     entries, used = [], set()
     for axis in axes:
-        names = tuple(a for a in RULES.get(axis, ()) if mesh.shape.get(a, 1) > 1 and a not in used)
+        names = tuple(a for a in RULES.get(axis or "", ()) if mesh.shape.get(a, 1) > 1 and a not in used)
         used.update(names)
         entries.append(names[0] if len(names) == 1 else names or None)
     return PartitionSpec(*entries)
