@@ -6,7 +6,7 @@ The word after the colon is the mixer's symbol: GKA, GDN, M2, SWA or another of 
 `./launch/quickstart.sh` runs this for GKA and SWA and prints what to expect.
 
 Stages as in Priming (arXiv 2605.08301): select half of the layers by what sliding-window attention in their
-place costs, initialise the mixers from attention, align (only the mixers train, towards the teacher's layer outputs
+place costs, initialize the mixers from attention, align (only the mixers train, towards the teacher's layer outputs
 and final state), post-train (next token; all train).
 The numbers are ours, chosen for two cores and ten minutes; the paper's recipes are far larger.
 """

@@ -142,7 +142,7 @@ def _claim(workdir: pathlib.Path, config: ConfigDict):
     A run that ended before it made anything, e.g. because its text could not be read, leaves the directory to the next config.
 
     Raises:
-      ValueError: it belongs to another config. PermissionError: it can not be written any more.
+      ValueError: it belongs to another config. PermissionError: it cannot be written any more.
     """
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True, default=list)
     record = workdir / "config.json"
@@ -202,7 +202,7 @@ def _with_absolute_paths(config: dict) -> dict:
 
 
 def _new_source(config: ConfigDict, directory: pathlib.Path):
-    """A randomly initialised model with a tokenizer of its own, trained on the experiment's text."""
+    """A randomly initialized model with a tokenizer of its own, trained on the experiment's text."""
     model_config = config_from_hf(config.model.to_dict())
     train, _ = split_documents(load_documents(config.data.text))
     tokenizer = train_tokenizer((d.text for d in train), model_config.vocab_size)

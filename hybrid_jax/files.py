@@ -42,7 +42,7 @@ def check_new_directory(path: str | pathlib.Path) -> pathlib.Path:
 
     Raises:
       FileExistsError: something is there already.
-      PermissionError, NotADirectoryError: its parent can not be written.
+      PermissionError, NotADirectoryError: its parent cannot be written.
     """
     path = pathlib.Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -51,7 +51,7 @@ def check_new_directory(path: str | pathlib.Path) -> pathlib.Path:
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir():
-        raise NotADirectoryError(f"can not write {path}: {parent} is a file")
+        raise NotADirectoryError(f"cannot write {path}: {parent} is a file")
     check_writable(parent, path)
     return path
 
@@ -66,14 +66,14 @@ def check_writable(directory: pathlib.Path, path: pathlib.Path | None = None):
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as e:
-        raise PermissionError(f"can not write {path or directory}: {directory} is not writable ({e.strerror})") from None
+        raise PermissionError(f"cannot write {path or directory}: {directory} is not writable ({e.strerror})") from None
 
 
 def check_new_file(path: str | pathlib.Path):
     """Checks, before any work, that `path` can be written as a file.
 
     Raises:
-      FileNotFoundError, IsADirectoryError, PermissionError: it can not.
+      FileNotFoundError, IsADirectoryError, PermissionError: it cannot.
     """
     path = pathlib.Path(path)
     if path.is_dir():

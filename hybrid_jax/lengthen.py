@@ -98,7 +98,7 @@ def _said(name: str, old: Phase, new: Phase, done: int) -> str:
     words = "the learning rates of the steps done are those of the longer schedule too"
     if not np.array_equal(was[:done], now[:done]):
         words = (
-            f"the {new.schedule} schedule is computed anew: the steps done had the learning rates of {old.steps:,} steps, the "
+            f"the {new.schedule} schedule is computed again: the steps done had the learning rates of {old.steps:,} steps, the "
             f"last of them {was[done - 1]:.3g}, and the next one has {now[done]:.3g}, so this is not what {new.steps:,} steps "
             "from the start would give"
         )

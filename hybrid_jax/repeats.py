@@ -26,7 +26,7 @@ class Repeat(NamedTuple):
 def find_repeats(keys: Sequence[Hashable], most: int = 16) -> list[Repeat]:
     """Cuts layers into repeats of repeated units so that the units, which are what is compiled, are shortest together.
 
-    `* GKA * GKA * GKA GKA GKA` is two layers thrice and one twice. Of equal cuts the one with fewer repeats.
+    `* GKA * GKA * GKA GKA GKA` is two layers three times and one twice. Of equal cuts the one with fewer repeats.
 
     Args:
       keys: equal for layers that share a program.

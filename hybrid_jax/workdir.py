@@ -48,7 +48,7 @@ def load_run(
 
     Raises:
       FileNotFoundError: no run, or it has not come so far; says what there is.
-      ValueError: an unknown phase, or a checkpoint that can not be read.
+      ValueError: an unknown phase, or a checkpoint that cannot be read.
     """
     workdir = pathlib.Path(workdir)
     if not is_run(workdir):

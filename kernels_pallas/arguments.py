@@ -20,7 +20,7 @@ def backend() -> str:
 
 
 def partitioned_by_compiler() -> bool:
-    """Whether the mesh in context leaves some partitioning to the compiler, which can not cut a Pallas kernel."""
+    """Whether the mesh in context leaves some partitioning to the compiler, which cannot cut a Pallas kernel."""
     mesh = jax.sharding.get_abstract_mesh()
     manual = jax.sharding.AxisType.Manual
     return any(n > 1 and kind != manual for n, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True))
@@ -76,7 +76,7 @@ def pick_implementation(op: str, name: str | None, table: Mapping[str, Callable]
     """The implementation called `name`; None means the best one for the backend, the mesh and the inputs' dtypes.
 
     Raises:
-      ValueError: no implementation has that name, it can not compute in float64, or an axis of the mesh is Explicit.
+      ValueError: no implementation has that name, it cannot compute in float64, or an axis of the mesh is Explicit.
     """
     refuse_explicit(op, *arrays)
     double = any(x.dtype == jnp.float64 for x in arrays)

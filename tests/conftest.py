@@ -25,7 +25,7 @@ from hybrid_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from hybrid_jax.mixers import KINDS
 from hybrid_jax.model import Decoder
 
-if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:  # most of the tests' time is XLA's, optimising programs that run once
+if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:  # most of the tests' time is XLA's, optimizing programs that run once
     jax.config.update("jax_disable_most_optimizations", True)
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"

@@ -1,4 +1,4 @@
-"""`cache-teacher`: keep a teacher's likeliest tokens for the rows of a config's phase, for `distill_cached`."""
+"""`cache-teacher`: keep a teacher's top-k tokens for the rows of a config's phase, for `distill_cached`."""
 
 from __future__ import annotations
 
@@ -55,4 +55,4 @@ def run(args: argparse.Namespace):
     mix, seed = mix_of(config, phase), config.seed + number
     phase = phase.in_steps(corpus, mix, seed)
     cache_teacher(teacher, phase, corpus, mix, seed=seed, out=pathlib.Path(phase.teacher_cache), k=args.k, mesh=mesh)
-    say(f"{phase.teacher_cache}: {phase.steps:,} steps of {phase.batch_size} rows, the {args.k} likeliest tokens each")
+    say(f"{phase.teacher_cache}: {phase.steps:,} steps of {phase.batch_size} rows, the {args.k} top-k tokens each")

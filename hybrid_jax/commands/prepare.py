@@ -1,4 +1,4 @@
-"""`prepare`: tokenise a source ahead of time, in parallel; the same command goes on after a crash."""
+"""`prepare`: tokenize a source ahead of time, in parallel; the same command goes on after a crash."""
 
 from __future__ import annotations
 

@@ -149,10 +149,10 @@ def load_model(path, pattern: str | None = None, dtype=None, mesh=None, *, seed:
 
     Args:
       path: the directory.
-      pattern: turn the model into this hybrid (stage 0 of Priming: mixers initialised from attention).
+      pattern: turn the model into this hybrid (stage 0 of Priming: mixers initialized from attention).
       dtype: of the parameters; None keeps the files'.
       mesh: a `jax.sharding.Mesh`; parameters are read straight into their sharding on it.
-      seed: of what the pattern initialises afresh.
+      seed: of what the pattern initializes afresh.
 
     Raises:
       FileNotFoundError: the directory, its config or a shard is missing.

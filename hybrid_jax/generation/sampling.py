@@ -19,8 +19,8 @@ class Sampling:
 
     Args:
       temperature: logits are divided by it; 0 is greedy.
-      top_p: of the likeliest tokens those are kept whose predecessors' probabilities sum to less than this; 1 keeps all.
-      top_k: so many of the likeliest tokens are kept; 0 keeps all.
+      top_p: of the top-k tokens those are kept whose predecessors' probabilities sum to less than this; 1 keeps all.
+      top_k: so many of the top-k tokens are kept; 0 keeps all.
 
     Raises:
       ValueError: a negative temperature or top_k, or top_p outside (0, 1].

@@ -36,7 +36,7 @@ class GDNState(NamedTuple):
 
 
 class GatedDeltaNet(nnx.Module):
-    """q, k, v = SiLU(conv(proj x)); q, k L2-normalised; beta = sigmoid(b_proj x), twice that if
+    """q, k, v = SiLU(conv(proj x)); q, k L2-normalized; beta = sigmoid(b_proj x), twice that if
     `allow_neg_eigval`; the gated delta rule; o = RMSNorm(o) SiLU(g_proj x).
 
     Without `use_short_conv` q, k, v = SiLU(proj x), as in hybrid-model-factory.

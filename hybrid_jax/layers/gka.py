@@ -37,7 +37,7 @@ class GKAState(NamedTuple):
 
 
 class GatedKalmaNet(nnx.Module):
-    """q, k, v = SiLU(conv(proj x)); q, k L2-normalised; k, v times (beta + 1e-6); the GKA recurrence with
+    """q, k, v = SiLU(conv(proj x)); q, k L2-normalized; k, v times (beta + 1e-6); the GKA recurrence with
     alpha = sigmoid(alpha_proj x) and g = -exp(A_log) softplus(a_proj x + dt_bias); o = RMSNorm(o) SiLU(g_proj x).
 
     Without `use_v_conv` v = proj x, with no activation, as in hybrid-model-factory. Without `use_forgetting_gate` g is

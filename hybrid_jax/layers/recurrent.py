@@ -59,7 +59,7 @@ def init_a_log(rngs, num_heads, dtype=jnp.float32):
 
 
 def init_dt_bias(rngs, num_heads, dtype=jnp.float32, low=1e-3, high=0.1, floor=1e-4):
-    """softplus^-1(dt), dt log-uniform in [low, high] and at least `floor` (Mamba-2's initialisation)."""
+    """softplus^-1(dt), dt log-uniform in [low, high] and at least `floor` (Mamba-2's initialization)."""
     u = jax.random.uniform(rngs.params(), (num_heads,), dtype)
     dt = jnp.maximum(jnp.exp(u * (math.log(high) - math.log(low)) + math.log(low)), floor)
     return parameter(dt + jnp.log(-jnp.expm1(-dt)), ("heads",))

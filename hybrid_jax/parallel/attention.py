@@ -1,7 +1,7 @@
-"""Causal softmax attention wherever its tokens lie: on one device, by neighbours' windows, or around a ring.
+"""Causal softmax attention: on one device, with halos for windows, or around a ring.
 
 A softmax over several parts (blocks of keys that arrive over the ring, a window of tokens beside a window of
-memory) is merged from the parts' outputs and log-sum-exps; the gradient of every part needs only the whole's.
+memory) is merged from the parts' outputs and log-sum-exps; the gradient of a part needs only those of the complete softmax.
 Ring attention: arXiv 2310.01889; the zig-zag order balances its causal work.
 """
 
@@ -21,7 +21,7 @@ from hybrid_jax.parallel.sequence import SEQ_AXIS, as_chunks, as_rows, from_pair
 from hybrid_jax.parallel.sharding import TOKENS, axis_size, shard_map_by_axes
 
 HEADS = (*TOKENS, "heads")
-SAVED = "attention"  # what a rematerialisation policy may keep: each attention's output and log-sum-exp
+SAVED = "attention"  # what a rematerialization policy may keep: each attention's output and log-sum-exp
 
 
 class Part(NamedTuple):
@@ -34,7 +34,7 @@ class Part(NamedTuple):
 
 
 def attend(q, k, v, segment_ids, window: int | None = None):
-    """Causal attention within segments: o [B,T,H,D] in q's dtype.
+    """Returns causal attention within segments, o [B, T, H, D] in q's dtype.
 
     Args:
       q: [B, T, H, D], normed and rotated.
@@ -60,8 +60,8 @@ def _packed(window: int | None, q: jax.Array, k: jax.Array, v: jax.Array, segmen
 
 
 def takes_ring(window: int | None, tokens: int, devices: int) -> bool:
-    """Whether keys travel to all devices of mesh axis `seq`, in rows of `tokens`: without a window, or where a chunk with the
-    tokens before it that its window reaches has more keys than a chunk meets in the ring, half of the row."""
+    """Returns whether keys are sent around the ring of mesh axis `seq`, for rows of `tokens`: without a window, or where a chunk
+    and its halo have more keys than a chunk meets in the ring, which is half of the row."""
     return devices > 1 and (window is None or window + tokens // (2 * devices) > tokens // 2)
 
 
@@ -70,10 +70,10 @@ def _ring(window, q, k, v, segment_ids):
 
 
 def attend_windows(qs: Sequence, ks: Sequence, vs: Sequence, windows: Sequence[tuple[int, int | None]], segment_ids):
-    """One softmax over several sets of keys, set n seen at distances windows[n][0] <= i - j < windows[n][1].
+    """Returns one softmax over several sets of keys, where set n is seen at distances windows[n][0] <= i - j < windows[n][1].
 
-    Each set has its own queries [B,T,H,D], keys and values [B,T,Hkv,D]. A window of None, without an end, only where
-    tokens are not cut over the mesh.
+    Each set has its own queries [B,T,H,D], keys and values [B,T,Hkv,D]. A window may be None, without an end, only where
+    tokens are not sharded.
     """
     local = functools.partial(_by_halo if axis_size("seq") > 1 else _at_hand, tuple(windows))
     return shard_map_by_axes(local, (segment_ids, tuple(qs), tuple(ks), tuple(vs)), (TOKENS, HEADS, HEADS, HEADS), HEADS)
@@ -85,7 +85,7 @@ def _at_hand(windows, segment_ids, qs, ks, vs):
 
 
 def _by_halo(windows, segment_ids, qs, ks, vs):
-    """Tokens cut over the mesh: each chunk with the tokens before it that its windows reach, at most the row's."""
+    """Attends with tokens sharded: each chunk sees a halo of the tokens that its windows reach, at most the row's."""
     segments = to_pair(segment_ids)
     c = segments.shape[2]
     row = (2 * jax.lax.axis_size(SEQ_AXIS) - 1) * c  # tokens before the last chunk
@@ -104,12 +104,12 @@ def _by_halo(windows, segment_ids, qs, ks, vs):
     return from_pair(as_chunks(parts_attention(tuple(parts), as_rows(segments), tuple(masks))))
 
 
-# A softmax over parts that are at hand ---------------------------------------------------------------------------
+# A softmax over parts on this device ---------------------------------------------------------------------------
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def parts_attention(parts: tuple[Part, ...], segment_ids, masks: tuple[Mask, ...]):
-    """One softmax over every part's keys: o [B,T,H,D] in q's dtype; a query that sees nothing gets zeros."""
+    """Returns one softmax over every part's keys, o [B, T, H, D] in q's dtype; a query that sees no key gets zeros."""
     return _parts_forward(parts, segment_ids, masks)[0]
 
 
@@ -132,11 +132,11 @@ def _parts_backward(masks, residuals, do):
 parts_attention.defvjp(_parts_forward, _parts_backward)
 
 
-# A softmax whose keys come around the ring -------------------------------------------------------------------------
+# A softmax whose keys arrive over the ring -------------------------------------------------------------------------
 
 
 def _next(x):
-    """Everything one device on."""
+    """Sends a pytree to the next device of the ring."""
     n = jax.lax.axis_size(SEQ_AXIS)
     return jax.lax.ppermute(x, SEQ_AXIS, [(i, (i + 1) % n) for i in range(n)])
 
@@ -145,9 +145,10 @@ def _next(x):
 def ring_attention(q, k, v, segment_ids, window: int | None = None):
     """Causal attention of a device's two chunks over the row; inside `shard_map_by_axes`, in the zig-zag layout.
 
-    Of the keys that come from another device the back chunk of queries sees the front one, and either the front sees
-    the front (those of an earlier device) or the back the back (a later one): two pairs of chunks in every step, on
-    every device. The next keys travel while these are used; after n - 1 steps of n devices all have been everywhere.
+    In zig-zag order every remote chunk of keys is either fully visible or invisible to a chunk of queries. Our back chunk of
+    queries sees the front chunk of keys of every device. Keys from a lower-numbered device: our front sees their front. From a
+    higher-numbered one: our back sees their back. Either way a step of the ring is two pairs of chunks, 2c x c scores, on every
+    device. The next keys are sent while the present ones are used; after n - 1 steps all n devices have seen all keys.
 
     Args:
       q: [B, 2c, H, D], a device's chunks of c tokens.
@@ -162,7 +163,7 @@ def ring_attention(q, k, v, segment_ids, window: int | None = None):
 
 
 def _pairs(step):
-    """Pairs of chunks with the keys from `step` devices before: (queries' chunk, keys' chunk, how many chunks between them)."""
+    """Returns the visible pairs for keys from `step` devices before: (queries' chunk, keys' chunk, distance in chunks)."""
     n, i = jax.lax.axis_size(SEQ_AXIS), jax.lax.axis_index(SEQ_AXIS)
     other = (i - step) % n
     same = jnp.where(i >= step, 0, 1)  # front and front, or back and back
@@ -170,7 +171,7 @@ def _pairs(step):
 
 
 def _of_pair(block, pair, window, queries, keys):
-    """block(queries, keys, mask) of two chunks; their distance, 1 or more, only the running program knows."""
+    """Returns block(queries, keys, mask) of two chunks; their distance, 1 or more, is known only when the program runs."""
     ours, theirs, distance = pair
     queries, keys = tuple(x[ours] for x in queries), tuple(x[theirs] for x in keys)
     if window is None:
@@ -186,7 +187,7 @@ def _of_pair(block, pair, window, queries, keys):
 
 
 def _alike(block, window, queries, keys):
-    """The same of the device's own front and front, back and back: [2, ...]."""
+    """Returns the same for the device's own keys, front with front and back with back, [2, ...]."""
     queries, keys = (tuple(map(as_rows, xs)) for xs in (queries, keys))
     return tuple(map(as_chunks, block(queries, keys, Mask(0, window))))
 
@@ -226,7 +227,7 @@ def _ring_forward(q, k, v, segment_ids, window):
 
 
 def _ring_backward(window, residuals, do):
-    """The gradients of keys travel with them, and come home while the device's own keys are used."""
+    """The gradients of keys are sent along with them, and arrive at their own device while it works on its own keys."""
     q, k, v, segment_ids, o, lse = residuals
     n = jax.lax.axis_size(SEQ_AXIS)
     segments = to_pair(segment_ids)
@@ -252,10 +253,10 @@ def _ring_backward(window, residuals, do):
         coming, dq, dkv = jax.lax.fori_loop(2, n - 1, one, state)
         dkv = _next(dkv)
     dq, dkv = step(n - 1, coming, dq, dkv)
-    home = _next(dkv)
+    arrived = _next(dkv)
     own = _alike(_backward_block, window, queries, keys)
     dq, dkv = add(_pairs(0)[0], keys, dq + own[0], own[1:])
-    dk, dv = (from_pair(x + y) for x, y in zip(home, dkv, strict=True))
+    dk, dv = (from_pair(x + y) for x, y in zip(arrived, dkv, strict=True))
     return from_pair(dq).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 

@@ -1,6 +1,6 @@
 """Softmax attention of a block of queries over a block of keys, as a part of a larger softmax.
 
-The forward gives the normalised output and the log-sum-exp of its scores, by which parts are merged; the backward
+The forward gives the normalized output and the log-sum-exp of its scores, by which parts are merged; the backward
 takes the whole softmax's log-sum-exp and output. On TPU both are JAX's splash attention kernels, elsewhere XLA over
 tiles of queries and keys.
 """
@@ -257,7 +257,7 @@ def _splash_kernel(mask: Mask, T: int, S: int, heads: int, interpret: bool):
     )
     every_head = splash_mask.MultiHeadMask([one] * heads)
     shards = dict(head_shards=1, q_seq_shards=1)
-    # by numpy alone: JAX arrays can not be made while a program for absent devices is traced
+    # by numpy alone: JAX arrays cannot be made while a program for absent devices is traced
     tables, function = splash_mask_info.process_mask(every_head, (bq, bk), **shards)
     dkv_tables, _ = splash_mask_info.process_mask_dkv(every_head, (bq, bk), **shards)
     return splash.SplashAttentionKernel(

@@ -1,9 +1,9 @@
-"""Recurrent mixers on a mesh: heads and rows cut by the compiler's table, tokens by passing states.
+"""Recurrent mixers on a mesh: rows and heads are sharded by the table, tokens by passing states.
 
-With tokens cut, every chunk of a row is summarised as the affine map it makes of a state, S -> A S + b; an
+With tokens sharded, every chunk of a row is summarized as the affine map that it applies to a state, S -> A S + b; an
 exclusive scan of the maps over the mesh axis `seq` gives each chunk the state it starts from, and the operation
-runs once more from there. What crosses the wire is states, whatever the length of the row. One code path
-for every mixer: A is a number a head for scalar decays and K x K for the delta rule.
+runs once more from there. Only states are sent, whatever the length of the row. One code path serves every mixer:
+A is one number per head for scalar decays and K x K for the delta rule.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HEADS, STATE, CHANNELS = (*TOKENS, "heads"), ("batch", "heads"), ("heads",)
 
 
 def _act(transition, state):
-    """A S for every state of a pytree; A [..., H] or [..., H, K, K]."""
+    """Returns A S for every state of a pytree; A is [..., H] or [..., H, K, K]."""
 
     def one(s):
         if transition.ndim == s.ndim:
@@ -33,13 +33,13 @@ def _act(transition, state):
 
 
 def _then(earlier, later):
-    """The affine map of `earlier` followed by `later`."""
+    """Returns the affine map of `earlier` followed by `later`."""
     (A1, b1), (A2, b2) = earlier, later
     return _act(A2, A1) if A1.ndim == 5 else A2 * A1, jax.tree.map(jnp.add, _act(A2, b1), b2)
 
 
 def incoming_states(summary: tuple, segment_ids: jax.Array):
-    """The state each chunk starts from, [2, B, H, ...].
+    """Returns the state each chunk starts from, [2, B, H, ...].
 
     Args:
       summary: (A, b) of each chunk from nothing, [2, B, H, ...]; A is 0 where a segment begins inside the chunk.

@@ -1,8 +1,10 @@
-"""Tokens of a row over the mesh axis `seq`: the zig-zag layout and what passes between its chunks.
+"""The tokens of a row over the mesh axis `seq`: the zig-zag order and what passes between its chunks.
 
-A row is cut in 2N chunks for N devices; device i holds chunk i (its front) and chunk 2N-1-i (its back), so that
-causal attention costs every device the same. The data pipeline makes the layout (`to_zigzag`). Inside
-`shard_map_by_axes` a device sees [B, 2c, ...]; here its chunks are stacked, [2, B, c, ...].
+A row is split into 2N chunks for N devices; device i holds chunk i (its front) and chunk 2N-1-i (its back), so that
+causal attention costs every device the same. The data pipeline makes the order (`to_zigzag`). Inside
+`shard_map_by_axes` a device has [B, 2c, ...]; in this module its two chunks are stacked, [2, B, c, ...].
+
+    N = 2    device 0: chunks 0 | 3    device 1: chunks 1 | 2
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ SEQ_AXIS = "seq"
 
 
 def positions_of(segment_ids):
-    """[B,T] positions that restart at 0 where the segment id changes; in order of time, numpy or JAX."""
+    """Returns positions [B, T] that restart at 0 where the segment id changes, for tokens in order of time; numpy or JAX."""
     T = segment_ids.shape[1]
     if isinstance(segment_ids, np.ndarray):
         xp, accumulate = np, np.maximum.accumulate
@@ -29,7 +31,7 @@ def positions_of(segment_ids):
 
 
 def zigzag_order(length: int, devices: int) -> np.ndarray:
-    """[length] which token stands at each place of the layout.
+    """Returns, for each place of the zig-zag order, the index of the token there, [length].
 
     Raises:
       ValueError: 2 * devices does not divide the length.
@@ -37,43 +39,54 @@ def zigzag_order(length: int, devices: int) -> np.ndarray:
     if devices == 1:
         return np.arange(length)
     if length % (2 * devices):
-        raise ValueError(f"a row of {length} tokens can not be cut in {2 * devices} chunks for mesh axis 'seq' of size {devices}")
+        raise ValueError(
+            f"a row of {length} tokens cannot be split into {2 * devices} chunks for mesh axis 'seq' of size {devices}"
+        )
     chunks = np.arange(length).reshape(2 * devices, -1)
     return np.concatenate([chunks[[i, 2 * devices - 1 - i]].reshape(-1) for i in range(devices)])
 
 
 def to_zigzag(x, devices: int, axis: int = 1):
-    """An array in order of time -> in the layout."""
+    """Reorders an array from order of time to zig-zag order along `axis`."""
     return x if devices == 1 else x.take(zigzag_order(x.shape[axis], devices), axis=axis)
 
 
 def from_zigzag(x, devices: int, axis: int = 1):
-    """The inverse of `to_zigzag`."""
+    """Inverts `to_zigzag`."""
     return x if devices == 1 else x.take(np.argsort(zigzag_order(x.shape[axis], devices)), axis=axis)
 
 
 def to_pair(x: jax.Array) -> jax.Array:
-    """A device's [B, 2c, ...] -> its chunks [2, B, c, ...]."""
+    """Reshapes a device's [B, 2c, ...] to its pair of chunks [2, B, c, ...]."""
     return jnp.stack(jnp.split(x, 2, axis=1))
 
 
 def from_pair(x: jax.Array) -> jax.Array:
-    """The inverse of `to_pair`."""
+    """Inverts `to_pair`."""
     return jnp.concatenate([x[0], x[1]], axis=1)
 
 
 def as_rows(x: jax.Array) -> jax.Array:
-    """Chunks [2, B, ...] -> [2B, ...], as so many rows of a batch."""
+    """Reshapes chunks [2, B, ...] to [2B, ...], as rows of a batch."""
     return x.reshape(-1, *x.shape[2:])
 
 
 def as_chunks(x: jax.Array) -> jax.Array:
-    """The inverse of `as_rows`."""
+    """Inverts `as_rows`."""
     return x.reshape(2, -1, *x.shape[1:])
 
 
 def shift(x: jax.Array, distance: int) -> jax.Array:
-    """Chunk j of the row takes what chunk j - distance has; zeros where there is none. x [2, ...]."""
+    """Returns for chunk j of the row what chunk j - distance has; zeros where there is no such chunk.
+
+    Chunks 0 ... N-1 are the fronts of devices 0 ... N-1, chunks N ... 2N-1 the backs of devices N-1 ... 0. So a front goes to the
+    front of device i + distance, a back to the back of device i - distance, and a front that would pass device N-1 to the back
+    of device 2N-1 - (i + distance).
+
+    Args:
+      x: [2, ...] the device's pair of chunks.
+      distance: 1 or more.
+    """
     n = jax.lax.axis_size(SEQ_AXIS)
     send = {
         "front": [(i, i + distance) for i in range(n - distance)],
@@ -88,7 +101,7 @@ def shift(x: jax.Array, distance: int) -> jax.Array:
 
 
 def halo(x: jax.Array, length: int) -> jax.Array:
-    """The `length` tokens before each chunk, [2, B, length, ...]; zeros before the row's first. x [2, B, c, ...]."""
+    """Returns the `length` tokens before each chunk of x [2, B, c, ...], [2, B, length, ...]; zeros before the first token."""
     c, parts, hop = x.shape[2], [], 1
     while length > 0:
         take = min(c, length)
@@ -98,20 +111,22 @@ def halo(x: jax.Array, length: int) -> jax.Array:
 
 
 def halo_segments(segment_ids: jax.Array, length: int) -> jax.Array:
-    """`halo` of segment ids, -1 before the row's first token."""
+    """Returns `halo` of segment ids [2, B, c], with -1 before the row's first token."""
     return halo(segment_ids + 1, length) - 1
 
 
 def continued(segment_ids: jax.Array) -> jax.Array:
-    """[2, B] whether each chunk goes on with the segment that ends the one before it."""
+    """Returns [2, B] whether each chunk begins with the segment that ends the chunk before it."""
     return halo_segments(segment_ids, 1)[:, :, 0] == segment_ids[:, :, 0]
 
 
 def exclusive_scan(first, then: Callable):
-    """For each chunk the maps of all chunks before it, composed: `then(earlier, later)` of pytrees [2, ...].
+    """Returns for each chunk the composition of the maps of all chunks before it, in log2(2N) + 1 shifts.
 
-    All-zero stands for "nothing before": composed with it, an affine map must keep its constant alone. The
-    depth is log2 of the number of chunks, plus the step to the next one.
+    Args:
+      first: the map of each chunk, a pytree of arrays [2, ...].
+      then: (earlier, later) -> their composition. All zeros stand for "nothing before": composed with them, an affine map must
+        keep only its constant.
     """
     maps, distance = first, 1
     chunks = 2 * jax.lax.axis_size(SEQ_AXIS)

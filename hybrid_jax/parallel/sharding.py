@@ -1,7 +1,8 @@
 """Sharding: the one table from logical axes to mesh axes, of parameters and of activations.
 
-The compiler propagates shardings from there (GSPMD). What it can not cut, a Pallas kernel or a ring, runs
-under `shard_map_by_axes`, each device on its own part.
+The compiler propagates shardings from there (GSPMD). What it cannot partition, a Pallas kernel or a ring, runs under
+`shard_map_by_axes`, where each device works on its own shard. Logical axes exist so that a strategy is one row of the table: to
+shard, say, `mlp` over another mesh axis, change its row, and parameters, activations, checkpoints and plans follow.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from hybrid_jax.parallel.mesh import BATCH_AXES
 from kernels_pallas.arguments import partitioned_by_compiler, refuse_explicit
 
-# Logical axis -> mesh axes. Axes that a mesh lacks, or that are not listed, are replicated; of two dimensions that
-# name one mesh axis the earlier has it.
+# Logical axis -> mesh axes. A dim whose logical axis is absent here, or whose mesh axes the mesh lacks, is replicated; if two
+# dims map to the same mesh axis, the first one gets it.
 RULES: dict[str, tuple[str, ...]] = {
     # parameters
-    "embed": ("fsdp", "seq", "expert"),  # no device that works on other tokens need hold what it can fetch
+    "embed": ("fsdp", "seq", "expert"),  # devices that work on other tokens gather parameters instead of holding copies
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -31,11 +32,11 @@ RULES: dict[str, tuple[str, ...]] = {
     "sequence": ("seq",),
 }
 Axes = tuple[str | None, ...]
-TOKENS: Axes = ("batch", "sequence")  # how every [B,T,...] lies
+TOKENS: Axes = ("batch", "sequence")  # of every [B, T, ...]
 
 
 def partition_spec(mesh, axes: Axes) -> PartitionSpec:
-    """Where an array with these logical axes lies; mesh axes of size 1 are left out."""
+    """Returns the partition spec of an array with these logical axes; mesh axes of size 1 are left out."""
     entries, used = [], set()
     for axis in axes:
         names = tuple(a for a in RULES.get(axis or "", ()) if mesh.shape.get(a, 1) > 1 and a not in used)
@@ -45,7 +46,7 @@ def partition_spec(mesh, axes: Axes) -> PartitionSpec:
 
 
 def parameter_sharding(mesh: Mesh, name: str, shape: tuple[int, ...], axes: Axes) -> NamedSharding:
-    """Where a parameter lives.
+    """Returns the sharding of a parameter.
 
     Raises:
       ValueError: a mesh axis does not divide the dimension; names both.
@@ -65,19 +66,19 @@ def parameter_sharding(mesh: Mesh, name: str, shape: tuple[int, ...], axes: Axes
 
 
 def load_sharded(mesh: Mesh | None, name: str, value, axes: Axes) -> jax.Array:
-    """Puts a host array straight into its final sharding."""
+    """Returns a host array as a parameter in its final sharding, without a replicated copy on the way."""
     if mesh is None:
         return jax.numpy.asarray(value)
     return to_global(value, parameter_sharding(mesh, name, value.shape, axes))
 
 
 def to_global(value, sharding: NamedSharding) -> jax.Array:
-    """An array that every process holds whole as one over the mesh, each device with its part."""
+    """Returns an array that every process has completely as a global array; each device gets its shard."""
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def context_mesh():
-    """The mesh in context (`jax.set_mesh`) if it spreads anything and we are not inside `shard_map_by_axes`; else None.
+    """Returns the mesh in context (`jax.set_mesh`), or None if it has one device or we are inside `shard_map_by_axes`.
 
     Raises:
       ValueError: an axis of it is Explicit: the compiler is to propagate shardings from the table above.
@@ -87,27 +88,27 @@ def context_mesh():
 
 
 def axis_size(name: str) -> int:
-    """Size of an axis of the mesh in context; 1 without one."""
+    """Returns the size of an axis of the mesh in context; 1 without a mesh."""
     mesh = context_mesh()
     return 1 if mesh is None else mesh.shape.get(name, 1)
 
 
 def mesh_axes_of(logical: str) -> tuple[str, ...]:
-    """The axes of the mesh in context that cut a logical axis."""
+    """Returns the axes of the mesh in context that shard a logical axis."""
     return tuple(axis for axis in RULES[logical] if axis_size(axis) > 1)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """x, laid out by its logical axes where a mesh is in context."""
+    """Constrains the sharding of x to its logical axes, if a mesh is in context."""
     mesh = context_mesh()
     return x if mesh is None else jax.lax.with_sharding_constraint(x, partition_spec(mesh, axes))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gathered(x: jax.Array, axes: Axes) -> jax.Array:
-    """A parameter that lies by its logical axes, on every device whole but for `tensor` and `expert`.
+    """All-gathers a parameter over the mesh axes of `embed`; it stays sharded over `tensor` and `expert`.
 
-    Its gradient is cut as the parameter is: scattered as it is summed, half the bytes of a sum that all devices get.
+    Its gradient is reduce-scattered to the parameter's own sharding, which is half the bytes of an all-reduce.
     """
     return constrain(x, *(None if axis == "embed" else axis for axis in axes))
 
@@ -116,10 +117,10 @@ gathered.defvjp(lambda x, axes: (gathered(x, axes), None), lambda axes, _, d: (c
 
 
 def shard_map_by_axes(function: Callable, arrays: Sequence, axes: Sequence, out_axes):
-    """function(*arrays), each device on its own part of every array.
+    """Runs function(*arrays) on each device with its shard of every array; without a mesh, once with the arrays.
 
     Args:
-      axes: for every array its leading logical axes; of a pytree, those that all its arrays begin with.
+      axes: the leading logical axes of each array; for a pytree, those that all its arrays begin with.
       out_axes: the same for the result, or a tuple of them for a tuple.
     """
     mesh = context_mesh()

@@ -1,1 +1,1 @@
-"""Priming: select layers, initialise (stage 0), align (stage 1), unfuse, post-train (stage 2)."""
+"""Priming: select layers, initialize (stage 0), align (stage 1), unfuse, post-train (stage 2)."""

@@ -62,7 +62,7 @@ def cache_teacher(
     k: int,
     mesh: Mesh | None = None,
 ) -> TeacherCache:
-    """The k likeliest tokens after every token of every step of `phase`; goes on where it was.
+    """The k top-k tokens after every token of every step of `phase`; goes on where it was.
 
     Args:
       model: the teacher.

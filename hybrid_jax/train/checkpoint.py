@@ -148,7 +148,7 @@ class Checkpoints:
                 )
         raise ValueError(
             f"none of the checkpoints in {self.directory} (steps {', '.join(map(str, steps))}) can be read; repair or remove "
-            "the directory to begin the phase anew"
+            "the directory to begin the phase again"
         )
 
     def _read(self, step: int, target):
@@ -194,7 +194,7 @@ def restore_trainable(
 
     Raises:
       FileNotFoundError: there is no checkpoint, or none of that step; says which there are.
-      ValueError: it can not be read, or holds other parameters.
+      ValueError: it cannot be read, or holds other parameters.
     """
     steps = ocp.utils.checkpoint_steps(directory) if directory.is_dir() else []
     if not steps or step not in (None, *steps):
@@ -208,4 +208,4 @@ def restore_trainable(
         with ocp.CheckpointManager(directory.absolute(), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
             return manager.restore(step, args=ocp.args.Composite(state=wanted))["state"]["trainable"]
     except (ValueError, OSError, KeyError, TypeError) as e:
-        raise ValueError(f"the checkpoint of step {step} in {directory} can not be read: {_reason(e)}") from e
+        raise ValueError(f"the checkpoint of step {step} in {directory} cannot be read: {_reason(e)}") from e

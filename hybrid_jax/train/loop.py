@@ -40,7 +40,7 @@ from hybrid_jax.train.step import STOP, make_step
 
 
 def apply_phase_settings(model: Decoder, phase: Phase) -> Decoder:
-    """The model with what the phase says of it: compute dtype, rematerialisation, RoPE, context length."""
+    """The model with what the phase says of it: compute dtype, rematerialization, RoPE, context length."""
     config = model.config
     if phase.rope_theta:
         config = dataclasses.replace(config, rope=dataclasses.replace(config.rope, theta=phase.rope_theta))

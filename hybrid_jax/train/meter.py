@@ -18,7 +18,7 @@ from hybrid_jax.train.step import make_step
 class Meter:
     """Measures from `begin`, after the first step (which compiles), on.
 
-    MFU needs an accelerator whose peak is known; its FLOPs are the step's without rematerialisation.
+    MFU needs an accelerator whose peak is known; its FLOPs are the step's without rematerialization.
     """
 
     def __init__(self, phase: Phase, model: Decoder, teacher: Decoder | None = None):

@@ -37,7 +37,7 @@ def gated_delta_rule(
 ):
     """The gated delta rule (arXiv 2412.06464, equation 10).
 
-    The keys should be L2-normalised; with beta in [0, 2] the update is then a contraction.
+    The keys should be L2-normalized; with beta in [0, 2] the update is then a contraction.
 
     Args:
       q, k: [B, T, H, K].

@@ -58,7 +58,7 @@ def gated_kalmanet(
     """The Gated KalmaNet recurrence (arXiv 2511.21016, section 4), solved by Chebyshev iteration.
 
     Args:
-      q, k: [B, T, H, K], L2-normalised (k already times its beta gate).
+      q, k: [B, T, H, K], L2-normalized (k already times its beta gate).
       v: [B, T, H, V] (already times beta).
       alpha: [B, T, H], in [0, 1]: 1 uses the solution, 0 the query itself.
       log_decay: [B, T, H], <= 0, of both states.

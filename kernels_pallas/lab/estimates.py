@@ -1,6 +1,6 @@
 """The TPU compiler's own cycle estimates of an XLA program, with loops multiplied out.
 
-Optimised HLO carries `"estimated_cycles":"N"` at every fusion. A Pallas call has no estimate and counts as nothing.
+Optimized HLO carries `"estimated_cycles":"N"` at every fusion. A Pallas call has no estimate and counts as nothing.
 """
 
 from __future__ import annotations

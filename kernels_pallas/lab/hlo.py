@@ -1,4 +1,4 @@
-"""Sums over the instructions of a compiled program, loops multiplied out, from its optimised HLO.
+"""Sums over the instructions of a compiled program, loops multiplied out, from its optimized HLO.
 
 The body of a loop is listed once, whatever its trip count: that stands at the `while`, or, where the compiler does
 not write it down (TPU), is the constant that the loop's condition compares its counter with.

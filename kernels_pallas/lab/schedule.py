@@ -45,7 +45,7 @@ def _weights(lines: list[str]) -> list[int]:
             continue
         depth = len(match.group(3))
         if depth > 2:
-            raise ValueError("a loop inside an inner loop: its trips can not be told from the listing")
+            raise ValueError("a loop inside an inner loop: its trips cannot be told from the listing")
         if match.group(2) and depth == 2:
             inner += 1
         depths.append(depth)

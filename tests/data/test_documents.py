@@ -1,4 +1,4 @@
-"""Sources of every format, conversations through chat templates, and tokenising ahead of time."""
+"""Sources of every format, conversations through chat templates, and tokenizing ahead of time."""
 
 import json
 import os

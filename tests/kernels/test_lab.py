@@ -1,6 +1,6 @@
 """What the real TPU compiler makes of every kernel, on four chips that are not here: it compiles, and is no worse than recorded.
 
-The numbers are exact and repeatable for a version of libtpu; `python -m tests.kernels.test_lab` records them anew.
+The numbers are exact and repeatable for a version of libtpu; `python -m tests.kernels.test_lab` records them again.
 """
 
 import importlib.metadata

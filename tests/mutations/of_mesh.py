@@ -8,7 +8,7 @@ CONVS = (f"{RING}::test_a_conv_wider_than_a_chunk_sees_the_tokens_of_its_segment
 SCANS = (f"{RING}::test_an_exclusive_scan_composes_all_maps_before_a_chunk_in_their_order",)
 WINDOWS = (f"{RING}::test_the_ring_gives_attention_and_its_gradient_whatever_the_window",)
 COSTS = (f"{RING}::test_a_window_costs_no_more_than_all_of_the_row",)
-VOCABULARY = (f"{RING}::test_a_vocabulary_in_parts_gives_the_losses_and_the_likeliest_tokens_of_all_of_it",)
+VOCABULARY = (f"{RING}::test_a_vocabulary_in_parts_gives_the_losses_and_the_top_k_tokens_of_all_of_it",)
 RECURRENCE, SEQUENCE, SHARDING = (
     "hybrid_jax/parallel/recurrence.py",
     "hybrid_jax/parallel/sequence.py",
@@ -121,9 +121,9 @@ MUTATIONS = [
     Mutation(ATTENTION, "2 * n - 1 - i - other), (same", "2 * n - i - other), (same", "back chunks stand a chunk too far", WINDOWS),
     Mutation(
         ATTENTION,
-        "(from_pair(x + y) for x, y in zip(home",
-        "(from_pair(y) for x, y in zip(home",
-        "gradients do not come home",
+        "(from_pair(x + y) for x, y in zip(arrived",
+        "(from_pair(y) for x, y in zip(arrived",
+        "gradients of keys do not arrive at their device",
         WINDOWS,
     ),
     Mutation(ATTENTION, "dq + own[0], own[1:]", "own[0], own[1:]", "queries forget the keys of other devices", WINDOWS),
@@ -138,7 +138,7 @@ MUTATIONS = [
         TILES,
         "ids = ids + jax.lax.axis_index(vocabulary.axis) * size",
         "ids = ids + jax.lax.axis_index(vocabulary.axis)",
-        "likeliest tokens of later parts have too small ids",
+        "top-k tokens of later parts have too small ids",
         VOCABULARY,
     ),
     Mutation(TILES, "ids - jax.lax.axis_index(self.axis) * size", "ids", "each part has the first part's targets", VOCABULARY),

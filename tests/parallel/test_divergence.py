@@ -1,4 +1,4 @@
-"""Divergence from a teacher: the textbook's sums and their gradients, whatever the tile; known from its likeliest tokens."""
+"""Divergence from a teacher: the textbook's sums and their gradients, whatever the tile; known from its top-k tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ def test_all_tokens_known_is_the_whole_divergence():
 
 
 @pytest.mark.parametrize("tile", [3, 2048])
-def test_the_likeliest_tokens_and_the_rest_as_one_event(monkeypatch, tile):
+def test_the_top_k_tokens_and_the_rest_as_one_event(monkeypatch, tile):
     monkeypatch.setattr(tiles, "TILE", tile)
     hidden, kernel, teacher, teacher_kernel, d = arrays()
     ids, log_q = known(teacher, teacher_kernel, 4)

@@ -111,7 +111,7 @@ def test_the_zigzag_layout_gives_every_device_an_early_and_a_late_chunk():
     assert zigzag_order(8, 2).tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
     x = np.arange(48).reshape(2, 24)
     assert np.array_equal(from_zigzag(to_zigzag(x, 4), 4), x)
-    with pytest.raises(ValueError, match="10 tokens can not be cut in 8 chunks"):
+    with pytest.raises(ValueError, match="10 tokens cannot be cut in 8 chunks"):
         zigzag_order(10, 4)
 
 
@@ -152,7 +152,7 @@ def test_a_deep_model_is_traced_as_fast_as_a_shallow_one():
 
 @pytest.mark.parametrize("pattern", ["*-GKA-*-GKA", "*-*-GDN-GDN"])
 @pytest.mark.parametrize("remat", ["none", "attention", "full"])
-def test_scanned_and_rematerialised_layers_give_the_same_gradients(pattern, remat):
+def test_scanned_and_rematerialized_layers_give_the_same_gradients(pattern, remat):
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 12)))
 
     def grads(scan, remat):

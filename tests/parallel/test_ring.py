@@ -146,7 +146,7 @@ def test_a_conv_wider_than_a_chunk_sees_the_tokens_of_its_segment(any_pairs):
     np.testing.assert_allclose(got, before / (1 + np.exp(-before)), rtol=1e-5, atol=1e-6)
 
 
-def test_a_vocabulary_in_parts_gives_the_losses_and_the_likeliest_tokens_of_all_of_it(monkeypatch):
+def test_a_vocabulary_in_parts_gives_the_losses_and_the_top_k_tokens_of_all_of_it(monkeypatch):
     """Three devices with four tokens of the vocabulary each; two logits are equal, in parts of different devices."""
 
     def on_parts(function, arrays, axes, out_axes):

@@ -39,7 +39,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_as_if_it_had_not_b
     assert str(aside) in told and list((aside / "state").rglob("manifest.ocdbt")), "renamed, not deleted"
 
 
-def test_when_none_can_be_read_nothing_is_begun_anew(corpus, tmp_path):
+def test_when_none_can_be_read_nothing_is_begun_again(corpus, tmp_path):
     train(corpus, tmp_path)
     for step in saved_steps(tmp_path):
         damage(tmp_path, step)

@@ -97,7 +97,7 @@ def test_a_damaged_checkpoint_is_said_to_be_so(run, tmp_path):
     for path in (tmp_path / "run" / "checkpoints" / "align" / "2" / "state").rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match="the checkpoint of step 2 in .* can not be read"):
+    with pytest.raises(ValueError, match="the checkpoint of step 2 in .* cannot be read"):
         load_run(tmp_path / "run", "align", 2)
 
 
