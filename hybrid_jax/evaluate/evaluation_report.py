@@ -60,7 +60,7 @@ def recovered(row: Row, rows: Sequence[Row]) -> float | None:
     return None if lost < NOTHING_LOST else (starts[0].text_loss - row.text_loss) / lost
 
 
-HEADER = ("model", "pattern", "held-out loss (nats/token)", "lost loss recovered", "retrieval, 16 pairs")
+HEADER = ("model", "pattern", "held-out loss (nats/token)", "share of the lost loss recovered", "retrieval, 16 pairs")
 
 
 def table_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
