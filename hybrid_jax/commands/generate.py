@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--max-new-tokens", type=integer(minimum=1), default=64, help="at most so many tokens")
     said = "default: as the model's generation_config.json says, else"
     parser.add_argument("--temperature", type=number(minimum=0), help=f"0 is greedy ({said} 0)")
-    parser.add_argument("--top-p", type=number(above=0, maximum=1), help=f"keep the most likely tokens up to this probability ({said} 1, all)")
+    parser.add_argument(
+        "--top-p", type=number(above=0, maximum=1), help=f"keep the top tokens up to this probability ({said} 1, all)"
+    )
     parser.add_argument("--top-k", type=integer(minimum=0), help=f"keep so many of the top-k tokens ({said} 0, all)")
     parser.add_argument("--seed", type=integer(minimum=0), default=0, help="of sampling")
 

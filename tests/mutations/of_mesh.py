@@ -149,4 +149,25 @@ MUTATIONS = [
         "-1 takes all devices",
         ("tests/plan/test_plan.py::test_a_mesh_is_chosen_for_the_rows_that_are_asked_for",),
     ),
+    Mutation(
+        "hybrid_jax/parallel/head.py",
+        "(1 - jnp.square(logits / self.soft_cap)) / self.scaling",
+        "1 / self.scaling",
+        "a capped head is trained without the cap's derivative",
+        ("tests/parallel/test_head.py",),
+    ),
+    Mutation(
+        "hybrid_jax/parallel/head.py",
+        "return 1 / self.scaling",
+        "return 1.0",
+        "a scaled head is trained without the scale's derivative",
+        ("tests/parallel/test_head.py",),
+    ),
+    Mutation(
+        "hybrid_jax/parallel/attention_cudnn.py",
+        "jnp.where(jnp.arange(T) < lengths[:, None], first, 0)",
+        "first",
+        "padding stops rows of one document from being told",
+        ("tests/parallel/test_cudnn.py",),
+    ),
 ]
