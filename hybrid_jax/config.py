@@ -123,13 +123,26 @@ class ModelConfig:
     """Everything that defines a decoder, whatever family it comes from.
 
     Args:
-      family: key of `hybrid_jax.families.FAMILIES`.
-      layers: one `MixerSpec` per layer.
-      attention_windows: per layer, the source's own sliding window, or None for full attention.
+      family: key of `hybrid_jax.families.FAMILIES`; it decides how config.json is read and written, and nothing else.
+      vocab_size: rows of the embedding table.
+      hidden_size: width of the residual stream.
+      intermediate_size: width of the gated MLP; an expert's is in `moe`.
+      num_heads, num_kv_heads: query heads, and key-value heads, which divide them. Mixers use the same numbers.
+      head_dim: width of a head, even; it need not be hidden_size / num_heads.
+      layers: one `MixerSpec` per layer (see `with_pattern`).
+      rms_norm_eps: epsilon of the norms of layers, of queries and keys, and of the final norm.
+      rope: the rotary embedding of attention.
+      max_position_embeddings: the longest document that attention is meant for, in tokens.
+      tie_embeddings: the output head is the embedding table.
+      qk_norm: RMSNorm over each head of queries and keys (Qwen3).
+      qkv_bias, o_bias, mlp_bias: biases of the projections to q, k, v (Qwen2), of attention's output projection, of the MLP.
+      attention_windows: per layer, the source's own sliding window, in keys that a query sees, or None for full attention.
       query_scaling: Ministral-3's (beta, original_max_position_embeddings): queries are multiplied by
         1 + beta * log(1 + floor(position / original_max_position_embeddings)).
       logits_scaling: the logits are divided by this number, above 0.
       logits_soft_cap: c > 0: the logits x, after scaling, become c * tanh(x / c) (Gemma 2); None: they stay as they are.
+      initializer_range: standard deviation of new kernels.
+      moe: the options of a mixture of experts in every layer; None: dense.
       mixers: the options of mixer kinds that are not the defaults, at most one of each class (`GKAConfig(num_iter=10),
         ...`), for all layers of the kind; read them with `options`.
       extra: keys of the source's config.json that the decoder does not use (token ids and the like);

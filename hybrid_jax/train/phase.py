@@ -37,46 +37,56 @@ NUMBERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """One stage of training.
+    """One training loop of an experiment: what trains, towards what, on which rows, for how long.
 
     Args:
-      objective, options: key of `OBJECTIVES`, and what it takes by name.
-      form: what the model is turned into before the phase: `fused` (teacher, which is the source, beside student), `unfused`,
-        or `as_is`.
-      trainable: regular expressions on parameter names; what no one finds is frozen. `all` is everything. What the teacher alone
-        reads never trains.
-      steps: optimizer steps; or `tokens`, for as many steps as those need; or `epochs` over the rows of the phase's one source.
-      batch_size, seq_len: rows a step and tokens a row.
-      accumulate: parts in which a step's rows are computed, one after the other; their gradients are those of the whole.
-      learning_rate, schedule, final_fraction: the peak, its shape (constant; cosine; linear; wsd: warmup, stable, and
-        a linear decay over the last `decay_steps`), and the fraction of the peak at the end. The schedule follows the steps of
-        the phase, each of which takes a batch of the data: a skipped step uses up its place, so the phase always ends at the
-        end of its schedule. Moments and their bias corrections follow the steps that counted.
-      warmup_steps: linear, from nothing; or `warmup_fraction` of the steps.
-      optimizer: adamw; or muon, for projections and experts, each a matrix of its own (momentum 0.95, Nesterov), and AdamW
-        for all others: embeddings, head, router, convolutions, norms, biases.
-      beta1, beta2: AdamW's, in [0, 1).
-      weight_decay: times the learning rate, by either optimizer; never of norms, biases, A_log, dt_bias and D.
-      clip: the largest global norm of the gradient; 0: no clipping.
-      spike: a step whose loss or gradient norm is so many times its running mean is skipped, above 1; 0: never. One of which
-        either is not finite always is.
-      bad_steps: skipped steps in a row that end the phase.
-      rope_theta, max_position_embeddings: of the model from this phase on, not of its teacher; 0 keeps them.
-      compute_dtype: of activations.
-      frozen_dtype: of the matrices that do not train, rounded (and so saved) if lower than the model's; empty keeps it.
-      remat: what a layer keeps for its gradient: none (all of it), attention, full (its input alone).
+      objective: the loss, a key of `OBJECTIVES`.
+      options: options of the objective by name, e.g. a temperature.
+      form: the form the model is brought into before the phase: `fused` (the teacher's attention beside each student mixer; the
+        teacher is the source), `unfused` (students only) or `as_is`. Objectives with two streams need `fused`.
+      trainable: regular expressions on parameter names, e.g. `.gka.`; parameters that none of them finds are frozen, and cost
+        neither gradients nor optimizer state. `all` is everything. Parameters that only the teacher reads never train.
+      steps, tokens, epochs: the length, by exactly one of: optimizer steps; tokens, rounded up to steps; passes over the rows of
+        the phase's one source.
+      batch_size: rows per step, of all devices together.
+      seq_len: tokens per row.
+      accumulate: microbatches per step, computed one after the other. The gradient is that of the complete batch; raise it when
+        a batch does not fit.
+      learning_rate: the peak.
+      schedule: `constant`, `cosine`, `linear`, or `wsd` (warm-up, stable, linear decay over the last `decay_steps`). The schedule
+        counts every step of the phase, skipped ones too, so the phase always ends at its end; the moments count accepted steps.
+      final_fraction: learning rate at the end, as a fraction of the peak.
+      warmup_steps, warmup_fraction: length of the linear warm-up, in steps or as a fraction of all steps.
+      decay_steps: length of the decay of `wsd`, in steps.
+      optimizer: `adamw`; or `muon` (arXiv 2502.16982; momentum 0.95, Nesterov) for the matrices of projections and experts, with
+        AdamW for everything else.
+      beta1, beta2: of AdamW, in [0, 1).
+      weight_decay: decoupled, multiplied by the learning rate, with either optimizer. A parameter's marks say whether it decays
+        (`layers.parameter`): norms, biases, A_log, dt_bias and D do not.
+      clip: the largest global gradient norm; a larger gradient is scaled down to it. 0 turns clipping off.
+      spike: skip a step whose loss or gradient norm exceeds `spike` times its running mean (above 1; 0: off). Use it for long
+        runs on noisy data. Steps that are not finite are always skipped.
+      bad_steps: end the phase with an error after this many skipped steps in a row.
+      rope_theta, max_position_embeddings: new values for the model from this phase on, for longer contexts; 0 keeps the model's.
+        The teacher keeps its own.
+      compute_dtype: of activations and matrix products: `float32` or `bfloat16` (on accelerators).
+      frozen_dtype: of frozen matrices; `bfloat16` halves their memory, and rounds them in the saved model too. Empty keeps the
+        model's.
+      remat: what a layer keeps for its gradient. `none` keeps everything and is fastest; `attention` keeps attention's outputs
+        and recomputes the rest; `full` keeps only the layer's input, for long rows. `hybrid-jax plan` says what fits.
       mix: source name -> share of the rows (see `hybrid_jax.data`); empty takes the experiment's `data.mix`.
-      answer_weight: weight of a synthetic task's answer, against 1 for a token of text.
-      teacher_cache: for `distill_cached`, the directory made by `cache-teacher`.
-      mesh: axis -> size (see `parallel.mesh`), in place of the experiment's.
+      answer_weight: weight of the answer tokens of a synthetic task in the loss; a token of text has weight 1.
+      teacher_cache: for `distill_cached`, the directory that `cache-teacher` made.
+      mesh: axis -> size (see `parallel.mesh`); empty takes the experiment's.
       eval_every: steps between two evaluations (see `train.evaluation`), which do not change the training; 0: none. The last
-        step is evaluated too. An evaluation costs about a third of a step per `batch_size` rows.
-      eval_rows: rows of each source that are evaluated; more of them make differences between steps less noisy.
-      keep_best: keeps the checkpoint with the lowest `eval/loss` beside the newest ones, also when the phase has ended, for
+        step is evaluated too.
+      eval_rows: rows per source that are evaluated; more of them make differences between steps less noisy.
+      keep_best: keep the checkpoint with the lowest `eval/loss` beside the newest ones, also when the phase has ended, for
         `export --phase P --step N`; `eval/best_step` in the metrics is its step. Needs `eval_every`.
-      log_every: steps, of which the means are logged (see `train.interval`); step 1 is logged on its own.
-      checkpoint_every: steps.
-      keep, keep_every: the newest checkpoints that stay, and the steps whose checkpoints outlive the phase (0: none do).
+      log_every: steps between two lines of metrics, which hold means over these steps (see `train.interval`).
+      checkpoint_every: steps between two checkpoints.
+      keep: how many of the newest checkpoints stay.
+      keep_every: checkpoints of steps that this number divides are never removed; 0: none.
     """
 
     objective: str

@@ -28,9 +28,8 @@ from hybrid_jax.train.state import Health, TrainState
 LOSS = "loss"  # of the metrics: the objective's loss, a `Mean`; LOSS/SOURCE is that of one data source's tokens
 STOP = "stop_asked"  # of a batch: whether a process was asked to stop; the metric of that name tells all of them
 
-# Spikes are judged against means with a memory of 1 / (1 - DECAY) = 50 steps: long enough that one step does not move them,
-# short enough to follow the fast fall of the loss at the start. Before TRUSTED accepted steps the mean has little more than the
-# warm-up in it, where losses vary most, so nothing is a spike yet.
+# Spikes are judged against means with a memory of 1 / (1 - DECAY) = 50 steps. During the first TRUSTED accepted steps, where
+# losses fall fast, nothing is a spike. Both numbers are a choice; nobody has tuned them.
 DECAY, TRUSTED = 0.98, 20
 
 Metrics = dict[str, Any]
