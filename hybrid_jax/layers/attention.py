@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from hybrid_jax.config import ModelConfig, SWAConfig
 from hybrid_jax.layers.linear import Linear, RMSNorm
@@ -36,21 +37,29 @@ _HEADS, _SLOTS = ("batch", None, "kv_heads", None), ("batch", None)
 CACHE_AXES = KVCache(_HEADS, _HEADS, _SLOTS, _SLOTS, ())  # each array's logical axes
 
 
-def attention_mask(q_positions, q_segments, k_positions, k_segments, window=None, nearest=0):
-    """[B, T, S] True where a query may see a key: same segment, and 0 <= distance - nearest < window."""
+def attention_mask(
+    q_positions: jax.Array,  # [B, T]
+    q_segments: jax.Array,  # [B, T]
+    k_positions: jax.Array,  # [B, S]
+    k_segments: jax.Array,  # [B, S]
+    window: int | None = None,
+    nearest: int = 0,
+) -> jax.Array:
+    """Returns [B, T, S], True where a query may see a key: same segment, and 0 <= distance - nearest < window."""
     distance = q_positions[:, :, None] - k_positions[:, None, :] - nearest
     mask = (distance >= 0) & (q_segments[:, :, None] == k_segments[:, None, :])
     return mask if window is None else mask & (distance < window)
 
 
-def empty_cache(batch, length, kv_heads, head_dim, dtype) -> KVCache:
+def empty_cache(batch: int, length: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> KVCache:
+    """Returns a cache of `length` empty slots."""
     zeros = jnp.zeros((batch, length, kv_heads, head_dim), dtype)
     slots = jnp.zeros((batch, length), jnp.int32)
     return KVCache(zeros, zeros, slots, slots - 1, jnp.zeros((), jnp.int32))
 
 
 def extend_window(cache: KVCache, new: KVCache) -> tuple[KVCache, KVCache]:
-    """A windowed cache: what the new queries may see, and the cache afterwards."""
+    """Adds tokens to a windowed cache; returns what the new queries may see, and the cache afterwards."""
     seen = KVCache(
         *(jnp.concatenate([a.astype(b.dtype), b], axis=1) for a, b in zip(cache[:4], new[:4], strict=True)), cache.next_slot
     )
@@ -60,7 +69,7 @@ def extend_window(cache: KVCache, new: KVCache) -> tuple[KVCache, KVCache]:
 
 
 def extend_full(cache: KVCache, new: KVCache) -> KVCache:
-    """A full cache with the new tokens written at `next_slot`."""
+    """Returns a full cache with the new tokens written at `next_slot`."""
     written = (
         jax.lax.dynamic_update_slice_in_dim(a, b.astype(a.dtype), cache.next_slot, axis=1)
         for a, b in zip(cache[:4], new[:4], strict=True)
@@ -71,7 +80,7 @@ def extend_full(cache: KVCache, new: KVCache) -> KVCache:
 class Attention(nnx.Module):
     """Multi-head attention with the source family's options; `window` is how many keys a query sees, itself included."""
 
-    def __init__(self, config: ModelConfig, layer: int, *, rngs, dtype=jnp.float32):
+    def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         hid, H, Hkv, D = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         linear = functools.partial(Linear, std=config.initializer_range, rngs=rngs, dtype=dtype)
         self.q_proj = linear(hid, H * D, bias=config.qkv_bias, axes=("embed", "heads"))
@@ -92,8 +101,8 @@ class Attention(nnx.Module):
         """Returns all parameters: they are copied."""
         return {name: source[name] for name in fresh}
 
-    def project(self, x, positions, suffix=""):
-        """q [B,T,H,D], k and v [B,T,Hkv,D], normed and rotated, by the projections whose names end with `suffix`."""
+    def project(self, x: jax.Array, positions: jax.Array, suffix: str = "") -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns q [B, T, H, D] and k, v [B, T, Hkv, D], normed and rotated, of the projections whose names end with `suffix`."""
         q_proj, k_proj, v_proj, q_norm, k_norm = (
             getattr(self, name + suffix) for name in ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")
         )
@@ -112,8 +121,10 @@ class Attention(nnx.Module):
             q = q * scale[..., None, None].astype(q.dtype)
         return q, k, v
 
-    def __call__(self, x, *, positions, segment_ids, state: KVCache | None = None):
-        """x [B,T,hidden] -> (y [B,T,hidden], state). With a state, its tokens come before x."""
+    def __call__(
+        self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array, state: KVCache | None = None
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Returns (y [B, T, hidden], the state after x) of x [B, T, hidden]. With a state, its tokens come before x."""
         B, T, _ = x.shape
         q, k, v = self.project(x, positions)
         if state is None:
@@ -127,7 +138,7 @@ class Attention(nnx.Module):
         o = jax.nn.dot_product_attention(q, seen.k.astype(q.dtype), seen.v.astype(q.dtype), mask=mask[:, None])
         return self.o_proj(o.reshape(B, T, -1)), state
 
-    def init_state(self, batch: int, max_length: int, dtype=jnp.float32) -> KVCache:
+    def init_state(self, batch: int, max_length: int, dtype: DTypeLike = jnp.float32) -> KVCache:
         length = max_length if self.window is None else self.window - 1
         return empty_cache(batch, length, self.config.num_kv_heads, self.config.head_dim, dtype)
 

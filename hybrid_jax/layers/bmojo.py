@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from hybrid_jax import layers
 from hybrid_jax.config import BMojoConfig, ModelConfig
@@ -31,7 +32,7 @@ class BMojoState(NamedTuple):
 class BMojoAttention(Attention):
     """Attention's projections; untied, a second set (`q_proj_`, ...) serves the fading tokens."""
 
-    def __init__(self, config: ModelConfig, layer: int, *, rngs, dtype=jnp.float32):
+    def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         super().__init__(config, layer, rngs=rngs, dtype=dtype)
         self.tied = config.options(BMojoConfig).tie_attn_weights
         if self.tied:
@@ -49,8 +50,8 @@ class BMojoAttention(Attention):
         """Returns None: `BMojoF` has windows of its own."""
         return None
 
-    def project_fading(self, x, f, positions):
-        """The query against fading tokens (from x), and their keys and values (from f)."""
+    def project_fading(self, x: jax.Array, f: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns the queries against fading tokens, from x [B, T, hidden], and their keys and values, from f [B, T, hidden]."""
         suffix = "" if self.tied else "_"
         q, _, _ = self.project(x, positions, suffix)
         _, k, v = self.project(f, positions, suffix)
@@ -60,7 +61,7 @@ class BMojoAttention(Attention):
 class BMojoF(nnx.Module):
     """B'MOJO-F. The project has it for compatibility with released checkpoints; no recipe uses it."""
 
-    def __init__(self, config: ModelConfig, layer: int, *, rngs, dtype=jnp.float32):
+    def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         kind = config.options(BMojoConfig).ssm_mixer
         self.mixer_key = KINDS[kind].parameter_key
         setattr(self, self.mixer_key, layers.make_mixer(kind, config, layer, rngs=rngs, dtype=dtype))
@@ -80,8 +81,10 @@ class BMojoF(nnx.Module):
                 copied[name] = source[f"{module.rstrip('_')}.{leaf}"]
         return copied
 
-    def __call__(self, x, *, positions, segment_ids, state: BMojoState | None = None):
-        """x [B,T,hidden] -> (y [B,T,hidden], state)."""
+    def __call__(
+        self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array, state: BMojoState | None = None
+    ) -> tuple[jax.Array, BMojoState | None]:
+        """Returns (y [B, T, hidden], the state after x) of x [B, T, hidden]."""
         c, W = self.config, self.config.options(BMojoConfig).window_size
         B, T, _ = x.shape
         f, mixer_state = getattr(self, self.mixer_key)(x, positions=positions, segment_ids=segment_ids, state=state and state.mixer)
@@ -108,7 +111,7 @@ class BMojoF(nnx.Module):
         o = jnp.einsum("bhgts,bshd->bthgd", weights, values).reshape(B, T, -1)
         return self.bmojo_attn.o_proj(o), kept
 
-    def init_state(self, batch: int, max_length: int, dtype=jnp.float32) -> BMojoState:
+    def init_state(self, batch: int, max_length: int, dtype: DTypeLike = jnp.float32) -> BMojoState:
         c = self.config
         cache = empty_cache(batch, 2 * c.options(BMojoConfig).window_size - 1, c.num_kv_heads, c.head_dim, dtype)
         return BMojoState(getattr(self, self.mixer_key).init_state(batch, max_length, dtype), cache, cache)

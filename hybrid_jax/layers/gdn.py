@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from hybrid_jax.config import GDNConfig, ModelConfig
 from hybrid_jax.layers.linear import Linear, RMSNorm
@@ -42,7 +43,7 @@ class GatedDeltaNet(nnx.Module):
     Without `use_short_conv` q, k, v = SiLU(proj x), as in hybrid-model-factory.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, *, rngs, dtype=jnp.float32):
+    def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         del layer
         hid, H, Hkv, D = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         gdn = config.options(GDNConfig)
@@ -67,8 +68,10 @@ class GatedDeltaNet(nnx.Module):
         self.o_proj = linear(H * D, hid, axes=("heads", "embed"))
         self.config = config
 
-    def __call__(self, x, *, positions, segment_ids, state: GDNState | None = None):
-        """x [B,T,hidden] -> (y [B,T,hidden], state)."""
+    def __call__(
+        self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array, state: GDNState | None = None
+    ) -> tuple[jax.Array, GDNState | None]:
+        """Returns (y [B, T, hidden], the state after x) of x [B, T, hidden]."""
         del positions
         B, T, _ = x.shape
         H, D = self.config.num_heads, self.config.head_dim
@@ -106,7 +109,7 @@ class GatedDeltaNet(nnx.Module):
         """Returns q, k, v, o of attention, and the output gate made from o and v."""
         return from_projections(source, fresh, config)
 
-    def init_state(self, batch: int, max_length: int, dtype=jnp.float32) -> GDNState:
+    def init_state(self, batch: int, max_length: int, dtype: DTypeLike = jnp.float32) -> GDNState:
         del max_length
         H, D = self.config.num_heads, self.config.head_dim
         convs = (c and c.init_state(batch, dtype) for c in (self.q_conv1d, self.k_conv1d, self.v_conv1d))

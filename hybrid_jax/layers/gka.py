@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from hybrid_jax.config import GKAConfig, ModelConfig
 from hybrid_jax.layers.linear import Linear, RMSNorm
@@ -44,7 +45,7 @@ class GatedKalmaNet(nnx.Module):
     0; the parameters of the gate exist all the same, as in its checkpoints.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, *, rngs, dtype=jnp.float32):
+    def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         del layer
         hid, H, Hkv, D = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         gka = config.options(GKAConfig)
@@ -67,8 +68,10 @@ class GatedKalmaNet(nnx.Module):
         self.o_proj = linear(H * D, hid, axes=("heads", "embed"))
         self.config = config
 
-    def __call__(self, x, *, positions, segment_ids, state: GKAState | None = None):
-        """x [B,T,hidden] -> (y [B,T,hidden], state)."""
+    def __call__(
+        self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array, state: GKAState | None = None
+    ) -> tuple[jax.Array, GKAState | None]:
+        """Returns (y [B, T, hidden], the state after x) of x [B, T, hidden]."""
         del positions
         c, gka = self.config, self.config.options(GKAConfig)
         B, T, _ = x.shape
@@ -108,7 +111,7 @@ class GatedKalmaNet(nnx.Module):
         """Returns q, k, v, o of attention, and the output gate made from o and v."""
         return from_projections(source, fresh, config)
 
-    def init_state(self, batch: int, max_length: int, dtype=jnp.float32) -> GKAState:
+    def init_state(self, batch: int, max_length: int, dtype: DTypeLike = jnp.float32) -> GKAState:
         del max_length
         H, D = self.config.num_heads, self.config.head_dim
         zeros = jnp.zeros((batch, H, D, D), jnp.float32)

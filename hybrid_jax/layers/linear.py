@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from hybrid_jax.layers.parameter import marks_of, parameter
 from hybrid_jax.parallel.embedding import lookup
@@ -22,17 +24,29 @@ class Linear(nnx.Module):
         initializes every linear map in this way, those of mixers too, with the config's `initializer_range`.
     """
 
-    def __init__(self, din, dout, *, std, bias=False, axes=("embed", "heads"), muon=True, rngs, dtype=jnp.float32):
+    def __init__(
+        self,
+        din: int,
+        dout: int,
+        *,
+        std: float,
+        bias: bool = False,
+        axes: tuple[str | None, str | None] = ("embed", "heads"),
+        muon: bool = True,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+    ):
         kernel = std * jax.random.normal(rngs.params(), (din, dout), dtype)
         self.kernel = parameter(kernel, axes, compute=True, frozen=True, decay=True, muon=muon, layout="transposed")
         self.bias = parameter(jnp.zeros(dout, dtype), (axes[1],)) if bias else None
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x [..., in] to [..., out], in x's dtype."""
         y = x @ self.kernel[...].astype(x.dtype)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
-    def parts(self, x, sizes):
-        """The output in parts of `sizes` columns, each cut over the mesh by itself rather than the whole."""
+    def parts(self, x: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
+        """Maps x [..., in] to one output [..., size] for each of `sizes`, side by side in the kernel and each sharded by itself."""
         assert self.bias is None
         cuts = list(itertools.accumulate(sizes))[:-1]
         if axis_size("tensor") == 1:
@@ -42,18 +56,19 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Token embedding; `embedding` [vocab, hidden]. `attend` is the tied output head."""
+    """Token embedding, `embedding` [vocab, hidden]; a tied output head reads it too."""
 
-    def __init__(self, vocab, hidden, *, std, rngs, dtype=jnp.float32):
+    def __init__(self, vocab: int, hidden: int, *, std: float, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         table = std * jax.random.normal(rngs.params(), (vocab, hidden), dtype)
         self.embedding = parameter(table, ("vocab", "embed"), frozen=True, decay=True)
 
-    def __call__(self, ids, dtype):
+    def __call__(self, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
+        """Returns the rows of ids [B, T], [B, T, hidden], in `dtype`."""
         return lookup(self.embedding[...], ids, dtype)
 
 
-def rms_norm(x, weight, eps):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32; returned in x's dtype."""
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Returns x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32; returned in x's dtype."""
     f = x.astype(jnp.float32)
     f = f * jax.lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True) + eps)
     return (f * weight.astype(jnp.float32)).astype(x.dtype)
@@ -62,9 +77,10 @@ def rms_norm(x, weight, eps):
 class RMSNorm(nnx.Module):
     """`rms_norm` with a learned weight [dim]."""
 
-    def __init__(self, dim, *, eps, dtype=jnp.float32):
+    def __init__(self, dim: int, *, eps: float, dtype: DTypeLike = jnp.float32):
         self.weight = parameter(jnp.ones(dim, dtype), ("norm",))
         self.eps = eps
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalizes x [..., dim] over its last axis."""
         return rms_norm(x, self.weight[...], self.eps)

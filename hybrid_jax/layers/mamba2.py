@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from hybrid_jax.config import Mamba2Config, ModelConfig
 from hybrid_jax.layers.linear import Linear, RMSNorm, rms_norm
@@ -31,7 +32,7 @@ class Mamba2(nnx.Module):
     """z, x, B, C, dt = in_proj(u); C, B normed if the source norms q, k; xBC = SiLU(conv(xBC));
     SSD with D skip; out_proj(RMSNorm per head of y SiLU(z))."""
 
-    def __init__(self, config: ModelConfig, layer: int, *, rngs, dtype=jnp.float32):
+    def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         del layer
         hid, H, Hkv, D = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         normed = config.qk_norm and config.options(Mamba2Config).use_qk_norm
@@ -47,8 +48,10 @@ class Mamba2(nnx.Module):
         self.out_proj = Linear(H * D, hid, axes=("heads", "embed"), **fresh)
         self.config = config
 
-    def __call__(self, x, *, positions, segment_ids, state: Mamba2State | None = None):
-        """x [B,T,hidden] -> (y [B,T,hidden], state)."""
+    def __call__(
+        self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array, state: Mamba2State | None = None
+    ) -> tuple[jax.Array, Mamba2State | None]:
+        """Returns (y [B, T, hidden], the state after x) of x [B, T, hidden]."""
         del positions
         c = self.config
         batch, T, _ = x.shape
@@ -88,7 +91,7 @@ class Mamba2(nnx.Module):
             copied |= {"C_norm.weight": source["q_norm.weight"], "B_norm.weight": source["k_norm.weight"]}
         return copied
 
-    def init_state(self, batch: int, max_length: int, dtype=jnp.float32) -> Mamba2State:
+    def init_state(self, batch: int, max_length: int, dtype: DTypeLike = jnp.float32) -> Mamba2State:
         del max_length
         H, D = self.config.num_heads, self.config.head_dim
         return Mamba2State(jnp.zeros((batch, H, D, D), jnp.float32), self.conv1d.init_state(batch, dtype))

@@ -7,8 +7,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
-from hybrid_jax.config import ModelConfig
+from hybrid_jax.config import ModelConfig, MoEConfig
 from hybrid_jax.layers.linear import Linear
 from hybrid_jax.layers.parameter import parameter
 from hybrid_jax.parallel.sharding import TOKENS, axis_size, shard_map_by_axes
@@ -17,22 +18,29 @@ from hybrid_jax.parallel.sharding import TOKENS, axis_size, shard_map_by_axes
 class MLP(nnx.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig, *, rngs, dtype=jnp.float32):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         hid, inner = config.hidden_size, config.intermediate_size
         linear = functools.partial(Linear, bias=config.mlp_bias, std=config.initializer_range, rngs=rngs, dtype=dtype)
         self.gate_proj = linear(hid, inner, axes=("embed", "mlp"))
         self.up_proj = linear(hid, inner, axes=("embed", "mlp"))
         self.down_proj = linear(inner, hid, axes=("mlp", "embed"))
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x [B, T, hidden] to the same shape."""
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _experts_of(config: ModelConfig) -> MoEConfig:
+    if config.moe is None:
+        raise ValueError("a mixture of experts needs ModelConfig.moe")
+    return config.moe
 
 
 class Experts(nnx.Module):
     """E gated MLPs in three stacked kernels: gate and up [E, hidden, inner], down [E, inner, hidden]."""
 
-    def __init__(self, config: ModelConfig, *, rngs, dtype=jnp.float32):
-        moe, hid = config.moe, config.hidden_size
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
+        moe, hid = _experts_of(config), config.hidden_size
 
         def stack(din, dout, axes):
             value = config.initializer_range * jax.random.normal(rngs.params(), (moe.num_experts, din, dout), dtype)
@@ -92,11 +100,11 @@ class MoE(nnx.Module):
     to one if `norm_topk_prob`.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs, dtype=jnp.float32):
-        self.moe = config.moe
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
+        self.moe = _experts_of(config)
         self.gate = Linear(
             config.hidden_size,
-            config.moe.num_experts,
+            self.moe.num_experts,
             axes=("embed", None),
             muon=False,
             std=config.initializer_range,
@@ -105,7 +113,8 @@ class MoE(nnx.Module):
         )
         self.experts = Experts(config, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x [B, T, hidden] to the same shape."""
         local = functools.partial(_route, moe=self.moe, experts=axis_size("expert"), tensor=axis_size("tensor") > 1)
         gate, up, down = (p[...].astype(x.dtype) for p in (self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj))
         wide = ("expert", None, "mlp")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.layers.mixer import Arrays
@@ -18,10 +20,10 @@ from kernels_pallas.gated_kalmanet.chebyshev import safe_sqrt
 STATE_AXES = ("batch", "heads", None, None)  # logical axes of a state [B,H,K,V]
 
 
-def l2_normalize(x, *, eps=1e-6, eps_outside: bool):
-    """x / (|x| + eps), or x / sqrt(|x|^2 + eps) if not `eps_outside`; a zero vector has gradient 0 / finite.
+def l2_normalize(x: jax.Array, *, eps: float = 1e-6, eps_outside: bool) -> jax.Array:
+    """Returns x / (|x| + eps), or x / sqrt(|x|^2 + eps) if not `eps_outside`, over the last axis of x [..., D].
 
-    In float32, returned in x's dtype.
+    Computed in float32 and returned in x's dtype. A zero vector has a finite gradient.
     """
     f = x.astype(jnp.float32)
     square = jnp.sum(f * f, axis=-1, keepdims=True)
@@ -30,8 +32,8 @@ def l2_normalize(x, *, eps=1e-6, eps_outside: bool):
     return (f / (safe_sqrt(square) + eps)).astype(x.dtype)
 
 
-def repeat_heads(x, num_heads):
-    """[..., Hkv, D] -> [..., H, D], each head repeated in place (`repeat_interleave`)."""
+def repeat_heads(x: jax.Array, num_heads: int) -> jax.Array:
+    """Repeats each head in place (`repeat_interleave`): [..., Hkv, D] -> [..., num_heads, D]."""
     return jnp.repeat(x, num_heads // x.shape[-2], axis=-2)
 
 
@@ -52,21 +54,23 @@ def from_projections(source: Arrays, fresh: Arrays, config: ModelConfig) -> dict
     return copied
 
 
-def init_a_log(rngs, num_heads, dtype=jnp.float32):
-    """A_log = log U(0, 16), away from log 0."""
+def init_a_log(rngs: nnx.Rngs, num_heads: int, dtype: DTypeLike = jnp.float32) -> nnx.Param:
+    """Returns a new A_log [H] = log U(1e-4, 16)."""
     a = jax.random.uniform(rngs.params(), (num_heads,), dtype, minval=1e-4, maxval=16.0)
     return parameter(jnp.log(a), ("heads",))
 
 
-def init_dt_bias(rngs, num_heads, dtype=jnp.float32, low=1e-3, high=0.1, floor=1e-4):
-    """softplus^-1(dt), dt log-uniform in [low, high] and at least `floor` (Mamba-2's initialization)."""
+def init_dt_bias(
+    rngs: nnx.Rngs, num_heads: int, dtype: DTypeLike = jnp.float32, low: float = 1e-3, high: float = 0.1, floor: float = 1e-4
+) -> nnx.Param:
+    """Returns a new dt_bias [H] = softplus^-1(dt), where dt is log-uniform in [low, high] and at least `floor` (as in Mamba-2)."""
     u = jax.random.uniform(rngs.params(), (num_heads,), dtype)
     dt = jnp.maximum(jnp.exp(u * (math.log(high) - math.log(low)) + math.log(low)), floor)
     return parameter(dt + jnp.log(-jnp.expm1(-dt)), ("heads",))
 
 
-def log_decay(dt, a_log, dt_bias):
-    """g = -exp(A_log) softplus(dt + dt_bias), in float32; dt [B,T,H]."""
+def log_decay(dt: jax.Array, a_log: jax.Array, dt_bias: jax.Array) -> jax.Array:
+    """Returns g = -exp(A_log) softplus(dt + dt_bias) [B, T, H] float32, of dt [B, T, H], A_log [H], dt_bias [H]."""
     f32 = jnp.float32
     return -jnp.exp(a_log.astype(f32)) * jax.nn.softplus(dt.astype(f32) + dt_bias.astype(f32))
 
@@ -77,18 +81,32 @@ class ShortConv(nnx.Module):
     A new kernel is normal with standard deviation `std`, a new bias 0, as Transformers initializes a `Conv1d`.
     """
 
-    def __init__(self, dim, size, *, std, bias=False, axes=("heads",), rngs, dtype=jnp.float32):
+    def __init__(
+        self,
+        dim: int,
+        size: int,
+        *,
+        std: float,
+        bias: bool = False,
+        axes: tuple[str] = ("heads",),
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+    ):
         kernel = std * jax.random.normal(rngs.params(), (dim, size), dtype)
         self.kernel = parameter(kernel, (*axes, None), frozen=True, decay=True, layout="conv")
         self.bias = parameter(jnp.zeros(dim, dtype), axes) if bias else None
 
-    def __call__(self, x, *, segment_ids, state=None):
-        """x [B,T,D] -> (y, state [B,W-1,D]); one token with a state takes the step."""
+    def __call__(
+        self, x: jax.Array, *, segment_ids: jax.Array, state: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Returns (y [B, T, D], state [B, W-1, D]) of x [B, T, D]; the state holds the tokens before the next one."""
         bias = None if self.bias is None else self.bias[...]
         return convolution(x, self.kernel[...], bias, state=state, segment_ids=segment_ids)
 
-    def parts(self, xs, *, segment_ids, state=None):
-        """The conv of inputs side by side, each by itself: no two of them need be cut alike over a mesh."""
+    def parts(
+        self, xs: Sequence[jax.Array], *, segment_ids: jax.Array, state: jax.Array | None = None
+    ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
+        """Applies the conv to inputs [B, T, size] that are side by side in the kernel; each is sharded by itself."""
         cuts = list(itertools.accumulate(x.shape[-1] for x in xs))[:-1]
         weights = jnp.split(self.kernel[...], cuts)
         biases = [None] * len(xs) if self.bias is None else jnp.split(self.bias[...], cuts)
@@ -100,9 +118,11 @@ class ShortConv(nnx.Module):
         ys, states = zip(*outs, strict=True)
         return ys, None if state is None else jnp.concatenate(states, axis=-1)
 
-    def init_state(self, batch, dtype):
+    def init_state(self, batch: int, dtype: DTypeLike) -> jax.Array:
+        """Returns the empty state, [batch, W-1, D]."""
         dim, size = self.kernel.shape
         return jnp.zeros((batch, size - 1, dim), dtype)
 
-    def state_axes(self):
+    def state_axes(self) -> tuple[str | None, ...]:
+        """Returns the logical axes of `init_state`."""
         return ("batch", None, marks_of(self.kernel).axes[0])

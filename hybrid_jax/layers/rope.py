@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hybrid_jax.config import RopeConfig
 
 
-def _llama3(inv_freq, rope: RopeConfig):
+def _llama3(inv_freq: np.ndarray, rope: RopeConfig) -> tuple[np.ndarray, float]:
     factor, low, high = (rope.option(n) for n in ("factor", "low_freq_factor", "high_freq_factor"))
     context = rope.option("original_max_position_embeddings")
     turns = context * inv_freq / (2 * math.pi)  # rotations within the original context
@@ -18,7 +19,7 @@ def _llama3(inv_freq, rope: RopeConfig):
     return (1 - smooth) * inv_freq / factor + smooth * inv_freq, 1.0
 
 
-def _yarn(inv_freq, rope: RopeConfig, head_dim: int, max_positions: int):
+def _yarn(inv_freq: np.ndarray, rope: RopeConfig, head_dim: int, max_positions: int) -> tuple[np.ndarray, float]:
     factor = rope.option("factor")
     context = rope.option("original_max_position_embeddings") or max_positions
     if factor is None:
@@ -46,7 +47,7 @@ def _yarn(inv_freq, rope: RopeConfig, head_dim: int, max_positions: int):
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int, max_positions: int) -> tuple[np.ndarray, float]:
-    """Inverse frequencies [head_dim / 2] (radians a position) and the factor on cos and sin.
+    """Returns the inverse frequencies [head_dim / 2], in radians per position, and the factor on cos and sin.
 
     Sources: llama3 scaling as released with Llama 3.1; YaRN, arXiv 2309.00071, section 3.
     """
@@ -60,13 +61,17 @@ def rope_frequencies(rope: RopeConfig, head_dim: int, max_positions: int) -> tup
     return inv_freq, 1.0
 
 
-def rotate(x, positions, inv_freq, factor=1.0):
+def rotate(x: jax.Array, positions: jax.Array, inv_freq: np.ndarray, factor: float = 1.0) -> jax.Array:
     """Rotates the two halves of the last axis by position * inv_freq.
 
     Args:
       x: [B, T, H, D].
       positions: [B, T] int.
-      inv_freq: [D / 2].
+      inv_freq: [D / 2], in radians per position.
+      factor: what cos and sin are multiplied by (YaRN).
+
+    Returns:
+      [B, T, H, D] in x's dtype.
     """
     angle = positions[..., None].astype(jnp.float32) * jnp.asarray(inv_freq, jnp.float32)
     cos = (jnp.cos(angle) * factor)[:, :, None].astype(x.dtype)
