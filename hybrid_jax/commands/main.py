@@ -109,9 +109,10 @@ COMMANDS = {
     ),
 }
 EXPECTED = (ValueError, OSError, NotImplementedError, FloatingPointError)
+_RESUMABLE = [name for name, command in COMMANDS.items() if command.resumable]
 EXIT_CODES = (
-    f"exit codes: 0 done; 1 failed, with a message; 2 wrong options; {EXIT_CODE} stopped by Ctrl-C or SIGTERM (prime, train, "
-    "sweep,\nprepare, cache-teacher and evaluate continue when the same command is given again)"
+    f"exit codes: 0 done; 1 failed, with a message; 2 wrong options; {EXIT_CODE} stopped by Ctrl-C or SIGTERM\n"
+    f"({', '.join(_RESUMABLE[:-1])} and {_RESUMABLE[-1]} continue when the same command is given again)"
 )
 
 
