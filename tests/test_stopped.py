@@ -102,10 +102,10 @@ def test_a_command_that_is_stopped_anywhere_ends_with_the_documented_code(monkey
             time.sleep(5)
             raise AssertionError("the signal came to nothing")
 
-    monkeypatch.setattr(command_line, "COMMANDS", {"prepare": ("slow", "", "")})
+    monkeypatch.setattr(command_line, "COMMANDS", {"prepare": command_line.Command("slow", "", "", resumable=True)})
     monkeypatch.setattr(command_line, "_module", lambda name: Slow())
     assert command_line.main(["prepare"]) == EXIT_CODE == 3
-    assert "hybrid-jax prepare: stopped; the same command goes on" in capsys.readouterr().err
+    assert "hybrid-jax prepare: stopped; the same command continues" in capsys.readouterr().err
 
 
 def test_a_bar_in_a_file_writes_a_line_now_and_then_and_not_each_step(capsys):

@@ -111,7 +111,7 @@ def test_the_zigzag_layout_gives_every_device_an_early_and_a_late_chunk():
     assert zigzag_order(8, 2).tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
     x = np.arange(48).reshape(2, 24)
     assert np.array_equal(from_zigzag(to_zigzag(x, 4), 4), x)
-    with pytest.raises(ValueError, match="10 tokens cannot be cut in 8 chunks"):
+    with pytest.raises(ValueError, match="10 tokens cannot be split into 8 chunks for mesh axis 'seq' of size 4"):
         zigzag_order(10, 4)
 
 
