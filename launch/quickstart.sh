@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Primes a small Transformer into a hybrid on this machine's CPU: about 8 minutes on two cores, the first rows of its table after
-# about two. Run it again to resume what was interrupted or to see the results of what is done. RUNS chooses the directory of the
+# Primes a small Transformer into a hybrid on this machine's CPU: about 7 minutes on two cores, the first rows of its table within
+# the first. Run it again to resume what was interrupted or to see the results of what is done. RUNS chooses the directory of the
 # results (runs/quickstart); the programs that XLA compiled are kept in its folder `compiled`, so that no step compiles twice.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
