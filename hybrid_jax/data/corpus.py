@@ -164,15 +164,6 @@ class Corpus:
             raise ValueError(f"no source is named {name!r}; have {', '.join(self.held_out)}")
         return self._packed(name, self.held_out[name], length, "held-out")
 
-    def held_out_by_source(self, length: int) -> dict[str, PackedRows]:
-        """Returns the held-out rows of every source that has any, by the sources' names in their order.
-
-        A source whose held-out part does not fill one row of `length` tokens is left out, so the result may be empty.
-        """
-        sizes = self.held_out_tokens()
-        rows = {name: self._pack(name, shards, length) for name, shards in self.held_out.items() if sizes[name]}
-        return {name: found for name, found in rows.items() if len(found)}
-
     def held_out_tokens(self) -> dict[str, int]:
         """Returns the number of held-out tokens of every source, by the sources' names in their order."""
         return {name: sum(int(tokens.starts[-1]) for tokens in shards) for name, shards in self.held_out.items()}
