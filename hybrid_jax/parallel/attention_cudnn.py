@@ -14,14 +14,15 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.arguments import backend
+
 LARGEST_HEAD = 128
 
 
 def cudnn_applies(q: jax.Array) -> bool:
-    """Returns whether cuDNN can serve queries of this shape and dtype on the devices at hand: Ampere or newer, float16 or
-    bfloat16, a head dim of at most 128 that is a multiple of 8."""
-    device = jax.devices()[0]
-    if device.platform != "gpu" or float(getattr(device, "compute_capability", 0)) < 8:
+    """Returns whether cuDNN can serve queries of this shape and dtype: the program is traced for GPUs, those of this machine are
+    Ampere or newer, the dtype is float16 or bfloat16, and the head dim is a multiple of 8 of at most 128."""
+    if backend() != "gpu" or float(getattr(jax.devices()[0], "compute_capability", 0)) < 8:
         return False
     return q.dtype in (jnp.float16, jnp.bfloat16) and q.shape[-1] <= LARGEST_HEAD and q.shape[-1] % 8 == 0
 

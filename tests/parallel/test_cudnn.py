@@ -4,6 +4,7 @@ JAX's own XLA implementation stands for cuDNN's in the values; the program for G
 """
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -69,5 +70,21 @@ def test_the_program_for_gpus_calls_cudnn_forward_and_backward(monkeypatch):
     assert "sliding_window_length" in text
 
 
-def test_without_a_gpu_nothing_changes():
-    assert not attention_cudnn.cudnn_applies(jnp.zeros((1, 8, 2, 64), jnp.bfloat16))
+@pytest.mark.parametrize(
+    "backend, capability, dtype, dim, applies",
+    [
+        ("gpu", "8.0", jnp.bfloat16, 64, True),
+        ("gpu", "9.0", jnp.float16, 128, True),
+        ("tpu", "9.0", jnp.bfloat16, 64, False),  # a plan for TPUs, made on a machine with a GPU
+        ("gpu", "7.5", jnp.bfloat16, 64, False),
+        ("gpu", "9.0", jnp.float32, 64, False),
+        ("gpu", "9.0", jnp.bfloat16, 136, False),
+        ("gpu", "9.0", jnp.bfloat16, 60, False),
+    ],
+)
+def test_it_applies_to_programs_for_gpus_that_have_it(monkeypatch, backend, capability, dtype, dim, applies):
+    q = jax.ShapeDtypeStruct((1, 8, 2, dim), dtype)
+    assert not attention_cudnn.cudnn_applies(q)  # this machine has none
+    monkeypatch.setattr(attention_cudnn, "backend", lambda: backend)
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
+    assert attention_cudnn.cudnn_applies(q) == applies
