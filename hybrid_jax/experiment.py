@@ -34,7 +34,7 @@ from hybrid_jax.convert import (
     write_model,
 )
 from hybrid_jax.data import check_tokenizer_fits, load_tokenizer, read_corpus, read_sources
-from hybrid_jax.data.corpus import SYNTHETIC
+from hybrid_jax.data.corpus import read_tasks
 from hybrid_jax.data.documents import load_documents, pieces, split_documents
 from hybrid_jax.data.pipeline import sources_of
 from hybrid_jax.data.teacher_cache import TeacherCache
@@ -81,7 +81,7 @@ def phases_of_config(config: ConfigDict) -> list[tuple[str, Phase]]:
             "same values under another name to config.phases and schedule that one"
         )
     phases = [(name, Phase.from_config(name, config.phases[name])) for name in config.schedule]
-    known = (*read_sources(config.data.to_dict()), *SYNTHETIC)
+    known = (*read_sources(config.data.to_dict()), *read_tasks(config.data.to_dict()))
     for name, phase in phases:
         mix = mix_of(config, phase)
         try:

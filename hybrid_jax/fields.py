@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from hybrid_jax.data.corpus import SYNTHETIC, Source
+from hybrid_jax.data.corpus import Source
+from hybrid_jax.data.tasks import TASKS, options_of
 from hybrid_jax.mixers import options_by_key
 from hybrid_jax.parallel.mesh import AXES
 from hybrid_jax.priming.select import select_fields
@@ -24,7 +25,11 @@ def fields_of(config: Mapping) -> dict[str, Any]:
     """
     data = config.get("data") or {}
     sources = {name: _defaults(Source) for name in data.get("sources") or {}}
-    mix, mesh = dict.fromkeys(("text", *sources, *SYNTHETIC), 0.0), dict.fromkeys(AXES, 1)
+    tasks = {
+        name: {"task": "", **options_of(values["task"])} if values.get("task") in TASKS else {"task": ""}
+        for name, values in (data.get("tasks") or {}).items()
+    }
+    mix, mesh = dict.fromkeys(("text", *sources, *TASKS, *tasks), 0.0), dict.fromkeys(AXES, 1)
     phases = {
         name: _defaults(Phase) | {"mix": mix, "mesh": mesh, "options": _options(phase)}
         for name, phase in (config.get("phases") or {}).items()
@@ -38,7 +43,7 @@ def fields_of(config: Mapping) -> dict[str, Any]:
         "mixers": {key: _defaults(cls) for key, cls in options_by_key().items()},
         "schedule": (),
         "phases": phases,
-        "data": {"text": "", "sources": sources, "mix": mix},
+        "data": {"text": "", "sources": sources, "tasks": tasks, "mix": mix},
         "seed": 0,
         "mesh": mesh,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer
 from hybrid_jax.data.documents import Document, content, load_documents, pieces, split_documents, unread_files
 from hybrid_jax.data.packing import LONG, PACKINGS, PackedRows, Rows, check_long
 from hybrid_jax.data.stamps import stamp
-from hybrid_jax.data.synthetic import Induction, KeyValueRetrieval
+from hybrid_jax.data.tasks import TASKS, Material, Task, make_task, options_of
 from hybrid_jax.data.tokenizer import ASK, PAIRS, EosTokenId, ordinary_ids
 from hybrid_jax.data.tokens import INDEX, Encoder, Tokens, is_prepared, load_prepared, notes
 from hybrid_jax.files import file_hash
@@ -23,7 +24,6 @@ from hybrid_jax.parallel.distributed import say
 
 # Synthetic tasks draw from this many token ids: the first ordinary ones (the single bytes of a byte-level BPE).
 NUM_SYMBOLS = 128
-SYNTHETIC = ("retrieval", "induction")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def read_sources(data: Mapping[str, Any]) -> dict[str, Source]:
         raise ValueError("config.data needs 'text' or 'sources'")
     found = {}
     for name, values in given.items():
-        if name in SYNTHETIC:
+        if name in read_tasks(data):
             raise ValueError(f"data.sources.{name}: that name is a synthetic task's; choose another")
         try:
             found[name] = Source(**values)
@@ -75,6 +75,29 @@ def read_sources(data: Mapping[str, Any]) -> dict[str, Source]:
             raise ValueError(f"data.sources.{name}: {e}") from None
         if not isinstance(found[name].path, str) or not found[name].path:
             raise ValueError(f"data.sources.{name}.path must name a source, got {found[name].path!r}")
+    return found
+
+
+def read_tasks(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns the synthetic tasks of a config's `data` by name: {"task": a name of `TASKS`, and options that are not the defaults}.
+
+    Every task of `TASKS` is there by its own name with its defaults, unless `data` has that name.
+
+    Args:
+      data: may have `tasks`, which maps names to {task, options ...}.
+
+    Raises:
+      ValueError: an unknown task or option.
+    """
+    found: dict[str, dict[str, Any]] = {name: {"task": name} for name in TASKS}
+    for name, values in (data.get("tasks") or {}).items():
+        values = dict(values)
+        try:
+            if unknown := sorted(set(values) - {"task"} - set(options_of(values.get("task", "")))):
+                raise ValueError(f"unknown option {unknown[0]!r}; known: {', '.join(options_of(values['task']))}")
+        except ValueError as e:
+            raise ValueError(f"data.tasks.{name}: {e}") from None
+        found[name] = values
     return found
 
 
@@ -98,6 +121,7 @@ class Corpus:
       markers: the ids that begin the pairs and the questions of key-value retrieval.
       symbols: the synthetic tasks draw from the ids symbols[0] ... symbols[1] - 1.
       encoding: what decides the tokens of a text, see `Encoder.identity`.
+      tasks: the synthetic tasks by name, see `read_tasks`.
     """
 
     tokenizer: Tokenizer
@@ -107,6 +131,7 @@ class Corpus:
     markers: tuple[int, int]
     symbols: tuple[int, int]
     encoding: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tasks: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=lambda: read_tasks({}))
 
     def identity(self, mix: Mapping[str, float]) -> dict[str, Any]:
         """Returns everything but length and order that decides the rows of a mix, in JSON's types.
@@ -116,21 +141,42 @@ class Corpus:
         """
         found: dict[str, Any] = dict(self.encoding)
         for name in sorted(n for n, share in mix.items() if share):
-            if name in SYNTHETIC:
-                found[name] = [*self.markers, *self.symbols]
+            if name in self.tasks:
+                found[name] = [*self.markers, *self.symbols, dict(self.tasks[name]), self._digest(next(iter(self.train)))]
                 continue
-            source, digests = self.sources[name], [tokens.fingerprint for tokens in self.train[name]]
-            found[f"{name}.tokens"] = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+            source = self.sources[name]
+            found[f"{name}.tokens"] = self._digest(name)
             found[f"{name}.packing"] = self._packing(name, self.train[name])
             found[f"{name}.long"] = source.long
         return json.loads(json.dumps(found))
 
-    def retrieval(self, length: int, seed: int, **options: Any) -> KeyValueRetrieval:
-        """Returns the rows of key-value retrieval; `options` are those of `KeyValueRetrieval`."""
-        return KeyValueRetrieval(length, self.symbols, *self.markers, seed=seed, **options)
+    def _digest(self, name: str) -> str:
+        """Returns a hash of the training tokens of a source."""
+        return hashlib.sha256(json.dumps([tokens.fingerprint for tokens in self.train[name]]).encode()).hexdigest()
+
+    def task(self, name: str, length: int, seed: int, weight: float = 1.0, held_out: bool = False, **options: Any) -> Task:
+        """Returns the rows of a synthetic task.
+
+        Args:
+          name: of `tasks`.
+          length: tokens per row.
+          seed: decides the rows.
+          weight: of an answer in the loss.
+          held_out: whether text that a task stands in is of the held-out part of the first source, or of its training part.
+          options: replace those that the task has here.
+
+        Raises:
+          ValueError: no task has that name, or an option is unknown or out of range.
+        """
+        if name not in self.tasks:
+            raise ValueError(f"no synthetic task is named {name!r}; have {', '.join(self.tasks)}")
+        given = {**self.tasks[name], **options}
+        first = next(iter(self.train))
+        text = functools.cache(lambda length: self.held_out_rows(length) if held_out else self.rows(first, length, seed))
+        return make_task(given.pop("task"), given, Material(self.symbols, *self.markers, text), length, seed=seed, weight=weight)
 
     def rows(self, name: str, length: int, seed: int, answer_weight: float = 1.0) -> Rows:
-        """Returns the training rows of one source, or of a synthetic task (`retrieval`, `induction`).
+        """Returns the training rows of one source, or of a synthetic task (see `read_tasks`).
 
         Args:
           name: of the source or the task.
@@ -141,12 +187,10 @@ class Corpus:
         Raises:
           ValueError: nothing has that name, or the training part does not fill one row.
         """
-        if name == "retrieval":
-            return self.retrieval(length, seed, weight=answer_weight)
-        if name == "induction":
-            return Induction(length, self.symbols, seed=seed, weight=answer_weight)
+        if name in self.tasks:
+            return self.task(name, length, seed, answer_weight)
         if name not in self.train:
-            raise ValueError(f"unknown data source {name!r} in data.mix; have {', '.join([*self.train, *SYNTHETIC])}")
+            raise ValueError(f"unknown data source {name!r} in data.mix; have {', '.join([*self.train, *self.tasks])}")
         return self._packed(name, self.train[name], length, "training")
 
     def held_out_rows(self, length: int, name: str | None = None) -> PackedRows:
@@ -163,6 +207,12 @@ class Corpus:
         if name not in self.held_out:
             raise ValueError(f"no source is named {name!r}; have {', '.join(self.held_out)}")
         return self._packed(name, self.held_out[name], length, "held-out")
+
+    def held_out_identity(self, name: str) -> dict[str, Any]:
+        """Returns what decides the held-out rows of a source, but for their length, in JSON's types."""
+        digests, source = [tokens.fingerprint for tokens in self.held_out[name]], self.sources[name]
+        packing = self._packing(name, self.held_out[name])
+        return json.loads(json.dumps({**self.encoding, "tokens": digests, "packing": packing, "long": source.long}))
 
     def held_out_tokens(self) -> dict[str, int]:
         """Returns the number of held-out tokens of every source, by the sources' names in their order."""
@@ -203,7 +253,7 @@ def read_corpus(data: Mapping[str, Any], directory: str | pathlib.Path, eos_toke
     Raises:
       ValueError: a source does not exist or cannot be read, or was prepared with another tokenizer.
     """
-    sources, encode = read_sources(data), Encoder(directory, eos_token_id)
+    sources, tasks, encode = read_sources(data), read_tasks(data), Encoder(directory, eos_token_id)
     train: dict[str, list[Tokens]] = {}
     held_out: dict[str, list[Tokens]] = {}
     contents: dict[str, tuple[list[bytes], set[bytes]]] = {}  # of the training and the held-out documents
@@ -229,6 +279,6 @@ def read_corpus(data: Mapping[str, Any], directory: str | pathlib.Path, eos_toke
         (pairs_id, ask_id), ordinary = ordinary[:2], ordinary[2:]
     ordinary = ordinary[:NUM_SYMBOLS]
     symbols = (ordinary.start, ordinary.stop)
-    corpus = Corpus(encode.tokenizer, sources, train, held_out, (pairs_id, ask_id), symbols, encode.identity)
+    corpus = Corpus(encode.tokenizer, sources, train, held_out, (pairs_id, ask_id), symbols, encode.identity, tasks)
     say("held out: " + ", ".join(f"{tokens:,} tokens of {name}" for name, tokens in corpus.held_out_tokens().items()))
     return corpus

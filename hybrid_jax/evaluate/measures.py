@@ -75,7 +75,7 @@ def held_out_rows(corpus: Corpus, seq_len: int, rows: int) -> list[Mapping[str, 
 
 def retrieval_rows(corpus: Corpus, seq_len: int, rows: int, pairs: int = PAIRS) -> list[Mapping[str, np.ndarray]]:
     """Returns rows of key-value retrieval that training does not see, in blocks of exactly `pairs` pairs."""
-    task = corpus.retrieval(seq_len, HELD_OUT_SEED, min_pairs=pairs, max_pairs=pairs)
+    task = corpus.task("retrieval", seq_len, HELD_OUT_SEED, min_pairs=pairs, max_pairs=pairs)
     return [task[i] for i in range(rows)]
 
 

@@ -18,13 +18,13 @@ from hybrid_jax.data.teacher_cache import TeacherCache
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.distributed import barrier, is_first, whole_array
 from hybrid_jax.parallel.mesh import check_mesh_fits
+from hybrid_jax.parallel.placement import in_mesh, own_rows, to_mesh
 from hybrid_jax.parallel.sequence import from_zigzag
 from hybrid_jax.parallel.tiles import top_k_tokens
 from hybrid_jax.parameters import split_model
 from hybrid_jax.train.metrics import progress_bar
 from hybrid_jax.train.phase import Phase
 from hybrid_jax.train.phase_layout import PhaseLayout
-from hybrid_jax.train.placement import in_mesh, own_rows, to_mesh
 
 
 @jax.jit

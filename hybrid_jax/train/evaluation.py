@@ -12,9 +12,9 @@ from hybrid_jax.data import HELD_OUT_SEED, Corpus
 from hybrid_jax.data.layout import training_batch
 from hybrid_jax.evaluate.measures import BLOCK, PAIRS, batch_sums, evenly_spaced
 from hybrid_jax.parallel.distributed import say, whole_array
+from hybrid_jax.parallel.placement import own_rows, to_mesh
 from hybrid_jax.parameters import split_model
 from hybrid_jax.train.hook import Hook, StepView
-from hybrid_jax.train.placement import own_rows, to_mesh
 
 if TYPE_CHECKING:
     from hybrid_jax.train.phase import Phase
@@ -53,7 +53,7 @@ class Evaluation(Hook):
             raise ValueError(f"phase.eval_every is {phase.eval_every}, but nothing can be evaluated: {problem}")
         self.retrieval = None
         if self.length >= BLOCK:
-            task = corpus.retrieval(self.length, HELD_OUT_SEED, min_pairs=PAIRS, max_pairs=PAIRS)
+            task = corpus.task("retrieval", self.length, HELD_OUT_SEED, min_pairs=PAIRS, max_pairs=PAIRS)
             self.retrieval = task, list(range(phase.eval_rows))
 
     def __call__(self, view: StepView) -> dict[str, float]:

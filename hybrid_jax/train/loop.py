@@ -19,6 +19,7 @@ from hybrid_jax.files import file_hash
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.distributed import of_every_process, say, whole_array
 from hybrid_jax.parallel.mesh import check_mesh_fits
+from hybrid_jax.parallel.placement import any_process_flag, in_mesh, own_rows, to_mesh
 from hybrid_jax.parameters import count, join_model, split_model, with_config
 from hybrid_jax.priming.fuse import share, teacher_stream
 from hybrid_jax.stopped import Stopped, StopRequest
@@ -34,7 +35,6 @@ from hybrid_jax.train.metrics import MetricWriter, NoMetrics, progress_bar
 from hybrid_jax.train.objectives import OBJECTIVES
 from hybrid_jax.train.phase import Phase
 from hybrid_jax.train.phase_layout import PhaseLayout
-from hybrid_jax.train.placement import any_process_flag, in_mesh, own_rows, to_mesh
 from hybrid_jax.train.profile import Profile
 from hybrid_jax.train.step import STOP, make_step
 

@@ -8,7 +8,7 @@ import pytest
 from hybrid_jax.data import training_batches
 from hybrid_jax.data.documents import Document, is_held_out, load_documents, split_documents
 from hybrid_jax.data.packing import PackedRows
-from hybrid_jax.data.synthetic import Induction, KeyValueRetrieval
+from hybrid_jax.data.tasks import Induction, KeyValueRetrieval, Material
 from hybrid_jax.data.tokenizer import ASK, END_OF_TEXT, PAIRS, train_tokenizer
 from hybrid_jax.data.tokens import Tokens
 from tests.conftest import TEXT
@@ -65,7 +65,7 @@ def test_packed_rows_cover_the_stream_and_never_predict_across_documents():
 
 
 def test_retrieval_rows_ask_every_key_once_and_weigh_the_values():
-    task = KeyValueRetrieval(64, (3, 200), 1, 2, min_pairs=4, max_pairs=8, seed=5)
+    task = KeyValueRetrieval(Material((3, 200), 1, 2), 64, min_pairs=4, max_pairs=8, seed=5)
     for index in range(20):
         row = task[index]
         assert (row["segment_ids"] > 0).any()
@@ -79,12 +79,12 @@ def test_retrieval_rows_ask_every_key_once_and_weigh_the_values():
             assert asked == told
             assert np.flatnonzero(weights).tolist() == list(range(2 * n + 3, 4 * n + 2, 2))
     with pytest.raises(ValueError, match="needs rows of 34 tokens"):
-        KeyValueRetrieval(33, (3, 200), 1, 2, max_pairs=8)
+        KeyValueRetrieval(Material((3, 200), 1, 2), 33, max_pairs=8)
 
 
 def test_retrieval_has_every_number_of_pairs_and_asks_in_another_order():
-    task = KeyValueRetrieval(64, (3, 200), 1, 2, min_pairs=4, max_pairs=8, seed=5)
-    blocks = [task.block(np.random.default_rng(i))[0] for i in range(60)]
+    task = KeyValueRetrieval(Material((3, 200), 1, 2), 64, min_pairs=4, max_pairs=8, seed=5)
+    blocks = [task.block(np.random.default_rng(i)).ids for i in range(60)]
     pairs = [(len(ids) - 2) // 4 for ids in blocks]
     assert set(pairs) == {4, 5, 6, 7, 8}
     same = [ids[1 : 2 * n + 1 : 2].tolist() == ids[2 * n + 2 :: 2].tolist() for ids, n in zip(blocks, pairs, strict=True)]
@@ -92,7 +92,7 @@ def test_retrieval_has_every_number_of_pairs_and_asks_in_another_order():
 
 
 def test_induction_repeats_and_weighs_the_repetition():
-    row = Induction(128, (3, 50), 8, 16)[3]
+    row = Induction(Material((3, 50), 1, 2), 128, min_period=8, max_period=16)[3]
     ids = row["input_ids"][row["segment_ids"] == 1]
     period = len(ids) // 2
     assert np.array_equal(ids[:period], ids[period:])
@@ -100,7 +100,7 @@ def test_induction_repeats_and_weighs_the_repetition():
 
 
 def test_synthetic_rows_depend_on_seed_and_index_alone():
-    a, b, c = (Induction(128, (3, 50), seed=s) for s in (1, 1, 2))
+    a, b, c = (Induction(Material((3, 50), 1, 2), 128, seed=s) for s in (1, 1, 2))
     assert np.array_equal(a[7]["input_ids"], b[7]["input_ids"])
     assert not np.array_equal(a[7]["input_ids"], c[7]["input_ids"])
     assert not np.array_equal(a[7]["input_ids"], a[8]["input_ids"])
@@ -134,12 +134,12 @@ def test_the_mix_keeps_its_shares_and_refuses_nonsense(corpus):
 
 def test_rows_too_short_for_a_synthetic_task_are_refused_and_the_shortest_have_answers():
     with pytest.raises(ValueError, match=r"induction .* needs rows of 96 tokens \(seq_len\) or more, got 95"):
-        Induction(95, (3, 50))
-    shortest = Induction(96, (3, 50)), KeyValueRetrieval(82, (3, 50), 1, 2)
+        Induction(Material((3, 50), 1, 2), 95)
+    shortest = Induction(Material((3, 50), 1, 2), 96), KeyValueRetrieval(Material((3, 50), 1, 2), 82)
     assert all(task[i]["loss_weights"].sum() > 0 for task in shortest for i in range(200))
 
 
 def test_a_task_needs_as_many_symbols_as_keys():
     with pytest.raises(ValueError, match="20 or more token ids .* the tokenizer has 19"):
-        KeyValueRetrieval(128, (3, 22), 1, 2)
-    KeyValueRetrieval(128, (3, 23), 1, 2)
+        KeyValueRetrieval(Material((3, 22), 1, 2), 128)
+    KeyValueRetrieval(Material((3, 23), 1, 2), 128)

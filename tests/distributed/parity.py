@@ -15,10 +15,10 @@ from hybrid_jax.config import GKAConfig, MoEConfig
 from hybrid_jax.data.layout import training_batch
 from hybrid_jax.mixers import built_symbols
 from hybrid_jax.parallel.mesh import make_mesh, parse_mesh
+from hybrid_jax.parallel.placement import own_rows, to_mesh
 from hybrid_jax.parallel.sharding import load_sharded
 from hybrid_jax.parameters import join_model, logical_axes, split_model
 from hybrid_jax.train.objectives import OBJECTIVES
-from hybrid_jax.train.placement import own_rows, to_mesh
 from hybrid_jax.train.step import gradients_of
 from tests.conftest import relative_error, tiny_model
 

@@ -43,6 +43,11 @@ def test_two_processes_give_one_device_s_gradients(case):
     check([case], 2)
 
 
+def test_two_processes_score_every_token_as_one_device_does():
+    losses, right = re.search(r"losses (\S+), right (\S+)", run_processes("tests.distributed.scores", 2)).groups()
+    assert float(losses) < TOLERANCE and float(right) == 1
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("case", LONG)
 def test_more_meshes_give_one_device_s_gradients(case):

@@ -50,7 +50,7 @@ def test_text_loss_is_the_mean_over_the_weighted_tokens_of_evenly_spaced_rows(co
 
 def test_retrieval_counts_only_the_values_asked_for(corpus):
     model = tiny_model("*-*", seed=3)
-    rows = [corpus.retrieval(LENGTH, 987_654_321, min_pairs=5, max_pairs=5)[i] for i in range(ROWS)]
+    rows = [corpus.task("retrieval", LENGTH, 987_654_321, min_pairs=5, max_pairs=5)[i] for i in range(ROWS)]
     assert all(row["loss_weights"].sum() == 5 for row in rows)
     loss, accuracy = retrieval_loss_and_accuracy(model, corpus, LENGTH, ROWS, pairs=5)
     want = measured(model, rows)
@@ -65,7 +65,7 @@ def test_a_layers_score_is_the_loss_that_replacing_it_adds(corpus):
 
     def loss(model):
         text = [corpus.held_out_rows(90)[i] for i in range(2)]
-        retrieval = [corpus.retrieval(90, 987_654_321, min_pairs=16, max_pairs=16)[i] for i in range(4)]
+        retrieval = [corpus.task("retrieval", 90, 987_654_321, min_pairs=16, max_pairs=16)[i] for i in range(4)]
         return measured(model, text)[0] + measured(model, retrieval)[0]
 
     scores = score_layers(model, corpus, selection).per_layer()

@@ -1,0 +1,72 @@
+"""The contract of an instrument: something that measures a model and returns numbers with their uncertainty."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+from jax.sharding import Mesh
+from tokenizers import Tokenizer
+
+from hybrid_jax.config import ModelConfig
+from hybrid_jax.data import Corpus
+from hybrid_jax.evaluate.measurement import Measurement
+from hybrid_jax.model import Decoder
+
+Progress = Callable[[int, int], object]
+"""Called with (done, total) in the instrument's own units."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is measured.
+
+    Args:
+      model: the model, on the mesh if there is one.
+      tokenizer, corpus: the model's own tokenizer, and the text of the evaluation by it.
+      mesh: None: one device.
+      path: the model's directory; None for a model in training.
+    """
+
+    model: Decoder
+    tokenizer: Tokenizer
+    corpus: Corpus
+    mesh: Mesh | None = None
+    path: pathlib.Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Instrument:
+    """Measures a model. A subclass is a dataclass whose fields are the instrument's options, all with defaults."""
+
+    version: ClassVar[int] = 1
+    """Raised when the numbers change for the same model, data and options, so that stored results are not reused."""
+
+    def check(self, config: ModelConfig, data: Mapping[str, Any]) -> None:
+        """Checks the options against a model's config and the evaluation's `data`, before any work.
+
+        Raises:
+          ValueError: rows are longer than the model's positions, an unknown source or task, ...
+        """
+
+    def reads(self, corpus: Corpus) -> dict[str, Any]:
+        """Returns what of the corpus decides the numbers, in JSON's types; a stored result is reused only for equal ones."""
+        return {}
+
+    def measure(self, subject: Subject, progress: Progress = lambda done, total: None) -> list[Measurement]:
+        """Returns the numbers, the most important first. Every process of a job calls this and has the same result."""
+        raise NotImplementedError
+
+
+def check_length(name: str, seq_len: int, config: ModelConfig) -> None:
+    """Checks that rows fit a model.
+
+    Raises:
+      ValueError: they are longer than its positions.
+    """
+    if seq_len > config.max_position_embeddings:
+        raise ValueError(
+            f"{name}: seq_len {seq_len:,} is more than the model's max_position_embeddings, {config.max_position_embeddings:,}"
+        )

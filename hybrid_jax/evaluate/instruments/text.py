@@ -1,0 +1,90 @@
+"""Loss on held-out text: nats per token, perplexity, bits per byte; by source and by position in the row."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from hybrid_jax.checks import check_integer
+from hybrid_jax.config import ModelConfig
+from hybrid_jax.data import Corpus, read_sources
+from hybrid_jax.evaluate.instruments.contract import Instrument, Progress, Subject, check_length
+from hybrid_jax.evaluate.measurement import Measurement, buckets, weighted_mean
+from hybrid_jax.evaluate.measures import evenly_spaced
+from hybrid_jax.evaluate.token_scores import token_scores
+
+
+@dataclasses.dataclass(frozen=True)
+class TextLoss(Instrument):
+    """Measures the loss on rows of held-out text.
+
+    The measures are `loss`, `perplexity` (its exponential) and `bits_per_byte` (comparable between tokenizers); of several
+    sources also each one's `loss` at {"source": name}; and `loss` at {"position": p}, over the tokens at positions up to p
+    and above the next smaller p. Positions count from 0 in a row, whatever its documents are.
+
+    Args:
+      sources: names of the evaluation's sources; empty: all of them.
+      seq_len: tokens per row.
+      rows: evenly spaced rows of each source's held-out part; all where there are fewer.
+      batch_size: rows at a time.
+    """
+
+    sources: tuple[str, ...] = ()
+    seq_len: int = 1024
+    rows: int = 64
+    batch_size: int = 8
+
+    def __post_init__(self):
+        for name in ("seq_len", "rows", "batch_size"):
+            check_integer(name, getattr(self, name), minimum=1)
+
+    def check(self, config: ModelConfig, data: Mapping[str, Any]) -> None:
+        check_length("text", self.seq_len, config)
+        have = read_sources(data)
+        if unknown := [name for name in self.sources if name not in have]:
+            raise ValueError(f"text: no source is named {unknown[0]!r}; have {', '.join(have)}")
+
+    def names(self, corpus: Corpus) -> tuple[str, ...]:
+        """Returns the names of the sources that are measured."""
+        return self.sources or tuple(corpus.held_out)
+
+    def reads(self, corpus: Corpus) -> dict[str, Any]:
+        return {name: corpus.held_out_identity(name) for name in self.names(corpus)}
+
+    def measure(self, subject: Subject, progress: Progress = lambda done, total: None) -> list[Measurement]:
+        places, rows = [], []
+        for name in self.names(subject.corpus):
+            packed = subject.corpus.held_out_rows(self.seq_len, name)
+            found = [packed[i] for i in evenly_spaced(len(packed), self.rows)]
+            places += [name] * len(found)
+            rows += found
+        scores = token_scores(
+            subject.model, rows, mesh=subject.mesh, batch_size=self.batch_size, progress=lambda n: progress(n, len(rows))
+        )
+        losses, weights = scores.losses, (scores.weights > 0).astype(np.float32)
+        loss = weighted_mean("loss", losses, weights, "nats/token")
+        if loss is None:
+            raise ValueError("text: the held-out rows have no token that another one predicts")
+        perplexity = dataclasses.replace(
+            loss, measure="perplexity", unit="", **{k: math.exp(getattr(loss, k)) for k in ("value", "low", "high")}
+        )
+        size = np.array([_bytes(subject, row) for row in rows], np.float64)
+        bits = weighted_mean("bits_per_byte", (losses * weights).sum(1) / size / math.log(2), size, "bits/byte")
+        found = [loss, perplexity, bits]
+        if len(set(places)) > 1:
+            chosen = {name: np.array([place == name for place in places]) for name in dict.fromkeys(places)}
+            found += [weighted_mean("loss", losses[c], weights[c], "nats/token", source=name) for name, c in chosen.items()]
+        for low, high in buckets(self.seq_len - 1):
+            part = np.s_[:, low + 1 if low else 1 : high + 1]
+            found.append(weighted_mean("loss", losses[part], weights[part], "nats/token", position=high))
+        return [m for m in found if m is not None]
+
+
+def _bytes(subject: Subject, row: Mapping[str, np.ndarray]) -> int:
+    """Returns the bytes of the tokens of a row that count in the loss."""
+    ids = row["input_ids"][row["loss_weights"] > 0].tolist()
+    return max(len(subject.tokenizer.decode(ids, skip_special_tokens=True).encode()), 1)

@@ -1,0 +1,84 @@
+"""A measured number with its uncertainty, and how one is computed from rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+Z = 1.959964  # 95 % of a normal distribution is within so many standard deviations
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One number that an instrument found.
+
+    Args:
+      measure: what was measured, e.g. `loss` or `accuracy`.
+      value: the number, in `unit`.
+      low, high: the ends of its 95 % confidence interval; both are `value` where nothing was sampled.
+      unit: e.g. `nats/token`; accuracies are shares from 0 to 1 without a unit.
+      count: how many independent samples the number is of (rows, prompts).
+      at: where it was measured, e.g. {"distance": 128}; empty: over everything.
+    """
+
+    measure: str
+    value: float
+    low: float
+    high: float
+    unit: str = ""
+    count: int = 0
+    at: Mapping[str, float | int | str] = dataclasses.field(default_factory=dict)
+
+    def as_json(self) -> dict:
+        """Returns the fields as JSON's types."""
+        return {**dataclasses.asdict(self), "at": dict(self.at)}
+
+
+def exact(measure: str, value: float, unit: str = "", **at: float | int | str) -> Measurement:
+    """Returns a number that is not a sample: a count of bytes or parameters."""
+    return Measurement(measure, value, value, value, unit, 1, at)
+
+
+def weighted_mean(
+    measure: str, values: np.ndarray, weights: np.ndarray, unit: str = "", *, share: bool = False, **at: float | int | str
+) -> Measurement | None:
+    """Returns sum(weights * values) / sum(weights) over rows that were drawn independently.
+
+    The standard error is that of a ratio of sums over rows (linearized), because the tokens of one row are not independent. For
+    a share the interval is Wilson's, with the number of samples that has this standard error, so that it is right near 0 and 1;
+    where all rows agree, their number.
+
+    Args:
+      values, weights: [rows, ...].
+      share: the values are 0 or 1.
+      at: see `Measurement`.
+
+    Returns:
+      None if no weight is positive.
+    """
+    axes = tuple(range(1, values.ndim))
+    numerators = np.sum(values.astype(np.float64) * weights, axis=axes)
+    denominators = np.sum(weights, axis=axes, dtype=np.float64)
+    rows = int((denominators > 0).sum())
+    if rows == 0:
+        return None
+    mean = numerators.sum() / denominators.sum()
+    spread = np.sum(np.square(numerators - mean * denominators)) * rows / max(rows - 1, 1)
+    error = np.sqrt(spread) / denominators.sum() if rows > 1 else np.inf
+    if not share:
+        return Measurement(measure, float(mean), float(mean - Z * error), float(mean + Z * error), unit, rows, at)
+    samples = mean * (1 - mean) / error**2 if 0 < error < np.inf and 0 < mean < 1 else float(rows)
+    center = (mean + Z**2 / (2 * samples)) / (1 + Z**2 / samples)
+    half = Z / (1 + Z**2 / samples) * np.sqrt(mean * (1 - mean) / samples + Z**2 / (4 * samples**2))
+    return Measurement(measure, float(mean), float(center - half), float(center + half), unit, rows, at)
+
+
+def buckets(length: int, first: int = 8) -> list[tuple[int, int]]:
+    """Returns ranges (low, high] that double and cover 1 ... length: (0, first], (first, 2 first], ... , the last to length."""
+    edges = [0, first]
+    while edges[-1] < length:
+        edges.append(2 * edges[-1])
+    edges[-1] = max(length, 1)
+    return list(zip(edges[:-1], edges[1:], strict=True))

@@ -1,0 +1,36 @@
+"""A process of a job that scores the tokens of packed rows on a mesh of eight devices, and compares with one device."""
+
+import sys
+
+import jax
+import numpy as np
+
+from hybrid_jax.evaluate.token_scores import token_scores
+from hybrid_jax.parallel.mesh import make_mesh
+from hybrid_jax.parallel.sharding import load_sharded
+from hybrid_jax.parameters import join_model, logical_axes, split_model
+from tests.conftest import relative_error, tiny_model
+from tests.distributed.parity import WELL_CONDITIONED, packed
+
+
+def main(process, processes, port):
+    if int(processes) > 1:
+        jax.distributed.initialize(f"127.0.0.1:{port}", int(processes), int(process))
+    model = tiny_model("*-GKA-SWA", vocab_size=62, gka=WELL_CONDITIONED)
+    structure, parameters = split_model(model)
+    rng, segments = np.random.default_rng(0), packed(32, 5)
+    rows = [
+        {"input_ids": rng.integers(0, 62, 32).astype(np.int32), "segment_ids": s, "loss_weights": (s > 0).astype(np.float32)}
+        for s in segments
+    ]
+    want, mesh, axes = token_scores(model, rows, batch_size=4), make_mesh({"data": 2, "seq": 4}), logical_axes(model)
+    placed = {name: load_sharded(mesh, name, np.asarray(p), axes[name]) for name, p in parameters.items()}
+    got = token_scores(join_model(structure, placed), rows, mesh=mesh, batch_size=4)
+    counted = got.weights > 0
+    same = np.mean(got.right[counted] == want.right[counted])
+    if process == "0":
+        print(f"losses {relative_error(got.losses[counted], want.losses[counted]):.1e}, right {same:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,149 @@
+"""Instruments against plain numpy on the model's logits, and the intervals of their numbers."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from hybrid_jax.config import ModelConfig
+from hybrid_jax.evaluate.instruments import make_instrument
+from hybrid_jax.evaluate.instruments.contract import Subject
+from hybrid_jax.evaluate.instruments.cost import state_bytes
+from hybrid_jax.evaluate.instruments.recall import _complete
+from hybrid_jax.evaluate.measurement import buckets, weighted_mean
+from tests.conftest import tiny_config, tiny_model
+
+LENGTH = 64
+
+
+@pytest.fixture(scope="module")
+def subject(corpus):
+    model = tiny_model("*-GKA-SWA", vocab_size=300)
+    return Subject(model, corpus.tokenizer, corpus)
+
+
+def by_hand(model, rows):
+    """(losses, right) [rows, T] of every token given those before it in its segment, from the logits, in float64."""
+    losses, right = np.zeros((2, len(rows), LENGTH))
+    for n, row in enumerate(rows):
+        logits = np.asarray(model(row["input_ids"][None], row["segment_ids"][None])[0], np.float64)[:-1]
+        ids = row["input_ids"][1:]
+        losses[n, 1:] = np.log(np.exp(logits).sum(-1)) - logits[np.arange(LENGTH - 1), ids]
+        right[n, 1:] = logits.argmax(-1) == ids
+    return losses, right
+
+
+def found(measurements, measure, **at):
+    (one,) = [m for m in measurements if m.measure == measure and dict(m.at) == at]
+    return one.value
+
+
+def test_text_is_the_mean_over_tokens_that_count_and_by_position_and_bytes(subject):
+    instrument = make_instrument("x", dict(instrument="text", seq_len=LENGTH, rows=5, batch_size=2))
+    got = instrument.measure(subject)
+    packed = subject.corpus.held_out_rows(LENGTH)
+    rows = [packed[i] for i in np.unique(np.linspace(0, len(packed) - 1, 5).astype(int))]
+    losses, weights = by_hand(subject.model, rows)[0], np.stack([r["loss_weights"] for r in rows])
+    assert weights.sum() == weights.size - len(rows)  # the first token of a row is predicted by nothing
+    mean = np.average(losses, weights=weights)
+    assert found(got, "loss") == pytest.approx(mean, rel=1e-5)
+    assert found(got, "perplexity") == pytest.approx(math.exp(mean), rel=1e-5)
+    text = sum(len(subject.tokenizer.decode(r["input_ids"][r["loss_weights"] > 0].tolist()).encode()) for r in rows)
+    assert found(got, "bits_per_byte") == pytest.approx((losses * weights).sum() / text / math.log(2), rel=1e-5)
+    for part, at in ((np.s_[:, 1:9], 8), (np.s_[:, 9:17], 16), (np.s_[:, 33:], 63)):
+        assert found(got, "loss", position=at) == pytest.approx(np.average(losses[part], weights=weights[part]), rel=1e-5)
+
+
+def test_recall_is_over_the_answers_alone_and_by_the_distance_of_their_evidence(subject):
+    instrument = make_instrument(
+        "x", dict(instrument="recall", task="needles", seq_len=LENGTH, rows=6, batch_size=4, options={"max_needles": 3})
+    )
+    instrument.check(subject.model.config, {"text": "stdlib"})
+    got = instrument.measure(subject)
+    task = subject.corpus.task("needles", LENGTH, 987_654_321, held_out=True, max_needles=3)
+    rows = [task.example(i) for i in range(6)]
+    losses, right = by_hand(subject.model, rows)
+    distances = np.stack([r["distances"] for r in rows])
+    assert found(got, "accuracy") == pytest.approx(right[distances > 0].mean())
+    assert found(got, "loss") == pytest.approx(losses[distances > 0].mean(), rel=1e-5)
+    near = (distances > 8) & (distances <= 16)
+    assert near.any() and found(got, "accuracy", distance=16) == pytest.approx(right[near].mean())
+
+
+def test_a_grid_measures_every_combination_of_its_options(subject):
+    grid = {"seq_len": (32, LENGTH), "min_needles,max_needles": (1, 2)}
+    values = dict(instrument="recall", task="needles", rows=2, options={"ask": "end"}, grid=grid)
+    got = make_instrument("x", values).measure(subject)
+    assert [dict(m.at) for m in got if m.measure == "loss"] == [{"seq_len": n, "needles": k} for n in (32, LENGTH) for k in (1, 2)]
+    alone = make_instrument(
+        "x", {**values, "grid": {}, "seq_len": 32, "options": {"ask": "end", "min_needles": 2, "max_needles": 2}}
+    )
+    assert found(got, "loss", seq_len=32, needles=2) == pytest.approx(found(alone.measure(subject), "loss"))
+
+
+def test_an_answer_is_complete_if_all_its_tokens_are_right():
+    answers = np.array([[0, 1, 1, 0, 1, 1, 1, 0, 1]], bool)
+    right = np.array([[0, 1, 1, 0, 1, 0, 1, 1, 1]], bool)
+    assert _complete(right, answers).astype(int).tolist() == [[0, 1, 1, 0, 0, 0, 1, 0, 1]]
+
+
+def test_the_interval_of_a_mean_covers_it_as_often_as_it_says():
+    rng, inside = np.random.default_rng(0), 0
+    for _ in range(400):
+        weights = rng.integers(1, 9, (40, 1)) * np.ones((1, 5))  # rows count differently, and their tokens agree
+        values = 2 + rng.normal(size=(40, 1)) + 0.1 * rng.normal(size=(40, 5))
+        m = weighted_mean("loss", values, weights)
+        inside += m.low <= 2 <= m.high
+    assert 0.90 < inside / 400 < 0.98
+
+
+def test_the_interval_of_a_share_is_not_empty_where_all_rows_agree():
+    everything = weighted_mean("accuracy", np.ones((16, 4)), np.ones((16, 4)), share=True)
+    assert everything.value == 1 and everything.high == pytest.approx(1) and everything.low == pytest.approx(1 - 0.1936, abs=1e-3)
+    half = weighted_mean("accuracy", np.repeat([[0.0], [1.0]], 8, axis=0), np.ones((16, 1)), share=True)
+    assert half.low == pytest.approx(1 - half.high) and 0.25 < half.low < 0.31
+    assert weighted_mean("accuracy", np.ones((3, 2)), np.zeros((3, 2))) is None
+
+
+@pytest.mark.parametrize("length", [1, 8, 9, 63, 64, 1023])
+def test_buckets_cover_every_place_once(length):
+    found = buckets(length)
+    assert found[0][0] == 0 and found[-1][1] == length
+    assert all(a[1] == b[0] for a, b in zip(found, found[1:], strict=False))
+
+
+def test_the_bytes_of_a_sequence_are_keys_and_values_and_states():
+    config: ModelConfig = tiny_config("*-SWA-GKA")  # windows of 6; states of 2 x 4 heads x 8 x 8 in float32
+    convolutions = state_bytes(tiny_config("GKA"), 64) - 2 * 4 * 8 * 8 * 4
+    attention = 2 * 2 * 8 * 2 + 2 * 4  # keys and values of 2 heads in bfloat16; a position and a segment
+    assert state_bytes(tiny_config("*-*"), 128) - state_bytes(tiny_config("*-*"), 64) == 2 * 64 * attention
+    grown = state_bytes(config, 4096) - state_bytes(config, 2048)
+    assert grown == 2048 * attention and convolutions > 0  # windows and states do not grow
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"instrument": "telescope"}, "expected one of text, recall, cost, got 'telescope'"),
+        ({"instrument": "text", "sequence": 3}, "text has no option 'sequence'"),
+        ({"instrument": "text", "rows": 0}, "rows"),
+        ({"instrument": "recall", "grid": {"depth": ()}}, "no values for 'depth'"),
+    ],
+)
+def test_what_an_instrument_does_not_know_is_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        make_instrument("mine", values)
+
+
+def test_options_are_checked_against_model_and_data():
+    config = dataclasses.replace(tiny_config("*-*"), max_position_embeddings=64)
+    for values, message in (
+        (dict(instrument="text", seq_len=65), "max_position_embeddings, 64"),
+        (dict(instrument="text", seq_len=64, sources=("web",)), "no source is named 'web'"),
+        (dict(instrument="recall", seq_len=64, task="riddles"), "no synthetic task is named 'riddles'"),
+        (dict(instrument="recall", seq_len=64, options={"pairs": 3}), "no option 'pairs'; known: min_pairs"),
+        (dict(instrument="recall", seq_len=64, grid={"seq_len": (32, 128)}), "seq_len 128"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_instrument("mine", values).check(config, {"text": "stdlib"})
