@@ -3,7 +3,9 @@
 from tests.mutations import Mutation
 
 PACKING, DATA, PARTS = "tests/data/test_packing.py", "tests/data/test_data.py", "tests/parallel/test_parts.py"
-ROWS, SYNTHETIC, LAYOUT = "hybrid_jax/data/packing.py", "hybrid_jax/data/synthetic.py", "hybrid_jax/data/layout.py"
+ROWS, LAYOUT = "hybrid_jax/data/packing.py", "hybrid_jax/data/layout.py"
+RETRIEVAL, INDUCTION, NEEDLES = (f"hybrid_jax/data/tasks/{name}.py" for name in ("retrieval", "induction", "needles"))
+TASKS = "tests/data/test_tasks.py"
 SEQUENCE = "hybrid_jax/parallel/sequence.py"
 
 MUTATIONS = [
@@ -31,40 +33,47 @@ MUTATIONS = [
         (PACKING,),
     ),
     Mutation(
-        SYNTHETIC,
-        "keys = rng.choice(np.arange(*self.symbols), n, replace=False)",
-        "keys = rng.choice(np.arange(*self.symbols), n)",
+        RETRIEVAL,
+        "rng.choice(np.arange(*symbols), number, replace=False)",
+        "rng.choice(np.arange(*symbols), number)",
         "keys of a block repeat",
         (DATA,),
     ),
     Mutation(
-        SYNTHETIC,
+        RETRIEVAL,
         "order = rng.permutation(n)",
         "order = np.arange(n)",
         "keys are asked in the order in which they were given",
         (DATA,),
     ),
     Mutation(
-        SYNTHETIC,
-        "weights[2 * n + 3 :: 2] = self.weight",
-        "weights[2 * n + 2 :: 2] = self.weight",
+        RETRIEVAL,
+        "np.arange(size) >= self.key_tokens",
+        "np.arange(size) < self.key_tokens",
         "keys are learned instead of values",
         (DATA,),
     ),
     Mutation(
-        SYNTHETIC,
+        RETRIEVAL,
         "n = int(rng.integers(self.min_pairs, self.max_pairs + 1))",
         "n = self.max_pairs",
         "every block has the most pairs",
         (DATA,),
     ),
     Mutation(
-        SYNTHETIC,
+        INDUCTION,
         "weights[period + 1 :] = self.weight",
         "weights[period:] = self.weight",
         "the token that nothing predicts is learned",
         (DATA,),
     ),
+    Mutation(RETRIEVAL, "(np.arange(n) - order)", "(order - np.arange(n))", "distances are those of another answer", (TASKS,)),
+    Mutation(
+        INDUCTION, "distances[period + 1 :] = period", "distances[period + 1 :] = period + 1", "distances are one too far", (TASKS,)
+    ),
+    Mutation(NEEDLES, "= at - place[i]", "= at - place[i] - 1", "distances are one too short", (TASKS,)),
+    Mutation(NEEDLES, "round(self.depth * room)", "round(self.depth * self.length)", "a needle's depth is of the row", (TASKS,)),
+    Mutation(NEEDLES, "weights[at + 1 + self.key_tokens : at + size]", "weights[at + 1 : at + size]", "keys are learned", (TASKS,)),
     Mutation(LAYOUT, "np.pad(ids[:, 1:], ((0, 0), (0, 1)))", "ids", "targets are the inputs", (PARTS,)),
     Mutation(LAYOUT, "np.pad(weights[:, 1:], ((0, 0), (0, 1)))", "weights", "weights belong to the wrong targets", (PARTS,)),
     Mutation(
