@@ -52,8 +52,13 @@ class RopeConfig:
         check_key("rope_theta", self.theta)
         check_rope(self.kind, dict(self.options))
 
-    def option(self, name: str, default=None):
+    def option(self, name: str, default: Any = None) -> Any:
+        """Returns the value of an option, or the default where it is absent."""
         return dict(self.options).get(name, default)
+
+    def number(self, name: str) -> float:
+        """Returns the value of an option that this kind must have; `check_rope` has seen it."""
+        return dict(self.options)[name]
 
 
 @dataclasses.dataclass(frozen=True)

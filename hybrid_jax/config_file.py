@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import pathlib
 import sys
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,7 +35,7 @@ def load_config(arguments: list[str]) -> ConfigDict:
         for name, equals, text in overrides:
             if not equals:
                 raise ValueError(f"--config.{name} needs a value: --config.{name}=VALUE")
-            _override(config, name.split("."), text, fields_of(config))
+            _override(config, name.split("."), text, fields_of(config.to_dict()))
     return config
 
 
@@ -43,8 +43,7 @@ def _get_config(path: pathlib.Path, arguments: list[str]) -> ConfigDict:
     if not path.is_file():
         there = ", ".join(sorted(f"configs/{p.name}" for p in (shipped_root() / "configs").glob("*.py")))
         raise ValueError(f"no config file at {str(path)!r}; hybrid_jax comes with {there}")
-    spec = importlib.util.spec_from_loader("hybrid_jax_config", loader=None)
-    module = importlib.util.module_from_spec(spec)
+    module = types.ModuleType("hybrid_jax_config")
     module.__file__ = str(path)
     before = sys.modules.get(module.__name__)
     sys.modules[module.__name__] = module  # dataclasses, for one, look their module up
@@ -59,10 +58,10 @@ def _get_config(path: pathlib.Path, arguments: list[str]) -> ConfigDict:
             sys.modules[module.__name__] = before
     if not isinstance(config, Mapping | ConfigDict):
         raise ValueError(f"{path}: get_config() must return a ConfigDict, got {type(config).__name__}")
-    return ConfigDict(config)
+    return ConfigDict(config.to_dict() if isinstance(config, ConfigDict) else dict(config))
 
 
-def _override(config: ConfigDict, path: list[str], text: str, fields: Mapping[str, Any]):
+def _override(config: ConfigDict, path: list[str], text: str, fields: Mapping[str, Any]) -> None:
     """Sets one field from the text of an option.
 
     Args:
@@ -77,9 +76,10 @@ def _override(config: ConfigDict, path: list[str], text: str, fields: Mapping[st
         if config.get(key) is None and isinstance(default, Mapping):
             with config.unlocked():
                 config[key] = {}
-        if not isinstance(config.get(key), ConfigDict):
+        inner = config.get(key)
+        if not isinstance(inner, ConfigDict):
             raise ValueError(f"{where} is one value, it has no field {path[depth + 1]!r}")
-        config, fields = config[key], default if isinstance(default, Mapping) else {}
+        config, fields = inner, default if isinstance(default, Mapping) else {}
     value = config.get(path[-1])
     if isinstance(value if value is not None else default, Mapping | ConfigDict):
         raise ValueError(f"{where} is a group; set its fields, --{where}.NAME=VALUE")
@@ -116,9 +116,9 @@ def parse_value(where: str, text: str, like: Any) -> Any:
     return value
 
 
-def flat(values: Mapping, prefix: str = "") -> dict[str, Any]:
-    """{a: {b: x}} -> {"a.b": x}."""
-    found = {}
+def flat(values: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Returns {"a.b": x} of {a: {b: x}}."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping | ConfigDict) else {prefix + key: value}
     return found

@@ -51,7 +51,7 @@ def fields_of(config: Mapping) -> dict[str, Any]:
 
 def _options(phase: Mapping) -> dict[str, Any]:
     """The options of a phase's objective; their values are read as Python's, and checked by the objective."""
-    objective = OBJECTIVES.get(phase.get("objective"))
+    objective = OBJECTIVES.get(phase.get("objective", ""))
     return dict.fromkeys(objective.options) if objective else {}
 
 
@@ -62,5 +62,5 @@ def _defaults(cls: type) -> dict[str, Any]:
         if f.default_factory is not dataclasses.MISSING:
             found[f.name] = f.default_factory()
         else:
-            found[f.name] = _EMPTY.get(f.type) if f.default is dataclasses.MISSING else f.default
+            found[f.name] = _EMPTY.get(str(f.type)) if f.default is dataclasses.MISSING else f.default
     return found

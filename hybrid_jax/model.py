@@ -85,7 +85,8 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, compute_dtype=None):
         self.config, self.compute_dtype = config, jnp.dtype(compute_dtype or dtype)
-        self.remat, self.scan, self.repeats = "none", True, None
+        self.remat, self.scan = "none", True
+        self.repeats: tuple[Repeat, ...] | None = None
         std = config.initializer_range
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, std=std, rngs=rngs, dtype=dtype)
         self.layers = nnx.List([Layer(config, i, rngs=rngs, dtype=dtype) for i in range(config.num_layers)])
@@ -93,7 +94,7 @@ class Decoder(nnx.Module):
         if config.tie_embeddings:
             self.lm_head = None
         else:
-            head = dict(axes=("embed", "vocab"), muon=False, std=std, rngs=rngs, dtype=dtype)
+            head: dict[str, Any] = dict(axes=("embed", "vocab"), muon=False, std=std, rngs=rngs, dtype=dtype)
             self.lm_head = Linear(config.hidden_size, config.vocab_size, **head)
 
     def inputs(self, input_ids, segment_ids=None, positions=None):
@@ -103,7 +104,7 @@ class Decoder(nnx.Module):
             segment_ids = jnp.ones(input_ids.shape, jnp.int32)
         if positions is None:
             if axis_size("seq") > 1:
-                raise ValueError("with tokens cut over the mesh (zig-zag layout) the model needs their positions")
+                raise ValueError("where tokens are sharded over the mesh (zig-zag order) the model needs their positions")
             positions = positions_of(segment_ids)
         hidden = constrain(self.embed_tokens(input_ids, self.compute_dtype), *TOKENS)
         return hidden, dict(positions=positions, segment_ids=segment_ids)
@@ -247,7 +248,8 @@ def abstract_decoder(config: ModelConfig, dtype=jnp.float32, compute_dtype=None)
 
     def make():
         key = jax.random.key(0)  # one for all: nothing is drawn, and drawing keys is most of the time this takes
-        return Decoder(config, rngs=types.SimpleNamespace(params=lambda: key), dtype=dtype, compute_dtype=compute_dtype)
+        rngs: Any = types.SimpleNamespace(params=lambda: key)
+        return Decoder(config, rngs=rngs, dtype=dtype, compute_dtype=compute_dtype)
 
     return nnx.eval_shape(make)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,9 @@ def split_model(model: Decoder) -> tuple[nnx.GraphDef, Parameters]:
 
 def join_model(structure: nnx.GraphDef, parameters: Mapping[str, jax.Array]) -> Decoder:
     """The inverse of `split_model`; works under jit."""
-    paths = {tuple(int(p) if p.isdigit() else p for p in name.split(".")): v for name, v in parameters.items()}
+    paths: dict[Any, jax.Array] = {
+        tuple(int(p) if p.isdigit() else p for p in name.split(".")): v for name, v in parameters.items()
+    }
     return nnx.merge(structure, nnx.from_flat_state(paths))
 
 

@@ -41,7 +41,8 @@ def final_loss(rows: list[dict]) -> float:
 def curves_of(rows: list[dict], prefix: str) -> dict[str, tuple[list[int], list[float]]]:
     """Metrics of a name that begins so -> (steps, values) of the intervals that have them."""
     names = sorted({n for row in rows for n in row if n.startswith(prefix)})
-    return {n: tuple(zip(*((row["step"], row[n]) for row in rows if n in row), strict=True)) for n in names}
+    having = {n: [row for row in rows if n in row] for n in names}
+    return {n: ([row["step"] for row in found], [row[n] for row in found]) for n, found in having.items()}
 
 
 def report_run(workdir: pathlib.Path):

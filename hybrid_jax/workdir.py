@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from hybrid_jax.claim import stage_path
 from hybrid_jax.convert import load_model
-from hybrid_jax.experiment import in_form, stage_path
+from hybrid_jax.experiment import in_form
 from hybrid_jax.files import read_json
 from hybrid_jax.model import Decoder
 from hybrid_jax.parameters import join_model, split_model

@@ -1,18 +1,23 @@
-"""What every operation does at its door: pick an implementation, check shapes."""
+"""What every operation does before it calls an implementation: it picks one, and checks shapes and options."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+
+Returned = TypeVar("Returned")
+Entry = TypeVar("Entry", bound=Callable)
 
 BEST = {"tpu": "pallas_tpu"}  # by backend; every other one: "xla"
 
 
 def backend() -> str:
-    """The backend a program is traced for: that of the mesh in context (`jax.set_mesh`), else JAX's default."""
+    """Returns the backend that a program is traced for: that of the mesh in context (`jax.set_mesh`), else JAX's default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
         return jax.default_backend()
@@ -20,14 +25,14 @@ def backend() -> str:
 
 
 def partitioned_by_compiler() -> bool:
-    """Whether the mesh in context leaves some partitioning to the compiler, which cannot cut a Pallas kernel."""
+    """Returns whether the mesh in context leaves some partitioning to the compiler, which cannot partition a Pallas kernel."""
     mesh = jax.sharding.get_abstract_mesh()
     manual = jax.sharding.AxisType.Manual
     return any(n > 1 and kind != manual for n, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True))
 
 
-def explicit_axes(mesh) -> tuple[str, ...]:
-    """Axes of a mesh, larger than 1, of type Explicit: those whose shardings are part of every array's type."""
+def explicit_axes(mesh: jax.sharding.AbstractMesh) -> tuple[str, ...]:
+    """Returns the axes of a mesh larger than 1 that are of type Explicit, whose shardings are part of every array's type."""
     explicit = jax.sharding.AxisType.Explicit
     axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
     return tuple(name for name, size, kind in axes if size > 1 and kind == explicit)
@@ -39,7 +44,7 @@ EXPLICIT_ADVICE = (
 )
 
 
-def refuse_explicit(op: str, *arrays: jax.Array):
+def refuse_explicit(op: str, *arrays: jax.Array) -> None:
     """Checks that no mesh in context or of an array has Explicit axes, with which the loops of an operation do not type-check.
 
     Raises:
@@ -52,8 +57,8 @@ def refuse_explicit(op: str, *arrays: jax.Array):
             )
 
 
-def alike(op: str, *trees):
-    """Pytrees of arrays (or None) whose types agree in the mesh axes that they vary over.
+def alike(op: str, *trees: Any) -> tuple[Any, ...]:
+    """Returns pytrees of arrays (or None) whose types agree in the mesh axes that they vary over.
 
     Inside `jax.shard_map` with `check_vma`, its default, the loops of an operation need a state of one type; a
     replicated input thus counts as varying, and its gradient is summed over the axes that it is replicated on.
@@ -72,8 +77,13 @@ def alike(op: str, *trees):
     return jax.tree.map(vary, trees)
 
 
-def pick_implementation(op: str, name: str | None, table: Mapping[str, Callable], *arrays: jax.Array) -> Callable:
-    """The implementation called `name`; None means the best one for the backend, the mesh and the inputs' dtypes.
+def pick_implementation(op: str, name: str | None, table: Mapping[str, Entry], *arrays: jax.Array) -> Entry:
+    """Returns the implementation called `name`; None means the best one for the backend, the mesh and the inputs' dtypes.
+
+    Args:
+      op: the operation's name, for messages.
+      table: implementations by name; `contract` says what they receive and return.
+      arrays: the inputs.
 
     Raises:
       ValueError: no implementation has that name, it cannot compute in float64, or an axis of the mesh is Explicit.
@@ -90,7 +100,7 @@ def pick_implementation(op: str, name: str | None, table: Mapping[str, Callable]
     return table[name]
 
 
-def check_shapes(op: str, dims: dict[str, int], **arrays: tuple[jax.Array | None, str]):
+def check_shapes(op: str, dims: dict[str, int], **arrays: tuple[jax.Array | None, str]) -> None:
     """Checks arrays against axis letters, e.g. `k=(k, "B T H K")`; None passes.
 
     Raises:
@@ -105,7 +115,7 @@ def check_shapes(op: str, dims: dict[str, int], **arrays: tuple[jax.Array | None
 
 
 def dims_of(op: str, first: jax.Array, v: jax.Array, name: str = "q", axes: str = "B T H") -> dict[str, int]:
-    """The sizes of `axes` and K from an operation's first array, called `name`, [B,T,H,K], and V from v [B,T,H,V].
+    """Returns the sizes of `axes` and K, from an operation's first array, called `name`, [B,T,H,K], and V from v [B,T,H,V].
 
     Raises:
       ValueError: one of them has not these axes, or T is 0.
@@ -120,7 +130,14 @@ def dims_of(op: str, first: jax.Array, v: jax.Array, name: str = "q", axes: str 
     return dims
 
 
-def check_options(op: str, *, scale: float = 1.0, chunk_size: int | None = None, num_iter: int = 0, ridge_strength: float = 1.0):
+def scale_or_default(scale: float | None, K: int) -> float:
+    """Returns the scale, or the default for keys of K dims, K^-0.5."""
+    return K**-0.5 if scale is None else scale
+
+
+def check_options(
+    op: str, *, scale: float = 1.0, chunk_size: int | None = None, num_iter: int = 0, ridge_strength: float = 1.0
+) -> None:
     """Checks the numbers that an operation is built with.
 
     Raises:
@@ -136,13 +153,25 @@ def check_options(op: str, *, scale: float = 1.0, chunk_size: int | None = None,
             raise ValueError(f"{op}: {name} must be {want}, got {value!r}")
 
 
-def accumulator(*arrays) -> jnp.dtype:
-    """float32, or float64 when an input is float64: the dtype of states and sums."""
+def accumulator(*arrays: jax.Array) -> jnp.dtype:
+    """Returns float32, or float64 if an input is float64: the dtype of states and sums."""
     return jnp.result_type(jnp.float32, *(a.dtype for a in arrays))
 
 
+def differentiable(*static: int) -> Callable[[Callable[..., Returned]], jax.custom_vjp[Returned]]:
+    """Returns `jax.custom_vjp` for a function whose arguments number `static` are Python values.
+
+    A type checker sees the function's return type through it, which it does not through `functools.partial`.
+    """
+    return functools.partial(_differentiable, static)
+
+
+def _differentiable(static: tuple[int, ...], f: Callable[..., Returned]) -> jax.custom_vjp[Returned]:
+    return cast("jax.custom_vjp[Returned]", jax.custom_vjp(f, nondiff_argnums=static))
+
+
 def segment_index(segment_ids: jax.Array | None) -> jax.Array | None:
-    """[B,T] number of id changes up to each token: 0 for a row's first segment, rising; None stays None."""
+    """Returns [B, T] int32, the number of changes of the id up to each token: 0 in a row's first segment, rising; None for None."""
     if segment_ids is None:
         return None
     change = segment_ids[:, 1:] != segment_ids[:, :-1]

@@ -54,7 +54,7 @@ def torch_call(function: Callable, arrays, backward: bool, device: str) -> Calla
     def call():
         if backward:
             o = function(*tensors)
-            torch.autograd.grad(o, tensors, cotangent.to(o.dtype))
+            torch.autograd.grad(o, tensors, None if cotangent is None else cotangent.to(o.dtype))
         else:
             with torch.no_grad():
                 function(*tensors)
@@ -71,8 +71,8 @@ def transformers_peers() -> dict[str, Callable]:
 
 
 def fla_peers() -> dict[str, Callable]:
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-    from fla.ops.simple_gla import chunk_simple_gla
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # pyright: ignore[reportMissingImports]
+    from fla.ops.simple_gla import chunk_simple_gla  # pyright: ignore[reportMissingImports]
 
     return {
         "gated_delta_rule": lambda q, k, v, g, beta: chunk_gated_delta_rule(q, k, v, g=g, beta=beta)[0],
@@ -114,7 +114,7 @@ def medians(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, floa
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m kernels_pallas.bench", description=__doc__.split(": ")[0])
+    parser = argparse.ArgumentParser(prog="python -m kernels_pallas.bench", description=(__doc__ or "").split(": ")[0])
     parser.add_argument("--peer", choices=("torch", "fla"), default="torch")
     parser.add_argument("--implementation", help="ours; default: xla beside torch, pallas_gpu beside fla")
     parser.add_argument("--rounds", type=int, default=5)

@@ -74,7 +74,9 @@ def cumulative(g: jax.Array) -> tuple[jax.Array, jax.Array]:
     g = jnp.maximum(g, FORGOTTEN)
     coarse = jax.lax.stop_gradient(jnp.round(g * 64) / 64)
     earlier = jnp.triu(jnp.ones((g.shape[-1], g.shape[-1]), g.dtype))  # a matmul, which XLA does not fuse and repeat
-    return tuple(jnp.matmul(x, earlier, precision="highest") for x in (coarse, g - coarse))
+    both = (jnp.matmul(x, earlier, precision="highest") for x in (coarse, g - coarse))
+    coarse, fine = both
+    return coarse, fine
 
 
 def chunk_decay(log_decay: jax.Array, segments: jax.Array | None, chunk_size: int, dtype) -> ChunkDecay:

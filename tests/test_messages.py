@@ -8,10 +8,11 @@ import types
 import pytest
 from ml_collections import ConfigDict
 
+from hybrid_jax.claim import claim
 from hybrid_jax.commands.main import COMMANDS, main, read_arguments
 from hybrid_jax.config_file import load_config
 from hybrid_jax.convert import read_model_config
-from hybrid_jax.experiment import _claim, mesh_of
+from hybrid_jax.experiment_config import with_absolute_paths
 from hybrid_jax.workdir import is_run
 
 PRIME = ["prime", "--config=configs/prime_tiny.py:GKA", "--workdir=run"]
@@ -103,7 +104,7 @@ def test_every_field_can_be_set_whether_or_not_the_config_names_it():
         "--config.mixers.gka_config.use_gate=false", "--config.schedule=('train',)", "--config.pattern=*-GKA",
     )  # fmt: skip
     assert config.mesh.to_dict() == {"fsdp": 1} and config.phases.train.mesh.to_dict() == {"seq": 1}
-    assert mesh_of(config).shape["fsdp"] == 1 and mesh_of(overridden()) is None
+    assert config.to_dict()["mesh"] == {"fsdp": 1} and overridden().get("mesh") is None
     for value in (config.phases.align.weight_decay, config.phases.align.learning_rate):
         assert value == 1.0 and isinstance(value, float)
     assert config.phases.train.trainable == ("gka", "norm") and config.schedule == ("train",)
@@ -152,36 +153,41 @@ def test_an_error_within_a_config_is_said_with_its_file(tmp_path):
         load_config(["--config=nothing.py"])
 
 
+def record_of(config):
+    """What an experiment of this config keeps of it."""
+    return json.loads(json.dumps(with_absolute_paths(config.to_dict()), default=list))
+
+
 def test_another_config_in_a_workdir_is_refused_with_the_fields_that_differ(tmp_path, monkeypatch):
     phases = dict(train=dict(objective="next_token", steps=20, mesh=dict(fsdp=2)))
     config = ConfigDict(dict(source="launch/tiny_qwen3", seed=1, schedule=("train",), phases=phases))
-    _claim(tmp_path / "run", config)
+    claim(tmp_path / "run", record_of(config))
     (tmp_path / "run" / "stages").mkdir()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")  # the source is the same one from here
     config.phases.train.mesh.fsdp = 4
-    _claim(tmp_path / "run", config)
+    claim(tmp_path / "run", record_of(config))
     config.phases.train.steps, config.phases.train.clip = 30, 0.5
     with pytest.raises(ValueError) as e:
-        _claim(tmp_path / "run", config)
+        claim(tmp_path / "run", record_of(config))
     words = "config.phases.train.clip is 0.5 now and was absent; config.phases.train.steps is 30 now and was 20 (compare"
     assert words in str(e.value)
 
 
 def test_a_run_that_made_nothing_leaves_its_directory_to_the_corrected_command(tmp_path, capsys):
     config = ConfigDict(dict(source="launch/tiny_qwen3", seed=1, schedule=(), phases={}, data=dict(text="a")))
-    _claim(tmp_path / "run", config)
+    claim(tmp_path / "run", record_of(config))
     assert is_run(tmp_path / "run")
     with pytest.raises(ValueError, match="working directory of a run, not a model directory; it has no model yet"):
         read_model_config(tmp_path / "run")
     config.data.text = "b"
-    _claim(tmp_path / "run", config)
+    claim(tmp_path / "run", record_of(config))
     assert "the new config takes its place" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "config.json").read_text())["data"] == {"text": "b"}
     (tmp_path / "run" / "stages").mkdir()
     config.data.text = "c"
     with pytest.raises(ValueError, match="config.data.text is 'c' now and was 'b'"):
-        _claim(tmp_path / "run", config)
+        claim(tmp_path / "run", record_of(config))
 
 
 def test_help_shows_defaults_an_example_and_the_exit_codes(capsys):

@@ -4,7 +4,6 @@ import types
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from tokenizers import Tokenizer, models
 
 import hybrid_jax.convert
@@ -14,7 +13,7 @@ import hybrid_jax.priming.select
 from hybrid_jax import load_model, save_model
 from hybrid_jax.commands.main import main
 from hybrid_jax.config import GKAConfig, SWAConfig
-from hybrid_jax.experiment import _check_phases_fit, _with_mixer_options, mesh_of, mix_of
+from hybrid_jax.experiment_config import Experiment
 from hybrid_jax.parameters import split_model
 from hybrid_jax.priming.scorers.contract import Scores
 from hybrid_jax.priming.select import Selection
@@ -80,25 +79,26 @@ def test_convert_draws_new_parameters_from_its_seed(tmp_path):
 
 
 def test_the_mixers_of_a_config_take_the_place_of_the_model_s():
-    config = _with_mixer_options(tiny_config("*-SWA-GKA"), {"swa_config": {"window_size": 5}, "gka_config": {"num_iter": 3}})
+    config = Experiment(mixers={"swa_config": {"window_size": 5}, "gka_config": {"num_iter": 3}}).with_mixer_options(
+        tiny_config("*-SWA-GKA")
+    )
     assert config.options(SWAConfig).window_size == 5 and config.options(GKAConfig).num_iter == 3
     assert tiny_config("*-SWA-GKA").options(SWAConfig).window_size == 6  # the model's own
 
 
 def test_a_phase_s_own_mix_and_mesh_go_before_the_experiment_s():
-    config = ConfigDict(dict(data=dict(mix=dict(text=1.0)), mesh=dict(fsdp=1)))
+    experiment = Experiment(data=dict(mix=dict(text=1.0)), mesh=dict(fsdp=1))
     plain = Phase("next_token", steps=1)
     own = Phase("next_token", steps=1, mix={"retrieval": 0.5, "text": 0.5}, mesh={"seq": 1, "fsdp": -1})
-    assert mix_of(config, plain) == {"text": 1.0} and mix_of(config, own) == {"retrieval": 0.5, "text": 0.5}
-    assert mesh_of(config, plain) is not None and mesh_of(ConfigDict(dict(data={})), plain) is None
-    assert mesh_of(ConfigDict(dict(data={})), own) is not None
+    assert experiment.mix_of(plain) == {"text": 1.0} and experiment.mix_of(own) == {"retrieval": 0.5, "text": 0.5}
+    assert experiment.mesh_of(plain) is not None and Experiment().mesh_of(plain) is None
+    assert Experiment().mesh_of(own) is not None
 
 
 def test_rows_longer_than_the_model_s_positions_are_refused_unless_a_phase_raises_them():
     def check(*phases):
-        _check_phases_fit(
-            tiny_config("*"), ConfigDict(), [(f"p{i}", Phase("next_token", steps=1, **p)) for i, p in enumerate(phases)]
-        )
+        named = tuple((f"p{i}", Phase("next_token", steps=1, **p)) for i, p in enumerate(phases))
+        Experiment(phases=named)._check_phases(tiny_config("*"))
 
     check(dict(seq_len=256), dict(seq_len=512, max_position_embeddings=512), dict(seq_len=512))
     with pytest.raises(ValueError, match="phase 'p1': seq_len 257 is more than the model's max_position_embeddings, 256"):

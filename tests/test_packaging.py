@@ -8,7 +8,7 @@ import pytest
 
 from hybrid_jax import files
 from hybrid_jax.config_file import load_config
-from hybrid_jax.experiment import phases_of_config
+from hybrid_jax.experiment_config import Experiment
 from tests.conftest import GOLDEN
 
 ROOT = GOLDEN.parents[1]
@@ -54,7 +54,7 @@ def test_the_wheel_has_the_configs_and_the_model_that_messages_and_examples_name
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(files, "SHIPPED", tmp_path / "site" / "hybrid_jax" / "shipped")  # as of an installed package
     config = load_config(["--config=prime_tiny.py:GKA"])
-    assert [name for name, _ in phases_of_config(config)] == ["align", "train"]
+    assert [name for name, _ in Experiment.from_config(config).phases] == ["align", "train"]
     model = files.find_shipped(config.source)
     assert model.is_relative_to(tmp_path / "site")
     assert {p.name for p in model.iterdir()} == {p.name for p in (ROOT / "launch" / "tiny_qwen3").iterdir()}

@@ -12,7 +12,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from hybrid_jax.commands.main import main
-from hybrid_jax.sweep import _command, collect, draw_sweep, points_of, run_point
+from hybrid_jax.sweep import collect, points_of, run_point
+from hybrid_jax.sweep.collecting import draw_sweep
+from hybrid_jax.sweep.running import _command
 
 CONFIG = """
 from ml_collections import ConfigDict
@@ -76,7 +78,9 @@ def test_a_sweep_asked_to_stop_waits_until_its_point_has_saved(tmp_path, whom):
         f"pathlib.Path({str(tmp_path / 'saved')!r}).touch()\nsys.exit(3)\n"
     )
     child.chmod(0o755)
-    sweep = f"import sys; from hybrid_jax.sweep import _command; sys.executable = {str(child)!r}; print(_command('prime')[0])"
+    sweep = (
+        f"import sys; from hybrid_jax.sweep.running import _command; sys.executable = {str(child)!r}; print(_command('prime')[0])"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", sweep], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -154,8 +158,8 @@ def test_a_point_ended_by_the_system_is_told_with_the_signal(tmp_path, monkeypat
 def test_a_failed_point_of_an_array_is_failed_in_the_table_and_runs_again(tmp_path, monkeypatch):
     (point,) = points_of(ConfigDict({"configs": ("a.py",)}))
     outcomes = [("failed", "no such file"), ("stopped", "later"), ("done", "")]
-    monkeypatch.setattr("hybrid_jax.sweep._command", lambda *_: outcomes.pop(0))
-    monkeypatch.setattr("hybrid_jax.sweep.phases_of", lambda _: {})
+    monkeypatch.setattr("hybrid_jax.sweep.running._command", lambda *_: outcomes.pop(0))
+    monkeypatch.setattr("hybrid_jax.sweep.running.phases_of", lambda _: {})
     for want in ("failed", "stopped", "done"):
         assert run_point(point, tmp_path, {})["status"] == want
         (row,) = collect(tmp_path, [point], {})  # by another process

@@ -8,7 +8,7 @@ from hybrid_jax.commands.options import OVERRIDES, directory, integer
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    parser.description += f". {OVERRIDES}"
+    parser.description = f"{parser.description}. {OVERRIDES}"
     parser.add_argument("--config", required=True, metavar="FILE", help="an experiment config")
     parser.add_argument("--phase", required=True, help="the phase that will distil")
     parser.add_argument(
@@ -26,20 +26,19 @@ def run(args: argparse.Namespace):
     from hybrid_jax.convert import check_model_directory, load_model
     from hybrid_jax.data import check_tokenizer_fits, load_tokenizer, read_corpus
     from hybrid_jax.data.tokens import tokenizer_fingerprint
-    from hybrid_jax.experiment import mesh_of, mix_of, phases_of_config
-    from hybrid_jax.files import find_shipped
+    from hybrid_jax.experiment_config import Experiment
     from hybrid_jax.parallel.distributed import say
     from hybrid_jax.train.cache import cache_teacher
 
-    config = load_config([f"--config={args.config}", *args.overrides])
-    phases = phases_of_config(config)
-    number = next((n for n, (name, _) in enumerate(phases, start=1) if name == args.phase), None)
-    if number is None:
-        raise ValueError(f"--phase {args.phase!r}: the config's schedule has {', '.join(name for name, _ in phases)}")
-    phase = phases[number - 1][1]
+    experiment = Experiment.from_config(load_config([f"--config={args.config}", *args.overrides]))
+    names = [name for name, _ in experiment.phases]
+    if args.phase not in names:
+        raise ValueError(f"--phase {args.phase!r}: the config's schedule has {', '.join(names)}")
+    number = 1 + names.index(args.phase)
+    phase = experiment.phases[number - 1][1]
     if not phase.teacher_cache:
         raise ValueError(f"phase {args.phase!r} has no teacher_cache, the directory to write and to distil from")
-    source = find_shipped(config.get("source") or "")
+    source = pathlib.Path(experiment.source)
     tokenizer = load_tokenizer(source)
     for model in dict.fromkeys((source, pathlib.Path(args.teacher or source))):
         check_tokenizer_fits(tokenizer, check_model_directory(model).vocab_size, source)
@@ -49,10 +48,10 @@ def run(args: argparse.Namespace):
             f"--teacher {args.teacher} has another tokenizer than the source {source}: its answers would be of other "
             "tokens than the student's; give a teacher with the source's tokenizer"
         )
-    mesh = mesh_of(config, phase)
+    mesh = experiment.mesh_of(phase)
     teacher = load_model(args.teacher or source, dtype=jnp.float32, mesh=mesh)
-    corpus = read_corpus(config.data.to_dict(), source, check_model_directory(source).extra.get("eos_token_id"))
-    mix, seed = mix_of(config, phase), config.seed + number
+    corpus = read_corpus(experiment.data, source, check_model_directory(source).extra.get("eos_token_id"))
+    mix, seed = experiment.mix_of(phase), experiment.seed + number
     phase = phase.in_steps(corpus, mix, seed)
     cache_teacher(teacher, phase, corpus, mix, seed=seed, out=pathlib.Path(phase.teacher_cache), k=args.k, mesh=mesh)
     say(f"{phase.teacher_cache}: {phase.steps:,} steps of {phase.batch_size} rows, the {args.k} top-k tokens each")

@@ -159,7 +159,7 @@ def run(args: argparse.Namespace):
         fingerprint = _fingerprint(path, args)
         old = known.get(str(path))
         changed = [k for k in fingerprint if not old or old["fingerprint"].get(k) != fingerprint[k]]
-        if not changed:
+        if old and not changed:
             row = Row(**{**old["row"], "name": name, "run": group, "stage": stage, "source": source})
         else:
             if old:

@@ -8,7 +8,7 @@ from hybrid_jax.commands.options import OVERRIDES
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    parser.description += f". {OVERRIDES}"
+    parser.description = f"{parser.description}. {OVERRIDES}"
     parser.add_argument("--workdir", required=True, help="everything the run writes goes here; the same one resumes it")
     parser.add_argument(
         "--profile", metavar="FIRST:LAST", help="steps of every phase to trace for XProf, e.g. 10:12", type=steps_of

@@ -25,13 +25,13 @@ def check_points(points) -> list:
       ValueError: names the first wrong point, and how many are wrong.
     """
     from hybrid_jax.config_file import load_config
-    from hybrid_jax.experiment import phases_of_config
+    from hybrid_jax.experiment_config import Experiment
 
     wrong, configs = [], []
     for point in points:
         try:
             configs.append(load_config(point.arguments))
-            phases_of_config(configs[-1])
+            Experiment.from_config(configs[-1])
         except (ValueError, OSError) as e:
             wrong.append((point.name, e))
     if wrong:
@@ -45,6 +45,7 @@ def run(args: argparse.Namespace):
     from hybrid_jax.sweep import claim, collect, points_of, run_point
 
     config, out = load_config([f"--config={args.config}"]), pathlib.Path(args.out)
+    config = config.to_dict()
     points = points_of(config)
     configs = [load_config(p.arguments) for p in points] if args.collect else check_points(points)
     if args.list:

@@ -91,13 +91,13 @@ def generate(
       ValueError: an empty prompt, an id outside the vocabulary, more tokens than the model has positions, or a bad option.
     """
     sampling = Sampling(temperature, top_p, top_k)
-    prompts = check_prompts(model.config, prompts, max_new_tokens)
-    ends = [eos_id] if np.ndim(eos_id) == 0 and eos_id is not None else list(eos_id or ())
+    rows_in = check_prompts(model.config, prompts, max_new_tokens)
+    ends = [] if eos_id is None else [eos_id] if isinstance(eos_id, (int, np.integer)) else list(eos_id)
     ends = [check_integer("eos_id", i, minimum=0, maximum=model.config.vocab_size - 1) for i in ends]
-    B, longest = len(prompts), max(map(len, prompts))
+    B, longest = len(rows_in), max(map(len, rows_in))
     ids = np.zeros((B, longest), np.int32)
     segments = np.zeros((B, longest), np.int32)
-    for row, prompt in enumerate(prompts):
+    for row, prompt in enumerate(rows_in):
         ids[row, longest - len(prompt) :] = prompt
         segments[row, longest - len(prompt) :] = 1
     positions = np.maximum(np.cumsum(segments, axis=1) - 1, 0).astype(np.int32)

@@ -34,7 +34,7 @@ class KVCache(NamedTuple):
 
 
 _HEADS, _SLOTS = ("batch", None, "kv_heads", None), ("batch", None)
-CACHE_AXES = KVCache(_HEADS, _HEADS, _SLOTS, _SLOTS, ())  # each array's logical axes
+CACHE_AXES = KVCache._make([_HEADS, _HEADS, _SLOTS, _SLOTS, ()])  # each array's logical axes
 
 
 def attention_mask(
@@ -60,11 +60,10 @@ def empty_cache(batch: int, length: int, kv_heads: int, head_dim: int, dtype: DT
 
 def extend_window(cache: KVCache, new: KVCache) -> tuple[KVCache, KVCache]:
     """Adds tokens to a windowed cache; returns what the new queries may see, and the cache afterwards."""
-    seen = KVCache(
-        *(jnp.concatenate([a.astype(b.dtype), b], axis=1) for a, b in zip(cache[:4], new[:4], strict=True)), cache.next_slot
-    )
+    both = (jnp.concatenate([a.astype(b.dtype), b], axis=1) for a, b in zip(cache[:4], new[:4], strict=True))
+    seen = KVCache._make([*both, cache.next_slot])
     length = cache.k.shape[1]
-    kept = KVCache(*(a[:, a.shape[1] - length :] for a in seen[:4]), cache.next_slot + new.k.shape[1])
+    kept = KVCache._make([*(a[:, a.shape[1] - length :] for a in seen[:4]), cache.next_slot + new.k.shape[1]])
     return seen, kept
 
 
@@ -74,7 +73,7 @@ def extend_full(cache: KVCache, new: KVCache) -> KVCache:
         jax.lax.dynamic_update_slice_in_dim(a, b.astype(a.dtype), cache.next_slot, axis=1)
         for a, b in zip(cache[:4], new[:4], strict=True)
     )
-    return KVCache(*written, cache.next_slot + new.k.shape[1])
+    return KVCache._make([*written, cache.next_slot + new.k.shape[1]])
 
 
 class Attention(nnx.Module):

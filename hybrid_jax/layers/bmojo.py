@@ -38,7 +38,7 @@ class BMojoAttention(Attention):
         if self.tied:
             return
         hid, H, Hkv, D = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-        kw = dict(bias=config.qkv_bias, std=config.initializer_range, rngs=rngs, dtype=dtype)
+        kw: dict[str, Any] = dict(bias=config.qkv_bias, std=config.initializer_range, rngs=rngs, dtype=dtype)
         self.q_proj_ = Linear(hid, H * D, axes=("embed", "heads"), **kw)
         self.k_proj_ = Linear(hid, Hkv * D, axes=("embed", "kv_heads"), **kw)
         self.v_proj_ = Linear(hid, Hkv * D, axes=("embed", "kv_heads"), **kw)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ class GatedDeltaNet(nnx.Module):
         del layer
         hid, H, Hkv, D = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         gdn = config.options(GDNConfig)
-        fresh = dict(std=config.initializer_range, rngs=rngs, dtype=dtype)
+        fresh: dict[str, Any] = dict(std=config.initializer_range, rngs=rngs, dtype=dtype)
         linear = functools.partial(Linear, **fresh)
 
         def conv(dim, axis):
@@ -75,7 +75,7 @@ class GatedDeltaNet(nnx.Module):
         del positions
         B, T, _ = x.shape
         H, D = self.config.num_heads, self.config.head_dim
-        s = GDNState(*[None] * 4) if state is None else state
+        s = GDNState._make([None] * 4) if state is None else state
 
         def mixed(proj, conv, tail):
             if conv is None:
@@ -102,7 +102,7 @@ class GatedDeltaNet(nnx.Module):
         o = self.o_norm(o).reshape(B, T, H * D)
         if self.g_proj is not None:
             o = o * jax.nn.silu(self.g_proj(x))
-        return self.o_proj(o), GDNState(S, q_conv, k_conv, v_conv)
+        return self.o_proj(o), GDNState._make([S, q_conv, k_conv, v_conv])
 
     @staticmethod
     def from_attention(source: Arrays, fresh: Arrays, config: ModelConfig) -> dict[str, jax.Array]:
@@ -113,7 +113,7 @@ class GatedDeltaNet(nnx.Module):
         del max_length
         H, D = self.config.num_heads, self.config.head_dim
         convs = (c and c.init_state(batch, dtype) for c in (self.q_conv1d, self.k_conv1d, self.v_conv1d))
-        return GDNState(jnp.zeros((batch, H, D, D), jnp.float32), *convs)
+        return GDNState._make([jnp.zeros((batch, H, D, D), jnp.float32), *convs])
 
     def state_axes(self) -> GDNState:
-        return GDNState(STATE_AXES, *(c and c.state_axes() for c in (self.q_conv1d, self.k_conv1d, self.v_conv1d)))
+        return GDNState._make([STATE_AXES, *(c and c.state_axes() for c in (self.q_conv1d, self.k_conv1d, self.v_conv1d))])

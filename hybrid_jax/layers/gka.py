@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ class GatedKalmaNet(nnx.Module):
         del layer
         hid, H, Hkv, D = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         gka = config.options(GKAConfig)
-        fresh = dict(std=config.initializer_range, rngs=rngs, dtype=dtype)
+        fresh: dict[str, Any] = dict(std=config.initializer_range, rngs=rngs, dtype=dtype)
         linear = functools.partial(Linear, **fresh)
         conv = functools.partial(ShortConv, size=gka.conv_size, **fresh)
         self.q_proj = linear(hid, H * D, axes=("embed", "heads"))
@@ -76,7 +76,7 @@ class GatedKalmaNet(nnx.Module):
         c, gka = self.config, self.config.options(GKAConfig)
         B, T, _ = x.shape
         H, D = c.num_heads, c.head_dim
-        s = GKAState(*[None] * 5) if state is None else state
+        s = GKAState._make([None] * 5) if state is None else state
         q, q_conv = self.q_conv1d(self.q_proj(x), segment_ids=segment_ids, state=s.q_conv)
         k, k_conv = self.k_conv1d(self.k_proj(x), segment_ids=segment_ids, state=s.k_conv)
         v, v_conv = self.v_proj(x), None
@@ -104,7 +104,7 @@ class GatedKalmaNet(nnx.Module):
         o = self.o_norm(o).reshape(B, T, H * D)
         if self.g_proj is not None:
             o = o * jax.nn.silu(self.g_proj(x))
-        return self.o_proj(o), GKAState(*(states or (None, None)), q_conv, k_conv, v_conv)
+        return self.o_proj(o), GKAState._make([*(states or (None, None)), q_conv, k_conv, v_conv])
 
     @staticmethod
     def from_attention(source: Arrays, fresh: Arrays, config: ModelConfig) -> dict[str, jax.Array]:
@@ -116,7 +116,8 @@ class GatedKalmaNet(nnx.Module):
         H, D = self.config.num_heads, self.config.head_dim
         zeros = jnp.zeros((batch, H, D, D), jnp.float32)
         convs = (c and c.init_state(batch, dtype) for c in (self.q_conv1d, self.k_conv1d, self.v_conv1d))
-        return GKAState(zeros, zeros, *convs)
+        return GKAState._make([zeros, zeros, *convs])
 
     def state_axes(self) -> GKAState:
-        return GKAState(STATE_AXES, STATE_AXES, *(c and c.state_axes() for c in (self.q_conv1d, self.k_conv1d, self.v_conv1d)))
+        convs = (c and c.state_axes() for c in (self.q_conv1d, self.k_conv1d, self.v_conv1d))
+        return GKAState._make([STATE_AXES, STATE_AXES, *convs])

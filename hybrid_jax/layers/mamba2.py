@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ class Mamba2(nnx.Module):
         del layer
         hid, H, Hkv, D = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         normed = config.qk_norm and config.options(Mamba2Config).use_qk_norm
-        fresh = dict(std=config.initializer_range, rngs=rngs, dtype=dtype)
+        fresh: dict[str, Any] = dict(std=config.initializer_range, rngs=rngs, dtype=dtype)
         self.in_proj = Linear(hid, 2 * (H + Hkv) * D + H, axes=("embed", "heads"), **fresh)
         self.conv1d = ShortConv((H + 2 * Hkv) * D, CONV_SIZE, bias=True, **fresh)
         self.A_log = init_a_log(rngs, H, dtype)
@@ -57,7 +57,7 @@ class Mamba2(nnx.Module):
         batch, T, _ = x.shape
         H, Hkv, D = c.num_heads, c.num_kv_heads, c.head_dim
         z, v, B, C, dt = self.in_proj.parts(x, (H * D, Hkv * D, Hkv * D, H * D, H))
-        if self.C_norm is not None:
+        if self.C_norm is not None and self.B_norm is not None:
             C = self.C_norm(C.reshape(batch, T, H, D)).reshape(C.shape)
             B = self.B_norm(B.reshape(batch, T, Hkv, D)).reshape(B.shape)
         (v, B, C), conv = self.conv1d.parts((v, B, C), segment_ids=segment_ids, state=state and state.conv)
@@ -75,7 +75,7 @@ class Mamba2(nnx.Module):
         y = y + (self.D[...][:, None] * v).astype(y.dtype)
         y = y * jax.nn.silu(z).reshape(y.shape)
         y = rms_norm(y, self.norm.weight[...].reshape(H, D), NORM_EPS)
-        return self.out_proj(y.reshape(batch, T, H * D)), Mamba2State(S, conv)
+        return self.out_proj(y.reshape(batch, T, H * D)), Mamba2State._make([S, conv])
 
     @staticmethod
     def from_attention(source: Arrays, fresh: Arrays, config: ModelConfig) -> dict[str, jax.Array]:
@@ -97,4 +97,4 @@ class Mamba2(nnx.Module):
         return Mamba2State(jnp.zeros((batch, H, D, D), jnp.float32), self.conv1d.init_state(batch, dtype))
 
     def state_axes(self) -> Mamba2State:
-        return Mamba2State(STATE_AXES, self.conv1d.state_axes())
+        return Mamba2State._make([STATE_AXES, self.conv1d.state_axes()])

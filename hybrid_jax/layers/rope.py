@@ -12,8 +12,8 @@ from hybrid_jax.config import RopeConfig
 
 
 def _llama3(inv_freq: np.ndarray, rope: RopeConfig) -> tuple[np.ndarray, float]:
-    factor, low, high = (rope.option(n) for n in ("factor", "low_freq_factor", "high_freq_factor"))
-    context = rope.option("original_max_position_embeddings")
+    factor, low, high = (rope.number(n) for n in ("factor", "low_freq_factor", "high_freq_factor"))
+    context = rope.number("original_max_position_embeddings")
     turns = context * inv_freq / (2 * math.pi)  # rotations within the original context
     smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
     return (1 - smooth) * inv_freq / factor + smooth * inv_freq, 1.0
@@ -53,7 +53,7 @@ def rope_frequencies(rope: RopeConfig, head_dim: int, max_positions: int) -> tup
     """
     inv_freq = rope.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if rope.kind == "linear":
-        return inv_freq / rope.option("factor"), 1.0
+        return inv_freq / rope.number("factor"), 1.0
     if rope.kind == "llama3":
         return _llama3(inv_freq, rope)
     if rope.kind == "yarn":

@@ -19,6 +19,7 @@ from hybrid_jax.parallel.attention_block import FULL, Mask, block_backward, bloc
 from hybrid_jax.parallel.attention_cudnn import attend_documents, cudnn_applies
 from hybrid_jax.parallel.sequence import SEQ_AXIS, as_chunks, as_rows, from_pair, halo, halo_segments, to_pair
 from hybrid_jax.parallel.sharding import TOKENS, axis_size, shard_map_by_axes
+from kernels_pallas.arguments import differentiable
 
 HEADS = (*TOKENS, "heads")
 SAVED = "attention"  # what a rematerialization policy may keep: each attention's output and log-sum-exp
@@ -33,7 +34,7 @@ class Part(NamedTuple):
     k_segments: jax.Array
 
 
-def attend(q, k, v, segment_ids, window: int | None = None):
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, window: int | None = None) -> jax.Array:
     """Returns causal attention within segments, o [B, T, H, D] in q's dtype.
 
     Args:
@@ -107,8 +108,8 @@ def _by_halo(windows, segment_ids, qs, ks, vs):
 # A softmax over parts on this device ---------------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def parts_attention(parts: tuple[Part, ...], segment_ids, masks: tuple[Mask, ...]):
+@differentiable(2)
+def parts_attention(parts: tuple[Part, ...], segment_ids: jax.Array, masks: tuple[Mask, ...]) -> jax.Array:
     """Returns one softmax over every part's keys, o [B, T, H, D] in q's dtype; a query that sees no key gets zeros."""
     return _parts_forward(parts, segment_ids, masks)[0]
 
@@ -125,7 +126,7 @@ def _parts_backward(masks, residuals, do):
     grads = []
     for p, mask in zip(parts, masks, strict=True):
         d = block_backward(p.q, p.k, p.v, segment_ids, p.k_segments, mask, o, lse, do)
-        grads.append(Part(*(x.astype(y.dtype) for x, y in zip(d, p[:3], strict=True)), None))
+        grads.append(Part._make([*(x.astype(y.dtype) for x, y in zip(d, p[:3], strict=True)), None]))
     return tuple(grads), None
 
 
@@ -141,8 +142,8 @@ def _next(x):
     return jax.lax.ppermute(x, SEQ_AXIS, [(i, (i + 1) % n) for i in range(n)])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def ring_attention(q, k, v, segment_ids, window: int | None = None):
+@differentiable(4)
+def ring_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, window: int | None = None) -> jax.Array:
     """Causal attention of a device's two chunks over the row; inside `shard_map_by_axes`, in the zig-zag layout.
 
     In zig-zag order every remote chunk of keys is either fully visible or invisible to a chunk of queries. Our back chunk of

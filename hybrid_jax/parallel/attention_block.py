@@ -183,7 +183,7 @@ def _tiled_forward(mask, queries, keys):
     """Forward over tiles: of each tile of queries a running merge over the tiles of keys that it sees."""
     (q, _), T, S = queries, queries[0].shape[1], keys[0].shape[1]
     if max(T, S) <= _tile_size(mask):
-        return _tile_forward(*queries, *keys, mask.visible(jnp.arange(T), jnp.arange(S)))
+        return _tile_forward(*(*queries, *keys, mask.visible(jnp.arange(T), jnp.arange(S))))
     B, _, H, D = q.shape
     dtype = accumulator(q)
 
@@ -192,7 +192,7 @@ def _tiled_forward(mask, queries, keys):
         return jnp.zeros((n, B, tile, H, D), dtype), jnp.full((n, B, H, tile), EMPTY, dtype)
 
     def add(parts, i, _, queries, keys, visible):
-        merged = merge(tuple(x[i] for x in parts), _tile_forward(*queries, *keys, visible))
+        merged = merge(tuple(x[i] for x in parts), _tile_forward(*(*queries, *keys, visible)))
         return tuple(x.at[i].set(y) for x, y in zip(parts, merged, strict=True))
 
     o, lse = _over_tiles(mask, queries, keys, nothing, add)
@@ -216,13 +216,13 @@ def _tile_backward(q, q_segments, do, lse, delta, k, v, k_segments, visible):
 def _tiled_backward(mask, queries, keys):
     T, S = queries[0].shape[1], keys[0].shape[1]
     if max(T, S) <= _tile_size(mask):
-        return _tile_backward(*queries, *keys, mask.visible(jnp.arange(T), jnp.arange(S)))
+        return _tile_backward(*(*queries, *keys, mask.visible(jnp.arange(T), jnp.arange(S))))
 
     def zeros(q_tiles, k_tiles, _):
         return tuple(jnp.zeros(x.shape, accumulator(x)) for x in (q_tiles[0], *k_tiles[:2]))
 
     def add(grads, i, j, queries, keys, visible):
-        more = _tile_backward(*queries, *keys, visible)
+        more = _tile_backward(*(*queries, *keys, visible))
         return tuple(x.at[n].add(y) for x, n, y in zip(grads, (i, j, j), more, strict=True))
 
     dq, dk, dv = _over_tiles(mask, queries, keys, zeros, add)
@@ -286,7 +286,7 @@ def _splash_forward(q, k, v, q_segments, k_segments, mask):
         return kernel(q, k, v, splash.SegmentIds(q_segments, k_segments))
 
     scaled = (q * q.shape[-1] ** -0.5).astype(q.dtype)
-    o, (lse,) = jax.vmap(row)(*map(_heads_first, (scaled, k, v)), q_segments, k_segments)
+    o, (lse,) = jax.vmap(row)(*(*map(_heads_first, (scaled, k, v)), q_segments, k_segments))
     return _heads_first(o).astype(jnp.float32), jnp.maximum(lse, EMPTY)
 
 
@@ -310,5 +310,5 @@ def _splash_backward(q, k, v, q_segments, k_segments, mask, o, lse, do):
 
     scaled = (q * scale).astype(q.dtype)
     arrays = (*map(_heads_first, (scaled, k, v)), q_segments, k_segments, _heads_first(o), lse, _heads_first(do))
-    dq, dk, dv = (_heads_first(x).astype(jnp.float32) for x in jax.vmap(row)(*arrays))
+    dq, dk, dv = (_heads_first(x).astype(jnp.float32) for x in jax.vmap(row)(*(arrays)))
     return dq * scale, dk, dv

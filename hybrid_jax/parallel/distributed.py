@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -49,7 +49,7 @@ def initialize():
     if not (given or several or pod):
         return
     timeout = _from_environment(TIMEOUT, 300, minimum=1)
-    options = {}
+    options: dict[str, Any] = {}
     if given:
         count = _from_environment("JAX_NUM_PROCESSES", 1, minimum=1)
         own = _from_environment("JAX_PROCESS_ID", 0, minimum=0, maximum=count - 1)
@@ -109,6 +109,17 @@ def of_every_process(value: int) -> list[int]:
     return np.ravel(multihost_utils.process_allgather(np.int32(value))).tolist()
 
 
+def _client() -> Any:
+    """Returns the coordination service's key-value store; JAX has no public name for it.
+
+    Raises:
+      RuntimeError: this process is in no job.
+    """
+    if global_state.client is None:
+        raise RuntimeError("this process is not in a job of several processes")
+    return global_state.client
+
+
 def in_job() -> bool:
     """Whether `initialize` found other processes; known without asking for devices."""
     return global_state.client is not None and global_state.num_processes > 1
@@ -121,7 +132,7 @@ def end_job(message: str, code: int) -> NoReturn:
     """
     with _leaving:  # never given back
         with contextlib.suppress(Exception):  # another process was first
-            global_state.client.key_value_set(_REASON, json.dumps([global_state.process_id, message, code]))
+            _client().key_value_set(_REASON, json.dumps([global_state.process_id, message, code]))
         _leave(message, code)
 
 
@@ -142,8 +153,9 @@ def _leave(message: str, code: int) -> NoReturn:
     """Exits without Python's clean-up, which would wait for the other processes. The one with the coordinator goes last."""
     print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
-    client, until = global_state.client, time.monotonic() + _LEAVE_SECONDS
+    until = time.monotonic() + _LEAVE_SECONDS
     with contextlib.suppress(Exception):
+        client = _client()
         client.key_value_set(f"{_LEFT}{global_state.process_id}", "")
         while global_state.process_id == 0 and time.monotonic() < until:
             if len(client.key_value_dir_get(_LEFT)) == global_state.num_processes:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -59,7 +60,7 @@ def mesh_shape(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
     return shape
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of all five axes; those not named have size 1, one of size -1 takes what is left.
 
     Args:

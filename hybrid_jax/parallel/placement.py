@@ -30,7 +30,7 @@ def own_rows(mesh: Mesh | None, batch_size: int) -> list[int]:
     if mesh is None:
         return list(range(batch_size))
     parts = NamedSharding(mesh, partition_spec(mesh, TOKENS[:1])).addressable_devices_indices_map((batch_size,))
-    return sorted({row for (part,) in parts.values() for row in range(*part.indices(batch_size))})
+    return sorted({row for index in parts.values() for part in index or () for row in range(*part.indices(batch_size))})
 
 
 def to_mesh(mesh: Mesh | None, batch: Mapping[str, np.ndarray], batch_size: int, rows: Sequence[int]) -> dict[str, jax.Array]:

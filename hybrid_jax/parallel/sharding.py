@@ -7,7 +7,6 @@ shard, say, `mlp` over another mesh axis, change its row, and parameters, activa
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -15,7 +14,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hybrid_jax.parallel.mesh import BATCH_AXES
-from kernels_pallas.arguments import partitioned_by_compiler, refuse_explicit
+from kernels_pallas.arguments import differentiable, partitioned_by_compiler, refuse_explicit
 
 # Logical axis -> mesh axes. A dim whose logical axis is absent here, or whose mesh axes the mesh lacks, is replicated; if two
 # dims map to the same mesh axis, the first one gets it.
@@ -104,7 +103,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return x if mesh is None else jax.lax.with_sharding_constraint(x, partition_spec(mesh, axes))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+@differentiable(1)
 def gathered(x: jax.Array, axes: Axes) -> jax.Array:
     """All-gathers a parameter over the mesh axes of `embed`; it stays sharded over `tensor` and `expert`.
 

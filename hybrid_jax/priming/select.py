@@ -128,19 +128,18 @@ def pattern_from_scores(scores: Sequence[float], mixer: str, fraction: float) ->
     return "-".join(mixer if i in cheapest else "*" for i in range(len(scores)))
 
 
-def choose_pattern(model: Decoder, pattern: str, select: Mapping[str, Any] | None, corpus: Corpus, workdir: pathlib.Path) -> str:
+def choose_pattern(model: Decoder, pattern: str, selection: Selection | None, corpus: Corpus, workdir: pathlib.Path) -> str:
     """Returns the config's pattern; without one, the pattern that its selection chooses; without both, the model's own.
 
     Args:
-      pattern: `config.pattern`, which may be empty.
-      select: `config.select`, which may be empty; see `Selection.from_config`.
+      pattern: may be empty.
+      selection: None: nothing is selected.
       workdir: where a selection is recorded, in `selection.json`.
     """
     if pattern:
         return pattern
-    if not select:
+    if selection is None:
         return model.config.pattern
-    selection = Selection.from_config(select)
     scores = score_layers(model, corpus, selection).per_layer()
     pattern = pattern_from_scores(scores, selection.mixer, selection.fraction)
     if is_first():

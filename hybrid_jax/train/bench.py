@@ -56,7 +56,7 @@ def looped(model, phase: Phase, corpus) -> float:
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m hybrid_jax.train.bench", description=__doc__.split(":")[0])
+    parser = argparse.ArgumentParser(prog="python -m hybrid_jax.train.bench", description=(__doc__ or "").split(":")[0])
     parser.add_argument("--milliseconds", type=float, default=200, help="about how long a step takes, by its rows")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--pairs", type=int, default=5)

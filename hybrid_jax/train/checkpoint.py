@@ -122,10 +122,11 @@ class Checkpoints:
         if not agreed:
             return None
         self._set_aside([s for s in every if s > step])
+        assert got is not None  # the loop above ends with a checkpoint, or without any step
         state = {**got["state"], "health": Health(**got["state"]["health"])}
         return step, TrainState(**state), got["data"]
 
-    def _newest_readable(self, steps: Sequence[int], target) -> tuple[int, dict]:
+    def _newest_readable(self, steps: Sequence[int], target: Any) -> tuple[int, Any]:
         """(step, what it holds) of the first of these checkpoints that is not damaged, for this process; of several each reads
         its own part of the files, so that what one finds another may not.
 

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import jax
 from jax.sharding import Mesh
 
 from hybrid_jax.model import Decoder
@@ -33,7 +34,7 @@ class StepView:
     step: int
     mesh: Mesh | None
     state: TrainState
-    frozen: Mapping[str, Any]
+    frozen: dict[str, jax.Array]
     layout: PhaseLayout
 
     @functools.cached_property

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -23,7 +25,10 @@ class Meter:
 
     def __init__(self, phase: Phase, model: Decoder, teacher: Decoder | None = None):
         self.tokens, self.waited = phase.tokens_per_step, 0.0
-        self.first = self.begun = self.flops = self._counted = None
+        self.first: int | None = None
+        self.begun: float | None = None
+        self.flops: float | None = None
+        self._counted: Callable[..., Any] | None = None
         self.kind = accelerator_of(jax.local_devices()[0].device_kind)
         if self.kind is not None:
             remat, model.remat = model.remat, "none"
@@ -58,7 +63,7 @@ class Meter:
     def read(self, step: int) -> dict[str, float]:
         """After `step`; without speeds if there were none to measure."""
         values = {}
-        if self.first is not None and step > self.first:
+        if self.first is not None and self.begun is not None and step > self.first:
             seconds, steps = time.perf_counter() - self.begun, step - self.first
             values = {"tokens_per_second": steps * self.tokens / seconds, "data_wait": self.waited / seconds}
             if self.kind is not None and self.flops:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -141,8 +142,10 @@ def align(model: Decoder, batch: Batch, teacher: Decoder | None = None, *, targe
     return mean_over_tokens(losses, weights, metrics)
 
 
-_WEIGHTS = dict.fromkeys(("divergence_weight", "next_token_weight"), functools.partial(check_number, minimum=0))
-_NO_WEIGHTS = dict.fromkeys(_WEIGHTS, 0)
+_WEIGHTS: dict[str, Callable[[str, Any], Any]] = dict.fromkeys(
+    ("divergence_weight", "next_token_weight"), functools.partial(check_number, minimum=0)
+)
+_NO_WEIGHTS: dict[str, Any] = dict.fromkeys(_WEIGHTS, 0)
 _DISTILL = {
     "kind": functools.partial(check_choice, choices=KINDS),
     "temperature": functools.partial(check_number, above=0),

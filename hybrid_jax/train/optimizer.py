@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import optax
@@ -56,7 +57,11 @@ def make_optimizer(phase: Phase, marks: Mapping[str, Marks]) -> optax.GradientTr
             lambda parameters: {name: "muon" if marks[name].muon else "adamw" for name in parameters},
         )
     clip = optax.clip_by_global_norm(phase.clip) if phase.clip else optax.identity()
-    decay = optax.add_decayed_weights(phase.weight_decay, lambda parameters: {name: marks[name].decay for name in parameters})
+
+    def decays(parameters: Any) -> Any:
+        return {name: marks[name].decay for name in parameters}
+
+    decay = optax.add_decayed_weights(phase.weight_decay, decays)
     return optax.chain(clip, adam, decay)
 
 

@@ -153,7 +153,7 @@ class PhaseLayout:
             own,
             transform_non_params=lambda _: replicated,
         )
-        return TrainState(own, moments, Health(*[replicated] * len(Health._fields)))
+        return TrainState._make([own, moments, Health._make([replicated] * len(Health._fields))])
 
     def begin(
         self, mesh: Mesh | None, parameters: Parameters, teacher: Parameters | None = None

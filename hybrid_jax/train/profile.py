@@ -25,7 +25,7 @@ class Profile:
             self.running = True
 
     def after(self, step: int, result):
-        if self.running and step >= self.steps[1]:
+        if self.running and self.steps and step >= self.steps[1]:
             jax.block_until_ready(result)
             self._stop()
             say(f"profile of steps {self.steps[0]} to {self.steps[1]}: {self.directory}")

@@ -68,10 +68,10 @@ def make_step(layout: PhaseLayout, phase: Phase, shardings: TrainState | None = 
         directions, optimizer = layout.optimizer.update(grads, state.optimizer, state.trainable)
         rate = jnp.float32(schedule(state.health.steps + state.health.skipped))
         updates = jax.tree.map(lambda x: -rate * x, directions)
-        new = TrainState(optax.apply_updates(state.trainable, updates), optimizer, health)
+        new = TrainState._make([optax.apply_updates(state.trainable, updates), optimizer, health])
         kept = jax.tree.map(lambda old, new: jnp.where(good, new, old), state[:2], new[:2])
         metrics |= {**norms, **asked, "learning_rate": rate, "skipped": health.skipped, "skipped_in_a_row": health.in_a_row}
-        return TrainState(*kept, health), metrics
+        return TrainState._make([*kept, health]), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
 

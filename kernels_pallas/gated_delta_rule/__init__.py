@@ -5,6 +5,9 @@ S_t = e^{g_t} (I - beta_t k_t k_t') S_{t-1} + beta_t k_t v_t',     o_t = scale *
 
 from __future__ import annotations
 
+import functools
+
+import jax
 import jax.numpy as jnp
 
 from kernels_pallas.arguments import (
@@ -14,8 +17,10 @@ from kernels_pallas.arguments import (
     check_shapes,
     dims_of,
     pick_implementation,
+    scale_or_default,
     segment_index,
 )
+from kernels_pallas.contract import GatedDeltaRule, GatedDeltaRuleStep
 from kernels_pallas.gated_delta_rule.chunked import gated_delta_rule_chunked
 from kernels_pallas.gated_delta_rule.gpu import gated_delta_rule_gpu
 from kernels_pallas.gated_delta_rule.reference import gated_delta_rule_reference, gated_delta_rule_update
@@ -24,7 +29,7 @@ from kernels_pallas.gated_delta_rule.tpu_step import gated_delta_rule_step_tpu
 
 __all__ = ["gated_delta_rule", "gated_delta_rule_step", "gated_delta_rule_summary"]
 
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[str, GatedDeltaRule] = {
     "reference": gated_delta_rule_reference,
     "xla": gated_delta_rule_chunked,
     "pallas_tpu": gated_delta_rule_tpu,
@@ -33,8 +38,18 @@ IMPLEMENTATIONS = {
 
 
 def gated_delta_rule(
-    q, k, v, log_decay, beta, *, scale=None, initial_state=None, segment_ids=None, chunk_size=None, implementation=None
-):
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array,
+    beta: jax.Array,
+    *,
+    scale: float | None = None,
+    initial_state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """The gated delta rule (arXiv 2412.06464, equation 10).
 
     The keys should be L2-normalized; with beta in [0, 2] the update is then a contraction.
@@ -47,7 +62,7 @@ def gated_delta_rule(
       scale: multiplies q; default K^-0.5.
       initial_state: [B, H, K, V], or None for zeros.
       segment_ids: [B, T] int, or None.
-      chunk_size: tokens a chunk of the XLA and GPU forms, a power of two (default 64, or 32 on a CPU); TPU chunks have 128.
+      chunk_size: tokens per chunk of the XLA and GPU forms, a power of two (default 64, or 32 on a CPU); TPU chunks have 128.
       implementation: "reference", "xla", "pallas_tpu", "pallas_gpu" or None (the best the backend has).
 
     Returns:
@@ -69,15 +84,24 @@ def gated_delta_rule(
     )
     dtype = accumulator(q, k, v, log_decay, beta)
     state = jnp.zeros((d["B"], d["H"], d["K"], d["V"]), dtype) if initial_state is None else initial_state.astype(dtype)
-    scale = d["K"] ** -0.5 if scale is None else scale
+    scale = scale_or_default(scale, d["K"])
     check_options("gated_delta_rule", scale=scale, chunk_size=chunk_size)
     run = pick_implementation("gated_delta_rule", implementation, IMPLEMENTATIONS, q, k, v)
     arrays = alike("gated_delta_rule", q, k, v, log_decay, beta, state, segment_index(segment_ids))
-    return run(*arrays, scale, chunk_size)
+    q, k, v, log_decay, beta, state, segments = arrays
+    return run(q, k, v, log_decay, beta, state, segments, scale, chunk_size)
 
 
-def gated_delta_rule_summary(k, v, log_decay, beta, *, segment_ids=None, implementation=None):
-    """What tokens make of the state before them, S -> transition S + state: what a split sequence passes on.
+def gated_delta_rule_summary(
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array,
+    beta: jax.Array,
+    *,
+    segment_ids: jax.Array | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns what tokens make of the state before them, S -> transition S + state: what a sequence over devices passes on.
 
     The transition, a product of e^g (I - beta k k'), is the state that grows from the identity and values of zero.
 
@@ -92,15 +116,16 @@ def gated_delta_rule_summary(k, v, log_decay, beta, *, segment_ids=None, impleme
     dtype = accumulator(k, v, log_decay, beta)
 
     def final(v, start, k, log_decay, beta, segment_ids):
-        options = dict(initial_state=start, segment_ids=segment_ids, implementation=implementation)
-        return gated_delta_rule(k, k, v, log_decay, beta, **options)[1]
+        own = functools.partial(gated_delta_rule, initial_state=start, segment_ids=segment_ids, implementation=implementation)
+        return own(k, k, v, log_decay, beta)[1]
 
     nothing = jnp.zeros((B, H, K, V), dtype)
     identity = jnp.broadcast_to(jnp.eye(K, dtype=dtype), (B, H, K, K))
     zeros = jnp.zeros((*v.shape[:-1], K), v.dtype)
     arrays = (k, log_decay, beta)
     if K != V:
-        return tuple(final(x, s, *arrays, segment_ids=segment_ids) for x, s in ((zeros, identity), (v, nothing)))
+        transition, added = (final(x, s, *arrays, segment_ids=segment_ids) for x, s in ((zeros, identity), (v, nothing)))
+        return transition, added
     # side by side as rows of one batch
     twice = [jnp.concatenate([x, x]) for x in arrays]
     ids = None if segment_ids is None else jnp.concatenate([segment_ids, segment_ids])
@@ -108,8 +133,18 @@ def gated_delta_rule_summary(k, v, log_decay, beta, *, segment_ids=None, impleme
     return both[:B], both[B:]
 
 
-def gated_delta_rule_step(q, k, v, log_decay, beta, *, state, scale=None, implementation=None):
-    """One token: q, k [B,H,K], v [B,H,V], log_decay, beta [B,H], state [B,H,K,V] -> (o [B,H,V], state).
+def gated_delta_rule_step(
+    q: jax.Array,  # [B, H, K]
+    k: jax.Array,  # [B, H, K]
+    v: jax.Array,  # [B, H, V]
+    log_decay: jax.Array,  # [B, H]
+    beta: jax.Array,  # [B, H]
+    *,
+    state: jax.Array,  # [B, H, K, V]
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (o [B, H, V], the state after one token); the options are those of `gated_delta_rule`.
 
     Raises:
       ValueError: a shape does not fit the others, or the scale is 0.
@@ -117,16 +152,20 @@ def gated_delta_rule_step(q, k, v, log_decay, beta, *, state, scale=None, implem
     op = "gated_delta_rule_step"
     scalars = dict(log_decay=(log_decay, "B H"), beta=(beta, "B H"))
     check_shapes(op, dims_of(op, q, v, axes="B H"), k=(k, "B H K"), v=(v, "B H V"), **scalars, state=(state, "B H K V"))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = scale_or_default(scale, q.shape[-1])
     check_options(op, scale=scale)
     run = pick_implementation(op, implementation, STEPS, q, k, v)
     state = state.astype(accumulator(q, k, v, log_decay, beta))
-    return run(*alike(op, q, k, v, log_decay, beta, state), scale)
+    q, k, v, log_decay, beta, state = alike(op, q, k, v, log_decay, beta, state)
+    return run(q, k, v, log_decay, beta, state, scale)
 
 
-def _step(q, k, v, log_decay, beta, state, scale):
-    o, state = gated_delta_rule_update(*(x.astype(state.dtype) for x in (q, k, v, log_decay, beta)), state, scale)
+def _step(
+    q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array, beta: jax.Array, state: jax.Array, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    q, k, values, log_decay, beta = (x.astype(state.dtype) for x in (q, k, v, log_decay, beta))
+    o, state = gated_delta_rule_update(q, k, values, log_decay, beta, state, scale)
     return o.astype(v.dtype), state
 
 
-STEPS = {"reference": _step, "xla": _step, "pallas_tpu": gated_delta_rule_step_tpu}
+STEPS: dict[str, GatedDeltaRuleStep] = {"reference": _step, "xla": _step, "pallas_tpu": gated_delta_rule_step_tpu}

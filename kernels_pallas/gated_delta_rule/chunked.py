@@ -8,11 +8,10 @@ The gradient keeps A, V' and the state before each chunk.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.arguments import differentiable
 from kernels_pallas.chunks import (
     chunk_decay,
     default_chunk,
@@ -44,7 +43,18 @@ def unit_lower_inverse(L: jax.Array) -> jax.Array:
     return jnp.concatenate([top, jnp.concatenate([-corner, second], axis=-1)], axis=-2)
 
 
-def gated_delta_rule_chunked(q, k, v, log_decay, beta, state, segments, scale, chunk_size):
+def gated_delta_rule_chunked(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array,
+    beta: jax.Array,
+    state: jax.Array,
+    segments: jax.Array | None,
+    scale: float,
+    chunk_size: int | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The `xla` implementation of `gated_delta_rule`; see `kernels_pallas.contract`."""
     chunk_size = chunk_size or default_chunk()
     if chunk_size & (chunk_size - 1):
         raise ValueError(f"gated_delta_rule: chunk_size must be a power of two, got {chunk_size}")
@@ -55,8 +65,8 @@ def gated_delta_rule_chunked(q, k, v, log_decay, beta, state, segments, scale, c
     return scan_blocks(run, (q, k, v, log_decay, beta), state, segments, chunk_size)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def _gated_delta_rule(q, k, v, log_decay, beta, state, segments, scale, chunk_size):
+@differentiable(7, 8)
+def _gated_delta_rule(q, k, v, log_decay, beta, state, segments, scale, chunk_size) -> tuple[jax.Array, jax.Array]:
     return _forward(q, k, v, log_decay, beta, state, segments, scale, chunk_size)[0]
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas import triton
+from kernels_pallas.arguments import differentiable
 from kernels_pallas.linear_attention.gpu import outputs, read_write_backward, write_backward
 from kernels_pallas.operands import operand_dtype, pad_axis
 from kernels_pallas.triton import dot, load_decay
@@ -98,15 +99,26 @@ def _backward_kernel(q, k, v, update, coarse, fine, segment, carried, beta, befo
     dbeta[...] = scale * (jnp.sum(R * v[...].astype(jnp.float32), axis=1) - jnp.sum(dE * K, axis=1))
 
 
-def gated_delta_rule_gpu(q, k, v, log_decay, beta, state, segments, scale, chunk_size):
+def gated_delta_rule_gpu(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array,
+    beta: jax.Array,
+    state: jax.Array,
+    segments: jax.Array | None,
+    scale: float,
+    chunk_size: int | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The `pallas_gpu` implementation of `gated_delta_rule`; see `kernels_pallas.contract`."""
     low = operand_dtype(q, k, v)
     arrays = (x.astype(low) for x in (q, k, v))
     o, final = _gated_delta_rule(*arrays, log_decay, beta, state, segments, scale, chunk_size)
     return o.astype(v.dtype), final
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def _gated_delta_rule(q, k, v, log_decay, beta, state, segments, scale, chunk_size):
+@differentiable(7, 8)
+def _gated_delta_rule(q, k, v, log_decay, beta, state, segments, scale, chunk_size) -> tuple[jax.Array, jax.Array]:
     return _forward(q, k, v, log_decay, beta, state, segments, scale, chunk_size)[0]
 
 

@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import mosaic
+from kernels_pallas.arguments import differentiable
 from kernels_pallas.linear_attention.tpu import read, read_write_backward, write
 from kernels_pallas.mosaic import NT, TN, dot, dot_parts, each, head_slices, iota, row_sum, store_heads
 from kernels_pallas.operands import operand_dtype, parts
@@ -171,7 +172,18 @@ def _backward_kernel(
         dinitial[0] = scale * state[...]
 
 
-def gated_delta_rule_tpu(q, k, v, log_decay, beta, state, segments, scale, chunk_size):
+def gated_delta_rule_tpu(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array,
+    beta: jax.Array,
+    state: jax.Array,
+    segments: jax.Array | None,
+    scale: float,
+    chunk_size: int | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The `pallas_tpu` implementation of `gated_delta_rule`; see `kernels_pallas.contract`."""
     del chunk_size
     low = operand_dtype(q, k, v)
     arrays = (x.astype(low) for x in (q, k, v))
@@ -179,8 +191,8 @@ def gated_delta_rule_tpu(q, k, v, log_decay, beta, state, segments, scale, chunk
     return o.astype(v.dtype), final
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def _gated_delta_rule(q, k, v, log_decay, beta, state, segments, scale):
+@differentiable(7)
+def _gated_delta_rule(q, k, v, log_decay, beta, state, segments, scale) -> tuple[jax.Array, jax.Array]:
     return _run_forward(q, k, v, log_decay, beta, state, segments, scale, save=False)[0]
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import jax
 import jax.numpy as jnp
 
 from kernels_pallas.gated_delta_rule.reference import gated_delta_rule_update
@@ -9,7 +12,11 @@ from kernels_pallas.mosaic import each
 from kernels_pallas.mosaic_step import columns, head_rows, reduce_rows, run_step, with_gradient_of
 
 
-def gated_delta_rule_step_tpu(q, k, v, log_decay, beta, state, scale):
+def gated_delta_rule_step_tpu(
+    q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array, beta: jax.Array, state: jax.Array, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """The `pallas_tpu` implementation of `gated_delta_rule_step`; see `kernels_pallas.contract`."""
+
     def update(vectors, scalars, S):
         q, k, v = vectors
         keys = columns(k)
@@ -21,4 +28,4 @@ def gated_delta_rule_step_tpu(q, k, v, log_decay, beta, state, scale):
     def kernel(q, k, v, log_decay, beta, state):
         return run_step(update, "gated_delta_rule_step", (q, k, v), (log_decay, beta), (state,))
 
-    return with_gradient_of(lambda *a: gated_delta_rule_update(*a, scale), kernel)(q, k, v, log_decay, beta, state)
+    return with_gradient_of(functools.partial(gated_delta_rule_update, scale=scale), kernel)(q, k, v, log_decay, beta, state)

@@ -9,6 +9,7 @@ The gradient treats x as the exact solution (implicit differentiation).
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
 from kernels_pallas.arguments import (
@@ -18,8 +19,10 @@ from kernels_pallas.arguments import (
     check_shapes,
     dims_of,
     pick_implementation,
+    scale_or_default,
     segment_index,
 )
+from kernels_pallas.contract import GatedKalmaNet, GatedKalmaNetStep, States
 from kernels_pallas.gated_kalmanet.chunked import gated_kalmanet_chunked
 from kernels_pallas.gated_kalmanet.gpu import gated_kalmanet_gpu
 from kernels_pallas.gated_kalmanet.reference import gated_kalmanet_reference, gated_kalmanet_update
@@ -29,7 +32,7 @@ from kernels_pallas.linear_attention import linear_attention_summary
 
 __all__ = ["gated_kalmanet", "gated_kalmanet_step", "gated_kalmanet_summary"]
 
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[str, GatedKalmaNet] = {
     "reference": gated_kalmanet_reference,
     "xla": gated_kalmanet_chunked,
     "pallas_tpu": gated_kalmanet_tpu,
@@ -39,22 +42,22 @@ PRECISIONS = ("fast", "accurate")
 
 
 def gated_kalmanet(
-    q,
-    k,
-    v,
-    alpha,
-    log_decay,
-    ridge_strength=0.02,
-    num_iter=30,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    alpha: jax.Array,
+    log_decay: jax.Array,
+    ridge_strength: float = 0.02,
+    num_iter: int = 30,
     *,
-    bp_lambda=True,
-    precision="fast",
-    scale=None,
-    initial_state=None,
-    segment_ids=None,
-    chunk_size=None,
-    implementation=None,
-):
+    bp_lambda: bool = True,
+    precision: str = "fast",
+    scale: float | None = None,
+    initial_state: States | tuple[None, None] | None = None,
+    segment_ids: jax.Array | None = None,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, States]:
     """The Gated KalmaNet recurrence (arXiv 2511.21016, section 4), solved by Chebyshev iteration.
 
     Args:
@@ -63,14 +66,14 @@ def gated_kalmanet(
       alpha: [B, T, H], in [0, 1]: 1 uses the solution, 0 the query itself.
       log_decay: [B, T, H], <= 0, of both states.
       ridge_strength: lambda over the Frobenius norm of H; bounds the condition number by 1 + 1/it.
-      num_iter: Chebyshev iterations; 0 skips the solve. A compute/quality dial at inference.
+      num_iter: Chebyshev iterations; 0 skips the solve. Fewer are faster and less exact, also at inference.
       bp_lambda: whether lambda is differentiated through H.
       precision: "fast" (an output in v's dtype; the TPU kernel solves to 2e-3 of float64 from bf16 inputs) or
         "accurate" (an output in float32, to 2e-5). The other implementations solve in float32 in both.
       scale: multiplies the output; default K^-0.5.
       initial_state: (h_kk [B, H, K, K], h_kv [B, H, K, V]), or None for zeros.
       segment_ids: [B, T] int, or None.
-      chunk_size: tokens a chunk of the XLA and GPU forms (default 64, or 32 on a CPU); TPU chunks have 128.
+      chunk_size: tokens per chunk of the XLA and GPU forms (default 64, or 32 on a CPU); TPU chunks have 128.
       implementation: "reference", "xla", "pallas_tpu", "pallas_gpu" or None (the best the backend has).
 
     Returns:
@@ -97,16 +100,19 @@ def gated_kalmanet(
     dtype = accumulator(q, k, v, alpha, log_decay)
     h_kk = jnp.zeros((d["B"], d["H"], d["K"], d["K"]), dtype) if h_kk is None else h_kk.astype(dtype)
     h_kv = jnp.zeros((d["B"], d["H"], d["K"], d["V"]), dtype) if h_kv is None else h_kv.astype(dtype)
-    scale = d["K"] ** -0.5 if scale is None else scale
+    scale = scale_or_default(scale, d["K"])
     check_options("gated_kalmanet", scale=scale, chunk_size=chunk_size, num_iter=num_iter, ridge_strength=ridge_strength)
     run = pick_implementation("gated_kalmanet", implementation, IMPLEMENTATIONS, q, k, v)
     arrays = alike("gated_kalmanet", q, k, v, alpha, log_decay, (h_kk, h_kv), segment_index(segment_ids))
+    q, k, v, alpha, log_decay, state, segments = arrays
     options = (scale, chunk_size, ridge_strength, num_iter, bp_lambda, precision)
-    return run(*arrays, *options)
+    return run(q, k, v, alpha, log_decay, state, segments, *options)
 
 
-def gated_kalmanet_summary(k, v, log_decay, *, segment_ids=None):
-    """What tokens make of the states before them, (H, S) -> decay (H, S) + states: what a split sequence passes on.
+def gated_kalmanet_summary(
+    k: jax.Array, v: jax.Array, log_decay: jax.Array, *, segment_ids: jax.Array | None = None
+) -> tuple[jax.Array, States]:
+    """Returns what tokens make of the states before them, (H, S) -> decay (H, S) + states: what a sequence over devices passes on.
 
     In float32 throughout: in bf16 H would lose what the solve needs.
 
@@ -120,9 +126,20 @@ def gated_kalmanet_summary(k, v, log_decay, *, segment_ids=None):
 
 
 def gated_kalmanet_step(
-    q, k, v, alpha, log_decay, ridge_strength=0.02, num_iter=30, *, state, bp_lambda=True, scale=None, implementation=None
-):
-    """One token: q, k [B,H,K], v [B,H,V], alpha, log_decay [B,H], state (h_kk, h_kv) -> (o [B,H,V], state).
+    q: jax.Array,  # [B, H, K]
+    k: jax.Array,  # [B, H, K]
+    v: jax.Array,  # [B, H, V]
+    alpha: jax.Array,  # [B, H]
+    log_decay: jax.Array,  # [B, H]
+    ridge_strength: float = 0.02,
+    num_iter: int = 30,
+    *,
+    state: States,
+    bp_lambda: bool = True,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, States]:
+    """Returns (o [B, H, V], the states (h_kk, h_kv) after one token); the options are those of `gated_kalmanet`.
 
     Raises:
       ValueError: a shape does not fit the others, or an option is out of its range.
@@ -131,18 +148,30 @@ def gated_kalmanet_step(
     scalars = dict(alpha=(alpha, "B H"), log_decay=(log_decay, "B H"))
     states = dict(h_kk=(state[0], "B H K K"), h_kv=(state[1], "B H K V"))
     check_shapes(op, dims_of(op, q, v, axes="B H"), k=(k, "B H K"), v=(v, "B H V"), **scalars, **states)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = scale_or_default(scale, q.shape[-1])
     check_options(op, scale=scale, num_iter=num_iter, ridge_strength=ridge_strength)
     run = pick_implementation(op, implementation, STEPS, q, k, v)
-    state = tuple(s.astype(accumulator(q, k, v, alpha, log_decay)) for s in state)
-    arrays = alike(op, q, k, v, alpha, log_decay, state)
-    return run(*arrays, scale, ridge_strength, num_iter, bp_lambda)
+    dtype = accumulator(q, k, v, alpha, log_decay)
+    state = state[0].astype(dtype), state[1].astype(dtype)
+    q, k, v, alpha, log_decay, state = alike(op, q, k, v, alpha, log_decay, state)
+    return run(q, k, v, alpha, log_decay, state, scale, ridge_strength, num_iter, bp_lambda)
 
 
-def _step(q, k, v, alpha, log_decay, state, *options):
-    arrays = [x.astype(state[0].dtype) for x in (q, k, v, alpha, log_decay)]
-    o, state = gated_kalmanet_update(*arrays, state, *options)
+def _step(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    alpha: jax.Array,
+    log_decay: jax.Array,
+    state: States,
+    scale: float,
+    ridge_strength: float,
+    num_iter: int,
+    bp_lambda: bool,
+) -> tuple[jax.Array, States]:
+    q, k, values, alpha, log_decay = (x.astype(state[0].dtype) for x in (q, k, v, alpha, log_decay))
+    o, state = gated_kalmanet_update(q, k, values, alpha, log_decay, state, scale, ridge_strength, num_iter, bp_lambda)
     return o.astype(v.dtype), state
 
 
-STEPS = {"reference": _step, "xla": _step, "pallas_tpu": gated_kalmanet_step_tpu}
+STEPS: dict[str, GatedKalmaNetStep] = {"reference": _step, "xla": _step, "pallas_tpu": gated_kalmanet_step_tpu}

@@ -14,10 +14,12 @@ float32 (e^-44 is enough), so the norm is computed as
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.arguments import differentiable
 from kernels_pallas.chunks import (
     ChunkDecay,
     chunk_decay,
@@ -29,6 +31,7 @@ from kernels_pallas.chunks import (
     scan_blocks,
     to_chunks,
 )
+from kernels_pallas.contract import States
 from kernels_pallas.gated_kalmanet.chebyshev import chebyshev, inverse, safe_sqrt
 
 
@@ -55,14 +58,17 @@ def chunk_norms(k, decay: ChunkDecay, before):
     return size * safe_sqrt(rho**2 * jnp.sum(start * start, axis=(-2, -1))[..., None] + 2 * rho * cross + inside)
 
 
+Solver = Callable[..., jax.Array]
+
+
 def solve_in_float32(rhs, k, decay, before, norms, ridge_strength, num_iter):
     """x_t ~ (H_t + lambda_t I)^-1 rhs_t for every row."""
     matvec = functools.partial(chunk_matvec, k=k, decay=decay, before=before)
     return chebyshev(matvec, rhs, norms, ridge_strength, num_iter)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
-def chunk_solve(q, k, decay, before, ridge_strength, num_iter, bp_lambda, solver):
+@differentiable(4, 5, 6, 7)
+def chunk_solve(q, k, decay, before, ridge_strength, num_iter, bp_lambda, solver) -> jax.Array:
     """x_t ~ (H_t + lambda_t I)^-1 q_t for every row, by `solver`; the gradient is the implicit one."""
     return solver(q, k, decay, before, chunk_norms(k, decay, before), ridge_strength, num_iter)
 
@@ -91,21 +97,26 @@ chunk_solve.defvjp(_solve_fwd, _solve_bwd)
 
 
 def gated_kalmanet_chunked(
-    q,
-    k,
-    v,
-    alpha,
-    log_decay,
-    state,
-    segments,
-    scale,
-    chunk_size,
-    ridge_strength,
-    num_iter,
-    bp_lambda,
-    precision,
-    solver=solve_in_float32,
-):
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    alpha: jax.Array,
+    log_decay: jax.Array,
+    state: States,
+    segments: jax.Array | None,
+    scale: float,
+    chunk_size: int | None,
+    ridge_strength: float,
+    num_iter: int,
+    bp_lambda: bool,
+    precision: str,
+    solver: Solver = solve_in_float32,
+) -> tuple[jax.Array, States]:
+    """The `xla` implementation of `gated_kalmanet`; see `kernels_pallas.contract`.
+
+    Args:
+      solver: solves for every row of the chunks, as `solve_in_float32` does.
+    """
     chunk_size = chunk_size or default_chunk()
     out_dtype = v.dtype if precision == "fast" else state[0].dtype
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas import triton
+from kernels_pallas.contract import States
 from kernels_pallas.gated_kalmanet.chebyshev import inverse, schedule_for
 from kernels_pallas.gated_kalmanet.chunked import gated_kalmanet_chunked
 from kernels_pallas.operands import dot_parts, operand_dtype, pad_axis, parts
@@ -95,6 +96,22 @@ def _solver(precision: str, low):
 SOLVERS = {(precision, low): _solver(precision, low) for precision in ("fast", "accurate") for low in (jnp.bfloat16, jnp.float32)}
 
 
-def gated_kalmanet_gpu(q, k, v, *args):
+def gated_kalmanet_gpu(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    alpha: jax.Array,
+    log_decay: jax.Array,
+    state: States,
+    segments: jax.Array | None,
+    scale: float,
+    chunk_size: int | None,
+    ridge_strength: float,
+    num_iter: int,
+    bp_lambda: bool,
+    precision: str,
+) -> tuple[jax.Array, States]:
+    """The `pallas_gpu` implementation of `gated_kalmanet`; see `kernels_pallas.contract`."""
     low = jnp.bfloat16 if operand_dtype(q, k, v) == jnp.bfloat16 else jnp.float32
-    return gated_kalmanet_chunked(q, k, v, *args, solver=SOLVERS[args[-1], low])
+    options = (scale, chunk_size, ridge_strength, num_iter, bp_lambda, precision)
+    return gated_kalmanet_chunked(q, k, v, alpha, log_decay, state, segments, *options, solver=SOLVERS[precision, low])

@@ -7,20 +7,28 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.arguments import differentiable
+from kernels_pallas.contract import States
 from kernels_pallas.gated_kalmanet.chebyshev import chebyshev, inverse, safe_sqrt
 from kernels_pallas.linear_attention.reference import linear_attention_update, scan_tokens
 
 
-def _frobenius(H):
-    """|H|_F [B,H], of weak states too, whose squares do not fit the dtype."""
+def _frobenius(H: jax.Array) -> jax.Array:
+    """Returns |H|_F [B, H] of H [B, H, K, K], also where the squares of weak states do not fit the dtype."""
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(H), axis=(-2, -1)))
     H = H * inverse(largest)[..., None, None]
     return largest * safe_sqrt(jnp.sum(H * H, axis=(-2, -1)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def ridge_solve(H, q, ridge_strength, num_iter, bp_lambda):
-    """x ~ (H + ridge_strength |H|_F I)^-1 q; H [B,H,K,K], q [B,H,K]; implicit gradient."""
+@differentiable(2, 3, 4)
+def ridge_solve(
+    H: jax.Array,  # [B, H, K, K], symmetric and positive semidefinite
+    q: jax.Array,  # [B, H, K]
+    ridge_strength: float,
+    num_iter: int,
+    bp_lambda: bool,
+) -> jax.Array:
+    """Returns x ~ (H + ridge_strength |H|_F I)^-1 q [B, H, K]; its gradient is the implicit one."""
     matvec = functools.partial(jnp.einsum, "bhij,bhj->bhi", H, precision="highest")
     return chebyshev(matvec, q, _frobenius(H), ridge_strength, num_iter)
 
@@ -45,8 +53,19 @@ def _solve_bwd(ridge_strength, num_iter, bp_lambda, residuals, dx):
 ridge_solve.defvjp(_solve_fwd, _solve_bwd)
 
 
-def gated_kalmanet_update(q, k, v, alpha, g, state, scale, ridge_strength, num_iter, bp_lambda):
-    """One token; q, k [B,H,K], v [B,H,V], alpha, g [B,H], state (h_kk, h_kv)."""
+def gated_kalmanet_update(
+    q: jax.Array,  # [B, H, K]
+    k: jax.Array,  # [B, H, K]
+    v: jax.Array,  # [B, H, V]
+    alpha: jax.Array,  # [B, H]
+    g: jax.Array,  # [B, H]
+    state: States,
+    scale: float,
+    ridge_strength: float,
+    num_iter: int,
+    bp_lambda: bool,
+) -> tuple[jax.Array, States]:
+    """Returns (o [B, H, V], the states) after one token."""
     h_kk, h_kv = state
     h_kk = jnp.exp(g)[..., None, None] * h_kk + k[..., :, None] * k[..., None, :]
     if num_iter:
@@ -57,13 +76,26 @@ def gated_kalmanet_update(q, k, v, alpha, g, state, scale, ridge_strength, num_i
 
 
 def gated_kalmanet_reference(
-    q, k, v, alpha, log_decay, state, segments, scale, chunk_size, ridge_strength, num_iter, bp_lambda, precision
-):
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    alpha: jax.Array,
+    log_decay: jax.Array,
+    state: States,
+    segments: jax.Array | None,
+    scale: float,
+    chunk_size: int | None,
+    ridge_strength: float,
+    num_iter: int,
+    bp_lambda: bool,
+    precision: str,
+) -> tuple[jax.Array, States]:
+    """The `reference` implementation of `gated_kalmanet`; see `kernels_pallas.contract`."""
     del chunk_size
     arrays = [x.astype(state[0].dtype) for x in (q, k, v, alpha, log_decay)]
 
-    def update(*args):
-        return gated_kalmanet_update(*args, scale, ridge_strength, num_iter, bp_lambda)
+    options = dict(scale=scale, ridge_strength=ridge_strength, num_iter=num_iter, bp_lambda=bp_lambda)
+    update = functools.partial(gated_kalmanet_update, **options)
 
     o, state = scan_tokens(update, arrays, segments, state)
     return o.astype(v.dtype if precision == "fast" else o.dtype), state

@@ -19,7 +19,7 @@ attention with q = x, k = v = K, pulls -w back, and lambda's share goes through 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import mosaic
+from kernels_pallas.arguments import differentiable
+from kernels_pallas.contract import States
 from kernels_pallas.gated_kalmanet.chebyshev import coefficients, schedule_for
 from kernels_pallas.gated_kalmanet.tpu_norms import inverse_norms, norms_backward, sizes
 from kernels_pallas.linear_attention.tpu import read_write_backward
@@ -61,7 +63,7 @@ def solve(rhs, K, H0, decay, s, omegas, scratch, low, ridge_strength, num_iter, 
     H = each(lambda h: parts(h, low, max(n for _, n in (*schedule, (0, 1)))), H0)
 
     def step(h, d):  # the step of head h, rounded to its parts, into d and x
-        rounded = sum(p.astype(jnp.float32) for p in parts(d, low, direction))
+        rounded: Any = sum(p.astype(jnp.float32) for p in parts(d, low, direction))
         ds[h] = rounded.astype(ds.dtype)
         return rounded
 
@@ -205,7 +207,8 @@ def _backward_kernel(*refs, heads, scale, packed, ridge_strength, num_iter, sche
     else:
         minus_w = each(jnp.zeros_like, X)
     store_heads(dq, dQ, scale)
-    _, dK_left, dK_right, _, column_h, row_h = read_write_backward(X, K, K, H0, minus_w, dH, decay, low, n=2)
+    of_solve = read_write_backward(X, K, K, H0, minus_w, dH, decay, low, n=2)
+    dK_left, dK_right, column_h, row_h = (of_solve[n] for n in (1, 2, 4, 5))
     dK = each(lambda a, b, c: a + b + c, dK, dK_left, dK_right)
     column, row = each(jnp.add, column, column_h), each(jnp.add, row, row_h)
     dH0 = each(lambda h, d: d.total * h, dH, decay)
@@ -242,8 +245,22 @@ class Options(NamedTuple):
 
 
 def gated_kalmanet_tpu(
-    q, k, v, alpha, log_decay, state, segments, scale, chunk_size, ridge_strength, num_iter, bp_lambda, precision
-):
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    alpha: jax.Array,
+    log_decay: jax.Array,
+    state: States,
+    segments: jax.Array | None,
+    scale: float,
+    chunk_size: int | None,
+    ridge_strength: float,
+    num_iter: int,
+    bp_lambda: bool,
+    precision: str,
+) -> tuple[jax.Array, States]:
+    """The `pallas_tpu` implementation of `gated_kalmanet`; see `kernels_pallas.contract`."""
+    del chunk_size
     low = operand_dtype(q, k, v)
     precise = precision == "accurate"
     out_dtype = jnp.dtype(jnp.float32 if precise else v.dtype)
@@ -251,8 +268,8 @@ def gated_kalmanet_tpu(
     return _gated_kalmanet(*(x.astype(low) for x in (q, k, v)), alpha, log_decay, state, segments, options)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def _gated_kalmanet(q, k, v, alpha, log_decay, state, segments, options):
+@differentiable(7)
+def _gated_kalmanet(q, k, v, alpha, log_decay, state, segments, options) -> tuple[jax.Array, States]:
     return _run_forward(q, k, v, alpha, log_decay, state, segments, options, save=False)[0]
 
 

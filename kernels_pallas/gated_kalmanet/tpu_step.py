@@ -6,9 +6,12 @@ iteration is one product of the step's two parts with both, in the residual form
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.contract import States
 from kernels_pallas.gated_kalmanet.chebyshev import coefficients
 from kernels_pallas.gated_kalmanet.reference import gated_kalmanet_update
 from kernels_pallas.mosaic import dot, each
@@ -41,7 +44,20 @@ def _solve(q, H, ridge_strength, num_iter):
     return x
 
 
-def gated_kalmanet_step_tpu(q, k, v, alpha, log_decay, state, scale, ridge_strength, num_iter, bp_lambda):
+def gated_kalmanet_step_tpu(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    alpha: jax.Array,
+    log_decay: jax.Array,
+    state: States,
+    scale: float,
+    ridge_strength: float,
+    num_iter: int,
+    bp_lambda: bool,
+) -> tuple[jax.Array, States]:
+    """The `pallas_tpu` implementation of `gated_kalmanet_step`; see `kernels_pallas.contract`."""
+
     def update(vectors, scalars, H, S):
         q, k, v = vectors
         decay = head_rows(jnp.exp(scalars[1]))
@@ -57,7 +73,6 @@ def gated_kalmanet_step_tpu(q, k, v, alpha, log_decay, state, scale, ridge_stren
         o, *state = run_step(update, "gated_kalmanet_step", (q, k, v), (alpha, log_decay), state, HEADS)
         return o, tuple(state)
 
-    def reference(*args):
-        return gated_kalmanet_update(*args, scale, ridge_strength, num_iter, bp_lambda)
-
+    options = dict(scale=scale, ridge_strength=ridge_strength, num_iter=num_iter, bp_lambda=bp_lambda)
+    reference = functools.partial(gated_kalmanet_update, **options)
     return with_gradient_of(reference, kernel)(q, k, v, alpha, log_decay, state)

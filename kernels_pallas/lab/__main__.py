@@ -31,7 +31,7 @@ def choose(names: list[str]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m kernels_pallas.lab", description=__doc__.split(": ")[0])
+    parser = argparse.ArgumentParser(prog="python -m kernels_pallas.lab", description=(__doc__ or "").split(": ")[0])
     parser.add_argument("case", nargs="*", help=f"of {', '.join(CASES)} (default: all; decode steps at batch 64)")
     parser.add_argument("--chip", nargs="+", choices=list(CHIPS), default=list(CHIPS))
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/lab"), help="folder for lab.json and lab.png")

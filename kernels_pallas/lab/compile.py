@@ -53,7 +53,7 @@ def _worker(stack: contextlib.ExitStack, request: dict, options: str) -> Iterato
 
     def results():
         done = 0
-        for line in process.stdout:
+        for line in process.stdout or ():
             if line.startswith(MARK):
                 done += 1
                 yield json.loads(line[len(MARK) :])

@@ -54,9 +54,9 @@ def study(stream: str, query_correlation: float, *, dim: int, tokens: int, toler
     H, last, found = np.zeros((dim, dim)), np.zeros(dim), {"cold": [], "warm": [], "tight": []}
     for t, (k, q) in enumerate(zip(keys, queries, strict=True)):
         H = np.exp(log_decay) * H + np.outer(k, k)
-        frobenius = np.linalg.norm(H)
+        frobenius = float(np.linalg.norm(H))
         if t >= tokens // 2:
-            zero, squared = np.zeros(dim), np.sqrt(np.linalg.norm(H @ H))
+            zero, squared = np.zeros(dim), float(np.sqrt(np.linalg.norm(H @ H)))
             found["cold"].append(iterations(H, q, zero, frobenius, tolerance))
             found["warm"].append(iterations(H, q, last, frobenius, tolerance))
             found["tight"].append(iterations(H, q, zero, squared, tolerance))

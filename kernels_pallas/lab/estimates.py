@@ -16,11 +16,11 @@ GARBAGE = 2**60  # some fusions of tpu7x read as numbers near 2^63
 def estimated_cycles(hlo: str) -> int:
     """Cycles of one run of the program."""
 
-    def of_line(line: str) -> dict[str, int]:
+    def of_line(line: str) -> dict[str, float]:
         match = CYCLES.search(line)
         if match is None or " call(" in line or " conditional(" in line:
             return {}
         cycles = int(match.group(1))
         return {"cycles": cycles if cycles < GARBAGE else 0}
 
-    return program_sum(hlo, of_line).get("cycles", 0)
+    return int(program_sum(hlo, of_line).get("cycles", 0))

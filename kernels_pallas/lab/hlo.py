@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import re
-from collections import Counter
 from collections.abc import Callable
 
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
@@ -16,6 +15,23 @@ TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 LIMIT = re.compile(r" s32\[\]\S* constant\((\d+)\)")
 BRANCHES = re.compile(r"(?:branch_computations=\{([^}]*)\}|true_computation=(\S+), false_computation=(\S+))")
 CALLS = re.compile(r"(?:calls|to_apply|called_computations)=\{?([^,}\s]+(?:, ?%[\w.\-]+)*)")
+
+
+def group_of(pattern: str, text: str) -> str:
+    """Returns the first group of a pattern in a text.
+
+    Raises:
+      ValueError: the pattern is not there: the compiler writes its programs in another way than this module reads.
+    """
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"the compiled program has no {pattern!r} where one was expected: {text[:200]!r}")
+    return match.group(1)
+
+
+def _add(total: dict[str, float], more: dict[str, float]) -> None:
+    for name, amount in more.items():
+        total[name] = total.get(name, 0) + amount
 
 
 def program_sum(hlo: str, of_line: Callable[[str], dict[str, float]]) -> dict[str, float]:
@@ -36,26 +52,26 @@ def program_sum(hlo: str, of_line: Callable[[str], dict[str, float]]) -> dict[st
             bodies[current].append(line)
 
     @functools.cache
-    def total(name: str) -> Counter:
-        result = Counter()
+    def total(name: str) -> dict[str, float]:
+        result: dict[str, float] = {}
         for line in bodies.get(name.strip(" %,"), ()):
-            result.update(amounts(line))
+            _add(result, amounts(line))
         return result
 
     def amounts(line: str) -> dict[str, float]:
         if " while(" in line:
-            body, condition = (re.search(rf"{part}=%?([\w.\-]+)", line).group(1) for part in ("body", "condition"))
+            body, condition = (group_of(rf"{part}=%?([\w.\-]+)", line) for part in ("body", "condition"))
             trips = _trip_count(line, bodies.get(condition, []))
             return {kind: trips * n for kind, n in total(body).items()}
         if own := of_line(line):
             return own
         if " conditional(" in line and (match := BRANCHES.search(line)):
             names = match[1].split(",") if match[1] else match.group(2, 3)
-            return max(map(total, names), key=lambda amounts: sum(amounts.values()))
-        result = Counter()
+            return max(map(total, names), key=lambda found: sum(found.values()))
+        result: dict[str, float] = {}
         for match in CALLS.finditer(line):
             for name in match.group(1).split(","):
-                result.update(total(name))
+                _add(result, total(name))
         return result
 
     return dict(total(entry))

@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from kernels_pallas.lab.hlo import group_of
+
 BUNDLE = re.compile(r"^\s*(?:0x)?([0-9a-f]+)\s+(LB)?[A-Z]*:?\s*:?\s*(>*)\s*\{")
 EXIT_TEST = re.compile(r"scmp\.ge\.s32\.totalorder[^,]*, (\d+) /\* loop exit test \*/")
 
@@ -57,7 +59,7 @@ def read_schedules(folder: Path, prefix: str) -> list[Schedule]:
     """The schedules of every kernel in the dump whose name holds `prefix`, in the order compiled."""
     found = []
     for utilization in sorted(folder.glob(f"*{prefix}*-final_hlo-static-per-bundle-utilization.txt")):
-        stem = re.match(r"(.*?)-\d+-final_hlo", str(utilization)).group(1)
+        stem = group_of(r"^(.*?)-\d+-final_hlo", str(utilization))
         listing = next(f for f in folder.glob(f"{Path(stem).name}-*-final_bundles.txt") if "schedule-analysis" not in f.name)
         original = next(folder.glob(f"{Path(stem).name}-*-original.txt")).read_text(errors="replace")
         lines = listing.read_text(errors="replace").splitlines()

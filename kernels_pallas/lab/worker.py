@@ -15,6 +15,7 @@ from kernels_pallas.lab.cases import CASES, Shape, program
 from kernels_pallas.lab.chips import CHIPS, Chip
 from kernels_pallas.lab.compile import MARK
 from kernels_pallas.lab.estimates import estimated_cycles
+from kernels_pallas.lab.hlo import group_of
 from kernels_pallas.lab.schedule import read_schedules
 
 
@@ -24,6 +25,14 @@ def compile_form(name: str, mesh, shape: Shape, implementation: str):
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     with jax.set_mesh(mesh):
         return jax.jit(function).lower(*(jax.ShapeDtypeStruct(*a, sharding=sharding) for a in arrays)).compile()
+
+
+def temporaries(compiled) -> int:
+    """Returns the bytes of HBM that a compiled program needs besides its arguments and results."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise ValueError("the compiler does not say how much memory the program needs")
+    return analysis.temp_size_in_bytes
 
 
 def token_heads(name: str, shape: Shape) -> int:
@@ -41,7 +50,7 @@ def compile_kernels(name: str, chip: Chip, mesh, shape: Shape, dump: Path) -> di
     for old in dump.glob("*"):
         old.unlink()
     compiled = compile_form(name, mesh, shape, "pallas_tpu")
-    hlo, n = compiled.as_text(), token_heads(name, shape)
+    hlo, n = compiled.as_text() or "", token_heads(name, shape)
     calls = _pallas_calls(hlo)
     kernels = []
     for schedule in read_schedules(dump, name.split(".")[0].removesuffix("_accurate")):
@@ -67,7 +76,7 @@ def compile_kernels(name: str, chip: Chip, mesh, shape: Shape, dump: Path) -> di
         hbm_bytes_token_head=moved / n,
         hbm_cycles_token_head=moved / chip.bandwidth * chip.clock / n,
         around_token_head=estimated_cycles(hlo) / n,
-        temporaries=compiled.memory_analysis().temp_size_in_bytes,
+        temporaries=temporaries(compiled),
     )
 
 
@@ -75,8 +84,8 @@ def compile_xla(name: str, mesh, shape: Shape) -> dict:
     """The compiler's estimate of the XLA form, and its temporaries."""
     compiled = compile_form(name, mesh, shape, "xla")
     return dict(
-        xla_token_head=estimated_cycles(compiled.as_text()) / token_heads(name, shape),
-        xla_temporaries=compiled.memory_analysis().temp_size_in_bytes,
+        xla_token_head=estimated_cycles(compiled.as_text() or "") / token_heads(name, shape),
+        xla_temporaries=temporaries(compiled),
     )
 
 
@@ -84,8 +93,8 @@ def _pallas_calls(hlo: str) -> dict[str, tuple[int, int]]:
     """{kernel: (grid steps, bytes of its arguments and results)}, from the Pallas calls of a compiled program."""
     found = {}
     for call in re.finditer(r'%([\w\-]+)[.\d]* = [^\n]*custom_call_target="tpu_custom_call"', hlo):
-        steps = re.compile(r'"grid_steps": ?"(\d+)"').search(hlo, call.end()).group(1)
-        moved = re.compile(r'"bytes_accessed":"(\d+)"').search(hlo, call.end()).group(1)
+        steps = group_of(r'"grid_steps": ?"(\d+)"', hlo[call.end() :])
+        moved = group_of(r'"bytes_accessed":"(\d+)"', hlo[call.end() :])
         found[call.group(1)] = (int(steps), int(moved))
     return found
 

@@ -7,11 +7,10 @@ The gradient (formulas in `tpu.py`) keeps the state before each chunk and nothin
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.arguments import differentiable
 from kernels_pallas.chunks import (
     ChunkDecay,
     chunk_decay,
@@ -59,7 +58,17 @@ def read_write_backward(Q, K, V, H0, dO, dH, mask, decay: ChunkDecay):
     return dQ, dK, dV, da.at[..., -1].add(end)
 
 
-def linear_attention_chunked(q, k, v, log_decay, state, segments, scale, chunk_size):
+def linear_attention_chunked(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array,
+    state: jax.Array,
+    segments: jax.Array | None,
+    scale: float,
+    chunk_size: int | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The `xla` implementation of `linear_attention`; see `kernels_pallas.contract`."""
     chunk_size = chunk_size or default_chunk()
 
     def run(arrays, state, segments):
@@ -68,8 +77,8 @@ def linear_attention_chunked(q, k, v, log_decay, state, segments, scale, chunk_s
     return scan_blocks(run, (q, k, v, log_decay), state, segments, chunk_size)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _linear_attention(q, k, v, log_decay, state, segments, scale, chunk_size):
+@differentiable(6, 7)
+def _linear_attention(q, k, v, log_decay, state, segments, scale, chunk_size) -> tuple[jax.Array, jax.Array]:
     return _forward(q, k, v, log_decay, state, segments, scale, chunk_size)[0]
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas import triton
+from kernels_pallas.arguments import differentiable
 from kernels_pallas.operands import operand_dtype
 from kernels_pallas.triton import dot, load_decay
 
@@ -117,14 +118,24 @@ def outputs(q, k, v, scalars, before, s, scale, dtype):
     )[0]
 
 
-def linear_attention_gpu(q, k, v, log_decay, state, segments, scale, chunk_size):
+def linear_attention_gpu(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array,
+    state: jax.Array,
+    segments: jax.Array | None,
+    scale: float,
+    chunk_size: int | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The `pallas_gpu` implementation of `linear_attention`; see `kernels_pallas.contract`."""
     low = operand_dtype(q, k, v)
     o, final = _linear_attention(*(x.astype(low) for x in (q, k, v)), log_decay, state, segments, scale, chunk_size)
     return o.astype(v.dtype), final
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _linear_attention(q, k, v, log_decay, state, segments, scale, chunk_size):
+@differentiable(6, 7)
+def _linear_attention(q, k, v, log_decay, state, segments, scale, chunk_size) -> tuple[jax.Array, jax.Array]:
     return _forward(q, k, v, log_decay, state, segments, scale, chunk_size)[0]
 
 

@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import mosaic
+from kernels_pallas.arguments import differentiable
 from kernels_pallas.mosaic import NT, TN, Decay, dot, dot_parts, each, head_slices, iota, row_sum, store_heads
 from kernels_pallas.operands import operand_dtype, parts
 
@@ -39,7 +40,7 @@ def _forward_kernel(q, k, v, rows, initial, o, final, *rest, heads, scale, packe
         state[...] = initial[0]
 
     Q, K, V = (head_slices(x, heads) for x in (q, k, v))
-    decay, _ = mosaic.chunk_scalars(rows, heads, packed)
+    decay = mosaic.chunk_scalars(rows, heads, packed)[0]
     H0 = [state[h] for h in range(heads)]
     low = each(lambda h: h.astype(k.dtype), H0)
     if len(rest) > 1:
@@ -114,7 +115,7 @@ def _backward_kernel(q, k, v, rows, before, do, dfinal, dq, dk, dv, da, dinitial
         state[...] = dfinal[0] / scale
 
     Q, K, V, dO = (head_slices(x, heads) for x in (q, k, v, do))
-    decay, _ = mosaic.chunk_scalars(rows, heads, packed)
+    decay = mosaic.chunk_scalars(rows, heads, packed)[0]
     H0, dH = [before[0, 0, h] for h in range(heads)], [state[h] for h in range(heads)]
     dQ, dK, dV, dH0, column, row = read_write_backward(Q, K, V, H0, dO, dH, decay, k.dtype)
     for ref, values in ((dq, dQ), (dk, dK), (dv, dV)):
@@ -128,15 +129,25 @@ def _backward_kernel(q, k, v, rows, before, do, dfinal, dq, dk, dv, da, dinitial
         dinitial[0] = scale * state[...]
 
 
-def linear_attention_tpu(q, k, v, log_decay, state, segments, scale, chunk_size):
+def linear_attention_tpu(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array,
+    state: jax.Array,
+    segments: jax.Array | None,
+    scale: float,
+    chunk_size: int | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The `pallas_tpu` implementation of `linear_attention`; see `kernels_pallas.contract`."""
     del chunk_size
     low = operand_dtype(q, k, v)
     o, final = _linear_attention(*(x.astype(low) for x in (q, k, v)), log_decay, state, segments, scale)
     return o.astype(v.dtype), final
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _linear_attention(q, k, v, log_decay, state, segments, scale):
+@differentiable(6)
+def _linear_attention(q, k, v, log_decay, state, segments, scale) -> tuple[jax.Array, jax.Array]:
     return _run_forward(q, k, v, log_decay, state, segments, scale, save=False)[0]
 
 

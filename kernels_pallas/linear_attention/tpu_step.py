@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import jax
 import jax.numpy as jnp
 
 from kernels_pallas.linear_attention.reference import linear_attention_update
@@ -9,7 +12,11 @@ from kernels_pallas.mosaic import each
 from kernels_pallas.mosaic_step import columns, head_rows, reduce_rows, run_step, with_gradient_of
 
 
-def linear_attention_step_tpu(q, k, v, log_decay, state, scale):
+def linear_attention_step_tpu(
+    q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array, state: jax.Array, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """The `pallas_tpu` implementation of `linear_attention_step`; see `kernels_pallas.contract`."""
+
     def update(vectors, scalars, S):
         q, k, v = vectors
         decay = head_rows(jnp.exp(scalars[0]))
@@ -19,4 +26,4 @@ def linear_attention_step_tpu(q, k, v, log_decay, state, scale):
     def kernel(q, k, v, log_decay, state):
         return run_step(update, "linear_attention_step", (q, k, v), (log_decay,), (state,))
 
-    return with_gradient_of(lambda *a: linear_attention_update(*a, scale), kernel)(q, k, v, log_decay, state)
+    return with_gradient_of(functools.partial(linear_attention_update, scale=scale), kernel)(q, k, v, log_decay, state)

@@ -5,10 +5,13 @@ y_t = act(sum_j w_j x_{t - W + 1 + j} + b)
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas.arguments import alike, check_shapes, pick_implementation, segment_index
+from kernels_pallas.contract import ShortConv
 from kernels_pallas.short_conv.chunked import short_conv_shifted
 from kernels_pallas.short_conv.reference import short_conv_reference, short_conv_update
 from kernels_pallas.short_conv.tpu import short_conv_tpu
@@ -18,13 +21,22 @@ __all__ = ["short_conv", "short_conv_step"]
 ACTIVATIONS = {"silu": jax.nn.silu, None: lambda x: x}
 
 
-def _activation(name):
+def _activation(name: str | None) -> Callable[[jax.Array], jax.Array]:
     if name not in ACTIVATIONS:
         raise ValueError(f"short_conv: unknown activation {name!r}; have 'silu' and None")
     return ACTIVATIONS[name]
 
 
-def short_conv(x, weight, bias=None, activation="silu", *, initial_state=None, segment_ids=None, implementation=None):
+def short_conv(
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None = None,
+    activation: str | None = "silu",
+    *,
+    initial_state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """Causal depthwise convolution (torch's `Conv1d(groups=D)` with W - 1 zeros on the left).
 
     Args:
@@ -58,12 +70,21 @@ def short_conv(x, weight, bias=None, activation="silu", *, initial_state=None, s
     bias = jnp.zeros(D, weight.dtype) if bias is None else bias
     _activation(activation)
     run = pick_implementation("short_conv", implementation, IMPLEMENTATIONS, x)
-    y, state = run(*alike("short_conv", x, weight, bias, state, segment_index(segment_ids)), activation)
+    arrays = alike("short_conv", x, weight, bias, state, segment_index(segment_ids))
+    x, weight, added, state, segments = arrays
+    y, state = run(x, weight, added, state, segments, activation)
     return y.astype(x.dtype), state
 
 
-def short_conv_step(x, weight, bias=None, activation="silu", *, state):
-    """One token: x [B,D], state [B,W-1,D] -> (y [B,D], state).
+def short_conv_step(
+    x: jax.Array,  # [B, D]
+    weight: jax.Array,  # [D, W]
+    bias: jax.Array | None = None,  # [D]
+    activation: str | None = "silu",
+    *,
+    state: jax.Array,  # [B, W - 1, D]
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (y [B, D], the state after one token).
 
     Raises:
       ValueError: a shape does not fit the others, or the activation is unknown.
@@ -78,7 +99,9 @@ def short_conv_step(x, weight, bias=None, activation="silu", *, state):
     return _activation(activation)(y).astype(x.dtype), state
 
 
-def _then_activation(convolve):
+def _then_activation(convolve: Callable[..., tuple[jax.Array, jax.Array]]) -> ShortConv:
+    """Returns an implementation of a convolution without the activation, and the activation after it."""
+
     def run(x, weight, bias, state, segments, activation):
         y, state = convolve(x, weight, bias, state, segments)
         return _activation(activation)(y), state
@@ -86,7 +109,7 @@ def _then_activation(convolve):
     return run
 
 
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[str, ShortConv] = {
     "reference": _then_activation(short_conv_reference),
     "xla": _then_activation(short_conv_shifted),
     "pallas_tpu": short_conv_tpu,

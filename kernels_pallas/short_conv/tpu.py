@@ -12,6 +12,7 @@ token may look at.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import mosaic
+from kernels_pallas.arguments import differentiable
 from kernels_pallas.mosaic import Grid
 from kernels_pallas.operands import pad_axis
 from kernels_pallas.short_conv.chunked import last_inputs
@@ -86,15 +88,16 @@ def _backward_kernel(*refs, W, silu, packed):
     total[...] += jnp.concatenate([*rows, jnp.zeros((HALO * 2 - len(rows), dp.shape[1]), jnp.float32)], axis=0)
 
     outer = jnp.concatenate([jnp.zeros((HALO, dp.shape[1]), jnp.float32), dp, head[...]], axis=0)
-    if packed:  # how far the token at each row of `outer` may look
+    look = None
+    if seen is not None:  # how far the token at each row of `outer` may look
         spread = jnp.broadcast_to(seen, (C, dp.shape[1]))
         look = jnp.concatenate([jnp.zeros((HALO, dp.shape[1]), jnp.float32), spread, mask[...]], axis=0)
         mask[...] = spread[:HALO]
-    gradient = 0.0
+    gradient: Any = 0.0
     for j in range(W):
         delta = W - 1 - j
         shifted = outer[delta : delta + HALO + C]
-        if packed and delta:
+        if look is not None and delta:
             shifted = jnp.where(look[delta : delta + HALO + C] >= delta, shifted, 0.0)
         gradient = gradient + shifted * w[j : j + 1]
     dx[0] = gradient[HALO:].astype(dx.dtype)
@@ -124,8 +127,10 @@ def _seen_rows(segments, W, T, C):
     return jnp.pad(seen, ((0, 0), (0, 0), (0, 0), (0, 7), (0, 0)))
 
 
-def short_conv_tpu(x, weight, bias, state, segments, activation):
-    """As `short_conv_shifted`, with the activation done in the kernel."""
+def short_conv_tpu(
+    x: jax.Array, weight: jax.Array, bias: jax.Array, state: jax.Array, segments: jax.Array | None, activation: str | None
+) -> tuple[jax.Array, jax.Array]:
+    """The `pallas_tpu` implementation of `short_conv`; see `kernels_pallas.contract`."""
     T, D, W = x.shape[1], x.shape[2], weight.shape[1]
     if W > HALO:
         raise ValueError(f"short_conv: the TPU kernel takes at most {HALO} taps, got {W}; use implementation='xla'")
@@ -139,8 +144,8 @@ def short_conv_tpu(x, weight, bias, state, segments, activation):
     return y[:, :T, :D], last_inputs(x, state, segments)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _conv(x, weight, bias, initial, seen, W, silu):
+@differentiable(5, 6)
+def _conv(x, weight, bias, initial, seen, W, silu) -> jax.Array:
     grid, lanes = _grid(x)
     whole = pl.BlockSpec((HALO, lanes), lambda b, h, n: (0, h))
     inputs = [

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from hybrid_jax.config_file import load_config
-from hybrid_jax.experiment import phases_of_config
+from hybrid_jax.experiment_config import Experiment
 from hybrid_jax.families import config_from_hf
 from hybrid_jax.families.public import PUBLIC
 from hybrid_jax.mixers import KINDS, kinds_by_symbol
@@ -36,7 +36,7 @@ def hasty_compiler():
 
 def recipe(size, mixer, last=""):
     config = load_config([f"--config={RECIPE}:{size}-{mixer}{last}"])
-    return config, dict(phases_of_config(with_sources(config)))
+    return config, dict(Experiment.from_config(with_sources(config)).phases)
 
 
 def with_sources(config):

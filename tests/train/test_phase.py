@@ -10,7 +10,8 @@ import pytest
 from hybrid_jax import load_model
 from hybrid_jax.config import SWAConfig
 from hybrid_jax.data import training_batches
-from hybrid_jax.experiment import mix_of, phases_of_config, run_experiment
+from hybrid_jax.experiment import run_experiment
+from hybrid_jax.experiment_config import Experiment
 from hybrid_jax.train import Phase, read_metrics
 from hybrid_jax.train.loop import apply_phase_settings
 from tests.conftest import relative_error, tiny_model
@@ -101,8 +102,9 @@ def test_a_phase_s_own_mix_comes_before_the_experiment_s(made_source):
     config = experiment(made_source[0])
     config.data.text = made_source[1]
     config.phases.align.mix = {"induction": 2.0}
-    (_, align), (_, train) = phases_of_config(config)
-    assert mix_of(config, align) == {"induction": 2.0} and mix_of(config, train) == {"text": 1.0}
+    read = Experiment.from_config(config)
+    (_, align), (_, train) = read.phases
+    assert read.mix_of(align) == {"induction": 2.0} and read.mix_of(train) == {"text": 1.0}
 
 
 def test_mixers_and_each_phase_s_mix_are_what_a_run_has(made_source, tmp_path):

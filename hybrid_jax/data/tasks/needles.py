@@ -51,6 +51,7 @@ class Needles(Task):
         self.material.check_symbols("needles", self.max_needles if self.key_tokens == 1 else 2)
 
     def example(self, index: int) -> Row:
+        assert self.material.text is not None
         rng, text = self.generator(index), self.material.text(self.length)
         filler = text[int(rng.integers(len(text)))]
         n = int(rng.integers(self.min_needles, self.max_needles + 1))

@@ -1,0 +1,230 @@
+"""An experiment's config as one typed, checked object."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from hybrid_jax.checks import check_choice, check_integer, check_known
+from hybrid_jax.config import ModelConfig
+from hybrid_jax.convert import check_model_directory
+from hybrid_jax.data import check_tokenizer_fits, load_tokenizer, read_sources, read_tasks
+from hybrid_jax.data.documents import pieces
+from hybrid_jax.data.pipeline import sources_of
+from hybrid_jax.data.teacher_cache import TeacherCache
+from hybrid_jax.data.tokens import is_prepared
+from hybrid_jax.families import config_from_hf, config_to_hf
+from hybrid_jax.fields import fields_of
+from hybrid_jax.files import find_shipped
+from hybrid_jax.mixers import options_by_key
+from hybrid_jax.parallel.mesh import check_mesh_fits, make_mesh
+from hybrid_jax.priming.fuse import check_teacher
+from hybrid_jax.priming.initialize import FRESH_PARAMETERS, check_convertible
+from hybrid_jax.priming.select import Selection, pattern_from_scores
+from hybrid_jax.train import Phase
+from hybrid_jax.train.phase_layout import trained_names
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What a config says, after every check that needs neither a model nor text. Made by `from_config`.
+
+    Attributes:
+      source: directory of the model that is converted; empty if there is `model`.
+      model: config.json of a new model, which starts at random with a tokenizer of its own; empty if there is `source`.
+      pattern: the hybrid's pattern; empty: what `select` chooses, or else the source's own.
+      select: how a pattern is chosen; None if there is a pattern or nothing to choose.
+      mixers: options of mixers by their keys in config.json (`swa_config`, ...), in place of the source's.
+      fresh_parameters: how parameters start that attention does not give, see `initialize_hybrid`.
+      phases: (name, phase) in order.
+      data: `text`, `sources`, `tasks` (see `data.corpus`) and `mix` (source -> share of the rows).
+      seed: of everything random; phase number n (from 1) takes seed + n.
+      mesh: mesh axis -> devices, for phases without their own; empty: one device.
+      record: the config itself in JSON's types, paths absolute.
+    """
+
+    source: str = ""
+    model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    pattern: str = ""
+    select: Selection | None = None
+    mixers: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    fresh_parameters: str = "transformers"
+    phases: tuple[tuple[str, Phase], ...] = ()
+    data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+    mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_config(cls, config: ConfigDict) -> Experiment:
+        """Returns the experiment that a config describes.
+
+        Args:
+          config: the fields named in this class (`fields.fields_of` lists all); `schedule`, the names of the phases in order; and
+            `phases`, the fields of each `Phase` by its name.
+
+        Raises:
+          ValueError: an unknown or missing field, or a bad value; names it. FileNotFoundError: a source of text is not there.
+        """
+        values = config.to_dict()
+        fields = fields_of(values)
+        check_known("the config", values, fields)
+        if bool(values.get("source")) == bool(values.get("model")):
+            raise ValueError("the config needs either 'source' (a Hugging Face directory) or 'model' (a new model's config.json)")
+        absent = [key for key in ("schedule", "phases", "data", "seed") if key not in values]
+        if absent or "mix" not in values["data"]:
+            raise ValueError(f"the config lacks {absent[0] if absent else 'data.mix'}; configs/prime_tiny.py is a complete example")
+        fresh = values.get("fresh_parameters", "transformers")
+        check_choice("config.fresh_parameters", fresh, FRESH_PARAMETERS)
+        record = with_absolute_paths(values)
+        data = record["data"]
+        _check_data(data, fields["data"], new_model=bool(values.get("model")))
+        phases = _phases(values)
+        known = (*read_sources(data), *read_tasks(data))
+        for name, phase in phases:
+            mix = dict(phase.mix) or data["mix"]
+            try:
+                unknown = sorted(set(sources_of(mix)) - set(known))
+            except ValueError as e:
+                raise ValueError(f"phase {name!r}: {e}") from None
+            if unknown:
+                raise ValueError(f"phase {name!r} mixes the unknown data source {unknown[0]!r}; known: {', '.join(known)}")
+        mixers = values.get("mixers") or {}
+        check_known("config.mixers", mixers, options_by_key())
+        selects = bool(values.get("select")) and not values.get("pattern")
+        if values.get("select"):
+            check_known("config.select", values["select"], fields["select"])
+        return cls(
+            source=str(record.get("source") or ""),
+            model=values.get("model") or {},
+            pattern=values.get("pattern") or "",
+            select=Selection.from_config(values["select"]) if selects else None,
+            mixers=mixers,
+            fresh_parameters=fresh,
+            phases=phases,
+            data=data,
+            seed=check_integer("config.seed", values["seed"]),
+            mesh=values.get("mesh") or {},
+            record=json.loads(json.dumps(record, default=list)),
+        )
+
+    def mix_of(self, phase: Phase) -> dict[str, float]:
+        """Returns the phase's own shares of the sources, or the experiment's."""
+        return dict(phase.mix) or dict(self.data["mix"])
+
+    def mesh_of(self, phase: Phase | None = None) -> Mesh | None:
+        """Returns the phase's own mesh, or the experiment's; None: one device."""
+        sizes = (phase.mesh if phase is not None else None) or self.mesh
+        return make_mesh(dict(sizes)) if sizes else None
+
+    def meshes(self) -> list[Mesh | None]:
+        """Returns the mesh of each phase in order; of an experiment without phases, its own."""
+        return [self.mesh_of(phase) for _, phase in self.phases] or [self.mesh_of()]
+
+    def with_mixer_options(self, config: ModelConfig) -> ModelConfig:
+        """Returns a model's config with the experiment's `mixers` in place of its own options."""
+        return config_from_hf({**config_to_hf(config), **self.mixers})
+
+    def check_source(self) -> None:
+        """Checks everything that the source's config, its tokenizer and the devices decide, before any work.
+
+        That is the pattern, or how to select one; of every phase that it finds the parameters it trains, that its rows fit the
+        model and the mesh, and that the source can teach it; and the tokenizer.
+
+        Raises:
+          ValueError, FileNotFoundError: something does not fit; names the phase, or the file.
+        """
+        config = check_model_directory(self.source) if self.source else config_from_hf(dict(self.model))
+        self._check_phases(self.with_mixer_options(config))
+        for mesh, (_, phase) in zip(self.meshes(), self.phases, strict=False):
+            if mesh is not None:
+                check_mesh_fits(config, mesh, phase.rows_at_a_time, phase.seq_len)
+        if self.source:
+            check_tokenizer_fits(load_tokenizer(self.source), config.vocab_size, self.source)
+
+    def check_teacher_caches(self, done: Mapping[str, bool]) -> None:
+        """Checks that the teacher cache of every phase that is not done holds the rows which the phase will see.
+
+        Raises:
+          ValueError, FileNotFoundError: one does not.
+        """
+        for number, (name, phase) in enumerate(self.phases, start=1):
+            if phase.teacher_cache and not done[name]:
+                described = phase.described_rows(self.mix_of(phase), self.seed + number)
+                TeacherCache(phase.teacher_cache, **described).check(phase.steps)
+
+    def _check_phases(self, source: ModelConfig) -> None:
+        pattern, positions = self.pattern, source.max_position_embeddings
+        if self.select is not None:
+            self.select.check(source)
+            pattern = pattern_from_scores([0.0] * source.num_layers, self.select.mixer, self.select.fraction)
+        hybrid = source.with_pattern(pattern) if pattern else source
+        check_convertible(source, hybrid)
+        for name, phase in self.phases:
+            positions = phase.max_position_embeddings or positions
+            if phase.seq_len > positions:
+                raise ValueError(
+                    f"phase {name!r}: seq_len {phase.seq_len:,} is more than the model's max_position_embeddings, {positions:,}; "
+                    "lower it, or set the phase's max_position_embeddings"
+                )
+            form = {"fused": hybrid.fused, "unfused": hybrid.unfused, "as_is": lambda: hybrid}[phase.form]()
+            try:
+                if phase.form == "fused":
+                    check_teacher(form, source)
+                trained_names(form, phase.trainable)
+            except ValueError as e:
+                raise ValueError(f"phase {name!r}: {e}") from None
+
+
+def _phases(values: Mapping[str, Any]) -> tuple[tuple[str, Phase], ...]:
+    """Returns the scheduled phases in order.
+
+    Raises:
+      ValueError: one is missing, scheduled twice, or has a bad value.
+    """
+    schedule, phases = values["schedule"], values["phases"]
+    missing = [name for name in schedule if name not in phases]
+    if missing:
+        raise ValueError(f"config.schedule names {missing[0]!r}, config.phases has {', '.join(phases) or 'none'}")
+    twice = [name for n, name in enumerate(schedule) if name in schedule[:n]]
+    if twice:
+        raise ValueError(
+            f"config.schedule names {twice[0]!r} twice, but checkpoints and metrics go by the phase's name; add a phase with the "
+            "same values under another name to config.phases and schedule that one"
+        )
+    return tuple((name, Phase.from_config(name, phases[name])) for name in schedule)
+
+
+def _check_data(data: Mapping[str, Any], fields: Mapping[str, Any], new_model: bool) -> None:
+    """Checks that every source of text is there, without reading it."""
+    check_known("config.data", data, fields)
+    if new_model and not data.get("text"):
+        raise ValueError("a new 'model' needs data.text, to train its tokenizer on")
+    for source in read_sources(data).values():
+        if not is_prepared(source.path):
+            pieces(source.path)
+
+
+def with_absolute_paths(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the config with the paths of its source and texts made absolute, where something is there; see `find_shipped`."""
+
+    def absolute(path: Any) -> Any:
+        if not isinstance(path, str) or path in ("", "stdlib") or path.startswith("hf:"):
+            return path
+        found = find_shipped(path)
+        return str(found.absolute()) if found.exists() else path
+
+    def within(values: Any, *keys: str) -> Any:
+        return {**values, **{k: absolute(values[k]) for k in keys if k in values}} if isinstance(values, Mapping) else values
+
+    found: dict[str, Any] = dict(within(config, "source"))
+    if isinstance(data := found.get("data"), Mapping):
+        found["data"] = data = dict(within(data, "text"))
+        if isinstance(data.get("sources"), Mapping):
+            data["sources"] = {name: within(source, "path") for name, source in data["sources"].items()}
+    return found

@@ -1,0 +1,98 @@
+"""Running one point of a sweep, in processes of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hybrid_jax.files import write_text
+from hybrid_jax.run_report import final_loss, phases_of
+from hybrid_jax.sweep.points import Point
+
+STOPPED = 3  # the exit code of a run that can be resumed
+
+
+def run_point(point: Point, out: pathlib.Path, evaluate: Mapping[str, Any]) -> dict[str, Any]:
+    """Runs or finishes a point in a process of its own, and returns its outcome.
+
+    The outcome is kept, unless the point was stopped; a failed point runs again.
+
+    `status` is done, failed (with `error`) or stopped; `losses` the last of each phase; `held_out_loss` and `retrieval`
+    where `evaluate` (text, seq_len, rows) says so.
+    """
+    kept = out / "results" / f"{point.name}.json"
+    if kept.exists() and (result := json.loads(kept.read_text()))["status"] == "done":
+        return result
+    workdir = out / "runs" / point.name
+    result = {"name": point.name, "config": point.config, "overrides": dict(point.overrides), "status": "done"}
+    status, error = _command("prime", *point.arguments, f"--workdir={workdir}")
+    if status == "done":
+        result["losses"] = {name: final_loss(rows) for name, rows in phases_of(workdir).items()}
+        if evaluate:
+            flags = [f"--{k.replace('_', '-')}={v}" for k, v in evaluate.items()]
+            status, error = _command("evaluate", f"--model=it={workdir / 'model'}", f"--out={workdir / 'evaluation'}", *flags)
+    if status == "done" and evaluate:
+        (row,) = json.loads((workdir / "evaluation" / "results.json").read_text())
+        result |= {"held_out_loss": row["row"]["text_loss"], "retrieval": row["row"]["retrieval_accuracy"]}
+    if status != "done":
+        result |= {"status": status, "error": error}
+    if status != "stopped":
+        kept.parent.mkdir(exist_ok=True)
+        write_text(kept, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _command(*arguments: str) -> tuple[str, str]:
+    """Runs a command to its end: (`done`, `failed` or `stopped`, the last line of its errors).
+
+    While it runs, SIGINT and SIGTERM to this process become one SIGTERM to the command, which then saves and ends; this
+    process waits for it. A second SIGINT kills it. (A signal to the process group reaches the command directly as well,
+    which changes nothing.)
+    """
+    process = subprocess.Popen([sys.executable, "-m", "hybrid_jax", *arguments], stderr=subprocess.PIPE, text=True)
+    last = ""
+    with _passing_signals(process) as received:
+        for line in process.stderr or ():
+            sys.stderr.write(line)
+            last = line.strip() or last
+        code = process.wait()
+    if code == 0:
+        return ("stopped" if received else "done"), "stopped between two commands" if received else ""
+    if code < 0:
+        last = f"ended by {signal.Signals(-code).name}, after: {last}"
+    return ("stopped" if received or code == STOPPED else "failed"), last
+
+
+@contextlib.contextmanager
+def _passing_signals(process: subprocess.Popen) -> Iterator[list[int]]:
+    """The signals received in this block, in order; see `_command`. Other threads than the main one leave signals alone."""
+    received: list[int] = []
+
+    def handle(number: int, _: Any) -> None:
+        if number == signal.SIGINT and signal.SIGINT in received:
+            process.kill()
+        elif not received:
+            print(
+                "sweep: waiting until the running point has saved its state; Ctrl-C again ends it at once",
+                file=sys.stderr,
+                flush=True,
+            )
+            process.terminate()
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
