@@ -286,7 +286,8 @@ def _splash_forward(q, k, v, q_segments, k_segments, mask):
         return kernel(q, k, v, splash.SegmentIds(q_segments, k_segments))
 
     scaled = (q * q.shape[-1] ** -0.5).astype(q.dtype)
-    o, (lse,) = jax.vmap(row)(*(*map(_heads_first, (scaled, k, v)), q_segments, k_segments))
+    scaled, k, v = map(_heads_first, (scaled, k, v))
+    o, (lse,) = jax.vmap(row)(scaled, k, v, q_segments, k_segments)
     return _heads_first(o).astype(jnp.float32), jnp.maximum(lse, EMPTY)
 
 
@@ -309,6 +310,7 @@ def _splash_backward(q, k, v, q_segments, k_segments, mask, o, lse, do):
         return grads[3:6]
 
     scaled = (q * scale).astype(q.dtype)
-    arrays = (*map(_heads_first, (scaled, k, v)), q_segments, k_segments, _heads_first(o), lse, _heads_first(do))
-    dq, dk, dv = (_heads_first(x).astype(jnp.float32) for x in jax.vmap(row)(*(arrays)))
+    scaled, k, v, o, do = map(_heads_first, (scaled, k, v, o, do))
+    grads = jax.vmap(row)(scaled, k, v, q_segments, k_segments, o, lse, do)
+    dq, dk, dv = (_heads_first(x).astype(jnp.float32) for x in grads)
     return dq * scale, dk, dv

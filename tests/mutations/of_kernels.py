@@ -146,8 +146,8 @@ MUTATIONS = [
     ),
     Mutation(
         "kernels_pallas/linear_attention/__init__.py",
-        "jnp.where(last == 0, whole, 0)",
-        "whole",
+        "jnp.where(last == 0, total, 0)",
+        "total",
         "a state passes the segment that begins after it, from device to device",
         ("tests/parallel/test_parts.py::test_a_summary_does_to_a_state_what_the_tokens_do",),
     ),
