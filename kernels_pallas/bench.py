@@ -15,7 +15,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas.lab.cases import CASES, Shape, program, random_arrays
+from kernels_pallas.recorded import recorded, without_out
 
 
 def our_call(name: str, shape: Shape, implementation: str | None, arrays, devices: int = 1) -> Callable[[], None]:
@@ -122,8 +123,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seq-len", type=int, nargs="+")
     parser.add_argument("--heads", type=int)
     parser.add_argument("--cores", type=int, help="CPU cores for both; default: all")
-    parser.add_argument("--devices", type=int, help="of the CPU, over which our heads are cut; default: a core each")
+    parser.add_argument("--devices", type=int, help="of the CPU, over which our heads are sharded; default: one per core")
     parser.add_argument("--dim", type=int, nargs="+")
+    parser.add_argument("--out", metavar="FILE", help="also write what is printed to this file, with versions and machine")
     options = parser.parse_args(argv)
     if options.cores:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])  # before JAX or torch count them
@@ -152,6 +154,23 @@ def main(argv: list[str] | None = None) -> int:
         shapes = [Shape(1, t, h, d, d, "float32") for h, d in sizes for t in lengths]
     if options.batch:
         shapes = [s._replace(batch=b) for s in shapes for b in options.batch]
+    with recorded(options.out, "kernels_pallas.bench", without_out(sys.argv[1:] if argv is None else argv)):
+        compare(shapes, peers, options.implementation or ("pallas_gpu" if gpu else "xla"), devices, options.rounds, gpu)
+    return 0
+
+
+def compare(
+    shapes: Sequence[Shape], peers: Mapping[str, Callable], implementation: str, devices: int, rounds: int, gpu: bool
+) -> None:
+    """Prints the milliseconds of our form and of the peer for every shape and operation, and their ratio.
+
+    Args:
+      peers: operation -> the peer's function of the same arrays.
+      implementation: ours.
+      devices: of the CPU, over which our heads are sharded.
+      rounds: see `medians`.
+      gpu: also time cuDNN attention.
+    """
     print(f"{'case':28} {'B':>3} {'T':>6} {'H':>3} {'D':>4}   ours ms   peer ms   peer / ours")
     for shape in shapes:
         for op, peer in peers.items():
@@ -159,16 +178,15 @@ def main(argv: list[str] | None = None) -> int:
                 case = CASES[name]
                 arrays = random_arrays(case, shape)
                 calls = {
-                    "ours": our_call(name, shape, options.implementation or ("pallas_gpu" if gpu else "xla"), arrays, devices),
+                    "ours": our_call(name, shape, implementation, arrays, devices),
                     "peer": torch_call(peer, arrays, case.backward, "cuda" if gpu else "cpu"),
                 }
                 if gpu:
                     calls["cudnn"] = attention_call(shape, arrays, case.backward)
-                t = medians(calls, options.rounds)
+                t = medians(calls, rounds)
                 sizes = f"{shape.batch:>3} {shape.seq_len:>6} {shape.heads:>3} {shape.key_dim:>4}"
                 line = f"{name:28} {sizes}  {1e3 * t['ours']:8.2f}  {1e3 * t['peer']:8.2f}  {t['peer'] / t['ours']:8.2f}"
                 print(line + (f"   cuDNN attention {1e3 * t['cudnn']:.2f} ms" if gpu else ""), flush=True)
-    return 0
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ v5p at 40 % of their peak.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 
 import numpy as np
@@ -19,6 +20,7 @@ from hybrid_jax.data.packing import PACKINGS, PackedRows
 from hybrid_jax.data.pipeline import training_batches
 from hybrid_jax.data.tokens import Tokens
 from hybrid_jax.hardware import TPUS
+from kernels_pallas.recorded import recorded, without_out
 
 NEED = 4 * TPUS["v5p"].flops * 0.4 / (6 * 8e9)
 
@@ -32,12 +34,18 @@ def documents(tokens: int) -> Tokens:
 
 
 def main() -> None:
-    """Prints a table of tokens per second by row length and packing."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(prog="python -m hybrid_jax.data.bench", description="Benchmark of the data pipeline")
     parser.add_argument("--tokens", type=float, default=20e6)
     parser.add_argument("--threads", type=int, default=2, help="threads that read ahead in the pipeline")
+    parser.add_argument("--out", metavar="FILE", help="also write what is printed to this file, with versions and machine")
     options = parser.parse_args()
-    tokens = documents(int(options.tokens))
+    with recorded(options.out, "hybrid_jax.data.bench", without_out(sys.argv[1:])):
+        measure(documents(int(options.tokens)), options.threads)
+
+
+def measure(tokens: Tokens, threads: int) -> None:
+    """Prints a table of tokens per second by row length and packing."""
     size = int(tokens.starts[-1])
     print(f"{len(tokens.starts) - 1:,} documents, {size:,} tokens; an 8B model on four v5p needs {NEED:,.0f} tokens/s")
     print(f"{'row':>8} {'packing':>10} {'filled':>7} {'planned':>15} {'read':>15} {'pipeline':>15}  tokens/s, and times the need")
@@ -53,7 +61,7 @@ def main() -> None:
             source = {"text": Source("", packing)}
             corpus = Corpus(Tokenizer(models.BPE()), source, {"text": [tokens]}, {}, (1, 2), (3, 100))
             batch_size = max(1, 131_072 // length)
-            stream = training_batches(corpus, {"text": 1.0}, batch_size=batch_size, length=length, seed=0, threads=options.threads)
+            stream = training_batches(corpus, {"text": 1.0}, batch_size=batch_size, length=length, seed=0, threads=threads)
             training_batch(next(stream), 8)
             begin, steps = time.perf_counter(), max(8, int(size / batch_size / length))
             for _ in range(steps):

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,6 +23,7 @@ from hybrid_jax.model import Decoder, abstract_decoder
 from hybrid_jax.parameters import abstract_parameters, join_model
 from hybrid_jax.repeats import find_repeats
 from hybrid_jax.train.objectives import next_token
+from kernels_pallas.recorded import recorded, without_out
 
 RUNS = "*gggggg**ggg**************ggg*gggggg"
 
@@ -61,13 +64,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m hybrid_jax.plan.compile_time", description="Trace and compile time by depth")
     parser.add_argument("--layers", type=int, nargs="+", default=(8, 36, 64))
     parser.add_argument("--written-out", action="store_true", help="also without scanning (minutes)")
+    parser.add_argument("--out", metavar="FILE", help="also write what is printed to this file, with versions and machine")
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
+    with recorded(options.out, "hybrid_jax.plan.compile_time", without_out(sys.argv[1:])):
+        measure(options.layers, (True, False) if options.written_out else (True,))
+
+
+def measure(depths: Sequence[int], scans: Sequence[bool]) -> None:
+    """Prints the seconds of every depth and pattern, with and without scanning over repeats as `scans` says."""
     print(f"{'layers':>6}  {'pattern':12} {'compiled once':>13}  trace s  compile s")
-    for layers in options.layers:
+    for layers in depths:
         for name, pattern in patterns(layers).items():
             bodies = sum(run.length for run in find_repeats(parse_pattern(pattern)))
-            for scan in (True, False) if options.written_out else (True,):
+            for scan in scans:
                 traced, compiled = seconds(pattern, scan)
                 print(f"{layers:6}  {name:12} {bodies if scan else layers:13}  {traced:7.1f}  {compiled:9.1f}", flush=True)
 

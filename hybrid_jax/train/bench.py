@@ -11,6 +11,7 @@ import contextlib
 import io
 import pathlib
 import statistics
+import sys
 import tempfile
 import time
 
@@ -25,6 +26,7 @@ from hybrid_jax.train.metrics import MetricWriter, read_metrics
 from hybrid_jax.train.phase import Phase
 from hybrid_jax.train.phase_layout import PhaseLayout
 from hybrid_jax.train.step import make_step
+from kernels_pallas.recorded import recorded, without_out
 
 SOURCE = "launch/tiny_qwen3"
 MIX = {"text": 0.7, "retrieval": 0.3}
@@ -60,19 +62,26 @@ def main():
     parser.add_argument("--milliseconds", type=float, default=200, help="about how long a step takes, by its rows")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--out", metavar="FILE", help="also write what is printed to this file, with versions and machine")
     options = parser.parse_args()
+    with recorded(options.out, "hybrid_jax.train.bench", without_out(sys.argv[1:])):
+        measure(options.milliseconds, options.steps, options.pairs)
+
+
+def measure(milliseconds: float, steps: int, pairs: int) -> None:
+    """Prints the seconds of a bare step and of one in the loop, medians of `pairs` pairs of `steps` steps each."""
     model = load_model(SOURCE, pattern="-".join(["*", "SWA"] * 4), dtype="float32")
     corpus = read_corpus({"text": "stdlib"}, SOURCE, 0)
 
-    def phase(rows, steps=options.steps):
+    def phase(rows: int, steps: int = steps) -> Phase:
         return Phase(objective="next_token", steps=steps, batch_size=rows, seq_len=128, learning_rate=1e-5, log_every=10)
 
     one = bare(model, phase(4, 6), corpus)
-    rows = max(1, round(4 * options.milliseconds / 1e3 / one))
-    times = [(bare(model, phase(rows), corpus), looped(model, phase(rows), corpus)) for _ in range(options.pairs)]
-    alone, whole = (statistics.median(t) for t in zip(*times, strict=True))
-    print(f"{rows} rows of 128 tokens, {options.steps} steps, {options.pairs} pairs on {jax.devices()[0].device_kind}")
-    print(f"bare step {1e3 * alone:.1f} ms, in the loop {1e3 * whole:.1f} ms: {100 * (whole / alone - 1):+.1f} %")
+    rows = max(1, round(4 * milliseconds / 1e3 / one))
+    times = [(bare(model, phase(rows), corpus), looped(model, phase(rows), corpus)) for _ in range(pairs)]
+    alone, looping = (statistics.median(t) for t in zip(*times, strict=True))
+    print(f"{rows} rows of 128 tokens, {steps} steps, {pairs} pairs on {jax.devices()[0].device_kind}")
+    print(f"bare step {1e3 * alone:.1f} ms, in the loop {1e3 * looping:.1f} ms: {100 * (looping / alone - 1):+.1f} %")
 
 
 if __name__ == "__main__":

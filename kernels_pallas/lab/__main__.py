@@ -11,6 +11,7 @@ from kernels_pallas.lab.cases import CASES, Shape
 from kernels_pallas.lab.chips import CHIPS
 from kernels_pallas.lab.compile import compile_cases
 from kernels_pallas.lab.lab_report import draw, print_table, write_json
+from kernels_pallas.recorded import recorded, without_out
 
 
 def choose(names: list[str]) -> list[str]:
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("case", nargs="*", help=f"of {', '.join(CASES)} (default: all; decode steps at batch 64)")
     parser.add_argument("--chip", nargs="+", choices=list(CHIPS), default=list(CHIPS))
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/lab"), help="folder for lab.json and lab.png")
+    parser.add_argument("--record", metavar="FILE", help="write the table to this file, with versions and machine")
     parser.add_argument("--no-xla", action="store_true", help="do not compile the XLA form beside each kernel")
     for field, default in Shape()._asdict().items():
         option = "--" + field.replace("_", "-")
@@ -62,7 +64,9 @@ def main(argv: list[str] | None = None) -> int:
                 results.append(result)
                 print(f"{result['chip']} {result['case']}: {'failed' if 'error' in result else 'compiled'}", file=sys.stderr)
                 write_json(results, options.out / "lab.json")
-    print_table(results)
+    arguments = sys.argv[1:] if argv is None else argv
+    with recorded(options.record, "kernels_pallas.lab", without_out(arguments, "--out", "--record")):
+        print_table(results)
     draw(results, options.out / "lab.png")
     print(f"{options.out / 'lab.json'}, {options.out / 'lab.png'}")
     return 1 if any("error" in r for r in results) else 0
