@@ -33,7 +33,7 @@ LAYERS = {
 DEPTH = {"4B": 36, "8B": 36, "32B": 64}
 CONTEXT = {"4B": 65_536, "8B": 131_072, "32B": 131_072}  # [H] full_pipeline: 4B at 64K, 8B at 128K; 32B [P]
 
-# How devices are used at each length of row [O]: v5p:4x4x4 for 4B and 8B, v5p:4x4x8 for 32B. Parameters are cut over two of
+# How devices are used at each length of row [O]: v5p:4x4x4 for 4B and 8B, v5p:4x4x8 for 32B. Parameters are sharded over two of
 # the torus' dimensions and repeated over `data`, the third: over all three the compiler gathers them by all-reduce, twice
 # the bytes.
 MESHES = {
@@ -65,7 +65,7 @@ def get_config(recipe: str = "8B-GKA") -> ConfigDict:
         "objective": "align_none",  # [H] hybrid_lw_distill_target none, hybrid_distill_pre_lm_head
         "trainable": (rf"\.{KEYS[mixer]}\.",),  # [H] hybrid_learnable_params
         "steps": 19_000,  # [H]
-        "batch_size": 256, "seq_len": 8192,  # [H] 2M tokens a step
+        "batch_size": 256, "seq_len": 8192,  # [H] 2M tokens per step
         "accumulate": 2 if size == "32B" else 1,  # [O]
         "learning_rate": 1e-4, "schedule": "constant", "warmup_steps": 720,  # [H]
         "mix": {"pretraining": 1.0},
@@ -76,7 +76,7 @@ def get_config(recipe: str = "8B-GKA") -> ConfigDict:
         "objective": "next_token",
         "trainable": (KEYS[mixer], "norm", "self_attn"),  # [H] hybrid_learnable_params gka,norm,self_attn
         "steps": 4480,  # [H]
-        "batch_size": 48 * 131_072 // CONTEXT[size], "seq_len": CONTEXT[size],  # [H] 6M tokens a step
+        "batch_size": 48 * 131_072 // CONTEXT[size], "seq_len": CONTEXT[size],  # [H] 6M tokens per step
         "accumulate": 6,  # [O]
         "learning_rate": 5e-5, "schedule": "cosine", "warmup_steps": 209,  # [H]
         "rope_theta": 5_000_000.0, "max_position_embeddings": CONTEXT[size],  # [H] config_overrides_json
@@ -93,13 +93,13 @@ def get_config(recipe: str = "8B-GKA") -> ConfigDict:
     }
     instruct = {
         **sft,
-        "epochs": 2.0, "batch_size": 64,  # [H] 2M tokens a step
+        "epochs": 2.0, "batch_size": 64,  # [H] 2M tokens per step
         "schedule": "linear", "warmup_fraction": 0.03,  # [H]
         "mix": {"instruct": 1.0},
     }  # fmt: skip
     reasoning = {
         **sft,
-        "epochs": 1.0, "batch_size": 128,  # [H] 4M tokens a step
+        "epochs": 1.0, "batch_size": 128,  # [H] 4M tokens per step
         "schedule": "cosine", "warmup_fraction": 0.1,  # [H]
         "mix": {"reasoning": 1.0},
     }  # fmt: skip
@@ -110,8 +110,8 @@ def get_config(recipe: str = "8B-GKA") -> ConfigDict:
     sources = {
         "pretraining": {"path": "data/pretraining"},
         "long": {"path": "data/long"},
-        # [H] drop_exceed_length_data of the reasoning recipe; the instruct recipe cuts (cutoff_len)
-        **{name: {"path": f"data/{name}", "packing": "first_fit", "long": "drop" if last else "cut"} for name in third},
+        # [H] drop_exceed_length_data of the reasoning recipe; the instruct recipe truncates (cutoff_len)
+        **{name: {"path": f"data/{name}", "packing": "first_fit", "long": "drop" if last else "truncate"} for name in third},
     }
     return ConfigDict(
         {

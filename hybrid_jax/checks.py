@@ -36,7 +36,7 @@ def check_integer(name: str, value: Any, *, minimum: int | None = None, maximum:
     """An integer between two inclusive bounds.
 
     Raises:
-      ValueError: `value` is not an integer (True and 1.0 are not), or lies outside the bounds.
+      ValueError: `value` is not an integer (True and 1.0 are not), or outside the bounds.
     """
     fits = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not fits or not _inside(value, minimum, maximum, None, None):
@@ -56,7 +56,7 @@ def check_number(
     """A finite number; `minimum` and `maximum` are inclusive, `above` and `below` exclusive.
 
     Raises:
-      ValueError: `value` is not a number (True is not), not finite, or lies outside the bounds.
+      ValueError: `value` is not a number (True is not), not finite, or outside the bounds.
     """
     fits = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     if not fits or not _inside(value, minimum, maximum, above, below):

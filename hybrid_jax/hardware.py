@@ -15,11 +15,11 @@ from typing import NamedTuple
 class Accelerator(NamedTuple):
     flops: float  # bf16, a second
     hbm: float  # bytes a program may use
-    bandwidth: float  # of HBM, bytes a second
-    interconnect: float  # bytes a second; of GPUs inside a node, one way
+    bandwidth: float  # of HBM, bytes per second
+    interconnect: float  # bytes per second; of GPUs inside a node, one way
     slices: tuple[str, ...] = ()  # TPU topologies, small to large
     node: int = 0  # devices of a node; 0: every device is reached by the interconnect
-    network: float = 0.0  # bytes a second of a device to other nodes, one way
+    network: float = 0.0  # bytes per second of a device to other nodes, one way
 
 
 def _cubes(largest: int) -> tuple[str, ...]:

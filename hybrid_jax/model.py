@@ -235,7 +235,7 @@ class Decoder(nnx.Module):
         return self.head(self.hidden_states(input_ids, segment_ids, positions)[0])
 
     def init_state(self, batch: int, max_length: int):
-        """Empty caches and recurrent states for generating up to `max_length` tokens a row."""
+        """Empty caches and recurrent states for generating up to `max_length` tokens per row."""
         return tuple(layer.mixer(layer.spec.kind).init_state(batch, max_length, self.compute_dtype) for layer in self.layers)
 
     def state_axes(self):

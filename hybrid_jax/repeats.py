@@ -24,9 +24,9 @@ class Repeat(NamedTuple):
 
 
 def find_repeats(keys: Sequence[Hashable], most: int = 16) -> list[Repeat]:
-    """Cuts layers into repeats of repeated units so that the units, which are what is compiled, are shortest together.
+    """Divides layers into repeats of repeated units so that the units, which are what is compiled, are shortest together.
 
-    `* GKA * GKA * GKA GKA GKA` is two layers three times and one twice. Of equal cuts the one with fewer repeats.
+    `* GKA * GKA * GKA GKA GKA` is two layers three times and one twice. Of equal ones the one with fewer repeats.
 
     Args:
       keys: equal for layers that share a program.
@@ -42,8 +42,8 @@ def find_repeats(keys: Sequence[Hashable], most: int = 16) -> list[Repeat]:
                 start = stop - length * count
                 if start < 0 or tuple(keys[start : start + length]) != tuple(keys[stop - length : stop]):
                     break
-                size, repeats, cut = best[start]
-                options.append((size + length, repeats + 1, [*cut, Repeat(start, length, count)]))
+                size, repeats, division = best[start]
+                options.append((size + length, repeats + 1, [*division, Repeat(start, length, count)]))
                 count += 1
         best.append(min(options, key=lambda o: o[:2]))
     return best[n][2]

@@ -74,8 +74,8 @@ def draw_run(phases: dict[str, list[dict]], path: pathlib.Path):
     begin = 0
     for number, (name, rows) in enumerate(phases.items()):
         curves = curves_of(rows, "loss")
-        whole, color = curves.pop("loss", ((), ())), f"C{number}"
-        axes[0, 0].plot([begin + step for step in whole[0]], whole[1], label=name, color=color)
+        loss, color = curves.pop("loss", ((), ())), f"C{number}"
+        axes[0, 0].plot([begin + step for step in loss[0]], loss[1], label=name, color=color)
         own = curves.items() if len(curves) > 1 else ()
         for (source, (steps, values)), style in zip(own, itertools.cycle(STYLES), strict=False):
             label = f"{name}: {source.removeprefix(SOURCE)}"

@@ -1,4 +1,4 @@
-"""Recurrent sequence-mixing operations for JAX: one public door each.
+"""Recurrent sequence-mixing operations for JAX, one public function each.
 
 Layout everywhere: q, k [B,T,H,K]; v, o [B,T,H,V]; per-head scalars [B,T,H]; states [B,H,K,V] float32.
 Decays are logs (<= 0). `segment_ids` [B,T] packs several sequences in a row: a state is reset where the

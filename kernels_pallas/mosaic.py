@@ -31,7 +31,7 @@ VMEM_LIMIT = 48 << 20
 
 
 class Grid(NamedTuple):
-    """How one operation is cut into grid steps: B x (H / heads) x (T / C), time innermost and in order.
+    """How one operation is divided into grid steps: B x (H / heads) x (T / C), time innermost and in order.
 
     K and V are multiples of 128, T one of C. `reverse` walks the chunks from the last to the first.
     """
@@ -123,7 +123,7 @@ def lanes_of(D: int, H: int) -> int:
 
 
 def grid_of(q: jax.Array, v: jax.Array, heads: int, reverse: bool = False) -> Grid:
-    """The grid of q [B,T,H,K] and v [B,T,H,V], with at most `heads` heads a step; 128 tokens fill a square matrix's lanes."""
+    """The grid of q [B,T,H,K] and v [B,T,H,V], with at most `heads` heads per step; 128 tokens fill a square matrix's lanes."""
     B, T, H, K = q.shape
     K, V = lanes_of(K, H), lanes_of(v.shape[-1], H)
     return Grid(B, -(-T // LANES) * LANES, H, K, V, LANES, heads_a_step(H, heads, K, V, q.dtype), reverse)
@@ -162,7 +162,7 @@ def token_inputs(grid: Grid, q: jax.Array, k: jax.Array, v: jax.Array, rows: jax
 
 
 def gradient_outputs(grid: Grid, q: jax.Array, k: jax.Array, v: jax.Array, scalars: int) -> list:
-    """The gradients of q, k, v and of `scalars` scalars a head as outputs of `run`."""
+    """The gradients of q, k, v and of `scalars` scalars per head as outputs of `run`."""
     R = row_count(scalars * grid.heads)
     return [
         (grid.tokens_shape(grid.K, q.dtype), grid.tokens(grid.K)),

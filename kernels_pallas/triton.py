@@ -76,7 +76,7 @@ class Sizes(NamedTuple):
         return tokens + [(x, self.chunk_scalars()) for x in scalars]
 
     def gradient_outputs(self, q: jax.Array, k: jax.Array, v: jax.Array, scalars: int) -> list:
-        """The gradients of q, k, v and of `scalars` scalars a head as outputs of `run`, programs (b, h, n)."""
+        """The gradients of q, k, v and of `scalars` scalars per head as outputs of `run`, programs (b, h, n)."""
         sizes = ((q, self.K), (k, self.K), (v, self.V))
         tokens = [(self.tokens(D, x.dtype), self.chunk(D)) for x, D in sizes]
         return tokens + [(self.scalars(), self.chunk_scalars())] * scalars

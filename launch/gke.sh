@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Submits a command to a GKE cluster of TPU slices by XPK, one process a host:
+# Submits a command to a GKE cluster of TPU slices by XPK, one process per host:
 #   ./launch/gke.sh CLUSTER v5p-128 WORKLOAD prime --config=configs/prime_tiny.py:GKA --workdir=/data/run
 # XPK puts this folder into an image on BASE_IMAGE (python:3.12). Needs xpk and docker.
 set -euo pipefail

@@ -44,8 +44,8 @@ def test_generation_stops_at_the_end_of_text_row_by_row():
     want = generate(model, PROMPTS, max_new_tokens=8)
     end = want[0][3]
     got = generate(model, PROMPTS, max_new_tokens=8, eos_id=end)
-    for whole, cut in zip(want, got, strict=True):
-        assert cut == whole[: whole.index(end)] if end in whole else cut == whole
+    for whole, ended in zip(want, got, strict=True):
+        assert ended == whole[: whole.index(end)] if end in whole else ended == whole
 
 
 def test_any_of_several_end_ids_ends_a_row():

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--run", action="append", default=[], metavar="NAME=DIR", help="a run: every stage of it; may be repeated")
     parser.add_argument("--out", help="directory for report.md, recovery.png and results.json; results there are reused")
     parser.add_argument("--text", default="stdlib", help="'stdlib', a .jsonl file, a text file or a folder")
-    parser.add_argument("--seq-len", type=integer(minimum=1), default=256, help="tokens a row")
+    parser.add_argument("--seq-len", type=integer(minimum=1), default=256, help="tokens per row")
     parser.add_argument(
         "--rows", type=integer(minimum=1), default=128, help="rows of held-out text; a quarter as many of retrieval"
     )

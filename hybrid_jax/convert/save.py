@@ -1,4 +1,4 @@
-"""Decoders -> Hugging Face directories, written beside and renamed when whole."""
+"""Decoders -> Hugging Face directories, written beside their place and renamed when complete."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import numpy as np
 from hybrid_jax.data.tokens import Tokens
 
 PACKINGS = ("split", "first_fit")
-LONG = ("split", "cut", "drop")
+LONG = ("split", "truncate", "drop")
 OPEN_ROWS = 64  # how many of the newest rows first-fit tries to fill
 
 Row = dict[str, np.ndarray]
@@ -71,13 +71,13 @@ def first_fit_plan(starts: np.ndarray, length: int, long: str) -> Plan:
     Args:
       starts: [documents + 1], see `Tokens`.
       length: tokens per row.
-      long: what happens to a document longer than a row: `split` into rows and a rest, `cut` to its first row, or `drop`.
+      long: what happens to a document longer than a row: `split` into rows and a rest, `truncate` to its first row, or `drop`.
     """
     begin, size = np.asarray(starts[:-1], np.int64), np.diff(starts)
     if long == "drop":
         keep = size <= length
         begin, size = begin[keep], size[keep]
-    elif long == "cut":
+    elif long == "truncate":
         size = np.minimum(size, length)
     else:
         parts = -(-size // length)
@@ -118,7 +118,7 @@ class PackedRows:
       length: tokens per row.
       packing: `split` (the stream of documents split every `length` tokens, for texts) or `first_fit` (undivided documents
         and padding, for conversations).
-      long: what `first_fit` does with a document longer than a row: `split`, `cut` or `drop`, see `first_fit_plan`.
+      long: what `first_fit` does with a document longer than a row: `split`, `truncate` or `drop`, see `first_fit_plan`.
 
     Raises:
       ValueError: an unknown `packing` or `long`, or a `long` that has no effect.

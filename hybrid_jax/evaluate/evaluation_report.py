@@ -110,7 +110,7 @@ def notes(rows: Sequence[Row], asked: int = 0) -> list[str]:
 
 
 def draw_recovery(rows: Sequence[Row], path: pathlib.Path):
-    """Held-out loss and retrieval accuracy over the stages, a line a run, the source as a dashed line."""
+    """Held-out loss and retrieval accuracy over the stages, a line per run, the source as a dashed line."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
     runs = list(dict.fromkeys(r.run for r in rows if r.run))
     measures = (("text_loss", "held-out loss (nats/token)", 1), ("retrieval_accuracy", "retrieval of 16 pairs (%)", 100))

@@ -48,10 +48,10 @@ class Linear(nnx.Module):
     def parts(self, x: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
         """Maps x [..., in] to one output [..., size] for each of `sizes`, side by side in the kernel and each sharded by itself."""
         assert self.bias is None
-        cuts = list(itertools.accumulate(sizes))[:-1]
+        bounds = list(itertools.accumulate(sizes))[:-1]
         if axis_size("tensor") == 1:
-            return jnp.split(self(x), cuts, axis=-1)
-        kernels = jnp.split(self.kernel[...].astype(x.dtype), cuts, axis=1)
+            return jnp.split(self(x), bounds, axis=-1)
+        kernels = jnp.split(self.kernel[...].astype(x.dtype), bounds, axis=1)
         return [x @ constrain(kernel, *marks_of(self.kernel).axes) for kernel in kernels]
 
 

@@ -107,10 +107,10 @@ class ShortConv(nnx.Module):
         self, xs: Sequence[jax.Array], *, segment_ids: jax.Array, state: jax.Array | None = None
     ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
         """Applies the conv to inputs [B, T, size] that are side by side in the kernel; each is sharded by itself."""
-        cuts = list(itertools.accumulate(x.shape[-1] for x in xs))[:-1]
-        weights = jnp.split(self.kernel[...], cuts)
-        biases = [None] * len(xs) if self.bias is None else jnp.split(self.bias[...], cuts)
-        states = [None] * len(xs) if state is None else jnp.split(state, cuts, axis=-1)
+        bounds = list(itertools.accumulate(x.shape[-1] for x in xs))[:-1]
+        weights = jnp.split(self.kernel[...], bounds)
+        biases = [None] * len(xs) if self.bias is None else jnp.split(self.bias[...], bounds)
+        states = [None] * len(xs) if state is None else jnp.split(state, bounds, axis=-1)
         outs = [
             convolution(x, weight, bias, state=s, segment_ids=segment_ids)
             for x, weight, bias, s in zip(xs, weights, biases, states, strict=True)

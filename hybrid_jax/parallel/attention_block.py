@@ -1,7 +1,7 @@
 """Softmax attention of a block of queries over a block of keys, as a part of a larger softmax.
 
 The forward gives the normalized output and the log-sum-exp of its scores, by which parts are merged; the backward
-takes the whole softmax's log-sum-exp and output. On TPU both are JAX's splash attention kernels, elsewhere XLA over
+takes the complete softmax's log-sum-exp and output. On TPU both are JAX's splash attention kernels, elsewhere XLA over
 tiles of queries and keys.
 """
 
@@ -66,7 +66,7 @@ def block_forward(q, k, v, q_segments, k_segments, mask: Mask):
 
 
 def block_backward(q, k, v, q_segments, k_segments, mask: Mask, o, lse, do):
-    """The block's share of dq, dk, dv (float32), given the whole softmax's o and lse and the cotangent of o."""
+    """The block's share of dq, dk, dv (float32), given the complete softmax's o and lse and the cotangent of o."""
     if not mask.shows(q.shape[1], k.shape[1]):
         return tuple(jnp.zeros(x.shape, accumulator(x)) for x in (q, k, v))
     if _use_splash(q, k):

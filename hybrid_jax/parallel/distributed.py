@@ -165,7 +165,7 @@ def _leave(message: str, code: int) -> NoReturn:
 
 
 def whole_array(x: jax.Array) -> np.ndarray:
-    """An array's value on every host, wherever its parts lie; all processes must ask for it."""
+    """Returns an array's value on every host, however it is sharded; all processes must call this."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
     return np.asarray(jax.device_get(x))

@@ -1,4 +1,4 @@
-"""Token embeddings from a table that is cut over the mesh: the tokens travel, not the table."""
+"""Token embeddings from a table that is sharded over the mesh: token ids are sent, not the table."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hybrid_jax.parallel.sharding import TOKENS, mesh_axes_of, shard_map_by_axes
 def lookup(table, ids, dtype):
     """table[ids] in `dtype`; the table's gradient is summed in the table's own.
 
-    Every device looks up its columns (and its rows, where `tensor` cuts the vocabulary) for the tokens of all devices among
-    which the columns are cut, and they exchange: as many bytes as the tokens' own hidden states.
+    Every device looks up its columns (and its rows, where `tensor` shards the vocabulary) for the tokens of all devices among
+    which the columns are sharded, and they exchange: as many bytes as the tokens' own hidden states.
 
     Args:
       table: [vocab, hidden].

@@ -5,7 +5,7 @@ expert       rows of the batch, and the experts of a mixture
 seq          tokens of a row (ring attention, state passing)
 tensor       heads, MLP width, vocabulary
 
-Parameters are cut over fsdp, seq, expert and tensor, and gathered where they are used.
+Parameters are sharded over fsdp, seq, expert and tensor, and gathered where they are used.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 
 
 def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
-    """A mesh of these sizes without devices, to ask where things would lie."""
+    """Returns a mesh of these sizes without devices, which says how things would be sharded."""
     return AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -109,8 +109,8 @@ def check_mesh_fits(config: ModelConfig, mesh: Mesh | AbstractMesh, batch_size: 
         wants.append(("seq", 2 * seq, "seq_len", seq_len))
     for axis, parts, name, size in wants:
         if size % parts:
-            twice = " (two parts a device)" if axis == "seq" else ""
+            twice = " (two chunks per device)" if axis == "seq" else ""
             raise ValueError(
-                f"mesh axis {axis!r} cuts {name} in {parts} parts{twice}, which do not divide {size}; "
+                f"mesh axis {axis!r} divides {name} in {parts} shards{twice}, which do not divide {size}; "
                 f"choose a mesh whose {axis!r} does, or another {name}"
             )

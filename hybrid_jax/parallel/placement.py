@@ -18,7 +18,10 @@ def in_mesh(mesh: Mesh | None):
 
 
 def any_process_flag(mesh: Mesh | None, value: bool) -> jax.Array:
-    """What each process says, an element a device; every process can have the largest by a program over the mesh."""
+    """Returns this process's boolean, one element per device.
+
+    `jnp.max` of it in a jitted step tells every process whether any process set it.
+    """
     if mesh is None:
         return jax.numpy.asarray([value], "float32")
     where = NamedSharding(mesh, PartitionSpec(mesh.axis_names))

@@ -62,20 +62,20 @@ def _over_chunks(op, summary, segment_ids, *arrays):
 
 
 def recurrence(op: Callable, step: Callable, summary: Callable, arrays: Sequence[jax.Array], *, state, segment_ids):
-    """Runs a recurrence over [B, T, H, ...] arrays, wherever they lie.
+    """Runs a recurrence over [B, T, H, ...] arrays, however they are sharded.
 
     Args:
       op: (*arrays, initial_state=, segment_ids=) -> (o, state).
       step: one token, (*arrays without T, state=) -> (o, state).
       summary: (*arrays, segment_ids=) -> (A [B,H] or [B,H,K,K], b): what the tokens make of a state.
-      state: a pytree of [B, H, ...], or None: from nothing, and no final state where tokens are cut.
+      state: a pytree of [B, H, ...], or None: from nothing, and no final state where tokens are sharded.
 
     Raises:
-      NotImplementedError: a state with tokens cut over the mesh.
+      NotImplementedError: a state where tokens are sharded over the mesh.
     """
     if axis_size("seq") > 1:
         if state is not None:
-            raise NotImplementedError("generation does not cut tokens over the mesh: give a mesh whose 'seq' is 1")
+            raise NotImplementedError("generation does not shard tokens over the mesh: give a mesh whose 'seq' is 1")
         local = functools.partial(_over_chunks, op, summary)
         return shard_map_by_axes(local, (segment_ids, *arrays), (TOKENS, *[HEADS] * len(arrays)), HEADS), None
     if state is not None and arrays[0].shape[1] == 1:
@@ -87,10 +87,10 @@ def recurrence(op: Callable, step: Callable, summary: Callable, arrays: Sequence
         o, state = shard_map_by_axes(one, (state, *arrays), [STATE] * (1 + len(arrays)), (STATE, STATE))
         return o[:, None], state
 
-    def whole(state, segment_ids, *arrays):
+    def all_tokens(state, segment_ids, *arrays):
         return op(*arrays, initial_state=state, segment_ids=segment_ids)
 
-    return shard_map_by_axes(whole, (state, segment_ids, *arrays), (STATE, TOKENS, *[HEADS] * len(arrays)), (HEADS, STATE))
+    return shard_map_by_axes(all_tokens, (state, segment_ids, *arrays), (STATE, TOKENS, *[HEADS] * len(arrays)), (HEADS, STATE))
 
 
 def _conv_over_chunks(segment_ids, x, weight, bias):
@@ -104,7 +104,7 @@ def _conv_over_chunks(segment_ids, x, weight, bias):
 
 
 def convolution(x, weight, bias, *, state, segment_ids):
-    """The short conv of x [B, T, D], wherever it lies -> (y, state); D is cut like heads, as weight [D, W] is."""
+    """The short conv of x [B, T, D], however it is sharded -> (y, state); D is sharded as heads are, as weight [D, W] is."""
     if axis_size("seq") > 1:
         axes = (TOKENS, HEADS, CHANNELS, CHANNELS)
         return shard_map_by_axes(_conv_over_chunks, (segment_ids, x, weight, bias), axes, HEADS), None
@@ -117,7 +117,9 @@ def convolution(x, weight, bias, *, state, segment_ids):
         y, state = shard_map_by_axes(one, (x[:, 0], weight, bias, state), (STATE, CHANNELS, CHANNELS, tail), (STATE, tail))
         return y[:, None], state
 
-    def whole(segment_ids, x, weight, bias, state):
+    def all_tokens(segment_ids, x, weight, bias, state):
         return short_conv(x, weight, bias, initial_state=state, segment_ids=segment_ids)
 
-    return shard_map_by_axes(whole, (segment_ids, x, weight, bias, state), (TOKENS, HEADS, CHANNELS, CHANNELS, tail), (HEADS, tail))
+    return shard_map_by_axes(
+        all_tokens, (segment_ids, x, weight, bias, state), (TOKENS, HEADS, CHANNELS, CHANNELS, tail), (HEADS, tail)
+    )

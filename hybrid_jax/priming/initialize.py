@@ -21,7 +21,7 @@ from hybrid_jax.parameters import Parameters, abstract_parameters, join_model, l
 
 
 def _like(value, fresh):
-    """The value where the parameter it replaces lies: slices and transposes of sharded arrays end up elsewhere."""
+    """Returns the value sharded as the parameter that it replaces: slices and transposes of sharded arrays end up elsewhere."""
     return value if len(fresh.sharding.device_set) == 1 else jax.device_put(value, fresh.sharding)
 
 

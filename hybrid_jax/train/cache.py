@@ -69,14 +69,14 @@ def cache_teacher(
       phase: in steps; its `compute_dtype`, `frozen_dtype` and `accumulate` are the teacher's too.
       mix, seed: of the phase that will distil.
       out: of several processes the first writes.
-      mesh: what to spread it over; the model's parameters lie there already. The cache does not depend on it.
+      mesh: what to shard it over; the model's parameters are on it already. The cache does not depend on it.
 
     Raises:
       ValueError: `out` holds a cache of other rows or of another teacher, k is more than the vocabulary, or the mesh does not
         fit.
     """
     if not 1 <= k <= model.config.vocab_size:
-        raise ValueError(f"k must lie in 1 ... {model.config.vocab_size}, the vocabulary, got {k}")
+        raise ValueError(f"k must be in 1 ... {model.config.vocab_size}, the vocabulary, got {k}")
     if mesh is not None:
         check_mesh_fits(model.config, mesh, phase.rows_at_a_time, phase.seq_len)
     described = phase.described_rows(mix, seed)

@@ -108,7 +108,7 @@ def train_phase(
     Args:
       model: the model in the phase's form.
       directory: where this phase's checkpoints live.
-      mesh: what to spread it over; the model's parameters lie there already.
+      mesh: what to shard it over; the model's parameters are on it already.
       profile: first and last step to trace, into `directory`'s neighbour `profile`.
       teacher: makes the source, which teaches where the objective compares two streams, in its place on the mesh; default: the
         model's own teacher stream as it is here. It does not change, and takes neither RoPE nor context length from the phase.
@@ -129,7 +129,7 @@ def train_phase(
     if mesh is not None:
         check_mesh_fits(model.config, mesh, phase.rows_at_a_time, phase.seq_len)
     layout, meter = PhaseLayout(model, phase, source), Meter(phase, model, source)
-    whole, parameters = split_model(model)
+    structure, parameters = split_model(model)
     total, training = count(parameters), count(layout.split(parameters)[0])
     taught, made_of = {}, {}
     if source is not None:
@@ -173,7 +173,7 @@ def train_phase(
         `sums` are of the interval that the step ends, if it ends one.
         """
         if int(whole_array(metrics["skipped_in_a_row"])) >= phase.bad_steps:
-            trained = join_model(whole, layout.parameters(state, frozen))
+            trained = join_model(structure, layout.parameters(state, frozen))
             where = first_bad(trained, batch, layout.source(state, frozen))
             loss, norm = (float(whole_array(x)) for x in (metrics["loss"].value, metrics["grad_norm"]))
             raise FloatingPointError(
@@ -241,4 +241,4 @@ def train_phase(
         checkpoints.close()
         if any(of_every_process(stop.asked)):  # also where the request came during the last step, or while it was saved
             raise Stopped(f"{name}: stopped and saved at step {done} of {phase.steps}; the same command resumes")
-    return join_model(whole, layout.parameters(state, frozen))
+    return join_model(structure, layout.parameters(state, frozen))

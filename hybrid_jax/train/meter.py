@@ -1,4 +1,4 @@
-"""How fast a phase runs: tokens a second, the share of the peak (MFU), waiting for data, memory."""
+"""How fast a phase runs: tokens per second, the share of the peak (MFU), waiting for data, memory."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ class Meter:
             model.remat = remat
 
     def count(self, state, frozen, batch):
-        """Tells it a step's arguments, of which the first time it counts the FLOPs."""
+        """Counts a step's FLOPs from its arguments; only the first call does anything."""
         if self._counted is not None:
             self.flops, self._counted = traced_flops(self._counted, state, frozen, batch), None
 
     def begin(self, step: int):
-        """After `step`, if it has not begun yet."""
+        """Starts the clock after `step`, the first one; later calls do nothing."""
         if self.first is None:
             self.first, self.begun, self.waited = step, time.perf_counter(), 0.0
 
     @contextlib.contextmanager
     def waiting(self):
-        """Around what waits for data."""
+        """Is a context manager that adds to the time spent waiting for data."""
         begin = time.perf_counter()
         yield
         self.waited += time.perf_counter() - begin

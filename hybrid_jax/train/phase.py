@@ -197,9 +197,9 @@ class Phase:
             object.__setattr__(self, "warmup_steps", math.ceil(self.warmup_fraction * self.steps))
             object.__setattr__(self, "warmup_fraction", 0.0)
         if not 0 <= self.warmup_steps <= self.steps:
-            raise ValueError(f"phase.warmup_steps must lie in 0 ... steps ({self.steps}), got {self.warmup_steps}")
+            raise ValueError(f"phase.warmup_steps must be in 0 ... steps ({self.steps}), got {self.warmup_steps}")
         if self.schedule == "wsd" and not 0 < self.decay_steps <= self.steps - self.warmup_steps:
-            raise ValueError(f"phase.decay_steps of 'wsd' must lie in 1 ... steps - warmup_steps, got {self.decay_steps}")
+            raise ValueError(f"phase.decay_steps of 'wsd' must be in 1 ... steps - warmup_steps, got {self.decay_steps}")
 
     @classmethod
     def from_config(cls, name: str, values: Mapping) -> Phase:

@@ -1,4 +1,4 @@
-"""A model as a phase trains it: what trains and what is frozen, repeated layers stacked, where on a mesh everything lies.
+"""A model as a phase trains it: what trains and what is frozen, repeated layers stacked, how everything is sharded.
 
 The loop makes the state with it and the planner its shapes, so both have the same step.
 """
@@ -144,7 +144,7 @@ class PhaseLayout:
         return join_model(self.source_structure, {n: parameters[n] for n in abstract_parameters(self.config.teacher())})
 
     def state_shardings(self, mesh: Mesh, state: TrainState) -> TrainState:
-        """Of a state (or its shapes): moments lie with their parameters, the rest is replicated."""
+        """Returns the shardings of a state (or its shapes): moments are sharded as their parameters, the rest is replicated."""
         own, replicated = parameter_shardings(mesh, state.trainable, self.axes), NamedSharding(mesh, PartitionSpec())
         moments = optax.tree_utils.tree_map_params(
             self.optimizer,

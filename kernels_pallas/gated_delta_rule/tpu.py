@@ -27,14 +27,14 @@ from kernels_pallas.linear_attention.tpu import read, read_write_backward, write
 from kernels_pallas.mosaic import NT, TN, dot, dot_parts, each, head_slices, iota, row_sum, store_heads
 from kernels_pallas.operands import operand_dtype, parts
 
-HEADS = 8  # at most this many heads a grid step
+HEADS = 8  # at most this many heads per grid step
 BLOCK = 16  # rows of the diagonal blocks that are inverted by substitution
 
 
 def _diagonal_inverse(L: list[jax.Array]) -> list[jax.Array]:
     """(I + D)^-1, D the 16 x 16 diagonal blocks of each L [C,C]: forward substitution in float32.
 
-    The blocks of a head lie side by side in [16, C], so that one step serves all of them: with E_j the
+    The blocks of a head are side by side in [16, C], so that one step serves all of them: with E_j the
     j-th column of every block spread over its block, X <- X - E_j (row j of X).
     """
     C = L[0].shape[0]

@@ -35,7 +35,7 @@ from kernels_pallas.linear_attention.tpu import read_write_backward
 from kernels_pallas.mosaic import NT, TN, dot_parts, each, head_slices, row_sum, store_heads
 from kernels_pallas.operands import operand_dtype, parts
 
-HEADS = 4  # at most this many heads a grid step
+HEADS = 4  # at most this many heads per grid step
 UNROLL = 2
 
 

@@ -47,7 +47,7 @@ def _weights(lines: list[str]) -> list[int]:
             continue
         depth = len(match.group(3))
         if depth > 2:
-            raise ValueError("a loop inside an inner loop: its trips cannot be told from the listing")
+            raise ValueError("a loop inside an inner loop: its trips cannot be known from the listing")
         if match.group(2) and depth == 2:
             inner += 1
         depths.append(depth)

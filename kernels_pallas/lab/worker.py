@@ -45,7 +45,7 @@ def compile_kernels(name: str, chip: Chip, mesh, shape: Shape, dump: Path) -> di
     Returns:
       temporaries (bytes of HBM), hbm_bytes_token_head and hbm_cycles_token_head (what the kernels must move, at the
       chip's bandwidth and clock), around_token_head (estimated cycles of the XLA operations around the kernels),
-      bundles_token_head (of the whole device), and `kernels`, a dict a kernel.
+      bundles_token_head (of the whole device), and `kernels`, one dict per kernel.
     """
     for old in dump.glob("*"):
         old.unlink()

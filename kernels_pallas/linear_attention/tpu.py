@@ -28,7 +28,7 @@ from kernels_pallas.arguments import differentiable
 from kernels_pallas.mosaic import NT, TN, Decay, dot, dot_parts, each, head_slices, iota, row_sum, store_heads
 from kernels_pallas.operands import operand_dtype, parts
 
-HEADS = 8  # at most this many heads a grid step
+HEADS = 8  # at most this many heads per grid step
 
 
 def _forward_kernel(q, k, v, rows, initial, o, final, *rest, heads, scale, packed):

@@ -25,7 +25,7 @@ from kernels_pallas.mosaic import Grid
 from kernels_pallas.operands import pad_axis
 from kernels_pallas.short_conv.chunked import last_inputs
 
-CHUNK = 256  # tokens a grid step
+CHUNK = 256  # tokens per grid step
 LANES = 512  # at most this many channels a grid step
 HALO = 8  # tokens kept from a neighbour: the sublanes of a register
 

@@ -103,5 +103,5 @@ def test_every_phase_of_every_recipe_compiles_and_fits_its_slice(size, mixer, ha
     for name, phase in phases.items():
         phase = phase.with_rows(100_000)
         compiled = compile_program(training_program(model_of(config, phase), phase, make_mesh(dict(phase.mesh), devices)))
-        print(f"{size} {mixer} {name}: {compiled.total / 1e9:.1f} GB a device, compiled in {compiled.seconds:.0f} s")
+        print(f"{size} {mixer} {name}: {compiled.total / 1e9:.1f} GB per device, compiled in {compiled.seconds:.0f} s")
         assert compiled.total < 102.8e9, name

@@ -43,7 +43,7 @@ def test_first_fit_keeps_documents_whole_and_uses_each_once():
     assert len(rows) < len(PackedRows(documents([32] * len(SIZES)), 32, "first_fit"))
 
 
-@pytest.mark.parametrize("long, want", [("drop", [3, 8]), ("cut", [3, 8, 8, 8]), ("split", [3, 8, 8, 1, 8, 8, 8])])
+@pytest.mark.parametrize("long, want", [("drop", [3, 8]), ("truncate", [3, 8, 8, 8]), ("split", [3, 8, 8, 1, 8, 8, 8])])
 def test_documents_longer_than_a_row_are_dropped_cut_or_split(long, want):
     rows = PackedRows(documents([3, 9, 8, 24]), 8, "first_fit", long)
     assert sorted(len(ids) for ids, _ in segments(rows)) == sorted(want)
@@ -90,7 +90,7 @@ def test_shards_give_the_rows_of_their_documents_end_to_end(packing, weights):
     [
         ("split", "split", "7 of 47 tokens are in no row: the last 7, fewer than a row of 8"),
         ("first_fit", "split", ""),
-        ("first_fit", "cut", "20 of 47 tokens are in no row: 2 documents are longer than a row of 8, and long is 'cut'"),
+        ("first_fit", "truncate", "20 of 47 tokens are in no row: 2 documents are longer than a row of 8, and long is 'truncate'"),
         ("first_fit", "drop", "36 of 47 tokens are in no row: 2 documents are longer than a row of 8, and long is 'drop'"),
     ],
 )
@@ -100,8 +100,8 @@ def test_tokens_that_are_in_no_row_are_counted(packing, long, words):
 
 
 def test_a_rule_for_long_documents_that_has_no_effect_is_refused():
-    for make in (lambda: PackedRows(documents([9]), 8, "split", "drop"), lambda: Source("a.txt", "split", "cut")):
-        with pytest.raises(ValueError, match=r"long = '(drop|cut)' has no effect with packing = 'split'"):
+    for make in (lambda: PackedRows(documents([9]), 8, "split", "drop"), lambda: Source("a.txt", "split", "truncate")):
+        with pytest.raises(ValueError, match=r"long = '(drop|truncate)' has no effect with packing = 'split'"):
             make()
 
 

@@ -69,11 +69,11 @@ LONG_AND_SHORT = [(np.full(12, 5), np.ones(12)), (np.full(4, 6), np.ones(4)), (n
     "source, rows",
     [
         ({}, [[5] * 8, [5] * 4 + [6] * 4, [7] * 3 + [0] * 5]),
-        ({"long": "cut"}, [[5] * 8, [6] * 4 + [7] * 3 + [0]]),
+        ({"long": "truncate"}, [[5] * 8, [6] * 4 + [7] * 3 + [0]]),
         ({"long": "drop"}, [[6] * 4 + [7] * 3 + [0]]),
         ({"packing": "split"}, [[5] * 8, [5] * 4 + [6] * 4]),
     ],
-    ids=["conversations", "cut", "drop", "split"],
+    ids=["conversations", "truncate", "drop", "split"],
 )
 def test_a_source_is_packed_as_it_says_and_conversations_whole(source, rows):
     corpus = corpus_of(LONG_AND_SHORT, **source)

@@ -62,10 +62,10 @@ def test_rows_of_another_text_packing_or_tokenizer_are_refused_by_name(cache, fi
 
 
 def test_rows_with_another_rule_for_long_documents_are_refused(tmp_path):
-    split, cut = (corpus(sources={"text": Source("a.txt", "first_fit", long)}) for long in ("split", "cut"))
+    split, cut = (corpus(sources={"text": Source("a.txt", "first_fit", long)}) for long in ("split", "truncate"))
     TeacherCache(tmp_path, 2, made_of=split.identity(MIX), mix=MIX, **ROWS)
     training_batches(split, MIX, **ROWS, teacher_cache=str(tmp_path))
-    with pytest.raises(ValueError, match="was made with text.long = split, this phase has cut"):
+    with pytest.raises(ValueError, match="was made with text.long = split, this phase has truncate"):
         training_batches(cut, MIX, **ROWS, teacher_cache=str(tmp_path))
 
 

@@ -41,7 +41,7 @@ def packed(length, rows):
     return segments
 
 
-# case -> (mesh, pattern, tokens a row, rows, objective, changes to the model)
+# case -> (mesh, pattern, tokens per row, rows, objective, changes to the model)
 CASES = {
     **{f"seq8 {s}": ("seq=8", s, 48, 2, "next_token", {}) for s in MIXERS},
     "seq8, chunks of one token": ("seq=8", ALL, 16, 2, "next_token", {}),

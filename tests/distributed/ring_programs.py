@@ -24,7 +24,7 @@ from tests.conftest import tiny_model
 
 
 def model_wire():
-    """{pattern: {tokens a row: bytes of collectives a device}} of a layer and its gradients, eight devices along `seq`."""
+    """{pattern: {tokens per row: bytes of collectives a device}} of a layer and its gradients, eight devices along `seq`."""
     mesh, found = make_mesh({"seq": 8}), {}
     for pattern in built_symbols():
         found[pattern] = {}

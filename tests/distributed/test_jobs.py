@@ -129,5 +129,5 @@ def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_written(made_sou
     config = write_config(tmp_path / "config.py", made_source, "dict(data=3)")
     process = start(["prime", config, f"--workdir={tmp_path}/run"], 3, {})
     _, errors = process.communicate(timeout=300)
-    assert process.returncode == 1 and "cuts batch_size in 3 parts, which do not divide 4" in errors
+    assert process.returncode == 1 and "divides batch_size in 3 shards, which do not divide 4" in errors
     assert not (tmp_path / "run").exists()

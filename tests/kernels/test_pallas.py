@@ -191,7 +191,7 @@ def test_none_means_the_best_the_backend_has(monkeypatch):
     monkeypatch.setattr(arguments, "backend", lambda: "tpu")
     assert arguments.pick_implementation("op", None, table, x) == "t"
     devices = jax.sharding.AbstractMesh((2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
-    with jax.sharding.use_abstract_mesh(devices):  # the compiler would have to cut the kernel
+    with jax.sharding.use_abstract_mesh(devices):  # the compiler would have to partition the kernel
         assert arguments.pick_implementation("op", None, table, x) == "x"
     with jax.enable_x64(True):
         assert arguments.pick_implementation("op", None, table, jnp.ones(2, jnp.float64)) == "x"

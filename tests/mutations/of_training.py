@@ -247,7 +247,7 @@ MUTATIONS = [
         "hybrid_jax/data/pipeline.py",
         "taken * mix[name] / total",
         "taken * mix[name]",
-        "how often a source is repeated is told wrongly where shares do not add up to 1",
+        "how often a source is repeated is reported wrongly where shares do not add up to 1",
         (f"{OF_PHASE}::test_a_source_with_fewer_rows_than_the_phase_takes_is_named_with_how_often_it_is_seen",),
     ),
     Mutation(

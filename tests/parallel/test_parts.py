@@ -42,7 +42,7 @@ def test_attention_and_its_gradient_are_the_definition_s_whatever_the_tile(monke
 
 @pytest.mark.parametrize("tile", [1024, 8])
 def test_a_softmax_in_parts_is_the_softmax_of_the_whole(monkeypatch, tile):
-    """Keys cut in two, the second seen only by some queries; one query sees nothing at all and gets zeros."""
+    """Keys divided in two, the second seen only by some queries; one query sees nothing at all and gets zeros."""
     monkeypatch.setattr(attention_block, "TILE", tile)
     q, k, v = random(1, 12, 2, 8), random(1, 20, 2, 8, seed=1), random(1, 20, 2, 8, seed=2)
     q_seg = jnp.asarray([[1] * 6 + [2] * 5 + [9]], jnp.int32)
@@ -177,9 +177,9 @@ def test_meshes_are_checked_against_devices_and_model():
     assert dict(make_mesh({"data": -1}, jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1, "expert": 1, "seq": 1, "tensor": 1}
     config = tiny_config("*-GKA")
     for sizes, words in (
-        ({"tensor": 4}, "'tensor' cuts num_key_value_heads in 4 parts, which do not divide 2"),
-        ({"fsdp": 5}, "'fsdp*seq*expert' cuts hidden_size in 5 parts, which do not divide 24"),
-        ({"seq": 4}, "'seq' cuts seq_len in 8 parts (two parts a device), which do not divide 20"),
+        ({"tensor": 4}, "'tensor' divides num_key_value_heads in 4 shards, which do not divide 2"),
+        ({"fsdp": 5}, "'fsdp*seq*expert' divides hidden_size in 5 shards, which do not divide 24"),
+        ({"seq": 4}, "'seq' divides seq_len in 8 shards (two chunks per device), which do not divide 20"),
         ({"data": 3}, "batch_size in 3 parts, which do not divide 4"),
         ({"expert": 2}, "needs a mixture-of-experts model"),
     ):

@@ -22,7 +22,7 @@ def mesh():
 
 
 def wire_of_gradient(mesh, function, parameter, axes, *inputs):
-    """Collectives of function(parameter, *inputs)'s gradient to `parameter`, that lies by its axes."""
+    """Collectives of function(parameter, *inputs)'s gradient to `parameter`, which is sharded by its axes."""
 
     def placed(shape, dtype, axes):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, partition_spec(mesh, axes)))

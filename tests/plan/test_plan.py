@@ -445,7 +445,7 @@ def test_links_between_nodes_are_the_network_s():
 
 
 def test_a_step_s_floor_and_the_hours_are_those_of_its_slowest_resource():
-    """1e12 FLOPs on two devices of 1e12 a second, 8 GB of state at 2 GB/s, 3 s on the wire; 16 rows of 1000 tokens a step."""
+    """1e12 FLOPs on two devices of 1e12 a second, 8 GB of state at 2 GB/s, 3 s on the wire; 16 rows of 1000 tokens per step."""
     chip = accelerator("h100:2")[1]._replace(flops=1e12, bandwidth=2e9)
     job = Job(tiny_config("*-*", **DENSE), "train", 1000, 16)
     plan = make_plan(job, "h100:2", {"fsdp": 2})
@@ -483,7 +483,7 @@ def test_a_step_is_compiled_for_a_slice_that_is_not_there(tmp_path):
     assert answer["fits"] and answer["compiled"] and answer["pattern"] == "*-GDN-*-GDN" and answer["rows"] == 2
     config = tiny_config("*-GDN-*-GDN", vocab_size=64, hidden_size=32)
     count = sum(math.prod(x.shape) for x in abstract_parameters(config).values())
-    assert count < answer["parameters"] < 4 * count  # cut in four but for norms and the like
+    assert count < answer["parameters"] < 4 * count  # sharded over four devices, except norms and the like
     assert 2 * answer["parameters"] <= answer["optimizer"] < 2.1 * answer["parameters"]
     assert answer["wire"]["collective-permute"] > 0 and answer["flops"] > 6 * 2048 * count / 2
     assert "fits" in done.stdout and "yes" in done.stdout
@@ -502,7 +502,7 @@ def test_decoding_is_planned_with_its_caches(tmp_path):
 
 def test_bad_plans_are_refused(tmp_path):
     for arguments, words in (
-        (("--topology", "v5e:2x2", "--mesh", "seq=4", "--seq-len", "1001"), "'seq' cuts seq_len"),
+        (("--topology", "v5e:2x2", "--mesh", "seq=4", "--seq-len", "1001"), "'seq' divides seq_len"),
         (("--topology", "v5e:2x2", "--mesh", "fsdp=8"), "needs 8 devices, there are 4"),
         (("--topology", "v5e:2x2", "--program", "align"), "needs a --pattern"),
         (("--topology", "v5e:2x2", "--program", "serve"), "expected one of align, train, decode"),

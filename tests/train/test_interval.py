@@ -134,7 +134,7 @@ def test_the_loop_logs_means_over_its_intervals_and_resumes_within_one(corpus, t
                 assert logged[step][f"loss/{name}"] == pytest.approx(want, rel=1e-5)
     assert 0 in counts["retrieval"] and any(counts["retrieval"]), "a step without a row of a source, and one with"
 
-    shutil.rmtree(tmp_path / "several" / "checkpoints" / "6")  # the checkpoint of step 4 lies within an interval
+    shutil.rmtree(tmp_path / "several" / "checkpoints" / "6")  # the checkpoint of step 4 is within an interval
     (tmp_path / "several" / "metrics.jsonl").unlink()
     again = run(corpus, tmp_path / "several", log_every=3)
     timing = {"tokens_per_second", "data_wait"}
