@@ -9,7 +9,7 @@ import sys
 from hybrid_jax.commands.options import directory, integer, number
 
 
-def add_arguments(parser: argparse.ArgumentParser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=directory, help="a model directory with its tokenizer, e.g. RUN/model")
     parser.add_argument("prompt", help="the text to continue; '-' reads it from stdin")
     parser.add_argument("--file", action="store_true", help="PROMPT is the name of a file that holds the text")
@@ -52,7 +52,7 @@ def _sampling(args: argparse.Namespace, defaults):
     return sampling
 
 
-def run(args: argparse.Namespace):
+def run(args: argparse.Namespace) -> None:
     import dataclasses
 
     import jax.numpy as jnp

@@ -9,7 +9,7 @@ from hybrid_jax.commands.options import directory, integer, number
 from hybrid_jax.commands.quiet import native_stderr_hidden
 
 
-def add_arguments(parser: argparse.ArgumentParser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source", required=True, type=directory, help="a directory with config.json (no weights needed), or a public name"
     )
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--json", help="write the plan here too")
 
 
-def run(args: argparse.Namespace):
+def run(args: argparse.Namespace) -> None:
     import contextlib
     import json
     import os
