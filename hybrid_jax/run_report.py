@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
+from hybrid_jax.train.evaluation import LOSS as HELD_OUT_LOSS
 from hybrid_jax.train.metrics import read_metrics
 
 ALIGNED, SOURCE = "mixer_mse/", "loss/"
@@ -67,7 +68,10 @@ def report_run(workdir: pathlib.Path):
 
 
 def draw_run(phases: dict[str, list[dict]], path: pathlib.Path):
-    """Loss over all phases' steps, of a mix each source's own too; beside it every layer's alignment error before and after."""
+    """Draws the loss over the steps of all phases, and beside it every layer's alignment error before and after each phase.
+
+    Each phase has its training loss; of a mix also the loss of each source; and the held-out loss of its evaluations, if any.
+    """
     aligned = {name: found for name, rows in phases.items() if (found := alignment_of(rows))}
     figure, axes = plt.subplots(1, 1 + len(aligned), figsize=(5.5 * (1 + len(aligned)), 4), constrained_layout=True, squeeze=False)
     begin = 0
@@ -79,6 +83,10 @@ def draw_run(phases: dict[str, list[dict]], path: pathlib.Path):
         for (source, (steps, values)), style in zip(own, itertools.cycle(STYLES), strict=False):
             label = f"{name}: {source.removeprefix(SOURCE)}"
             axes[0, 0].plot([begin + step for step in steps], values, style, label=label, color=color, linewidth=1)
+        steps, values = curves_of(rows, HELD_OUT_LOSS).get(HELD_OUT_LOSS, ((), ()))
+        if values:
+            label = f"{name}: held-out"
+            axes[0, 0].plot([begin + step for step in steps], values, "o-", label=label, color=color, markersize=3, alpha=0.6)
         begin += rows[-1]["step"]
     axes[0, 0].set(xlabel="step", ylabel="loss", yscale="log")
     axes[0, 0].legend()
