@@ -50,12 +50,12 @@ def toy(tmp_path, monkeypatch):
 
 
 def test_two_hooks_of_one_class_run_beside_each_other_and_each_resumes_its_own_state(corpus, tmp_path, toy):
-    hooks = {"a": toy, "b": {**toy, "every": 3, "group": "b", "factor": 10}}
+    hooks = {"a": toy, "b": {**toy, "every": 4, "group": "b", "factor": 10}}
     for steps in (4, 6):
         train(corpus, tmp_path, steps=steps, schedule="constant", hooks=hooks)
     rows = {r["step"]: r for r in read_metrics(tmp_path)}
     calls = {n: {s: r[f"{n}/calls"] for s, r in rows.items() if f"{n}/calls" in r} for n in ("toy", "b")}
-    assert calls == {"toy": {2: 1, 4: 2, 6: 3}, "b": {3: 10, 4: 20, 6: 30}}
+    assert calls == {"toy": {2: 1, 4: 2, 6: 3}, "b": {4: 10, 6: 20}}
     assert rows[6]["toy/sources"] == 1 and rows[6]["toy/step"] == 6
 
 
