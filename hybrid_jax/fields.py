@@ -11,6 +11,7 @@ from hybrid_jax.data.tasks import TASKS, options_of
 from hybrid_jax.mixers import options_by_key
 from hybrid_jax.parallel.mesh import AXES
 from hybrid_jax.priming.select import select_fields
+from hybrid_jax.train.hooks import CLASS, EVERY, option_defaults
 from hybrid_jax.train.objectives import OBJECTIVES
 from hybrid_jax.train.phase import Phase
 
@@ -31,7 +32,7 @@ def fields_of(config: Mapping) -> dict[str, Any]:
     }
     mix, mesh = dict.fromkeys(("text", *sources, *TASKS, *tasks), 0.0), dict.fromkeys(AXES, 1)
     phases = {
-        name: _defaults(Phase) | {"mix": mix, "mesh": mesh, "options": _options(phase)}
+        name: _defaults(Phase) | {"mix": mix, "mesh": mesh, "options": _options(phase), "hooks": _hooks(phase)}
         for name, phase in (config.get("phases") or {}).items()
     }
     return {
@@ -53,6 +54,12 @@ def _options(phase: Mapping) -> dict[str, Any]:
     """The options of a phase's objective; their values are read as Python's, and checked by the objective."""
     objective = OBJECTIVES.get(phase.get("objective", ""))
     return dict.fromkeys(objective.options) if objective else {}
+
+
+def _hooks(phase: Mapping) -> dict[str, Any]:
+    """The fields of each hook that a phase names."""
+    hooks = phase.get("hooks") or {}
+    return {name: {CLASS: "", EVERY: 1, **option_defaults(values.get(CLASS))} for name, values in hooks.items()}
 
 
 def _defaults(cls: type) -> dict[str, Any]:

@@ -19,12 +19,12 @@ SHIPPED_FOLDERS = ("configs", "launch/tiny_qwen3")
 
 
 def shipped_root() -> pathlib.Path:
-    """The folder that holds `configs/` and `launch/tiny_qwen3/`: the checkout, or a folder of the installed package."""
+    """Returns the folder that holds `configs/` and `launch/tiny_qwen3/`: the checkout, or a folder of the installed package."""
     return SHIPPED if SHIPPED.is_dir() else _PACKAGE.parent
 
 
 def find_shipped(path: str | pathlib.Path) -> pathlib.Path:
-    """`path`, or, where nothing is at that relative path, the file or folder of that name that comes with the package.
+    """Returns `path`, or, if nothing is at that relative path, the file or folder of that name that comes with the package.
 
     `configs/prime_tiny.py`, `prime_tiny.py` and `launch/tiny_qwen3` are found from every working directory.
     """
@@ -38,7 +38,7 @@ def find_shipped(path: str | pathlib.Path) -> pathlib.Path:
 
 
 def check_new_directory(path: str | pathlib.Path) -> pathlib.Path:
-    """Checks, before any work, that `path` can become a new directory; leaves nothing behind.
+    """Checks, before any work, that `path` can become a new directory, and returns it; leaves nothing behind.
 
     Raises:
       FileExistsError: something is there already.
@@ -56,11 +56,14 @@ def check_new_directory(path: str | pathlib.Path) -> pathlib.Path:
     return path
 
 
-def check_writable(directory: pathlib.Path, path: pathlib.Path | None = None):
-    """Checks by a file that vanishes that a directory takes files, e.g. `path`.
+def check_writable(directory: pathlib.Path, path: pathlib.Path | None = None) -> None:
+    """Checks that a directory can be written, by a temporary file.
+
+    Args:
+      path: what is to be written there, for the message; default: the directory.
 
     Raises:
-      PermissionError: it does not.
+      PermissionError: it cannot be written.
     """
     try:
         with tempfile.TemporaryFile(dir=directory):
@@ -69,7 +72,7 @@ def check_writable(directory: pathlib.Path, path: pathlib.Path | None = None):
         raise PermissionError(f"cannot write {path or directory}: {directory} is not writable ({e.strerror})") from None
 
 
-def check_new_file(path: str | pathlib.Path):
+def check_new_file(path: str | pathlib.Path) -> None:
     """Checks, before any work, that `path` can be written as a file.
 
     Raises:
@@ -85,7 +88,7 @@ def check_new_file(path: str | pathlib.Path):
 
 @contextlib.contextmanager
 def new_directory(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
-    """A directory to fill, which becomes `path` if the block ends well and vanishes if not."""
+    """Yields a temporary directory to fill. It becomes `path` when the block ends, and is removed if the block raises."""
     path = check_new_directory(path)
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
     work = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
@@ -101,13 +104,13 @@ def new_directory(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def unused(path: pathlib.Path) -> pathlib.Path:
-    """`path`, or with .1, .2, ... after it, whichever is not there yet."""
+    """Returns the first of `path`, `path`.1, `path`.2, ... that does not exist."""
     names = (path, *(path.with_name(f"{path.name}.{n}") for n in range(1, 1000)))
     return next(p for p in names if not p.exists())
 
 
-def write_text(path: str | pathlib.Path, text: str):
-    """Puts a text file in place of what was there."""
+def write_text(path: str | pathlib.Path, text: str) -> None:
+    """Writes a text file, replacing an older one in one step."""
     path = pathlib.Path(path)
     work = path.with_name(f".{path.name}.{os.getpid()}")
     work.write_text(text)
@@ -115,7 +118,7 @@ def write_text(path: str | pathlib.Path, text: str):
 
 
 def file_hash(path: str | pathlib.Path) -> str:
-    """The SHA-256 of a file's bytes."""
+    """Returns the SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -146,4 +149,5 @@ def read_json(path: str | pathlib.Path) -> dict[str, Any]:
 
 
 def _kind(value: Any) -> str:
+    """Names the JSON type of a value that is not an object."""
     return {list: "an array", str: "a string", type(None): "null", bool: "a boolean"}.get(type(value), "a number")

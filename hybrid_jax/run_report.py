@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
+from hybrid_jax.train.evaluation import LOSS as HELD_OUT_LOSS
 from hybrid_jax.train.metrics import read_metrics
 
 ALIGNED, SOURCE = "mixer_mse/", "loss/"
@@ -20,7 +21,7 @@ STYLES = ("--", ":", "-.")  # of the lines of a phase's sources
 
 
 def phases_of(workdir: pathlib.Path) -> dict[str, list[dict]]:
-    """The logged intervals of every phase, in order; one in which no step counted has no losses."""
+    """Returns each phase's logged rows in order of their steps; an interval whose steps were all skipped has no losses."""
     found: dict[str, list[dict]] = {}
     for row in read_metrics(workdir):
         found.setdefault(row["phase"], []).append(row)
@@ -28,25 +29,25 @@ def phases_of(workdir: pathlib.Path) -> dict[str, list[dict]]:
 
 
 def alignment_of(rows: list[dict]) -> dict[int, tuple[float, float]]:
-    """Layer -> its mixer's mean squared error in the first and in the last logged interval."""
+    """Returns layer -> its mixer's mean squared error in the first and in the last logged interval."""
     found = {int(n.removeprefix(ALIGNED)): values for n, (_, values) in curves_of(rows, ALIGNED).items()}
     return {layer: (values[0], values[-1]) for layer, values in sorted(found.items())}
 
 
 def final_loss(rows: list[dict]) -> float:
-    """Of the last logged interval in which a step counted; NaN if none did."""
+    """Returns the loss of the last logged interval with an accepted step; NaN if there is none."""
     return next((row["loss"] for row in reversed(rows) if "loss" in row), math.nan)
 
 
 def curves_of(rows: list[dict], prefix: str) -> dict[str, tuple[list[int], list[float]]]:
-    """Metrics of a name that begins so -> (steps, values) of the intervals that have them."""
+    """Returns metric -> (steps, values) of the rows that have it, for the metrics whose names begin with `prefix`."""
     names = sorted({n for row in rows for n in row if n.startswith(prefix)})
     having = {n: [row for row in rows if n in row] for n in names}
     return {n: ([row["step"] for row in found], [row[n] for row in found]) for n, found in having.items()}
 
 
-def report_run(workdir: pathlib.Path):
-    """Prints the table and writes `run.png`."""
+def report_run(workdir: pathlib.Path) -> None:
+    """Prints the table of a run's phases and writes `run.png`; does nothing for a run without metrics."""
     phases = phases_of(workdir)
     if not phases:
         return
@@ -67,8 +68,11 @@ def report_run(workdir: pathlib.Path):
     draw_run(phases, workdir / "run.png")
 
 
-def draw_run(phases: dict[str, list[dict]], path: pathlib.Path):
-    """Loss over all phases' steps, of a mix each source's own too; beside it every layer's alignment error before and after."""
+def draw_run(phases: dict[str, list[dict]], path: pathlib.Path) -> None:
+    """Draws the loss over the steps of all phases, and beside it every layer's alignment error before and after each phase.
+
+    Each phase has its training loss; of a mix also the loss of each source; and the held-out loss of its evaluations, if any.
+    """
     aligned = {name: found for name, rows in phases.items() if (found := alignment_of(rows))}
     figure, axes = plt.subplots(1, 1 + len(aligned), figsize=(5.5 * (1 + len(aligned)), 4), constrained_layout=True, squeeze=False)
     begin = 0
@@ -80,6 +84,10 @@ def draw_run(phases: dict[str, list[dict]], path: pathlib.Path):
         for (source, (steps, values)), style in zip(own, itertools.cycle(STYLES), strict=False):
             label = f"{name}: {source.removeprefix(SOURCE)}"
             axes[0, 0].plot([begin + step for step in steps], values, style, label=label, color=color, linewidth=1)
+        steps, values = curves_of(rows, HELD_OUT_LOSS).get(HELD_OUT_LOSS, ((), ()))
+        if values:
+            label = f"{name}: held-out"
+            axes[0, 0].plot([begin + step for step in steps], values, "o-", label=label, color=color, markersize=3, alpha=0.6)
         begin += rows[-1]["step"]
     axes[0, 0].set(xlabel="step", ylabel="loss", yscale="log")
     axes[0, 0].legend()

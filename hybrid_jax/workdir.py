@@ -71,7 +71,8 @@ def load_run(
     if not before.is_dir():
         raise FileNotFoundError(f"{workdir} has not come to phase {phase!r}: {before} is not there yet")
     source = pathlib.Path(config.get("source") or stage_path(workdir, 0, "initial"))
-    of_phase = Phase.from_config(phase, config["phases"][phase])
+    # without its hooks: they only log, and their package may be missing here
+    of_phase = Phase.from_config(phase, {k: v for k, v in config["phases"][phase].items() if k != "hooks"})
     model = apply_phase_settings(in_form(load_model(before, dtype=dtype, mesh=mesh), of_phase.form, source, mesh), of_phase)
     return _with_checkpoint(model, of_phase, workdir / "checkpoints" / phase, step, mesh)
 

@@ -10,7 +10,7 @@ import pytest
 
 from hybrid_jax import load_model, save_model
 from hybrid_jax.commands import evaluate
-from hybrid_jax.commands.main import COMMANDS, main
+from hybrid_jax.commands.main import COMMANDS, Command, main
 from hybrid_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from tests.conftest import GOLDEN, tiny_model
 
@@ -51,6 +51,36 @@ def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as e:
         main([command, "--help"])
     assert e.value.code == 0 and "usage" in capsys.readouterr().out
+
+
+TOY = """
+def add_arguments(parser):
+    parser.add_argument("name", help="whom to greet")
+
+
+def run(args):
+    if args.name == "nobody":
+        raise ValueError("there is nobody to greet")
+    print(f"hello {args.name} {args.overrides}")
+"""
+
+
+def test_a_row_of_the_table_is_all_that_a_command_needs(tmp_path, capsys, monkeypatch):
+    (tmp_path / "toy_commands").mkdir()
+    (tmp_path / "toy_commands" / "greet.py").write_text(TOY)
+    monkeypatch.syspath_prepend(tmp_path)
+    row = Command("toy_commands.greet", "greet somebody", "world", overrides=True, resumable=True)
+    monkeypatch.setitem(COMMANDS, "greet", row)
+    assert main(["greet", "world", "--config.a=1"]) == 0 and capsys.readouterr().out == "hello world ['--config.a=1']\n"
+    assert fails(capsys, "greet", "nobody") == "hybrid-jax greet: there is nobody to greet"
+    with pytest.raises(SystemExit) as e:
+        main(["greet", "world", "--loud"])
+    assert e.value.code == 2 and "unknown option --loud" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as e:
+        main(["greet", "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert e.value.code == 0 and "hybrid-jax greet world" in words and "whom to greet" in words
+    assert "and greet continue when the same command is given again" in words
 
 
 def test_a_missing_shard_is_named(source, tmp_path, capsys):

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--k", type=integer(minimum=1), default=64, help="tokens kept of every distribution")
 
 
-def run(args: argparse.Namespace):
+def run(args: argparse.Namespace) -> None:
     import pathlib
 
     import jax.numpy as jnp

@@ -7,7 +7,7 @@ import argparse
 from hybrid_jax.commands.options import directory, integer
 
 
-def add_arguments(parser: argparse.ArgumentParser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=directory, help="a Hugging Face directory, or a hybrid one")
     parser.add_argument("out", help="the directory to make")
     parser.add_argument("--pattern", help="one symbol per layer, e.g. '*-GKA-*-GKA'; without it the model is copied")
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--seed", type=integer(minimum=0), default=0, help="of what the pattern initializes afresh")
 
 
-def run(args: argparse.Namespace):
+def run(args: argparse.Namespace) -> None:
     from hybrid_jax.convert import load_model, save_model
     from hybrid_jax.families import plugin_notes
     from hybrid_jax.files import check_new_directory

@@ -6,15 +6,19 @@ import argparse
 import dataclasses
 import json
 import pathlib
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from hybrid_jax.commands.options import integer
 from hybrid_jax.files import find_shipped, read_json
 
+if TYPE_CHECKING:
+    from hybrid_jax.evaluate.evaluation_report import Row
+
 NEW_TOKENS = 64  # of the continuation of a prompt
 
 
-def add_arguments(parser: argparse.ArgumentParser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", action="append", default=[], metavar="NAME=DIR", help="a model; may be repeated")
     parser.add_argument("--run", action="append", default=[], metavar="NAME=DIR", help="a run: every stage of it; may be repeated")
     parser.add_argument("--out", help="directory for report.md, recovery.png and results.json; results there are reused")
@@ -27,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def _named(text: str) -> tuple[str, pathlib.Path]:
+    """Splits NAME=DIR."""
     name, _, path = text.partition("=")
     if not path:
         raise ValueError(f"expected NAME=DIR, got {text!r}")
@@ -34,7 +39,13 @@ def _named(text: str) -> tuple[str, pathlib.Path]:
 
 
 class Measured(NamedTuple):
-    """A row to be: its name and directory; of a run, the run's name, the number of the stage and the directory of its source."""
+    """A model to measure.
+
+    Attributes:
+      name: of its row in the table.
+      path: its directory.
+      run, stage, source: for a stage of a run, the run's name, the stage's number and the directory of the run's source.
+    """
 
     name: str
     path: pathlib.Path
@@ -43,11 +54,11 @@ class Measured(NamedTuple):
     source: str = ""
 
 
-def _to_measure(args) -> list[Measured]:
-    """What the command line names, in that order.
+def _to_measure(args: argparse.Namespace) -> list[Measured]:
+    """Returns the models that the command line names, in its order.
 
     Raises:
-      ValueError: nothing, a name without a directory, or the same name twice: the rows of the one would count as the other's.
+      ValueError: there is nothing to measure, a name has no directory, or two models have the same name.
       FileNotFoundError: a run has no stages.
     """
     models, runs = [_named(text) for text in args.model], [_named(text) for text in args.run]
@@ -67,7 +78,7 @@ def _to_measure(args) -> list[Measured]:
     return found
 
 
-def _check(args, todo: list[Measured]):
+def _check(args: argparse.Namespace, todo: list[Measured]) -> None:
     """Checks, before anything is measured, that every tokenizer, row and prompt fits its model.
 
     A run's rows must fit its last stage; earlier ones are measured beyond their positions, too, if a phase raised them.
@@ -99,7 +110,7 @@ def _check(args, todo: list[Measured]):
 
 
 def _fingerprint(path: pathlib.Path, args: argparse.Namespace) -> dict:
-    """What a result depends on, by name: a stored result is reused only if all of it is the same."""
+    """Returns what a result depends on, by name; a stored result is reused only if all of it is the same."""
     from hybrid_jax.data.corpus import source_stamp
     from hybrid_jax.files import file_hash
 
@@ -110,7 +121,8 @@ def _fingerprint(path: pathlib.Path, args: argparse.Namespace) -> dict:
     return json.loads(json.dumps(found))
 
 
-def _continuations(args, rows) -> str:
+def _continuations(args: argparse.Namespace, rows: Sequence[Row]) -> str:
+    """Returns the Markdown of how each model, and the last stage of each run, continues the prompt."""
     import jax.numpy as jnp
 
     from hybrid_jax.convert import load_model
@@ -129,7 +141,7 @@ def _continuations(args, rows) -> str:
     return "\n\n".join(parts)
 
 
-def run(args: argparse.Namespace):
+def run(args: argparse.Namespace) -> None:
     import jax.numpy as jnp
     from rich.console import Console
     from rich.table import Column, Table

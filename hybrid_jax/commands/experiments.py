@@ -28,7 +28,7 @@ def steps_of(text: str) -> tuple[int, int]:
     return int(first), int(last)
 
 
-def run(args: argparse.Namespace):
+def run(args: argparse.Namespace) -> None:
     from hybrid_jax.config_file import load_config
     from hybrid_jax.experiment import run_experiment
     from hybrid_jax.parallel.distributed import say

@@ -7,7 +7,7 @@ import argparse
 from hybrid_jax.commands.options import directory, integer, number
 
 
-def add_arguments(parser: argparse.ArgumentParser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=directory, help="a run's working directory, or a model directory")
     parser.add_argument("out", help="the Hugging Face directory to make")
     parser.add_argument("--phase", default="", help="of a run: this phase's end, or its newest checkpoint; default: the outcome")
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--keep-teacher", action="store_true", help="keep a fused model fused")
 
 
-def run(args: argparse.Namespace):
+def run(args: argparse.Namespace) -> None:
     from hybrid_jax.convert import load_model, save_model
     from hybrid_jax.families import plugin_notes
     from hybrid_jax.files import check_new_directory

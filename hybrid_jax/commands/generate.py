@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import pathlib
 import sys
+from typing import TYPE_CHECKING
 
 from hybrid_jax.commands.options import directory, integer, number
 
+if TYPE_CHECKING:
+    from hybrid_jax.generation import Sampling
 
-def add_arguments(parser: argparse.ArgumentParser):
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=directory, help="a model directory with its tokenizer, e.g. RUN/model")
     parser.add_argument("prompt", help="the text to continue; '-' reads it from stdin")
     parser.add_argument("--file", action="store_true", help="PROMPT is the name of a file that holds the text")
@@ -26,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def _prompt(args: argparse.Namespace) -> str:
-    """The prompt's text; of a file or stdin without the last line break.
+    """Returns the prompt's text; that of a file or of stdin without its last line break.
 
     Raises:
       FileNotFoundError: no such file.
@@ -41,8 +45,12 @@ def _prompt(args: argparse.Namespace) -> str:
         raise ValueError(f"the prompt in {args.prompt if args.file else 'stdin'} is not UTF-8 text ({e})") from None
 
 
-def _sampling(args: argparse.Namespace, defaults):
-    """The model's own sampling with the options that were given in its place."""
+def _sampling(args: argparse.Namespace, defaults: Sampling) -> Sampling:
+    """Returns the model's own sampling, with the options of the command line in place of its values.
+
+    Raises:
+      ValueError: an option has no effect, because generation is greedy.
+    """
     import dataclasses
 
     given = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k") if getattr(args, name) is not None}
@@ -52,7 +60,7 @@ def _sampling(args: argparse.Namespace, defaults):
     return sampling
 
 
-def run(args: argparse.Namespace):
+def run(args: argparse.Namespace) -> None:
     import dataclasses
 
     import jax.numpy as jnp

@@ -10,10 +10,21 @@ import dataclasses
 import importlib
 import sys
 import traceback
+from typing import Protocol, cast
 
 from hybrid_jax.commands.options import Parser
 from hybrid_jax.commands.quiet import silence_libraries
 from hybrid_jax.stopped import EXIT_CODE, Stopped, Terminable
+
+
+class CommandModule(Protocol):
+    """The module of a command. At its top it imports no large library; `run` does."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser, /) -> None:
+        """Adds the command's arguments."""
+
+    def run(self, args: argparse.Namespace, /) -> None:
+        """Does the work, or raises one of `EXPECTED` with a message for the user."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,14 +32,13 @@ class Command:
     """One row of `COMMANDS`.
 
     Args:
-      module: name of its module in `hybrid_jax.commands`. The module defines `add_arguments(parser)`, which adds the command's
-        arguments, and `run(args)`, which does the work and raises one of `EXPECTED` with a message for the user if it cannot.
-        At its top it imports no large library; `run` does.
-      summary: what it does, for `--help`.
+      module: name of its module in `hybrid_jax.commands`, or the full path of a module of another package; see `CommandModule`.
+      summary: what the command does, for `--help`.
       example: arguments of a useful call, for `--help`.
-      job: the processes of a job run it together, so `jax.distributed` is started first, and one that fails ends the others.
-      overrides: it takes `--config.a.b=VALUE`; they arrive as `args.overrides`.
-      resumable: given again after Ctrl-C or SIGTERM, it continues.
+      job: whether the processes of a job run the command together. Then `jax.distributed` is started first, and a process that
+        fails ends the others.
+      overrides: whether the command takes `--config.a.b=VALUE`; they arrive as `args.overrides`.
+      resumable: whether the command, given again after Ctrl-C or SIGTERM, continues.
     """
 
     module: str
@@ -109,26 +119,32 @@ COMMANDS = {
     ),
 }
 EXPECTED = (ValueError, OSError, NotImplementedError, FloatingPointError)
-_RESUMABLE = [name for name, command in COMMANDS.items() if command.resumable]
-EXIT_CODES = (
-    f"exit codes: 0 done; 1 failed, with a message; 2 wrong options; {EXIT_CODE} stopped by Ctrl-C or SIGTERM\n"
-    f"({', '.join(_RESUMABLE[:-1])} and {_RESUMABLE[-1]} continue when the same command is given again)"
-)
+
+
+def _exit_codes() -> str:
+    """Returns the exit codes in words, for `--help`; of the commands in the table now, also of those that were added."""
+    *resumable, last = [name for name, command in COMMANDS.items() if command.resumable]
+    return (
+        f"exit codes: 0 done; 1 failed, with a message; 2 wrong options; {EXIT_CODE} stopped by Ctrl-C or SIGTERM\n"
+        f"({', '.join(resumable)} and {last} continue when the same command is given again)"
+    )
 
 
 def _parsers() -> tuple[Parser, dict[str, Parser]]:
     """Returns the parser of everything, and that of each command."""
-    parser = Parser(prog="hybrid-jax", description="Turn pretrained Transformers into hybrids.", epilog=EXIT_CODES)
+    exit_codes = _exit_codes()
+    parser = Parser(prog="hybrid-jax", description="Turn pretrained Transformers into hybrids.", epilog=exit_codes)
     subparsers, found = parser.add_subparsers(dest="command", required=True, metavar="COMMAND"), {}
     for name, command in COMMANDS.items():
-        epilog = f"example:\n  hybrid-jax {name} {command.example}\n\n{EXIT_CODES}"
+        epilog = f"example:\n  hybrid-jax {name} {command.example}\n\n{exit_codes}"
         found[name] = subparsers.add_parser(name, help=command.summary, description=command.summary, epilog=epilog)
         _module(command.module).add_arguments(found[name])
     return parser, found
 
 
-def _module(name: str):
-    return importlib.import_module(f"hybrid_jax.commands.{name}")
+def _module(name: str) -> CommandModule:
+    path = name if "." in name else f"hybrid_jax.commands.{name}"
+    return cast(CommandModule, importlib.import_module(path))
 
 
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:

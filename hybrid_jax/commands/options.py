@@ -15,7 +15,7 @@ from hybrid_jax.files import find_shipped
 
 
 def _checked(convert: Callable[[str], Any], check: Callable, bounds: dict) -> Callable[[str], Any]:
-    def read(text: str):
+    def read(text: str) -> Any:
         try:
             value = convert(text)
         except ValueError:
@@ -29,12 +29,12 @@ def _checked(convert: Callable[[str], Any], check: Callable, bounds: dict) -> Ca
 
 
 def integer(**bounds: int) -> Callable[[str], int]:
-    """What reads an option's integer; bounds as `check_integer` takes them."""
+    """Returns a function that reads an option's integer; bounds as `check_integer` takes them."""
     return _checked(int, check_integer, bounds)
 
 
 def number(**bounds: float) -> Callable[[str], float]:
-    """What reads an option's finite number; bounds as `check_number` takes them."""
+    """Returns a function that reads an option's finite number; bounds as `check_number` takes them."""
     return _checked(float, check_number, bounds)
 
 
@@ -42,14 +42,14 @@ OVERRIDES = "Fields of the config are overridden by --config.a.b=VALUE, e.g. --c
 
 
 def directory(text: str) -> str:
-    """A directory of a model or a run; one of those that come with the package (`launch/tiny_qwen3`) is found from everywhere."""
+    """Reads the directory of a model or a run; those that come with the package (`launch/tiny_qwen3`) are found from everywhere."""
     return str(find_shipped(text))
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults behind each option that has one, examples as they are written."""
+    """Help that shows the default of each option that has one, and leaves the lines of examples as they are."""
 
-    def _get_help_string(self, action):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
         absent = action.default is None or action.default is False or action.default in ("", (), [])
         return action.help if absent else super()._get_help_string(action)
 
@@ -57,14 +57,14 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line and end the process with code 2."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, formatter_class=_Help, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; `{self.prog} --help` lists the options\n")
 
     def refuse(self, unknown: Iterable[str]) -> NoReturn:
-        """Names options that the command does not have, and what they may be misspellings of."""
+        """Ends the process with an error that names unknown options, and which known one may be meant."""
         unknown, known = list(unknown), [name for action in self._actions for name in action.option_strings if name != "--help"]
         near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1, cutoff=0.7)
         hint = f"; did you mean {near[0]}?" if near else "" if OVERRIDES not in (self.description or "") else f"; {OVERRIDES[:-1]}"

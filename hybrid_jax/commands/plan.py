@@ -9,28 +9,29 @@ from hybrid_jax.commands.options import directory, integer, number
 from hybrid_jax.commands.quiet import native_stderr_hidden
 
 
-def add_arguments(parser: argparse.ArgumentParser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source", required=True, type=directory, help="a directory with config.json (no weights needed), or a public name"
     )
     parser.add_argument("--pattern", default="", help="one symbol per layer, or e.g. GKA:0.5; default: the source as it is")
     parser.add_argument("--topology", required=True, help="v5p:4x4x4, v5p (the smallest slice that fits), h100:64, …")
     parser.add_argument("--mesh", help="e.g. fsdp=8,seq=8; default: chosen")
-    parser.add_argument("--seq-len", type=integer(minimum=1), default=8192, help="tokens per row; of context when decoding")
+    parser.add_argument("--seq-len", type=integer(minimum=1), default=8192, help="tokens per row; when decoding, tokens of context")
     parser.add_argument("--program", default="train", help="the step to plan: align, train or decode")
-    parser.add_argument(
-        "--rows", type=integer(minimum=0), default=0, help="rows per step; default: one for every part of the batch"
-    )
+    parser.add_argument("--rows", type=integer(minimum=0), default=0, help="rows per step; default: one per part of the batch")
     parser.add_argument("--remat", default="full", help="none, attention or full: what layers keep for their gradient")
     parser.add_argument("--trainable", nargs="+", default=(), help="patterns of the parameters that train")
-    parser.add_argument("--tokens", type=number(above=0), default=1e9, help="to go, for the hours")
+    parser.add_argument("--tokens", type=number(above=0), default=1e9, help="tokens to train on, for the time estimate")
     parser.add_argument(
-        "--efficiency", type=number(above=0, maximum=1), default=0.4, help="of the floor that is reached, for the hours"
+        "--efficiency",
+        type=number(above=0, maximum=1),
+        default=0.4,
+        help="fraction of the floor's speed that is reached, for the time estimate",
     )
     parser.add_argument("--json", help="write the plan here too")
 
 
-def run(args: argparse.Namespace):
+def run(args: argparse.Namespace) -> None:
     import contextlib
     import json
     import os

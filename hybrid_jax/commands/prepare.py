@@ -7,7 +7,7 @@ import argparse
 from hybrid_jax.commands.options import directory, integer, number
 
 
-def add_arguments(parser: argparse.ArgumentParser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="stdlib, a file (.jsonl, .parquet, .arrow, text), a folder of them, hf:NAME[:SPLIT]")
     parser.add_argument("out", help="the directory to make, or to finish")
     parser.add_argument("--tokenizer", required=True, type=directory, help="a model directory")
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     )
 
 
-def run(args: argparse.Namespace):
+def run(args: argparse.Namespace) -> None:
     from hybrid_jax.convert import read_model_config
     from hybrid_jax.data import check_tokenizer_fits, load_tokenizer
     from hybrid_jax.data.prepare import prepare

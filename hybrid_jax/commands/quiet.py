@@ -15,8 +15,8 @@ ENVIRONMENT = {
 }
 
 
-def silence_libraries():
-    """Before the libraries are imported: warnings of absl (orbax) and notices of transformers and libtpu are not printed.
+def silence_libraries() -> None:
+    """Turns off warnings of absl (orbax) and notices of transformers and libtpu. Call it before the libraries are imported.
 
     Errors are raised or printed as before.
     """
@@ -29,7 +29,7 @@ def silence_libraries():
 
 @contextlib.contextmanager
 def native_stderr_hidden() -> Iterator[None]:
-    """What native libraries write to stderr within the block is dropped; Python's exceptions pass as ever."""
+    """Drops what native libraries write to stderr within the block; Python's exceptions are raised as usual."""
     before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import re
+from typing import TYPE_CHECKING
 
 from hybrid_jax.commands.options import directory, integer, number
 from hybrid_jax.priming.scorers import DEFAULT_SCORER, SCORERS
+
+if TYPE_CHECKING:
+    from hybrid_jax.priming.select import Selection
 
 NAMED = ("window", "rows", "seq_len")  # options of scorers that are options of the command too
 
@@ -34,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", default="stdlib", help="'stdlib', a .jsonl file, a text file or a folder")
 
 
-def _selection(args: argparse.Namespace):
-    """The selection that the command line describes."""
+def _selection(args: argparse.Namespace) -> Selection:
+    """Returns the selection that the command line describes."""
     from hybrid_jax.checks import check_known
     from hybrid_jax.config_file import parse_value
     from hybrid_jax.priming.select import Selection, scorer_options

@@ -10,7 +10,7 @@ import pathlib
 ARRAYS = ("SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX")
 
 
-def add_arguments(parser: argparse.ArgumentParser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="a sweep config, e.g. configs/sweep_tiny.py")
     parser.add_argument("--out", required=True, help="everything goes here; the same one resumes it")
     parser.add_argument("--index", help="only this point, counted from 0; 'array' for the array job's (Slurm, GKE)")
@@ -39,7 +39,7 @@ def check_points(points) -> list:
     return configs
 
 
-def run(args: argparse.Namespace):
+def run(args: argparse.Namespace) -> None:
     from hybrid_jax.config_file import load_config
     from hybrid_jax.stopped import Stopped
     from hybrid_jax.sweep import claim, collect, points_of, run_point

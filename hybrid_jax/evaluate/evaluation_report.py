@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-NOTHING_LOST = 0.02  # nats a token
+NOTHING_LOST = 0.02  # nats per token
 LINES = ("--", ":", "-.", (0, (1, 4)))  # of the models in the picture
 
 
@@ -41,17 +41,20 @@ class Row:
 
 
 def source_of(row: Row, rows: Sequence[Row]) -> Row | None:
-    """The model that `row`'s run was made from: the one in that directory, else the only one with the run's tokenizer."""
+    """Returns the model that `row`'s run was made from: the one in its source's directory, else the only one with its tokenizer.
+
+    None: no model is known to be the source.
+    """
     models = [r for r in rows if not r.run and r.tokenizer == row.tokenizer]
     own = [r for r in models if row.source and os.path.realpath(r.path) == os.path.realpath(row.source)]
     return own[0] if own else models[0] if len(models) == 1 else None
 
 
 def recovered(row: Row, rows: Sequence[Row]) -> float | None:
-    """The share of the loss that stage 0 lost on held-out text and `row` has won back.
+    """Returns the fraction of the held-out loss increase caused by stage 0 that `row` has recovered.
 
-    None for a source, where no model is known to be the source (see `source_of`), and where stage 0 lost less than
-    `NOTHING_LOST`: there is nothing to win back.
+    None for a source and for stage 0 itself, where no model is known to be the source (see `source_of`), and where stage 0 lost
+    less than `NOTHING_LOST`, so that there is nothing to recover.
     """
     source, starts = source_of(row, rows), [r for r in rows if r.run == row.run and r.stage == 0]
     if not row.run or source is None or not starts or row.stage == 0:
@@ -64,6 +67,7 @@ HEADER = ("model", "pattern", "held-out loss (nats/token)", "share of the lost l
 
 
 def table_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Returns the cells of the table, as text, one tuple per model in the order of `HEADER`."""
     cells = []
     for row in rows:
         share = recovered(row, rows)
@@ -80,13 +84,14 @@ def table_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
+    """Returns the table in Markdown."""
     code = [(name, f"`{pattern}`", *rest) for name, pattern, *rest in table_cells(rows)]  # a bare * is emphasis
     lines = [HEADER, tuple("---" for _ in HEADER), *code]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def notes(rows: Sequence[Row], asked: int = 0) -> list[str]:
-    """What a reader of the table must know, a sentence each.
+    """Returns what a reader of the table must know, one sentence per note.
 
     Args:
       asked: how many rows of held-out text should have been read.
@@ -109,8 +114,8 @@ def notes(rows: Sequence[Row], asked: int = 0) -> list[str]:
     return found
 
 
-def draw_recovery(rows: Sequence[Row], path: pathlib.Path):
-    """Held-out loss and retrieval accuracy over the stages, a line per run, the source as a dashed line."""
+def draw_recovery(rows: Sequence[Row], path: pathlib.Path) -> None:
+    """Draws held-out loss and retrieval accuracy over the stages: one line per run, a dashed line per source."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
     runs = list(dict.fromkeys(r.run for r in rows if r.run))
     measures = (("text_loss", "held-out loss (nats/token)", 1), ("retrieval_accuracy", "retrieval of 16 pairs (%)", 100))

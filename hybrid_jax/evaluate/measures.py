@@ -41,7 +41,7 @@ def loss_sums(
 
 @functools.partial(jax.jit, static_argnums=0)
 def batch_sums(structure: Any, parameters: Parameters, batch: Mapping[str, Any]) -> jax.Array:
-    """`loss_sums` of a model on a batch."""
+    """Returns `loss_sums` of a model on a batch."""
     model = join_model(structure, parameters)
     hidden, _ = model.hidden_states(batch["input_ids"], batch["segment_ids"], batch["positions"])
     return loss_sums(model, hidden, batch)
@@ -59,7 +59,7 @@ def padded_batches(rows: Iterable[Mapping[str, np.ndarray]]) -> list[dict[str, n
 
 
 def _weighted_sums(model: Decoder, batches: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
-    """`loss_sums` over all batches, in float64."""
+    """Returns `loss_sums` over all batches, in float64."""
     structure, parameters = split_model(model)
     total = np.zeros(3)
     for batch in batches:

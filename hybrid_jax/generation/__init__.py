@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from hybrid_jax.checks import check_integer
 from hybrid_jax.config import ModelConfig
@@ -25,19 +27,23 @@ SLOTS = 64  # caches have a multiple of so many slots, so that prompts of variou
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(structure, parameters, ids, segment_ids, positions, state):
+def _forward(
+    structure: nnx.GraphDef, parameters: Mapping[str, jax.Array], ids: Any, segment_ids: Any, positions: Any, state: Any
+) -> tuple[jax.Array, Any]:
+    """Returns the logits [B, vocab] after the last of the tokens [B, T], and the state after them."""
     model = join_model(structure, parameters)
     hidden, state = model.hidden_states(ids, segment_ids, positions, state)
     return model.head(hidden[:, -1]), state
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def _empty_state(structure, parameters, batch: int, length: int):
+def _empty_state(structure: nnx.GraphDef, parameters: Mapping[str, jax.Array], batch: int, length: int) -> Any:
+    """Returns the state before the first token, with caches of `length` slots."""
     return join_model(structure, parameters).init_state(batch, length)
 
 
 def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[np.ndarray]:
-    """Token sequences that a model can continue, each as an integer array.
+    """Checks that a model can continue token sequences, and returns each as an integer array.
 
     Raises:
       ValueError: no prompt or an empty one, an id outside the vocabulary, or more tokens than the model has positions.

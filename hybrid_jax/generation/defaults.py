@@ -45,12 +45,13 @@ class GenerationDefaults(NamedTuple):
 
 
 def _eos_ids(name: str, value: Any) -> tuple[int, ...]:
-    """The ids; negative ones mean none, as in config.json."""
+    """Returns the ids; negative ones mean none, as in config.json."""
     ids = value if isinstance(value, (list, tuple)) else [value]
     return tuple(i for i in (check_integer(name, i, minimum=-1) for i in ids) if i >= 0)
 
 
 def _sampling(path: pathlib.Path, values: Mapping[str, Any]) -> Sampling:
+    """Returns the sampling of a generation_config.json, and reports its options that are not applied."""
     samples = check_boolean("do_sample", values.get("do_sample") or False)
     options = NOT_APPLIED | (NOT_APPLIED_SAMPLING if samples else {})
     ignored = [n for n, neutral in options.items() if values.get(n) is not None and values[n] not in neutral]
@@ -62,7 +63,7 @@ def _sampling(path: pathlib.Path, values: Mapping[str, Any]) -> Sampling:
 
 
 def generation_defaults(directory: str | pathlib.Path, config: ModelConfig) -> GenerationDefaults:
-    """The defaults of a model directory.
+    """Reads the defaults of a model directory.
 
     `generation_config.json` decides where it exists; else config.json's `eos_token_id`, and greedy.
 

@@ -19,8 +19,9 @@ class Sampling:
 
     Args:
       temperature: logits are divided by it; 0 is greedy.
-      top_p: of the top-k tokens those are kept whose predecessors' probabilities sum to less than this; 1 keeps all.
-      top_k: so many of the top-k tokens are kept; 0 keeps all.
+      top_p: of the tokens in order of probability, those are kept whose predecessors' probabilities sum to less than this; 1
+        keeps all.
+      top_k: how many of the most likely tokens are kept; 0 keeps all.
 
     Raises:
       ValueError: a negative temperature or top_k, or top_p outside (0, 1].
@@ -30,7 +31,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_number("temperature", self.temperature, minimum=0)
         check_number("top_p", self.top_p, above=0, maximum=1)
         check_integer("top_k", self.top_k, minimum=0)
@@ -41,7 +42,10 @@ class Sampling:
 
 
 def adjusted(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """The logits [B, vocab] to draw from, float32: temperature, then top-k, then top-p, as in transformers; -inf is never drawn."""
+    """Returns the float32 logits [B, vocab] to draw from: after temperature, then top-k, then top-p, as in transformers.
+
+    A token that is not kept has -inf.
+    """
     logits = logits.astype(jnp.float32)
     logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
@@ -58,7 +62,7 @@ def adjusted(logits: jax.Array, sampling: Sampling) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="sampling")
 def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    """One token id [B] for each row of logits [B, vocab]."""
+    """Returns one token id for each row of logits [B, vocab], as an array [B]."""
     if sampling.greedy:
         return jnp.argmax(logits.astype(jnp.float32), axis=-1)
     return jax.random.categorical(key, adjusted(logits, sampling))

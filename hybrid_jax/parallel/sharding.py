@@ -53,11 +53,11 @@ def parameter_sharding(mesh: Mesh, name: str, shape: tuple[int, ...], axes: Axes
     spec = partition_spec(mesh, axes)
     for size, axis, entry in zip(shape, axes, spec, strict=True):
         names = (entry,) if isinstance(entry, str) else entry or ()
-        parts, axes = math.prod(mesh.shape[a] for a in names), "*".join(names)
+        parts, label = math.prod(mesh.shape[a] for a in names), "*".join(names)
         if size % parts:
             raise ValueError(
-                f"mesh axis {axes!r} of size {parts} does not divide {axis!r} of {name} {tuple(shape)}: {size}; "
-                f"choose a mesh whose {axes!r} divides it"
+                f"mesh axis {label!r} of size {parts} does not divide {axis!r} of {name} {tuple(shape)}: {size}; "
+                f"choose a mesh whose {label!r} divides it"
             )
     if isinstance(mesh, Mesh):  # whatever axis types the caller's has
         mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))

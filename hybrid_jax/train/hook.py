@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax.sharding import Mesh
 
+from hybrid_jax.data import Corpus
 from hybrid_jax.model import Decoder
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class StepView:
 
     Attributes:
       name, phase: the phase's name and settings.
+      corpus: the run's data, its held-out part and its tokenizer.
       step: the number of steps done.
       mesh: the mesh whose context the hook runs in; None for one device.
       state, frozen, layout: the parameters as they are trained.
@@ -31,6 +33,7 @@ class StepView:
 
     name: str
     phase: Phase
+    corpus: Corpus
     step: int
     mesh: Mesh | None
     state: TrainState
@@ -48,12 +51,16 @@ class Hook:
 
     It must not change what it sees. Its time does not count in `tokens_per_second`.
 
+    A config chooses hooks by `phase.hooks`, see `train.hooks`. The constructor of such a hook takes `every` and its options, as
+    keyword-only arguments. It checks the options (ValueError), and does nothing that takes time: it is called when the config is
+    read and again when the phase begins.
+
     Args:
       every: steps between two calls, at least 1.
     """
 
     name = "hook"
-    """The key of its state in a checkpoint, different for each hook of a phase."""
+    """The key of its state in a checkpoint, different for each hook of a phase; in a config, the hook's name there."""
 
     def __init__(self, every: int):
         self.every = every

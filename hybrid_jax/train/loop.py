@@ -29,6 +29,7 @@ from hybrid_jax.train.diagnose import first_bad
 from hybrid_jax.train.evaluation import LOSS as HELD_OUT_LOSS
 from hybrid_jax.train.evaluation import Evaluation
 from hybrid_jax.train.hook import Hook, StepView
+from hybrid_jax.train.hooks import make_hooks
 from hybrid_jax.train.interval import LATEST, Interval
 from hybrid_jax.train.meter import Meter
 from hybrid_jax.train.metrics import MetricWriter, NoMetrics, progress_bar
@@ -112,7 +113,7 @@ def train_phase(
       profile: first and last step to trace, into `directory`'s neighbour `profile`.
       teacher: makes the source, which teaches where the objective compares two streams, in its place on the mesh; default: the
         model's own teacher stream as it is here. It does not change, and takes neither RoPE nor context length from the phase.
-      hooks: called beside the built-in evaluation; see `train.hook`.
+      hooks: called after the built-in evaluation and the hooks of `phase.hooks`; see `train.hook`.
 
     Returns:
       The trained model.
@@ -150,7 +151,7 @@ def train_phase(
     batches = training_batches(corpus, **described, rows=rows, teacher_cache=phase.teacher_cache, steps=phase.steps)
     made_of |= corpus.identity(mix)
     checkpoints, interval = Checkpoints(directory, phase.keep, phase.keep_every), Interval()
-    hooks = [*([Evaluation(phase, corpus, mix, mesh)] if phase.eval_every else ()), *hooks]
+    hooks = [*([Evaluation(phase, corpus, mix, mesh)] if phase.eval_every else ()), *make_hooks(phase.hooks), *hooks]
     best, held_out = {"step": 0, "loss": math.inf}, {}
     done = saved = 0
     if (found := checkpoints.restore_latest(state)) is not None:
@@ -213,7 +214,7 @@ def train_phase(
             if due:
                 told_to |= read_metrics_of(*pending)  # so that a bad step ends the phase before it is evaluated
                 pending, stopping = None, stopping or told_to
-                view = StepView(name, phase, done, mesh, state, frozen, layout)
+                view = StepView(name, phase, corpus, done, mesh, state, frozen, layout)
                 with meter.paused():
                     values = {n: x for hook in due for n, x in hook(view).items()}
                 del view

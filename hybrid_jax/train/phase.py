@@ -6,10 +6,12 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from hybrid_jax.checks import check_boolean, check_choice, check_integer, check_known, check_number
 from hybrid_jax.data import Corpus
 from hybrid_jax.model import REMAT
+from hybrid_jax.train.hooks import make_hooks
 from hybrid_jax.train.objectives import OBJECTIVES, make_objective
 
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
@@ -83,6 +85,8 @@ class Phase:
       eval_rows: rows per source that are evaluated; more of them make differences between steps less noisy.
       keep_best: keep the checkpoint with the lowest `eval/loss` beside the newest ones, also when the phase has ended, for
         `export --phase P --step N`; `eval/best_step` in the metrics is its step. Needs `eval_every`.
+      hooks: name -> `hook` ("MODULE:CLASS"), `every` and the class's options: what else is called every so many steps and logs
+        values (see `train.hooks`).
       log_every: steps between two lines of metrics, which hold means over these steps (see `train.interval`).
       checkpoint_every: steps between two checkpoints.
       keep: how many of the newest checkpoints stay.
@@ -124,6 +128,7 @@ class Phase:
     eval_every: int = 0
     eval_rows: int = 64
     keep_best: bool = False
+    hooks: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     log_every: int = 10
     checkpoint_every: int = 200
     keep: int = 2
@@ -179,6 +184,7 @@ class Phase:
             check_number(f"phase.mix.{name}", share, minimum=0)
         if self.mix and not any(dict(self.mix).values()):
             raise ValueError(f"phase.mix needs at least one positive share, got {dict(self.mix)}; leave it out for data.mix")
+        make_hooks(self.hooks)
         if not isinstance(self.trainable, (tuple, list)):
             raise ValueError(f"phase.trainable must be a list of regular expressions, got {self.trainable!r}")
         for pattern in self.trainable:

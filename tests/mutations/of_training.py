@@ -12,7 +12,7 @@ FUSE, MODEL, REPORT = "hybrid_jax/priming/fuse.py", "hybrid_jax/model.py", "hybr
 OF_OPTIMIZER, OF_INTERVAL, OF_STEPS = "tests/train/test_optimizer.py", "tests/train/test_interval.py", "tests/train/test_steps.py"
 OF_TEACHERS, OF_OBJECTIVES, OF_PHASE = "tests/train/test_teachers.py", "tests/train/test_objectives.py", "tests/train/test_phase.py"
 OF_CHECKPOINTS, OF_WORKDIR = "tests/train/test_checkpoints.py", "tests/train/test_workdir.py"
-OF_CONTRACTS = "tests/train/test_contracts.py"
+OF_CONTRACTS, OF_HOOKS = "tests/train/test_contracts.py", "tests/train/test_hooks.py"
 OF_LENGTHENING, OF_TRAINING = "tests/train/test_lengthening.py", "tests/train/test_training.py"
 PICTURE = f"{OF_INTERVAL}::test_the_picture_has_every_source_s_own_loss_and_bridges_intervals_without_one"
 SPIKES = f"{OF_OPTIMIZER}::test_spikes_are_counted_against_means_of_the_steps_that_counted"
@@ -260,4 +260,25 @@ MUTATIONS = [
     Mutation(REPORT, 'begin += rows[-1]["step"]', "begin += len(rows)", "phases overlap in the picture", (PICTURE,)),
     Mutation(REPORT, "(values[0], values[-1])", "(values[0], min(values))", "a layer that got worse looks aligned", (PICTURE,)),
     Mutation(REPORT, "for row in reversed(rows)", "for row in rows", "a run's last loss is its first", (PICTURE,)),
+    Mutation(
+        REPORT,
+        '[begin + step for step in steps], values, "o-"',
+        'steps, values, "o-"',
+        "held-out losses of a later phase are drawn at the steps of the first one",
+        (f"{OF_INTERVAL}::test_the_picture_has_the_held_out_loss_of_the_evaluations_at_their_steps",),
+    ),
+    Mutation(
+        f"{TRAIN}/hooks.py",
+        "hook.name = name",
+        "",
+        "two hooks of one class resume each other's state",
+        (f"{OF_HOOKS}::test_two_hooks_of_one_class_run_beside_each_other_and_each_resumes_its_own_state",),
+    ),
+    Mutation(
+        f"{TRAIN}/hooks.py",
+        "check_known(where, values, (CLASS, EVERY, *known))",
+        "",
+        "a misspelled option of a hook is left out",
+        (f"{OF_HOOKS}::test_a_wrong_hook_is_refused_when_the_config_is_read",),
+    ),
 ]

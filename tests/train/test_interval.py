@@ -167,3 +167,19 @@ def test_the_picture_has_every_source_s_own_loss_and_bridges_intervals_without_o
     worse = [*rows["align"], {"step": 9, "loss": 5.0, "mixer_mse/01": 3.0}]
     assert run_report.alignment_of(worse) == {1: (8.0, 3.0)} and run_report.final_loss(rows["train"]) == 1.5
     assert run_report.final_loss(rows["train"][:2]) == 2.0 and np.isnan(run_report.final_loss(rows["train"][1:2]))
+
+
+def test_the_picture_has_the_held_out_loss_of_the_evaluations_at_their_steps(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(run_report.plt, "close", figures.append)
+    evaluated = {"eval/loss": 3.5, "eval/loss/text": 3.5, "eval/retrieval": 0.5}
+    rows = [
+        {"phase": "align", "step": 5, "loss": 4.0},
+        {"phase": "train", "step": 1, "loss": 3.0},
+        {"phase": "train", "step": 2, **evaluated},  # between two log lines
+        {"phase": "train", "step": 4, "loss": 2.0, **evaluated, "eval/loss": 2.5},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_report.report_run(tmp_path)
+    lines = {line.get_label(): line.get_xydata().tolist() for line in figures[0].axes[0].lines}
+    assert lines == {"align": [[5, 4.0]], "train": [[6, 3.0], [9, 2.0]], "train: held-out": [[7, 3.5], [9, 2.5]]}

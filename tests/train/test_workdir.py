@@ -17,6 +17,8 @@ from hybrid_jax.commands.main import main
 from hybrid_jax.experiment import run_experiment
 from hybrid_jax.parallel.mesh import make_mesh
 from hybrid_jax.priming.fuse import unfuse
+from hybrid_jax.train import read_metrics
+from hybrid_jax.train.evaluation import Evaluation
 from hybrid_jax.workdir import load_run
 from tests.train.conftest import arrays, experiment
 
@@ -73,6 +75,28 @@ def test_a_phase_under_way_is_had_at_its_newest_checkpoint(run, tmp_path, capsys
     exported = load_model(tmp_path / "out")
     assert exported.config.pattern == "GKA-GKA" and (tmp_path / "out" / "tokenizer.json").exists()
     assert all(np.array_equal(newest[n], v) for n, v in arrays(exported).items())
+
+
+def test_the_best_checkpoint_of_a_run_is_exported_by_the_step_that_its_metrics_name(made_source, tmp_path, monkeypatch):
+    """Step 2 of 5 is the best, neither the newest nor one that `checkpoint_every` saves."""
+    seen = {}
+
+    def evaluate(self, view):
+        seen[view.step] = {n: np.asarray(x) for n, x in view.layout.parameters(view.state, view.frozen).items()}
+        return {"eval/loss": [3.0, 1.0, 2.0, 2.5, 1.5][view.step - 1]}
+
+    monkeypatch.setattr(Evaluation, "__call__", evaluate)
+    source, text = made_source
+    config = experiment(source, schedule=("train",))
+    config.data.text = text
+    config.phases.train.update(dict(steps=5, checkpoint_every=100, keep=1, eval_every=1, keep_best=True, eval_rows=1))
+    run_experiment(config, tmp_path / "run")
+    step = int([r["eval/best_step"] for r in read_metrics(tmp_path / "run") if "eval/best_step" in r][-1])
+    assert step == 2
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--phase", "train", "--step", str(step)]) == 0
+    best, last = arrays(load_model(tmp_path / "out")), arrays(load_model(tmp_path / "run" / "model"))
+    assert {*best} == {*seen[2]} and all(np.array_equal(x, seen[2][n]) for n, x in best.items())
+    assert any(not np.array_equal(x, last[n]) for n, x in best.items())
 
 
 def test_what_is_not_there_is_named(run, tmp_path, capsys):
