@@ -150,6 +150,8 @@ class Decoder(nnx.Module):
                 outs += out
                 continue
             carry, out = jax.lax.scan(lambda c, s, graphs=graphs: unit(graphs, s, c), carry, states)
+            # The scan stacks what every layer returns; indexing it back is cheap: XLA fuses the slice into what reads it, and
+            # removes outputs that nobody reads. What is returned is small (losses per token) unless the caller asks for hidden states.
             outs += [jax.tree.map(lambda x, n=n: x[n], out[m]) for n in range(repeat.count) for m in range(repeat.length)]
         return carry, outs
 

@@ -299,6 +299,8 @@ def _splash_backward(q, k, v, q_segments, k_segments, mask, o, lse, do):
     def row(q, k, v, q_segments, k_segments, o, lse, do):
         ids = splash.SegmentIds(q_segments, k_segments)
         residuals = (q, k, v, ids, None, o, lse, kernel.dq_mask_info, kernel.dkv_mask_info)
+        # JAX has no public function for the gradient of a part, given the log-sum-exp of all parts. If this one's arguments change,
+        # tests/parallel/test_splash.py fails, which compares it with attention in float64; forward passes do not need it.
         grads = splash._splash_attention_bwd(
             save_residuals=False,
             residual_checkpoint_name=None,

@@ -180,7 +180,7 @@ def test_meshes_are_checked_against_devices_and_model():
         ({"tensor": 4}, "'tensor' divides num_key_value_heads in 4 shards, which do not divide 2"),
         ({"fsdp": 5}, "'fsdp*seq*expert' divides hidden_size in 5 shards, which do not divide 24"),
         ({"seq": 4}, "'seq' divides seq_len in 8 shards (two chunks per device), which do not divide 20"),
-        ({"data": 3}, "batch_size in 3 parts, which do not divide 4"),
+        ({"data": 3}, "batch_size in 3 shards, which do not divide 4"),
         ({"expert": 2}, "needs a mixture-of-experts model"),
     ):
         with pytest.raises(ValueError) as e:
