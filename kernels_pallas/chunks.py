@@ -10,21 +10,23 @@ For a chunk of C tokens with log decays g, a = cumsum(g) inside it and H0 the st
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from kernels_pallas.arguments import backend
 
 
 def default_chunk() -> int:
-    """Tokens a chunk where nothing is asked for: 64, or 32 on a CPU, where the smaller chunk's fewer FLOPs count."""
+    """Returns the tokens per chunk where the caller names none: 64, or 32 on a CPU, where the smaller chunk's fewer FLOPs count."""
     return 32 if backend() == "cpu" else 64
 
 
 class ChunkDecay(NamedTuple):
-    """mask [N,B,H,C,C], reach [N,B,H,C], keep [N,B,H,C], total [N,B,H]."""
+    """The decays of every chunk (see the module): mask [N,B,H,C,C], reach [N,B,H,C], keep [N,B,H,C], total [N,B,H]."""
 
     mask: jax.Array
     reach: jax.Array
@@ -33,11 +35,12 @@ class ChunkDecay(NamedTuple):
 
 
 def num_chunks(T: int, chunk_size: int) -> int:
+    """Returns how many chunks hold T tokens."""
     return -(-T // chunk_size)
 
 
 def to_chunks(x: jax.Array, chunk_size: int) -> jax.Array:
-    """[B,T,H,...] -> [N,B,H,C,...], T padded with zeros to a multiple of the chunk."""
+    """Returns x [B,T,H,...] as chunks [N,B,H,C,...], T padded with zeros to a multiple of the chunk."""
     B, T, H, *rest = x.shape
     N = num_chunks(T, chunk_size)
     x = jnp.pad(x, ((0, 0), (0, N * chunk_size - T)) + ((0, 0),) * (x.ndim - 2))
@@ -46,13 +49,13 @@ def to_chunks(x: jax.Array, chunk_size: int) -> jax.Array:
 
 
 def from_chunks(x: jax.Array, T: int) -> jax.Array:
-    """[N,B,H,C,D] -> [B,T,H,D]."""
+    """Returns chunks [N,B,H,C,D] as [B,T,H,D], without the padding."""
     N, B, H, C, D = x.shape
     return x.transpose(1, 0, 3, 2, 4).reshape(B, N * C, H, D)[:, :T]
 
 
 def chunk_segments(segments: jax.Array, chunk_size: int) -> tuple[jax.Array, jax.Array]:
-    """Segment numbers [N,B,C], padding counted to the last, and those carried into each chunk [N,B]."""
+    """Returns segment numbers [N,B,C], where padding belongs to the last segment, and those carried into each chunk [N,B]."""
     B, T = segments.shape
     N = num_chunks(T, chunk_size)
     padded = jnp.pad(segments, ((0, 0), (0, N * chunk_size - T)), mode="edge")
@@ -65,7 +68,7 @@ FORGOTTEN = -1000.0  # a log decay that leaves nothing, in float64 too
 
 
 def cumulative(g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(coarse, fine) cumulative sums of g whose differences are exact to g's own rounding.
+    """Returns (coarse, fine) cumulative sums of g over its last dim, whose differences are exact to g's own rounding.
 
     A float32 cumsum over a chunk of strong decays reaches thousands, where one ulp is 1e-4: too coarse
     for the differences of its neighbours. The part of g on a grid of 1/64 adds up without rounding, as long as
@@ -79,8 +82,8 @@ def cumulative(g: jax.Array) -> tuple[jax.Array, jax.Array]:
     return coarse, fine
 
 
-def chunk_decay(log_decay: jax.Array, segments: jax.Array | None, chunk_size: int, dtype) -> ChunkDecay:
-    """The decays of every chunk, from log_decay [B,T,H] and segment numbers [B,T] (None: one segment)."""
+def chunk_decay(log_decay: jax.Array, segments: jax.Array | None, chunk_size: int, dtype: DTypeLike) -> ChunkDecay:
+    """Returns the decays of every chunk, from log_decay [B,T,H] and segment numbers [B,T] (None: one segment)."""
     g = to_chunks(log_decay.astype(dtype), chunk_size)
     coarse, fine = cumulative(g)
 
@@ -107,15 +110,20 @@ def chunk_decay(log_decay: jax.Array, segments: jax.Array | None, chunk_size: in
     )
 
 
-def matmul(equation: str, *operands: jax.Array, dtype) -> jax.Array:
-    """einsum that accumulates in `dtype`; float32 operands are multiplied exactly, bf16 ones as they are."""
+def matmul(equation: str, *operands: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Returns the einsum, accumulated in `dtype`; float32 operands are multiplied at full precision, bf16 ones as they are."""
     low = all(x.dtype == jnp.bfloat16 for x in operands)
     precision = jax.lax.Precision.DEFAULT if low else jax.lax.Precision.HIGHEST
     return jnp.einsum(equation, *operands, preferred_element_type=dtype, precision=precision)
 
 
-def chunk_states(k: jax.Array, v: jax.Array, decay: ChunkDecay, initial: jax.Array):
-    """States before each chunk [N,B,H,K,V] and after the last [B,H,K,V], for S <- total S + (K keep)' V."""
+def chunk_states(k: jax.Array, v: jax.Array, decay: ChunkDecay, initial: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the states before each chunk [N,B,H,K,V] and after the last [B,H,K,V], for S <- total S + (K keep)' V.
+
+    Args:
+      k, v: [N,B,H,C,K] and [N,B,H,C,V].
+      initial: [B,H,K,V], in the dtype of sums.
+    """
     dtype = initial.dtype
     local = matmul("nbhck,nbhcv->nbhkv", (k * decay.keep[..., None]).astype(k.dtype), v, dtype=dtype)
 
@@ -128,23 +136,32 @@ def chunk_states(k: jax.Array, v: jax.Array, decay: ChunkDecay, initial: jax.Arr
 
 
 def chunk_outputs(q: jax.Array, k: jax.Array, v: jax.Array, decay: ChunkDecay, before: jax.Array) -> jax.Array:
-    """(Q reach) H0 + ((Q K') M) V, [N,B,H,C,V]."""
+    """Returns (Q reach) H0 + ((Q K') M) V, [N,B,H,C,V], of q, k [N,B,H,C,K], v [N,B,H,C,V], H0 = `before` [N,B,H,K,V]."""
     dtype = before.dtype
     across = matmul("nbhck,nbhkv->nbhcv", (q * decay.reach[..., None]).astype(q.dtype), before.astype(q.dtype), dtype=dtype)
     scores = matmul("nbhck,nbhik->nbhci", q, k, dtype=dtype) * decay.mask
     return across + matmul("nbhci,nbhiv->nbhcv", scores.astype(v.dtype), v, dtype=dtype)
 
 
-def scan_blocks(run, arrays, state, segments: jax.Array | None, chunk_size: int):
-    """run(arrays, state, segments) -> (o, state), all at once or, on a CPU, chunk by chunk.
+def scan_blocks(
+    run: Callable[[Sequence[jax.Array], Any, jax.Array | None], tuple[jax.Array, Any]],
+    arrays: Sequence[jax.Array],
+    state: Any,
+    segments: jax.Array | None,
+    chunk_size: int,
+) -> tuple[jax.Array, Any]:
+    """Returns (o, state) of `run(arrays, state, segments)`, for all tokens at once or, on a CPU, chunk by chunk.
 
     The chunked forms do all chunks side by side and scan only the states: many small matmuls that an
     accelerator runs together. A CPU runs them one after another in any case, and is two to three times
     faster when the chunk it works on stays in its cache.
 
     Args:
+      run: computes the output [B,T,H,...] and the state after some tokens; it takes any number of them.
       arrays: each [B,T,H,...].
+      state: a pytree, before the first token.
       segments: [B,T] segment numbers, 0 first, or None.
+      chunk_size: tokens of a block on a CPU.
     """
     B, T = arrays[0].shape[:2]
     if backend() != "cpu" or chunk_size >= T:

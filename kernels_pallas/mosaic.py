@@ -1,7 +1,7 @@
 """What the TPU kernels share: the layout of a grid step, products, the decays of a chunk.
 
 A grid step takes one chunk of C tokens of several heads. Arrays come as [B, T, H*D], so that a head is a
-slice of whole lanes; the scalars of a chunk come as rows [R, C], and one transpose makes them columns.
+slice of complete lanes; the scalars of a chunk come as rows [R, C], and one transpose makes them columns.
 Each stage of a kernel is done for all heads before the next stage begins (`each`): the matmuls of one head
 wait for one another, those of several heads fill the matrix units.
 """
@@ -11,12 +11,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from kernels_pallas import operands
 from kernels_pallas.arguments import backend
@@ -24,16 +25,18 @@ from kernels_pallas.chunks import chunk_segments, cumulative
 from kernels_pallas.operands import pad_axis
 
 LANES = 128
-NN = (((1,), (0,)), ((), ()))  # a b
-NT = (((1,), (1,)), ((), ()))  # a b'
-TN = (((0,), (0,)), ((), ()))  # a' b
+Contraction = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]  # as `dot_general`'s
+NN: Contraction = (((1,), (0,)), ((), ()))  # a b
+NT: Contraction = (((1,), (1,)), ((), ()))  # a b'
+TN: Contraction = (((0,), (0,)), ((), ()))  # a' b
 VMEM_LIMIT = 48 << 20
 
 
 class Grid(NamedTuple):
     """How one operation is divided into grid steps: B x (H / heads) x (T / C), time innermost and in order.
 
-    K and V are multiples of 128, T one of C. `reverse` walks the chunks from the last to the first.
+    K and V are multiples of 128 (or 64, see `lanes_of`), T is a multiple of C. `reverse` visits the chunks from the last to
+    the first.
     """
 
     B: int
@@ -47,46 +50,71 @@ class Grid(NamedTuple):
 
     @property
     def N(self) -> int:
+        """The number of chunks."""
         return self.T // self.C
 
-    def _chunk(self, n):
+    def _chunk(self, n: Any) -> Any:
         return self.N - 1 - n if self.reverse else n
 
     def tokens(self, D: int) -> pl.BlockSpec:
-        """[B, T, H*D] -> [1, C, heads*D]."""
+        """Returns the blocks [1, C, heads*D] of [B, T, H*D]."""
         return pl.BlockSpec((1, self.C, self.heads * D), lambda b, h, n: (b, self._chunk(n), h))
 
     def rows(self, R: int) -> pl.BlockSpec:
-        """[B, H/heads, N, R, C] -> [1, 1, 1, R, C]."""
+        """Returns the blocks [1, 1, 1, R, C] of [B, H/heads, N, R, C]."""
         return pl.BlockSpec((1, 1, 1, R, self.C), lambda b, h, n: (b, h, self._chunk(n), 0, 0))
 
     def state(self, K: int, V: int) -> pl.BlockSpec:
-        """[B, H, K, V] -> [1, heads, K, V], the same for every chunk."""
+        """Returns the blocks [1, heads, K, V] of [B, H, K, V], the same for every chunk."""
         return pl.BlockSpec((1, self.heads, K, V), lambda b, h, n: (b, h, 0, 0))
 
     def states(self, K: int, V: int) -> pl.BlockSpec:
-        """[B, N, H, K, V] -> [1, 1, heads, K, V]: one state a chunk."""
+        """Returns the blocks [1, 1, heads, K, V] of [B, N, H, K, V]: one state per chunk."""
         return pl.BlockSpec((1, 1, self.heads, K, V), lambda b, h, n: (b, self._chunk(n), h, 0, 0))
 
-    def tokens_shape(self, D: int, dtype) -> jax.ShapeDtypeStruct:
+    def tokens_shape(self, D: int, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+        """Returns the array of the blocks `tokens`."""
         return jax.ShapeDtypeStruct((self.B, self.T, self.H * D), dtype)
 
     def rows_shape(self, R: int) -> jax.ShapeDtypeStruct:
+        """Returns the array of the blocks `rows`."""
         return jax.ShapeDtypeStruct((self.B, self.H // self.heads, self.N, R, self.C), jnp.float32)
 
     def state_shape(self, K: int, V: int) -> jax.ShapeDtypeStruct:
+        """Returns the array of the blocks `state`."""
         return jax.ShapeDtypeStruct((self.B, self.H, K, V), jnp.float32)
 
-    def states_shape(self, K: int, V: int, dtype) -> jax.ShapeDtypeStruct:
+    def states_shape(self, K: int, V: int, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+        """Returns the array of the blocks `states`."""
         return jax.ShapeDtypeStruct((self.B, self.N, self.H, K, V), dtype)
 
 
-def run(kernel: Callable, grid: Grid, name: str, inputs: Sequence, outputs: Sequence, scratch: Sequence):
-    """The Pallas call of a kernel; interpreted where the program is not for a TPU.
+Input = tuple[jax.Array, pl.BlockSpec]
+Output = tuple[jax.ShapeDtypeStruct, pl.BlockSpec]
+
+
+def run(
+    kernel: Callable[..., None],
+    grid: Grid,
+    name: str,
+    inputs: Sequence[Input],
+    outputs: Sequence[Output],
+    scratch: Sequence[Any],
+) -> Sequence[jax.Array]:
+    """Runs a kernel, interpreted where the program is not for a TPU.
 
     Args:
-      inputs: (array, BlockSpec) pairs.
-      outputs: (ShapeDtypeStruct, BlockSpec) pairs.
+      kernel: takes references to a block of every input, every output and every scratch buffer, in this order.
+      name: of the kernel, in profiles and in the laboratory.
+      inputs: arrays and their blocks.
+      outputs: shapes and their blocks.
+      scratch: buffers that a core keeps from one grid step to the next, e.g. `pltpu.VMEM((C, K), jnp.float32)`.
+
+    Returns:
+      The outputs.
+
+    Raises:
+      ValueError: see `operands.output_types`.
     """
     arrays, in_specs = zip(*inputs, strict=True)
     shapes, out_specs = zip(*outputs, strict=True)
@@ -110,49 +138,49 @@ def run(kernel: Callable, grid: Grid, name: str, inputs: Sequence, outputs: Sequ
     )(*arrays)
 
 
-def heads_a_step(H: int, limit: int, K: int, V: int, dtype) -> int:
-    """The largest divisor of H up to `limit` heads of 128 dims in bf16 (fewer where heads are larger) that fills whole lanes."""
+def heads_per_step(H: int, limit: int, K: int, V: int, dtype: DTypeLike) -> int:
+    """Returns the largest divisor of H that fills its registers, up to `limit` heads of 128 dims in bf16 or fewer larger ones."""
     limit = max(2, limit * LANES * 2 // (max(K, V, LANES) * jnp.dtype(dtype).itemsize))
     fits = [n for n in range(1, min(H, limit) + 1) if H % n == 0 and n * K % LANES == n * V % LANES == 0]
     return max(fits)
 
 
 def lanes_of(D: int, H: int) -> int:
-    """What a head of D dims is padded to: whole registers, or half ones if two heads share one."""
+    """Returns what D dims of a head are padded to: a multiple of 128 lanes, or 64 if two heads share a register."""
     return D if D == LANES // 2 and H % 2 == 0 else -(-D // LANES) * LANES
 
 
 def grid_of(q: jax.Array, v: jax.Array, heads: int, reverse: bool = False) -> Grid:
-    """The grid of q [B,T,H,K] and v [B,T,H,V], with at most `heads` heads per step; 128 tokens fill a square matrix's lanes."""
+    """Returns the grid of q [B,T,H,K] and v [B,T,H,V], with at most `heads` heads per step and chunks of 128 tokens."""
     B, T, H, K = q.shape
     K, V = lanes_of(K, H), lanes_of(v.shape[-1], H)
-    return Grid(B, -(-T // LANES) * LANES, H, K, V, LANES, heads_a_step(H, heads, K, V, q.dtype), reverse)
+    return Grid(B, -(-T // LANES) * LANES, H, K, V, LANES, heads_per_step(H, heads, K, V, q.dtype), reverse)
 
 
 def row_count(n: int) -> int:
-    """Rows of a block that holds n of them."""
+    """Returns n, rounded up to the 8 rows of a register."""
     return -(-n // 8) * 8
 
 
 def flat_tokens(x: jax.Array, C: int) -> jax.Array:
-    """[B,T,H,D] -> [B,T',H*D'], D padded to whole lanes and T to whole chunks."""
+    """Returns x [B,T,H,D] as [B,T',H*D'], D padded as `lanes_of` says and T to a multiple of the chunk."""
     x = pad_axis(pad_axis(x, 3, lanes_of(x.shape[3], x.shape[2])), 1, C)
     return x.reshape(*x.shape[:2], -1)
 
 
 def head_tokens(x: jax.Array, T: int, H: int, D: int) -> jax.Array:
-    """The inverse of `flat_tokens`."""
+    """Returns x [B,T',H*D'] as [B,T,H,D]: the inverse of `flat_tokens`."""
     return x.reshape(*x.shape[:2], H, -1)[:, :T, :, :D]
 
 
 def pad_state(state: jax.Array) -> jax.Array:
-    """[B,H,K,V] with K and V padded to whole lanes, float32."""
+    """Returns a state [B,H,K,V] in float32, K and V padded as `lanes_of` says."""
     _, H, K, V = state.shape
     return pad_axis(pad_axis(state.astype(jnp.float32), 2, lanes_of(K, H)), 3, lanes_of(V, H))
 
 
-def token_inputs(grid: Grid, q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array) -> list:
-    """q, k, v [B,T,H,*] and `chunk_rows` as inputs of `run`."""
+def token_inputs(grid: Grid, q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array) -> list[Input]:
+    """Returns q, k, v [B,T,H,*] and `chunk_rows` as inputs of `run`."""
     return [
         (flat_tokens(q, grid.C), grid.tokens(grid.K)),
         (flat_tokens(k, grid.C), grid.tokens(grid.K)),
@@ -161,8 +189,8 @@ def token_inputs(grid: Grid, q: jax.Array, k: jax.Array, v: jax.Array, rows: jax
     ]
 
 
-def gradient_outputs(grid: Grid, q: jax.Array, k: jax.Array, v: jax.Array, scalars: int) -> list:
-    """The gradients of q, k, v and of `scalars` scalars per head as outputs of `run`."""
+def gradient_outputs(grid: Grid, q: jax.Array, k: jax.Array, v: jax.Array, scalars: int) -> list[Output]:
+    """Returns the gradients of q, k, v and of `scalars` numbers per head and token, as outputs of `run`."""
     R = row_count(scalars * grid.heads)
     return [
         (grid.tokens_shape(grid.K, q.dtype), grid.tokens(grid.K)),
@@ -173,13 +201,13 @@ def gradient_outputs(grid: Grid, q: jax.Array, k: jax.Array, v: jax.Array, scala
 
 
 def token_gradients(dq: jax.Array, dk: jax.Array, dv: jax.Array, q: jax.Array, v: jax.Array) -> list[jax.Array]:
-    """What `run` gave for dq, dk, dv, in the shapes of q, k (q's) and v."""
+    """Returns dq, dk, dv, outputs of `run`, in the shapes of q, k (which is q's) and v."""
     _, T, H, _ = q.shape
     return [head_tokens(d, T, H, x.shape[-1]) for d, x in ((dq, q), (dk, q), (dv, v))]
 
 
 def chunk_rows(log_decay: jax.Array, segments: jax.Array | None, C: int, heads: int, *scalars: jax.Array) -> jax.Array:
-    """The scalars of every grid step, [B, H/heads, N, R, C] float32.
+    """Returns the scalars of every grid step, [B, H/heads, N, R, C] float32.
 
     Rows: for each head the coarse and the fine cumulative sum of its log decay inside the chunk (see
     `chunks.cumulative`), then `heads` rows of each further scalar [B,T,H], then, where there are segments,
@@ -202,37 +230,37 @@ def chunk_rows(log_decay: jax.Array, segments: jax.Array | None, C: int, heads: 
 
 
 def from_rows(rows: jax.Array, heads: int, T: int, kind: int = 0) -> jax.Array:
-    """The kind-th group of `heads` rows of [B, H/heads, N, R, C], as [B,T,H]."""
+    """Returns the kind-th group of `heads` rows of [B, H/heads, N, R, C], as [B,T,H]."""
     rows = rows[:, :, :, kind * heads : (kind + 1) * heads]
     B, G, N, _, C = rows.shape
     return rows.transpose(0, 2, 4, 1, 3).reshape(B, N * C, G * heads)[:, :T]
 
 
 def decay_gradient(da: jax.Array, heads: int, T: int) -> jax.Array:
-    """Gradient of the log decays [B,T,H] from that of their cumulative sums inside chunks (rows 0..heads)."""
+    """Returns the gradient of the log decays [B,T,H], given that of their cumulative sums inside chunks (rows 0 to heads - 1)."""
     return from_rows(jnp.flip(jnp.cumsum(jnp.flip(da, -1), axis=-1), -1), heads, T)
 
 
-def each(f: Callable, *heads: Sequence) -> list:
-    """[f(head 0's), f(head 1's), ...]: one stage of every head."""
+def each(f: Callable[..., Any], *heads: Sequence) -> list:
+    """Returns [f(*arguments of head 0), f(*arguments of head 1), ...]: one stage of a kernel, for every head."""
     return [f(*args) for args in zip(*heads, strict=True)]
 
 
-def head_slices(ref, heads: int) -> list[jax.Array]:
-    """A block [1, C, heads*D] as `heads` arrays [C, D]."""
+def head_slices(ref: jax.Ref, heads: int) -> list[jax.Array]:
+    """Reads a block [1, C, heads*D] as `heads` arrays [C, D]."""
     D = ref.shape[2] // heads
     return [ref[0, :, h * D : (h + 1) * D] for h in range(heads)]
 
 
-def store_heads(ref, values: Sequence[jax.Array], scale: float = 1.0) -> None:
-    """scale times arrays [C, D] into a block [1, C, heads*D]."""
+def store_heads(ref: jax.Ref, values: Sequence[jax.Array], scale: float = 1.0) -> None:
+    """Writes scale times one array [C, D] per head into a block [1, C, heads*D]."""
     D = ref.shape[2] // len(values)
     for h, value in enumerate(values):
         ref[0, :, h * D : (h + 1) * D] = (value if scale == 1.0 else scale * value).astype(ref.dtype)
 
 
 def as_rows(columns: Sequence[jax.Array]) -> jax.Array:
-    """Columns [C, 1] as the first rows of [128, C]."""
+    """Returns [128, C] whose first rows are the columns [C, 1]; the others are 0."""
     C = columns[0].shape[0]
     lane = iota((C, LANES), 1)
     table = functools.reduce(lambda t, c: jnp.where(lane == c[0], c[1], t), enumerate(columns), jnp.zeros((C, LANES), jnp.float32))
@@ -240,27 +268,27 @@ def as_rows(columns: Sequence[jax.Array]) -> jax.Array:
 
 
 def stack_rows(rows: Sequence[jax.Array], n: int) -> jax.Array:
-    """Rows [1, C] as [n, C], zeros below them."""
+    """Returns [n, C] whose first rows are `rows`, each [1, C]; the others are 0."""
     rest = [jnp.zeros((n - len(rows), rows[0].shape[1]), jnp.float32)] if n > len(rows) else []
     return jnp.concatenate([*rows, *rest], axis=0)
 
 
 def as_columns(rows: Sequence[jax.Array]) -> list[jax.Array]:
-    """Rows [1, C] as columns [C, 1]."""
+    """Returns rows [1, C] as columns [C, 1]."""
     cols = stack_rows(rows, row_count(len(rows))).T
     return [cols[:, i : i + 1] for i in range(len(rows))]
 
 
-def store_rows(ref, columns: Sequence[jax.Array], rows: Sequence[jax.Array] = (), scale: float = 1.0) -> None:
-    """scale times columns [C, 1], the first of them plus rows [1, C], as the rows of a block [1, 1, 1, R, C]."""
+def store_rows(ref: jax.Ref, columns: Sequence[jax.Array], rows: Sequence[jax.Array] = (), scale: float = 1.0) -> None:
+    """Writes scale times columns [C, 1] as rows of a block [1, 1, 1, R, C]; `rows`, each [1, C], are added to the first of them."""
     table = as_rows(columns)[: ref.shape[3]]
     if rows:
         table += stack_rows(rows, ref.shape[3])
     ref[0, 0, 0] = scale * table
 
 
-def dot(a: jax.Array, b: jax.Array, dims=NN) -> jax.Array:
-    """A product that accumulates in float32: bf16 operands in one pass, others exactly, in float32."""
+def dot(a: jax.Array, b: jax.Array, dims: Contraction = NN) -> jax.Array:
+    """Returns a product accumulated in float32: of bf16 operands in one pass, of others at full float32 precision."""
     if a.dtype == b.dtype == jnp.bfloat16:
         precision = jax.lax.Precision.DEFAULT
     else:
@@ -268,17 +296,18 @@ def dot(a: jax.Array, b: jax.Array, dims=NN) -> jax.Array:
     return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def dot_parts(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...], dims=NN) -> jax.Array:
-    """`operands.dot_parts` with `dot`."""
+def dot_parts(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...], dims: Contraction = NN) -> jax.Array:
+    """Returns `operands.dot_parts` of two sums of parts, with `dot`."""
     return operands.dot_parts(a, b, functools.partial(dot, dims=dims))
 
 
 def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
+    """Returns int32 of a shape that count along an axis."""
     return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
 def row_sum(x: jax.Array) -> jax.Array:
-    """[C, D] -> [C, 1]."""
+    """Returns the sums of the rows of [C, D], [C, 1]."""
     return jnp.sum(x, axis=1, keepdims=True)
 
 
@@ -292,11 +321,11 @@ class Decay(NamedTuple):
 
 
 def decays(rows: jax.Array, cols: jax.Array, heads: int, segments: int | None) -> list[Decay]:
-    """Every head's decays from `chunk_rows`.
+    """Returns every head's decays, from `chunk_rows`.
 
     Args:
       rows, cols: [R, C] and its transpose.
-      segments: the row of each token's segment (the next one: the segment carried in), or None.
+      segments: index of the row with each token's segment (the next row has the segment carried in), or None.
     """
     C = rows.shape[1]
     end = slice(C - 1, C)
@@ -323,8 +352,8 @@ def decays(rows: jax.Array, cols: jax.Array, heads: int, segments: int | None) -
     return [decay(h) for h in range(heads)]
 
 
-def chunk_scalars(rows_ref, heads: int, packed: bool, further: int = 0) -> tuple[list[Decay], list[jax.Array]]:
-    """Every head's decays, and its columns [C,1] of `further` (0 or 1) scalar more, from a block of `chunk_rows`."""
+def chunk_scalars(rows_ref: jax.Ref, heads: int, packed: bool, further: int = 0) -> tuple[list[Decay], list[jax.Array]]:
+    """Reads a block of `chunk_rows`: every head's decays, and `further` (0 or 1) more scalar of every head as columns [C,1]."""
     rows = rows_ref[0, 0, 0]
     cols = rows.T
     first, end = 2 * heads, (2 + further) * heads

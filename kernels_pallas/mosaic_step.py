@@ -7,6 +7,7 @@ transpose, and updates their states in place.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,20 +20,25 @@ from kernels_pallas.operands import output_types
 
 
 def run_step(
-    update: Callable, name: str, vectors: Sequence[jax.Array], scalars: Sequence[jax.Array], states: Sequence[jax.Array], heads=8
-):
-    """One token of every head.
+    update: Callable[..., tuple[list[jax.Array], ...]],
+    name: str,
+    vectors: Sequence[jax.Array],
+    scalars: Sequence[jax.Array],
+    states: Sequence[jax.Array],
+    heads: int = 8,
+) -> tuple[jax.Array, ...]:
+    """Runs one token of every head.
 
     Args:
       update: (vectors [[n,D], ...], scalars [[n,1], ...], states [[K,V] of n heads], ...) in float32 ->
         (o [[1,V] of n heads], new states likewise).
       vectors: each [B,H,D]; the last one's size is o's.
       scalars: each [B,H].
+      states: each [B,H,K,V] float32; their buffers are reused where the caller donates them.
       heads: n, a multiple of 8, the sublanes of a register.
-      states: each [B,H,K,V] float32; their buffers are reused where the caller gives them away.
 
     Returns:
-      o [B,H,V] in the last vector's dtype, and the states.
+      o [B,H,V] in the last vector's dtype, then the states.
     """
     B, H = vectors[0].shape[:2]
     vectors = [x.reshape(B * H, -1) for x in vectors]
@@ -79,23 +85,23 @@ def run_step(
 
 
 def columns(x: jax.Array) -> list[jax.Array]:
-    """[n, D] as n columns [D, 1]."""
+    """Returns x [n, D] as n columns [D, 1]."""
     cols = x.T
     return [cols[:, h : h + 1] for h in range(x.shape[0])]
 
 
 def head_rows(x: jax.Array) -> list[jax.Array]:
-    """[n, D] as n rows [1, D]."""
+    """Returns x [n, D] as n rows [1, D]."""
     return [x[h : h + 1] for h in range(x.shape[0])]
 
 
 def reduce_rows(x: jax.Array) -> jax.Array:
-    """[K, V] -> [1, V]."""
+    """Returns the sum of the rows of x [K, V], [1, V]."""
     return jnp.sum(x, axis=0, keepdims=True)
 
 
-def with_gradient_of(reference: Callable, kernel: Callable) -> Callable:
-    """`kernel` with the gradient of `reference`, for the rare caller who differentiates a step."""
+def with_gradient_of(reference: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `kernel` with the gradient of `reference`, for the rare caller who differentiates a step."""
 
     @jax.custom_vjp
     def step(*args):

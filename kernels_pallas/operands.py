@@ -1,19 +1,28 @@
-"""What the Pallas kernels of every kind do with their operands: common dtypes, padding, sums of bf16 parts."""
+"""What all Pallas kernels do with their operands: common dtypes, padding, sums of bf16 parts."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 
-def output_types(op: str, shapes, arrays, interpreted: bool) -> list[jax.ShapeDtypeStruct]:
-    """The outputs of a Pallas call, varying over the mesh axes that its inputs vary over (see `arguments.alike`).
+def output_types(
+    op: str, shapes: Sequence[jax.ShapeDtypeStruct], arrays: Sequence[jax.Array], interpreted: bool
+) -> list[jax.ShapeDtypeStruct]:
+    """Returns the outputs of a Pallas call, varying over the mesh axes that its inputs vary over (see `arguments.alike`).
+
+    Args:
+      op: the operation's name, for the message.
+      shapes: the outputs, without mesh axes.
+      arrays: the inputs.
+      interpreted: whether the kernel is interpreted.
 
     Raises:
-      ValueError: they vary, and the kernel is interpreted: JAX's interpreter does not pass its own loops' check.
+      ValueError: the inputs vary over an axis, and the kernel is interpreted: JAX's interpreter does not pass its own loops' check.
     """
     varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
     if not varying:
@@ -28,12 +37,12 @@ def output_types(op: str, shapes, arrays, interpreted: bool) -> list[jax.ShapeDt
 
 
 def operand_dtype(*arrays: jax.Array) -> jnp.dtype:
-    """bf16 where all arrays are, else float32."""
+    """Returns bfloat16 if all arrays are, else float32."""
     return jnp.dtype(jnp.bfloat16 if all(x.dtype == jnp.bfloat16 for x in arrays) else jnp.float32)
 
 
 def pad_axis(x: jax.Array, axis: int, multiple: int) -> jax.Array:
-    """x padded with zeros at the end of an axis to a multiple."""
+    """Returns x with zeros at the end of an axis, whose size becomes a multiple of `multiple`."""
     extra = -x.shape[axis] % multiple
     if not extra:
         return x
@@ -42,10 +51,11 @@ def pad_axis(x: jax.Array, axis: int, multiple: int) -> jax.Array:
     return jnp.pad(x, width)
 
 
-def parts(x: jax.Array, low, n: int = 2) -> tuple[jax.Array, ...]:
-    """x as a sum of up to n numbers of the operands' dtype `low`: itself, or n bf16 numbers (8 bits of mantissa each).
+def parts(x: jax.Array, low: DTypeLike, n: int = 2) -> tuple[jax.Array, ...]:
+    """Returns x as a sum of up to n arrays of the operands' dtype `low`: x itself, or n bf16 parts (8 bits of mantissa each).
 
-    Of interpreted kernels XLA may leave the rounding out, and with it the low parts: `--xla_allow_excess_precision=false`.
+    In an interpreted kernel XLA may skip the rounding, which makes the low parts 0, unless
+    `--xla_allow_excess_precision=false` is set.
     """
     if low in (x.dtype, jnp.float32):
         return (x.astype(low),)
@@ -53,7 +63,7 @@ def parts(x: jax.Array, low, n: int = 2) -> tuple[jax.Array, ...]:
     return (high,) if n == 1 else (high, *parts(x - high.astype(jnp.float32), low, n - 1))
 
 
-def dot_parts(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...], dot: Callable) -> jax.Array:
-    """The `dot` of two sums of parts, without the terms below the last part of the longer one."""
+def dot_parts(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...], dot: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
+    """Returns the `dot` of two sums of parts, without the terms smaller than the last part of the longer sum."""
     n = max(len(a), len(b))
     return functools.reduce(jnp.add, [dot(x, y) for i, x in enumerate(a) for j, y in enumerate(b) if i + j < n])

@@ -5,21 +5,28 @@ h_t = e^{a dt_t} h_{t-1} + dt_t b_t x_t',     y_t = c_t' h_t + d x_t
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
 from kernels_pallas.arguments import check_shapes
 from kernels_pallas.linear_attention import linear_attention, linear_attention_step
 
 
-def _repeat_groups(op, x, num_heads):
+def _repeat_groups(op: str, x: jax.Array, num_heads: int) -> jax.Array:
+    """Returns x [..., G, N] as [..., num_heads, N]: each group serves as many heads as its neighbours."""
     groups = x.shape[-2]
     if num_heads % groups:
         raise ValueError(f"{op}: b and c have {groups} groups, which do not divide {num_heads} heads")
     return jnp.repeat(x, num_heads // groups, axis=-2)
 
 
-def ssd_inputs(x, dt, a, b, c):
-    """(q, k, v, log_decay) of the linear attention (scale 1) that the duality makes of x, dt, a, b, c, without `d x`.
+def ssd_inputs(
+    x: jax.Array, dt: jax.Array, a: jax.Array, b: jax.Array, c: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns (q, k, v, log_decay) of the linear attention with scale 1 that equals Mamba-2's transformation without `d x`.
+
+    Args:
+      x, dt, a, b, c: as in `ssd`, or without T as in `ssd_step`.
 
     Raises:
       ValueError: dt or a does not fit x, or the groups of b and c do not divide its heads.
@@ -32,7 +39,19 @@ def ssd_inputs(x, dt, a, b, c):
     return c, b, (x * dt[..., None]).astype(x.dtype), dt * a
 
 
-def ssd(x, dt, a, b, c, d=None, *, initial_state=None, segment_ids=None, chunk_size=None, implementation=None):
+def ssd(
+    x: jax.Array,
+    dt: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    c: jax.Array,
+    d: jax.Array | None = None,
+    *,
+    initial_state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """Mamba-2's sequence transformation.
 
     Args:
@@ -49,8 +68,12 @@ def ssd(x, dt, a, b, c, d=None, *, initial_state=None, segment_ids=None, chunk_s
     Raises:
       ValueError: a shape does not fit the others.
     """
+    q, k, v, log_decay = ssd_inputs(x, dt, a, b, c)
     y, state = linear_attention(
-        *ssd_inputs(x, dt, a, b, c),
+        q,
+        k,
+        v,
+        log_decay,
         scale=1.0,
         initial_state=initial_state,
         segment_ids=segment_ids,
@@ -60,13 +83,27 @@ def ssd(x, dt, a, b, c, d=None, *, initial_state=None, segment_ids=None, chunk_s
     return _skip(y, d, x), state
 
 
-def ssd_step(x, dt, a, b, c, d=None, *, state):
-    """One token: x [B,H,P], dt [B,H], b and c [B,G,N], state [B,H,N,P] -> (y [B,H,P], state)."""
-    y, state = linear_attention_step(*ssd_inputs(x, dt, a, b, c), state=state, scale=1.0)
+def ssd_step(
+    x: jax.Array,  # [B, H, P]
+    dt: jax.Array,  # [B, H]
+    a: jax.Array,  # [H]
+    b: jax.Array,  # [B, G, N]
+    c: jax.Array,  # [B, G, N]
+    d: jax.Array | None = None,  # [H]
+    *,
+    state: jax.Array,  # [B, H, N, P]
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (y [B, H, P], the state after one token); the arguments are those of `ssd` without T.
+
+    Raises:
+      ValueError: a shape does not fit the others.
+    """
+    q, k, v, log_decay = ssd_inputs(x, dt, a, b, c)
+    y, state = linear_attention_step(q, k, v, log_decay, state=state, scale=1.0)
     return _skip(y, d, x), state
 
 
-def _skip(y, d, x):
-    """y + d x, in y's dtype; d is [H] or None."""
+def _skip(y: jax.Array, d: jax.Array | None, x: jax.Array) -> jax.Array:
+    """Returns y + d x in y's dtype, of y and x [..., H, P]; d is [H] or None."""
     check_shapes("ssd", dict(H=x.shape[-2]), d=(d, "H"))
     return y if d is None else y + (d[:, None] * x).astype(y.dtype)

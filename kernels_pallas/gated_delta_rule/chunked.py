@@ -24,7 +24,7 @@ from kernels_pallas.linear_attention.chunked import read_write_backward
 
 
 def unit_lower_inverse(L: jax.Array) -> jax.Array:
-    """(I + L)^-1 for strictly lower triangular L [..., C, C], C a power of two, by block doubling: [n, C, C].
+    """Returns (I + L)^-1, [n, C, C], of strictly lower triangular L [..., C, C], C a power of two, by block doubling:
 
         [[A, 0], [B, D]]^-1 = [[A^-1, 0], [-D^-1 B A^-1, D^-1]]
 

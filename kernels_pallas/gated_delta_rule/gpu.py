@@ -10,16 +10,17 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
 
 from kernels_pallas import triton
 from kernels_pallas.arguments import differentiable
-from kernels_pallas.linear_attention.gpu import outputs, read_write_backward, write_backward
+from kernels_pallas.linear_attention.gpu import outputs, read_backward, write_backward
 from kernels_pallas.operands import operand_dtype, pad_axis
 from kernels_pallas.triton import dot, load_decay
 
 
-def unit_lower_inverse(L: jax.Array, low) -> jax.Array:
-    """(I + L)^-1 of strictly lower triangular L [C,C]: doubling on whole matrices, X <- X - X (L of the level) X.
+def unit_lower_inverse(L: jax.Array, low: DTypeLike) -> jax.Array:
+    """Returns (I + L)^-1 of strictly lower triangular L [C,C], by doubling on full matrices, X <- X - X (L of the level) X.
 
     In bf16 a Newton step with the residual of L's two bf16 parts takes back what the single products lost.
     """
@@ -89,8 +90,8 @@ def _reverse_kernel(q, k, A, do, coarse, fine, segment, carried, beta, dfinal, d
 def _backward_kernel(q, k, v, update, coarse, fine, segment, carried, beta, before, do, dR, dH, dq, dk, dv, da, dbeta, *, scale):
     decay = load_decay(coarse, fine, segment, carried, slice(None))
     Q, K, U, H0, D, R, b = q[...], k[...], update[...], before[...], dH[...], dR[...], beta[...][:, None]
-    dQ, dK, _, a = read_write_backward(Q, K, U, H0, do[...], D, decay)
-    dE, dK2, _, a2 = read_write_backward((-b * K).astype(K.dtype), K, U, H0, R, D, decay, strict=True)
+    dQ, dK, _, a = read_backward(Q, K, U, H0, do[...], decay)
+    dE, dK2, _, a2 = read_backward((-b * K).astype(K.dtype), K, U, H0, R, decay, strict=True)
     dK3, _, a3 = write_backward(K, U, H0, D, decay)
     dq[...] = (scale * dQ).astype(dq.dtype)
     dk[...] = (scale * (dK + dK2 + dK3 - b * dE)).astype(dk.dtype)

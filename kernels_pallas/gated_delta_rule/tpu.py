@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from kernels_pallas import mosaic
 from kernels_pallas.arguments import differentiable
@@ -32,9 +33,9 @@ BLOCK = 16  # rows of the diagonal blocks that are inverted by substitution
 
 
 def _diagonal_inverse(L: list[jax.Array]) -> list[jax.Array]:
-    """(I + D)^-1, D the 16 x 16 diagonal blocks of each L [C,C]: forward substitution in float32.
+    """Returns (I + D)^-1, D the 16 x 16 diagonal blocks of each L [C,C], by forward substitution in float32.
 
-    The blocks of a head are side by side in [16, C], so that one step serves all of them: with E_j the
+    The blocks of a head are stored side by side in [16, C], so that one step applies to all of them: with E_j the
     j-th column of every block spread over its block, X <- X - E_j (row j of X).
     """
     C = L[0].shape[0]
@@ -54,8 +55,8 @@ def _diagonal_inverse(L: list[jax.Array]) -> list[jax.Array]:
     return each(lambda x: jnp.where(same, jnp.concatenate([x] * (C // BLOCK), axis=0), 0.0), X)
 
 
-def unit_lower_inverse(L: list[jax.Array], low) -> list[jax.Array]:
-    """(I + L)^-1 of strictly lower triangular L [C,C], float32.
+def unit_lower_inverse(L: list[jax.Array], low: DTypeLike) -> list[jax.Array]:
+    """Returns (I + L)^-1 of every strictly lower triangular L [C,C], float32.
 
     Diagonal blocks by substitution; then doubling, [[A, 0], [B, D]]^-1 = [[A^-1, 0], [-D^-1 B A^-1, D^-1]], of
     whose products only the rows of the second block are computed. In bf16 a Newton step with the residual of

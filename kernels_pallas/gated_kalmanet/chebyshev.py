@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from kernels_pallas.arguments import alike
 
@@ -12,27 +15,36 @@ ENOUGH = 24  # iterations that damp the roundings of the fast schedule below 1e-
 
 
 def schedule_for(precision: str, num_iter: int) -> tuple[int, tuple[tuple[int, int], ...]]:
-    """Of the bf16 kernels: parts of d, and (iterations, parts of the matrix) in turn; the rest take one part.
+    """Returns how many bf16 parts the kernels use (see `tpu.py`).
 
-    A rounding is damped by the iterations after it: where these are few, they are made accurate.
+    A rounding is damped by the iterations after it, so with fewer than `ENOUGH` of them "fast" is computed like "accurate".
+
+    Returns:
+      The number of parts of the step d, and (iterations, parts of the matrix) pairs in order; later iterations use one part.
     """
     if precision == "accurate" or num_iter < ENOUGH:
         return 2, ((22, 2),)
     return 1, ((8, 2),)
 
 
-def chebyshev(matvec, q, norm, ridge_strength, num_iter):
-    """x ~ (H + lambda I)^-1 q on the interval [lambda, lambda + F], F = |H|_F, lambda = ridge_strength F.
+def chebyshev(
+    matvec: Callable[[jax.Array], jax.Array], q: jax.Array, norm: jax.Array, ridge_strength: float, num_iter: int
+) -> jax.Array:
+    """Returns x ~ (H + lambda I)^-1 q for eigenvalues in the interval [lambda, lambda + F], F = |H|_F, lambda = ridge_strength F.
 
         s = 2 / (2 lambda + F),   r = (F / (2 lambda + F) / 2)^2,   omega_0 = 2
         omega <- 1 / (1 - r omega),   x <- omega (x - s ((H + lambda I) x - q)) - (omega - 1) x_prev
 
-    r does not depend on F, so the omegas are the same for every token.
+    r does not depend on F, so the omegas are the same for every token. In exact arithmetic |x - x*| is at most
+    |x*| / T_n(1 + 2 ridge_strength), T_n the Chebyshev polynomial of degree n = num_iter + 1; one key attains it.
 
     Args:
       matvec: x -> H x, rows [..., K].
       q: [..., K].
       norm: F [...]; where it is at most `empty_norm` x is 0.
+
+    Returns:
+      x [..., K], in q's dtype.
     """
     alive = norm > empty_norm(norm.dtype)
     F = jnp.where(alive, norm, 1.0)[..., None]
@@ -51,25 +63,25 @@ def chebyshev(matvec, q, norm, ridge_strength, num_iter):
     return x
 
 
-def empty_norm(dtype) -> float:
-    """The norm up to which a state counts as empty: 2^-100 in float32. x grows like 1 / norm and must fit the dtype."""
+def empty_norm(dtype: DTypeLike) -> float:
+    """Returns the norm up to which a state counts as empty: 2^-100 in float32. x grows like 1 / norm and must fit the dtype."""
     return float(jnp.finfo(dtype).tiny) * 2.0**26
 
 
-def inverse(x):
-    """1 / x of sizes x >= 0, and 0 where x is at most `empty_norm`."""
+def inverse(x: jax.Array) -> jax.Array:
+    """Returns 1 / x of sizes x >= 0, and 0 where x is at most `empty_norm`."""
     alive = x > empty_norm(x.dtype)
     return jnp.where(alive, 1.0 / jnp.where(alive, x, 1.0), 0.0)
 
 
-def safe_sqrt(x):
-    """sqrt with gradient 0 at 0 (an empty state has no norm to differentiate)."""
+def safe_sqrt(x: jax.Array) -> jax.Array:
+    """Returns the square root of x, with gradient 0 where x is 0 (an empty state has no norm to differentiate)."""
     positive = x > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
 
 
 def coefficients(ridge_strength: float, num_iter: int) -> np.ndarray:
-    """[num_iter, 2] float32: omega - 1 and omega of every iteration (they do not depend on H)."""
+    """Returns [num_iter, 2] float32: omega - 1 and omega of every iteration, which do not depend on H."""
     r, omega, rows = (0.25 / (ridge_strength + 0.5)) ** 2, 2.0, []
     for _ in range(num_iter):
         omega = 1.0 / (1.0 - r * omega)

@@ -35,15 +35,16 @@ from kernels_pallas.contract import States
 from kernels_pallas.gated_kalmanet.chebyshev import chebyshev, inverse, safe_sqrt
 
 
-def chunk_matvec(x, k, decay: ChunkDecay, before):
-    """H_t x_t for every row; x, k [N,B,H,C,K], before [N,B,H,K,K]."""
+def chunk_matvec(x: jax.Array, k: jax.Array, decay: ChunkDecay, before: jax.Array) -> jax.Array:
+    """Returns H_t x_t for every token; x, k [N,B,H,C,K], before [N,B,H,K,K]."""
     scores = matmul("nbhck,nbhik->nbhci", x, k, dtype=x.dtype) * decay.mask
     across = matmul("nbhck,nbhkj->nbhcj", x * decay.reach[..., None], before, dtype=x.dtype)
     return across + matmul("nbhci,nbhik->nbhck", scores, k, dtype=x.dtype)
 
 
-def chunk_norms(k, decay: ChunkDecay, before):
-    """|H_t|_F, [N,B,H,C]. The norm does not depend on the scales below: they have no gradient."""
+def chunk_norms(k: jax.Array, decay: ChunkDecay, before: jax.Array) -> jax.Array:
+    """Returns |H_t|_F, [N,B,H,C], for every token; k [N,B,H,C,K], before [N,B,H,K,K]."""
+    # the norm does not depend on the scales, which therefore have no gradient
     dtype = before.dtype
     squares = jax.lax.stop_gradient(jnp.sum(k * k, axis=-1))
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(before), axis=(-2, -1)))
@@ -58,18 +59,36 @@ def chunk_norms(k, decay: ChunkDecay, before):
     return size * safe_sqrt(rho**2 * jnp.sum(start * start, axis=(-2, -1))[..., None] + 2 * rho * cross + inside)
 
 
-Solver = Callable[..., jax.Array]
+# (rhs [N,B,H,C,K], k, decay, before, norms [N,B,H,C], ridge_strength, num_iter) -> x [N,B,H,C,K]
+Solver = Callable[[jax.Array, jax.Array, ChunkDecay, jax.Array, jax.Array, float, int], jax.Array]
 
 
-def solve_in_float32(rhs, k, decay, before, norms, ridge_strength, num_iter):
-    """x_t ~ (H_t + lambda_t I)^-1 rhs_t for every row."""
+def solve_in_float32(
+    rhs: jax.Array,
+    k: jax.Array,
+    decay: ChunkDecay,
+    before: jax.Array,
+    norms: jax.Array,
+    ridge_strength: float,
+    num_iter: int,
+) -> jax.Array:
+    """Returns x_t ~ (H_t + lambda_t I)^-1 rhs_t for every token, in the dtype of rhs (float32, or float64)."""
     matvec = functools.partial(chunk_matvec, k=k, decay=decay, before=before)
     return chebyshev(matvec, rhs, norms, ridge_strength, num_iter)
 
 
 @differentiable(4, 5, 6, 7)
-def chunk_solve(q, k, decay, before, ridge_strength, num_iter, bp_lambda, solver) -> jax.Array:
-    """x_t ~ (H_t + lambda_t I)^-1 q_t for every row, by `solver`; the gradient is the implicit one."""
+def chunk_solve(
+    q: jax.Array,
+    k: jax.Array,
+    decay: ChunkDecay,
+    before: jax.Array,
+    ridge_strength: float,
+    num_iter: int,
+    bp_lambda: bool,
+    solver: Solver,
+) -> jax.Array:
+    """Returns x_t ~ (H_t + lambda_t I)^-1 q_t for every token, by `solver`; the gradient is the implicit one."""
     return solver(q, k, decay, before, chunk_norms(k, decay, before), ridge_strength, num_iter)
 
 
@@ -115,7 +134,7 @@ def gated_kalmanet_chunked(
     """The `xla` implementation of `gated_kalmanet`; see `kernels_pallas.contract`.
 
     Args:
-      solver: solves for every row of the chunks, as `solve_in_float32` does.
+      solver: solves for every token of the chunks, as `solve_in_float32` does.
     """
     chunk_size = chunk_size or default_chunk()
     out_dtype = v.dtype if precision == "fast" else state[0].dtype

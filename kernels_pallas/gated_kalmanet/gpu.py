@@ -10,11 +10,12 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
 
 from kernels_pallas import triton
 from kernels_pallas.contract import States
 from kernels_pallas.gated_kalmanet.chebyshev import inverse, schedule_for
-from kernels_pallas.gated_kalmanet.chunked import gated_kalmanet_chunked
+from kernels_pallas.gated_kalmanet.chunked import Solver, gated_kalmanet_chunked
 from kernels_pallas.operands import dot_parts, operand_dtype, pad_axis, parts
 from kernels_pallas.triton import dot
 
@@ -48,8 +49,8 @@ def _solve_kernel(rhs, k, high, rest, mask, reach, s, x, *, ridge_strength, num_
     x[...] = carry[0]
 
 
-def _solver(precision: str, low):
-    """A solver for `chunked.chunk_solve`, with matrices in `low`."""
+def _solver(precision: str, low: DTypeLike) -> Solver:
+    """Returns a solver for `chunked.chunk_solve`, with matrices in `low`."""
 
     def solve(rhs, k, decay, before, norms, ridge_strength, num_iter):
         *lead, C, K = rhs.shape
@@ -77,15 +78,15 @@ def _solver(precision: str, low):
             flat(s, rows),
         ]
 
-        def whole(x):
+        def one(x):
             return pl.BlockSpec((None, *x.shape[1:]), lambda n: (n,) + (0,) * (x.ndim - 1))
 
         x = triton.run(
             functools.partial(_solve_kernel, ridge_strength=ridge_strength, num_iter=num_iter, schedule=plan),
             "gated_kalmanet_solve",
             (arrays[0].shape[0],),
-            [(a, whole(a)) for a in arrays],
-            [(jax.ShapeDtypeStruct(arrays[0].shape, jnp.float32), whole(arrays[0]))],
+            [(a, one(a)) for a in arrays],
+            [(jax.ShapeDtypeStruct(arrays[0].shape, jnp.float32), one(arrays[0]))],
             num_warps=8,
         )[0]
         return x[:, :C, :K].reshape(rhs.shape)

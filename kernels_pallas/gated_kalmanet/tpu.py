@@ -10,7 +10,7 @@ iterations that follow. What remains are the roundings of the matrix, H0 and (d 
 with d: the first iterations carry those two in two bf16 parts each (5 passes of the matrix unit an iteration),
 the later ones in one (3 passes). The accurate schedule also keeps d in two parts (7 and 5 passes).
 
-Everything is scaled by s, row by row: s lambda is one constant, s reach and s M are made once a chunk.
+Everything is scaled by s, row by row: s lambda is one constant, s reach and s M are computed once per chunk.
 
 The gradient is the implicit one (`chunked.py`): w = (H + lambda I)^-1 dx by the same solve; then H x, as linear
 attention with q = x, k = v = K, pulls -w back, and lambda's share goes through |H|_F.
@@ -19,12 +19,14 @@ attention with q = x, k = v = K, pulls -w back, and lambda's share goes through 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from kernels_pallas import mosaic
 from kernels_pallas.arguments import differentiable
@@ -32,7 +34,7 @@ from kernels_pallas.contract import States
 from kernels_pallas.gated_kalmanet.chebyshev import coefficients, schedule_for
 from kernels_pallas.gated_kalmanet.tpu_norms import inverse_norms, norms_backward, sizes
 from kernels_pallas.linear_attention.tpu import read_write_backward
-from kernels_pallas.mosaic import NT, TN, dot_parts, each, head_slices, row_sum, store_heads
+from kernels_pallas.mosaic import NT, TN, Decay, dot_parts, each, head_slices, row_sum, store_heads
 from kernels_pallas.operands import operand_dtype, parts
 
 HEADS = 4  # at most this many heads per grid step
@@ -40,15 +42,29 @@ UNROLL = 2
 
 
 def _scales(inverse_norms, ridge_strength):
-    """s = 2 / (2 lambda + F) over 2 as columns [C,1]; 0 where the state is empty, so that x is 0 there."""
+    """Returns s = 1 / (lambda + F / 2) as columns [C,1], 0 where the state is empty, so that x is 0 there."""
     return each(lambda n: n * (1 / (ridge_strength + 0.5)), inverse_norms)
 
 
-def solve(rhs, K, H0, decay, s, omegas, scratch, low, ridge_strength, num_iter, schedule) -> list[jax.Array]:
-    """x = (H + lambda I)^-1 rhs for every head by `num_iter` iterations; rhs [C,K] float32.
+def solve(
+    rhs: Sequence[jax.Array],
+    K: Sequence[jax.Array],
+    H0: Sequence[jax.Array],
+    decay: Sequence[Decay],
+    s: Sequence[jax.Array],
+    omegas: jax.Ref,
+    scratch: tuple[jax.Ref, jax.Ref, jax.Ref],
+    low: DTypeLike,
+    ridge_strength: float,
+    num_iter: int,
+    schedule: tuple[int, tuple[tuple[int, int], ...]],
+) -> list[jax.Array]:
+    """Returns x ~ (H + lambda I)^-1 rhs [C,K] in float32 for every head, by `num_iter` iterations.
 
     Args:
-      H0: float32, symmetric.
+      rhs: float32 [C,K].
+      K: the keys [C,K], in `low`.
+      H0: float32 [K,K], symmetric.
       s: columns [C,1] from `_scales`.
       omegas: SMEM reference of `coefficients`.
       schedule: of the precision, see `chebyshev.schedule_for`.
@@ -56,11 +72,11 @@ def solve(rhs, K, H0, decay, s, omegas, scratch, low, ridge_strength, num_iter, 
     """
     xs, rs, ds = scratch
     heads = range(len(K))
-    direction, schedule = schedule
+    direction, passes = schedule
     ridge = ridge_strength / (ridge_strength + 0.5)  # s lambda
     mask = each(lambda d, s: d.mask * s, decay, s)
     reach = each(lambda d, s: d.reach * s, decay, s)
-    H = each(lambda h: parts(h, low, max(n for _, n in (*schedule, (0, 1)))), H0)
+    H = each(lambda h: parts(h, low, max(n for _, n in (*passes, (0, 1)))), H0)
 
     def step(h, d):  # the step of head h, rounded to its parts, into d and x
         rounded: Any = sum(p.astype(jnp.float32) for p in parts(d, low, direction))
@@ -83,30 +99,30 @@ def solve(rhs, K, H0, decay, s, omegas, scratch, low, ridge_strength, num_iter, 
             xs[h] = xs[h] + step(h, omegas[n, 0] * wide[h] + omegas[n, 1] * r[h])
 
     first = 0
-    for iterations, count in (*schedule, (num_iter, 1)):
+    for iterations, count in (*passes, (num_iter, 1)):
         last = min(first + iterations, num_iter)
-        whole = (last - first) // UNROLL
+        unrolled = (last - first) // UNROLL
 
         def body(m, carry, first=first, count=count):
             for i in range(UNROLL):
                 iterate(first + m * UNROLL + i, count)
             return carry
 
-        if whole:
-            jax.lax.fori_loop(0, whole, body, 0)
-        for n in range(first + whole * UNROLL, last):
+        if unrolled:
+            jax.lax.fori_loop(0, unrolled, body, 0)
+        for n in range(first + unrolled * UNROLL, last):
             iterate(n, count)
         first = last
     return [xs[h] for h in heads]
 
 
 def _blend(Q, X, alpha) -> list[jax.Array]:
-    """q + alpha (x - q), float32."""
+    """Returns q + alpha (x - q), float32."""
     return each(lambda q, x, a: q + a * (x - q), Q, X, alpha)
 
 
 def _read(query, K, V, S0, decay, low) -> list[jax.Array]:
-    """Linear attention's read with a float32 query: x is large where H is small, and S'x cancels."""
+    """Returns linear attention's read with a float32 query: x is large where H is small, and S'x cancels."""
     query = each(lambda q: parts(q, low), query)
     scores = each(lambda q, k, d: parts(dot_parts(q, (k,), NT) * d.mask, low), query, K, decay)
     across = each(lambda q, s, d: d.reach * dot_parts(q, parts(s, low)), query, S0, decay)
@@ -114,7 +130,7 @@ def _read(query, K, V, S0, decay, low) -> list[jax.Array]:
 
 
 def _write(K, V, H0, decay, low) -> list[jax.Array]:
-    """Linear attention's write, keep V in two parts: an error of H is an error of every later x."""
+    """Returns linear attention's write, with keep V in two parts: an error of H is an error of every later x."""
     update = each(lambda k, v, d: dot_parts((k,), parts(d.keep * v, low), TN), K, V, decay)
     return each(lambda h, u, d: d.total * h + u, H0, update, decay)
 
@@ -233,7 +249,7 @@ def _backward_kernel(*refs, heads, scale, packed, ridge_strength, num_iter, sche
 
 
 class Options(NamedTuple):
-    """What is fixed when a kernel is built."""
+    """The options that are Python values, known when a kernel is built."""
 
     scale: float
     ridge_strength: float
@@ -274,7 +290,7 @@ def _gated_kalmanet(q, k, v, alpha, log_decay, state, segments, options) -> tupl
 
 
 def _settings(grid, segments, options):
-    """The input with the iteration's coefficients, and the kernels' static arguments."""
+    """Returns the input with the iteration's coefficients, and the kernels' static arguments."""
     omegas = jnp.asarray(coefficients(options.ridge_strength, max(options.num_iter, 1)))
     static = dict(
         heads=grid.heads,
@@ -288,7 +304,7 @@ def _settings(grid, segments, options):
 
 
 def _scratch(grid, low, schedule) -> list:
-    """The two states of the sweep, and x, r and d of the solve."""
+    """Returns the scratch buffers: the two states of the sweep, and x, r and d of the solve."""
     return [
         pltpu.VMEM((grid.heads, grid.K, grid.K), jnp.float32),
         pltpu.VMEM((grid.heads, grid.K, grid.V), jnp.float32),

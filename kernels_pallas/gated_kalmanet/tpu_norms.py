@@ -1,4 +1,4 @@
-"""The norms |H_t|_F of a chunk and their gradient, for the TPU kernels, of states whose squares do not fit a float32 too.
+"""The norms |H_t|_F of a chunk and their gradient, for the TPU kernels, also of states whose squares do not fit a float32.
 
     H_t = size_t (rho_t H0 / |H0|_max + sum_i beta_ti k_i k_i'),     rho_t + sum_i beta_ti |k_i|^2 ~ 1
 
@@ -9,14 +9,16 @@ zeros, which may be as large as 1 / size, is 0 in the gradient.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from kernels_pallas import mosaic
 from kernels_pallas.gated_kalmanet.chebyshev import empty_norm, inverse
-from kernels_pallas.mosaic import NT, TN, dot, dot_parts, each, iota, row_sum
+from kernels_pallas.mosaic import NT, TN, Decay, dot, dot_parts, each, iota, row_sum
 from kernels_pallas.operands import parts
 
 EMPTY = empty_norm(jnp.float32)
@@ -32,20 +34,20 @@ class Weights(NamedTuple):
     square: jax.Array
 
 
-def _largest(h):
-    """|H0|_max [1,1]."""
+def _largest(h: jax.Array) -> jax.Array:
+    """Returns |H0|_max [1,1] of H0 [K,K]."""
     return jnp.max(jnp.max(jnp.abs(h), axis=0, keepdims=True), axis=1, keepdims=True)
 
 
-def sizes(K, H0, decay) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Every head's size as a column [C,1], 0 of an empty state, and |k|^2 as a row [1,C], roughly."""
+def sizes(K: Sequence[jax.Array], H0: Sequence[jax.Array], decay: Sequence[Decay]) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Returns every head's size as a column [C,1], which is 0 for an empty state, and |k|^2 as a row [1,C], to bf16's precision."""
     ones = jnp.ones((8, K[0].shape[1]), jnp.bfloat16)
     squares = each(lambda k: dot(ones, (k * k).astype(jnp.bfloat16), NT)[:1], K)
     return each(lambda s, h, d: row_sum(d.mask * s) + d.reach * _largest(h), squares, H0, decay), squares
 
 
-def weights(size, H0, decay) -> list[Weights]:
-    """Every head's weights."""
+def weights(size: Sequence[jax.Array], H0: Sequence[jax.Array], decay: Sequence[Decay]) -> list[Weights]:
+    """Returns every head's weights, given its `sizes`."""
 
     def one(size, h, d):
         largest = _largest(h)
@@ -58,8 +60,10 @@ def weights(size, H0, decay) -> list[Weights]:
     return each(one, size, H0, decay)
 
 
-def inverse_norms(size, K, H0, decay, low) -> list[jax.Array]:
-    """1 / |H_t|_F as columns [C,1], 0 of an empty state, given its `sizes`:
+def inverse_norms(
+    size: Sequence[jax.Array], K: Sequence[jax.Array], H0: Sequence[jax.Array], decay: Sequence[Decay], low: DTypeLike
+) -> list[jax.Array]:
+    """Returns 1 / |H_t|_F as columns [C,1], 0 for an empty state, given its `sizes`:
 
     |H_t|^2 / size = (beta (M G))_tt + 2 reach (beta u)_t + rho reach |H0|^2,     G = (K K')^2,     u_i = k_i' H0 k_i
     """
@@ -75,8 +79,23 @@ def inverse_norms(size, K, H0, decay, low) -> list[jax.Array]:
     return each(one, size, weights(size, H0, decay), inside, u, decay)
 
 
-def norms_backward(dF, inverse_norm, size, squares, K, H0, decay, low):
-    """Gradients of the norms under cotangents dF, columns [C,1]: dK, dH0, and da as a column and a row."""
+def norms_backward(
+    dF: Sequence[jax.Array],
+    inverse_norm: Sequence[jax.Array],
+    size: Sequence[jax.Array],
+    squares: Sequence[jax.Array],
+    K: Sequence[jax.Array],
+    H0: Sequence[jax.Array],
+    decay: Sequence[Decay],
+    low: DTypeLike,
+) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array], list[jax.Array]]:
+    """Returns the gradients of the norms under cotangents dF, columns [C,1]: dK, dH0, and da as a column and a row.
+
+    Args:
+      inverse_norm: from `inverse_norms`.
+      size, squares: from `sizes`.
+      low: the dtype of the products' operands.
+    """
     C = K[0].shape[0]
     strict = iota((C, C), 0) > iota((C, C), 1)
     W = weights(size, H0, decay)

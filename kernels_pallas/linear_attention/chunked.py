@@ -24,11 +24,21 @@ from kernels_pallas.chunks import (
 )
 
 
-def read_write_backward(Q, K, V, H0, dO, dH, mask, decay: ChunkDecay):
-    """The gradients of reads reach (Q H0) + ((Q K') mask) V and writes total H0 + (keep K)' V of every chunk.
+def read_write_backward(
+    Q: jax.Array,
+    K: jax.Array,
+    V: jax.Array,
+    H0: jax.Array,
+    dO: jax.Array,
+    dH: jax.Array,
+    mask: jax.Array,
+    decay: ChunkDecay,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns the gradients of reads reach (Q H0) + ((Q K') mask) V and writes total H0 + (keep K)' V of every chunk.
 
     Args:
-      Q: [N,B,H,R,K], R = C or more: the rows of several readers one after another, C each.
+      Q: [N,B,H,R,K], R a multiple of C: the rows of one or more readers one after another, C each.
+      K, V, H0: [N,B,H,C,K], [N,B,H,C,V], [N,B,H,K,V].
       dO: [N,B,H,R,V], cotangents of the reads; dH: [N,B,H,K,V], of the writes.
       mask: [N,B,H,R,C], decays and zeros.
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
 
 from kernels_pallas import triton
 from kernels_pallas.arguments import differentiable
 from kernels_pallas.operands import operand_dtype
-from kernels_pallas.triton import dot, load_decay
+from kernels_pallas.triton import Decay, Sizes, dot, load_decay
 
 
 def _write_kernel(k, v, coarse, fine, segment, carried, initial, before, final, *, N, C):
@@ -47,8 +49,15 @@ def _reverse_kernel(q, do, coarse, fine, segment, carried, dfinal, dH, dinitial,
     dinitial[...] = jax.lax.fori_loop(0, N, chunk, dfinal[...])
 
 
-def read_write_backward(Q, K, V, H0, dO, dH, decay, strict=False):
-    """Gradients of one chunk's read and write: dQ, dK, dV and da; `strict` leaves out a token's read of itself."""
+def read_backward(
+    Q: jax.Array, K: jax.Array, V: jax.Array, H0: jax.Array, dO: jax.Array, decay: Decay, strict: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns the gradients of one chunk's read, under cotangents dO [C,V]: dQ, dK, dV and da [C].
+
+    Args:
+      Q, K, V, H0: [C,K], [C,K], [C,V] and the state before the chunk [K,V].
+      strict: whether a token does not read itself.
+    """
     C, low = Q.shape[0], K.dtype
     index = jnp.arange(C)
     off = index[:, None] > index[None, :]
@@ -63,8 +72,10 @@ def read_write_backward(Q, K, V, H0, dO, dH, decay, strict=False):
     return dQ, dK, dV, jnp.sum(E, axis=1) + jnp.sum(across * Q, axis=1) - jnp.sum(E, axis=0)
 
 
-def write_backward(K, V, H0, dH, decay):
-    """Gradients of one chunk's write: dK, dV and da."""
+def write_backward(
+    K: jax.Array, V: jax.Array, H0: jax.Array, dH: jax.Array, decay: Decay
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the gradients of one chunk's write, under cotangents dH [K,V] of the state after it: dK, dV and da [C]."""
     C = K.shape[0]
     kept = decay.keep[:, None] * dot(V, dH, trans_b=True)
     dV = decay.keep[:, None] * dot(K, dH)
@@ -76,7 +87,7 @@ def write_backward(K, V, H0, dH, decay):
 def _backward_kernel(q, k, v, coarse, fine, segment, carried, before, do, dH, dq, dk, dv, da, *, scale):
     decay = load_decay(coarse, fine, segment, carried, slice(None))
     Q, K, V, H0, D = q[...], k[...], v[...], before[...], dH[...]
-    dQ, dK, dV, a = read_write_backward(Q, K, V, H0, do[...], D, decay)
+    dQ, dK, dV, a = read_backward(Q, K, V, H0, do[...], decay)
     dK2, dV2, a2 = write_backward(K, V, H0, D, decay)
     dq[...] = (scale * dQ).astype(dq.dtype)
     dk[...] = (scale * (dK + dK2)).astype(dk.dtype)
@@ -84,10 +95,10 @@ def _backward_kernel(q, k, v, coarse, fine, segment, carried, before, do, dH, dq
     da[...] = scale * (a + a2)
 
 
-def states(k, v, scalars, state, s):
-    """The states before every chunk [B,N,H,K,V], in k's dtype, and after the last, for padded arrays."""
+def states(k: jax.Array, v: jax.Array, scalars: Sequence[jax.Array], state: jax.Array, s: Sizes) -> tuple[jax.Array, jax.Array]:
+    """Returns the states before every chunk [B,N,H,K,V], in k's dtype, and after the last [B,H,K,V], for padded arrays."""
     sequence = s.sequence_scalars()
-    return triton.run(
+    before, final = triton.run(
         functools.partial(_write_kernel, N=s.N, C=s.C),
         "linear_attention_states",
         (s.B, s.H, s.V // s.columns),
@@ -102,10 +113,20 @@ def states(k, v, scalars, state, s):
             (jax.ShapeDtypeStruct((s.B, s.H, s.K, s.V), jnp.float32), s.state()),
         ],
     )
+    return before, final
 
 
-def outputs(q, k, v, scalars, before, s, scale, dtype):
-    """O of every chunk, [B,T,H,V], for padded arrays."""
+def outputs(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    scalars: Sequence[jax.Array],
+    before: jax.Array,
+    s: Sizes,
+    scale: float,
+    dtype: DTypeLike,
+) -> jax.Array:
+    """Returns the outputs of all chunks, [B,T,H,V] in `dtype`, for padded arrays and the states before the chunks."""
     return triton.run(
         functools.partial(_read_kernel, scale=scale),
         "linear_attention_outputs",

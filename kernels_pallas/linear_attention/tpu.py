@@ -17,11 +17,13 @@ dO is not multiplied by the scale, which would round it: all gradients are, and 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from kernels_pallas import mosaic
 from kernels_pallas.arguments import differentiable
@@ -55,27 +57,39 @@ def _forward_kernel(q, k, v, rows, initial, o, final, *rest, heads, scale, packe
         final[0] = state[...]
 
 
-def read(Q, K, V, H0, decay: list[Decay]) -> list[jax.Array]:
-    """reach (Q H0) + ((Q K') M) V for every head, float32."""
+def read(
+    Q: Sequence[jax.Array], K: Sequence[jax.Array], V: Sequence[jax.Array], H0: Sequence[jax.Array], decay: Sequence[Decay]
+) -> list[jax.Array]:
+    """Returns reach (Q H0) + ((Q K') M) V for every head, float32."""
     scores = each(lambda q, k, d: (dot(q, k, NT) * d.mask).astype(k.dtype), Q, K, decay)
     across = each(lambda q, h, d: d.reach * dot(q, h), Q, H0, decay)
     return each(lambda a, s, v: a + dot(s, v), across, scores, V)
 
 
-def write(K, V, H0, decay: list[Decay]) -> list[jax.Array]:
-    """total H0 + (keep K)' V for every head, float32."""
+def write(K: Sequence[jax.Array], V: Sequence[jax.Array], H0: Sequence[jax.Array], decay: Sequence[Decay]) -> list[jax.Array]:
+    """Returns total H0 + (keep K)' V for every head, float32."""
     update = each(lambda k, v, d: dot((k * d.keep).astype(k.dtype), v, TN), K, V, decay)
     return each(lambda h, u, d: d.total * h + u, H0, update, decay)
 
 
-def read_write_backward(Q, K, V, H0, dO, dH, decay: list[Decay], low, n=1):
-    """The gradients of `read` and `write` for every head.
+def read_write_backward(
+    Q: Sequence[jax.Array],
+    K: Sequence[jax.Array],
+    V: Sequence[jax.Array],
+    H0: Sequence[jax.Array],
+    dO: Sequence[jax.Array],
+    dH: Sequence[jax.Array],
+    decay: Sequence[Decay],
+    low: DTypeLike,
+    n: int = 1,
+) -> tuple[list[jax.Array], ...]:
+    """Returns the gradients of `read` and `write` for every head.
 
     Args:
       Q, K, V, H0: in `low`, or in float32, which is then used in two parts.
       dO: cotangents of `read`, likewise.
       dH: those of `write`'s states, float32.
-      n: parts in which what is made here is multiplied again.
+      n: the number of parts in which intermediate results are multiplied again.
 
     Returns:
       dQ, dK, dV, dH0 in float32, and da as a column [C,1] and a row [1,C] to be added.
