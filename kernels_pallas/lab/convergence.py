@@ -12,8 +12,11 @@ Of a stream of 512 tokens, each token's solve in float64 is iterated until x is 
 from __future__ import annotations
 
 import argparse
+import sys
 
 import numpy as np
+
+from kernels_pallas.recorded import recorded, without_out
 
 RIDGE = 0.02
 STREAMS = {  # correlation of a token's key with the one before, log decay
@@ -69,11 +72,18 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--tolerance", type=float, default=3e-4, help="what 30 iterations reach")
+    parser.add_argument("--out", metavar="FILE", help="also write what is printed to this file, with versions and machine")
     options = parser.parse_args(argv)
+    with recorded(options.out, "kernels_pallas.lab.convergence", without_out(sys.argv[1:] if argv is None else argv)):
+        print_iterations(options.dim, options.tokens, options.tolerance)
+
+
+def print_iterations(dim: int, tokens: int, tolerance: float) -> None:
+    """Prints the mean, least and most iterations of every stream by way of starting; see `study`."""
     print(f"{'stream':30} {'queries':>12}   " + "   ".join(f"{way:>6} min max" for way in ("cold", "warm", "tight")))
     for stream in STREAMS:
         for correlation in (0.0, 0.9):
-            found = study(stream, correlation, dim=options.dim, tokens=options.tokens, tolerance=options.tolerance)
+            found = study(stream, correlation, dim=dim, tokens=tokens, tolerance=tolerance)
             cells = "   ".join(f"{n.mean():6.1f} {n.min():3} {n.max():3}" for n in found.values())
             print(f"{stream:30} {f'correlated {correlation}':>12}   {cells}", flush=True)
 
