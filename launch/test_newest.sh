@@ -4,17 +4,23 @@
 # the interpreter (3.12 or newer).
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
-if [ -z "${PYTHON:-}" ]; then
+newest_python() {
+  local version command
   for version in 3.14 3.13 3.12; do
-    # a version manager may have a command on PATH that only says that this version is not chosen
-    if "python$version" -c '' 2>/dev/null; then
-      PYTHON=python$version
-      break
-    fi
+    # on PATH, where a version manager's command may only say that this version is not chosen; or where managers keep versions
+    for command in "python$version" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$version".*/bin/python \
+      "$HOME/.local/share/uv/python/cpython-$version".*/bin/python; do
+      if "$command" -c '' 2>/dev/null; then
+        echo "$command"
+        return
+      fi
+    done
   done
-fi
-"${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 12))' || {
-  echo "the newest JAX needs Python 3.12 or newer, and none is on PATH; set PYTHON to one" >&2
+  echo python3
+}
+PYTHON=${PYTHON:-$(newest_python)}
+"$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 12))' || {
+  echo "the newest JAX needs Python 3.12 or newer, and none was found; set PYTHON to one" >&2
   exit 1
 }
 export PYTHON ENVIRONMENT=.venv-newest

@@ -28,7 +28,8 @@ from hybrid_jax.model import Decoder
 if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:  # most of the tests' time is XLA's, optimizing programs that run once
     jax.config.update("jax_disable_most_optimizations", True)
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+ROOT = pathlib.Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden"
 TEXT = "def f(x):\n    return x + 1\n\nclass A:\n    pass\n" * 40
 
 
@@ -42,6 +43,13 @@ def free_compiled_programs():
 @pytest.fixture(scope="session")
 def golden():
     return GOLDEN
+
+
+def guides() -> list[pathlib.Path]:
+    """Returns the Markdown files of the project, without those of virtual environments, runs and golden data."""
+    folders = ("configs", "hybrid_jax", "kernels_pallas", "launch", "tests")
+    found = [*ROOT.glob("*.md"), *(p for folder in folders for p in (ROOT / folder).rglob("*.md"))]
+    return sorted(p for p in found if GOLDEN not in p.parents)
 
 
 def relative_error(got, want):

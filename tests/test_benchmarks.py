@@ -1,21 +1,19 @@
 """Results of benchmarks are files with versions and machine, and the guides quote them word for word."""
 
-import pathlib
 import re
 
 import pytest
 
 from kernels_pallas.recorded import recorded, versions, without_out
+from tests.conftest import ROOT, guides
 
-ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "tests" / "benchmarks"
 # In a guide a result is a ```text block after a sentence with a link to its file.
 QUOTED = re.compile(r"\]\((?:\.\./)*tests/benchmarks/([\w.]+)\)(?:(?!```).)*?```text\n(.*?)```", re.DOTALL)
 
 
 def quotations():
-    guides = [p for p in ROOT.glob("**/*.md") if not {".venv", ".venv-newest", "runs"} & set(p.parts)]
-    return [(guide, name, block) for guide in guides for name, block in QUOTED.findall(guide.read_text())]
+    return [(guide, name, block) for guide in guides() for name, block in QUOTED.findall(guide.read_text())]
 
 
 def test_what_is_printed_is_kept_with_the_command_the_versions_and_the_machine(tmp_path, capsys):

@@ -1,7 +1,6 @@
 """The Python blocks of every guide run, and what the guides add to the project works."""
 
 import json
-import pathlib
 import re
 
 import jax
@@ -19,11 +18,10 @@ from hybrid_jax.mixers import KINDS
 from hybrid_jax.parameters import marks, split_model
 from hybrid_jax.priming.initialize import initialize_hybrid
 from hybrid_jax.train.objectives import OBJECTIVES
-from tests.conftest import relative_error, tiny_model
+from tests.conftest import ROOT, guides, relative_error, tiny_model
 from tests.train.conftest import batch_of, one_step
 
-ROOT = pathlib.Path(__file__).parent.parent
-GUIDES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("**/*.md") if not {".venv", "golden", "runs"} & set(p.parts))
+GUIDES = [str(p.relative_to(ROOT)) for p in guides()]
 TABLES = (COMMANDS, FAMILIES, KINDS, MIXERS, OBJECTIVES)
 
 

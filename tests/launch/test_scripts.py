@@ -2,8 +2,10 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -71,3 +73,23 @@ def test_slurm_s_environment_is_enough_to_find_each_other():
         for i in range(2)
     ]
     assert [p.communicate(timeout=120)[0].strip() for p in processes] == ["0 2", "1 2"]
+
+
+def test_the_newest_versions_need_a_newer_python(tmp_path):
+    for name in ("python3", "python3.12", "python3.13", "python3.14"):
+        (tmp_path / name).write_text("#!/usr/bin/env bash\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    for name in ("PYTHON", "PYENV_ROOT"):
+        env.pop(name, None)
+    done = subprocess.run([ROOT / "launch" / "test_newest.sh"], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "needs Python 3.12 or newer" in done.stderr
+
+
+def test_the_newest_environment_has_what_the_project_and_its_tests_import():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [*project["dependencies"], *project["optional-dependencies"]["data"]]
+    needed += (ROOT / "tests" / "requirements.txt").read_text().splitlines()
+    names = {re.match(r"[\w-]+", line)[0] for line in needed if not line.startswith("#")} - {"pyright"}
+    newest = (ROOT / "tests" / "requirements-newest.txt").read_text().splitlines()
+    assert names == {re.match(r"[\w-]+", line)[0] for line in newest if not line.startswith("#")}
