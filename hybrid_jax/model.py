@@ -128,8 +128,8 @@ class Decoder(nnx.Module):
             for graph, state in zip(graphs, states, strict=True):
                 step = functools.partial(self._run_merged, run_layer, graph)
                 if self.remat != "none":
-                    # In a scan nothing can merge a recomputed value with the first one, which is in another loop. Layers that are not
-                    # scanned have no such border; whether the compiler merges there shows in the memory of `hybrid-jax plan`.
+                    # In a scan nothing can merge a recomputed value with the first one, which is in another loop. Layers that are
+                    # not scanned have no such border; whether the compiler merges there shows in the memory of `hybrid-jax plan`.
                     step = jax.checkpoint(step, policy=REMAT[self.remat], prevent_cse=False)
                 carry, out = step(state, carry)
                 outs.append(out)
@@ -152,8 +152,8 @@ class Decoder(nnx.Module):
                 outs += out
                 continue
             carry, out = jax.lax.scan(lambda c, s, graphs=graphs: unit(graphs, s, c), carry, states)
-            # The scan stacks what every layer returns. Indexing it back is cheap: XLA fuses the slice into what reads it, and removes
-            # outputs that nobody reads. It is small (losses per token), unless the caller asks for hidden states.
+            # The scan stacks what every layer returns. Indexing it back is cheap: XLA fuses the slice into what reads it, and
+            # removes outputs that nobody reads. It is small (losses per token), unless the caller asks for hidden states.
             outs += [jax.tree.map(lambda x, n=n: x[n], out[m]) for n in range(repeat.count) for m in range(repeat.length)]
         return carry, outs
 

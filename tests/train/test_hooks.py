@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from hybrid_jax import load_model
 from hybrid_jax.config_file import load_config
+from hybrid_jax.evaluate.instruments import Subject, make_instrument
 from hybrid_jax.experiment import run_experiment
 from hybrid_jax.train import Phase, read_metrics
 from hybrid_jax.workdir import load_run
@@ -117,3 +118,22 @@ def test_an_experiment_runs_the_hooks_of_its_config_and_is_read_without_their_pa
     (tmp_path / "run" / "config.json").write_text(json.dumps(record))
     end = arrays(load_model(tmp_path / "run" / "stages" / "01_train"))
     assert all((end[n] == x).all() for n, x in arrays(load_run(tmp_path / "run", "train", 2)).items())
+
+
+def test_an_instrument_runs_in_the_loop_and_finds_what_it_finds_of_the_outcome(corpus, tmp_path):
+    options = dict(task="needles", seq_len=64, rows=4, options=dict(max_needles=2))
+    hook = dict(hook="hybrid_jax.train.instrument_hook:InstrumentHook", every=2, instrument="recall", options=options)
+    model = train(corpus, tmp_path, hooks={"needles": hook})
+    logged = [row for row in read_metrics(tmp_path) if "needles/loss" in row][-1]
+    subject = Subject(model, corpus.tokenizer, corpus)
+    want = {
+        (m.measure, *m.at.values()): m.value for m in make_instrument("x", dict(instrument="recall", **options)).measure(subject)
+    }
+    assert logged["needles/loss"] == pytest.approx(want["loss",], rel=1e-5)
+    assert logged["needles/accuracy/distance=63"] == pytest.approx(want["accuracy", 63])
+
+
+def test_an_instrument_with_a_wrong_option_is_refused_when_the_config_is_read():
+    hook = dict(hook="hybrid_jax.train.instrument_hook:InstrumentHook", every=2, instrument="recall", options=dict(row=4))
+    with pytest.raises(ValueError, match="phase.hooks.needles: instruments.recall: recall has no option 'row'"):
+        phase(hooks={"needles": hook})
