@@ -1,11 +1,12 @@
 """Times the operations against peers in the same run: `python -m kernels_pallas.bench --peer torch|fla [--heads 8 …]`.
 
-A line is a case, our median and the peer's, and peer / ours: above 1 we are faster. Ours and the peer take turns.
+Each line has a case, the median times of this package and of the peer, and their ratio, which is above 1 where this package is
+faster. Calls of the two alternate.
 
 - `--peer torch`: transformers' own chunked rule in PyTorch (`torch_chunk_gated_delta_rule`), for CPUs. XLA multiplies
-  batches of small matrices on one core, so JAX is given a device a core and each takes its heads, as on a mesh.
+  batches of small matrices on one core, so JAX gets one device per core, over which the heads are sharded, as on a mesh.
 - `--peer fla`: flash-linear-attention's Triton kernels (gated delta rule, simple GLA), and cuDNN attention of the same
-  sizes, for NVIDIA GPUs. Has not been run by us: no GPU was at hand.
+  sizes, for NVIDIA GPUs. It has not been run: no GPU was at hand.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from kernels_pallas.lab.cases import CASES, Shape, program, random_arrays
 from kernels_pallas.recorded import recorded, without_out
 
 
-def our_call(name: str, shape: Shape, implementation: str | None, arrays, devices: int = 1) -> Callable[[], None]:
-    """A call of ours, each device with its heads."""
+def our_call(
+    name: str, shape: Shape, implementation: str | None, arrays: Sequence[jax.Array], devices: int = 1
+) -> Callable[[], None]:
+    """Returns a call of this package's case `name`, the heads sharded over `devices`."""
     function = program(CASES[name], shape, implementation)[0]
     if devices > 1:
         mesh, of_tokens, of_states = jax.make_mesh((devices,), ("heads",)), P(None, None, "heads"), P(None, "heads")
@@ -39,8 +42,14 @@ def our_call(name: str, shape: Shape, implementation: str | None, arrays, device
     return lambda: jax.block_until_ready(function(*arrays))
 
 
-def torch_call(function: Callable, arrays, backward: bool, device: str) -> Callable[[], None]:
-    """A call of `function(*tensors) -> o` on the same numbers, with the gradient of every tensor if `backward`."""
+def torch_call(function: Callable, arrays: Sequence[jax.Array], backward: bool, device: str) -> Callable[[], None]:
+    """Returns a call of torch's `function(*tensors) -> o` on the same numbers.
+
+    Args:
+      arrays: the function's arguments; with `backward` the last one is the cotangent of o.
+      backward: whether the gradient of every tensor is computed too.
+      device: torch's name of it.
+    """
     import torch
 
     kinds = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -66,12 +75,14 @@ def torch_call(function: Callable, arrays, backward: bool, device: str) -> Calla
 
 
 def transformers_peers() -> dict[str, Callable]:
+    """Returns the functions of transformers that compute an operation, by its name."""
     from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
     return {"gated_delta_rule": lambda q, k, v, g, beta: torch_chunk_gated_delta_rule(q, k, v, g, beta)[0]}
 
 
 def fla_peers() -> dict[str, Callable]:
+    """Returns the functions of flash-linear-attention that compute an operation, by its name."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # pyright: ignore[reportMissingImports]
     from fla.ops.simple_gla import chunk_simple_gla  # pyright: ignore[reportMissingImports]
 
@@ -81,8 +92,8 @@ def fla_peers() -> dict[str, Callable]:
     }
 
 
-def attention_call(shape: Shape, arrays, backward: bool) -> Callable[[], None]:
-    """cuDNN's causal attention on the same q, k, v."""
+def attention_call(shape: Shape, arrays: Sequence[jax.Array], backward: bool) -> Callable[[], None]:
+    """Returns a call of cuDNN's causal attention on the same q, k, v."""
 
     def forward(q, k, v):
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
@@ -97,10 +108,10 @@ def attention_call(shape: Shape, arrays, backward: bool) -> Callable[[], None]:
 
 
 def medians(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Seconds of each call: the median of 3 calls in each of `rounds`, in which the contenders take turns.
+    """Returns the seconds of each call: the median of 3 calls in each of `rounds`, in which the contenders alternate.
 
-    A turn begins with a pause and a call that is not timed: torch's worker threads spin for a while after a call,
-    and would take the cores from whoever comes next.
+    Before the timed calls there are a pause and a call that is not timed: torch's worker threads spin for a while after a
+    call, and would take the cores from the next contender.
     """
     times = {name: [] for name in calls}
     for _ in range(rounds):
@@ -117,13 +128,13 @@ def medians(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, floa
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels_pallas.bench", description=(__doc__ or "").split(": ")[0])
     parser.add_argument("--peer", choices=("torch", "fla"), default="torch")
-    parser.add_argument("--implementation", help="ours; default: xla beside torch, pallas_gpu beside fla")
+    parser.add_argument("--implementation", help="of this package; default: xla against torch, pallas_gpu against fla")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, nargs="+")
     parser.add_argument("--seq-len", type=int, nargs="+")
     parser.add_argument("--heads", type=int)
     parser.add_argument("--cores", type=int, help="CPU cores for both; default: all")
-    parser.add_argument("--devices", type=int, help="of the CPU, over which our heads are sharded; default: one per core")
+    parser.add_argument("--devices", type=int, help="CPU devices of JAX, over which the heads are sharded; default: one per core")
     parser.add_argument("--dim", type=int, nargs="+")
     parser.add_argument("--out", metavar="FILE", help="also write what is printed to this file, with versions and machine")
     options = parser.parse_args(argv)
@@ -162,12 +173,12 @@ def main(argv: list[str] | None = None) -> int:
 def compare(
     shapes: Sequence[Shape], peers: Mapping[str, Callable], implementation: str, devices: int, rounds: int, gpu: bool
 ) -> None:
-    """Prints the milliseconds of our form and of the peer for every shape and operation, and their ratio.
+    """Prints the milliseconds of this package and of the peer for every shape and operation, and their ratio.
 
     Args:
       peers: operation -> the peer's function of the same arrays.
-      implementation: ours.
-      devices: of the CPU, over which our heads are sharded.
+      implementation: of this package.
+      devices: JAX devices, over which this package's heads are sharded.
       rounds: see `medians`.
       gpu: also time cuDNN attention.
     """

@@ -15,10 +15,10 @@ from kernels_pallas.recorded import recorded, without_out
 
 
 def choose(names: list[str]) -> list[str]:
-    """The cases asked for: a case's name, or an operation's for all of its cases.
+    """Returns the cases named on the command line: a case's name, or an operation's name for all of its cases.
 
     Raises:
-      ValueError: a name that is neither.
+      ValueError: a name is neither.
     """
     if not names:
         return list(CASES)

@@ -13,7 +13,7 @@ import kernels_pallas as ops
 
 
 class Shape(NamedTuple):
-    """Sizes of a case; the default is the one README's table is for."""
+    """The sizes of a case; the defaults are those of the README's table."""
 
     batch: int = 1
     seq_len: int = 8192
@@ -25,14 +25,17 @@ class Shape(NamedTuple):
 
     @property
     def token_heads(self) -> int:
+        """Tokens times heads."""
         return self.batch * self.seq_len * self.heads
 
 
 class Case(NamedTuple):
-    """One operation: the shapes of its arrays, and what `run(*arrays, **static)` computes.
+    """An operation to compile or time.
 
-    arrays: from a Shape, (dims, is a scalar per head) of every array argument.
-    decode: one token a sequence: `seq_len` is not used, and the last argument is the state.
+    run: computes (output, state) of its arrays.
+    arrays: from a Shape, (dims, dtype) of every array argument.
+    backward: whether the gradient of every array is computed too.
+    decode: one token per sequence: `seq_len` is not used, and the last arguments are the state.
     """
 
     run: Callable
@@ -42,7 +45,7 @@ class Case(NamedTuple):
 
 
 def _tokens(n_scalars: int):
-    """q, k, v and n scalars per head."""
+    """Returns the arrays q, k, v and n numbers per token and head, as `Case.arrays`."""
 
     def arrays(s: Shape):
         B, T, H = s.batch, s.seq_len, s.heads
@@ -53,7 +56,7 @@ def _tokens(n_scalars: int):
 
 
 def _token(n_scalars: int, *states: str):
-    """One token's q, k, v, n scalars, and states of the named sizes ("KK", "KV")."""
+    """Returns the arrays q, k, v of one token, n numbers per head, and states of the named sizes ("KK", "KV")."""
 
     def arrays(s: Shape):
         B, H, size = s.batch, s.heads, dict(K=s.key_dim, V=s.value_dim)
@@ -96,7 +99,7 @@ CASES = {
 
 
 def program(case: Case, shape: Shape, implementation: str | None) -> tuple[Callable, list]:
-    """The function to compile, and (dims, dtype) of its arguments: with `backward` the last is the output's cotangent."""
+    """Returns the function to compile, and (dims, dtype) of its arguments; with `backward` the last is the output's cotangent."""
     arrays = case.arrays(shape)
     if shape.packed and not case.decode:
         arrays = [*arrays, ((shape.batch, shape.seq_len), "int32")]
@@ -121,7 +124,7 @@ def program(case: Case, shape: Shape, implementation: str | None) -> tuple[Calla
 
 
 def random_arrays(case: Case, shape: Shape, seed: int = 0) -> list[jax.Array]:
-    """Inputs like a model's: keys of norm 1, small decays, gates in (0, 1)."""
+    """Returns inputs similar to a model's: keys of norm 1, small decays, gates in (0, 1)."""
     arrays = program(case, shape, "xla")[1]
     values, scalars = [], 0
     for n, ((dims, dtype), key) in enumerate(zip(arrays, jax.random.split(jax.random.key(seed), len(arrays)), strict=True)):

@@ -1,4 +1,4 @@
-"""The chips the laboratory knows."""
+"""The chips that the laboratory compiles for."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-    """topology: the smallest one libtpu has; cores: that share a device; clock: Hz, from the published bf16 peak."""
+    """topology: the smallest one of libtpu; cores: of a device; clock: in Hz, from the published bf16 peak."""
 
     topology: str
     cores: int
     clock: float
-    bandwidth: float  # bytes of HBM a second, of the device
+    bandwidth: float  # of the HBM of a device, in bytes per second
 
 
 CHIPS = {

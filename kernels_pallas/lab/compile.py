@@ -1,4 +1,4 @@
-"""Compiles cases for chips that are not there, in processes of their own: libtpu reads its options once, when it loads."""
+"""Compiles cases for chips that this machine does not have, in separate processes: libtpu reads its options only when it loads."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 from kernels_pallas.lab.chips import CHIPS
 
 MARK = "LAB-RESULT "
-# What `schedule.read_schedules` reads of a kernel; all of the compiler's passes take longer to write than to run.
+# The two dumps that `schedule.read_schedules` reads; dumping every pass takes longer than compiling.
 DUMPED = "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=original|final_"
 
 
 def compile_cases(chip: str, cases: Sequence[str], shape: dict | None = None, xla: bool = True) -> Iterator[dict]:
-    """One result a case, as they come: `worker.compile_kernels` and, beside it, `worker.compile_xla`.
+    """Yields one result per case, as it is ready: that of `worker.compile_kernels`, with that of `worker.compile_xla` if asked for.
 
     Args:
       chip: a name in CHIPS.
@@ -27,7 +27,7 @@ def compile_cases(chip: str, cases: Sequence[str], shape: dict | None = None, xl
       xla: whether to compile the XLA form too, for comparison.
 
     Raises:
-      RuntimeError: a compiling process died; with what it said last.
+      RuntimeError: a compiling process died; the message has the end of its standard error.
       ValueError: an unknown chip.
     """
     if chip not in CHIPS:
@@ -43,7 +43,7 @@ def compile_cases(chip: str, cases: Sequence[str], shape: dict | None = None, xl
 
 
 def _worker(stack: contextlib.ExitStack, request: dict, options: str) -> Iterator[dict]:
-    """Starts a process that compiles; its results as they come."""
+    """Starts a process that compiles, and returns an iterator over its results."""
     env = dict(os.environ, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", LIBTPU_INIT_ARGS=options)
     errors = stack.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115
     command = [sys.executable, "-m", "kernels_pallas.lab.worker", json.dumps(request)]

@@ -1,6 +1,6 @@
 """The TPU compiler's own cycle estimates of an XLA program, with loops multiplied out.
 
-Optimized HLO carries `"estimated_cycles":"N"` at every fusion. A Pallas call has no estimate and counts as nothing.
+Optimized HLO carries `"estimated_cycles":"N"` at every fusion. A Pallas call has no estimate and counts as 0.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ GARBAGE = 2**60  # some fusions of tpu7x read as numbers near 2^63
 
 
 def estimated_cycles(hlo: str) -> int:
-    """Cycles of one run of the program."""
+    """Returns the cycles of one run of the program."""
 
     def of_line(line: str) -> dict[str, float]:
         match = CYCLES.search(line)

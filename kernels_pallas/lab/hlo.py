@@ -1,7 +1,7 @@
 """Sums over the instructions of a compiled program, loops multiplied out, from its optimized HLO.
 
-The body of a loop is listed once, whatever its trip count: that stands at the `while`, or, where the compiler does
-not write it down (TPU), is the constant that the loop's condition compares its counter with.
+The body of a loop is listed once. Its trip count is an attribute of the `while` instruction or, where the compiler does
+not write one (TPU), the constant that the loop's condition compares the counter with.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ def _add(total: dict[str, float], more: dict[str, float]) -> None:
 
 
 def program_sum(hlo: str, of_line: Callable[[str], dict[str, float]]) -> dict[str, float]:
-    """What one run of a program adds up to.
+    """Returns the amounts that one run of a program adds up to, by name.
 
     Args:
-      of_line: an instruction -> its amounts by name; empty: those of the computations that it calls. Of a
-        conditional the largest branch counts.
+      hlo: the optimized program's text.
+      of_line: returns the amounts of an instruction by name; if empty, those of the computations that it calls are added.
+        Of a conditional the branch with the largest sum counts.
     """
     bodies: dict[str, list[str]] = {}
     entry = current = None
@@ -78,7 +79,7 @@ def program_sum(hlo: str, of_line: Callable[[str], dict[str, float]]) -> dict[st
 
 
 def _trip_count(line: str, condition: list[str]) -> int:
-    """Of the loop at `line`, that counts from 0; 1 if its condition does not tell."""
+    """Returns the trip count of the loop at `line`, which counts from 0; 1 if its condition does not show it."""
     if known := TRIPS.search(line):
         return int(known.group(1))
     limits = [int(match.group(1)) for text in condition if (match := LIMIT.search(text))]

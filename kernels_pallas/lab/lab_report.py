@@ -17,19 +17,19 @@ HEADER = (
     "matrix slots",
     "spills",
     "VMEM MiB",
-    "bundles a step",
+    "bundles per step",
     "temporaries MiB",
     "of XLA",
 )
-LEGEND = """Per token and head, of the whole device: `bundles`, static bundles of the kernels (a lower bound on cycles: waits for
-memory come on top); `HBM`, cycles to move each kernel's arguments and results once; `around`, the compiler's
+LEGEND = """Per token and head, for all cores of the device: `bundles`, static bundles of the kernels (a lower bound on cycles,
+without waits for memory); `HBM`, cycles to move each kernel's arguments and results once; `around`, the compiler's
 estimated cycles of the XLA operations around the kernels (on tpu7x its estimates are partly missing); `XLA form`,
 its estimate of the portable form, loops multiplied out. `matrix slots`: share used, of the busiest kernel;
 `spills`: stores of registers in a grid step; `temporaries`: HBM beside arguments and results."""
 
 
 def cells(result: dict) -> tuple[str, ...]:
-    """One row of the table."""
+    """Returns one row of the table."""
     if "error" in result:
         return (result["case"], result["chip"], "does not compile", *[""] * 9)
     kernels = result["kernels"]
@@ -52,6 +52,7 @@ def cells(result: dict) -> tuple[str, ...]:
 
 
 def print_table(results: Sequence[dict]) -> None:
+    """Prints the results as a table, then the messages of the cases that do not compile."""
     from rich.console import Console
     from rich.table import Table
 
@@ -83,14 +84,14 @@ def print_summary(results: Sequence[dict]) -> None:
 
 
 def write_json(results: Sequence[dict], path: pathlib.Path) -> None:
-    """Writes beside, then renames."""
+    """Writes the results beside their place, then renames the file."""
     beside = path.with_suffix(".partial")
     beside.write_text(json.dumps(list(results), indent=1) + "\n")
     beside.rename(path)
 
 
 def draw(results: Sequence[dict], path: pathlib.Path) -> None:
-    """Bars of every case and chip: the kernels' bundles beside the XLA form's estimate, the HBM floor as a line."""
+    """Draws bars for every case and chip: the kernels' bundles beside the XLA form's estimate, and the HBM floor as a line."""
     import matplotlib
 
     matplotlib.use("Agg")

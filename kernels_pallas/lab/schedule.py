@@ -1,6 +1,6 @@
 """Reads a kernel's static schedule from what libtpu dumps: bundles of a grid step, slots used, spills, VMEM.
 
-A dumped kernel has two files that belong together, line by line: the bundles (one an address, with `LB:` at a
+A dumped kernel has two files that correspond line by line: the bundles (one per address, with `LB:` at a
 loop's body, `>` signs for its depth, and the loops' exit tests) and the slots each bundle uses.
 """
 
@@ -17,7 +17,7 @@ EXIT_TEST = re.compile(r"scmp\.ge\.s32\.totalorder[^,]*, (\d+) /\* loop exit tes
 
 
 class Schedule(NamedTuple):
-    """Of one kernel: bundles a grid step (inner loops multiplied out), slots {unit: (used, capacity a bundle)}, spills."""
+    """One kernel's bundles per grid step (inner loops multiplied out), slots {unit: (used, capacity per bundle)}, and spills."""
 
     kernel: str
     bundles: int
@@ -28,16 +28,16 @@ class Schedule(NamedTuple):
 
     @property
     def matrix_share(self) -> float:
-        """Share of the matrix units' slots that are used."""
+        """The share of the matrix units' slots that are used."""
         used, capacity = next(v for unit, v in self.slots.items() if unit.startswith(("MXU", "MAT")))
         return used / (capacity * self.bundles)
 
 
 def _weights(lines: list[str]) -> list[int]:
-    """How often each bundle runs in one grid step: 0 outside the grid's loop, the trip count in an inner loop.
+    """Returns how often each bundle runs in one grid step: 0 outside the grid's loop, the trip count in an inner loop.
 
     Raises:
-      ValueError: loops deeper than one inside the grid's, which no kernel here has.
+      ValueError: the grid's loop has a loop inside an inner loop, which no kernel here has.
     """
     trips = [int(n) for line in lines for n in EXIT_TEST.findall(line)]
     inner, weights, depths = -1, [], []
@@ -56,7 +56,7 @@ def _weights(lines: list[str]) -> list[int]:
 
 
 def read_schedules(folder: Path, prefix: str) -> list[Schedule]:
-    """The schedules of every kernel in the dump whose name holds `prefix`, in the order compiled."""
+    """Returns the schedules of every kernel in the dump whose name contains `prefix`, in the order compiled."""
     found = []
     for utilization in sorted(folder.glob(f"*{prefix}*-final_hlo-static-per-bundle-utilization.txt")):
         stem = group_of(r"^(.*?)-\d+-final_hlo", str(utilization))

@@ -19,15 +19,15 @@ from kernels_pallas.lab.hlo import group_of
 from kernels_pallas.lab.schedule import read_schedules
 
 
-def compile_form(name: str, mesh, shape: Shape, implementation: str):
-    """The compiled program of one implementation of a case."""
+def compile_form(name: str, mesh: jax.sharding.Mesh, shape: Shape, implementation: str) -> jax.stages.Compiled:
+    """Returns the compiled program of one implementation of a case."""
     function, arrays = program(CASES[name], shape, implementation)
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     with jax.set_mesh(mesh):
         return jax.jit(function).lower(*(jax.ShapeDtypeStruct(*a, sharding=sharding) for a in arrays)).compile()
 
 
-def temporaries(compiled) -> int:
+def temporaries(compiled: jax.stages.Compiled) -> int:
     """Returns the bytes of HBM that a compiled program needs besides its arguments and results."""
     analysis = compiled.memory_analysis()
     if analysis is None:
@@ -36,16 +36,17 @@ def temporaries(compiled) -> int:
 
 
 def token_heads(name: str, shape: Shape) -> int:
+    """Returns tokens times heads of a case: what its costs are divided by."""
     return shape.batch * shape.heads * (1 if CASES[name].decode else shape.seq_len)
 
 
-def compile_kernels(name: str, chip: Chip, mesh, shape: Shape, dump: Path) -> dict:
-    """What the compiler makes of a case's kernels.
+def compile_kernels(name: str, chip: Chip, mesh: jax.sharding.Mesh, shape: Shape, dump: Path) -> dict:
+    """Compiles a case's kernels and reads what they cost.
 
     Returns:
       temporaries (bytes of HBM), hbm_bytes_token_head and hbm_cycles_token_head (what the kernels must move, at the
       chip's bandwidth and clock), around_token_head (estimated cycles of the XLA operations around the kernels),
-      bundles_token_head (of the whole device), and `kernels`, one dict per kernel.
+      bundles_token_head (for all cores of the device), and `kernels`, one dict per kernel.
     """
     for old in dump.glob("*"):
         old.unlink()
@@ -80,8 +81,8 @@ def compile_kernels(name: str, chip: Chip, mesh, shape: Shape, dump: Path) -> di
     )
 
 
-def compile_xla(name: str, mesh, shape: Shape) -> dict:
-    """The compiler's estimate of the XLA form, and its temporaries."""
+def compile_xla(name: str, mesh: jax.sharding.Mesh, shape: Shape) -> dict:
+    """Returns the compiler's estimate of the XLA form (`xla_token_head`, cycles), and `xla_temporaries` (bytes)."""
     compiled = compile_form(name, mesh, shape, "xla")
     return dict(
         xla_token_head=estimated_cycles(compiled.as_text() or "") / token_heads(name, shape),
@@ -90,7 +91,7 @@ def compile_xla(name: str, mesh, shape: Shape) -> dict:
 
 
 def _pallas_calls(hlo: str) -> dict[str, tuple[int, int]]:
-    """{kernel: (grid steps, bytes of its arguments and results)}, from the Pallas calls of a compiled program."""
+    """Returns {kernel: (grid steps, bytes of its arguments and results)}, from the Pallas calls of a compiled program."""
     found = {}
     for call in re.finditer(r'%([\w\-]+)[.\d]* = [^\n]*custom_call_target="tpu_custom_call"', hlo):
         steps = group_of(r'"grid_steps": ?"(\d+)"', hlo[call.end() :])
@@ -100,7 +101,7 @@ def _pallas_calls(hlo: str) -> dict[str, tuple[int, int]]:
 
 
 def main(request: str) -> None:
-    """Prints a marked line of JSON a case; a case that does not compile has `error`, the compiler's own words."""
+    """Prints one marked line of JSON per case; a case that does not compile has `error`, the compiler's message."""
     options = json.loads(request)
     chip = CHIPS[options["chip"]]
     topology = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology)

@@ -5,8 +5,8 @@ the last block to the first, with p the sum before the activation, recomputed:
 
     dp = dy act'(p)      dx_i = sum_j w_j dp_{i + W - 1 - j}      dw_j = sum_t dp_t x_{t - W + 1 + j}
 
-where the dp of the 8 tokens after a block stay in VMEM. In a packed row, `seen` says how many earlier tokens a
-token may look at.
+where the dp of the 8 tokens after a block stay in VMEM. In a packed row, `seen` is the number of earlier tokens that a
+token depends on.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from kernels_pallas.operands import pad_axis
 from kernels_pallas.short_conv.chunked import last_inputs
 
 CHUNK = 256  # tokens per grid step
-LANES = 512  # at most this many channels a grid step
+LANES = 512  # at most this many channels per grid step
 HALO = 8  # tokens kept from a neighbour: the sublanes of a register
 
 
 def _taps(x, before, seen, W):
-    """x_{t - W + 1 + j} for every j, float32 [C,D], zeros where a token may not look; before: the 8 tokens before."""
+    """Returns x_{t - W + 1 + j} for every j, float32 [C,D], zeros where it is not `seen`; before: the 8 tokens before."""
     C = x.shape[0]
     together = jnp.concatenate([before, x.astype(jnp.float32)], axis=0)
     taps = [together[HALO - (W - 1 - j) : HALO - (W - 1 - j) + C] for j in range(W)]
@@ -46,7 +46,7 @@ def _preactivation(taps, weight, bias):
 
 
 def _column(ref):
-    """Row 0 of a block [1,1,1,8,C] as a column [C,1], or None."""
+    """Returns row 0 of a block [1,1,1,8,C] as a column [C,1], or None."""
     return None if ref is None else ref[0, 0, 0].T[:, :1]
 
 
@@ -88,17 +88,17 @@ def _backward_kernel(*refs, W, silu, packed):
     total[...] += jnp.concatenate([*rows, jnp.zeros((HALO * 2 - len(rows), dp.shape[1]), jnp.float32)], axis=0)
 
     outer = jnp.concatenate([jnp.zeros((HALO, dp.shape[1]), jnp.float32), dp, head[...]], axis=0)
-    look = None
-    if seen is not None:  # how far the token at each row of `outer` may look
+    reached = None
+    if seen is not None:  # `seen` of the token at each row of `outer`
         spread = jnp.broadcast_to(seen, (C, dp.shape[1]))
-        look = jnp.concatenate([jnp.zeros((HALO, dp.shape[1]), jnp.float32), spread, mask[...]], axis=0)
+        reached = jnp.concatenate([jnp.zeros((HALO, dp.shape[1]), jnp.float32), spread, mask[...]], axis=0)
         mask[...] = spread[:HALO]
     gradient: Any = 0.0
     for j in range(W):
         delta = W - 1 - j
         shifted = outer[delta : delta + HALO + C]
-        if look is not None and delta:
-            shifted = jnp.where(look[delta : delta + HALO + C] >= delta, shifted, 0.0)
+        if reached is not None and delta:
+            shifted = jnp.where(reached[delta : delta + HALO + C] >= delta, shifted, 0.0)
         gradient = gradient + shifted * w[j : j + 1]
     dx[0] = gradient[HALO:].astype(dx.dtype)
     head[...] = dp[:HALO]
@@ -110,14 +110,14 @@ def _backward_kernel(*refs, W, silu, packed):
 
 
 def _grid(x, reverse=False) -> tuple[Grid, int]:
-    """Channels play the heads: H blocks of `lanes` channels."""
+    """Returns the grid and its `lanes`: a block of that many channels is handled as a head is."""
     B, T, D = x.shape
     lanes = next(n for n in range(min(LANES, D), 0, -mosaic.LANES) if D % n == 0)
     return Grid(B, T, D // lanes, lanes, lanes, min(CHUNK, T), 1, reverse), lanes
 
 
 def _seen_rows(segments, W, T, C):
-    """[B, 1, T'/C, 8, C]: tokens before each that belong to its segment, at most W-1; the first segment sees the state."""
+    """Returns `seen` as [B, 1, T'/C, 8, C]: how many tokens before each one it depends on, W - 1 or, in a later segment, fewer."""
     B = segments.shape[0]
     index = jnp.arange(segments.shape[1])
     begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
@@ -147,11 +147,11 @@ def short_conv_tpu(
 @differentiable(5, 6)
 def _conv(x, weight, bias, initial, seen, W, silu) -> jax.Array:
     grid, lanes = _grid(x)
-    whole = pl.BlockSpec((HALO, lanes), lambda b, h, n: (0, h))
+    taps = pl.BlockSpec((HALO, lanes), lambda b, h, n: (0, h))
     inputs = [
         (x, grid.tokens(lanes)),
-        (weight, whole),
-        (bias, whole),
+        (weight, taps),
+        (bias, taps),
         (initial, pl.BlockSpec((1, HALO, lanes), lambda b, h, n: (b, 0, h))),
     ]
     if seen is not None:
@@ -174,15 +174,15 @@ def _vjp_backward(W, silu, residuals, dy):
     x, weight, bias, initial, seen = residuals
     grid, lanes = _grid(x, reverse=True)
     N, C = grid.N, grid.C
-    whole = pl.BlockSpec((HALO, lanes), lambda b, h, n: (0, h))
+    taps = pl.BlockSpec((HALO, lanes), lambda b, h, n: (0, h))
     edge = pl.BlockSpec((1, HALO, lanes), lambda b, h, n: (b, 0, h))
     both = pl.BlockSpec((1, 2 * HALO, lanes), lambda b, h, n: (b, 0, h))
     before = pl.BlockSpec((1, HALO, lanes), lambda b, h, n: (b, jnp.maximum((N - 1 - n) * (C // HALO) - 1, 0), h))
     inputs = [
         (x, grid.tokens(lanes)),
         (x, before),
-        (weight, whole),
-        (bias, whole),
+        (weight, taps),
+        (bias, taps),
         (initial, edge),
         (dy, grid.tokens(lanes)),
     ]
