@@ -86,7 +86,7 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
     return value
 
 
-def check_known(where: str, names: Iterable[str], known: Collection[str]):
+def check_known(where: str, names: Iterable[str], known: Collection[str]) -> None:
     """All keys of a group (`where`) are known ones.
 
     Raises:

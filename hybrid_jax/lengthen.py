@@ -19,7 +19,9 @@ COUNTS = ("steps", "tokens")  # what may change; of epochs the steps are not kno
 ASIDE = "before_lengthening"
 
 
-def lengthen_phases(record: pathlib.Path, new: dict, stages: Mapping[str, pathlib.Path], same: Callable[[dict, dict], bool]):
+def lengthen_phases(
+    record: pathlib.Path, new: dict, stages: Mapping[str, pathlib.Path], same: Callable[[dict, dict], bool]
+) -> None:
     """Gives phases of a run more steps, if that is all that `new` changes; else does nothing.
 
     An unfinished phase goes on from its newest checkpoint. A finished one does so too, if its last checkpoint is still there

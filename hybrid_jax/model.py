@@ -48,7 +48,7 @@ class TwoStreams(NamedTuple):
 class Layer(nnx.Module):
     """h + mixer(norm h), then h + mlp(norm h). A fused layer holds teacher and student mixers."""
 
-    def __init__(self, config: ModelConfig, index: int, *, rngs, dtype=jnp.float32):
+    def __init__(self, config: ModelConfig, index: int, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         self.spec = config.layers[index]
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         for kind in self.spec.kinds:
@@ -56,10 +56,12 @@ class Layer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.mlp = (MLP if config.moe is None else MoE)(config, rngs=rngs, dtype=dtype)
 
-    def mixer(self, kind: str):
+    def mixer(self, kind: str) -> Any:
         return getattr(self, KINDS[kind].parameter_key)
 
-    def run(self, kind, hidden, *, positions, segment_ids, state=None) -> tuple[LayerOutputs, Any]:
+    def run(
+        self, kind: str, hidden: jax.Array, *, positions: jax.Array, segment_ids: jax.Array, state: Any = None
+    ) -> tuple[LayerOutputs, Any]:
         """The layer with its mixer of `kind`."""
         mixed, state = self.mixer(kind)(self.input_layernorm(hidden), positions=positions, segment_ids=segment_ids, state=state)
         hidden = constrain(hidden + mixed, *TOKENS)
@@ -83,7 +85,7 @@ class Decoder(nnx.Module):
     compiled once; `repeats` is set where `layers` holds one layer for many, with stacked parameters (`stacking`).
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, compute_dtype=None):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, compute_dtype: Any = None):
         self.config, self.compute_dtype = config, jnp.dtype(compute_dtype or dtype)
         self.remat, self.scan = "none", True
         self.repeats: tuple[Repeat, ...] | None = None
@@ -97,7 +99,9 @@ class Decoder(nnx.Module):
             head: dict[str, Any] = dict(axes=("embed", "vocab"), muon=False, std=std, rngs=rngs, dtype=dtype)
             self.lm_head = Linear(config.hidden_size, config.vocab_size, **head)
 
-    def inputs(self, input_ids, segment_ids=None, positions=None):
+    def inputs(
+        self, input_ids: jax.Array, segment_ids: jax.Array | None = None, positions: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """What the layers take: the embeddings [B,T,hidden], and {positions, segment_ids}."""
         input_ids = jnp.asarray(input_ids)
         if segment_ids is None:
@@ -109,7 +113,7 @@ class Decoder(nnx.Module):
         hidden = constrain(self.embed_tokens(input_ids, self.compute_dtype), *TOKENS)
         return hidden, dict(positions=positions, segment_ids=segment_ids)
 
-    def through_layers(self, run_layer: Callable, carry, *others: Decoder):
+    def through_layers(self, run_layer: Callable, carry: Any, *others: Decoder) -> tuple[Any, list[Any]]:
         """carry -> run_layer(layer, *others' layers, carry) -> (carry, out) through all layers; the outs in a list, one per layer.
 
         Layers that repeat are scanned: compiled once, however many. Their parameters come stacked (`stacking`) or
@@ -172,7 +176,14 @@ class Decoder(nnx.Module):
             flat.append((path, variable.replace(x)))
         return nnx.from_flat_state(flat)
 
-    def hidden_states(self, input_ids, segment_ids=None, positions=None, state=None, stream: str = "student"):
+    def hidden_states(
+        self,
+        input_ids: jax.Array,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        state: Any = None,
+        stream: str = "student",
+    ) -> tuple[jax.Array, Any]:
         """[B,T] ids -> (final normed hidden [B,T,hidden], state).
 
         Args:
@@ -196,9 +207,9 @@ class Decoder(nnx.Module):
 
     def two_streams(
         self,
-        input_ids,
-        segment_ids=None,
-        positions=None,
+        input_ids: jax.Array,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
         compare: Callable = lambda teacher, student: (teacher, student),
         teacher: Decoder | None = None,
     ) -> TwoStreams:
@@ -234,20 +245,20 @@ class Decoder(nnx.Module):
         kernel = self.embed_tokens.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
         return Head(kernel, self.config.logits_scaling, self.config.logits_soft_cap)
 
-    def __call__(self, input_ids, segment_ids=None, positions=None):
+    def __call__(self, input_ids: jax.Array, segment_ids: jax.Array | None = None, positions: jax.Array | None = None) -> jax.Array:
         """Logits [B,T,vocab] of input_ids [B,T]; segment ids pack several sequences in a row, 0 is padding."""
         return self.head(self.hidden_states(input_ids, segment_ids, positions)[0])
 
-    def init_state(self, batch: int, max_length: int):
+    def init_state(self, batch: int, max_length: int) -> Any:
         """Empty caches and recurrent states for generating up to `max_length` tokens per row."""
         return tuple(layer.mixer(layer.spec.kind).init_state(batch, max_length, self.compute_dtype) for layer in self.layers)
 
-    def state_axes(self):
+    def state_axes(self) -> Any:
         """The logical axes of every array of `init_state`, in its structure."""
         return tuple(layer.mixer(layer.spec.kind).state_axes() for layer in self.layers)
 
 
-def abstract_decoder(config: ModelConfig, dtype=jnp.float32, compute_dtype=None) -> Decoder:
+def abstract_decoder(config: ModelConfig, dtype: Any = jnp.float32, compute_dtype: Any = None) -> Decoder:
     """The decoder's shapes without its arrays."""
 
     def make():

@@ -39,7 +39,7 @@ def with_config(model: Decoder, config: ModelConfig) -> Decoder:
     return join_model(nnx.split(abstract_decoder(config, compute_dtype=model.compute_dtype))[0], split_model(model)[1])
 
 
-def abstract_parameters(config: ModelConfig, dtype=jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_parameters(config: ModelConfig, dtype: Any = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
     """The names, shapes and dtypes of a model's parameters, without making it."""
     _, state = nnx.split(abstract_decoder(config, dtype))
     return {".".join(map(str, path)): jax.ShapeDtypeStruct(v.shape, v.dtype) for path, v in nnx.to_flat_state(state)}

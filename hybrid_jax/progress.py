@@ -16,7 +16,7 @@ class _Lines(tqdm):
 
     _written, _shown = float("-inf"), None
 
-    def refresh(self, *_, **__):
+    def refresh(self, *_, **__) -> None:
         if not self.disable and time.monotonic() - self._written >= SECONDS:
             self._line()
 
@@ -25,7 +25,7 @@ class _Lines(tqdm):
         self.fp.write(f"{self}\n")
         self.fp.flush()
 
-    def close(self):
+    def close(self) -> None:
         if not self.disable:
             if self._shown != (self.n, self.postfix):
                 self._line()

@@ -132,14 +132,14 @@ ROPE_REQUIRED = {
 }
 
 
-def check_key(key: str, value: Any):
+def check_key(key: str, value: Any) -> None:
     """Checks a value of config.json against the schema and returns it; a key that the schema does not have passes."""
     if key in options_by_key():
         return optional(mapping)(key, value)
     return KEYS[key](key, value) if key in KEYS else value
 
 
-def check_rope(kind: str, options: Mapping[str, Any]):
+def check_rope(kind: str, options: Mapping[str, Any]) -> None:
     """The options of a rotary embedding of one type.
 
     Raises:
@@ -166,7 +166,7 @@ def check_rope(kind: str, options: Mapping[str, Any]):
         )
 
 
-def check_finite(values: Any, name: str = "config.json"):
+def check_finite(values: Any, name: str = "config.json") -> None:
     """Refuses NaN and infinities anywhere in a JSON value: JSON has neither, and each spoils what reads it."""
     pending = [(name, values)]
     while pending:

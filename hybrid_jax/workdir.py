@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ def tokenizer_of(workdir: str | pathlib.Path) -> pathlib.Path:
 
 
 def load_run(
-    workdir: str | pathlib.Path, phase: str = "", step: int | None = None, *, dtype=jnp.float32, mesh: Mesh | None = None
+    workdir: str | pathlib.Path, phase: str = "", step: int | None = None, *, dtype: Any = jnp.float32, mesh: Mesh | None = None
 ) -> Decoder:
     """What a run had.
 

@@ -7,7 +7,7 @@ import argparse
 from hybrid_jax.commands.options import OVERRIDES, directory, integer
 
 
-def add_arguments(parser: argparse.ArgumentParser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = f"{parser.description}. {OVERRIDES}"
     parser.add_argument("--config", required=True, metavar="FILE", help="an experiment config")
     parser.add_argument("--phase", required=True, help="the phase that will distil")

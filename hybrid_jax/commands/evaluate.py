@@ -166,6 +166,7 @@ def run(args: argparse.Namespace) -> None:
         check_writable(out)
         if (out / "results.json").exists():
             known = {r["row"]["path"]: r for r in json.loads((out / "results.json").read_text())}
+    say(f"held-out text: {'the standard library of this Python' if args.text == 'stdlib' else args.text}")
     records, corpora = [], {}
     for name, path, group, stage, source in progress_bar(todo, name="evaluate", unit="model"):
         fingerprint = _fingerprint(path, args)

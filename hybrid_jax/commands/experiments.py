@@ -7,7 +7,7 @@ import argparse
 from hybrid_jax.commands.options import OVERRIDES
 
 
-def add_arguments(parser: argparse.ArgumentParser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = f"{parser.description}. {OVERRIDES}"
     parser.add_argument("--workdir", required=True, help="everything the run writes goes here; the same one resumes it")
     parser.add_argument(

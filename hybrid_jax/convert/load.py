@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from hybrid_jax.checks import check_choice
 from hybrid_jax.config import ModelConfig
@@ -144,7 +146,9 @@ def _read_parameters(
         yield name, load_sharded(mesh, name, _cast(files.path, tensors[0][1], value, dtype or single), axes[name])
 
 
-def load_model(path, pattern: str | None = None, dtype=None, mesh=None, *, seed: int = 0) -> Decoder:
+def load_model(
+    path: str | pathlib.Path, pattern: str | None = None, dtype: Any = None, mesh: Mesh | None = None, *, seed: int = 0
+) -> Decoder:
     """Loads a Hugging Face directory, a hybrid export of hybrid-model-factory, or one of ours.
 
     Args:

@@ -85,7 +85,13 @@ def _tokenizer_directory(model: Decoder, tokenizer_from) -> pathlib.Path | None:
     return source
 
 
-def write_model(model: Decoder, directory: pathlib.Path, *, tokenizer_from=None, max_shard_bytes: int = 5_000_000_000):
+def write_model(
+    model: Decoder,
+    directory: pathlib.Path,
+    *,
+    tokenizer_from: str | pathlib.Path | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
     """Writes a model's files into a directory that exists; see `save_model`."""
     _write_weights(model, directory, max_shard_bytes)
     dtype = str(model.embed_tokens.embedding[...].dtype)
@@ -98,7 +104,13 @@ def write_model(model: Decoder, directory: pathlib.Path, *, tokenizer_from=None,
         shutil.copytree(source / MORE_TEMPLATES, directory / MORE_TEMPLATES, copy_function=shutil.copyfile)
 
 
-def save_model(model: Decoder, path, *, tokenizer_from=None, max_shard_bytes: int = 5_000_000_000):
+def save_model(
+    model: Decoder,
+    path: str | pathlib.Path,
+    *,
+    tokenizer_from: str | pathlib.Path | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
     """Writes a model as a Hugging Face directory: a source family's layout, or hybrid-model-factory's.
 
     Args:

@@ -86,7 +86,7 @@ class TensorFiles(contextlib.ExitStack):
     def __iter__(self):
         return iter(self.files)
 
-    def check_dtypes(self, names: Iterable[str]):
+    def check_dtypes(self, names: Iterable[str]) -> None:
         """Checks by the files' headers that tensors have a dtype of weights.
 
         Raises:
@@ -105,7 +105,7 @@ class TensorFiles(contextlib.ExitStack):
         if double:
             notice(f"{self.path}: {len(double)} tensors are float64 and are read as float32, the first {double[0]}")
 
-    def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]):
+    def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Checks by the files' headers that tensors have these shapes.
 
         Raises:

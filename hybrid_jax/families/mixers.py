@@ -64,7 +64,7 @@ def read_mixers(hf: Mapping[str, Any], qk_norm: bool) -> tuple[tuple[MixerOption
     return tuple(options), {key: values for key, values in kept.items() if values}
 
 
-def check_repeated(hf: Mapping[str, Any], config: ModelConfig):
+def check_repeated(hf: Mapping[str, Any], config: ModelConfig) -> None:
     """Checks that the mixers' dicts do not contradict the model.
 
     Raises:

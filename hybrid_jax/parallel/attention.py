@@ -70,7 +70,9 @@ def _ring(window, q, k, v, segment_ids):
     return ring_attention(q, k, v, segment_ids, window)
 
 
-def attend_windows(qs: Sequence, ks: Sequence, vs: Sequence, windows: Sequence[tuple[int, int | None]], segment_ids):
+def attend_windows(
+    qs: Sequence, ks: Sequence, vs: Sequence, windows: Sequence[tuple[int, int | None]], segment_ids: jax.Array
+) -> jax.Array:
     """Returns one softmax over several sets of keys, where set n is seen at distances windows[n][0] <= i - j < windows[n][1].
 
     Each set has its own queries [B,T,H,D], keys and values [B,T,Hkv,D]. A window may be None, without an end, only where

@@ -32,7 +32,7 @@ class Mask(NamedTuple):
     window: int | None = None
     offset: int = 0
 
-    def visible(self, i, j):
+    def visible(self, i: jax.Array, j: jax.Array) -> jax.Array:
         distance = i[:, None] + self.offset - j[None, :]
         seen = jnp.ones(distance.shape, bool)
         if self.nearest is not None:
@@ -47,7 +47,9 @@ class Mask(NamedTuple):
 FULL = Mask(nearest=None)
 
 
-def block_forward(q, k, v, q_segments, k_segments, mask: Mask):
+def block_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, k_segments: jax.Array, mask: Mask
+) -> tuple[jax.Array, jax.Array]:
     """One block's attention; scores are q k' D^-0.5.
 
     Args:
@@ -65,7 +67,17 @@ def block_forward(q, k, v, q_segments, k_segments, mask: Mask):
     return _tiled_forward(mask, (q, q_segments), (k, v, k_segments))
 
 
-def block_backward(q, k, v, q_segments, k_segments, mask: Mask, o, lse, do):
+def block_backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_segments: jax.Array,
+    k_segments: jax.Array,
+    mask: Mask,
+    o: jax.Array,
+    lse: jax.Array,
+    do: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The block's share of dq, dk, dv (float32), given the complete softmax's o and lse and the cotangent of o."""
     if not mask.shows(q.shape[1], k.shape[1]):
         return tuple(jnp.zeros(x.shape, accumulator(x)) for x in (q, k, v))
@@ -111,7 +123,7 @@ def _tile_forward(q, q_segments, k, v, k_segments, visible):
     return o / total[..., None], lse.reshape(B, H, T)
 
 
-def merge(first, second):
+def merge(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Two parts (o, lse) of a softmax as one."""
     (o1, lse1), (o2, lse2) = first, second
     lse = jnp.logaddexp(lse1, lse2)

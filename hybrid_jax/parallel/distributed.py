@@ -28,7 +28,7 @@ _POLL_SECONDS, _LEAVE_SECONDS = 1.0, 20.0
 _leaving = threading.Lock()  # taken once, by whatever ends the process
 
 
-def initialize():
+def initialize() -> None:
     """Joins the other processes of this job, if there are any; does nothing on a single machine.
 
     From `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` where all are set; else from Slurm or Open
@@ -84,19 +84,19 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def say(message: str):
+def say(message: str) -> None:
     """Prints a message for the user: on the first process alone, so that a job of many hosts says it once."""
     if is_first():
         print(message, flush=True)
 
 
-def notice(message: str):
+def notice(message: str) -> None:
     """Tells the user, on stderr, that something was not taken as it is; of several processes the first does."""
     if is_first():
         print(f"hybrid-jax: {message}", file=sys.stderr, flush=True)
 
 
-def barrier(name: str):
+def barrier(name: str) -> None:
     """Waits until every process is here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from hybrid_jax.parallel.sharding import TOKENS, mesh_axes_of, shard_map_by_axes
 
 
-def lookup(table, ids, dtype):
+def lookup(table: jax.Array, ids: jax.Array, dtype: Any) -> jax.Array:
     """table[ids] in `dtype`; the table's gradient is summed in the table's own.
 
     Every device looks up its columns (and its rows, where `tensor` shards the vocabulary) for the tokens of all devices among

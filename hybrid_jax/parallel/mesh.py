@@ -84,7 +84,9 @@ def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
     return AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def check_mesh_fits(config: ModelConfig, mesh: Mesh | AbstractMesh, batch_size: int | None = None, seq_len: int | None = None):
+def check_mesh_fits(
+    config: ModelConfig, mesh: Mesh | AbstractMesh, batch_size: int | None = None, seq_len: int | None = None
+) -> None:
     """Refuses a mesh that does not divide the model or the batch.
 
     Raises:

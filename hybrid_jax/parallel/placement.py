@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from hybrid_jax.parallel.sharding import TOKENS, partition_spec
 
 
-def in_mesh(mesh: Mesh | None):
+def in_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
     """The context in which programs for `mesh` are traced and run."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ def _then(earlier, later):
     return _act(A2, A1) if A1.ndim == 5 else A2 * A1, jax.tree.map(jnp.add, _act(A2, b1), b2)
 
 
-def incoming_states(summary: tuple, segment_ids: jax.Array):
+def incoming_states(summary: tuple, segment_ids: jax.Array) -> Any:
     """Returns the state each chunk starts from, [2, B, H, ...].
 
     Args:
@@ -61,7 +62,9 @@ def _over_chunks(op, summary, segment_ids, *arrays):
     return from_pair(as_chunks(op(*chunks, initial_state=before, segment_ids=ids)[0]))
 
 
-def recurrence(op: Callable, step: Callable, summary: Callable, arrays: Sequence[jax.Array], *, state, segment_ids):
+def recurrence(
+    op: Callable, step: Callable, summary: Callable, arrays: Sequence[jax.Array], *, state: Any, segment_ids: jax.Array
+) -> tuple[jax.Array, Any]:
     """Runs a recurrence over [B, T, H, ...] arrays, however they are sharded.
 
     Args:
@@ -103,7 +106,9 @@ def _conv_over_chunks(segment_ids, x, weight, bias):
     return from_pair(as_chunks(y))
 
 
-def convolution(x, weight, bias, *, state, segment_ids):
+def convolution(
+    x: jax.Array, weight: jax.Array, bias: jax.Array | None, *, state: jax.Array | None, segment_ids: jax.Array
+) -> tuple[jax.Array, Any]:
     """The short conv of x [B, T, D], however it is sharded -> (y, state); D is sharded as heads are, as weight [D, W] is."""
     if axis_size("seq") > 1:
         axes = (TOKENS, HEADS, CHANNELS, CHANNELS)

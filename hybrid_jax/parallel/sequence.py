@@ -10,6 +10,7 @@ causal attention costs every device the same. The data pipeline makes the order 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ import numpy as np
 SEQ_AXIS = "seq"
 
 
-def positions_of(segment_ids):
+def positions_of(segment_ids: Any) -> Any:
     """Returns positions [B, T] that restart at 0 where the segment id changes, for tokens in order of time; numpy or JAX."""
     T = segment_ids.shape[1]
     if isinstance(segment_ids, np.ndarray):
@@ -46,12 +47,12 @@ def zigzag_order(length: int, devices: int) -> np.ndarray:
     return np.concatenate([chunks[[i, 2 * devices - 1 - i]].reshape(-1) for i in range(devices)])
 
 
-def to_zigzag(x, devices: int, axis: int = 1):
+def to_zigzag(x: Any, devices: int, axis: int = 1) -> Any:
     """Reorders an array from order of time to zig-zag order along `axis`."""
     return x if devices == 1 else x.take(zigzag_order(x.shape[axis], devices), axis=axis)
 
 
-def from_zigzag(x, devices: int, axis: int = 1):
+def from_zigzag(x: Any, devices: int, axis: int = 1) -> Any:
     """Inverts `to_zigzag`."""
     return x if devices == 1 else x.take(np.argsort(zigzag_order(x.shape[axis], devices)), axis=axis)
 
@@ -120,7 +121,7 @@ def continued(segment_ids: jax.Array) -> jax.Array:
     return halo_segments(segment_ids, 1)[:, :, 0] == segment_ids[:, :, 0]
 
 
-def exclusive_scan(first, then: Callable):
+def exclusive_scan(first: Any, then: Callable) -> Any:
     """Returns for each chunk the composition of the maps of all chunks before it, in log2(2N) + 1 shifts.
 
     Args:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -34,7 +35,7 @@ Axes = tuple[str | None, ...]
 TOKENS: Axes = ("batch", "sequence")  # of every [B, T, ...]
 
 
-def partition_spec(mesh, axes: Axes) -> PartitionSpec:
+def partition_spec(mesh: Mesh | jax.sharding.AbstractMesh, axes: Axes) -> PartitionSpec:
     """Returns the partition spec of an array with these logical axes; mesh axes of size 1 are left out."""
     entries, used = [], set()
     for axis in axes:
@@ -64,19 +65,19 @@ def parameter_sharding(mesh: Mesh, name: str, shape: tuple[int, ...], axes: Axes
     return NamedSharding(mesh, spec)
 
 
-def load_sharded(mesh: Mesh | None, name: str, value, axes: Axes) -> jax.Array:
+def load_sharded(mesh: Mesh | None, name: str, value: Any, axes: Axes) -> jax.Array:
     """Returns a host array as a parameter in its final sharding, without a replicated copy on the way."""
     if mesh is None:
         return jax.numpy.asarray(value)
     return to_global(value, parameter_sharding(mesh, name, value.shape, axes))
 
 
-def to_global(value, sharding: NamedSharding) -> jax.Array:
+def to_global(value: Any, sharding: NamedSharding) -> jax.Array:
     """Returns an array that every process has completely as a global array; each device gets its shard."""
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
-def context_mesh():
+def context_mesh() -> jax.sharding.AbstractMesh | None:
     """Returns the mesh in context (`jax.set_mesh`), or None if it has one device or we are inside `shard_map_by_axes`.
 
     Raises:
@@ -115,7 +116,7 @@ def gathered(x: jax.Array, axes: Axes) -> jax.Array:
 gathered.defvjp(lambda x, axes: (gathered(x, axes), None), lambda axes, _, d: (constrain(d, *axes),))
 
 
-def shard_map_by_axes(function: Callable, arrays: Sequence, axes: Sequence, out_axes):
+def shard_map_by_axes(function: Callable, arrays: Sequence, axes: Sequence, out_axes: Any) -> Any:
     """Runs function(*arrays) on each device with its shard of every array; without a mesh, once with the arrays.
 
     Args:

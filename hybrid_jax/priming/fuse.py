@@ -41,7 +41,7 @@ def fuse(model: Decoder, source: Decoder) -> Decoder:
     return _rebuild(fused, {**split_model(source)[1], **split_model(model)[1]}, model.compute_dtype)
 
 
-def check_teacher(fused: ModelConfig, source: ModelConfig):
+def check_teacher(fused: ModelConfig, source: ModelConfig) -> None:
     """Checks that the source can teach a fused model: every layer's teacher is the source's own mixer.
 
     Raises:

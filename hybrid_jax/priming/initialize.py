@@ -67,7 +67,7 @@ def _fresh(config: ModelConfig, dtype, seed: int, names: set[str], mesh: Mesh | 
     return jax.jit(make, out_shardings=where)()
 
 
-def check_convertible(have: ModelConfig, wanted: ModelConfig):
+def check_convertible(have: ModelConfig, wanted: ModelConfig) -> None:
     """Checks that every mixer of `wanted` that `have` lacks replaces attention.
 
     Raises:

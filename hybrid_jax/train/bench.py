@@ -18,8 +18,9 @@ import time
 import jax
 
 from hybrid_jax import load_model
-from hybrid_jax.data import read_corpus, training_batches
+from hybrid_jax.data import Corpus, read_corpus, training_batches
 from hybrid_jax.data.layout import training_batch
+from hybrid_jax.model import Decoder
 from hybrid_jax.parameters import split_model
 from hybrid_jax.train.loop import apply_phase_settings, train_phase
 from hybrid_jax.train.metrics import MetricWriter, read_metrics
@@ -32,7 +33,7 @@ SOURCE = "launch/tiny_qwen3"
 MIX = {"text": 0.7, "retrieval": 0.3}
 
 
-def bare(model, phase: Phase, corpus) -> float:
+def bare(model: Decoder, phase: Phase, corpus: Corpus) -> float:
     """Seconds a step."""
     layout = PhaseLayout(apply_phase_settings(model, phase), phase)
     state, frozen, _ = layout.begin(None, split_model(model)[1])
@@ -48,7 +49,7 @@ def bare(model, phase: Phase, corpus) -> float:
     return (time.perf_counter() - begin) / (phase.steps - 1)
 
 
-def looped(model, phase: Phase, corpus) -> float:
+def looped(model: Decoder, phase: Phase, corpus: Corpus) -> float:
     """Seconds a step."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         folder = pathlib.Path(folder)
@@ -57,7 +58,7 @@ def looped(model, phase: Phase, corpus) -> float:
         return phase.tokens_per_step / read_metrics(folder)[-1]["tokens_per_second"]
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m hybrid_jax.train.bench", description=(__doc__ or "").split(":")[0])
     parser.add_argument("--milliseconds", type=float, default=200, help="about how long a step takes, by its rows")
     parser.add_argument("--steps", type=int, default=40)

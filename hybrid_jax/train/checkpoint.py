@@ -85,7 +85,7 @@ class Checkpoints:
         self.directory = directory.absolute()
         self.manager = ocp.CheckpointManager(self.directory, options=options)
 
-    def save(self, step: int, state: TrainState, beside: dict):
+    def save(self, step: int, state: TrainState, beside: dict) -> None:
         """Starts saving the state, and as JSON what is `beside` it; an error of the save before this one is raised here.
 
         Raises:
@@ -175,7 +175,7 @@ class Checkpoints:
         if steps:
             self.manager.reload()
 
-    def close(self):
+    def close(self) -> None:
         """Waits for the last save.
 
         Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -35,25 +35,25 @@ class Meter:
             self._counted = make_step(PhaseLayout(model, phase, teacher), phase)
             model.remat = remat
 
-    def count(self, state, frozen, batch):
+    def count(self, state: Any, frozen: Any, batch: Any) -> None:
         """Counts a step's FLOPs from its arguments; only the first call does anything."""
         if self._counted is not None:
             self.flops, self._counted = traced_flops(self._counted, state, frozen, batch), None
 
-    def begin(self, step: int):
+    def begin(self, step: int) -> None:
         """Starts the clock after `step`, the first one; later calls do nothing."""
         if self.first is None:
             self.first, self.begun, self.waited = step, time.perf_counter(), 0.0
 
     @contextlib.contextmanager
-    def waiting(self):
+    def waiting(self) -> Iterator[None]:
         """Is a context manager that adds to the time spent waiting for data."""
         begin = time.perf_counter()
         yield
         self.waited += time.perf_counter() - begin
 
     @contextlib.contextmanager
-    def paused(self):
+    def paused(self) -> Iterator[None]:
         """Context manager whose time counts for nothing: neither as training nor as waiting."""
         begin = time.perf_counter()
         yield

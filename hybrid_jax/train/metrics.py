@@ -47,14 +47,14 @@ class MetricWriter:
         if self.lines.tell() and not (directory / "metrics.jsonl").read_bytes().endswith(b"\n"):
             self.lines.write("\n")  # a killed run's last line
 
-    def write(self, phase: str, step: int, metrics: dict[str, float]):
+    def write(self, phase: str, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             if math.isfinite(value):  # the JSON lines have the others
                 self.board.add_scalar(f"{phase}/{name}", value, step)
         self.lines.write(json.dumps({"phase": phase, "step": step, **metrics}) + "\n")
         self.lines.flush()
 
-    def close(self):
+    def close(self) -> None:
         self.board.close()
         self.lines.close()
 
@@ -62,10 +62,10 @@ class MetricWriter:
 class NoMetrics:
     """What the processes after the first write."""
 
-    def write(self, phase: str, step: int, metrics: dict[str, float]):
+    def write(self, phase: str, step: int, metrics: dict[str, float]) -> None:
         pass
 
-    def close(self):
+    def close(self) -> None:
         pass
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from typing import Any
 
 import jax
 
@@ -19,12 +20,12 @@ class Profile:
     def __init__(self, steps: tuple[int, int] | None, directory: pathlib.Path):
         self.steps, self.directory, self.running = steps, directory, False
 
-    def before(self, step: int):
+    def before(self, step: int) -> None:
         if self.steps and step == self.steps[0]:
             jax.profiler.start_trace(str(self.directory))
             self.running = True
 
-    def after(self, step: int, result):
+    def after(self, step: int, result: Any) -> None:
         if self.running and self.steps and step >= self.steps[1]:
             jax.block_until_ready(result)
             self._stop()
