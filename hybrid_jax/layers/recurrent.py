@@ -15,7 +15,7 @@ from hybrid_jax.config import ModelConfig
 from hybrid_jax.layers.mixer import Arrays
 from hybrid_jax.layers.parameter import marks_of, parameter
 from hybrid_jax.parallel.recurrence import convolution
-from kernels_pallas.gated_kalmanet.chebyshev import safe_sqrt
+from kernels_pallas.numerics import safe_sqrt
 
 STATE_AXES = ("batch", "heads", None, None)  # logical axes of a state [B,H,K,V]
 

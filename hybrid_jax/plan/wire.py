@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from kernels_pallas.lab.hlo import program_sum
+from kernels_pallas.hlo import program_sum
 
 KINDS = "all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all|ragged-all-to-all"
 COLLECTIVE = re.compile(rf"= (.*?) ({KINDS})(-start|-of-scatter)?\((.*)$")

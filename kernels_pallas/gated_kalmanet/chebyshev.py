@@ -74,12 +74,6 @@ def inverse(x: jax.Array) -> jax.Array:
     return jnp.where(alive, 1.0 / jnp.where(alive, x, 1.0), 0.0)
 
 
-def safe_sqrt(x: jax.Array) -> jax.Array:
-    """Returns the square root of x, with gradient 0 where x is 0 (an empty state has no norm to differentiate)."""
-    positive = x > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
-
-
 def coefficients(ridge_strength: float, num_iter: int) -> np.ndarray:
     """Returns [num_iter, 2] float32: omega - 1 and omega of every iteration, which do not depend on H."""
     r, omega, rows = (0.25 / (ridge_strength + 0.5)) ** 2, 2.0, []

@@ -32,7 +32,8 @@ from kernels_pallas.chunks import (
     to_chunks,
 )
 from kernels_pallas.contract import States
-from kernels_pallas.gated_kalmanet.chebyshev import chebyshev, inverse, safe_sqrt
+from kernels_pallas.gated_kalmanet.chebyshev import chebyshev, inverse
+from kernels_pallas.numerics import safe_sqrt
 
 
 def chunk_matvec(x: jax.Array, k: jax.Array, decay: ChunkDecay, before: jax.Array) -> jax.Array:

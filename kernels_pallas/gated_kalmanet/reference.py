@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from kernels_pallas.arguments import differentiable
 from kernels_pallas.contract import States
-from kernels_pallas.gated_kalmanet.chebyshev import chebyshev, inverse, safe_sqrt
+from kernels_pallas.gated_kalmanet.chebyshev import chebyshev, inverse
 from kernels_pallas.linear_attention.reference import linear_attention_update, scan_tokens
+from kernels_pallas.numerics import safe_sqrt
 
 
 def _frobenius(H: jax.Array) -> jax.Array:

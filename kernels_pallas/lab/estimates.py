@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from kernels_pallas.lab.hlo import program_sum
+from kernels_pallas.hlo import program_sum
 
 CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 GARBAGE = 2**60  # some fusions of tpu7x read as numbers near 2^63

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from kernels_pallas.lab.hlo import group_of
+from kernels_pallas.hlo import group_of
 
 BUNDLE = re.compile(r"^\s*(?:0x)?([0-9a-f]+)\s+(LB)?[A-Z]*:?\s*:?\s*(>*)\s*\{")
 EXIT_TEST = re.compile(r"scmp\.ge\.s32\.totalorder[^,]*, (\d+) /\* loop exit test \*/")

@@ -11,11 +11,11 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
+from kernels_pallas.hlo import group_of
 from kernels_pallas.lab.cases import CASES, Shape, program
 from kernels_pallas.lab.chips import CHIPS, Chip
 from kernels_pallas.lab.compile import MARK
 from kernels_pallas.lab.estimates import estimated_cycles
-from kernels_pallas.lab.hlo import group_of
 from kernels_pallas.lab.schedule import read_schedules
 
 
