@@ -132,7 +132,7 @@ ROPE_REQUIRED = {
 }
 
 
-def check_key(key: str, value: Any) -> None:
+def check_key(key: str, value: Any) -> Any:
     """Checks a value of config.json against the schema and returns it; a key that the schema does not have passes."""
     if key in options_by_key():
         return optional(mapping)(key, value)

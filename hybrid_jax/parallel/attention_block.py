@@ -80,7 +80,8 @@ def block_backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The block's share of dq, dk, dv (float32), given the complete softmax's o and lse and the cotangent of o."""
     if not mask.shows(q.shape[1], k.shape[1]):
-        return tuple(jnp.zeros(x.shape, accumulator(x)) for x in (q, k, v))
+        dq, dk, dv = (jnp.zeros(x.shape, accumulator(x)) for x in (q, k, v))
+        return dq, dk, dv
     if _use_splash(q, k):
         return _splash_backward(q, k, v, q_segments, k_segments, mask, o, lse, do)
     delta = jnp.sum(o.astype(lse.dtype) * do.astype(lse.dtype), axis=-1)
