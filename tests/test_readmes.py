@@ -12,6 +12,7 @@ from flax import nnx
 from hybrid_jax import load_model, save_model
 from hybrid_jax.commands.main import COMMANDS
 from hybrid_jax.config import ATTENTION, MixerSpec
+from hybrid_jax.evaluate.instruments import INSTRUMENTS, Subject, make_instrument
 from hybrid_jax.families import FAMILIES
 from hybrid_jax.layers import MIXERS
 from hybrid_jax.mixers import KINDS
@@ -22,7 +23,7 @@ from tests.conftest import ROOT, guides, relative_error, tiny_model
 from tests.train.conftest import batch_of, one_step
 
 GUIDES = [str(p.relative_to(ROOT)) for p in guides()]
-TABLES = (COMMANDS, FAMILIES, KINDS, MIXERS, OBJECTIVES)
+TABLES = (COMMANDS, FAMILIES, INSTRUMENTS, KINDS, MIXERS, OBJECTIVES)
 
 
 def blocks(guide):
@@ -61,6 +62,12 @@ def guide(tables):
     for code in blocks("hybrid_jax/README.md"):
         exec(compile(code, "hybrid_jax/README.md", "exec"), namespace)
     return namespace
+
+
+def test_the_guide_s_instrument_measures_a_model(guide, corpus):
+    subject = Subject(tiny_model("*-GKA", vocab_size=300), corpus.tokenizer, corpus)
+    (found,) = make_instrument("mine", dict(instrument="surprise", seq_len=32, rows=3)).measure(subject)
+    assert 0.9 < found.value <= 1 and found.low < found.value and found.count == 3
 
 
 def test_the_guide_s_mixer_is_primed_trained_exported_and_decoded(guide, tmp_path):

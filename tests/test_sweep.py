@@ -87,7 +87,7 @@ def test_a_sweep_asked_to_stop_waits_until_its_point_has_saved(tmp_path, whom):
     assert process.stderr.readline() == "running\n"
     (os.kill if whom == "the sweep" else os.killpg)(process.pid, signal.SIGTERM)
     out, errors = process.communicate(timeout=60)
-    assert out == "stopped\n" and process.returncode == 0 and (tmp_path / "saved").exists()
+    assert out == "stopped\n" and process.returncode == 0 and (tmp_path / "saved").exists(), errors[-2000:]
     assert "waiting until the running point has saved" in errors
 
 

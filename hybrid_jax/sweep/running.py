@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from hybrid_jax.run_report import final_loss, phases_of
 from hybrid_jax.sweep.points import Point
 
 STOPPED = 3  # the exit code of a run that can be resumed
+WAITING = b"sweep: waiting until the running point has saved its state; Ctrl-C again ends it at once\n"
 
 
 def run_point(point: Point, out: pathlib.Path, evaluate: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,11 +81,7 @@ def _passing_signals(process: subprocess.Popen) -> Iterator[list[int]]:
         if number == signal.SIGINT and signal.SIGINT in received:
             process.kill()
         elif not received:
-            print(
-                "sweep: waiting until the running point has saved its state; Ctrl-C again ends it at once",
-                file=sys.stderr,
-                flush=True,
-            )
+            os.write(2, WAITING)  # print() could interrupt a print of the block, and Python refuses that
             process.terminate()
         received.append(number)
 

@@ -187,7 +187,7 @@ def test_meshes_are_checked_against_devices_and_model():
             check_mesh_fits(config, abstract_mesh(sizes), 4, 20)
         assert words in str(e.value)
     mixture = tiny_config("*-GKA", family="qwen3_moe", moe=MoEConfig(8, 2, 12))
-    with pytest.raises(ValueError, match="num_experts in 3 parts, which do not divide 8"):
+    with pytest.raises(ValueError, match="num_experts in 3 shards, which do not divide 8"):
         check_mesh_fits(mixture, abstract_mesh({"expert": 3}), 3, 20)
 
 

@@ -147,7 +147,7 @@ def test_a_mixer_can_teach_another():
 def test_the_configured_share_of_the_layers_is_converted_and_recorded(monkeypatch, tmp_path):
     monkeypatch.setattr(select, "score_layers", lambda *_: Scores([0.3, 0.2, -0.1, 0.4], "nats"))
     how = {"mixer": "GDN", "fraction": 0.25, "window": 4}
-    pattern = select.choose_pattern(tiny_model("*-*-*-*"), "", how, None, tmp_path)
+    pattern = select.choose_pattern(tiny_model("*-*-*-*"), "", select.Selection.from_config(how), None, tmp_path)
     record = json.loads((tmp_path / "selection.json").read_text())
     assert pattern == record["pattern"] == "*-*-GDN-*"
     assert (record["scores"], record["fraction"], record["window"]) == ([0.3, 0.2, -0.1, 0.4], 0.25, 4)

@@ -61,7 +61,7 @@ def test_one_program_scores_as_one_evaluation_per_layer(corpus):
 
 def test_a_scorer_of_ones_own_is_chosen_by_its_name_and_takes_options(registered, tmp_path):
     how = {"mixer": "GDN", "fraction": 0.5, "scorer": "last_first", "step": 2.0}
-    assert choose_pattern(tiny_model("*-*-*-*"), "", how, None, tmp_path) == "*-*-GDN-GDN"
+    assert choose_pattern(tiny_model("*-*-*-*"), "", Selection.from_config(how), None, tmp_path) == "*-*-GDN-GDN"
     assert select_fields(how)["step"] == 1.0
     with pytest.raises(ValueError, match=r"select\.step must be above 0"):
         Selection.from_config({**how, "step": -1.0}).check(tiny_config("*-*"))
