@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from hybrid_jax.data.documents import Document, content, load_documents, pieces, split_documents, unread_files
 from hybrid_jax.data.packing import LONG, PACKINGS, PackedRows, Rows, check_long
 from hybrid_jax.data.stamps import stamp
-from hybrid_jax.data.tasks import TASKS, Material, Task, make_task, options_of
+from hybrid_jax.data.tasks import TASKS, Material, Task, check_options, make_task
 from hybrid_jax.data.tokenizer import ASK, PAIRS, EosTokenId, ordinary_ids
 from hybrid_jax.data.tokens import INDEX, Encoder, Tokens, is_prepared, load_prepared, notes
 from hybrid_jax.files import file_hash
@@ -93,8 +93,7 @@ def read_tasks(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for name, values in (data.get("tasks") or {}).items():
         values = dict(values)
         try:
-            if unknown := sorted(set(values) - {"task"} - set(options_of(values.get("task", "")))):
-                raise ValueError(f"unknown option {unknown[0]!r}; known: {', '.join(options_of(values['task']))}")
+            check_options(values.get("task", ""), set(values) - {"task"})
         except ValueError as e:
             raise ValueError(f"data.tasks.{name}: {e}") from None
         found[name] = values
@@ -142,7 +141,9 @@ class Corpus:
         found: dict[str, Any] = dict(self.encoding)
         for name in sorted(n for n, share in mix.items() if share):
             if name in self.tasks:
-                found[name] = [*self.markers, *self.symbols, dict(self.tasks[name]), self._digest(next(iter(self.train)))]
+                found[name] = [*self.markers, *self.symbols, dict(self.tasks[name])]
+                if TASKS[self.tasks[name]["task"]].reads_text:
+                    found[name].append(self._digest(next(iter(self.train))))
                 continue
             source = self.sources[name]
             found[f"{name}.tokens"] = self._digest(name)
@@ -172,7 +173,8 @@ class Corpus:
             raise ValueError(f"no synthetic task is named {name!r}; have {', '.join(self.tasks)}")
         given = {**self.tasks[name], **options}
         first = next(iter(self.train))
-        text = functools.cache(lambda length: self.held_out_rows(length) if held_out else self.rows(first, length, seed))
+        shards, part = (self.held_out[first], "held-out") if held_out else (self.train[first], "training")
+        text = functools.cache(lambda length: self._packed(first, shards, length, part, "split"))  # filler has no padding
         return make_task(given.pop("task"), given, Material(self.symbols, *self.markers, text), length, seed=seed, weight=weight)
 
     def rows(self, name: str, length: int, seed: int, answer_weight: float = 1.0) -> Rows:
@@ -208,12 +210,6 @@ class Corpus:
             raise ValueError(f"no source is named {name!r}; have {', '.join(self.held_out)}")
         return self._packed(name, self.held_out[name], length, "held-out")
 
-    def held_out_identity(self, name: str) -> dict[str, Any]:
-        """Returns what decides the held-out rows of a source, but for their length, in JSON's types."""
-        digests, source = [tokens.fingerprint for tokens in self.held_out[name]], self.sources[name]
-        packing = self._packing(name, self.held_out[name])
-        return json.loads(json.dumps({**self.encoding, "tokens": digests, "packing": packing, "long": source.long}))
-
     def held_out_tokens(self) -> dict[str, int]:
         """Returns the number of held-out tokens of every source, by the sources' names in their order."""
         return {name: sum(int(tokens.starts[-1]) for tokens in shards) for name, shards in self.held_out.items()}
@@ -221,16 +217,21 @@ class Corpus:
     def _packing(self, name: str, shards: list[Tokens]) -> str:
         return self.sources[name].packing or ("first_fit" if any(t.weights is not None for t in shards) else "split")
 
-    def _pack(self, name: str, shards: list[Tokens], length: int) -> PackedRows:
-        """Packs the documents of all shards end to end, so that the rows do not depend on how the source is divided."""
+    def _pack(self, name: str, shards: list[Tokens], length: int, packing: str) -> PackedRows:
+        """Packs the documents of all shards end to end, so that the rows do not depend on how the source is divided.
+
+        Args:
+          packing: in place of the source's; empty: the source's.
+        """
+        how, long = (packing, "split") if packing else (self._packing(name, shards), self.sources[name].long)
         try:
-            return PackedRows(Tokens.chained(shards, np.uint32), length, self._packing(name, shards), self.sources[name].long)
+            return PackedRows(Tokens.chained(shards, np.uint32), length, how, long)
         except ValueError as e:
             raise ValueError(f"data.sources.{name}: {e}") from None
 
-    def _packed(self, name: str, shards: list[Tokens], length: int, part: str) -> PackedRows:
+    def _packed(self, name: str, shards: list[Tokens], length: int, part: str, packing: str = "") -> PackedRows:
         """Packs a part of a source, and refuses one that does not fill a row."""
-        rows = self._pack(name, shards, length)
+        rows = self._pack(name, shards, length, packing)
         if not len(rows):
             raise ValueError(
                 f"the {part} part of the source {name!r} has {rows.tokens.starts[-1]:,} tokens and fills no row of {length:,}"

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 
-from hybrid_jax.data.corpus import read_tasks
+from hybrid_jax.data.corpus import Corpus, Source, read_tasks
 from hybrid_jax.data.tasks import TASKS, Induction, KeyValueRetrieval, Material, Needles, make_task, options_of
+from hybrid_jax.data.tokens import Tokens
 
 
 class Text:
@@ -99,6 +101,9 @@ def test_needles_are_told_and_asked_everywhere():
         (Needles, dict(max_needles=40), "need rows of 321 tokens"),
         (Needles, dict(min_needles=5, max_needles=4), "min_needles and max_needles must satisfy"),
         (KeyValueRetrieval, dict(key_tokens=0), "at least 1"),
+        (KeyValueRetrieval, dict(key_tokens=9, max_pairs=2), "key_tokens must be an integer at least 1 and at most 8, got 9"),
+        (Needles, dict(value_tokens=0), "value_tokens must be an integer at least 1"),
+        (Needles, dict(key_tokens=0), "key_tokens must be an integer"),
         (KeyValueRetrieval, dict(min_pairs=0), "min_pairs and max_pairs must satisfy 1 <= min <= max"),
         (Induction, dict(min_period=1), "min_period and max_period must satisfy 2 <= min"),
     ],
@@ -118,7 +123,7 @@ def test_tasks_of_a_config_have_names_and_options_of_their_own(corpus):
     assert tasks["long"]["max_pairs"] == 3 and tasks["retrieval"] == {"task": "retrieval"}
     for values, message in (
         ({"task": "riddles"}, "data.tasks.long: unknown task 'riddles'"),
-        ({"task": "needles", "pairs": 1}, "unknown option 'pairs'"),
+        ({"task": "needles", "pairs": 1}, "has no option 'pairs'"),
     ):
         with pytest.raises(ValueError, match=message):
             read_tasks({"tasks": {"long": values}})
@@ -138,3 +143,29 @@ def test_held_out_needles_stand_in_held_out_text_and_training_ones_in_training_t
         beginning = {tuple(rows[i]["input_ids"][:12]) for i in range(40)}
         beginning = {ids for ids in beginning if not {1, 2} & set(ids)}
         assert beginning and beginning <= own
+
+
+def test_keys_are_distinct_also_where_all_of_them_are_used():
+    task = KeyValueRetrieval(Material((3, 8), 1, 2), 160, min_pairs=25, max_pairs=25, key_tokens=2)
+    keys = task.example(0)["input_ids"][1:76].reshape(25, 3)[:, :2]
+    assert sorted(map(tuple, keys.tolist())) == [(a, b) for a in range(3, 8) for b in range(3, 8)]
+    with pytest.raises(ValueError, match="there are only 25 keys of 2 tokens, fewer than 26 pairs"):
+        KeyValueRetrieval(Material((3, 8), 1, 2), 160, max_pairs=26, key_tokens=2)
+
+
+def test_needles_stand_in_complete_rows_also_of_a_source_whose_rows_are_padded():
+    tokens = Tokens(np.arange(100, 400, dtype=np.uint16), np.array([0, 90, 190, 300]))
+    sources = {"chat": Source("", "first_fit")}
+    corpus = Corpus(Tokenizer(models.BPE()), sources, {"chat": [tokens]}, {"chat": [tokens]}, (1, 2), (3, 60))
+    assert not (corpus.rows("chat", 128, 0)[0]["segment_ids"] > 0).all()
+    rows = [corpus.task("needles", 128, seed)[0]["input_ids"] for seed in range(5)]
+    assert all((ids > 0).all() and len(np.unique(ids[ids >= 100])) == (ids >= 100).sum() for ids in rows)
+
+
+def test_only_a_task_that_stands_in_text_is_another_one_with_another_text():
+    def identity(end, task):
+        tokens = Tokens(np.arange(100, end, dtype=np.uint16), np.array([0, end - 100]))
+        corpus = Corpus(Tokenizer(models.BPE()), {"text": Source("")}, {"text": [tokens]}, {"text": [tokens]}, (1, 2), (3, 60))
+        return corpus.identity({task: 1.0})
+
+    assert identity(300, "retrieval") == identity(301, "retrieval") and identity(300, "needles") != identity(301, "needles")

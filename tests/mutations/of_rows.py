@@ -34,8 +34,8 @@ MUTATIONS = [
     ),
     Mutation(
         RETRIEVAL,
-        "rng.choice(np.arange(*symbols), number, replace=False)",
-        "rng.choice(np.arange(*symbols), number)",
+        "rng.choice(base**tokens, number, replace=False)",
+        "rng.choice(base**tokens, number)",
         "keys of a block repeat",
         (DATA,),
     ),
@@ -71,6 +71,7 @@ MUTATIONS = [
     Mutation(
         INDUCTION, "distances[period + 1 :] = period", "distances[period + 1 :] = period + 1", "distances are one too far", (TASKS,)
     ),
+    Mutation(RETRIEVAL, "base ** np.arange(tokens)[::-1] % base", "base ** np.arange(tokens)[::-1] % 2", "keys repeat", (TASKS,)),
     Mutation(NEEDLES, "= at - place[i]", "= at - place[i] - 1", "distances are one too short", (TASKS,)),
     Mutation(NEEDLES, "round(self.depth * room)", "round(self.depth * self.length)", "a needle's depth is of the row", (TASKS,)),
     Mutation(NEEDLES, "weights[at + 1 + self.key_tokens : at + size]", "weights[at + 1 : at + size]", "keys are learned", (TASKS,)),

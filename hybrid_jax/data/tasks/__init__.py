@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hybrid_jax.data.tasks.contract import Material, Task
@@ -31,6 +31,17 @@ def options_of(task: str) -> dict[str, Any]:
     return {f.name: f.default for f in dataclasses.fields(TASKS[task]) if f.name not in COMMON}
 
 
+def check_options(task: str, names: Iterable[str]) -> None:
+    """Checks that a task has options of these names.
+
+    Raises:
+      ValueError: an unknown task, or an option that it does not have.
+    """
+    known = options_of(task)
+    if unknown := sorted(set(names) - set(known)):
+        raise ValueError(f"the task {task!r} has no option {unknown[0]!r}; known: {', '.join(known)}")
+
+
 def make_task(task: str, options: Mapping[str, Any], material: Material, length: int, **common: Any) -> Task:
     """Returns the rows of a task.
 
@@ -42,10 +53,8 @@ def make_task(task: str, options: Mapping[str, Any], material: Material, length:
     Raises:
       ValueError: an unknown task or option, or an option out of range.
     """
-    known = options_of(task)
-    if unknown := sorted(set(options) - set(known)):
-        raise ValueError(f"the task {task!r} has no option {unknown[0]!r}; known: {', '.join(known)}")
+    check_options(task, options)
     return TASKS[task](material, length, **options, **common)
 
 
-__all__ = ["TASKS", "Induction", "KeyValueRetrieval", "Material", "Needles", "Task", "make_task", "options_of"]
+__all__ = ["TASKS", "Induction", "KeyValueRetrieval", "Material", "Needles", "Task", "check_options", "make_task", "options_of"]

@@ -96,6 +96,8 @@ class Task:
 
     number: ClassVar[int]
     """Keeps the random numbers of tasks with one seed apart; different for each task."""
+    reads_text: ClassVar[bool] = False
+    """Whether its rows depend on `material.text`."""
 
     def __len__(self) -> int:
         return self.rows

@@ -9,7 +9,7 @@ import numpy as np
 
 from hybrid_jax.data.packing import Row
 from hybrid_jax.data.tasks.contract import Block, Task, check_range, join_blocks
-from hybrid_jax.data.tasks.retrieval import distinct_keys
+from hybrid_jax.data.tasks.retrieval import check_pairs, distinct_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Needles(Task):
     text_weight: float = 1.0
 
     number: ClassVar[int] = 3
+    reads_text: ClassVar[bool] = True
 
     def __post_init__(self):
         check_range("needles", "needles", self.min_needles, self.max_needles)
@@ -48,7 +49,7 @@ class Needles(Task):
         needed = 2 * self.max_needles * (1 + self.key_tokens + self.value_tokens) + 1
         if self.length < needed:
             raise ValueError(f"{self.max_needles} needles need rows of {needed} tokens (seq_len) or more, got {self.length}")
-        self.material.check_symbols("needles", self.max_needles if self.key_tokens == 1 else 2)
+        check_pairs("needles", self.material, self.max_needles, self.key_tokens, self.value_tokens)
 
     def example(self, index: int) -> Row:
         assert self.material.text is not None

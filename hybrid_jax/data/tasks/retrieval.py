@@ -9,17 +9,29 @@ import numpy as np
 
 from hybrid_jax.checks import check_integer
 from hybrid_jax.data.packing import Row
-from hybrid_jax.data.tasks.contract import Block, Task, check_range, join_blocks
+from hybrid_jax.data.tasks.contract import Block, Material, Task, check_range, join_blocks
+
+LONGEST = 8  # tokens of a key; 128 symbols to the power of 9 do not fit 64 bits
+
+
+def check_pairs(task: str, material: Material, pairs: int, key_tokens: int, value_tokens: int) -> None:
+    """Checks that there are keys and values of so many tokens, and so many distinct keys.
+
+    Raises:
+      ValueError: names what is out of range.
+    """
+    check_integer(f"{task}: key_tokens", key_tokens, minimum=1, maximum=LONGEST)
+    check_integer(f"{task}: value_tokens", value_tokens, minimum=1)
+    material.check_symbols(task, pairs if key_tokens == 1 else 2)
+    if (keys := (material.symbols[1] - material.symbols[0]) ** key_tokens) < pairs:
+        raise ValueError(f"{task}: there are only {keys} keys of {key_tokens} tokens, fewer than {pairs} pairs")
 
 
 def distinct_keys(rng: np.random.Generator, symbols: tuple[int, int], number: int, tokens: int) -> np.ndarray:
-    """Returns [number, tokens] random symbols whose rows are distinct."""
-    if tokens == 1:
-        return rng.choice(np.arange(*symbols), number, replace=False)[:, None]
-    keys = rng.integers(*symbols, (number, tokens))
-    while len(np.unique(keys, axis=0)) < number:
-        keys = rng.integers(*symbols, (number, tokens))
-    return keys
+    """Returns [number, tokens] random symbols whose rows are distinct: numbers to the base of the symbols, without replacement."""
+    base = symbols[1] - symbols[0]
+    keys = rng.choice(base**tokens, number, replace=False)
+    return symbols[0] + keys[:, None] // base ** np.arange(tokens)[::-1] % base
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,18 +54,12 @@ class KeyValueRetrieval(Task):
 
     def __post_init__(self):
         check_range("key-value retrieval", "pairs", self.min_pairs, self.max_pairs)
-        for name in ("key_tokens", "value_tokens"):
-            check_integer(f"key-value retrieval: {name}", getattr(self, name), minimum=1)
         needed = 2 * (self.key_tokens + self.value_tokens) * self.max_pairs + 2
         if self.length < needed:
             raise ValueError(
                 f"key-value retrieval of {self.max_pairs} pairs needs rows of {needed} tokens (seq_len) or more, got {self.length}"
             )
-        self.material.check_symbols("key-value retrieval", self.max_pairs if self.key_tokens == 1 else 2)
-        if self.key_tokens > 1 and 2 * self.max_pairs > (self.material.symbols[1] - self.material.symbols[0]) ** self.key_tokens:
-            raise ValueError(
-                f"key-value retrieval: keys of {self.key_tokens} tokens are too few for {self.max_pairs} distinct ones"
-            )
+        check_pairs("key-value retrieval", self.material, self.max_pairs, self.key_tokens, self.value_tokens)
 
     def block(self, rng: np.random.Generator) -> Block:
         """Draws one block: the pairs, then every key with its value in another order."""
