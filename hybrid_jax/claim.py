@@ -37,7 +37,7 @@ def claim(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
     A run that ended before it made anything, e.g. because its text could not be read, leaves the directory to the next config.
 
     Args:
-      config: the record of an experiment, see `Experiment`.
+      config: the record of an experiment, in JSON's types; see `Experiment`.
 
     Raises:
       ValueError: it belongs to another config. PermissionError: it cannot be written any more.
@@ -45,9 +45,9 @@ def claim(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
     text = json.dumps(config, indent=2, sort_keys=True)
     record = workdir / "config.json"
     stages = {name: stage_path(workdir, number, name) for number, name in enumerate(config["schedule"], start=1)}
-    lengthen_phases(record, json.loads(text), stages, lambda old, new: not _differences(old, new))
+    lengthen_phases(record, dict(config), stages, lambda old, new: not _differences(old, new))
     if record.exists():
-        differences = _differences(json.loads(record.read_text()), json.loads(text))
+        differences = _differences(json.loads(record.read_text()), config)
         if differences and [p.name for p in workdir.iterdir()] == [record.name]:
             say(f"{workdir} has nothing of a run but its config (it ended before its first stage): the new config takes its place")
             write_text(record, text + "\n")

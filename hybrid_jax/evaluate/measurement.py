@@ -31,10 +31,6 @@ class Measurement:
     count: int = 0
     at: Mapping[str, float | int | str] = dataclasses.field(default_factory=dict)
 
-    def as_json(self) -> dict:
-        """Returns the fields as JSON's types."""
-        return {**dataclasses.asdict(self), "at": dict(self.at)}
-
 
 def exact(measure: str, value: float, unit: str = "", **at: float | int | str) -> Measurement:
     """Returns a number that is not a sample: a count of bytes or parameters."""

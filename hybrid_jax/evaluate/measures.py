@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from hybrid_jax.data import HELD_OUT_SEED, Corpus
 from hybrid_jax.data.layout import training_batch
+from hybrid_jax.data.packing import Row, Rows
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.cross_entropy import cross_entropy
+from hybrid_jax.parallel.placement import own_rows, to_mesh
 from hybrid_jax.parallel.tiles import top_k_tokens
 from hybrid_jax.parameters import Parameters, join_model, split_model
 
 BATCH = 8  # rows that are evaluated at a time
 PAIRS = 16  # pairs in a block of retrieval
 BLOCK = 4 * PAIRS + 2  # tokens of such a block
+ARRAYS = ("input_ids", "segment_ids", "loss_weights")  # of a row
 
 
 def loss_sums(
@@ -47,15 +51,27 @@ def batch_sums(structure: Any, parameters: Parameters, batch: Mapping[str, Any])
     return loss_sums(model, hidden, batch)
 
 
-def padded_batches(rows: Iterable[Mapping[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
-    """Returns training batches of `BATCH` rows each; the last one is filled with rows of weight 0."""
-    rows, batches = list(rows), []
-    for i in range(0, len(rows), BATCH):
-        part = rows[i : i + BATCH]
-        batch = {k: np.stack([r[k] for r in part]) for k in part[0]}
-        short = BATCH - len(part)  # rows of weight 0 keep the batch's shape
-        batches.append(training_batch({k: np.pad(v, ((0, short), (0, 0))) for k, v in batch.items()}))
-    return batches
+def mesh_batches(
+    rows: Rows | Sequence[Row], indices: Sequence[int], batch_size: int, mesh: Mesh | None
+) -> Iterator[dict[str, Any]]:
+    """Yields training batches of `batch_size` of the rows, in that order; the last one is filled with rows of weight 0.
+
+    Args:
+      rows: a process reads only the rows of which its devices hold a part.
+      indices: the numbers of the rows; at least one.
+      mesh: every device gets its rows and tokens. None: one device.
+    """
+    seq, mine, like = 1 if mesh is None else mesh.shape["seq"], own_rows(mesh, batch_size), rows[indices[0]]
+    for begin in range(0, len(indices), batch_size):
+        places = [begin + row for row in mine]
+        found = [rows[indices[place]] if place < len(indices) else None for place in places]
+        own = {name: np.stack([np.zeros_like(like[name]) if row is None else row[name] for row in found]) for name in ARRAYS}
+        yield to_mesh(mesh, training_batch(own, seq), batch_size, mine)
+
+
+def padded_batches(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Returns batches of `BATCH` of the rows for one device, see `mesh_batches`."""
+    return list(mesh_batches(rows, range(len(rows)), BATCH, None))
 
 
 def _weighted_sums(model: Decoder, batches: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
@@ -67,13 +83,13 @@ def _weighted_sums(model: Decoder, batches: Sequence[Mapping[str, np.ndarray]]) 
     return total
 
 
-def held_out_rows(corpus: Corpus, seq_len: int, rows: int) -> list[Mapping[str, np.ndarray]]:
+def held_out_rows(corpus: Corpus, seq_len: int, rows: int) -> list[Row]:
     """Returns evenly spaced rows of the held-out text: `rows`, or all where there are fewer."""
     held_out = corpus.held_out_rows(seq_len)
     return [held_out[i] for i in evenly_spaced(len(held_out), rows)]
 
 
-def retrieval_rows(corpus: Corpus, seq_len: int, rows: int, pairs: int = PAIRS) -> list[Mapping[str, np.ndarray]]:
+def retrieval_rows(corpus: Corpus, seq_len: int, rows: int, pairs: int = PAIRS) -> list[Row]:
     """Returns rows of key-value retrieval that training does not see, in blocks of exactly `pairs` pairs."""
     task = corpus.task("retrieval", seq_len, HELD_OUT_SEED, min_pairs=pairs, max_pairs=pairs)
     return [task[i] for i in range(rows)]

@@ -11,12 +11,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from hybrid_jax.data.layout import training_batch
 from hybrid_jax.data.packing import Row
+from hybrid_jax.evaluate.measures import mesh_batches
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.cross_entropy import cross_entropy
 from hybrid_jax.parallel.distributed import whole_array
-from hybrid_jax.parallel.placement import in_mesh, own_rows, to_mesh
+from hybrid_jax.parallel.placement import in_mesh
 from hybrid_jax.parallel.sequence import from_zigzag
 from hybrid_jax.parallel.tiles import top_k_tokens
 from hybrid_jax.parameters import Parameters, join_model, split_model
@@ -71,18 +71,12 @@ def token_scores(
     if not rows:
         raise ValueError("token_scores needs at least one row")
     structure, parameters = split_model(model)
-    seq, mine = 1 if mesh is None else mesh.shape["seq"], own_rows(mesh, batch_size)
-    names, empty = ("input_ids", "segment_ids", "loss_weights"), {n: np.zeros_like(x) for n, x in rows[0].items()}
-    losses, right = [], []
+    seq, losses, right = 1 if mesh is None else mesh.shape["seq"], [], []
     with in_mesh(mesh):
-        for begin in range(0, len(rows), batch_size):
-            found = [rows[begin + n] if begin + n < len(rows) else empty for n in mine]
-            batch = training_batch({name: np.stack([row[name] for row in found]) for name in names}, seq)
-            for scores, part in zip(
-                (losses, right), _scores(structure, parameters, to_mesh(mesh, batch, batch_size, mine)), strict=True
-            ):
+        for batch in mesh_batches(rows, range(len(rows)), batch_size, mesh):
+            for scores, part in zip((losses, right), _scores(structure, parameters, batch), strict=True):
                 scores.append(from_zigzag(np.asarray(whole_array(part)), seq))
-            progress(min(begin + batch_size, len(rows)))
+            progress(min(batch_size * len(losses), len(rows)))
 
     def at_tokens(scores: list[np.ndarray]) -> np.ndarray:
         """Moves the scores from the token that predicts to the token that is predicted."""

@@ -9,12 +9,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hybrid_jax.data import HELD_OUT_SEED, Corpus
-from hybrid_jax.data.layout import training_batch
-from hybrid_jax.evaluate.measures import BLOCK, PAIRS, batch_sums, evenly_spaced
+from hybrid_jax.evaluate.measures import BLOCK, PAIRS, batch_sums, evenly_spaced, mesh_batches
 from hybrid_jax.parallel.distributed import say, whole_array
-from hybrid_jax.parallel.placement import own_rows, to_mesh
 from hybrid_jax.parameters import split_model
-from hybrid_jax.train.hook import Hook, StepView
+from hybrid_jax.train.hook import EVALUATION, Hook, StepView
 
 if TYPE_CHECKING:
     from hybrid_jax.train.phase import Phase
@@ -32,12 +30,11 @@ class Evaluation(Hook):
       ValueError: no source's held-out part fills a row.
     """
 
-    name = "evaluation"
+    name = EVALUATION
 
     def __init__(self, phase: Phase, corpus: Corpus, mix: Mapping[str, float], mesh: Mesh | None):
         super().__init__(phase.eval_every)
         self.mesh, self.size, self.length = mesh, phase.rows_at_a_time, phase.seq_len
-        self.mine = own_rows(mesh, self.size)
         texts = {n: share for n, share in mix.items() if share and n in corpus.held_out}
         self.shares = texts or dict.fromkeys(corpus.held_out, 1.0)
         self.sets: dict[str, tuple[Any, list[int]]] = {}
@@ -61,7 +58,7 @@ class Evaluation(Hook):
 
         def measure(rows, indices):
             total = np.zeros(3)
-            for batch in self._batches(rows, indices):
+            for batch in mesh_batches(rows, indices, self.size, self.mesh):
                 total += np.asarray(whole_array(batch_sums(structure, parameters, batch)), np.float64)
             return total
 
@@ -75,14 +72,3 @@ class Evaluation(Hook):
             _, right, weight = measure(*self.retrieval)
             values["eval/retrieval"] = float(right / weight)
         return values
-
-    def _batches(self, rows, indices):
-        """Yields batches of the phase's microbatch size over the mesh; the last one is padded with rows of weight 0."""
-        seq_devices = 1 if self.mesh is None else self.mesh.shape["seq"]
-        for begin in range(0, len(indices), self.size):
-            places = [begin + row for row in self.mine]
-            found = [rows[indices[place]] if place < len(indices) else None for place in places]
-            like = rows[indices[0]]
-            names = ("input_ids", "segment_ids", "loss_weights")
-            own = {n: np.stack([np.zeros_like(like[n]) if row is None else row[n] for row in found]) for n in names}
-            yield to_mesh(self.mesh, training_batch(own, seq_devices), self.size, self.mine)

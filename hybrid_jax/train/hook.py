@@ -46,6 +46,9 @@ class StepView:
         return self.layout.models(self.state.trainable, self.frozen)[0]
 
 
+EVALUATION = "evaluation"  # the name of the hook behind `phase.eval_every`
+
+
 class Hook:
     """Called after every `every`-th step and after the last one, on every process of a job, in the mesh's context.
 

@@ -26,7 +26,8 @@ class InstrumentHook(Hook):
       options: the instrument's options.
 
     Raises:
-      ValueError: an unknown instrument or option, or an option out of range.
+      ValueError: an unknown instrument or option, or an option out of range; at the first call, an option that does not fit the
+        model or the data, e.g. rows longer than the model's positions.
     """
 
     def __init__(self, every: int, *, instrument: str, options: Mapping[str, Any] | None = None):
@@ -35,6 +36,7 @@ class InstrumentHook(Hook):
         self.instrument = make_instrument(instrument, {"instrument": instrument, **given})
 
     def __call__(self, view: StepView) -> dict[str, float]:
+        self.instrument.check(view.model.config, view.corpus)
         subject = Subject(view.model, view.corpus.tokenizer, view.corpus, view.mesh)
         values = {}
         for found in self.instrument.measure(subject):

@@ -59,7 +59,7 @@ def test_recall_is_over_the_answers_alone_and_by_the_distance_of_their_evidence(
     instrument = make_instrument(
         "x", dict(instrument="recall", task="needles", seq_len=LENGTH, rows=6, batch_size=4, options={"max_needles": 3})
     )
-    instrument.check(subject.model.config, {"text": "stdlib"})
+    instrument.check(subject.model.config, subject.corpus)
     got = instrument.measure(subject)
     task = subject.corpus.task("needles", LENGTH, 987_654_321, held_out=True, max_needles=3)
     rows = [task.example(i) for i in range(6)]
@@ -136,7 +136,7 @@ def test_what_an_instrument_does_not_know_is_refused(values, message):
         make_instrument("mine", values)
 
 
-def test_options_are_checked_against_model_and_data():
+def test_options_are_checked_against_model_and_data(corpus):
     config = dataclasses.replace(tiny_config("*-*"), max_position_embeddings=64)
     for values, message in (
         (dict(instrument="text", seq_len=65), "max_position_embeddings, 64"),
@@ -146,4 +146,4 @@ def test_options_are_checked_against_model_and_data():
         (dict(instrument="recall", seq_len=64, grid={"seq_len": (32, 128)}), "seq_len 128"),
     ):
         with pytest.raises(ValueError, match=message):
-            make_instrument("mine", values).check(config, {"text": "stdlib"})
+            make_instrument("mine", values).check(config, corpus)

@@ -31,7 +31,13 @@ MUTATIONS = [
     Mutation(SCORER, "SWAConfig(self.window)", "SWAConfig()", "layers are scored with another window", (MEASURES,)),
     Mutation(EVALUATE, "losses * weights", "losses", "padding and prompts count in the loss", (MEASURES,)),
     Mutation(EVALUATE, "right * weights", "right", "padding and prompts count in the accuracy", (MEASURES,)),
-    Mutation(EVALUATE, "short = BATCH - len(part)", "short = 0", "the last batch has another shape", (MEASURES,)),
+    Mutation(
+        EVALUATE,
+        "range(0, len(indices), batch_size)",
+        "range(0, len(indices) - batch_size + 1, batch_size)",
+        "the last batch, which is not full, is left out",
+        (MEASURES,),
+    ),
     Mutation(
         EVALUATE,
         "np.linspace(0, available - 1, min(rows, available))",

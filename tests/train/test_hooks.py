@@ -137,3 +137,10 @@ def test_an_instrument_with_a_wrong_option_is_refused_when_the_config_is_read():
     hook = dict(hook="hybrid_jax.train.instrument_hook:InstrumentHook", every=2, instrument="recall", options=dict(row=4))
     with pytest.raises(ValueError, match="phase.hooks.needles: instruments.recall: recall has no option 'row'"):
         phase(hooks={"needles": hook})
+
+
+def test_an_instrument_whose_rows_are_longer_than_the_model_s_positions_is_refused(corpus, tmp_path):
+    options = dict(task="needles", seq_len=512, rows=1)
+    hook = dict(hook="hybrid_jax.train.instrument_hook:InstrumentHook", every=1, instrument="recall", options=options)
+    with pytest.raises(ValueError, match="recall: seq_len 512 is more than the model's max_position_embeddings, 256"):
+        train(corpus, tmp_path, hooks={"needles": hook})

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable
 
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
@@ -27,33 +25,24 @@ class Subject:
       model: the model, on the mesh if there is one.
       tokenizer, corpus: the model's own tokenizer, and the text of the evaluation by it.
       mesh: None: one device.
-      path: the model's directory; None for a model in training.
     """
 
     model: Decoder
     tokenizer: Tokenizer
     corpus: Corpus
     mesh: Mesh | None = None
-    path: pathlib.Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Instrument:
     """Measures a model. A subclass is a dataclass whose fields are the instrument's options, all with defaults."""
 
-    version: ClassVar[int] = 1
-    """Raised when the numbers change for the same model, data and options, so that stored results are not reused."""
-
-    def check(self, config: ModelConfig, data: Mapping[str, Any]) -> None:
-        """Checks the options against a model's config and the evaluation's `data`, before any work.
+    def check(self, config: ModelConfig, corpus: Corpus) -> None:
+        """Checks the options against a model's config and the evaluation's text, before any work.
 
         Raises:
           ValueError: rows are longer than the model's positions, an unknown source or task, ...
         """
-
-    def reads(self, corpus: Corpus) -> dict[str, Any]:
-        """Returns what of the corpus decides the numbers, in JSON's types; a stored result is reused only for equal ones."""
-        return {}
 
     def measure(self, subject: Subject, progress: Progress = lambda done, total: None) -> list[Measurement]:
         """Returns the numbers, the most important first. Every process of a job calls this and has the same result."""

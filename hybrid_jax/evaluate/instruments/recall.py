@@ -11,8 +11,8 @@ import numpy as np
 
 from hybrid_jax.checks import check_integer
 from hybrid_jax.config import ModelConfig
-from hybrid_jax.data import HELD_OUT_SEED, Corpus, read_tasks
-from hybrid_jax.data.tasks import options_of
+from hybrid_jax.data import HELD_OUT_SEED, Corpus
+from hybrid_jax.data.tasks import check_options
 from hybrid_jax.evaluate.instruments.contract import Instrument, Progress, Subject, check_length
 from hybrid_jax.evaluate.measurement import Measurement, buckets, weighted_mean
 from hybrid_jax.evaluate.token_scores import TokenScores, token_scores
@@ -63,19 +63,13 @@ class Recall(Instrument):
             found.append((at, options))
         return found
 
-    def check(self, config: ModelConfig, data: Mapping[str, Any]) -> None:
-        tasks = read_tasks(data)
-        if self.task not in tasks:
-            raise ValueError(f"recall: no synthetic task is named {self.task!r}; have {', '.join(tasks)}")
-        known = options_of(tasks[self.task]["task"])
+    def check(self, config: ModelConfig, corpus: Corpus) -> None:
+        if self.task not in corpus.tasks:
+            raise ValueError(f"recall: no synthetic task is named {self.task!r}; have {', '.join(corpus.tasks)}")
         asked = {*self.options, *(name for _, options in self.points() for name in options)} - {SEQ_LEN}
-        if unknown := sorted(asked - set(known)):
-            raise ValueError(f"recall: the task {self.task!r} has no option {unknown[0]!r}; known: {', '.join(known)}")
+        check_options(corpus.tasks[self.task]["task"], asked)
         for _, options in self.points():
             check_length("recall", options.get(SEQ_LEN, self.seq_len), config)
-
-    def reads(self, corpus: Corpus) -> dict[str, Any]:
-        return {self.task: corpus.identity({self.task: 1.0}), "text": corpus.held_out_identity(next(iter(corpus.held_out)))}
 
     def measure(self, subject: Subject, progress: Progress = lambda done, total: None) -> list[Measurement]:
         found, points = [], self.points()

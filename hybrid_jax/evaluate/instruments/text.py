@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from hybrid_jax.checks import check_integer
 from hybrid_jax.config import ModelConfig
-from hybrid_jax.data import Corpus, read_sources
+from hybrid_jax.data import Corpus
 from hybrid_jax.evaluate.instruments.contract import Instrument, Progress, Subject, check_length
 from hybrid_jax.evaluate.measurement import Measurement, buckets, weighted_mean
 from hybrid_jax.evaluate.measures import evenly_spaced
@@ -42,18 +41,14 @@ class TextLoss(Instrument):
         for name in ("seq_len", "rows", "batch_size"):
             check_integer(name, getattr(self, name), minimum=1)
 
-    def check(self, config: ModelConfig, data: Mapping[str, Any]) -> None:
+    def check(self, config: ModelConfig, corpus: Corpus) -> None:
         check_length("text", self.seq_len, config)
-        have = read_sources(data)
-        if unknown := [name for name in self.sources if name not in have]:
-            raise ValueError(f"text: no source is named {unknown[0]!r}; have {', '.join(have)}")
+        if unknown := [name for name in self.sources if name not in corpus.held_out]:
+            raise ValueError(f"text: no source is named {unknown[0]!r}; have {', '.join(corpus.held_out)}")
 
     def names(self, corpus: Corpus) -> tuple[str, ...]:
         """Returns the names of the sources that are measured."""
         return self.sources or tuple(corpus.held_out)
-
-    def reads(self, corpus: Corpus) -> dict[str, Any]:
-        return {name: corpus.held_out_identity(name) for name in self.names(corpus)}
 
     def measure(self, subject: Subject, progress: Progress = lambda done, total: None) -> list[Measurement]:
         places, rows = [], []
@@ -79,7 +74,7 @@ class TextLoss(Instrument):
             chosen = {name: np.array([place == name for place in places]) for name in dict.fromkeys(places)}
             found += [weighted_mean("loss", losses[c], weights[c], "nats/token", source=name) for name, c in chosen.items()]
         for low, high in buckets(self.seq_len - 1):
-            part = np.s_[:, low + 1 if low else 1 : high + 1]
+            part = np.s_[:, low + 1 : high + 1]
             found.append(weighted_mean("loss", losses[part], weights[part], "nats/token", position=high))
         return [m for m in found if m is not None]
 
