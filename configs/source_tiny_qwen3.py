@@ -52,12 +52,25 @@ def get_config() -> ConfigDict:
         "answer_weight": 4.0,
         "mix": {"text": 0.5, "retrieval": 0.3, "induction": 0.2},
     }
+    long = full | {
+        "steps": 700,
+        "batch_size": 4,
+        "seq_len": 1024,
+        "learning_rate": 1.6e-3,
+        "checkpoint_every": 50,
+        "mix": {"text": 0.4, "needles": 0.25, "pairs": 0.15, "phonebook": 0.1, "phrases": 0.1},
+    }
+    tasks = {
+        "pairs": {"task": "retrieval", "min_pairs": 8, "max_pairs": 120},
+        "phonebook": {"task": "retrieval", "min_pairs": 4, "max_pairs": 60, "key_tokens": 3, "value_tokens": 4},
+        "phrases": {"task": "induction", "min_period": 16, "max_period": 480},
+    }
     return ConfigDict(
         {
             "model": model,
-            "schedule": ("short", "full"),
-            "phases": {"short": short, "full": full},
-            "data": {"text": "stdlib", "mix": {"text": 0.6, "retrieval": 0.25, "induction": 0.15}},
+            "schedule": ("short", "full", "long"),
+            "phases": {"short": short, "full": full, "long": long},
+            "data": {"text": "stdlib", "tasks": tasks, "mix": {"text": 0.6, "retrieval": 0.25, "induction": 0.15}},
             "seed": 0,
         }
     )

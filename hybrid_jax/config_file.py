@@ -6,7 +6,7 @@ import ast
 import pathlib
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -18,10 +18,13 @@ BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 EXAMPLES = {tuple: "('a', 'b')", list: "['a', 'b']"}
 
 
-def load_config(arguments: list[str]) -> ConfigDict:
+def load_config(arguments: list[str], fields: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None) -> ConfigDict:
     """Reads `--config=FILE[:ARGUMENT]` and overrides of its fields, `--config.a.b=value`.
 
     A relative FILE that is not there is looked for among the configs that come with the package.
+
+    Args:
+      fields: config -> every field that it may have, nested, each with a value of its type; default: those of an experiment.
 
     Raises:
       ValueError: no such file, an error in it, no such field, or a value of another type.
@@ -30,12 +33,13 @@ def load_config(arguments: list[str]) -> ConfigDict:
     config = _get_config(find_shipped(file), [argument] if argument else [])
     overrides = [a.removeprefix("--config.").partition("=") for a in arguments if a.startswith("--config.")]
     if overrides:
-        from hybrid_jax.fields import fields_of  # it knows the training stack; a sweep's config needs none
+        if fields is None:
+            from hybrid_jax.fields import fields_of as fields  # it knows the training stack; other configs need none
 
         for name, equals, text in overrides:
             if not equals:
                 raise ValueError(f"--config.{name} needs a value: --config.{name}=VALUE")
-            _override(config, name.split("."), text, fields_of(config.to_dict()))
+            _override(config, name.split("."), text, fields(config.to_dict()))
     return config
 
 

@@ -1,17 +1,18 @@
 """The command line: what it does, and one clear message for each kind of bad input, leaving nothing behind."""
 
-import argparse
 import json
 import os
 import shutil
 
-import numpy as np
 import pytest
 
 from hybrid_jax import load_model, save_model
-from hybrid_jax.commands import evaluate
 from hybrid_jax.commands.main import COMMANDS, Command, main
 from hybrid_jax.data.tokenizer import save_tokenizer, train_tokenizer
+from hybrid_jax.evaluate.evaluation import Evaluation, targets_of
+from hybrid_jax.evaluate.instruments import make_instrument
+from hybrid_jax.evaluate.instruments.text import TextLoss
+from hybrid_jax.evaluate.results import fingerprint
 from tests.conftest import GOLDEN, tiny_model
 
 
@@ -202,55 +203,84 @@ def two_tokenizers(tmp_path_factory):
     return root
 
 
-def evaluated(root, out, *models, capsys):
+SMALL = """
+from ml_collections import ConfigDict
+
+def get_config():
+    data = {"text": "stdlib", "tasks": {"few": {"task": "retrieval", "max_pairs": 4}}}
+    text = {"instrument": "text", "seq_len": 80, "rows": 4}
+    few = {"instrument": "recall", "task": "few", "seq_len": 80, "rows": 2}
+    return ConfigDict({"data": data, "instruments": {"text": text, "few": few}})
+"""
+
+
+def evaluated(root, out, *models, capsys, more=()):
     """{name: its loss} by `evaluate --out`, and what it printed."""
+    (root / "evaluation.py").write_text(SMALL)
     flags = [f"--model={m}={root / m}" for m in models]
-    assert main(["evaluate", *flags, "--text", str(root / "text.txt"), "--rows=4", "--seq-len=80", "--out", str(out)]) == 0
-    rows = [r["row"] for r in json.loads((out / "results.json").read_text())]
-    return {r["name"]: r["text_loss"] for r in rows}, "".join(capsys.readouterr())
+    flags += ["--config", str(root / "evaluation.py"), "--text", str(root / "text.txt"), "--out", str(out)]
+    assert main(["evaluate", *flags, *more]) == 0
+    rows = json.loads((out / "results.json").read_text())
+    return {r["target"]["name"]: r["results"]["text"][0]["value"] for r in rows}, "".join(capsys.readouterr())
 
 
 def test_evaluate_refuses_before_any_work_what_does_not_fit_the_model(two_tokenizers, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("hybrid_jax.convert.load_model", None)
+    monkeypatch.setattr("hybrid_jax.evaluate.evaluation.load_model", None)
     command = ("evaluate", f"--model=a={two_tokenizers / 'small'}", "--text", two_tokenizers / "text.txt")
-    assert "--seq-len must be at least 66, the tokens of a retrieval of 16 pairs, got 65" in fails(capsys, *command, "--seq-len=65")
-    words = "--seq-len 257 is more than the max_position_embeddings of 'a'"
-    assert words in fails(capsys, *command, "--seq-len=257")
+    error = fails(capsys, *command, "--seq-len=257")
+    assert "instruments.text does not fit 'a'" in error and "seq_len 257 is more than the model's max_position_embeddings" in error
     assert "256 positions" in fails(capsys, *command, "--prompt", "12 " * 200)
     assert "at least one token" in fails(capsys, *command, "--prompt", "")
+    assert "nowhere" in fails(capsys, *command[:2], "--text", tmp_path / "nowhere")
+    assert "unknown key 'rowz'" in fails(capsys, *command, "--config.instruments.text.rowz=3")
+    (tmp_path / "empty.py").write_text("def get_config():\n    return {'data': {'text': 'stdlib'}}\n")
+    assert "needs 'instruments'" in fails(capsys, *command[:2], "--config", tmp_path / "empty.py")
+    assert "no instrument" in fails(capsys, *command[:2], "--config", tmp_path / "empty.py", "--rows=3")
 
 
 def test_a_stored_result_is_of_its_options(two_tokenizers):
-    def of(**changes):
-        options = dict(text=str(two_tokenizers / "text.txt"), seq_len=80, rows=4)
-        return evaluate._fingerprint(two_tokenizers / "small", argparse.Namespace(**{**options, **changes}))
+    def of(text=str(two_tokenizers / "text.txt"), tasks=(), **options):
+        instrument = make_instrument("x", {"instrument": "text", "seq_len": 80, **options})
+        return fingerprint(two_tokenizers / "small", {"text": text, "tasks": dict(tasks)}, instrument)
 
-    others = [of(), of(seq_len=81), of(rows=5), of(text="stdlib")]
+    others = [of(), of(seq_len=81), of(rows=5), of(text="stdlib"), of(tasks={"few": {"task": "retrieval"}})]
     assert of() == others[0] and all(a != b for n, a in enumerate(others) for b in others[:n])
 
 
-def test_a_run_may_be_measured_at_the_length_of_its_last_stage(two_tokenizers, tmp_path, monkeypatch):
-    for number, (stage, positions) in enumerate((("initial", 256), ("longer", 512))):
+def test_a_run_may_be_measured_at_the_length_of_its_last_stage(two_tokenizers, tmp_path):
+    for number, (stage, positions) in enumerate((("initial", 64), ("longer", 128))):
         directory = shutil.copytree(two_tokenizers / "small", tmp_path / "run" / "stages" / f"0{number}_{stage}")
         config = json.loads((directory / "config.json").read_text())
         (directory / "config.json").write_text(json.dumps({**config, "max_position_embeddings": positions}))
     (tmp_path / "run" / "config.json").write_text(json.dumps({"source": "somewhere"}))
-    args = argparse.Namespace(model=[], run=[f"r={tmp_path / 'run'}"], seq_len=512, prompt=None)
-    todo = evaluate._to_measure(args)
-    assert [(m.name, m.stage, m.source) for m in todo] == [("r initial", 0, "somewhere"), ("r longer", 1, "somewhere")]
-    evaluate._check(args, todo)
-    args.seq_len = 513
-    with pytest.raises(ValueError, match="of 'r longer'"):
-        evaluate._check(args, todo)
+    targets = targets_of([], [f"r={tmp_path / 'run'}"])
+    assert [(t.name, t.stage, t.source) for t in targets] == [("r initial", 0, "somewhere"), ("r longer", 1, "somewhere")]
+
+    def of(length):
+        instrument = make_instrument("text", {"instrument": "text", "seq_len": length, "rows": 1})
+        return Evaluation({"text": instrument}, {"text": str(two_tokenizers / "text.txt")})
+
+    assert [len(row.results["text"]) > 3 for row in of(128).run(targets)] == [True, True]
+    with pytest.raises(ValueError, match="does not fit 'r longer'"):
+        of(129).run(targets)
 
 
-def test_an_evaluation_that_is_stopped_keeps_the_results_of_the_models_after_it(two_tokenizers, tmp_path, capsys, monkeypatch):
-    out = tmp_path / "out"
-    evaluated(two_tokenizers, out, "small", "large", capsys=capsys)
-    stored = json.loads((out / "results.json").read_text())
-    monkeypatch.setattr("hybrid_jax.progress.progress_bar", lambda items, **_: items[:1])  # stopped after the first
-    evaluated(two_tokenizers, out, "small", "large", capsys=capsys)
-    assert json.loads((out / "results.json").read_text()) == stored
+def test_an_evaluation_that_is_stopped_keeps_what_it_measured_and_continues_there(two_tokenizers, tmp_path, capsys, monkeypatch):
+    out, measure, done = tmp_path / "out", TextLoss.measure, []
+
+    def stopped(self, subject, progress):
+        done.append(subject)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        return measure(self, subject, progress)
+
+    (two_tokenizers / "evaluation.py").write_text(SMALL)
+    monkeypatch.setattr(TextLoss, "measure", stopped)
+    flags = [f"--model={m}={two_tokenizers / m}" for m in ("small", "large")]
+    flags += ["--config", str(two_tokenizers / "evaluation.py"), "--text", str(two_tokenizers / "text.txt"), "--out", str(out)]
+    assert main(["evaluate", *flags]) == 3 and "continues" in capsys.readouterr().err
+    assert len(list((out / "stored").iterdir())) == 2 and not (out / "report.md").exists()  # both instruments of the first model
+    assert set(evaluated(two_tokenizers, out, "small", "large", capsys=capsys)[0]) == {"small", "large"} and len(done) == 3
 
 
 def test_every_model_is_evaluated_with_its_own_tokenizer(two_tokenizers, tmp_path, capsys):
@@ -262,40 +292,43 @@ def test_every_model_is_evaluated_with_its_own_tokenizer(two_tokenizers, tmp_pat
     assert "tokenizer" not in evaluated(two_tokenizers, tmp_path / "again", "small", capsys=capsys)[1]
 
 
-@pytest.mark.parametrize("changed", ["text.txt", "config.json", "tokenizer.json"])
+def replaced(out, loss):
+    """Puts a loss that no evaluation gives in the stored results of text."""
+    for path in (out / "stored").iterdir():
+        record = json.loads(path.read_text())
+        if record["name"] == "text":
+            record["measurements"][0]["value"] = loss
+            path.write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("changed", ["text.txt", "config.json", "tokenizer.json", "model.safetensors"])
 def test_a_stored_result_is_used_only_while_nothing_it_depends_on_has_changed(two_tokenizers, tmp_path, capsys, changed):
     root = shutil.copytree(two_tokenizers, tmp_path / "root")
     out = tmp_path / "out"
     evaluated(root, out, "small", capsys=capsys)
-    stored = json.loads((out / "results.json").read_text())
-    stored[0]["row"]["text_loss"] = 1.25  # a value that no evaluation gives
-    (out / "results.json").write_text(json.dumps(stored))
+    replaced(out, 1.25)
     assert evaluated(root, out, "small", capsys=capsys)[0]["small"] == 1.25
     path = root / changed if changed == "text.txt" else root / "small" / changed
-    path.write_text(path.read_text() + "\n")
+    if changed == "model.safetensors":
+        save_model(tiny_model("*", vocab_size=280, seed=5), tmp_path / "other")
+        shutil.copy(tmp_path / "other" / changed, path)
+    else:
+        path.write_text(path.read_text() + "\n")
     losses, printed = evaluated(root, out, "small", capsys=capsys)
     assert losses["small"] != 1.25 and "measured again" in printed and changed.removesuffix(".txt") in printed
 
 
-def test_evaluation_results_are_reused_and_drawn(tmp_path, capsys):
-    arguments = [
-        "evaluate",
-        "--model",
-        "source=launch/tiny_qwen3",
-        "--rows",
-        "4",
-        "--out",
-        str(tmp_path / "r"),
-        "--prompt",
-        "def f(",
-    ]
-    assert main(arguments) == 0
-    first = (tmp_path / "r" / "results.json").read_text()
-    report = (tmp_path / "r" / "report.md").read_text()
-    assert "| source |" in report and "def f(" in report
-    assert (tmp_path / "r" / "recovery.png").stat().st_size > 5000
-    marked = json.loads(first)
-    marked[0]["row"]["text_loss"] = 1.25
-    (tmp_path / "r" / "results.json").write_text(json.dumps(marked))
-    assert main(arguments) == 0
-    assert np.isclose(json.loads((tmp_path / "r" / "results.json").read_text())[0]["row"]["text_loss"], 1.25)
+def test_a_copy_of_a_model_uses_the_stored_result_wherever_it_is(two_tokenizers, tmp_path, capsys):
+    out = tmp_path / "out"
+    evaluated(two_tokenizers, out, "small", capsys=capsys)
+    replaced(out, 1.25)
+    root = shutil.copytree(two_tokenizers, tmp_path / "moved")
+    (root / "small").rename(root / "renamed")
+    assert evaluated(root, out, "renamed", capsys=capsys)[0]["renamed"] == 1.25
+
+
+def test_evaluate_writes_a_report_with_continuations(two_tokenizers, tmp_path, capsys):
+    more = ("--prompt", "line 7", "--rows=2")
+    printed = evaluated(two_tokenizers, tmp_path / "out", "small", capsys=capsys, more=more)[1]
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "| small |" in report and "line 7" in report and "few: accuracy" in report and "line 7" in printed

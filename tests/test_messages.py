@@ -149,7 +149,9 @@ def test_an_error_within_a_config_is_said_with_its_file(tmp_path):
     (tmp_path / "c.py").write_text("def get_config():\n    return 1 / 0\n")
     with pytest.raises(ValueError, match="c.py: ZeroDivisionError: division by zero"):
         load_config([f"--config={tmp_path / 'c.py'}"])
-    with pytest.raises(ValueError, match="no config file at 'nothing.py'; hybrid_jax comes with configs/prime_tiny.py"):
+    with pytest.raises(
+        ValueError, match="no config file at 'nothing.py'; hybrid_jax comes with configs/evaluate.py, configs/prime_tiny.py"
+    ):
         load_config(["--config=nothing.py"])
 
 

@@ -8,10 +8,15 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from hybrid_jax.commands.main import main
+from hybrid_jax.evaluate.evaluation import Evaluation
+from hybrid_jax.evaluate.instruments import make_instrument
+from hybrid_jax.evaluate.measured import Measured, Target, write_measured
+from hybrid_jax.evaluate.measurement import weighted_mean
 from hybrid_jax.sweep import collect, points_of, run_point
 from hybrid_jax.sweep.collecting import draw_sweep
 from hybrid_jax.sweep.running import _command
@@ -176,21 +181,34 @@ def test_a_failed_point_is_told_and_the_others_run(sweep, tmp_path, capfd):
     assert "1 of 2 points failed" in capfd.readouterr().err
 
 
-def test_every_number_of_the_table_stands_in_its_column(tmp_path):
-    points = points_of(ConfigDict({"configs": ("a.py", "b.py")}))
-    numbers = {"losses": {"align": 0.5, "train": 2.25}, "held_out_loss": 3.125, "retrieval": 0.75}
-    done = {"name": "a", "config": "a.py", "overrides": {}, "status": "done", **numbers}
-    collect(tmp_path, points, {"a": done})
+TEXT = {"text": make_instrument("text", {"instrument": "text"})}
+
+
+def test_every_number_of_the_table_stands_in_its_column_and_seeds_are_one_line_of_the_report(tmp_path):
+    points = points_of(ConfigDict({"configs": ("a.py",), "grid": {"lr": (1, 2), "seed": (0, 1)}}))
+    assert [p.name for p in points] == ["lr=1_seed=0", "lr=1_seed=1", "lr=2_seed=0", "lr=2_seed=1"]
+    results = {}
+    for point, loss in zip(points[:3], (3.125, 3.375, 2.0), strict=True):
+        numbers = {"losses": {"align": 0.5, "train": 2.25}}
+        results[point.name] = {"name": point.name, "config": "a.py", "overrides": {}, "status": "done", **numbers}
+        found = weighted_mean("loss", np.full((4, 1), loss), np.ones((4, 1)), "nats/token")
+        (tmp_path / "runs" / point.name / "evaluation").mkdir(parents=True)
+        measured = Measured(Target("it", tmp_path), "*-GKA", "t", {"text": [found]})
+        write_measured([measured], tmp_path / "runs" / point.name / "evaluation" / "results.json")
+    rows = collect(tmp_path, points, results, Evaluation(TEXT, {"text": "stdlib"}))
+    assert [row["measures"].get("text: loss (nats/token)") for row in rows] == [3.125, 3.375, 2.0, None]
     header, _, *lines = [line.strip("| ").split(" | ") for line in (tmp_path / "table.md").read_text().splitlines()]
     assert dict(zip(header, lines[0], strict=True)) == {
-        "point": "a",
+        "point": "lr=1_seed=0",
         "status": "done",
         "align loss": "0.5000",
         "train loss": "2.2500",
-        "held-out loss": "3.1250",
-        "retrieval": "75.0%",
+        "text: loss (nats/token)": "3.125 ± 0.000",
     }
-    assert lines[1][:3] == ["b", "not run", "–"]
+    assert lines[3] == ["lr=2_seed=1", "not run", "–", "–", "–"]
+    report = (tmp_path / "report" / "report.md").read_text().splitlines()
+    assert [line for line in report if line.startswith("| lr=1")] == ["| lr=1 (2 seeds) | `*-GKA` | 3.250 ± 1.588 |"]
+    assert any(line.startswith("| lr=2_seed=0 | ") for line in report)
 
 
 def test_a_misspelt_field_of_the_grid_is_found_before_any_point_runs(sweep, tmp_path, capsys):

@@ -108,8 +108,10 @@ COMMANDS = {
     ),
     "evaluate": Command(
         "evaluate",
-        "measure held-out loss and retrieval of models and runs: table, report, picture",
+        "measure models and runs by instruments: table, report, pictures",
         "--model source=launch/tiny_qwen3 --run mine=runs/mine --out runs/report",
+        job=True,
+        overrides=True,
         resumable=True,
     ),
     "generate": Command(

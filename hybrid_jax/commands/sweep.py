@@ -41,6 +41,7 @@ def check_points(points) -> list:
 
 def run(args: argparse.Namespace) -> None:
     from hybrid_jax.config_file import load_config
+    from hybrid_jax.evaluate.evaluation import read_evaluation
     from hybrid_jax.stopped import Stopped
     from hybrid_jax.sweep import claim, collect, points_of, run_point
 
@@ -62,6 +63,10 @@ def run(args: argparse.Namespace) -> None:
             )
         chosen = [points[int(index)]]
     evaluate = dict(config.get("evaluate") or {})
+    evaluation = None
+    if evaluate:
+        options = {key: value for key, value in evaluate.items() if key != "config"}
+        evaluation = read_evaluation(evaluate.get("config", "configs/evaluate.py"), **options)
     claim(out, points, configs, evaluate)
     results = {}
     for n, point in enumerate(chosen if not args.collect else (), start=1):
@@ -69,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
         results[point.name] = run_point(point, out, evaluate)
         if results[point.name]["status"] == "stopped":
             raise Stopped(f"{point.name} was stopped; the same command resumes the sweep")
-    rows = collect(out, points, results)
+    rows = collect(out, points, results, evaluation)
     failed = [r for r in results.values() if r["status"] == "failed"]
     if failed:
         raise ValueError(f"{len(failed)} of {len(rows)} points failed, the first: {failed[0]['name']}: {failed[0]['error']}")

@@ -18,9 +18,10 @@ class Measurement:
       measure: what was measured, e.g. `loss` or `accuracy`.
       value: the number, in `unit`.
       low, high: the ends of its 95 % confidence interval; both are `value` where nothing was sampled.
-      unit: e.g. `nats/token`; accuracies are shares from 0 to 1 without a unit.
+      unit: e.g. `nats/token`, `bytes`; `share`: from 0 to 1.
       count: how many independent samples the number is of (rows, prompts).
       at: where it was measured, e.g. {"distance": 128}; empty: over everything.
+      sums: of a mean, each row's (weighted sum of values, sum of weights); models measured on the same rows are compared by them.
     """
 
     measure: str
@@ -30,6 +31,12 @@ class Measurement:
     unit: str = ""
     count: int = 0
     at: Mapping[str, float | int | str] = dataclasses.field(default_factory=dict)
+    sums: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def key(self) -> tuple:
+        """What was measured and where, to find the same measurement of another model."""
+        return self.measure, *sorted(self.at.items())
 
 
 def exact(measure: str, value: float, unit: str = "", **at: float | int | str) -> Measurement:
@@ -63,12 +70,33 @@ def weighted_mean(
     mean = numerators.sum() / denominators.sum()
     spread = np.sum(np.square(numerators - mean * denominators)) * rows / max(rows - 1, 1)
     error = np.sqrt(spread) / denominators.sum() if rows > 1 else np.inf
+    sums = tuple((float(a), float(b)) for a, b in zip(np.atleast_1d(numerators), np.atleast_1d(denominators), strict=True))
     if not share:
-        return Measurement(measure, float(mean), float(mean - Z * error), float(mean + Z * error), unit, rows, at)
+        return Measurement(measure, float(mean), float(mean - Z * error), float(mean + Z * error), unit, rows, at, sums)
     samples = mean * (1 - mean) / error**2 if 0 < error < np.inf and 0 < mean < 1 else float(rows)
     center = (mean + Z**2 / (2 * samples)) / (1 + Z**2 / samples)
     half = Z / (1 + Z**2 / samples) * np.sqrt(mean * (1 - mean) / samples + Z**2 / (4 * samples**2))
-    return Measurement(measure, float(mean), float(center - half), float(center + half), unit, rows, at)
+    return Measurement(measure, float(mean), float(center - half), float(center + half), "share", rows, at, sums)
+
+
+def difference(one: Measurement, other: Measurement) -> Measurement | None:
+    """Returns one - other of two means over the same rows, with the interval of paired rows.
+
+    What makes some rows harder than others for every model drops out, so that differences far smaller than the two intervals
+    can be seen. The standard error is that of a difference of ratios of sums over rows (linearized).
+
+    Returns:
+      None if the two are not means over the same rows: another number of them, or other weights.
+    """
+    first, second = (np.array(m.sums, np.float64).reshape(-1, 2) for m in (one, other))
+    if one.key != other.key or first.shape != second.shape or not len(first) or (first[:, 1] != second[:, 1]).any():
+        return None
+    weights = first[:, 1]
+    rows, total = int((weights > 0).sum()), weights.sum()
+    gaps = (first[:, 0] - one.value * weights) - (second[:, 0] - other.value * weights)
+    error = np.sqrt(np.sum(np.square(gaps)) * rows / (rows - 1)) / total if rows > 1 else np.inf
+    value = one.value - other.value
+    return Measurement(one.measure, value, float(value - Z * error), float(value + Z * error), one.unit, rows, one.at)
 
 
 def buckets(length: int, first: int = 8) -> list[tuple[int, int]]:

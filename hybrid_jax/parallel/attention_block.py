@@ -21,7 +21,8 @@ from kernels_pallas.arguments import accumulator, alike, backend
 from kernels_pallas.operands import pad_axis
 
 EMPTY = -1e30  # the log-sum-exp of a query that sees no key
-TILE = 1024  # queries and keys of a tile of the XLA form
+TILE = 1024  # queries and keys of a tile of the XLA form, at most
+CPU_TILE = 128  # the same on CPUs, where the scores of a tile should stay in the cache
 LANES = 128
 
 
@@ -133,11 +134,13 @@ def merge(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array
 
 
 def _tile_size(mask: Mask) -> int:
-    """`TILE`, or about the width of a narrower window: of two tiles that a query meets at most half is in vain."""
+    """The largest tile of the backend, or about the width of a narrower window: of two tiles that a query meets at most half is in
+    vain."""
+    largest = min(TILE, CPU_TILE) if backend() == "cpu" else TILE
     if mask.nearest is None or mask.window is None:
-        return TILE
+        return largest
     width = max(mask.window - mask.nearest, 1)
-    return min(TILE, max(LANES, 1 << (width - 1).bit_length()))
+    return min(largest, max(LANES, 1 << (width - 1).bit_length()))
 
 
 def visible_tiles(mask: Mask, T: int, S: int, tile: int) -> np.ndarray:

@@ -3,9 +3,10 @@
 A sweep's directory holds
 
     sweep.json        what is swept and how it is evaluated; another sweep in the same directory is refused
-    runs/NAME/        each point's working directory (see `experiment`)
+    runs/NAME/        each point's working directory (see `experiment`), with its `evaluation/`
     results/NAME.json the outcome of each point; one that failed runs again with the same command
     table.md, results.json, sweep.png
+    report.md, report.html, ...  where points are evaluated, the comparison of all of them (see `evaluate.report`)
 """
 
 from hybrid_jax.sweep.collecting import collect

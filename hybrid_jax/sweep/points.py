@@ -18,7 +18,7 @@ from hybrid_jax.config_file import flat
 from hybrid_jax.files import check_new_directory, new_directory, write_text
 
 KEYS = {"configs", "grid", "points", "evaluate"}
-EVALUATE_KEYS = {"text", "seq_len", "rows"}
+EVALUATE_KEYS = {"config", "text", "seq_len", "rows"}
 LONGEST_NAME = 100  # characters; file systems take 255 bytes
 
 
@@ -40,6 +40,10 @@ class Point:
     def arguments(self) -> list[str]:
         """The point as options of the command line."""
         return [f"--config={self.config}", *(f"--config.{k}={v}" for k, v in self.overrides)]
+
+    def without(self, field: str) -> tuple[Any, ...]:
+        """What the point is, but for one field: equal for points that differ only in it."""
+        return self.config, tuple(pair for pair in self.overrides if pair[0] != field)
 
 
 def points_of(config: Mapping[str, Any]) -> list[Point]:

@@ -26,8 +26,11 @@ def run_point(point: Point, out: pathlib.Path, evaluate: Mapping[str, Any]) -> d
 
     The outcome is kept, unless the point was stopped; a failed point runs again.
 
-    `status` is done, failed (with `error`) or stopped; `losses` the last of each phase; `held_out_loss` and `retrieval`
-    where `evaluate` (text, seq_len, rows) says so.
+    `status` is done, failed (with `error`) or stopped; `losses` the last of each phase. What an evaluation measures is in the
+    point's `evaluation/`.
+
+    Args:
+      evaluate: options of `hybrid-jax evaluate`; empty: points are not evaluated.
     """
     kept = out / "results" / f"{point.name}.json"
     if kept.exists() and (result := json.loads(kept.read_text()))["status"] == "done":
@@ -40,9 +43,6 @@ def run_point(point: Point, out: pathlib.Path, evaluate: Mapping[str, Any]) -> d
         if evaluate:
             flags = [f"--{k.replace('_', '-')}={v}" for k, v in evaluate.items()]
             status, error = _command("evaluate", f"--model=it={workdir / 'model'}", f"--out={workdir / 'evaluation'}", *flags)
-    if status == "done" and evaluate:
-        (row,) = json.loads((workdir / "evaluation" / "results.json").read_text())
-        result |= {"held_out_loss": row["row"]["text_loss"], "retrieval": row["row"]["retrieval_accuracy"]}
     if status != "done":
         result |= {"status": status, "error": error}
     if status != "stopped":

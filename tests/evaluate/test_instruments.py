@@ -3,15 +3,18 @@
 import dataclasses
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from hybrid_jax.config import ModelConfig
-from hybrid_jax.evaluate.instruments import make_instrument
+from hybrid_jax.evaluate.instruments import make_instrument, speed
 from hybrid_jax.evaluate.instruments.contract import Subject
 from hybrid_jax.evaluate.instruments.cost import state_bytes
 from hybrid_jax.evaluate.instruments.recall import _complete
 from hybrid_jax.evaluate.measurement import buckets, weighted_mean
+from hybrid_jax.generation import generate
+from hybrid_jax.parameters import split_model
 from tests.conftest import tiny_config, tiny_model
 
 LENGTH = 64
@@ -125,7 +128,7 @@ def test_the_bytes_of_a_sequence_are_keys_and_values_and_states():
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"instrument": "telescope"}, "expected one of text, recall, cost, got 'telescope'"),
+        ({"instrument": "telescope"}, "expected one of text, recall, cost, speed, got 'telescope'"),
         ({"instrument": "text", "sequence": 3}, "text has no option 'sequence'"),
         ({"instrument": "text", "rows": 0}, "rows"),
         ({"instrument": "recall", "grid": {"depth": ()}}, "no values for 'depth'"),
@@ -147,3 +150,25 @@ def test_options_are_checked_against_model_and_data(corpus):
     ):
         with pytest.raises(ValueError, match=message):
             make_instrument("mine", values).check(config, corpus)
+
+
+def test_speed_is_tokens_per_second_of_programs_that_decode_as_the_model_does(subject, monkeypatch):
+    instrument = make_instrument("x", dict(instrument="speed", lengths=(5,), batch_size=2, new_tokens=3, repeats=2))
+    structure, parameters = split_model(subject.model)
+    prefill, decode = instrument._programs(structure, 5)
+    prompt = jnp.ones((2, 5), jnp.int32)
+    new = generate(subject.model, [[1] * 5], max_new_tokens=4)[0]
+    assert decode(parameters, *prefill(parameters, prompt)).tolist() == [[new[-1]]] * 2
+    monkeypatch.setattr(speed, "_seconds", lambda run, repeats: run() is not None and [0.5, 0.25])
+    got = {m.measure: m.value for m in instrument.measure(subject)}
+    assert got == {"prefill": pytest.approx(10 * 3), "decode": pytest.approx(6 * 3)}  # the mean of 2 and 4 runs per second
+    with pytest.raises(ValueError, match="max_position_embeddings"):
+        make_instrument("x", dict(instrument="speed", lengths=(5000,))).check(subject.model.config, subject.corpus)
+
+
+def test_the_overall_accuracy_of_a_grid_is_over_the_answers_of_all_its_points(subject):
+    values = dict(instrument="recall", task="retrieval", rows=3, grid={"min_pairs,max_pairs": (2, 7)}, seq_len=LENGTH)
+    got = make_instrument("x", values).measure(subject)
+    alone = [m for m in got if m.measure == "accuracy" and m.at]
+    right, asked = (sum(pair[n] for m in alone for pair in m.sums) for n in (0, 1))
+    assert got[0].at == {} and got[0].value == pytest.approx(right / asked) and got[0].count == 6

@@ -1,46 +1,148 @@
-"""The table of an evaluation."""
+"""The tables, pictures and pages of an evaluation."""
 
+import json
+import pathlib
+
+import numpy as np
 import pytest
 
-from hybrid_jax.evaluate.evaluation_report import Row, markdown_table, notes, recovered
+from hybrid_jax.evaluate.evaluation import Evaluation
+from hybrid_jax.evaluate.instruments import make_instrument
+from hybrid_jax.evaluate.measured import Measured, Target, over_repeats, read_measured
+from hybrid_jax.evaluate.measurement import Measurement, difference, exact, weighted_mean
+from hybrid_jax.evaluate.report import first_table, notes, write_report
+from hybrid_jax.evaluate.report.tables import difference_table, recovered, show
+
+EVALUATION = Evaluation(
+    {
+        "text": make_instrument("text", {"instrument": "text", "rows": 4}),
+        "pairs": make_instrument("pairs", {"instrument": "recall"}),
+        "cost": make_instrument("cost", {"instrument": "cost"}),
+    },
+    {"text": "stdlib"},
+)
+NOISE = np.array([[-0.5], [0.5], [1.0], [-1.0]])  # what makes rows hard for every model
+
+
+def row(name, pattern, loss, accuracy, run="", stage=0, path="", source="", rows=4):
+    losses = loss + NOISE[:rows] * np.ones((1, 8))
+    right = (np.arange(8) < 8 * accuracy) * np.ones((rows, 1))
+    results = {
+        "text": [
+            weighted_mean("loss", losses, np.ones((rows, 8)), "nats/token"),
+            *(
+                weighted_mean("loss", losses[:, part], np.ones((rows, 4)), "nats/token", position=at)
+                for part, at in ((slice(0, 4), 4), (slice(4, 8), 8))
+            ),
+        ],
+        "pairs": [weighted_mean("accuracy", right, np.ones((rows, 8)), share=True)],
+        "cost": [exact("parameters", 6_558_464), exact("state_bytes", 1536.0 * 1024, "bytes", tokens=1024)],
+    }
+    return Measured(Target(name, pathlib.Path(path or name), run, stage, source), pattern, "tok", results)
+
 
 ROWS = [
-    Row("source", "s", "*-*", 2.0, 1.0),
-    Row("GKA initial", "a", "*-GKA", 4.0, 0.1, "GKA", 0),
-    Row("GKA train", "b", "*-GKA", 2.1, 0.9, "GKA", 1),
-    Row("SWA initial", "c", "*-SWA", 2.01, 1.0, "SWA", 0),
-    Row("SWA train", "d", "*-SWA", 2.0, 1.0, "SWA", 1),
+    row("source", "*-*", 2.0, 1.0),
+    row("GKA initial", "*-GKA", 4.0, 0.125, "GKA", 0),
+    row("GKA train", "*-GKA", 2.1, 0.875, "GKA", 1),
+    row("SWA initial", "*-SWA", 2.01, 1.0, "SWA", 0),
+    row("SWA train", "*-SWA", 2.0, 1.0, "SWA", 1),
 ]
 
 
 def test_recovery_is_the_share_of_what_stage_0_lost():
-    assert recovered(ROWS[2], ROWS) == pytest.approx(0.95)
+    assert recovered(ROWS[2], ROWS, "text") == pytest.approx(0.95)
 
 
 def test_nothing_is_recovered_where_nothing_was_lost_nor_by_a_source_nor_by_stage_0():
-    assert [recovered(ROWS[i], ROWS) for i in (0, 1, 4)] == [None, None, None]
+    assert [recovered(ROWS[i], ROWS, "text") for i in (0, 1, 4)] == [None, None, None]
 
 
-def test_the_table_has_a_line_a_model():
-    lines = markdown_table(ROWS).splitlines()
-    assert len(lines) == 2 + len(ROWS) and "95.0 %" in lines[4] and "90.0 %" in lines[4] and "`*-GKA`" in lines[4]
+def test_the_first_table_has_a_line_per_model_and_the_headline_of_every_instrument():
+    table = first_table(EVALUATION, ROWS)
+    assert table.header == (
+        "model", "pattern", "text: loss (nats/token)", "share of the lost loss recovered", "pairs: accuracy", "cost: parameters",
+        "cost: state bytes at tokens 1,024",
+    )  # fmt: skip
+    assert table.rows[2][:4] == ("GKA train", "*-GKA", "2.100 ± 0.895", "95.0 %")
+    assert table.rows[2][4].startswith("87.5 % (") and table.rows[2][5:] == ("6,558,464", "1.50 MiB")
+    assert table.rows[0][3] == "–" and "`*-GKA`" in table.markdown() and len(table.markdown().splitlines()) == 2 + len(ROWS)
+    assert r"2.100 $\pm$ 0.895" in table.latex() and r"95.0 \%" in table.latex() and "$*$-GKA" in table.latex()
+
+
+def test_differences_are_of_the_same_rows_and_far_more_certain_than_the_two_numbers():
+    one, other = (r.results["text"][0] for r in (ROWS[2], ROWS[0]))
+    gap = difference(one, other)
+    assert gap.value == pytest.approx(0.1) and gap.high - gap.low == pytest.approx(0, abs=1e-9)
+    assert one.high - one.low > 1.5  # the rows differ much more than the models
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(300):  # the interval holds as often as it says
+        hard, weights = rng.normal(size=(50, 1)), rng.integers(1, 9, (50, 1))
+        first, second = (weighted_mean("loss", hard + at + 0.1 * rng.normal(size=(50, 1)), weights) for at in (0.3, 0.0))
+        gap = difference(first, second)
+        inside += gap.low <= 0.3 <= gap.high
+    assert 0.90 < inside / 300 < 0.98
+    fewer = weighted_mean("loss", np.ones((3, 8)), np.ones((3, 8)))
+    assert difference(one, fewer) is None and difference(one, ROWS[0].results["pairs"][0]) is None
+    table = difference_table(EVALUATION, ROWS)
+    assert table.header == ("difference", "text: loss (nats/token)", "pairs: accuracy")
+    assert table.rows[1][:2] == ("GKA train − source", "+0.100 ± 0.000") and table.rows[1][2].startswith("-12.5 ± ")
+    assert difference_table(EVALUATION, ROWS[:1]) is None
 
 
 def test_a_run_s_recovery_is_of_its_own_source_whichever_model_comes_first():
-    exported = Row("export", "models/e", "*-GKA", 3.0, 0.5)
-    source = Row("source", "models/../models/s", "*-*", 2.0, 1.0)
-    stages = (("initial", 4.0), ("end", 2.5))
-    run = [Row(name, name, "*-GKA", loss, 0.5, "r", n, "", "models/s") for n, (name, loss) in enumerate(stages)]
+    exported = row("export", "*-GKA", 3.0, 0.5, path="models/e")
+    source = row("source", "*-*", 2.0, 1.0, path="models/../models/s")
+    run = [
+        row(name, "*-GKA", loss, 0.5, "r", n, source="models/s") for n, (name, loss) in enumerate((("start", 4.0), ("end", 2.5)))
+    ]
     for models in ((exported, source), (source, exported)):
-        assert recovered(run[1], [*models, *run]) == pytest.approx(0.75) and notes([*models, *run]) == []
-    assert recovered(run[1], [exported, *run]) == pytest.approx(1.5)  # the only one, and it is said
-    assert notes([exported, *run]) == ["what r recovered is of the loss to export; its own source is models/s."]
-    other = Row("other", "models/o", "*-*", 2.0, 1.0)
-    assert recovered(run[1], [exported, other, *run]) is None
-    assert "what r recovered is not known: its source models/s is not among the models." in notes([exported, other, *run])
+        assert recovered(run[1], [*models, *run], "text") == pytest.approx(0.75) and notes(EVALUATION, [*models, *run]) == []
+    assert recovered(run[1], [exported, *run], "text") == pytest.approx(1.5)  # the only one, and it is said
+    assert notes(EVALUATION, [exported, *run]) == ["what r recovered is of the loss to export; its own source is models/s."]
+    other = row("other", "*-*", 2.0, 1.0, path="models/o")
+    assert recovered(run[1], [exported, other, *run], "text") is None
+    words = "what r recovered is not known: its source models/s is not among the models."
+    assert words in notes(EVALUATION, [exported, other, *run])
 
 
 def test_a_text_of_fewer_rows_than_asked_for_is_noted():
-    row = Row("m", "m", "*", 2.0, 1.0, text_rows=5)
-    assert notes([row], 5) == [] and notes([Row("m", "m", "*", 2.0, 1.0)], 6) == []
-    assert notes([row], 6) == ["the held-out text has only 5 rows, not the 6 asked for; all of them were read."]
+    assert notes(EVALUATION, [row("m", "*", 2.0, 1.0)]) == []
+    want = "text: the held-out text has only 3 rows, not the 4 asked for; all of them were read."
+    assert notes(EVALUATION, [row("m", "*", 2.0, 1.0, rows=3)]) == [want]
+
+
+def test_numbers_are_shown_with_their_unit_and_interval():
+    assert show(Measurement("accuracy", 0.5, 0.4, 0.61, "share")) == "50.0 % (40.0–61.0)"
+    assert show(exact("b", 512, "bytes")) == "512 bytes" and show(exact("b", 3 * 2**30, "bytes")) == "3.00 GiB"
+    assert show(None) == "–" and show(Measurement("loss", float("nan"), 0, 0)) == "not a number"
+    assert show(Measurement("prefill", 12345.6, 12000, 13000, "tokens/s")) == "12,346 ± 500"
+
+
+def test_a_report_has_every_number_in_each_of_its_forms_and_one_page_without_other_files(tmp_path):
+    grid = [
+        weighted_mean("accuracy", np.eye(4)[:, :2], np.ones((4, 2)), share=True, depth=d, length=n)
+        for d in (0, 1)
+        for n in (64, 128)
+    ]
+    rows = [Measured(r.target, r.pattern, r.tokenizer, {**r.results, "pairs": [*r.results["pairs"], *grid]}) for r in ROWS]
+    assert write_report(EVALUATION, rows, tmp_path, continuations=[("source", "a < b")]) == tmp_path / "report.md"
+    names = {p.name for p in tmp_path.iterdir()}
+    pictures = {"recovery.png", "text_loss_position.png", "pairs_accuracy_depth_and_length.png"}
+    assert names == {"report.md", "report.html", "table.tex", "results.csv", "results.json", *pictures}
+    page, html = (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()
+    assert all(f"({name})" in page for name in pictures) and html.count("data:image/png;base64,") == 3
+    assert "a &lt; b" in html and 'src="http' not in html and "| position 8 |" in page and "| depth 1, length 128 |" in page
+    lines = (tmp_path / "results.csv").read_text().splitlines()
+    assert len(lines) == 1 + len(rows) * (3 + 5 + 2) and lines[1].startswith("source,*-*,,0,text,loss,,2.0,")
+    assert read_measured(tmp_path / "results.json") == rows
+    json.loads((tmp_path / "results.json").read_text())
+
+
+def test_repetitions_are_one_line_with_student_s_interval():
+    three = over_repeats("GKA (3 seeds)", [row("a", "*-GKA", loss, 0.5) for loss in (2.0, 2.2, 2.4)])
+    loss = three.results["text"][0]
+    assert loss.value == pytest.approx(2.2) and loss.count == 3 and loss.sums == ()
+    assert loss.high - loss.value == pytest.approx(4.302653 * 0.2 / np.sqrt(3), rel=1e-5)
+    assert three.target.name == "GKA (3 seeds)" and three.results["cost"][0].low == 6_558_464

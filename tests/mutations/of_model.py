@@ -46,17 +46,10 @@ MUTATIONS = [
         (MEASURES,),
     ),
     Mutation(
-        "hybrid_jax/evaluate/evaluation_report.py",
-        "starts[0].text_loss - source.text_loss",
-        "starts[0].text_loss - row.text_loss",
+        "hybrid_jax/evaluate/report/tables.py",
+        "(start - now) / (start - best)",
+        "(start - now) / (start - now)",
         "recovery is not a share of what was lost",
-        (REPORT,),
-    ),
-    Mutation(
-        "hybrid_jax/evaluate/evaluation_report.py",
-        "if lost < NOTHING_LOST else",
-        "if lost < -NOTHING_LOST else",
-        "a share of nothing is reported",
         (REPORT,),
     ),
     Mutation(

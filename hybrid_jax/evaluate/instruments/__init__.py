@@ -9,13 +9,20 @@ from typing import Any
 from hybrid_jax.evaluate.instruments.contract import Instrument, Subject
 from hybrid_jax.evaluate.instruments.cost import Cost
 from hybrid_jax.evaluate.instruments.recall import Recall
+from hybrid_jax.evaluate.instruments.speed import Speed
 from hybrid_jax.evaluate.instruments.text import TextLoss
 
 INSTRUMENTS: dict[str, type[Instrument]] = {
     "text": TextLoss,
     "recall": Recall,
     "cost": Cost,
+    "speed": Speed,
 }
+
+
+def name_of(instrument: Instrument) -> str:
+    """Returns the name of an instrument's class in `INSTRUMENTS`."""
+    return next(name for name, kind in INSTRUMENTS.items() if kind is type(instrument))
 
 
 def make_instrument(name: str, values: Mapping[str, Any]) -> Instrument:
@@ -41,4 +48,4 @@ def make_instrument(name: str, values: Mapping[str, Any]) -> Instrument:
         raise ValueError(f"instruments.{name}: {e}") from None
 
 
-__all__ = ["INSTRUMENTS", "Instrument", "Subject", "make_instrument"]
+__all__ = ["INSTRUMENTS", "Instrument", "Subject", "make_instrument", "name_of"]

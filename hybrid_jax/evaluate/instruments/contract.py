@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
@@ -12,6 +13,7 @@ from hybrid_jax.config import ModelConfig
 from hybrid_jax.data import Corpus
 from hybrid_jax.evaluate.measurement import Measurement
 from hybrid_jax.model import Decoder
+from hybrid_jax.parallel.mesh import check_mesh_fits
 
 Progress = Callable[[int, int], object]
 """Called with (done, total) in the instrument's own units."""
@@ -35,13 +37,20 @@ class Subject:
 
 @dataclasses.dataclass(frozen=True)
 class Instrument:
-    """Measures a model. A subclass is a dataclass whose fields are the instrument's options, all with defaults."""
+    """Measures a model. A subclass is a dataclass whose fields are the instrument's options, all with defaults.
 
-    def check(self, config: ModelConfig, corpus: Corpus) -> None:
-        """Checks the options against a model's config and the evaluation's text, before any work.
+    Attributes:
+      headline: the measures that stand in the first table of a report; `MEASURE`, or `MEASURE COORDINATE` for those that are
+        measured at coordinates, of which the table shows the first.
+    """
+
+    headline: ClassVar[tuple[str, ...]] = ()
+
+    def check(self, config: ModelConfig, corpus: Corpus, mesh: Mesh | None = None) -> None:
+        """Checks the options against a model's config, the evaluation's text and the mesh, before any work.
 
         Raises:
-          ValueError: rows are longer than the model's positions, an unknown source or task, ...
+          ValueError: rows are longer than the model's positions, an unknown source or task, rows that the mesh does not divide, ...
         """
 
     def measure(self, subject: Subject, progress: Progress = lambda done, total: None) -> list[Measurement]:
@@ -49,12 +58,17 @@ class Instrument:
         raise NotImplementedError
 
 
-def check_length(name: str, seq_len: int, config: ModelConfig) -> None:
-    """Checks that rows fit a model.
+def check_rows(name: str, config: ModelConfig, mesh: Mesh | None, batch_size: int, seq_len: int) -> None:
+    """Checks that batches of rows fit a model and a mesh.
 
     Raises:
-      ValueError: they are longer than its positions.
+      ValueError: the rows are longer than the model's positions, or the mesh does not divide the batch or the model.
     """
+    if mesh is not None:
+        try:
+            check_mesh_fits(config, mesh, batch_size, seq_len)
+        except ValueError as e:
+            raise ValueError(f"{name}: {e}") from None
     if seq_len > config.max_position_embeddings:
         raise ValueError(
             f"{name}: seq_len {seq_len:,} is more than the model's max_position_embeddings, {config.max_position_embeddings:,}"

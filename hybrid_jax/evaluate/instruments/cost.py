@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,8 @@ class Cost(Instrument):
       lengths: numbers of tokens.
       dtype: of keys and values, as `state_bytes` takes it.
     """
+
+    headline: ClassVar[tuple[str, ...]] = ("parameters", "state_bytes tokens")
 
     lengths: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536, 131072)
     dtype: str = "bfloat16"

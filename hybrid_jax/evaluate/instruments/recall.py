@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+from jax.sharding import Mesh
 
 from hybrid_jax.checks import check_integer
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.data import HELD_OUT_SEED, Corpus
 from hybrid_jax.data.tasks import check_options
-from hybrid_jax.evaluate.instruments.contract import Instrument, Progress, Subject, check_length
+from hybrid_jax.evaluate.instruments.contract import Instrument, Progress, Subject, check_rows
 from hybrid_jax.evaluate.measurement import Measurement, buckets, weighted_mean
 from hybrid_jax.evaluate.token_scores import TokenScores, token_scores
 
@@ -26,7 +27,7 @@ class Recall(Instrument):
 
     The measures are `accuracy` (of the answers' tokens), `exact` (of complete answers) and `loss` (of the answers' tokens);
     without a grid also `accuracy` at {"distance": d}, over answers whose evidence is up to d tokens back and more than the next
-    smaller d. With a grid every measure is at each of its points.
+    smaller d. With a grid every measure is at each of its points, and `accuracy` also over all of them.
 
     Args:
       task: a name of the evaluation's tasks, see `data.corpus.read_tasks`.
@@ -37,6 +38,8 @@ class Recall(Instrument):
       rows: rows, at every point of the grid.
       batch_size: rows at a time.
     """
+
+    headline: ClassVar[tuple[str, ...]] = ("accuracy",)
 
     task: str = "retrieval"
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -63,13 +66,13 @@ class Recall(Instrument):
             found.append((at, options))
         return found
 
-    def check(self, config: ModelConfig, corpus: Corpus) -> None:
+    def check(self, config: ModelConfig, corpus: Corpus, mesh: Mesh | None = None) -> None:
         if self.task not in corpus.tasks:
             raise ValueError(f"recall: no synthetic task is named {self.task!r}; have {', '.join(corpus.tasks)}")
         asked = {*self.options, *(name for _, options in self.points() for name in options)} - {SEQ_LEN}
         check_options(corpus.tasks[self.task]["task"], asked)
         for _, options in self.points():
-            check_length("recall", options.get(SEQ_LEN, self.seq_len), config)
+            check_rows("recall", config, mesh, self.batch_size, options.get(SEQ_LEN, self.seq_len))
 
     def measure(self, subject: Subject, progress: Progress = lambda done, total: None) -> list[Measurement]:
         found, points = [], self.points()
@@ -89,6 +92,10 @@ class Recall(Instrument):
                 for low, high in buckets(length - 1):
                     inside = ((distances > low) & (distances <= high)).astype(np.float32)
                     found.append(weighted_mean("accuracy", scores.right, inside, share=True, distance=high))
+        if self.grid:
+            sums = np.array([pair for m in found if m is not None and m.measure == "accuracy" for pair in m.sums])
+            means = sums[:, 0] / np.maximum(sums[:, 1], 1)
+            found.insert(0, weighted_mean("accuracy", means, sums[:, 1], share=True))
         return [m for m in found if m is not None]
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
+from jax.sharding import Mesh
 
 from hybrid_jax.checks import check_integer
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.data import Corpus
-from hybrid_jax.evaluate.instruments.contract import Instrument, Progress, Subject, check_length
+from hybrid_jax.evaluate.instruments.contract import Instrument, Progress, Subject, check_rows
 from hybrid_jax.evaluate.measurement import Measurement, buckets, weighted_mean
 from hybrid_jax.evaluate.measures import evenly_spaced
 from hybrid_jax.evaluate.token_scores import token_scores
@@ -32,6 +34,8 @@ class TextLoss(Instrument):
       batch_size: rows at a time.
     """
 
+    headline: ClassVar[tuple[str, ...]] = ("loss",)
+
     sources: tuple[str, ...] = ()
     seq_len: int = 1024
     rows: int = 64
@@ -41,8 +45,8 @@ class TextLoss(Instrument):
         for name in ("seq_len", "rows", "batch_size"):
             check_integer(name, getattr(self, name), minimum=1)
 
-    def check(self, config: ModelConfig, corpus: Corpus) -> None:
-        check_length("text", self.seq_len, config)
+    def check(self, config: ModelConfig, corpus: Corpus, mesh: Mesh | None = None) -> None:
+        check_rows("text", config, mesh, self.batch_size, self.seq_len)
         if unknown := [name for name in self.sources if name not in corpus.held_out]:
             raise ValueError(f"text: no source is named {unknown[0]!r}; have {', '.join(corpus.held_out)}")
 
@@ -65,7 +69,7 @@ class TextLoss(Instrument):
         if loss is None:
             raise ValueError("text: the held-out rows have no token that another one predicts")
         perplexity = dataclasses.replace(
-            loss, measure="perplexity", unit="", **{k: math.exp(getattr(loss, k)) for k in ("value", "low", "high")}
+            loss, measure="perplexity", unit="", sums=(), **{k: math.exp(getattr(loss, k)) for k in ("value", "low", "high")}
         )
         size = np.array([_bytes(subject, row) for row in rows], np.float64)
         bits = weighted_mean("bits_per_byte", (losses * weights).sum(1) / size / math.log(2), size, "bits/byte")

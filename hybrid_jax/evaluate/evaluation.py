@@ -1,0 +1,250 @@
+"""An evaluation: models and runs, the instruments that measure them, the text and the mesh; and running it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from hybrid_jax.checks import check_known
+from hybrid_jax.config_file import load_config
+from hybrid_jax.convert import check_model_directory, load_model
+from hybrid_jax.data import Corpus, check_tokenizer_fits, load_tokenizer, read_corpus, read_sources, read_tasks
+from hybrid_jax.data.documents import pieces
+from hybrid_jax.data.tokens import Encoder, is_prepared
+from hybrid_jax.evaluate.instruments import INSTRUMENTS, Instrument, Subject, make_instrument
+from hybrid_jax.evaluate.measured import Measured, Target
+from hybrid_jax.evaluate.results import StoredResults, fingerprint
+from hybrid_jax.files import find_shipped, read_json
+from hybrid_jax.parallel.distributed import barrier, is_first, say
+from hybrid_jax.parallel.mesh import AXES, make_mesh
+from hybrid_jax.progress import progress_bar
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """How models are measured.
+
+    Args:
+      instruments: instruments by the names that the report gives them, in its order: that of `INSTRUMENTS`, then by name.
+      data: `text`, `sources` and `tasks`, see `data.corpus`.
+      mesh: mesh axis -> devices; empty: one device.
+    """
+
+    instruments: Mapping[str, Instrument]
+    data: Mapping[str, Any]
+    mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_config(cls, config: ConfigDict) -> Evaluation:
+        """Returns the evaluation that a config describes.
+
+        Args:
+          config: `instruments` (name -> `instrument`, a name of `INSTRUMENTS`, and its options), `data`, and maybe `mesh`.
+
+        Raises:
+          ValueError: an unknown field, instrument or option, a bad value, or a text that is not there.
+        """
+        values = config.to_dict()
+        fields = evaluation_fields(values)
+        check_known("the config", values, fields)
+        data, instruments = values.get("data") or {}, values.get("instruments") or {}
+        if not instruments:
+            raise ValueError("the config needs 'instruments'; configs/evaluate.py is a complete example")
+        check_known("config.data", data, fields["data"])
+        for source in read_sources(data).values():
+            if not is_prepared(source.path):
+                pieces(source.path)
+        if bad := [name for name in instruments if not re.fullmatch(r"[\w. -]+", name)]:
+            raise ValueError(f"config.instruments: names have letters, digits, '_', '-', '.' and spaces only, got {bad[0]!r}")
+        read_tasks(data)
+        made = {name: make_instrument(name, options) for name, options in instruments.items()}
+        mesh = values.get("mesh") or {}
+        check_known("config.mesh", mesh, AXES)
+        order = sorted(instruments, key=lambda name: (list(INSTRUMENTS).index(instruments[name]["instrument"]), name))
+        return cls({name: made[name] for name in order}, data, mesh)
+
+    def check(self, targets: Sequence[Target]) -> None:
+        """Checks, before any text is read, that every target is a model whose tokenizer fits it.
+
+        Raises:
+          ValueError, FileNotFoundError: one is not.
+        """
+        for target in targets:
+            check_tokenizer_fits(load_tokenizer(target.path), check_model_directory(target.path).vocab_size, target.path)
+
+    def run(self, targets: Sequence[Target], out: pathlib.Path | None = None) -> list[Measured]:
+        """Measures the targets; every process of a job calls this and has the same results.
+
+        A run's instruments must fit its last stage; earlier ones are measured beyond their positions, too, if a phase raised
+        them.
+
+        Args:
+          out: results are stored here, and used again while nothing that they depend on has changed.
+
+        Raises:
+          ValueError: an instrument does not fit a model or the text; before anything is measured.
+        """
+        mesh = make_mesh(self.mesh) if self.mesh else None
+        stored, corpora, last = StoredResults(out), {}, {target.run or target.name: target for target in targets}
+        barrier("read what is stored")
+        prints = {t: {name: fingerprint(t.path, self.data, one) for name, one in self.instruments.items()} for t in targets}
+        for target in targets:
+            if all(stored.find(values) is not None for values in prints[target].values()):
+                continue
+            corpus = self._corpus(target, corpora)
+            for name, instrument in self.instruments.items():
+                if target in last.values():
+                    self._check(name, instrument, target, corpus, mesh)
+        return [self._measure(target, prints[target], stored, corpora, mesh) for target in targets]
+
+    def _corpus(self, target: Target, corpora: dict[str, Corpus]) -> Corpus:
+        """Returns the texts by the target's own tokenizer; models with equal tokenizers share them."""
+        eos = check_model_directory(target.path).extra.get("eos_token_id")
+        key = json.dumps(Encoder(target.path, eos).identity, sort_keys=True)
+        if key not in corpora:
+            corpora[key] = read_corpus(self.data, target.path, eos)
+        return corpora[key]
+
+    def _check(self, name: str, instrument: Instrument, target: Target, corpus: Corpus, mesh: Mesh | None) -> None:
+        try:
+            instrument.check(check_model_directory(target.path), corpus, mesh)
+        except ValueError as e:
+            raise ValueError(f"instruments.{name} does not fit {target.name!r} ({target.path}): {e}") from None
+
+    def _measure(
+        self,
+        target: Target,
+        prints: Mapping[str, Mapping[str, Any]],
+        stored: StoredResults,
+        corpora: dict[str, Corpus],
+        mesh: Mesh | None,
+    ) -> Measured:
+        config, path, subject, results = check_model_directory(target.path), str(target.path.absolute()), None, {}
+        for name, instrument in self.instruments.items():
+            found = stored.find(prints[name])
+            if found is None:
+                if changes := stored.changes(path, name, prints[name]):
+                    say(f"{target.name}, {name}: measured again, changed since the stored result: {', '.join(changes)}")
+                if subject is None:
+                    corpus = self._corpus(target, corpora)
+                    subject = Subject(load_model(target.path, dtype=jnp.float32, mesh=mesh), corpus.tokenizer, corpus, mesh)
+                with _Bar(f"{target.name}, {name}") as progress:
+                    found = instrument.measure(subject, progress)
+                stored.store(path, name, prints[name], found)
+            results[name] = found
+        tokenizer = Encoder(target.path, config.extra.get("eos_token_id")).identity["tokenizer"][:12]
+        return Measured(target, config.pattern, tokenizer, results)
+
+
+class _Bar:
+    """A progress bar that an instrument moves in its own units."""
+
+    def __init__(self, name: str):
+        self.name, self.bar = name, None
+
+    def __enter__(self) -> Callable[[int, int], object]:
+        return self.show
+
+    def show(self, done: int, total: int) -> None:
+        """Moves the bar; it is drawn when the first part is done."""
+        if self.bar is None:
+            self.bar = progress_bar(name=self.name, unit="row", total=total, shown=is_first())
+        self.bar.update(done - self.bar.n)
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def evaluation_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns every field that an evaluation's config may have, nested, each with a value of its type.
+
+    Args:
+      config: names the instruments, sources and tasks.
+    """
+    data = config.get("data") or {}
+    instruments = {}
+    for name, values in (config.get("instruments") or {}).items():
+        kind = INSTRUMENTS.get(values.get("instrument", ""))
+        options = {} if kind is None else {f.name: getattr(kind(), f.name) for f in dataclasses.fields(kind)}
+        instruments[name] = {"instrument": "", **options}
+    sources = {name: {"path": "", "packing": "", "long": ""} for name in data.get("sources") or {}}
+    tasks = {name: dict(values) for name, values in (data.get("tasks") or {}).items()}
+    return {
+        "instruments": instruments,
+        "data": {"text": "", "sources": sources, "tasks": tasks},
+        "mesh": dict.fromkeys(AXES, 1),
+    }
+
+
+def named(text: str) -> tuple[str, pathlib.Path]:
+    """Splits NAME=DIR; directories that come with the package are found from everywhere.
+
+    Raises:
+      ValueError: it is not that.
+    """
+    name, _, path = text.partition("=")
+    if not name or not path:
+        raise ValueError(f"expected NAME=DIR, got {text!r}")
+    return name, find_shipped(path)
+
+
+def targets_of(models: Sequence[str], runs: Sequence[str]) -> list[Target]:
+    """Returns the models, and every stage of the runs, each given as NAME=DIR, in order.
+
+    Raises:
+      ValueError: there is nothing to measure, a name has no directory, or two have the same name.
+      FileNotFoundError: a run has no stages.
+    """
+    given = [named(text) for text in models], [named(text) for text in runs]
+    names = [name for name, _ in (*given[0], *given[1])]
+    if twice := [name for n, name in enumerate(names) if name in names[:n]]:
+        raise ValueError(f"the name {twice[0]!r} is given twice; give every --model and --run a name of its own")
+    found = [Target(name, path) for name, path in given[0]]
+    for run, path in given[1]:
+        stages = sorted((path / "stages").glob("[0-9]*_*"))
+        if not stages:
+            raise FileNotFoundError(f"{path} is not a run: it has no stages")
+        source = read_json(path / "config.json").get("source") or ""
+        found += [Target(f"{run} {s.name.partition('_')[2]}", s, run, i, source) for i, s in enumerate(stages)]
+    if not found:
+        raise ValueError("give at least one --model NAME=DIR or --run NAME=DIR")
+    return found
+
+
+def read_evaluation(
+    file: str,
+    overrides: Sequence[str] = (),
+    *,
+    text: str | None = None,
+    seq_len: int | None = None,
+    rows: int | None = None,
+) -> Evaluation:
+    """Reads an evaluation's config.
+
+    Args:
+      file: see `load_config`.
+      overrides: `--config.a.b=VALUE`.
+      text: in place of the config's `data.text`.
+      seq_len, rows: in place of those of every instrument that has them.
+
+    Raises:
+      ValueError: see `load_config` and `Evaluation.from_config`; or no instrument has `seq_len` or `rows`.
+    """
+    instruments = load_config([f"--config={file}"]).to_dict().get("instruments") or {}
+    given = [] if text is None else [f"--config.data.text={text}"]
+    for option, value in (("seq_len", seq_len), ("rows", rows)):
+        kinds = {name: INSTRUMENTS.get(one.get("instrument")) for name, one in instruments.items() if value is not None}
+        names = [n for n, kind in kinds.items() if kind is not None and option in {f.name for f in dataclasses.fields(kind)}]
+        if value is not None and not names:
+            raise ValueError(f"no instrument of {file} has the option {option}")
+        given += [f"--config.instruments.{name}.{option}={value}" for name in names]
+    return Evaluation.from_config(load_config([f"--config={file}", *given, *overrides], evaluation_fields))

@@ -1,0 +1,94 @@
+"""What was measured of models, as objects and as a JSON file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from hybrid_jax.evaluate.measurement import Measurement
+from hybrid_jax.files import write_text
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A model to measure.
+
+    Args:
+      name: of its row in the tables.
+      path: its directory.
+      run, stage, source: for a stage of a run, the run's name, the stage's number from 0 and the directory of the run's source.
+    """
+
+    name: str
+    path: pathlib.Path
+    run: str = ""
+    stage: int = 0
+    source: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What was measured of a model.
+
+    Args:
+      pattern: the model's pattern.
+      tokenizer: identifies the tokenizer; losses per token are comparable only between equal ones.
+      results: instrument -> its measurements.
+    """
+
+    target: Target
+    pattern: str
+    tokenizer: str
+    results: Mapping[str, Sequence[Measurement]]
+
+    def named(self, name: str) -> Measured:
+        """Returns the same under another name."""
+        return dataclasses.replace(self, target=dataclasses.replace(self.target, name=name))
+
+
+def measurement_from(values: Mapping[str, Any]) -> Measurement:
+    """Returns a measurement from what `dataclasses.asdict` and JSON made of it."""
+    return Measurement(**{**values, "sums": tuple((a, b) for a, b in values["sums"])})
+
+
+def write_measured(rows: Sequence[Measured], path: pathlib.Path) -> None:
+    """Writes everything that was measured as JSON, which `read_measured` reads."""
+    write_text(path, json.dumps([dataclasses.asdict(row) for row in rows], default=str) + "\n")
+
+
+def read_measured(path: pathlib.Path) -> list[Measured]:
+    """Reads what `write_measured` wrote."""
+    found = []
+    for row in json.loads(path.read_text()):
+        target = Target(**{**row["target"], "path": pathlib.Path(row["target"]["path"])})
+        results = {name: [measurement_from(m) for m in measurements] for name, measurements in row["results"].items()}
+        found.append(Measured(target, row["pattern"], row["tokenizer"], results))
+    return found
+
+
+def over_repeats(name: str, repeats: Sequence[Measured]) -> Measured:
+    """Returns the means over repetitions of a run that differ only in their seed, with Student's 95 % intervals over them.
+
+    Args:
+      name: of the result.
+      repeats: at least two. Measurements that not all of them have are left out.
+    """
+    results = {}
+    for instrument, measurements in repeats[0].results.items():
+        others = [{m.key: m for m in row.results.get(instrument, ())} for row in repeats]
+        results[instrument] = [_mean([o[m.key] for o in others]) for m in measurements if all(m.key in o for o in others)]
+    return Measured(dataclasses.replace(repeats[0].target, name=name), repeats[0].pattern, repeats[0].tokenizer, results)
+
+
+def _mean(same: Sequence[Measurement]) -> Measurement:
+    """Returns the mean of one measurement over repetitions."""
+    values = np.array([m.value for m in same])
+    half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+    mean = float(values.mean())
+    return dataclasses.replace(same[0], value=mean, low=mean - half, high=mean + half, count=len(values), sums=())

@@ -1,0 +1,138 @@
+"""The pictures of an evaluation: recovery over the stages of runs, curves over a coordinate, heat maps over two."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+
+from hybrid_jax.evaluate.evaluation import Evaluation
+from hybrid_jax.evaluate.measured import Measured
+from hybrid_jax.evaluate.measurement import Measurement
+from hybrid_jax.evaluate.report.tables import columns, find
+
+LINES = ("--", ":", "-.", (0, (1, 4)))  # of the models in the picture of a recovery
+
+
+def outcomes(rows: Sequence[Measured]) -> list[Measured]:
+    """Returns the models, and of each run only the last stage."""
+    last = {row.target.run: row for row in rows if row.target.run}
+    return [row for row in rows if not row.target.run or last[row.target.run] is row]
+
+
+def _scaled(m: Measurement) -> tuple[float, float, float]:
+    """Returns (value, low, high); shares in percent."""
+    factor = 100 if m.unit == "share" else 1
+    return factor * m.value, factor * m.low, factor * m.high
+
+
+def _label(measure: str, unit: str) -> str:
+    return f"{measure.replace('_', ' ')}{f' ({unit})'.replace('share', '%') if unit else ''}"
+
+
+def draw_recovery(evaluation: Evaluation, rows: Sequence[Measured], path: pathlib.Path) -> bool:
+    """Draws the headlines that were sampled over the stages: one line per run, a level per model without a run.
+
+    Returns:
+      Whether there was something to draw.
+    """
+    shown = [c for c in columns(evaluation, rows) if any((m := find(r, *c[1:])) is not None and m.sums for r in rows)]
+    runs = list(dict.fromkeys(r.target.run for r in rows if r.target.run))
+    if not shown or not runs:
+        return False
+    figure, axes = plt.subplots(1, len(shown), figsize=(5 * len(shown), 4), layout="constrained", squeeze=False)
+    for axis, column in zip(axes[0], shown, strict=True):
+        for n, row in enumerate(r for r in rows if not r.target.run):
+            if (m := find(row, column.instrument, column.key)) is not None:
+                axis.axhline(_scaled(m)[0], color="black", linestyle=LINES[n % len(LINES)], label=row.target.name)
+        unit = ""
+        for run in runs:
+            stages = [(r, find(r, column.instrument, column.key)) for r in rows if r.target.run == run]
+            there = [(r.target.name.removeprefix(run).strip(), m) for r, m in stages if m is not None]
+            axis.plot([name for name, _ in there], [_scaled(m)[0] for _, m in there], marker="o", label=run)
+            unit = there[0][1].unit if there else unit
+        axis.set(title=column.instrument, ylabel=_label(str(column.key[0]), unit))
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return True
+
+
+def draw_series(rows: Sequence[Measured], instrument: str, keys: Sequence[tuple], path: pathlib.Path) -> bool:
+    """Draws a measure at one coordinate as a curve per model with its interval, at two as a heat map per model.
+
+    Returns:
+      Whether there was something to draw: more than one place, and not more than two coordinates.
+    """
+    shown = outcomes(rows)
+    coordinates = len(keys[0]) - 1
+    if len(keys) < 2 or coordinates > 2:
+        return False
+    found = {(row.target.name, key): m for row in shown for key in keys if (m := find(row, instrument, key)) is not None}
+    first = next(iter(found.values()))
+    if coordinates == 1:
+        _draw_curves(shown, instrument, keys, found, first, path)
+    else:
+        _draw_heat_maps(shown, instrument, keys, found, first, path)
+    return True
+
+
+def _draw_curves(shown, instrument, keys, found, first, path):
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    (name,) = first.at
+    numeric = all(isinstance(key[1][1], int | float) for key in keys)
+    for row in shown:
+        there = [(key[1][1], _scaled(found[row.target.name, key])) for key in keys if (row.target.name, key) in found]
+        if not there:
+            continue
+        x = [at for at, _ in there] if numeric else [str(at) for at, _ in there]
+        value, low, high = zip(*(v for _, v in there), strict=True)
+        (line,) = axis.plot(x, value, marker="o", label=row.target.name)
+        axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    if numeric and min(key[1][1] for key in keys) > 0:
+        axis.set_xscale("log", base=2)
+        axis.set_xticks([key[1][1] for key in keys], [f"{key[1][1]:,}" for key in keys])
+        axis.minorticks_off()
+    axis.set(title=instrument, xlabel=name.replace("_", " "), ylabel=_label(first.measure, first.unit))
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _draw_heat_maps(shown, instrument, keys, found, first, path):
+    across, down = list(first.at)
+    xs, ys = (list(dict.fromkeys(dict(key[1:])[name] for key in keys)) for name in (across, down))
+    levels = [_scaled(m)[0] for m in found.values()]
+    low, high = (0, 100) if first.unit == "share" else (min(levels), max(levels))
+    figure, axes = plt.subplots(1, len(shown), figsize=(4.2 * len(shown), 3.6), layout="constrained", squeeze=False, sharey=True)
+    scale = ScalarMappable(Normalize(low, high), "viridis")
+    for axis, row in zip(axes[0], shown, strict=True):
+        by_place = {tuple(dict(key[1:])[n] for n in (across, down)): found.get((row.target.name, key)) for key in keys}
+        grid = [[_scaled(m)[0] if (m := by_place.get((x, y))) is not None else float("nan") for x in xs] for y in ys]
+        axis.imshow(grid, norm=scale.norm, cmap=scale.cmap, aspect="auto")
+        for j, line in enumerate(grid):
+            for i, value in enumerate(line):
+                axis.text(
+                    i,
+                    j,
+                    f"{value:.3g}",
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="white" if value < (low + high) / 2 else "black",
+                )
+        axis.set(title=row.target.name, xlabel=across.replace("_", " "))
+        axis.set_xticks(range(len(xs)), [str(x) for x in xs])
+        axis.set_yticks(range(len(ys)), [str(y) for y in ys])
+    axes[0][0].set_ylabel(down.replace("_", " "))
+    figure.colorbar(scale, ax=axes[0].tolist(), label=f"{instrument}: {_label(first.measure, first.unit)}")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
