@@ -8,6 +8,7 @@ import time
 import numpy as np
 
 from hybrid_jax import load_model, save_model
+from hybrid_jax.evaluate.measured import read_measured
 from hybrid_jax.parameters import split_model
 from hybrid_jax.train import read_metrics
 from tests.conftest import free_port, relative_error, tiny_model
@@ -96,6 +97,36 @@ def test_the_teacher_of_two_processes_answers_as_that_of_one_device(made_source,
         a, b = (np.load(d / "log_probabilities.npy").astype(np.float32) for d in (want, got))
         assert a.shape == (4, 32, 200) and np.allclose(a, b, rtol=2e-3)  # float16's
         assert (np.load(want / "ids.npy") == np.load(got / "ids.npy")).mean() > 0.99  # all but ties
+
+
+EVALUATION = """
+from ml_collections import ConfigDict
+
+def get_config():
+    text = dict(instrument="text", seq_len=32, rows=5, batch_size=4)
+    pairs = dict(instrument="recall", task="retrieval", options=dict(max_pairs=4), seq_len=32, rows=4, batch_size=4)
+    return ConfigDict(dict(data=dict(text="TEXT"), instruments=dict(text=text, pairs=pairs), mesh=MESH))
+"""
+
+
+def test_an_evaluation_by_two_processes_on_a_mesh_is_that_of_one_device(made_source, tmp_path):
+    source, text = made_source
+
+    def command(name, mesh):
+        (tmp_path / f"{name}.py").write_text(EVALUATION.replace("TEXT", str(text)).replace("MESH", mesh))
+        return ["evaluate", f"--model=m={source}", f"--config={tmp_path / name}.py", f"--out={tmp_path / name}"]
+
+    alone, port = start(command("alone", "dict()"), 1, {}), free_port()
+    both = [start(command("both", "dict(data=2, fsdp=2, seq=2)"), 4, member(port, 2, i)) for i in range(2)]
+    outs = [p.communicate(timeout=300) for p in (alone, *both)]
+    assert [p.returncode for p in (alone, *both)] == [0] * 3, [errors[-1000:] for _, errors in outs]
+    assert "text: loss" in outs[1][0] and "text: loss" not in outs[2][0]  # the first process reports
+    (want,), (got,) = (read_measured(tmp_path / name / "results.json") for name in ("alone", "both"))
+    for name, measurements in want.results.items():
+        assert [m.key for m in measurements] == [m.key for m in got.results[name]]
+        values = [[m.value for m in row.results[name]] for row in (got, want)]
+        assert np.allclose(*values, rtol=1e-5)
+    assert len(list((tmp_path / "both" / "stored").iterdir())) == 2
 
 
 def test_a_job_whose_other_host_is_missing_ends_and_says_so(tmp_path):
