@@ -1,5 +1,6 @@
 """The Python blocks of every guide run, and what the guides add to the project works."""
 
+import dataclasses
 import json
 import re
 
@@ -12,6 +13,8 @@ from flax import nnx
 from hybrid_jax import load_model, save_model
 from hybrid_jax.commands.main import COMMANDS
 from hybrid_jax.config import ATTENTION, MixerSpec
+from hybrid_jax.data import read_tasks
+from hybrid_jax.evaluate.evaluation import Evaluation
 from hybrid_jax.evaluate.instruments import INSTRUMENTS, Subject, make_instrument
 from hybrid_jax.families import FAMILIES
 from hybrid_jax.layers import MIXERS
@@ -68,6 +71,21 @@ def test_the_guide_s_instrument_measures_a_model(guide, corpus):
     subject = Subject(tiny_model("*-GKA", vocab_size=300), corpus.tokenizer, corpus)
     (found,) = make_instrument("mine", dict(instrument="surprise", seq_len=32, rows=3)).measure(subject)
     assert 0.9 < found.value <= 1 and found.low < found.value and found.count == 3
+
+
+def test_the_guide_s_evaluation_is_one_whose_heat_map_measures_a_model(corpus):
+    namespace = {}
+    (code,) = blocks("hybrid_jax/evaluate/README.md")
+    exec(compile(code, "hybrid_jax/evaluate/README.md", "exec"), namespace)
+    evaluation = Evaluation.from_config(namespace["get_config"]())
+    assert list(evaluation.instruments) == ["text", "needle", "cost"]
+    needle = evaluation.instruments["needle"]
+    texts = dataclasses.replace(corpus, tasks=read_tasks(evaluation.data))
+    model = tiny_model("*", vocab_size=300, max_position_embeddings=1024)
+    needle.check(model.config, texts)
+    small = dataclasses.replace(needle, rows=1, grid={"seq_len": (32,), "depth": (0.0, 1.0)})
+    found = small.measure(Subject(model, corpus.tokenizer, texts))
+    assert [dict(m.at) for m in found if m.measure == "exact"] == [{"seq_len": 32, "depth": 0.0}, {"seq_len": 32, "depth": 1.0}]
 
 
 def test_the_guide_s_mixer_is_primed_trained_exported_and_decoded(guide, tmp_path):

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from hybrid_jax.config import SWAConfig
+from hybrid_jax.data import HELD_OUT_SEED
 from hybrid_jax.evaluate.measures import retrieval_loss_and_accuracy, text_loss
+from hybrid_jax.evaluate.token_scores import token_scores
 from hybrid_jax.parameters import join_model, split_model
 from hybrid_jax.priming.initialize import initialize_hybrid
 from hybrid_jax.priming.scorers import SCORERS, swa_retrieval
@@ -56,6 +58,16 @@ def test_one_program_scores_as_one_evaluation_per_layer(corpus):
     assert swa_retrieval._replace._cache_size() == 1
     np.testing.assert_allclose(got, want, atol=1e-5)
     assert np.argsort(got).tolist() == np.argsort(want).tolist() and np.ptp(want) > 1e-4
+    other = score_layers(model, corpus, Selection(options=dict(window=2, rows=ROWS, seq_len=LENGTH, task="needles"))).per_layer()
+    rows = [corpus.task("needles", LENGTH, HELD_OUT_SEED, held_out=True)[i] for i in range(ROWS)]
+
+    def recall(candidate):
+        scores = token_scores(candidate, rows)
+        return np.average(scores.losses, weights=scores.weights) + text_loss(candidate, corpus, LENGTH, ROWS)
+
+    assert other[0] == pytest.approx(recall(initialize_hybrid(narrow, patterns[0])) - recall(model), abs=1e-5)
+    with pytest.raises(ValueError, match="no synthetic task is named 'nothing'"):
+        score_layers(model, corpus, Selection(options=dict(rows=ROWS, seq_len=LENGTH, task="nothing")))
     jax.clear_caches()
 
 

@@ -1,8 +1,8 @@
 """The published ranking with a cheap score.
 
 One attention layer at a time is replaced by sliding-window attention with the same weights (arXiv 2605.08301, section 3.1,
-scores long-context benchmarks; here the score is the mean negative log-likelihood on held-out text plus that on key-value
-retrieval). A layer's cost is the rise of that loss.
+scores long-context benchmarks; here the score is the mean negative log-likelihood on held-out text plus that on a synthetic
+task of recall). A layer's cost is the rise of that loss.
 
 All replacements run in one compiled program, whose argument is the number of the replaced layer. Until that layer the
 replaced model is the source, so each replacement starts from the source's hidden states at its layer:
@@ -26,7 +26,8 @@ import numpy as np
 
 from hybrid_jax.checks import check_integer
 from hybrid_jax.config import ModelConfig, SWAConfig
-from hybrid_jax.data import Corpus
+from hybrid_jax.data import HELD_OUT_SEED, Corpus
+from hybrid_jax.data.packing import Row
 from hybrid_jax.evaluate.measures import BLOCK, held_out_rows, loss_sums, padded_batches, retrieval_rows
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.distributed import is_first
@@ -35,6 +36,7 @@ from hybrid_jax.priming.initialize import initialize_hybrid
 from hybrid_jax.priming.scorers.contract import Scores
 from hybrid_jax.progress import progress_bar
 
+RETRIEVAL = "retrieval"
 NONE = -1  # the number of the replaced layer where none is
 
 
@@ -84,13 +86,15 @@ class SwaRetrieval:
     Args:
       window: keys that a query sees in the sliding-window attention, itself included. The published score has 2048 at 32k
         tokens; choose it far below `seq_len`, or replacing a layer changes nothing.
-      rows: held-out rows of text, and as many of retrieval.
+      rows: held-out rows of text, and as many of the synthetic task.
       seq_len: tokens per row.
+      task: the synthetic task, by its name in the config's data; `retrieval` has blocks of 16 pairs, in which no evidence is far.
     """
 
     window: int = 16
     rows: int = 16
     seq_len: int = 256
+    task: str = RETRIEVAL
 
     def __post_init__(self):
         for name, minimum in (("window", 1), ("rows", 1), ("seq_len", BLOCK)):
@@ -107,7 +111,7 @@ class SwaRetrieval:
     def score(self, model: Decoder, corpus: Corpus) -> Scores:
         """Returns the rise of the mean loss, text plus retrieval, in nats per token."""
         text = padded_batches(held_out_rows(corpus, self.seq_len, self.rows))
-        retrieval = padded_batches(retrieval_rows(corpus, self.seq_len, self.rows))
+        retrieval = padded_batches(self._task_rows(corpus))
         L, pair = model.config.num_layers, join_model(*split_model(model))  # the caller's model keeps its own window
         pair.config = model.config.with_options(SWAConfig(self.window))
         pair = initialize_hybrid(pair, "-".join(["SWA*"] * L))
@@ -115,6 +119,13 @@ class SwaRetrieval:
         with progress_bar(name="select", unit="layer", total=total, shown=is_first()) as bar:
             losses = self._losses(pair, text, bar) + self._losses(pair, retrieval, bar)
         return Scores(losses[1:] - losses[0], "nats")
+
+    def _task_rows(self, corpus: Corpus) -> list[Row]:
+        """Returns the rows of the synthetic task, which training does not see."""
+        if self.task == RETRIEVAL:
+            return retrieval_rows(corpus, self.seq_len, self.rows)
+        task = corpus.task(self.task, self.seq_len, HELD_OUT_SEED, held_out=True)
+        return [task[i] for i in range(self.rows)]
 
     def _losses(self, model: Decoder, batches: Sequence[Mapping[str, np.ndarray]], bar) -> np.ndarray:
         """Mean losses [1 + num_layers]: of the source, and with each layer replaced."""
