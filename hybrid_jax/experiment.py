@@ -87,7 +87,7 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path, profile: tup
     if not initial.exists():
         model = load_model(source, dtype=jnp.float32, mesh=meshes[0])
         model.config = experiment.with_mixer_options(model.config)
-        pattern = choose_pattern(model, experiment.pattern, experiment.select, corpus, workdir)
+        pattern = choose_pattern(model, experiment.pattern, experiment.select, corpus, workdir, meshes[0])
         fresh_parameters = experiment.fresh_parameters
         hybrid = initialize_hybrid(model, pattern, seed=experiment.seed, mesh=meshes[0], fresh_parameters=fresh_parameters)
         save_model(hybrid, initial, tokenizer_from=source)

@@ -161,7 +161,7 @@ class Experiment:
     def _check_phases(self, source: ModelConfig) -> None:
         pattern, positions = self.pattern, source.max_position_embeddings
         if self.select is not None:
-            self.select.check(source)
+            self.select.check(source, self.meshes()[0])
             pattern = pattern_from_scores([0.0] * source.num_layers, self.select.mixer, self.select.fraction)
         hybrid = source.with_pattern(pattern) if pattern else source
         check_convertible(source, hybrid)

@@ -32,7 +32,7 @@ def test_select_scores_what_its_options_say_and_prints_the_cheapest(monkeypatch,
     def corpus(data, source, *_):
         seen["text"] = (data["text"], source)
 
-    def scores(_, __, selection):
+    def scores(_, __, selection, mesh=None):
         seen["selection"] = selection
         return Scores([0.3, 0.1, 0.2, 0.4], "nats")
 

@@ -70,6 +70,7 @@ COMMANDS = {
         "select",
         "rank the layers and print a pattern",
         "Qwen3-0.6B --mixer GKA --fraction 0.5 --text my_text",
+        job=True,
     ),
     "prime": Command(
         "experiments",

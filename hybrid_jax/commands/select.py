@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seq-len", type=integer(minimum=1), help="tokens per row (default: 256)")
     parser.add_argument("--text", default="stdlib", help="'stdlib', a .jsonl file, a text file or a folder")
+    parser.add_argument("--mesh", default="", help="axes of devices, e.g. fsdp=2,seq=4; default: one device")
 
 
 def _selection(args: argparse.Namespace) -> Selection:
@@ -62,15 +63,17 @@ def run(args: argparse.Namespace) -> None:
     from hybrid_jax.convert import check_model_directory, load_model
     from hybrid_jax.data import check_tokenizer_fits, load_tokenizer, read_corpus
     from hybrid_jax.parallel.distributed import say
+    from hybrid_jax.parallel.mesh import make_mesh, parse_mesh
     from hybrid_jax.priming.select import pattern_from_scores, score_layers
 
     config = check_model_directory(args.source)
     check_tokenizer_fits(load_tokenizer(args.source), config.vocab_size, args.source)
     try:
         selection = _selection(args)
-        selection.check(config)
+        mesh = make_mesh(parse_mesh(args.mesh)) if args.mesh else None
+        selection.check(config, mesh)
     except ValueError as e:  # checks name a config's fields, the user has given options
         raise ValueError(re.sub(r"\bselect\.(\w+)", lambda m: f"--{m[1].replace('_', '-')}", str(e))) from None
-    model = load_model(args.source, dtype=jnp.float32)
+    model = load_model(args.source, dtype=jnp.float32, mesh=mesh)
     corpus = read_corpus({"text": args.text}, args.source, model.config.extra.get("eos_token_id"))
-    say(pattern_from_scores(score_layers(model, corpus, selection).per_layer(), args.mixer, args.fraction))
+    say(pattern_from_scores(score_layers(model, corpus, selection, mesh).per_layer(), args.mixer, args.fraction))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from hybrid_jax.data.layout import training_batch
 from hybrid_jax.data.packing import Row, Rows
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.cross_entropy import cross_entropy
+from hybrid_jax.parallel.mesh import BATCH_AXES
 from hybrid_jax.parallel.placement import own_rows, to_mesh
 from hybrid_jax.parallel.tiles import top_k_tokens
 from hybrid_jax.parameters import Parameters, join_model, split_model
@@ -69,9 +71,15 @@ def mesh_batches(
         yield to_mesh(mesh, training_batch(own, seq), batch_size, mine)
 
 
-def padded_batches(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Returns batches of `BATCH` of the rows for one device, see `mesh_batches`."""
-    return list(mesh_batches(rows, range(len(rows)), BATCH, None))
+def batch_size_on(mesh: Mesh | None) -> int:
+    """Returns how many rows are evaluated at a time: `BATCH`, or the next number that the mesh divides."""
+    shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    return -(-BATCH // shards) * shards
+
+
+def padded_batches(rows: Sequence[Row], mesh: Mesh | None = None) -> list[dict[str, Any]]:
+    """Returns batches of `batch_size_on` the mesh of the rows, see `mesh_batches`."""
+    return list(mesh_batches(rows, range(len(rows)), batch_size_on(mesh), mesh))
 
 
 def _weighted_sums(model: Decoder, batches: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:

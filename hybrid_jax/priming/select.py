@@ -9,6 +9,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jax.sharding import Mesh
+
 from hybrid_jax.checks import check_known, check_number
 from hybrid_jax.config import ATTENTION, ModelConfig, parse_pattern
 from hybrid_jax.data import Corpus
@@ -58,13 +60,13 @@ class Selection:
         check_known(f"select, with the scorer {self.scorer!r},", self.options, scorer_options(self.scorer))
         return kind(**self.options)
 
-    def check(self, config: ModelConfig) -> None:
-        """Checks, before a model is loaded, that a model of this config can be scored and that a layer is converted.
+    def check(self, config: ModelConfig, mesh: Mesh | None = None) -> None:
+        """Checks, before a model is loaded, that a model of this config can be scored on a mesh and that a layer is converted.
 
         Raises:
           ValueError, FileNotFoundError: it cannot be scored, or the fraction is less than half a layer.
         """
-        self.make_scorer().check(config)
+        self.make_scorer().check(config, mesh)
         pattern_from_scores([0.0] * config.num_layers, self.mixer, self.fraction)
 
     def described(self) -> dict[str, Any]:
@@ -85,17 +87,18 @@ def select_fields(select: Mapping[str, Any]) -> dict[str, Any]:
     return general | scorer_options(scorer if scorer in SCORERS else DEFAULT_SCORER)
 
 
-def score_layers(model: Decoder, corpus: Corpus, selection: Selection) -> Scores:
+def score_layers(model: Decoder, corpus: Corpus, selection: Selection, mesh: Mesh | None = None) -> Scores:
     """Scores a model's layers and reports each cost.
 
     Args:
       model: the source; it is left unchanged.
       corpus: the text to score on.
+      mesh: of the model; None: one device.
 
     Raises:
       ValueError: the scorer did not score each layer of the model.
     """
-    scores = selection.make_scorer().score(model, corpus)
+    scores = selection.make_scorer().score(model, corpus, mesh)
     if len(scores.costs) != model.config.num_layers:
         raise ValueError(
             f"the scorer {selection.scorer!r} scored {len(scores.costs)} layers, the model has {model.config.num_layers}"
@@ -128,19 +131,22 @@ def pattern_from_scores(scores: Sequence[float], mixer: str, fraction: float) ->
     return "-".join(mixer if i in cheapest else "*" for i in range(len(scores)))
 
 
-def choose_pattern(model: Decoder, pattern: str, selection: Selection | None, corpus: Corpus, workdir: pathlib.Path) -> str:
+def choose_pattern(
+    model: Decoder, pattern: str, selection: Selection | None, corpus: Corpus, workdir: pathlib.Path, mesh: Mesh | None = None
+) -> str:
     """Returns the config's pattern; without one, the pattern that its selection chooses; without both, the model's own.
 
     Args:
       pattern: may be empty.
       selection: None: nothing is selected.
       workdir: where a selection is recorded, in `selection.json`.
+      mesh: of the model; None: one device.
     """
     if pattern:
         return pattern
     if selection is None:
         return model.config.pattern
-    scores = score_layers(model, corpus, selection).per_layer()
+    scores = score_layers(model, corpus, selection, mesh).per_layer()
     pattern = pattern_from_scores(scores, selection.mixer, selection.fraction)
     if is_first():
         record = {"pattern": pattern, "scores": scores, **selection.described()}

@@ -129,6 +129,18 @@ def test_an_evaluation_by_two_processes_on_a_mesh_is_that_of_one_device(made_sou
     assert len(list((tmp_path / "both" / "stored").iterdir())) == 2
 
 
+def test_layers_are_scored_by_two_processes_on_a_mesh_as_by_one_device(made_source):
+    """Rows are sharded over `data`, their tokens over `seq`; five rows fill no batch."""
+    source, text = made_source
+    command, port = ["select", str(source), f"--text={text}", "--mixer=GDN", "--window=2", "--rows=5", "--seq-len=80"], free_port()
+    processes = [start(command, 1, {}), *(start([*command, "--mesh=data=2,seq=4"], 4, member(port, 2, i)) for i in range(2))]
+    outs = [p.communicate(timeout=300) for p in processes]
+    assert [p.returncode for p in processes] == [0] * 3, [errors[-1000:] for _, errors in outs]
+    want, got = ([float(x) for x in re.findall(r"costs (\S+) nats", out)] for out, _ in outs[:2])
+    assert len(want) == 2 and np.allclose(got, want, atol=1.01e-4) and np.ptp(want) > 1e-3
+    assert outs[1][0].splitlines()[-1] == outs[0][0].splitlines()[-1] and "costs" not in outs[2][0]
+
+
 def test_a_job_whose_other_host_is_missing_ends_and_says_so(tmp_path):
     env = {**member(free_port(), 2, 0), "HYBRID_JAX_START_TIMEOUT": "5"}
     process = start(["prime", "--config=configs/prime_tiny.py:GKA", f"--workdir={tmp_path}/run"], 1, env)

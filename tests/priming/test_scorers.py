@@ -10,6 +10,7 @@ from hybrid_jax.config import SWAConfig
 from hybrid_jax.data import HELD_OUT_SEED
 from hybrid_jax.evaluate.measures import retrieval_loss_and_accuracy, text_loss
 from hybrid_jax.evaluate.token_scores import token_scores
+from hybrid_jax.parallel.mesh import abstract_mesh
 from hybrid_jax.parameters import join_model, split_model
 from hybrid_jax.priming.initialize import initialize_hybrid
 from hybrid_jax.priming.scorers import SCORERS, swa_retrieval
@@ -26,11 +27,11 @@ class LastFirst:
 
     step: float = 1.0
 
-    def check(self, config):
+    def check(self, config, mesh):
         if self.step <= 0:
             raise ValueError(f"select.step must be above 0, got {self.step}")
 
-    def score(self, model, corpus):
+    def score(self, model, corpus, mesh):
         return Scores(-self.step * np.arange(model.config.num_layers), "steps")
 
 
@@ -69,6 +70,13 @@ def test_one_program_scores_as_one_evaluation_per_layer(corpus):
     with pytest.raises(ValueError, match="no synthetic task is named 'nothing'"):
         score_layers(model, corpus, Selection(options=dict(rows=ROWS, seq_len=LENGTH, task="nothing")))
     jax.clear_caches()
+
+
+def test_rows_that_the_mesh_does_not_divide_are_refused():
+    mesh = abstract_mesh({"data": 2, "seq": 4})
+    Selection(options=dict(seq_len=80)).check(tiny_config("*-*"), mesh)
+    with pytest.raises(ValueError, match="'seq' divides seq_len in 8 shards"):
+        Selection(options=dict(seq_len=84)).check(tiny_config("*-*"), mesh)
 
 
 def test_a_scorer_of_ones_own_is_chosen_by_its_name_and_takes_options(registered, tmp_path):

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
+from jax.sharding import Mesh
 
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.data import Corpus
@@ -57,20 +58,21 @@ class Scorer(Protocol):
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
-    def check(self, config: ModelConfig) -> None:
-        """Checks, before a model is loaded, that a model of this config can be scored.
+    def check(self, config: ModelConfig, mesh: Mesh | None) -> None:
+        """Checks, before a model is loaded, that a model of this config can be scored on a mesh; None: on one device.
 
         Raises:
           ValueError, FileNotFoundError: it cannot; the message begins with the option that is wrong, `select.FIELD`.
         """
         ...
 
-    def score(self, model: Decoder, corpus: Corpus) -> Scores:
+    def score(self, model: Decoder, corpus: Corpus, mesh: Mesh | None) -> Scores:
         """Scores every layer.
 
         Args:
-          model: the source, in float32, possibly sharded over a mesh.
+          model: the source, in float32, on the mesh if there is one.
           corpus: tokenized text; `held_out_rows` gives rows that training does not see.
+          mesh: `evaluate.measures.mesh_batches` places rows on it. None: one device.
 
         Returns:
           A cost for each of the model's layers, or for each of its heads.

@@ -16,6 +16,7 @@ import dataclasses
 import pathlib
 
 import numpy as np
+from jax.sharding import Mesh
 
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.data import Corpus
@@ -39,12 +40,12 @@ class ScoreFile:
         if not isinstance(self.path, str) or not self.path:
             raise ValueError(f"select.path must name the CSV file with the scores, got {self.path!r}")
 
-    def check(self, config: ModelConfig) -> None:
+    def check(self, config: ModelConfig, mesh: Mesh | None = None) -> None:
         """Raises ValueError or FileNotFoundError unless the file has a row for each of the model's layers."""
         self._costs(config.num_layers)
 
-    def score(self, model: Decoder, corpus: Corpus) -> Scores:
-        """Returns the costs of the model's layers; neither model nor corpus is evaluated."""
+    def score(self, model: Decoder, corpus: Corpus, mesh: Mesh | None = None) -> Scores:
+        """Returns the costs of the model's layers; nothing is evaluated."""
         return Scores(self._costs(model.config.num_layers), "points")
 
     def _costs(self, num_layers: int) -> np.ndarray:

@@ -23,14 +23,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from hybrid_jax.checks import check_integer
 from hybrid_jax.config import ModelConfig, SWAConfig
 from hybrid_jax.data import HELD_OUT_SEED, Corpus
 from hybrid_jax.data.packing import Row
-from hybrid_jax.evaluate.measures import BLOCK, held_out_rows, loss_sums, padded_batches, retrieval_rows
+from hybrid_jax.evaluate.measures import BLOCK, batch_size_on, held_out_rows, loss_sums, padded_batches, retrieval_rows
 from hybrid_jax.model import Decoder
-from hybrid_jax.parallel.distributed import is_first
+from hybrid_jax.parallel.distributed import is_first, whole_array
+from hybrid_jax.parallel.mesh import check_mesh_fits
+from hybrid_jax.parallel.placement import in_mesh
+from hybrid_jax.parallel.sharding import TOKENS, constrain
 from hybrid_jax.parameters import Parameters, join_model, split_model
 from hybrid_jax.priming.initialize import initialize_hybrid
 from hybrid_jax.priming.scorers.contract import Scores
@@ -79,6 +83,12 @@ def _replace(
     return loss_sums(model, model.norm(candidate), batch), source
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _zeros(ids: jax.Array, size: int, dtype: Any) -> jax.Array:
+    """Returns zeros [B, T, size] for ids [B, T], sharded as hidden states are."""
+    return constrain(jnp.zeros((*ids.shape, size), dtype), *TOKENS)
+
+
 @dataclasses.dataclass(frozen=True)
 class SwaRetrieval:
     """Scores a layer by the loss that sliding-window attention in its place adds on text and on retrieval.
@@ -100,24 +110,26 @@ class SwaRetrieval:
         for name, minimum in (("window", 1), ("rows", 1), ("seq_len", BLOCK)):
             check_integer(f"select.{name}", getattr(self, name), minimum=minimum)
 
-    def check(self, config: ModelConfig) -> None:
-        """Raises ValueError if rows are longer than the model's positions."""
+    def check(self, config: ModelConfig, mesh: Mesh | None = None) -> None:
+        """Raises ValueError if rows are longer than the model's positions, or the mesh does not divide them."""
+        if mesh is not None:
+            check_mesh_fits(config, mesh, batch_size_on(mesh), self.seq_len)
         if self.seq_len > config.max_position_embeddings:
             raise ValueError(
                 f"select.seq_len {self.seq_len:,} is more than the model's max_position_embeddings, "
                 f"{config.max_position_embeddings:,}"
             )
 
-    def score(self, model: Decoder, corpus: Corpus) -> Scores:
-        """Returns the rise of the mean loss, text plus retrieval, in nats per token."""
-        text = padded_batches(held_out_rows(corpus, self.seq_len, self.rows))
-        retrieval = padded_batches(self._task_rows(corpus))
+    def score(self, model: Decoder, corpus: Corpus, mesh: Mesh | None = None) -> Scores:
+        """Returns the rise of the mean loss, text plus the synthetic task, in nats per token."""
+        text = padded_batches(held_out_rows(corpus, self.seq_len, self.rows), mesh)
+        task = padded_batches(self._task_rows(corpus), mesh)
         L, pair = model.config.num_layers, join_model(*split_model(model))  # the caller's model keeps its own window
         pair.config = model.config.with_options(SWAConfig(self.window))
-        pair = initialize_hybrid(pair, "-".join(["SWA*"] * L))
-        total = (len(text) + len(retrieval)) * (L + 1)
-        with progress_bar(name="select", unit="layer", total=total, shown=is_first()) as bar:
-            losses = self._losses(pair, text, bar) + self._losses(pair, retrieval, bar)
+        pair = initialize_hybrid(pair, "-".join(["SWA*"] * L), mesh=mesh)
+        total = (len(text) + len(task)) * (L + 1)
+        with progress_bar(name="select", unit="layer", total=total, shown=is_first()) as bar, in_mesh(mesh):
+            losses = self._losses(pair, text, bar) + self._losses(pair, task, bar)
         return Scores(losses[1:] - losses[0], "nats")
 
     def _task_rows(self, corpus: Corpus) -> list[Row]:
@@ -132,9 +144,9 @@ class SwaRetrieval:
         structure, parameters = split_model(model)
         sums = np.zeros((model.config.num_layers + 1, 3))
         for batch in batches:
-            hidden = jnp.zeros((*batch["input_ids"].shape, model.config.hidden_size), model.compute_dtype)
+            hidden = _zeros(batch["input_ids"], model.config.hidden_size, model.compute_dtype)
             for replaced in range(NONE, model.config.num_layers):
                 found, hidden = _replace(structure, parameters, batch, hidden, np.int32(replaced))
-                sums[replaced + 1] += np.asarray(found, np.float64)
+                sums[replaced + 1] += np.asarray(whole_array(found), np.float64)
                 bar.update()
         return sums[:, 0] / sums[:, 2]
