@@ -213,8 +213,12 @@ class Decoder(nnx.Module):
         positions: jax.Array | None = None,
         compare: Callable = lambda teacher, student: (teacher, student),
         teacher: Decoder | None = None,
+        layerwise: bool = False,
     ) -> TwoStreams:
-        """Teacher and student through a fused model; the student never sees the teacher's states.
+        """Teacher and student through a fused model.
+
+        The student never sees the teacher's states, unless `layerwise`: then every layer of the student reads what the teacher's
+        layer reads, so that layers can be compared one by one, and `student` is the last layer's output alone.
 
         Args:
           compare: (teacher's, student's `LayerOutputs`) -> what is kept of a layer; default: both.
@@ -234,7 +238,7 @@ class Decoder(nnx.Module):
         def both(layer, *rest):
             (taught, student), other = rest[-1], rest[0] if others else layer
             t, _ = other.run(other.spec.teaching, taught, **at)
-            s, _ = layer.run(layer.spec.kind, student, **at)
+            s, _ = layer.run(layer.spec.kind, jax.lax.stop_gradient(taught) if layerwise else student, **at)
             return (t.hidden, s.hidden), compare(t, s)
 
         (taught, student), layers = self.through_layers(both, (start, hidden), *others)

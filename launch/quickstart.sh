@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Primes a small Transformer into a hybrid on this machine's CPU: about 7 minutes on two cores, the first rows of its table within
-# the first. Run it again to resume what was interrupted or to see the results of what is done. RUNS chooses the directory of the
+# Primes a small Transformer into a hybrid on this machine's CPU: about 8 minutes on two cores, the first rows of its table within
+# two. Run it again to resume what was interrupted or to see the results of what is done. RUNS chooses the directory of the
 # results (runs/quickstart); the programs that XLA compiled are kept in its folder `compiled`, so that no step compiles twice.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
@@ -12,6 +12,7 @@ hybrid() {
   python -m hybrid_jax "$@"
   echo "-- $1: $((SECONDS - begin)) s"
 }
+evaluate() { hybrid evaluate --config=configs/evaluate_tiny.py --out="$runs" --model=source=launch/tiny_qwen3 "$@"; }
 
 mkdir -p "$runs"
 JAX_COMPILATION_CACHE_DIR=$(cd "$runs" && pwd)/compiled
@@ -20,11 +21,13 @@ export JAX_COMPILATION_CACHE_DIR JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5
 # which layers to convert, and the hybrid before any training
 hybrid prime --config=configs/prime_tiny.py:GKA --workdir="$runs/initial" "--config.schedule=()"
 pattern=$(python -c "import json, sys; print(json.load(open(sys.argv[1]))['pattern'])" "$runs/initial/selection.json")
-hybrid evaluate --model source=launch/tiny_qwen3 --model "GKA initial=$runs/initial/model" --out "$runs/initial"
+evaluate --model="GKA initial=$runs/initial/model"
 
+# Gated KalmaNet, sliding windows that hold as many bytes, and the source itself on the same data
 hybrid prime --config=configs/prime_tiny.py:GKA --workdir="$runs/gka" --config.pattern="$pattern"
 hybrid prime --config=configs/prime_tiny.py:SWA --workdir="$runs/swa" --config.pattern="${pattern//GKA/SWA}"
+hybrid prime --config=configs/prime_tiny.py:SWA --workdir="$runs/same" --config.pattern="${pattern//GKA/*}" "--config.schedule=('train',)"
 [ -d "$runs/hybrid" ] || hybrid export "$runs/gka" "$runs/hybrid"
-hybrid evaluate --model source=launch/tiny_qwen3 --run "GKA=$runs/gka" --run "SWA=$runs/swa" --out "$runs" \
-  --prompt $'def read_file(path, encoding="utf-8"):\n    """'
+evaluate --model="source, same data=$runs/same/model" --run="GKA=$runs/gka" --run="SWA=$runs/swa" \
+  --prompt=$'def read_file(path, encoding="utf-8"):\n    """'
 echo "hybrid model: $runs/hybrid; $SECONDS s in all"

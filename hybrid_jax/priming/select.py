@@ -9,11 +9,13 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from hybrid_jax.checks import check_known, check_number
 from hybrid_jax.config import ATTENTION, ModelConfig, parse_pattern
 from hybrid_jax.data import Corpus
+from hybrid_jax.evaluate.measurement import Z
 from hybrid_jax.files import write_text
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.distributed import is_first, say
@@ -104,9 +106,42 @@ def score_layers(model: Decoder, corpus: Corpus, selection: Selection, mesh: Mes
             f"the scorer {selection.scorer!r} scored {len(scores.costs)} layers, the model has {model.config.num_layers}"
         )
     if not scores.of_heads:
-        for layer, cost in enumerate(scores.per_layer()):
-            say(f"select: converting layer {layer} costs {cost:+.4f} {scores.unit}")
+        errors = [None] * len(scores.costs) if scores.errors is None else scores.errors
+        for layer, (cost, error) in enumerate(zip(scores.per_layer(), errors, strict=True)):
+            within = "" if error is None else f" ± {Z * error:.4f}"
+            say(f"select: converting layer {layer} costs {cost:+.4f}{within} {scores.unit}")
+        if note := uncertain_choice(scores, selection.fraction):
+            say(f"select: {note}")
     return scores
+
+
+def uncertain_choice(scores: Scores, fraction: float) -> str:
+    """Returns in words which layers might change places if more data were scored; empty if none, or if nothing was sampled.
+
+    These are the kept layers whose cost is above that of a converted one by less than 1.96 standard errors of the difference,
+    taken as if the two were measured on different data, which is cautious.
+    """
+    if scores.errors is None:
+        return ""
+    order = np.argsort(scores.costs, kind="stable")
+    n = round(fraction * len(order))
+    close = {
+        (int(a), int(b))
+        for a in order[:n]
+        for b in order[n:]
+        if not scores.costs[b] - scores.costs[a] > Z * np.hypot(scores.errors[a], scores.errors[b])
+    }
+    if not close:
+        return ""
+    converted, kept = (sorted({pair[i] for pair in close}) for i in range(2))
+    return (
+        f"the rows do not tell whether to convert {_layers(converted)} or {_layers(kept)}: their costs differ by less than "
+        "the noise; more rows would"
+    )
+
+
+def _layers(numbers: Sequence[int]) -> str:
+    return f"{'layer' if len(numbers) == 1 else 'layers'} {', '.join(map(str, numbers))}"
 
 
 def pattern_from_scores(scores: Sequence[float], mixer: str, fraction: float) -> str:

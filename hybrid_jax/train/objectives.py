@@ -105,20 +105,34 @@ ALIGN_TARGETS = {
     "all": ("mixer", "mlp", "hidden"),
     "none": (),
 }
+INPUTS_OF_LAYERS = ("student", "teacher")
 
 
-def align(model: Decoder, batch: Batch, teacher: Decoder | None = None, *, target: str, pre_lm_head: bool = True) -> Outcome:
+def align(
+    model: Decoder,
+    batch: Batch,
+    teacher: Decoder | None = None,
+    *,
+    target: str,
+    pre_lm_head: bool = True,
+    inputs: str = "student",
+) -> Outcome:
     """Makes the student stream imitate the teacher's: stage 1 of Priming (arXiv 2605.08301).
 
     loss = sum over layers of target(layer) / number of layers + MSE(final normed states) if `pre_lm_head`. Every mean is over
     the elements of real tokens: padding (segment 0) counts for nothing.
     Metrics hold every layer's mixer error, `mixer_mse/N`, whatever the target.
 
+    With `inputs = "teacher"` every layer of the student reads the teacher's states, as in the second stage of MOHAWK (arXiv
+    2408.10189): layers learn independently of each other, and no gradient passes through the layers above, which makes a step
+    cheaper. What errors of several layers add up to is not trained then; a later phase has to do it.
+
     Args:
       model: a fused model.
       teacher: the model whose teacher stream is the target; None: the model's own, whose parameters are frozen.
       target: a key of `ALIGN_TARGETS`.
-      pre_lm_head: whether the final normed states are compared too.
+      pre_lm_head: whether the final normed states are compared too. With `inputs = "teacher"` there are none to compare.
+      inputs: what a layer of the student reads: the `student`'s own states or the `teacher`'s.
     """
     real = batch["segment_ids"] > 0
     weights = real.astype(jnp.float32)
@@ -130,12 +144,13 @@ def align(model: Decoder, batch: Batch, teacher: Decoder | None = None, *, targe
         return of_layer, Mean.of(errors["mixer"], weights)
 
     at = (batch["input_ids"], batch["segment_ids"], batch["positions"])
-    streams = model.two_streams(*at, compare, teacher)
+    streams = model.two_streams(*at, compare, teacher, layerwise=inputs == "teacher")
     losses = sum((of_layer for of_layer, _ in streams.layers), jnp.zeros(real.shape)) / len(streams.layers)
-    final = _mse(streams.student, streams.teacher, real)
-    if pre_lm_head:
-        losses = losses + final
-    metrics = {"pre_lm_head_mse": Mean.of(final, weights)}
+    metrics = {}
+    if inputs == "student":
+        final = _mse(streams.student, streams.teacher, real)
+        metrics["pre_lm_head_mse"] = Mean.of(final, weights)
+        losses = losses + final if pre_lm_head else losses
     for i, (_, mixer) in enumerate(streams.layers):
         if not model.config.layers[i].shared:
             metrics[f"mixer_mse/{i:02d}"] = mixer
@@ -161,7 +176,7 @@ OBJECTIVES: dict[str, Objective] = {
             functools.partial(align, target=target),
             reads=INPUTS,
             two_streams=True,
-            checks={"pre_lm_head": check_boolean},
+            checks={"pre_lm_head": check_boolean, "inputs": functools.partial(check_choice, choices=INPUTS_OF_LAYERS)},
             nothing={} if ALIGN_TARGETS[target] else {"pre_lm_head": False},
         )
         for target in ALIGN_TARGETS
@@ -186,4 +201,8 @@ def make_objective(name: str, options: Mapping) -> Callable[..., Outcome]:
     if objective.nothing and objective.nothing == {n: {**known, **checked}[n] for n in objective.nothing}:
         given = ", ".join(f"{n} = {value!r}" for n, value in objective.nothing.items())
         raise ValueError(f"objective {name!r} with {given} is 0 everywhere, so nothing would train; set one of them otherwise")
+    if checked.get("inputs") == "teacher" and {**known, **checked}["pre_lm_head"]:
+        raise ValueError(
+            f"objective {name!r} with inputs = 'teacher' has no final states of the student to compare; set pre_lm_head = False"
+        )
     return functools.partial(objective, **checked)

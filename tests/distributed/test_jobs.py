@@ -136,7 +136,7 @@ def test_layers_are_scored_by_two_processes_on_a_mesh_as_by_one_device(made_sour
     processes = [start(command, 1, {}), *(start([*command, "--mesh=data=2,seq=4"], 4, member(port, 2, i)) for i in range(2))]
     outs = [p.communicate(timeout=300) for p in processes]
     assert [p.returncode for p in processes] == [0] * 3, [errors[-1000:] for _, errors in outs]
-    want, got = ([float(x) for x in re.findall(r"costs (\S+) nats", out)] for out, _ in outs[:2])
+    want, got = ([float(x) for x in re.findall(r"costs (\S+) ± \S+ nats", out)] for out, _ in outs[:2])
     assert len(want) == 2 and np.allclose(got, want, atol=1.01e-4) and np.ptp(want) > 1e-3
     assert outs[1][0].splitlines()[-1] == outs[0][0].splitlines()[-1] and "costs" not in outs[2][0]
 

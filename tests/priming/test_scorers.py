@@ -15,7 +15,7 @@ from hybrid_jax.parameters import join_model, split_model
 from hybrid_jax.priming.initialize import initialize_hybrid
 from hybrid_jax.priming.scorers import SCORERS, swa_retrieval
 from hybrid_jax.priming.scorers.contract import Scores
-from hybrid_jax.priming.select import Selection, choose_pattern, score_layers, select_fields
+from hybrid_jax.priming.select import Selection, choose_pattern, score_layers, select_fields, uncertain_choice
 from tests.conftest import tiny_config, tiny_model
 
 LENGTH, ROWS = 70, 3
@@ -70,6 +70,30 @@ def test_one_program_scores_as_one_evaluation_per_layer(corpus):
     with pytest.raises(ValueError, match="no synthetic task is named 'nothing'"):
         score_layers(model, corpus, Selection(options=dict(rows=ROWS, seq_len=LENGTH, task="nothing")))
     jax.clear_caches()
+
+
+def test_a_choice_within_the_noise_of_the_rows_is_said():
+    clear = Scores([0.1, 0.5, 0.2, 0.6], "nats", np.full(4, 0.01))
+    assert uncertain_choice(clear, 0.5) == "" and uncertain_choice(Scores([0.1, 0.1], "nats"), 0.5) == ""
+    close = Scores([0.1, 0.5, 0.48, 0.6], "nats", np.full(4, 0.01))
+    assert "whether to convert layer 2 or layer 1:" in uncertain_choice(close, 0.5)
+    assert uncertain_choice(close, 0.25) == "" and uncertain_choice(close, 0.75) == ""
+    one = Scores([0.1, 0.5, 0.48, 0.6], "nats", np.full(4, np.inf))  # a single row
+    assert "layers 0, 2 or layers 1, 3" in uncertain_choice(one, 0.5)
+    with pytest.raises(ValueError, match="the shape of the costs"):
+        Scores([0.1, 0.2], "nats", np.zeros(3))
+
+
+def test_the_error_of_a_cost_is_that_of_a_mean_over_rows():
+    rng = np.random.default_rng(0)
+    weights, rises = rng.integers(1, 9, (1, 40)), rng.normal(0.3, 0.1, (2, 40))
+    source = rng.normal(2.0, 1.0, (1, 40))  # what all models find hard drops out
+    sums = np.stack([np.concatenate([source, source + rises]) * weights, np.repeat(weights, 3, axis=0)], axis=2)
+    costs, errors = swa_retrieval._costs(sums)
+    assert np.allclose(costs, (rises * weights).sum(1) / weights.sum())
+    picks = rng.integers(0, 40, (2000, 40))
+    bootstrap = ((rises * weights)[:, picks].sum(2) / weights[:, picks].sum(2)).std(1)
+    assert np.allclose(errors, bootstrap, rtol=0.1)
 
 
 def test_rows_that_the_mesh_does_not_divide_are_refused():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax.data.layout import training_batch
-from hybrid_jax.parameters import split_model
+from hybrid_jax.parameters import join_model, split_model
 from hybrid_jax.train.objectives import make_objective
 from hybrid_jax.train.phase_layout import PhaseLayout, trained_names
 from tests.conftest import tiny_config, tiny_model
@@ -122,3 +122,33 @@ def test_a_loss_does_not_depend_on_the_scale_of_its_weights(scale):
     losses = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[:, 1:].reshape(-1).astype(np.int64)), reduction="none")
     assert float(loss) == pytest.approx(np.average(losses.numpy(), weights=given[:, 1:].reshape(-1)), rel=1e-5)
     assert float(loss.weight) == pytest.approx(given[:, 1:].sum(), rel=1e-6)
+
+
+def test_layers_that_read_the_teacher_s_states_are_aligned_one_by_one():
+    batch = batch_of(rows=2)
+    model = tiny_model("SWA*-GDN*-*DA")
+    names, parameters = split_model(model)[0], split_model(model)[1]
+    objective = make_objective("align_mixer", {"inputs": "teacher", "pre_lm_head": False})
+
+    def errors(changed):
+        found = objective(join_model(names, {**parameters, **changed}), batch)
+        assert "pre_lm_head_mse" not in found.metrics
+        return float(found.loss), [float(found.metrics[f"mixer_mse/0{n}"]) for n in range(2)]
+
+    loss, mine = errors({})
+    assert loss == pytest.approx(sum(mine) / 3, rel=1e-5) and min(mine) > 0
+    name = "layers.0.swa.v_proj.kernel"
+    other = errors({name: 2 * parameters[name]})[1]
+    assert other[0] > 1.5 * mine[0] and other[1] == mine[1]  # the second layer does not see the first one's error
+    chained = make_objective("align_mixer", {"pre_lm_head": False})(model, batch)
+    assert float(chained.metrics["mixer_mse/00"]) == pytest.approx(mine[0], rel=1e-5)
+    assert float(chained.metrics["mixer_mse/01"]) != pytest.approx(mine[1], rel=1e-3)
+    grads = jax.grad(lambda p: objective(join_model(names, p), batch).loss.value)(parameters)
+    assert all(np.any(grads[n]) for n in (name, "layers.1.gdn.q_proj.kernel")) and not np.any(grads["layers.0.mlp.up_proj.kernel"])
+
+
+def test_layers_that_read_the_teacher_s_states_have_no_final_states_to_compare():
+    with pytest.raises(ValueError, match="set pre_lm_head = False"):
+        make_objective("align_mixer", {"inputs": "teacher"})
+    with pytest.raises(ValueError, match="expected one of student, teacher|one of"):
+        make_objective("align_mixer", {"inputs": "both"})

@@ -21,16 +21,20 @@ class Scores:
       costs: float64 [num_layers], or [num_layers, num_heads] from a scorer of heads. Numbers that are not finite are
         allowed here; choosing a pattern refuses them.
       unit: what the costs are measured in, for messages, e.g. "nats".
+      errors: the standard error of every cost, in its shape, where costs are means over sampled data; None: they are not.
     """
 
     costs: np.ndarray
     unit: str
+    errors: np.ndarray | None = None
 
     def __post_init__(self):
         costs = np.asarray(self.costs, np.float64)
         if costs.ndim not in (1, 2):
             raise ValueError(f"scores must have shape [layers] or [layers, heads], got {list(costs.shape)}")
         object.__setattr__(self, "costs", costs)
+        if self.errors is not None and np.shape(self.errors) != costs.shape:
+            raise ValueError(f"errors must have the shape of the costs, {list(costs.shape)}, got {list(np.shape(self.errors))}")
 
     @property
     def of_heads(self) -> bool:

@@ -29,8 +29,9 @@ from hybrid_jax.checks import check_integer
 from hybrid_jax.config import ModelConfig, SWAConfig
 from hybrid_jax.data import HELD_OUT_SEED, Corpus
 from hybrid_jax.data.packing import Row
-from hybrid_jax.evaluate.measures import BLOCK, batch_size_on, held_out_rows, loss_sums, padded_batches, retrieval_rows
+from hybrid_jax.evaluate.measures import BLOCK, batch_size_on, held_out_rows, padded_batches, retrieval_rows
 from hybrid_jax.model import Decoder
+from hybrid_jax.parallel.cross_entropy import cross_entropy
 from hybrid_jax.parallel.distributed import is_first, whole_array
 from hybrid_jax.parallel.mesh import check_mesh_fits
 from hybrid_jax.parallel.placement import in_mesh
@@ -58,7 +59,7 @@ def _replace(
       hidden: the source's input of layer `replaced`; ignored if `replaced` is NONE.
 
     Returns:
-      `loss_sums`, and the source's input of layer `replaced` + 1.
+      Of every row [sum of weight * loss, sum of weight], [B, 2], and the source's input of layer `replaced` + 1.
     """
     model = join_model(structure, parameters)
     embedded, at = model.inputs(batch["input_ids"], batch["segment_ids"], batch["positions"])
@@ -80,7 +81,8 @@ def _replace(
         return (number + 1, candidate, source), None
 
     (_, candidate, source), _ = model.through_layers(run, (jnp.int32(0), start, start))
-    return loss_sums(model, model.norm(candidate), batch), source
+    losses = cross_entropy(model.norm(candidate), model.head, batch["targets"]) * batch["weights"]
+    return jnp.stack([jnp.sum(losses, axis=1), jnp.sum(batch["weights"], axis=1)], axis=1), source
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -129,8 +131,8 @@ class SwaRetrieval:
         pair = initialize_hybrid(pair, "-".join(["SWA*"] * L), mesh=mesh)
         total = (len(text) + len(task)) * (L + 1)
         with progress_bar(name="select", unit="layer", total=total, shown=is_first()) as bar, in_mesh(mesh):
-            losses = self._losses(pair, text, bar) + self._losses(pair, task, bar)
-        return Scores(losses[1:] - losses[0], "nats")
+            of_text, of_task = (_costs(self._sums(pair, batches, bar)) for batches in (text, task))
+        return Scores(of_text[0] + of_task[0], "nats", np.hypot(of_text[1], of_task[1]))
 
     def _task_rows(self, corpus: Corpus) -> list[Row]:
         """Returns the rows of the synthetic task, which training does not see."""
@@ -139,14 +141,24 @@ class SwaRetrieval:
         task = corpus.task(self.task, self.seq_len, HELD_OUT_SEED, held_out=True)
         return [task[i] for i in range(self.rows)]
 
-    def _losses(self, model: Decoder, batches: Sequence[Mapping[str, np.ndarray]], bar) -> np.ndarray:
-        """Mean losses [1 + num_layers]: of the source, and with each layer replaced."""
+    def _sums(self, model: Decoder, batches: Sequence[Mapping[str, np.ndarray]], bar) -> np.ndarray:
+        """Returns the sums of `_replace` of every row, [1 + num_layers, rows, 2]: of the source, and with each layer replaced."""
         structure, parameters = split_model(model)
-        sums = np.zeros((model.config.num_layers + 1, 3))
+        sums: list[list[np.ndarray]] = [[] for _ in range(model.config.num_layers + 1)]
         for batch in batches:
             hidden = _zeros(batch["input_ids"], model.config.hidden_size, model.compute_dtype)
             for replaced in range(NONE, model.config.num_layers):
                 found, hidden = _replace(structure, parameters, batch, hidden, np.int32(replaced))
-                sums[replaced + 1] += np.asarray(whole_array(found), np.float64)
+                sums[replaced + 1].append(np.asarray(whole_array(found), np.float64))
                 bar.update()
-        return sums[:, 0] / sums[:, 2]
+        return np.stack([np.concatenate(of_rows) for of_rows in sums])
+
+
+def _costs(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the rise of the mean loss that every replacement causes and its standard error over the rows, [num_layers] each."""
+    gaps, weights = sums[1:, :, 0] - sums[0, :, 0], sums[0, :, 1]
+    rises, rows = gaps.sum(1) / weights.sum(), int((weights > 0).sum())
+    if rows < 2:
+        return rises, np.full(len(rises), np.inf)
+    spread = np.square(gaps - rises[:, None] * weights).sum(1) * rows / (rows - 1)
+    return rises, np.sqrt(spread) / weights.sum()
