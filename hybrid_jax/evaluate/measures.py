@@ -28,29 +28,15 @@ BLOCK = 4 * PAIRS + 2  # tokens of such a block
 ARRAYS = ("input_ids", "segment_ids", "loss_weights")  # of a row
 
 
-def loss_sums(
-    model: Decoder,
-    hidden: jax.Array,  # [B, T, hidden]
-    batch: Mapping[str, Any],
-) -> jax.Array:
-    """Returns [sum of weight * loss, sum of weight * (the most likely token is right), sum of weight].
-
-    Args:
-      hidden: the model's final normed hidden states of the batch.
-      batch: a `training_batch`.
-    """
+@functools.partial(jax.jit, static_argnums=0)
+def batch_sums(structure: Any, parameters: Parameters, batch: Mapping[str, Any]) -> jax.Array:
+    """Returns [sum of weight * loss, sum of weight * (the most likely token is right), sum of weight] of a `training_batch`."""
+    model = join_model(structure, parameters)
+    hidden, _ = model.hidden_states(batch["input_ids"], batch["segment_ids"], batch["positions"])
     weights = batch["weights"]
     losses = cross_entropy(hidden, model.head, batch["targets"])
     right = top_k_tokens(hidden, model.head, 1)[0][..., 0] == batch["targets"]
     return jnp.stack([jnp.sum(losses * weights), jnp.sum(right * weights), jnp.sum(weights)])
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def batch_sums(structure: Any, parameters: Parameters, batch: Mapping[str, Any]) -> jax.Array:
-    """Returns `loss_sums` of a model on a batch."""
-    model = join_model(structure, parameters)
-    hidden, _ = model.hidden_states(batch["input_ids"], batch["segment_ids"], batch["positions"])
-    return loss_sums(model, hidden, batch)
 
 
 def mesh_batches(
@@ -83,7 +69,7 @@ def padded_batches(rows: Sequence[Row], mesh: Mesh | None = None) -> list[dict[s
 
 
 def _weighted_sums(model: Decoder, batches: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
-    """Returns `loss_sums` over all batches, in float64."""
+    """Returns `batch_sums` over all batches, in float64."""
     structure, parameters = split_model(model)
     total = np.zeros(3)
     for batch in batches:

@@ -22,8 +22,8 @@ MUTATIONS = [
     ),
     Mutation(
         SCORER,
-        "losses[1:] - losses[0]",
-        "losses[1:] + losses[0]",
+        "sums[1:, :, 0] - sums[0, :, 0]",
+        "sums[1:, :, 0] + sums[0, :, 0]",
         "a score is the loss, not the rise of the loss",
         (MEASURES,),
     ),
