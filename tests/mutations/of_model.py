@@ -27,7 +27,7 @@ MUTATIONS = [
         "a score is the loss, not the rise of the loss",
         (MEASURES,),
     ),
-    Mutation(SCORER, "text, bar) + self", "text, bar) - self", "a layer that harms retrieval looks cheap", (MEASURES,)),
+    Mutation(SCORER, "of_text[0] + of_task[0]", "of_text[0] - of_task[0]", "a layer that harms retrieval looks cheap", (MEASURES,)),
     Mutation(SCORER, "SWAConfig(self.window)", "SWAConfig()", "layers are scored with another window", (MEASURES,)),
     Mutation(EVALUATE, "losses * weights", "losses", "padding and prompts count in the loss", (MEASURES,)),
     Mutation(EVALUATE, "right * weights", "right", "padding and prompts count in the accuracy", (MEASURES,)),
