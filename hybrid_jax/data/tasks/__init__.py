@@ -6,15 +6,30 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from hybrid_jax.data.tasks.arithmetic import Addition
 from hybrid_jax.data.tasks.contract import Material, Task
+from hybrid_jax.data.tasks.copying import SelectiveCopying
 from hybrid_jax.data.tasks.induction import Induction
+from hybrid_jax.data.tasks.letter_choice import LetterChoice
+from hybrid_jax.data.tasks.mqar import MultiQueryRecall
 from hybrid_jax.data.tasks.needles import Needles
 from hybrid_jax.data.tasks.retrieval import KeyValueRetrieval
+from hybrid_jax.data.tasks.ruler import CommonWords, FrequentWords, VariableTracking
+from hybrid_jax.data.tasks.state_tracking import ModularArithmetic, Parity
 
 TASKS: dict[str, type[Task]] = {
     "retrieval": KeyValueRetrieval,
     "induction": Induction,
     "needles": Needles,
+    "mqar": MultiQueryRecall,
+    "selective_copying": SelectiveCopying,
+    "parity": Parity,
+    "modular_arithmetic": ModularArithmetic,
+    "letter_choice": LetterChoice,
+    "addition": Addition,
+    "variable_tracking": VariableTracking,
+    "common_words": CommonWords,
+    "frequent_words": FrequentWords,
 }
 
 COMMON = tuple(f.name for f in dataclasses.fields(Task))
