@@ -65,6 +65,15 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new
     return rows
 
 
+def _padded_length(tokens: int) -> int:
+    """Returns the length to which prompts of up to so many tokens are padded, so that few programs are compiled.
+
+    That is the next multiple of 64, or for long prompts of a sixteenth to an eighth of their length; short ones are not padded.
+    """
+    step = max(SLOTS, 1 << max(tokens.bit_length() - 4, 0))
+    return tokens if tokens <= STEPWISE else -(-tokens // step) * step
+
+
 def generate(
     model: Decoder,
     prompts: Sequence[Sequence[int]],
@@ -79,7 +88,7 @@ def generate(
 ) -> list[list[int]]:
     """Continues token sequences, all rows at once.
 
-    Rows of different lengths are padded on the left; padding is a segment of its own, which neither
+    Rows are padded on the left to one of a few lengths; padding is a segment of its own, which neither
     attention nor a recurrent state sees, so a row's continuation does not depend on its neighbours.
 
     Args:
@@ -100,7 +109,7 @@ def generate(
     rows_in = check_prompts(model.config, prompts, max_new_tokens)
     ends = [] if eos_id is None else [eos_id] if isinstance(eos_id, (int, np.integer)) else list(eos_id)
     ends = [check_integer("eos_id", i, minimum=0, maximum=model.config.vocab_size - 1) for i in ends]
-    B, longest = len(rows_in), max(map(len, rows_in))
+    B, longest = len(rows_in), _padded_length(max(map(len, rows_in)))
     ids = np.zeros((B, longest), np.int32)
     segments = np.zeros((B, longest), np.int32)
     for row, prompt in enumerate(rows_in):

@@ -8,6 +8,7 @@ from typing import Any
 
 from hybrid_jax.evaluate.instruments.contract import Instrument, Subject
 from hybrid_jax.evaluate.instruments.cost import Cost
+from hybrid_jax.evaluate.instruments.prompts import Prompts
 from hybrid_jax.evaluate.instruments.recall import Recall
 from hybrid_jax.evaluate.instruments.speed import Speed
 from hybrid_jax.evaluate.instruments.text import TextLoss
@@ -15,6 +16,7 @@ from hybrid_jax.evaluate.instruments.text import TextLoss
 INSTRUMENTS: dict[str, type[Instrument]] = {
     "text": TextLoss,
     "recall": Recall,
+    "prompts": Prompts,
     "cost": Cost,
     "speed": Speed,
 }

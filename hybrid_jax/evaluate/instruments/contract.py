@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
@@ -52,6 +52,10 @@ class Instrument:
         Raises:
           ValueError: rows are longer than the model's positions, an unknown source or task, rows that the mesh does not divide, ...
         """
+
+    def stamp(self) -> Any:
+        """Returns what changes when files change that the instrument reads besides the evaluation's text; in JSON's types."""
+        return None
 
     def measure(self, subject: Subject, progress: Progress = lambda done, total: None) -> list[Measurement]:
         """Returns the numbers, the most important first. Every process of a job calls this and has the same result."""

@@ -1,0 +1,99 @@
+"""Suites of prompts from files: a model continues each prompt greedily, and the continuation is scored."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import numpy as np
+from jax.sharding import Mesh
+
+from hybrid_jax.checks import check_choice, check_integer
+from hybrid_jax.config import ModelConfig
+from hybrid_jax.data import Corpus
+from hybrid_jax.data.corpus import source_stamp
+from hybrid_jax.data.tokenizer import decode_continuation, encode_prompt
+from hybrid_jax.evaluate.instruments.contract import Instrument, Progress, Subject
+from hybrid_jax.evaluate.measurement import Measurement, weighted_mean
+from hybrid_jax.evaluate.prompts import SUITES
+from hybrid_jax.evaluate.prompts.contract import Example, read_examples
+from hybrid_jax.generation import generate
+from hybrid_jax.parallel.distributed import say
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts(Instrument):
+    """Measures `score` on a suite, from 0 to 1; also by what its examples are `at`, and `empty`, the share of empty continuations.
+
+    A prompt that with its continuation has more tokens than the model has positions is left out, never truncated; how many are
+    left out is said, and is the measure `left_out`.
+
+    Args:
+      suite: a name of `evaluate.prompts.SUITES`: `ruler`, `babilong`, `helmet`, `mrcr`.
+      path: a file, or a folder with files.
+      limit: of every file only so many examples; 0: all.
+      new_tokens: tokens that are generated; 0: as many as the suite says.
+      batch_size: prompts at a time.
+    """
+
+    headline: ClassVar[tuple[str, ...]] = ("score",)
+
+    suite: str = "ruler"
+    path: str = ""
+    limit: int = 0
+    new_tokens: int = 0
+    batch_size: int = 8
+
+    def __post_init__(self):
+        check_choice("suite", self.suite, SUITES)
+        for name, least in (("limit", 0), ("new_tokens", 0), ("batch_size", 1)):
+            check_integer(name, getattr(self, name), minimum=least)
+
+    def check(self, config: ModelConfig, corpus: Corpus, mesh: Mesh | None = None) -> None:
+        if mesh is not None:
+            raise ValueError("prompts: generation runs on one device; evaluate prompts without a mesh")
+        read_examples(SUITES[self.suite], self.path, self.limit)
+
+    def stamp(self) -> Any:
+        return source_stamp(self.path) if self.path else None
+
+    def measure(self, subject: Subject, progress: Progress = lambda done, total: None) -> list[Measurement]:
+        suite, examples = SUITES[self.suite], read_examples(SUITES[self.suite], self.path, self.limit)
+        new, config = self.new_tokens or suite.new_tokens, subject.model.config
+        tokens = [encode_prompt(subject.tokenizer, example.prompt) for example in examples]
+        fits = [n for n in range(len(examples)) if len(tokens[n]) + new <= config.max_position_embeddings]
+        if left_out := len(examples) - len(fits):
+            say(
+                f"{self.suite}: {left_out} of {len(examples)} prompts are left out: with {new} new tokens they are longer than the "
+                f"model's {config.max_position_embeddings:,} positions"
+            )
+        order = sorted(fits, key=lambda n: -len(tokens[n]))  # what needs most memory first, and like lengths together
+        scores, empty = np.zeros(len(examples)), np.zeros(len(examples), bool)
+        for begin in range(0, len(order), self.batch_size):
+            batch = order[begin : begin + self.batch_size]
+            rows = generate(subject.model, [tokens[n] for n in batch], max_new_tokens=new, eos_id=self._ends(config))
+            for n, row in zip(batch, rows, strict=True):
+                text = decode_continuation(subject.tokenizer, tokens[n], row)
+                scores[n], empty[n] = suite.score(text, examples[n]), not text.strip()
+            progress(min(begin + self.batch_size, len(order)), len(order))
+        return self._measured(examples, fits, scores, empty)
+
+    def _ends(self, config: ModelConfig) -> list[int]:
+        """Returns the ids that end a continuation."""
+        eos = config.extra.get("eos_token_id")
+        ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        return [i for i in ids if 0 <= i < config.vocab_size]
+
+    def _measured(self, examples: list[Example], fits: list[int], scores: np.ndarray, empty: np.ndarray) -> list[Measurement]:
+        counted = np.isin(np.arange(len(examples)), fits).astype(np.float64)[:, None]
+        found = [
+            weighted_mean("score", scores[:, None], counted, share=True),
+            weighted_mean("empty", empty[:, None], counted, share=True),
+            weighted_mean("left_out", 1 - counted, np.ones_like(counted), share=True),
+        ]
+        for name in dict.fromkeys(name for example in examples for name in example.at):
+            for value in dict.fromkeys(example.at[name] for example in examples if name in example.at):
+                here = np.array([[float(example.at.get(name) == value)] for example in examples])
+                mean = weighted_mean("score", scores[:, None], counted * here, share=True)
+                found.append(mean and dataclasses.replace(mean, at={name: value}))
+        return [m for m in found if m is not None]

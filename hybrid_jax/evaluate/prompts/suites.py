@@ -1,0 +1,110 @@
+"""RULER, BABILong, HELMET's key-value and RULER tasks, and MRCR, from the data files that their own repositories make.
+
+Formats and scores follow NVIDIA/RULER (arXiv 2404.06654), booydar/babilong (2406.10149), princeton-nlp/HELMET (2410.02694) and
+openai/mrcr. RULER's files hold complete prompts. The prompts of the others are built here in our own words, which changes scores
+of small models: compare models within one evaluation.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import pathlib
+import re
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hybrid_jax.evaluate.prompts.contract import Example, Suite
+
+Record = Mapping[str, Any]
+
+
+def _texts(value: Any, field: str) -> tuple[str, ...]:
+    """Returns one text or a list of texts as a tuple."""
+    values = [value] if isinstance(value, str | int) else value
+    if not isinstance(values, Sequence) or not values or not all(isinstance(v, str | int) for v in values):
+        raise ValueError(f"the field {field!r} must be a text or a list of texts, got {value!r}")
+    return tuple(map(str, values))
+
+
+def _without_control_characters(text: str) -> str:
+    """RULER's clean-up of a prediction."""
+    return re.sub(r"[\x00-\x1f]", "\n", text.strip()).strip()
+
+
+def read_ruler(record: Record, path: pathlib.Path) -> Example:
+    """A line of TASK/validation.jsonl: `input`, `outputs`, and maybe `answer_prefix` and `length`."""
+    at: dict[str, str | int] = {"task": path.parent.name}
+    return Example(record["input"] + record.get("answer_prefix", ""), _texts(record["outputs"], "outputs"), at, record)
+
+
+def score_ruler(prediction: str, example: Example) -> float:
+    """The share of the references that stand in the prediction, whatever their case; for `qa` tasks whether any does."""
+    text = _without_control_characters(prediction).lower()
+    there = [reference.lower() in text for reference in example.references]
+    part = str(example.at["task"]).startswith("qa")
+    return float(any(there)) if part else sum(there) / len(there)
+
+
+def read_babilong(record: Record, path: pathlib.Path) -> Example:
+    """A line with `input`, `question`, `target`; the file is called after its task, e.g. qa1.jsonl, or the record has `task`."""
+    prompt = (
+        "Facts about persons and things are hidden in a text. Answer the question after it in one or two words.\n\n"
+        f"Text:\n{record['input']}\n\nQuestion: {record['question']}\nAnswer:"
+    )
+    at: dict[str, str | int] = {"task": str(record.get("task", path.stem))}
+    at |= {"length": str(record["length"])} if "length" in record else {}
+    return Example(prompt, _texts(record["target"], "target"), at, record)
+
+
+def score_babilong(prediction: str, example: Example) -> float:
+    """Whether the first sentence names the target, and, of a target with commas, every part of it."""
+    text = re.split(r"[.\n]", prediction.lower().strip())[0]
+    parts = [part.strip().lower() for target in example.references for part in target.split(",")]
+    return float(all(re.search(rf"\b{re.escape(part)}\b", text) for part in parts))
+
+
+def read_helmet(record: Record, path: pathlib.Path) -> Example:
+    """A line of HELMET's json_kv or ruler files: `context`, `question` or `query`, `answer` or `outputs`, and maybe `demos`."""
+    question = record["question"] if "question" in record else record["query"]
+    answers = record["outputs"] if "outputs" in record else record["answer"]
+    demos = "".join(f"Key: {key}\nValue: {value}\n\n" for key, value in record.get("demos") or ())
+    prompt = f"{record['context']}\n\n{demos}Key: {question}\nValue:" if demos else f"{record['context']}\n\n{question}\nAnswer:"
+    return Example(prompt, _texts(answers, "answer"), {"task": path.stem}, record)
+
+
+def _normalized(text: str) -> str:
+    """SQuAD's normalization: lower case, no punctuation, no articles, single spaces."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def score_helmet(prediction: str, example: Example) -> float:
+    """The share of the references that stand in the prediction, both normalized as for SQuAD."""
+    text = _normalized(prediction)
+    return sum(_normalized(reference) in text for reference in example.references) / len(example.references)
+
+
+def read_mrcr(record: Record, path: pathlib.Path) -> Example:
+    """A row of MRCR: `prompt` (messages as JSON), `answer`, `random_string_to_prepend`, `n_needles`."""
+    messages = json.loads(record["prompt"]) if isinstance(record["prompt"], str) else record["prompt"]
+    prompt = "".join(f"{m['role']}: {m['content']}\n\n" for m in messages) + "assistant:"
+    _ = record["random_string_to_prepend"]
+    return Example(prompt, (record["answer"],), {"needles": int(record.get("n_needles", 0))}, record)
+
+
+def score_mrcr(prediction: str, example: Example) -> float:
+    """0 unless the prediction starts with the random text; else the similarity of the rest to the answer's, by difflib."""
+    start, text = example.record["random_string_to_prepend"], prediction.strip()
+    if not text.startswith(start):
+        return 0.0
+    return difflib.SequenceMatcher(None, text.removeprefix(start), example.references[0].removeprefix(start)).ratio()
+
+
+SUITES: dict[str, Suite] = {
+    "ruler": Suite(read_ruler, score_ruler, new_tokens=128, files="**/validation*.jsonl"),
+    "babilong": Suite(read_babilong, score_babilong, new_tokens=16),
+    "helmet": Suite(read_helmet, score_helmet, new_tokens=50),
+    "mrcr": Suite(read_mrcr, score_mrcr, new_tokens=1024, files="**/*.parquet"),
+}
