@@ -52,13 +52,8 @@ def test_helmet_compares_without_case_punctuation_and_articles():
 
 
 def test_mrcr_wants_the_random_text_first_and_then_measures_similarity():
-    record = {
-        "prompt": json.dumps([{"role": "user", "content": "hi"}]),
-        "answer": "R7abcd",
-        "random_string_to_prepend": "R7",
-        "n_needles": 2,
-    }
-    one = example("mrcr", record)
+    record = {"prompt": json.dumps([{"role": "user", "content": "hi"}]), "answer": "R7abcd", "n_needles": 2}
+    one = example("mrcr", {**record, "random_string_to_prepend": "R7"})
     score = SUITES["mrcr"].score
     assert one.prompt == "user: hi\n\nassistant:" and one.at == {"needles": 2}
     assert score("R7abcd", one) == 1 and score("abcd", one) == 0 and score("R7abxx", one) == pytest.approx(0.5)
@@ -88,22 +83,21 @@ def test_files_of_a_folder_are_read_in_order_and_a_bad_record_is_named(tmp_path)
 
 
 def test_parquet_files_are_read(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     record = {"prompt": "[]", "answer": "ab", "random_string_to_prepend": "a", "n_needles": 4}
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record, record]), tmp_path / "m.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist([record, record]), tmp_path / "m.parquet")
     assert [e.at for e in read_examples(SUITES["mrcr"], tmp_path)] == [{"needles": 4}] * 2
 
 
 def test_a_model_is_scored_by_its_continuations_and_what_does_not_fit_is_left_out_and_said(tmp_path, corpus, monkeypatch, capsys):
-    """The model is replaced by one that repeats the prompt's last token, so that the right scores are known."""
+    """The model is replaced by one that repeats the prompt's last letter, so that the right scores are known."""
     subject = Subject(tiny_model("*-GKA", vocab_size=300, max_position_embeddings=64), corpus.tokenizer, corpus)
     given = []
 
     def repeat(model, rows, **options):
         given.append([len(r) for r in rows])
-        return [[] if len(r) == 3 else [r[-1]] * options["max_new_tokens"] for r in rows]
+        last = [corpus.tokenizer.decode(r)[-1] for r in rows]
+        return [corpus.tokenizer.encode(c * options["max_new_tokens"]).ids if c != "!" else [] for c in last]
 
     monkeypatch.setattr(prompts, "generate", repeat)
     write(

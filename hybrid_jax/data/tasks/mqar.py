@@ -16,7 +16,7 @@ from hybrid_jax.data.tasks.contract import Block, Task, check_range, join_blocks
 class MultiQueryRecall(Task):
     """Rows of `k1 v1 ... kn vn`, then filler in which every key stands once more, followed by its value (arXiv 2312.04927).
 
-    Keys are distinct and of the first half of the symbols, values of the second half. Every key is asked in one of the
+    Keys are distinct and of the first half of the symbols, values of the second. Every key is asked in one of the
     (length - 2n) / 2 slots of two tokens after the pairs. Slot s is chosen with a probability proportional to
     power * s^(power - 1), so that most gaps are short and some are long. The paper's vocabulary has 8,192 tokens; here there are
     as many as the tasks have symbols. There the value is a label only; here it stands in the row, which leaves the task as it is,
@@ -47,7 +47,7 @@ class MultiQueryRecall(Task):
         rng, (low, high) = self.generator(index), self.material.symbols
         n, middle = int(rng.integers(self.min_pairs, self.max_pairs + 1)), (low + high) // 2
         keys = low + rng.choice(middle - low, n, replace=False)
-        values = rng.integers(middle, high, n)
+        values = middle + rng.choice(high - middle, n, replace=False)
         slots = (self.length - 2 * n) // 2
         chances = self.power * np.arange(1, slots + 1) ** (self.power - 1)
         asked = 2 * n + 2 * rng.choice(slots, n, replace=False, p=chances / chances.sum())

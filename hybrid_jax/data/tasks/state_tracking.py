@@ -79,7 +79,7 @@ class ModularArithmetic(StateTracking):
     generator: fully parenthesized sums and differences of terms, where a term of fewer than 5 tokens is n, -n, (n) or (-n).
 
     Args:
-      min_length, max_length: see `StateTracking`; with brackets 5 or more.
+      min_length, max_length: see `StateTracking`.
       modulus: of the numbers.
       brackets: which of the two forms.
     """
@@ -92,7 +92,7 @@ class ModularArithmetic(StateTracking):
     def __post_init__(self):
         check_integer("modular arithmetic: modulus", self.modulus, minimum=2)
         check_boolean("modular arithmetic: brackets", self.brackets)
-        self.check_length("modular arithmetic", 5 if self.brackets else 3)
+        self.check_length("modular arithmetic", 3)
         self.material.check_symbols("modular arithmetic", self.modulus + 5)
 
     def expression(self, rng: np.random.Generator, length: int) -> tuple[list[int], int]:
