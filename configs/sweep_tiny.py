@@ -2,8 +2,9 @@
 
     python -m hybrid_jax sweep --config=configs/sweep_tiny.py --out runs/sweep
 
-Expect runs/sweep/table.md with four rows and runs/sweep/sweep.png. The same command goes on where it was stopped; as an
-array job, `./launch/slurm.sh`'s way, each task runs `sweep ... --index array`, and `sweep ... --collect` makes the table.
+Expect runs/sweep/table.md with four rows, runs/sweep/sweep.png, and the comparison in runs/sweep/report/report.html. The same
+command goes on where it was stopped; as an array job, `./launch/slurm.sh`'s way, each task runs `sweep ... --index array`, and
+`sweep ... --collect` makes the table.
 """
 
 from ml_collections import ConfigDict
@@ -15,6 +16,6 @@ def get_config() -> ConfigDict:
             "configs": ("configs/prime_tiny.py:GDN", "configs/prime_tiny.py:M2"),
             "grid": {"phases": {"align": {"learning_rate": (2e-3, 5e-3)}}},
             "points": ({"phases": {"align": {"steps": 60}, "train": {"steps": 20}}},),
-            "evaluate": {"text": "stdlib", "seq_len": 256, "rows": 24},
+            "evaluate": {"config": "configs/evaluate_tiny.py", "rows": 8},
         }
     )
