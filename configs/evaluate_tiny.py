@@ -18,10 +18,10 @@ def get_config(which: str = "quick") -> ConfigDict:
         "phonebook": {"task": "retrieval", "min_pairs": 60, "max_pairs": 60, "key_tokens": 3, "value_tokens": 4},
         "phrases": {"task": "induction", "min_period": 480, "max_period": 480},
     }
-    rows = {"quick": 16, "full": 64}[which]
+    rows, needles = {"quick": (8, 16), "full": (64, 64)}[which]
     instruments = {
         "text": {"instrument": "text", "seq_len": 1024, "rows": rows},
-        "needles": {"instrument": "recall", "task": "needles", "seq_len": 1024, "rows": rows},
+        "needles": {"instrument": "recall", "task": "needles", "seq_len": 1024, "rows": needles},
         "cost": {"instrument": "cost", "lengths": (1024, 4096, 16384, 65536, 131072)},
     }
     if which == "full":

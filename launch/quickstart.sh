@@ -23,11 +23,14 @@ hybrid prime --config=configs/prime_tiny.py:GKA --workdir="$runs/initial" "--con
 pattern=$(python -c "import json, sys; print(json.load(open(sys.argv[1]))['pattern'])" "$runs/initial/selection.json")
 evaluate --model="GKA initial=$runs/initial/model"
 
-# Gated KalmaNet, sliding windows that hold as many bytes, and the source itself on the same data
-hybrid prime --config=configs/prime_tiny.py:GKA --workdir="$runs/gka" --config.pattern="$pattern"
-hybrid prime --config=configs/prime_tiny.py:SWA --workdir="$runs/swa" --config.pattern="${pattern//GKA/SWA}"
-hybrid prime --config=configs/prime_tiny.py:SWA --workdir="$runs/same" --config.pattern="${pattern//GKA/*}" "--config.schedule=('train',)"
+# Gated KalmaNet; sliding windows that hold as many bytes; the source on the same data; and, untrained, windows in every layer
+prime() { hybrid prime "--config=configs/prime_tiny.py:$1" "--workdir=$runs/$2" "--config.pattern=$3" "${@:4}"; }
+prime GKA gka "$pattern"
+prime SWA swa "${pattern//GKA/SWA}"
+prime SWA same "${pattern//GKA/*}"
+prime SWA windows "$(sed 's/GKA/SWA/g; s/\*/SWA/g' <<<"$pattern")" "--config.schedule=()"
 [ -d "$runs/hybrid" ] || hybrid export "$runs/gka" "$runs/hybrid"
-evaluate --model="source, same data=$runs/same/model" --run="GKA=$runs/gka" --run="SWA=$runs/swa" \
+evaluate --model="source, same data=$runs/same/model" --model="windows everywhere=$runs/windows/model" \
+  --run="GKA=$runs/gka" --run="SWA=$runs/swa" \
   --prompt=$'def read_file(path, encoding="utf-8"):\n    """'
 echo "hybrid model: $runs/hybrid; $SECONDS s in all"

@@ -57,15 +57,15 @@ def mesh_batches(
         yield to_mesh(mesh, training_batch(own, seq), batch_size, mine)
 
 
-def batch_size_on(mesh: Mesh | None) -> int:
-    """Returns how many rows are evaluated at a time: `BATCH`, or the next number that the mesh divides."""
+def batch_size_on(mesh: Mesh | None, rows: int = BATCH) -> int:
+    """Returns how many of so many rows are evaluated at a time: at most `BATCH`, or the next number that the mesh divides."""
     shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    return -(-BATCH // shards) * shards
+    return -(-min(BATCH, rows) // shards) * shards
 
 
 def padded_batches(rows: Sequence[Row], mesh: Mesh | None = None) -> list[dict[str, Any]]:
     """Returns batches of `batch_size_on` the mesh of the rows, see `mesh_batches`."""
-    return list(mesh_batches(rows, range(len(rows)), batch_size_on(mesh), mesh))
+    return list(mesh_batches(rows, range(len(rows)), batch_size_on(mesh, len(rows)), mesh))
 
 
 def _weighted_sums(model: Decoder, batches: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
