@@ -115,6 +115,11 @@ COMMANDS = {
         overrides=True,
         resumable=True,
     ),
+    "lm-eval": Command(
+        "lm_eval",
+        "measure a model by tasks of the lm-evaluation-harness",
+        "launch/tiny_qwen3 --tasks lambada_openai,arc_easy --limit 100 --out runs/lm_eval",
+    ),
     "generate": Command(
         "generate",
         "continue a prompt",

@@ -26,7 +26,7 @@ FIXED_DATE = "{%- macro strftime_now(format) -%}{{ format" + _PARTS + " }}{%- en
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-def _read(directory: pathlib.Path) -> tuple[str | None, dict[str, str]]:
+def read_template(directory: pathlib.Path) -> tuple[str | None, dict[str, str]]:
     """Reads a model directory's chat template, and the special tokens that it may name."""
     path, own = directory / "tokenizer_config.json", directory / "chat_template.jinja"
     config = read_json(path) if path.is_file() else {}
@@ -42,7 +42,7 @@ def _read(directory: pathlib.Path) -> tuple[str | None, dict[str, str]]:
 
 def template_fingerprint(directory: str | pathlib.Path) -> str:
     """Returns a hash of the chat template and the special tokens that it may name; empty if there is no template."""
-    template, special = _read(pathlib.Path(directory))
+    template, special = read_template(pathlib.Path(directory))
     return hashlib.sha256(json.dumps([template, special], sort_keys=True).encode()).hexdigest() if template else ""
 
 
@@ -58,7 +58,7 @@ class ChatTemplate:
 
     def __init__(self, directory: str | pathlib.Path):
         self.directory = directory = pathlib.Path(directory)
-        template, self.special = _read(directory)
+        template, self.special = read_template(directory)
         if not template:
             raise ValueError(
                 f"{directory} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); "
@@ -83,17 +83,19 @@ class ChatTemplate:
         """Renders messages by `template`; empty: the directory's own."""
         return render_in_process(template or self.template, list(messages), **options, **self.special)
 
-    def render(self, messages: Sequence[dict], *, add_generation_prompt: bool = False) -> str:
+    def render(self, messages: Sequence[dict], *, add_generation_prompt: bool = False, continue_final_message: bool = False) -> str:
         """Renders a conversation as the model reads it.
 
         Args:
           messages: {role, content} each.
           add_generation_prompt: end with what begins an answer.
+          continue_final_message: end within the last message, so that the model continues it.
 
         Raises:
           ValueError: the template refuses it, fails, or takes too long or too much memory.
         """
-        return self._render(messages, add_generation_prompt=add_generation_prompt)[0]
+        options = dict(add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
+        return self._render(messages, **options)[0]
 
     @functools.cached_property
     def _find(self) -> Finder:

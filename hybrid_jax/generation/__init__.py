@@ -85,6 +85,8 @@ def generate(
     eos_id: int | Sequence[int] | None = None,
     seed: int = 0,
     on_token: Callable[[np.ndarray], None] | None = None,
+    ended: Callable[[int, list[int]], bool] | None = None,
+    padded_to: int = 0,
 ) -> list[list[int]]:
     """Continues token sequences, all rows at once.
 
@@ -98,6 +100,8 @@ def generate(
       eos_id: any of these ids ends a row; it is not returned. `generation_defaults` reads a model directory's.
       seed: of sampling.
       on_token: called with every step's ids [B].
+      ended: called with a row's number and its new ids after each of them; True ends the row, which keeps them all.
+      padded_to: prompts are padded to at least so many tokens, so that batches of various lengths share a program.
 
     Returns:
       The new ids of each row.
@@ -109,7 +113,7 @@ def generate(
     rows_in = check_prompts(model.config, prompts, max_new_tokens)
     ends = [] if eos_id is None else [eos_id] if isinstance(eos_id, (int, np.integer)) else list(eos_id)
     ends = [check_integer("eos_id", i, minimum=0, maximum=model.config.vocab_size - 1) for i in ends]
-    B, longest = len(rows_in), _padded_length(max(map(len, rows_in)))
+    B, longest = len(rows_in), _padded_length(max(padded_to, *map(len, rows_in)))
     ids = np.zeros((B, longest), np.int32)
     segments = np.zeros((B, longest), np.int32)
     for row, prompt in enumerate(rows_in):
@@ -138,6 +142,7 @@ def generate(
             on_token(token)
         for row in np.flatnonzero(alive):
             rows[row].append(int(token[row]))
+            alive[row] = ended is None or not ended(int(row), rows[row])
         if step + 1 < max_new_tokens:
             position = position + 1
             logits, state = _forward(structure, parameters, token[:, None], ones, position, state)

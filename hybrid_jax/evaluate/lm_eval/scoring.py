@@ -1,0 +1,189 @@
+"""Log-probabilities of continuations, in few programs of fixed shapes; logits exist for scored tokens only."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hybrid_jax.evaluate.lm_eval.prefixes import Group, Row, group_by_prefix, make_rows
+from hybrid_jax.model import Decoder
+from hybrid_jax.parallel.cross_entropy import cross_entropy
+from hybrid_jax.parallel.tiles import top_k_tokens
+from hybrid_jax.parameters import join_model, split_model
+
+CHUNK = 512  # tokens of a shared prefix that are computed at a time
+Parameters = Mapping[str, jax.Array]
+
+
+class Score(NamedTuple):
+    """Of a continuation: the sum of its tokens' log-probabilities in nats, and whether each is the most likely token."""
+
+    log_probability: float
+    greedy: bool
+
+
+def bucket(length: int) -> int:
+    """Returns the smallest of 16, 24, 32, 48, 64, 96, 128, ... that is at least `length`: few shapes, and little padding."""
+    size = 16
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(structure: nnx.GraphDef, parameters: Parameters, ids: Any, segment_ids: Any) -> jax.Array:
+    """Returns the final hidden states [B, T, hidden] of rows that begin at position 0."""
+    return join_model(structure, parameters).hidden_states(ids, segment_ids)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def _empty_state(structure: nnx.GraphDef, parameters: Parameters, batch: int, slots: int) -> Any:
+    return join_model(structure, parameters).init_state(batch, slots)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _continued(
+    structure: nnx.GraphDef, parameters: Parameters, ids: Any, segment_ids: Any, positions: Any, state: Any
+) -> tuple[jax.Array, Any]:
+    """Returns the final hidden states [B, T, hidden] after a state, and the state after them."""
+    return join_model(structure, parameters).hidden_states(ids, segment_ids, positions, state)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forked(structure: nnx.GraphDef, parameters: Parameters, state: Any, rows: Any) -> Any:
+    """Returns the state whose row i is row `rows[i]` of `state`: keys and values, recurrent states, ends of convolutions."""
+    leaves, tree = jax.tree.flatten(state)
+    axes = tree.flatten_up_to(join_model(structure, parameters).state_axes())
+    return tree.unflatten(
+        [jnp.take(x, rows, axis=names.index("batch")) if "batch" in names else x for x, names in zip(leaves, axes, strict=True)]
+    )
+
+
+@jax.jit
+def _picked(hidden: jax.Array, rows: Any, columns: Any) -> jax.Array:
+    """Returns the hidden states [1, M, hidden] at (rows, columns) of hidden [B, T, hidden]."""
+    return hidden[rows, columns][None]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _scores(structure: nnx.GraphDef, parameters: Parameters, hidden: jax.Array, targets: Any) -> tuple[jax.Array, jax.Array]:
+    """Returns log p of the targets [1, M] after the hidden states [1, M, hidden], and whether each is the most likely token."""
+    head = join_model(structure, parameters).head
+    best = top_k_tokens(hidden, head, 1)[0][..., 0]
+    return -cross_entropy(hidden, head, targets), best == targets
+
+
+class Scorer:
+    """Scores continuations by a model.
+
+    Every program has `batch_size` rows of a length of `bucket`; rows and tokens that are missing are padding.
+
+    Args:
+      batch_size: rows at a time.
+    """
+
+    def __init__(self, model: Decoder, batch_size: int):
+        self.structure, self.parameters = split_model(model)
+        self.batch_size = batch_size
+
+    def __call__(self, queries: Sequence[tuple[Sequence[int], Sequence[int]]], max_length: int) -> Iterator[tuple[int, Score]]:
+        """Yields (number of the query, its score) for all queries, in the order in which they are computed.
+
+        Args:
+          queries: (context, continuation) of token ids, each with at least one; a continuation has at most `max_length`.
+          max_length: longer inputs are truncated on the left.
+        """
+        groups = group_by_prefix(make_rows(queries, max_length))
+        alone = sorted((row for group in groups if not group.shared for row in group.rows), key=lambda row: -len(row.ids))
+        for begin in range(0, len(alone), self.batch_size):
+            rows = alone[begin : begin + self.batch_size]
+            ids, segments = self._padded([row.ids for row in rows])
+            yield from self._answers(rows, 0, _forward(self.structure, self.parameters, ids, segments))
+        for pack in self._packs([group for group in groups if group.shared]):
+            yield from self._after_prefixes(pack)
+
+    def _padded(self, sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns ids and segment ids [batch_size, bucket], padded on the right."""
+        ids = np.zeros((self.batch_size, bucket(max(map(len, sequences)))), np.int32)
+        segments = np.zeros_like(ids)
+        for row, tokens in enumerate(sequences):
+            ids[row, : len(tokens)] = tokens
+            segments[row, : len(tokens)] = 1
+        return ids, segments
+
+    def _packs(self, groups: Sequence[Group]) -> Iterator[list[Group]]:
+        """Yields groups whose rows fill a batch together; a group of more rows is alone. Those of similar length meet."""
+        pack: list[Group] = []
+        for group in sorted(groups, key=lambda group: (-bucket(group.shared), -max(len(row.ids) for row in group.rows))):
+            if pack and sum(len(g.rows) for g in pack) + len(group.rows) > self.batch_size:
+                yield pack
+                pack = []
+            pack.append(group)
+        if pack:
+            yield pack
+
+    def _after_prefixes(self, pack: Sequence[Group]) -> Iterator[tuple[int, Score]]:
+        """Computes the state after each group's prefix once, and forks it for the group's rows."""
+        rows = [(n, row) for n, group in enumerate(pack) for row in group.rows]
+        most = max(len(row.ids) - pack[n].shared for n, row in rows)
+        state = self._after([group.rows[0].ids[: group.shared] for group in pack], bucket(most))
+        for begin in range(0, len(rows), self.batch_size):
+            part = rows[begin : begin + self.batch_size]
+            shared = np.zeros(self.batch_size, np.int32)
+            owners = np.zeros(self.batch_size, np.int32)
+            owners[: len(part)] = [n for n, _ in part]
+            shared[: len(part)] = [pack[n].shared for n, _ in part]
+            ids, segments = self._padded([row.ids[pack[n].shared :] for n, row in part])
+            positions = shared[:, None] + np.arange(ids.shape[1], dtype=np.int32)
+            forked = _forked(self.structure, self.parameters, state, owners)
+            hidden, _ = _continued(self.structure, self.parameters, ids, segments, positions, forked)
+            yield from self._answers([row for _, row in part], shared, hidden)
+
+    def _after(self, prefixes: Sequence[Sequence[int]], room: int) -> Any:
+        """Returns the state after prefixes, which are padded on the left, with caches that have room for so many tokens more."""
+        G = 1 if len(prefixes) == 1 else self.batch_size // 2  # groups have at least two rows
+        longest = max(map(len, prefixes))
+        P = bucket(longest)
+        chunk = P if P <= CHUNK else math.gcd(P, CHUNK)
+        ids = np.zeros((G, P), np.int32)
+        segments = np.zeros_like(ids)
+        for row, tokens in enumerate(prefixes):
+            ids[row, P - len(tokens) :] = tokens
+            segments[row, P - len(tokens) :] = 1
+        positions = np.maximum(np.cumsum(segments, axis=1, dtype=np.int32) - 1, 0)
+        state = _empty_state(self.structure, self.parameters, G, P + room)
+        for begin in range((P - longest) // chunk * chunk, P, chunk):  # chunks of padding alone are left out
+            part = np.s_[:, begin : begin + chunk]
+            _, state = _continued(self.structure, self.parameters, ids[part], segments[part], positions[part], state)
+        return state
+
+    def _answers(self, rows: Sequence[Row], shared: Any, hidden: jax.Array) -> Iterator[tuple[int, Score]]:
+        """Yields the answers of rows from their hidden states [batch_size, T, hidden].
+
+        Args:
+          shared: tokens of each row before the first of `hidden`, [batch_size] or one number for all.
+        """
+        shared = np.broadcast_to(shared, self.batch_size)
+        places = [
+            (n, i, len(row.ids) - len(targets) + k - shared[i], target)
+            for i, row in enumerate(rows)
+            for n, targets in row.answers
+            for k, target in enumerate(targets)
+        ]
+        numbers, *arrays = np.array(places, np.int32).T
+        size = 16
+        while size < len(places):
+            size *= 4
+        at_rows, columns, targets = (np.pad(x, (0, size - len(places))) for x in arrays)
+        found = _scores(self.structure, self.parameters, _picked(hidden, at_rows, columns), targets[None])
+        logs, greedy = (np.asarray(x)[0, : len(places)] for x in found)
+        for n in dict.fromkeys(numbers.tolist()):
+            own = numbers == n
+            yield n, Score(float(np.sum(logs[own], dtype=np.float64)), bool(greedy[own].all()))

@@ -1,0 +1,406 @@
+"""The lm-evaluation-harness: every kind of request has the answers of its own class for transformers, and hybrids work."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from tokenizers import AddedToken, processors
+
+pytest.importorskip("lm_eval")
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import datasets
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
+
+from hybrid_jax.commands.main import main
+from hybrid_jax.convert import save_model
+from hybrid_jax.data.tokenizer import save_tokenizer, train_tokenizer
+from hybrid_jax.evaluate.lm_eval import HybridLM, scoring
+from hybrid_jax.evaluate.lm_eval.options import GenerationOptions
+from hybrid_jax.evaluate.lm_eval.prefixes import Group, group_by_prefix, make_rows
+from hybrid_jax.evaluate.lm_eval.scoring import Scorer, bucket
+from hybrid_jax.generation.sampling import Sampling
+from tests.conftest import tiny_model
+
+TASKS = pathlib.Path(__file__).parent / "lm_eval_tasks"
+NAMES = ["tiny_choice", "tiny_letter", "tiny_last_word", "tiny_text", "tiny_answer"]
+TEXT = "".join(path.read_text() for path in sorted(TASKS.glob("*.jsonl")))
+POSITIONS = 96
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline(tmp_path_factory):
+    """Data is read from this folder, and what `datasets` stores is removed with the test's files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        patch.chdir(TASKS)
+        yield
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([TEXT], 300)
+
+
+def save_source(directory, tokenizer, **special):
+    """Writes a random Qwen3 of transformers and a tokenizer."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=304, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
+    config = transformers.Qwen3Config(
+        **sizes, num_key_value_heads=2, max_position_embeddings=POSITIONS, initializer_range=0.3, eos_token_id=0
+    )
+    transformers.Qwen3ForCausalLM(config).save_pretrained(directory)
+    save_tokenizer(tokenizer, directory, POSITIONS)
+    file = directory / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **special}))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, tokenizer):
+    return save_source(tmp_path_factory.mktemp("source"), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def ours(source):
+    return HybridLM(str(source), batch_size=4)
+
+
+def reference(directory):
+    """Returns the harness's own model of a directory, on torch."""
+    pytest.importorskip("accelerate")
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=str(directory), device="cpu", dtype="float32", batch_size=1)
+
+
+@pytest.fixture(scope="module")
+def theirs(source):
+    return reference(source)
+
+
+@pytest.fixture(scope="module")
+def manager():
+    return TaskManager(include_path=str(TASKS), include_defaults=False)
+
+
+def hybrid(tmp_path, tokenizer, pattern="*-GKA-GDN", **changes):
+    """The directory of a random hybrid with the tokenizer."""
+    save_model(tiny_model(pattern, vocab_size=tokenizer.get_vocab_size(), **changes), tmp_path / "model")
+    save_tokenizer(tokenizer, tmp_path / "model", 256)
+    return tmp_path / "model"
+
+
+def requests(kind, *arguments):
+    return [Instance(request_type=kind, doc={}, arguments=args, idx=n) for n, args in enumerate(arguments)]
+
+
+def same_scores(found, wanted):
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
+    np.testing.assert_allclose([log for log, _ in found], [log for log, _ in wanted], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shots", [0, 1])
+def test_every_kind_of_task_has_the_answers_of_the_harness_s_own_model(ours, theirs, manager, shots):
+    options = dict(tasks=NAMES, num_fewshot=shots, task_manager=manager, bootstrap_iters=0)
+    found, wanted = (simple_evaluate(model, **options) for model in (ours, theirs))
+    for name in NAMES:
+        for a, b in zip(found["samples"][name], wanted["samples"][name], strict=True):
+            for (x,), (y,) in zip(a["resps"], b["resps"], strict=True):
+                if isinstance(y, str):
+                    assert x == y, a["arguments"]
+                else:
+                    same_scores([x], [y]) if isinstance(y, tuple) else np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-4)
+        for key, value in wanted["results"][name].items():
+            if isinstance(value, float):
+                assert found["results"][name][key] == pytest.approx(value, rel=1e-4), (name, key)
+    assert any(resp for (resp,) in (r for s in found["samples"]["tiny_answer"] for r in s["resps"])), "some answer has text"
+    assert found["config"]["truncated"]["loglikelihood_rolling"]["inputs"] == 0
+
+
+ODD = [
+    ("", "one"),
+    ("", "<|endoftext|>one"),
+    ("<|endoftext|>", " a b"),
+    ("ends with spaces   ", "and goes on"),
+    ("a word is di", "vided here"),
+    ("\n\n", "\n"),
+    ("naïve ☃", " ☃☃"),
+    ("far too long " * 40, " a cat"),
+    ("short", " far too long" * 6),
+    ("x", "y" * 30),
+]
+
+
+def test_contexts_of_every_sort_are_encoded_and_truncated_as_in_the_harness(ours, theirs, capsys):
+    found = ours.loglikelihood(requests("loglikelihood", *ODD))
+    same_scores(found, theirs.loglikelihood(requests("loglikelihood", *ODD), disable_tqdm=True))
+    assert all(type(log) is float and type(greedy) is bool for log, greedy in found)
+    assert "1 of 10 inputs are longer than 96 tokens" in capsys.readouterr().err
+    assert ours.truncated["loglikelihood"]["inputs"] >= 1
+
+
+def test_a_tokenizer_that_begins_texts_adds_its_token_once(tmp_path, tokenizer):
+    added = type(tokenizer).from_str(tokenizer.to_str())
+    added.add_special_tokens([AddedToken("<s>", special=True)])
+    added.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", added.token_to_id("<s>"))])
+    directory = save_source(tmp_path / "source", added, bos_token="<s>")
+    ours = HybridLM(str(directory), batch_size=2)
+    theirs = reference(directory)
+    assert ours.tok_encode("<s>a") == ours.tok_encode("a") == [ours.prefix_token_id, *tokenizer.encode("a").ids]
+    pairs = [("", "one"), ("", "<s>one"), ("<s>a", " b"), ("a", " b")]
+    same_scores(*(m.loglikelihood(requests("loglikelihood", *pairs)) for m in (ours, theirs)))
+    texts = [("a b c",), ("<s>a b c",), ("",)]
+    found, wanted = (m.loglikelihood_rolling(requests("loglikelihood_rolling", *texts)) for m in (ours, theirs))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    asked = [("a cat", {"max_gen_toks": 6}), ("<s>a cat", {"max_gen_toks": 6})]
+    assert ours.generate_until(requests("generate_until", *asked)) == theirs.generate_until(requests("generate_until", *asked))
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 40])
+def test_windows_of_a_long_text_are_the_harness_s(source, theirs, length, monkeypatch):
+    ours = HybridLM(str(source), batch_size=4, max_length=length)
+    monkeypatch.setattr(theirs, "_max_length", length)
+    texts = [(line,) for line in ["a b", "", *TEXT.splitlines()[-3:]]]
+    found, wanted = (m.loglikelihood_rolling(requests("loglikelihood_rolling", *texts)) for m in (ours, theirs))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-4)
+    assert found[1] == 0
+
+
+def test_answers_end_at_stop_texts_and_prompts_are_truncated_as_in_the_harness(ours, theirs, capsys):
+    free = {"until": [], "max_gen_toks": 24}
+    (text,) = ours.generate_until(requests("generate_until", ("A week has", free)))
+    stops = [text[3:5], text[8:11]]
+    asked = [("A week has", {"until": stop, "max_gen_toks": 24}) for stop in (stops[0], stops, ["", stops[1]], [])]
+    asked += [("far too long " * 40, {"until": ["\n"], "max_gen_toks": 40}), ("A week", {"max_gen_toks": 3, "temperature": 0.0})]
+    before = json.dumps(asked)
+    found = ours.generate_until(requests("generate_until", *asked))
+    assert found == theirs.generate_until(requests("generate_until", *asked))
+    assert found[0] == text.split(stops[0])[0] and found[3] == text and json.dumps(asked) == before
+    assert "generate_until: 1 of 1 inputs are longer than 56 tokens" in capsys.readouterr().err
+
+
+def test_a_row_ends_as_soon_as_its_stop_text_is_complete(ours, monkeypatch):
+    (text,) = ours.generate_until(requests("generate_until", ("A week has", {"max_gen_toks": 24})))
+    steps = []
+    generate = sys.modules[HybridLM.__module__].generate
+    monkeypatch.setattr(f"{HybridLM.__module__}.generate", lambda *a, **k: generate(*a, on_token=steps.append, **k))
+    ours.generate_until(requests("generate_until", ("A week has", {"until": text[2:4], "max_gen_toks": 24})))
+    assert 0 < len(steps) < 10
+
+
+def test_drawn_answers_depend_on_the_seed_alone_and_repeats_differ(source):
+    draw = ("A week has", {"do_sample": True, "temperature": 3.0, "max_gen_toks": 12})
+    runs = [
+        HybridLM(str(source), batch_size=2, seed=seed).generate_until(requests("generate_until", draw, draw, draw))
+        for seed in (0, 0, 1)
+    ]
+    assert runs[0] == runs[1] != runs[2] and len(set(runs[0])) == 3
+
+
+@pytest.mark.parametrize(
+    "values, want",
+    [
+        ({}, (("<e>",), 256, Sampling())),
+        ({"until": "x", "max_new_tokens": 5}, (("x", "<e>"), 5, Sampling())),
+        ({"max_tokens": 4, "max_gen_toks": 3}, (("<e>",), 3, Sampling())),
+        ({"temperature": 0.5}, (("<e>",), 256, Sampling(0.5))),
+        ({"temperature": 0.5, "do_sample": False}, (("<e>",), 256, Sampling())),
+        ({"do_sample": True, "top_p": 0.9, "top_k": 7}, (("<e>",), 256, Sampling(1.0, 0.9, 7))),
+        ({"num_beams": 1, "repetition_penalty": None}, (("<e>",), 256, Sampling())),
+    ],
+    ids=str,
+)
+def test_the_options_of_a_task_mean_what_they_mean_in_the_harness(values, want):
+    assert GenerationOptions.from_task(values, "<e>") == GenerationOptions(*want)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"num_beams": 4}, "num_beams = 4 is not supported"),
+        ({"max_gen_toks": 0}, "max_gen_toks must be an integer at least 1, got 0"),
+        ({"do_sample": True, "top_p": 0}, "top_p must be"),
+        ({"until": [3]}, "'until' must be texts, got 3"),
+        ({"max_gen_toks": POSITIONS}, "96 new tokens"),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_refused_before_anything_is_generated(ours, values, message, monkeypatch):
+    monkeypatch.setattr(f"{HybridLM.__module__}.generate", None)
+    with pytest.raises(ValueError, match=message):
+        ours.generate_until(requests("generate_until", ("a", {}), ("a", values)))
+
+
+def test_a_continuation_without_tokens_or_too_long_is_refused(ours):
+    with pytest.raises(ValueError, match="empty continuation"):
+        ours.loglikelihood(requests("loglikelihood", ("a", "")))
+    with pytest.raises(ValueError, match="needs 1 to 96"):
+        ours.loglikelihood(requests("loglikelihood", ("a", " a☃" * 90)))
+
+
+def log_probability(model, context, continuation):
+    """The slow way: all logits of one row."""
+    ids = np.array([[*context, *continuation]], np.int32)
+    logs = np.asarray(jax.nn.log_softmax(model(ids[:, :-1])))[0, -len(continuation) :]
+    targets = np.asarray(continuation)
+    return logs[np.arange(len(targets)), targets].sum(), bool((logs.argmax(-1) == targets).all())
+
+
+def queries_with_prefixes():
+    """Questions of three choices, one of them with two choices of one token; four share a preamble of 40 tokens, two have 70."""
+    rng = np.random.default_rng(0)
+    preamble, found = rng.integers(0, 61, 40).tolist(), []
+    for question in range(4):
+        context = preamble + rng.integers(0, 61, 5 + 9 * question).tolist()
+        found += [(context, rng.integers(0, 61, n).tolist()) for n in (1, 3, 6)]
+    for length in (70, 33):
+        context = rng.integers(0, 61, length).tolist()
+        found += [(context, [n]) for n in (1, 2)] + [(context, rng.integers(0, 61, 4).tolist())]
+    return [*found, ([5], [6, 7]), (rng.integers(0, 61, 90).tolist(), [1])]
+
+
+@pytest.mark.parametrize("pattern", ["*-GKA-GDN", "SWA-M2-BMF"])
+def test_scores_of_a_hybrid_do_not_depend_on_shared_prefixes_or_the_batch_size(pattern, monkeypatch):
+    monkeypatch.setattr(scoring, "CHUNK", 16)  # prefixes are computed in several parts
+    model, queries = tiny_model(pattern), queries_with_prefixes()
+    assert sum(group.shared > 0 for group in group_by_prefix(make_rows(queries, 200))) >= 3
+    wanted = [log_probability(model, *query) for query in queries]
+    for batch_size in (1, 3, 8):
+        found = dict(Scorer(model, batch_size)(queries, 200))
+        same_scores([found[n] for n in range(len(queries))], wanted)
+
+
+def test_a_hybrid_has_the_same_results_for_every_batch_size(tmp_path, tokenizer, manager):
+    directory = hybrid(tmp_path, tokenizer)
+    options = dict(tasks=NAMES, num_fewshot=2, task_manager=manager, bootstrap_iters=0)
+    runs = [
+        simple_evaluate("hybrid_jax", {"pretrained": str(directory), "batch_size": size}, **options)["samples"] for size in (1, 5)
+    ]
+    for name in NAMES:
+        for a, b in zip(*(run[name] for run in runs), strict=True):
+            for (x,), (y,) in zip(a["resps"], b["resps"], strict=True):
+                assert x == y if isinstance(x, str) else np.allclose(x, y, rtol=1e-5, atol=1e-4)
+
+
+def test_choices_of_one_token_share_a_row_and_prefixes_are_grouped_where_fewest_tokens_are_computed():
+    context = tuple(range(40))
+    assert [len(row.answers) for row in make_rows([(context, (1,)), (context, (2,)), (context, (1, 2))], 200)] == [2, 1]
+    long = (*context, *range(100, 140))
+    rows = make_rows([(long, (1, 2, 3)), (long, (4, 5, 6)), (context, (7, 8, 9)), (context, (1, 2, 3))], 200)
+    groups = group_by_prefix(rows)
+    # 80 + 2 * 2 + 40 + 2 * 2 tokens; one group of the 40 that all share would compute 40 + 2 * 42 + 2 * 2 = 128 too, as many
+    assert sorted(group.shared for group in groups) == [40 - 1, 80 - 1]
+    many = make_rows([((*context, n), (1, 2)) for n in range(5)], 200)
+    assert [(g.shared, len(g.rows)) for g in group_by_prefix(many)] == [(40, 5)]
+    assert all(group.shared == 0 for group in group_by_prefix(make_rows([((n, *context), (1,)) for n in range(5)], 200)))
+    assert sorted(n for g in groups for row in g.rows for n, _ in row.answers) == [0, 1, 2, 3]
+    assert group_by_prefix([]) == [] and Group(0, ()) == Group(0, ())
+
+
+def test_inputs_of_various_lengths_share_few_programs():
+    assert [bucket(n) for n in (1, 16, 17, 25, 33, 64, 65, 1000)] == [16, 16, 24, 32, 48, 64, 96, 1024]
+    model, rng = tiny_model("*-GKA"), np.random.default_rng(0)
+    before = scoring._forward._cache_size(), scoring._scores._cache_size()
+    queries = [(rng.integers(0, 61, n).tolist(), [1]) for n in range(1, 60)]
+    dict(Scorer(model, 4)(queries, 200))
+    assert scoring._forward._cache_size() - before[0] <= 5 and scoring._scores._cache_size() - before[1] == 1
+
+
+def test_finished_requests_are_stored_while_the_others_run(ours, tmp_path, manager, monkeypatch):
+    options = dict(tasks=["tiny_letter", "tiny_text"], task_manager=manager, bootstrap_iters=0, use_cache=str(tmp_path / "done"))
+    stored = []
+    hook = "lm_eval.api.model.CacheHook.add_partial"
+    with monkeypatch.context() as patch:
+        patch.setattr(hook, lambda self, method, args, answer: stored.append((method, args, answer)))
+        first = simple_evaluate(ours, **options)
+    assert {m: sum(s[0] == m for s in stored) for m in ("loglikelihood", "loglikelihood_rolling")} == {
+        "loglikelihood": 18,
+        "loglikelihood_rolling": 4,
+    }
+    monkeypatch.setattr(ours, "scorer", None)
+    assert simple_evaluate(ours, **options)["results"] == first["results"]
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' and m.content == 'no' %}{{ raise_exception('no system') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}<end>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_conversations_are_rendered_as_transformers_renders_them(tmp_path, tokenizer, manager, capsys):
+    directory = save_source(tmp_path / "chat", tokenizer, chat_template=TEMPLATE)
+    ours = HybridLM(str(directory), batch_size=4)
+    theirs = reference(directory)
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "The answer is"}]
+    for system in ([], [{"role": "system", "content": "be brief"}], [{"role": "system", "content": "no"}]):
+        for prompt in (True, False):
+            history = system + (turns[:1] if prompt else turns)
+            assert ours.apply_chat_template(history, prompt) == theirs.apply_chat_template(history, prompt)
+    assert capsys.readouterr().err.count("refuses system messages") == 1
+    assert ours.chat_template(True) == theirs.chat_template(True) and ours.chat_template(False) is None
+    with pytest.raises(ValueError, match="got the name 'other'"):
+        ours.chat_template("other")
+    options = dict(tasks=["tiny_choice"], num_fewshot=1, task_manager=manager, apply_chat_template=True, bootstrap_iters=0)
+    found, wanted = (simple_evaluate(model, **options)["samples"]["tiny_choice"] for model in (ours, theirs))
+    for a, b in zip(found, wanted, strict=True):
+        assert a["arguments"] == b["arguments"] and "<user>" in a["arguments"][0][0]
+        same_scores([r[0] for r in a["resps"]], [r[0] for r in b["resps"]])
+    name = ours.tokenizer_name
+    (directory / "chat_template.jinja").write_text("{{ messages }}")
+    assert "/" not in name and HybridLM(str(directory)).tokenizer_name != name, "stored requests were rendered otherwise"
+
+
+def test_the_command_prints_the_table_and_writes_results_and_samples(source, tmp_path, capsys):
+    out = tmp_path / "a" / "out"
+    options = ["--include-path", str(TASKS), "--batch-size", "4", "--limit", "3", "--num-fewshot", "1"]
+    command = ["lm-eval", str(source), "--tasks", "tiny_choice,tiny_answer", *options, "--out", str(out), "--log-samples"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "|tiny_choice|" in printed and "exact_match" in printed and str(out / "results.json") in printed
+    results = json.loads((out / "results.json").read_text())
+    assert results["n-samples"]["tiny_choice"]["effective"] == 3 and results["config"]["model_pattern"] == "*-*"
+    assert results["n-shot"]["tiny_choice"] == 1 and results["config"]["model_name"] == str(source)
+    assert len((out / "samples_tiny_answer.jsonl").read_text().splitlines()) == 3
+    assert sorted(p.name for p in out.iterdir()) == ["results.json", "samples_tiny_answer.jsonl", "samples_tiny_choice.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--tasks", "no_such_task", "--include-path", str(TASKS)], "there is no task, group or tag 'no_such_task'"),
+        (["--tasks", "tiny_text", "--include-path", str(TASKS), "--apply-chat-template"], "no chat template"),
+        (["--tasks", "tiny_text", "--include-path", "nowhere"], "there is no folder nowhere"),
+        (["--tasks", "tiny_text", "--log-samples"], "--log-samples needs --out"),
+        (["--tasks", "tiny_text", "--include-path", str(TASKS), "--max-length", "97"], "max_length is 97, the model has 96"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_the_command_refuses_in_one_line(source, capsys, options, message):
+    assert main(["lm-eval", str(source), *options]) == 1
+    error = capsys.readouterr().err.strip().splitlines()
+    assert message in error[-1]
+
+
+def test_wrong_arguments_of_the_model_are_refused_and_unused_ones_are_named(source, capsys):
+    for options, message in (({"batch_size": "auto"}, "batch_size must be an integer"), ({"prefix_token_id": 999}, "prefix_token")):
+        with pytest.raises(ValueError, match=message):
+            HybridLM(str(source), **options)
+    HybridLM.create_from_arg_string(f"pretrained={source},dtype=bfloat16", {"batch_size": "2", "device": "cuda:0"})
+    assert "device = cuda:0 has no effect" in capsys.readouterr().err
+
+
+def test_the_adapter_needs_no_torch_and_leaves_the_harness_s_other_models():
+    code = (
+        "import sys; sys.modules['torch'] = None; import hybrid_jax.evaluate.lm_eval as ours, lm_eval.api.registry as r; "
+        "assert r.get_model('hybrid_jax') is ours.HybridLM; assert 'hf' in r.model_registry"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
