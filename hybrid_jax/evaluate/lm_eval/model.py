@@ -133,7 +133,9 @@ class HybridLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         del kwargs
         found: list[Any] = [None] * len(requests)
-        for n, score in self._scored("loglikelihood", [(context, target) for _, context, target in requests], disable_tqdm):
+        # A context of spaces alone has no tokens: the harness moves them to the continuation. It counts as an empty one.
+        queries = [(context or [self.prefix_token_id], target) for _, context, target in requests]
+        for n, score in self._scored("loglikelihood", queries, disable_tqdm):
             found[n] = tuple(score)
             self.cache_hook.add_partial("loglikelihood", requests[n][0], found[n])
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -66,24 +66,34 @@ class _Part:
     rows: tuple[Row, ...]
 
 
-def _join(depth: int, parts: Iterable[_Part]) -> _Part:
-    """Returns the cheaper of the parts as they are and all of their rows in one group that shares `depth` tokens."""
-    parts = tuple(parts)
-    rows = tuple(row for part in parts for row in part.rows)
-    apart = sum(part.cost for part in parts)
-    together = depth + sum(len(row.ids) - depth for row in rows)
-    fits = depth >= SHORTEST_PREFIX and max(len(row.ids) for row in rows) - depth <= LONGEST_SUFFIX
-    if fits and together < apart:
-        return _Part(together, (Group(depth, rows),), rows)
-    return _Part(apart, tuple(group for part in parts for group in part.groups), rows)
+def _join(depth: int, parts: Sequence[_Part]) -> _Part:
+    """Returns the parts, of which those that are cheaper after a common prefix of `depth` tokens become one group that shares it."""
+
+    def after_prefix(part: _Part) -> int:
+        return sum(len(row.ids) - depth for row in part.rows)
+
+    def fits(part: _Part) -> bool:
+        return after_prefix(part) < part.cost and max(len(row.ids) for row in part.rows) - depth <= LONGEST_SUFFIX
+
+    joined = [part for part in parts if depth >= SHORTEST_PREFIX and fits(part)]
+    saved = sum(part.cost - after_prefix(part) for part in joined) - depth
+    if saved <= 0:
+        joined, saved = [], 0
+    groups = [group for part in parts if part not in joined for group in part.groups]
+    if joined:
+        groups.append(Group(depth, tuple(row for part in joined for row in part.rows)))
+    return _Part(sum(part.cost for part in parts) - saved, tuple(groups), tuple(row for part in parts for row in part.rows))
 
 
 def group_by_prefix(rows: Sequence[Row]) -> list[Group]:
     """Groups rows so that the fewest tokens are computed, where a group computes its longest common prefix once.
 
-    A node of the tree of all common prefixes is a group if that is cheaper than the groups of its children. For four choices
-    per question with many examples in front, the groups are the questions, or all of them if the examples are the same.
+    At a node of the tree of all common prefixes, those children become a group that are cheaper so than as the groups they have.
+    For four choices per question with many examples in front, the groups are the questions, or all of them if the examples are
+    the same.
     """
+    if not rows:
+        return []
     rows = sorted(rows, key=lambda row: row.ids)
     depths = [_common(a, b) for a, b in zip(rows, rows[1:], strict=False)]  # of each row with the next one
     stack: list[tuple[int, list[_Part]]] = [(0, [])]  # open nodes (depth, children), deeper and deeper
