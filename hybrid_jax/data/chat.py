@@ -94,8 +94,7 @@ class ChatTemplate:
         Raises:
           ValueError: the template refuses it, fails, or takes too long or too much memory.
         """
-        options = dict(add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
-        return self._render(messages, **options)[0]
+        return self._render(messages, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)[0]
 
     @functools.cached_property
     def _find(self) -> Finder:

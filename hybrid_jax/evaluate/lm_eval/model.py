@@ -30,7 +30,6 @@ from hybrid_jax.parallel.distributed import notice
 from hybrid_jax.progress import progress_bar
 
 
-@register_model("hybrid_jax")
 class HybridLM(TemplateLM):
     """A Transformer or a hybrid that `load_model` reads, with its tokenizer.
 
@@ -124,7 +123,7 @@ class HybridLM(TemplateLM):
           ValueError: a continuation without tokens, or with more than `max_length`.
         """
         for request in requests:
-            if not request.args[1]:
+            if not _arguments(request)[1]:
                 raise ValueError(f"a request of {_task(request)} has an empty continuation; a choice needs at least one character")
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
@@ -204,7 +203,7 @@ class HybridLM(TemplateLM):
         eos = self.tokenizer.decode([self._eot], skip_special_tokens=False)
         batches: dict[GenerationOptions, list[int]] = {}
         for n, request in enumerate(requests):
-            options = GenerationOptions.from_task(request.args[1], eos)
+            options = GenerationOptions.from_task(_arguments(request)[1], eos)
             if options.max_new_tokens >= self.max_length:
                 raise ValueError(
                     f"{_task(request)} asks for {options.max_new_tokens} new tokens (max_gen_toks) and max_length is "
@@ -312,5 +311,12 @@ class HybridLM(TemplateLM):
         }
 
 
+def _arguments(request: Instance) -> tuple[Any, ...]:
+    return request.args
+
+
 def _task(request: Instance) -> str:
     return f"the task {request.task_name!r}" if request.task_name else "a task"
+
+
+register_model("hybrid_jax")(HybridLM)  # as a decorator it would hide the class from type checkers

@@ -67,7 +67,7 @@ class _Part:
 
 
 def _join(depth: int, parts: Sequence[_Part]) -> _Part:
-    """Returns the parts, of which those that are cheaper after a common prefix of `depth` tokens become one group that shares it."""
+    """Returns the parts; those that are cheaper after a common prefix of `depth` tokens become one group that shares it."""
 
     def after_prefix(part: _Part) -> int:
         return sum(len(row.ids) - depth for row in part.rows)
