@@ -31,6 +31,6 @@ prime SWA same "${pattern//GKA/*}"
 prime SWA windows "$(sed 's/GKA/SWA/g; s/\*/SWA/g' <<<"$pattern")" "--config.schedule=()"
 [ -d "$runs/hybrid" ] || hybrid export "$runs/gka" "$runs/hybrid"
 evaluate --model="source, same data=$runs/same/model" --model="windows everywhere=$runs/windows/model" \
-  --run="GKA=$runs/gka" --run="SWA=$runs/swa" \
+  --run="GKA=$runs/gka" --model="SWA=$runs/swa/model" \
   --prompt=$'def read_file(path, encoding="utf-8"):\n    """'
 echo "hybrid model: $runs/hybrid; $SECONDS s in all"
