@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hybrid_jax.data.corpus import Source
-from hybrid_jax.data.tasks import TASKS, options_of
+from hybrid_jax.data.tasks import TASKS, task_fields
 from hybrid_jax.mixers import options_by_key
 from hybrid_jax.parallel.mesh import AXES
 from hybrid_jax.priming.select import select_fields
@@ -26,10 +26,7 @@ def fields_of(config: Mapping) -> dict[str, Any]:
     """
     data = config.get("data") or {}
     sources = {name: _defaults(Source) for name in data.get("sources") or {}}
-    tasks = {
-        name: {"task": "", **options_of(values["task"])} if values.get("task") in TASKS else {"task": ""}
-        for name, values in (data.get("tasks") or {}).items()
-    }
+    tasks = task_fields(data.get("tasks") or {})
     mix, mesh = dict.fromkeys(("text", *sources, *TASKS, *tasks), 0.0), dict.fromkeys(AXES, 1)
     phases = {
         name: _defaults(Phase) | {"mix": mix, "mesh": mesh, "options": _options(phase), "hooks": _hooks(phase)}

@@ -9,7 +9,7 @@ import pytest
 from hybrid_jax import load_model, save_model
 from hybrid_jax.commands.main import COMMANDS, Command, main
 from hybrid_jax.data.tokenizer import save_tokenizer, train_tokenizer
-from hybrid_jax.evaluate.evaluation import Evaluation, targets_of
+from hybrid_jax.evaluate.evaluation import Evaluation, read_evaluation, targets_of
 from hybrid_jax.evaluate.instruments import make_instrument
 from hybrid_jax.evaluate.instruments.text import TextLoss
 from hybrid_jax.evaluate.results import fingerprint
@@ -236,6 +236,16 @@ def test_evaluate_refuses_before_any_work_what_does_not_fit_the_model(two_tokeni
     (tmp_path / "empty.py").write_text("def get_config():\n    return {'data': {'text': 'stdlib'}}\n")
     assert "needs 'instruments'" in fails(capsys, *command[:2], "--config", tmp_path / "empty.py")
     assert "no instrument" in fails(capsys, *command[:2], "--config", tmp_path / "empty.py", "--rows=3")
+
+
+def test_any_field_of_an_evaluation_is_overridden_also_one_that_its_config_does_not_name():
+    changes = ("data.tasks.needle.text_weight=0.5", "instruments.text.batch_size=2", "mesh.data=2")
+    evaluation = read_evaluation("configs/evaluate_tiny.py", [f"--config.{c}" for c in changes], rows=3)
+    assert evaluation.data["tasks"]["needle"]["text_weight"] == 0.5 and evaluation.mesh == {"data": 2}
+    assert evaluation.instruments["text"] == TextLoss(seq_len=1024, rows=3, batch_size=2)
+    for wrong in ("data.tasks.needle.width=1", "instruments.text.width=1", "width=1"):
+        with pytest.raises(ValueError, match="unknown key 'width'"):
+            read_evaluation("configs/evaluate_tiny.py", [f"--config.{wrong}"])
 
 
 def test_a_stored_result_is_of_its_options(two_tokenizers):

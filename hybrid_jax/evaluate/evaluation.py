@@ -18,6 +18,7 @@ from hybrid_jax.config_file import load_config
 from hybrid_jax.convert import check_model_directory, load_model
 from hybrid_jax.data import Corpus, check_tokenizer_fits, load_tokenizer, read_corpus, read_sources, read_tasks
 from hybrid_jax.data.documents import pieces
+from hybrid_jax.data.tasks import task_fields
 from hybrid_jax.data.tokens import Encoder, is_prepared
 from hybrid_jax.evaluate.instruments import INSTRUMENTS, Instrument, Subject, make_instrument
 from hybrid_jax.evaluate.measured import Measured, Target
@@ -177,10 +178,9 @@ def evaluation_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         options = {} if kind is None else {f.name: getattr(kind(), f.name) for f in dataclasses.fields(kind)}
         instruments[name] = {"instrument": "", **options}
     sources = {name: {"path": "", "packing": "", "long": ""} for name in data.get("sources") or {}}
-    tasks = {name: dict(values) for name, values in (data.get("tasks") or {}).items()}
     return {
         "instruments": instruments,
-        "data": {"text": "", "sources": sources, "tasks": tasks},
+        "data": {"text": "", "sources": sources, "tasks": task_fields(data.get("tasks") or {})},
         "mesh": dict.fromkeys(AXES, 1),
     }
 

@@ -44,7 +44,7 @@ def fingerprint(model: pathlib.Path, data: Mapping[str, Any], instrument: Instru
         found[f"the text {name}"] = [source.packing, source.long, source_stamp(source.path)]
     found["tasks"] = dict(data.get("tasks") or {})
     found["instrument"] = name_of(instrument)
-    found["the instrument's files"] = instrument.stamp()
+    found["the instrument's files or machine"] = instrument.stamp()
     found |= {f"the option {name}": value for name, value in dataclasses.asdict(instrument).items()}
     return json.loads(json.dumps(found, default=list))
 

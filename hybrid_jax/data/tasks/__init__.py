@@ -46,6 +46,13 @@ def options_of(task: str) -> dict[str, Any]:
     return {f.name: f.default for f in dataclasses.fields(TASKS[task]) if f.name not in COMMON}
 
 
+def task_fields(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns the fields that each task of a config's `data.tasks` may have, with their defaults."""
+    return {
+        name: {"task": "", **(options_of(values["task"]) if values.get("task") in TASKS else {})} for name, values in tasks.items()
+    }
+
+
 def check_options(task: str, names: Iterable[str]) -> None:
     """Checks that a task has options of these names.
 
@@ -72,4 +79,15 @@ def make_task(task: str, options: Mapping[str, Any], material: Material, length:
     return TASKS[task](material, length, **options, **common)
 
 
-__all__ = ["TASKS", "Induction", "KeyValueRetrieval", "Material", "Needles", "Task", "check_options", "make_task", "options_of"]
+__all__ = [
+    "TASKS",
+    "Induction",
+    "KeyValueRetrieval",
+    "Material",
+    "Needles",
+    "Task",
+    "check_options",
+    "make_task",
+    "options_of",
+    "task_fields",
+]

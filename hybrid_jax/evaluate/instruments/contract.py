@@ -54,7 +54,7 @@ class Instrument:
         """
 
     def stamp(self) -> Any:
-        """Returns what changes when files change that the instrument reads besides the evaluation's text; in JSON's types."""
+        """Returns what a result depends on besides model, text and options, in JSON's types: files that are read, the machine."""
         return None
 
     def measure(self, subject: Subject, progress: Progress = lambda done, total: None) -> list[Measurement]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -59,6 +60,10 @@ class Speed(Instrument):
                 f"speed: {max(self.lengths):,} + {self.new_tokens} tokens are more than the model's max_position_embeddings, "
                 f"{config.max_position_embeddings:,}"
             )
+
+    def stamp(self) -> Any:
+        """Returns the devices and the versions that speeds belong to."""
+        return [jax.devices()[0].device_kind, jax.device_count(), os.cpu_count(), jax.__version__]
 
     def measure(self, subject: Subject, progress: Progress = lambda done, total: None) -> list[Measurement]:
         structure, parameters = split_model(subject.model)
