@@ -95,7 +95,7 @@ def _draw_curves(shown, instrument, keys, found, first, path):
         x = [at for at, _ in there] if numeric else [str(at) for at, _ in there]
         value, low, high = zip(*(v for _, v in there), strict=True)
         (line,) = axis.plot(x, value, marker="o", label=row.target.name)
-        axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        axis.fill_between(x, low, high, color=line.get_color(), alpha=0.08, linewidth=0)
     if numeric and min(key[1][1] for key in keys) > 0:
         axis.set_xscale("log", base=2)
         axis.set_xticks([key[1][1] for key in keys], [f"{key[1][1]:,}" for key in keys])
