@@ -114,7 +114,7 @@ def test_every_field_can_be_set_whether_or_not_the_config_names_it():
 def test_the_options_of_a_phase_s_objective_can_be_set_and_no_others():
     config = overridden("--config.phases.train.objective=distill", "--config.phases.train.options.temperature=2.5")
     assert config.phases.train.options.to_dict() == {"temperature": 2.5}
-    with pytest.raises(ValueError, match=r"options has the unknown key 'temperature'; known: pre_lm_head"):
+    with pytest.raises(ValueError, match=r"options has the unknown key 'temperature'; known: inputs, pre_lm_head"):
         overridden("--config.phases.align.options.temperature=2.5")
 
 
@@ -150,7 +150,7 @@ def test_an_error_within_a_config_is_said_with_its_file(tmp_path):
     with pytest.raises(ValueError, match="c.py: ZeroDivisionError: division by zero"):
         load_config([f"--config={tmp_path / 'c.py'}"])
     with pytest.raises(
-        ValueError, match="no config file at 'nothing.py'; hybrid_jax comes with configs/evaluate.py, configs/prime_tiny.py"
+        ValueError, match="no config file at 'nothing.py'; hybrid_jax comes with configs/evaluate.py, configs/evaluate_tiny.py"
     ):
         load_config(["--config=nothing.py"])
 
