@@ -25,7 +25,7 @@ def test_select_scores_what_its_options_say_and_prints_the_cheapest(monkeypatch,
     seen = {}
     model = types.SimpleNamespace(config=types.SimpleNamespace(extra={"eos_token_id": 7}))
 
-    def load(source, dtype):
+    def load(source, dtype, mesh):
         seen["source"] = source
         return model
 

@@ -52,6 +52,7 @@ def test_every_command_refuses_a_tokenizer_of_another_vocabulary(model, tokenize
         "    config.phases.train.update(objective='distill_cached', teacher_cache='cache')\n    return config\n"
     )
     config = ["--config=configs/prime_tiny.py:GKA", f"--config.source={model}", f"--config.data.text={tmp_path / 'text.txt'}"]
+    config.append("--config.phases.train.seq_len=256")  # this model's positions
     arguments = {
         "generate": [model, "abc"],
         "select": [model, "--text", tmp_path / "text.txt"],

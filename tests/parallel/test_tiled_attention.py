@@ -33,11 +33,19 @@ def flops(T, window):
 
 
 @pytest.mark.parametrize("window, tiles, tile", [(None, 10, 1024), (4096, 10, 1024), (512, 8 + 7, 512), (64, 32 + 31, 128)])
-def test_a_row_costs_the_tiles_on_and_near_the_diagonal(window, tiles, tile):
+def test_a_row_costs_the_tiles_on_and_near_the_diagonal(monkeypatch, window, tiles, tile):
     """4096 tokens: 4 x 4 tiles of which 10 are causal; with windows of 512, two tiles of 512 for every one of queries."""
+    monkeypatch.setattr(attention_block, "CPU_TILE", attention_block.TILE)
     forward, both = flops(4096, window)
     assert forward == 2 * tiles * tile**2  # scores and values
     assert both == (2 + 5) * tiles * tile**2  # backward: scores again, and the gradients of p, v, q and k
+
+
+@pytest.mark.parametrize("window, tiles", [(None, 32 * 33 // 2), (512, 4 * 32 + 32 - 10), (64, 32 + 31)])
+def test_tiles_are_small_on_cpus(window, tiles):
+    """4096 tokens: 32 tiles of 128 queries; a window of 512 reaches into four tiles of keys before the diagonal one."""
+    forward, both = flops(4096, window)
+    assert forward == 2 * tiles * 128**2 and both == (2 + 5) * tiles * 128**2
 
 
 @pytest.mark.parametrize("window", [None, 6])
