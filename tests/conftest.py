@@ -22,8 +22,10 @@ from hybrid_jax.config import BMojoConfig, GKAConfig, ModelConfig, SWAConfig, pa
 from hybrid_jax.convert import save_model
 from hybrid_jax.data import Corpus, read_corpus
 from hybrid_jax.data.tokenizer import save_tokenizer, train_tokenizer
+from hybrid_jax.evaluate.measures import batch_sums, padded_batches
 from hybrid_jax.mixers import KINDS
 from hybrid_jax.model import Decoder
+from hybrid_jax.parameters import split_model
 
 if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:  # most of the tests' time is XLA's, optimizing programs that run once
     jax.config.update("jax_disable_most_optimizations", True)
@@ -92,6 +94,13 @@ def tiny_config(pattern, **changes) -> ModelConfig:
 
 def tiny_model(pattern, seed=0, **changes) -> Decoder:
     return Decoder(tiny_config(pattern, **changes), rngs=nnx.Rngs(seed))
+
+
+def loss_and_accuracy(model, rows) -> tuple[float, float]:
+    """The mean loss (nats) of a model on the tokens of rows that count, and the share of them that it finds most likely."""
+    structure, parameters = split_model(model)
+    loss, right, weight = sum(np.asarray(batch_sums(structure, parameters, b), np.float64) for b in padded_batches(rows))
+    return float(loss / weight), float(right / weight)
 
 
 def run_processes(module, processes, *arguments, devices=8, timeout=900, env=None):

@@ -6,8 +6,8 @@ import transformers
 
 from hybrid_jax import load_model
 from hybrid_jax.data import load_tokenizer, read_corpus
-from hybrid_jax.evaluate.measures import retrieval_loss_and_accuracy, text_loss
-from tests.conftest import GOLDEN, relative_error
+from hybrid_jax.evaluate.measures import held_out_rows, retrieval_rows
+from tests.conftest import GOLDEN, loss_and_accuracy, relative_error
 
 torch = pytest.importorskip("torch")
 
@@ -48,8 +48,8 @@ def test_it_predicts_held_out_code_far_better_than_token_frequencies_do(model, c
     share = (np.bincount(tokens, minlength=4096) + 1) / (len(tokens) + 4096)
     held_out = corpus.held_out["text"][0].ids
     unigram = -np.log(share[held_out]).mean()
-    assert text_loss(model, corpus, 256, 24) < 0.6 * unigram
+    assert loss_and_accuracy(model, held_out_rows(corpus, 256, 24))[0] < 0.6 * unigram
 
 
 def test_it_retrieves_sixteen_pairs(model, corpus):
-    assert retrieval_loss_and_accuracy(model, corpus, 256, 16)[1] >= 0.95
+    assert loss_and_accuracy(model, retrieval_rows(corpus, 256, 16))[1] >= 0.95

@@ -1,4 +1,4 @@
-"""What is measured: negative log-likelihood of held-out text, and recall of key-value pairs."""
+"""Rows that are measured, their batches on a mesh, and the sums of a batch."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from jax.sharding import Mesh
 from hybrid_jax.data import HELD_OUT_SEED, Corpus
 from hybrid_jax.data.layout import training_batch
 from hybrid_jax.data.packing import Row, Rows
-from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.cross_entropy import cross_entropy
 from hybrid_jax.parallel.mesh import BATCH_AXES
 from hybrid_jax.parallel.placement import own_rows, to_mesh
 from hybrid_jax.parallel.tiles import top_k_tokens
-from hybrid_jax.parameters import Parameters, join_model, split_model
+from hybrid_jax.parameters import Parameters, join_model
 
 BATCH = 8  # rows that are evaluated at a time
 PAIRS = 16  # pairs in a block of retrieval
@@ -68,15 +67,6 @@ def padded_batches(rows: Sequence[Row], mesh: Mesh | None = None) -> list[dict[s
     return list(mesh_batches(rows, range(len(rows)), batch_size_on(mesh, len(rows)), mesh))
 
 
-def _weighted_sums(model: Decoder, batches: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
-    """Returns `batch_sums` over all batches, in float64."""
-    structure, parameters = split_model(model)
-    total = np.zeros(3)
-    for batch in batches:
-        total += np.asarray(batch_sums(structure, parameters, batch), np.float64)
-    return total
-
-
 def held_out_rows(corpus: Corpus, seq_len: int, rows: int) -> list[Row]:
     """Returns evenly spaced rows of the held-out text: `rows`, or all where there are fewer."""
     held_out = corpus.held_out_rows(seq_len)
@@ -92,25 +82,3 @@ def retrieval_rows(corpus: Corpus, seq_len: int, rows: int, pairs: int = PAIRS) 
 def evenly_spaced(available: int, rows: int) -> list[int]:
     """Returns the numbers of at most `rows` of the available rows."""
     return np.unique(np.linspace(0, available - 1, min(rows, available)).astype(int)).tolist()
-
-
-def text_loss(model: Decoder, corpus: Corpus, seq_len: int, rows: int) -> float:
-    """Returns the mean loss on held-out text, in nats per token.
-
-    Args:
-      seq_len: tokens per row.
-      rows: how many rows to read; see `held_out_rows`.
-    """
-    loss, _, weight = _weighted_sums(model, padded_batches(held_out_rows(corpus, seq_len, rows)))
-    return float(loss / weight)
-
-
-def retrieval_loss_and_accuracy(model: Decoder, corpus: Corpus, seq_len: int, rows: int, pairs: int = PAIRS) -> tuple[float, float]:
-    """Returns the mean loss (nats) and the accuracy of the values that retrieval asks for.
-
-    Args:
-      seq_len: tokens per row.
-      rows, pairs: see `retrieval_rows`.
-    """
-    loss, right, weight = _weighted_sums(model, padded_batches(retrieval_rows(corpus, seq_len, rows, pairs)))
-    return float(loss / weight), float(right / weight)

@@ -8,11 +8,11 @@ from tokenizers import Tokenizer, models
 from hybrid_jax.config import SWAConfig
 from hybrid_jax.data.corpus import Corpus, Source
 from hybrid_jax.data.tokens import Tokens
-from hybrid_jax.evaluate.measures import batch_sums, retrieval_loss_and_accuracy, text_loss
+from hybrid_jax.evaluate.measures import batch_sums, held_out_rows, retrieval_rows
 from hybrid_jax.parameters import join_model, split_model
 from hybrid_jax.priming.initialize import initialize_hybrid
 from hybrid_jax.priming.select import Selection, score_layers
-from tests.conftest import tiny_model
+from tests.conftest import loss_and_accuracy, tiny_model
 
 LENGTH, ROWS = 24, 10  # more rows than a batch, and the last batch is not full
 
@@ -40,19 +40,19 @@ def measured(model, rows):
 def test_text_loss_is_the_mean_over_the_weighted_tokens_of_evenly_spaced_rows(corpus):
     model, rows = tiny_model("*-GKA"), corpus.held_out_rows(LENGTH)
     assert len(rows) == 10
-    assert text_loss(model, corpus, LENGTH, ROWS) == pytest.approx(measured(model, rows)[0], rel=1e-5)
+    assert loss_and_accuracy(model, held_out_rows(corpus, LENGTH, ROWS))[0] == pytest.approx(measured(model, rows)[0], rel=1e-5)
     batch_sums.clear_cache()
-    text_loss(model, corpus, LENGTH, ROWS)
+    loss_and_accuracy(model, held_out_rows(corpus, LENGTH, ROWS))[0]
     assert batch_sums._cache_size() == 1  # the last batch, which is not full, needs no program of its own
     three = [rows[i] for i in (0, 4, 9)]
-    assert text_loss(model, corpus, LENGTH, 3) == pytest.approx(measured(model, three)[0], rel=1e-5)
+    assert loss_and_accuracy(model, held_out_rows(corpus, LENGTH, 3))[0] == pytest.approx(measured(model, three)[0], rel=1e-5)
 
 
 def test_retrieval_counts_only_the_values_asked_for(corpus):
     model = tiny_model("*-*", seed=3)
     rows = [corpus.task("retrieval", LENGTH, 987_654_321, min_pairs=5, max_pairs=5)[i] for i in range(ROWS)]
     assert all(row["loss_weights"].sum() == 5 for row in rows)
-    loss, accuracy = retrieval_loss_and_accuracy(model, corpus, LENGTH, ROWS, pairs=5)
+    loss, accuracy = loss_and_accuracy(model, retrieval_rows(corpus, LENGTH, ROWS, pairs=5))
     want = measured(model, rows)
     assert (loss, accuracy) == (pytest.approx(want[0], rel=1e-5), pytest.approx(want[1]))
 

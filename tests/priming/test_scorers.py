@@ -8,15 +8,14 @@ import pytest
 
 from hybrid_jax.config import SWAConfig
 from hybrid_jax.data import HELD_OUT_SEED
-from hybrid_jax.evaluate.measures import retrieval_loss_and_accuracy, text_loss
-from hybrid_jax.evaluate.token_scores import token_scores
+from hybrid_jax.evaluate.measures import held_out_rows, retrieval_rows
 from hybrid_jax.parallel.mesh import abstract_mesh
 from hybrid_jax.parameters import join_model, split_model
 from hybrid_jax.priming.initialize import initialize_hybrid
 from hybrid_jax.priming.scorers import SCORERS, swa_retrieval
 from hybrid_jax.priming.scorers.contract import Scores
 from hybrid_jax.priming.select import Selection, choose_pattern, score_layers, select_fields, uncertain_choice
-from tests.conftest import tiny_config, tiny_model
+from tests.conftest import loss_and_accuracy, tiny_config, tiny_model
 
 LENGTH, ROWS = 70, 3
 
@@ -46,8 +45,8 @@ def test_one_program_scores_as_one_evaluation_per_layer(corpus):
     model = tiny_model("*-*-*-*", vocab_size=vocabulary, attention_windows=(None, 9, None, None))
 
     def loss(candidate):
-        text = text_loss(candidate, corpus, LENGTH, ROWS)
-        return text + retrieval_loss_and_accuracy(candidate, corpus, LENGTH, ROWS)[0]
+        sets = held_out_rows(corpus, LENGTH, ROWS), retrieval_rows(corpus, LENGTH, ROWS)
+        return sum(loss_and_accuracy(candidate, rows)[0] for rows in sets)
 
     narrow = join_model(*split_model(model))
     narrow.config = model.config.with_options(SWAConfig(2))
@@ -60,11 +59,10 @@ def test_one_program_scores_as_one_evaluation_per_layer(corpus):
     np.testing.assert_allclose(got, want, atol=1e-5)
     assert np.argsort(got).tolist() == np.argsort(want).tolist() and np.ptp(want) > 1e-4
     other = score_layers(model, corpus, Selection(options=dict(window=2, rows=ROWS, seq_len=LENGTH, task="needles"))).per_layer()
-    rows = [corpus.task("needles", LENGTH, HELD_OUT_SEED, held_out=True)[i] for i in range(ROWS)]
+    needles = [corpus.task("needles", LENGTH, HELD_OUT_SEED, held_out=True)[i] for i in range(ROWS)]
 
     def recall(candidate):
-        scores = token_scores(candidate, rows)
-        return np.average(scores.losses, weights=scores.weights) + text_loss(candidate, corpus, LENGTH, ROWS)
+        return sum(loss_and_accuracy(candidate, rows)[0] for rows in (needles, held_out_rows(corpus, LENGTH, ROWS)))
 
     assert other[0] == pytest.approx(recall(initialize_hybrid(narrow, patterns[0])) - recall(model), abs=1e-5)
     with pytest.raises(ValueError, match="no synthetic task is named 'nothing'"):

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from hybrid_jax.evaluate.measures import retrieval_loss_and_accuracy, text_loss
+from hybrid_jax.evaluate.instruments import Subject
+from hybrid_jax.evaluate.instruments.recall import Recall
+from hybrid_jax.evaluate.instruments.text import TextLoss
 from hybrid_jax.train import MetricWriter, read_metrics, train_phase
 from hybrid_jax.train.evaluation import Evaluation
 from hybrid_jax.train.hook import Hook
@@ -17,8 +19,11 @@ def test_an_evaluation_is_evaluate_s_own_and_does_not_change_the_training(corpus
     assert losses(tmp_path / "plain") == losses(tmp_path / "evaluated")
     rows = {r["step"]: r for r in read_metrics(tmp_path / "evaluated")}
     assert [s for s in rows if "eval/loss" in rows[s]] == [4, 6] and "loss" in rows[6]
-    assert rows[6]["eval/loss"] == rows[6]["eval/loss/text"] == pytest.approx(text_loss(model, corpus, 96, 3), rel=1e-6)
-    assert rows[6]["eval/retrieval"] == retrieval_loss_and_accuracy(model, corpus, 96, 3)[1]
+    subject = Subject(model, corpus.tokenizer, corpus)
+    sixteen = Recall(options={"min_pairs": 16, "max_pairs": 16}, seq_len=96, rows=3)
+    loss, accuracy = (one.measure(subject)[0].value for one in (TextLoss(seq_len=96, rows=3), sixteen))
+    assert rows[6]["eval/loss"] == rows[6]["eval/loss/text"] == pytest.approx(loss, rel=1e-6)
+    assert rows[6]["eval/retrieval"] == accuracy
 
 
 def test_the_best_checkpoint_stays_and_a_resumed_run_remembers_it(corpus, tmp_path, monkeypatch):
