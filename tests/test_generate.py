@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from hybrid_jax import generate
-from hybrid_jax.generation import Sampling, _empty_state, _forward, check_prompts, generation_defaults
+from hybrid_jax.generation import Sampling, _forward, check_prompts, empty_state, generation_defaults
 from hybrid_jax.generation.sampling import adjusted, sample
 from hybrid_jax.parameters import split_model
 from tests.conftest import relative_error, tiny_config, tiny_model
@@ -115,7 +115,7 @@ def test_decoding_far_from_the_start_equals_the_full_forward():
     want = np.asarray(logits(model, whole, np.ones_like(whole)))[0]
     assert tokens == want[289:-1].argmax(-1).tolist()
     structure, parameters = split_model(model)
-    state = _empty_state(structure, parameters, 1, 320)
+    state = empty_state(structure, parameters, 1, 320)
     ones, at = np.ones_like(whole), np.arange(298, dtype=np.int32)[None]
     got, state = _forward(structure, parameters, whole[:, :290], ones[:, :290], at[:, :290], state)
     assert all(x.dtype == np.float32 for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating))

@@ -44,6 +44,23 @@ def exact(measure: str, value: float, unit: str = "", **at: float | int | str) -
     return Measurement(measure, value, value, value, unit, 1, at)
 
 
+def mean_and_error(totals: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the ratio of sums over rows and its standard error (linearized), of rows that were drawn independently.
+
+    Args:
+      totals: [..., rows], each row's weighted sum of values.
+      weights: [rows], each row's sum of weights; their sum is positive.
+
+    Returns:
+      The mean and its standard error, [...]; the error of a single row is infinite.
+    """
+    mean, rows = totals.sum(-1) / weights.sum(), int((weights > 0).sum())
+    if rows < 2:
+        return mean, np.full_like(mean, np.inf)
+    spread = np.square(totals - mean[..., None] * weights).sum(-1) * rows / (rows - 1)
+    return mean, np.sqrt(spread) / weights.sum()
+
+
 def weighted_mean(
     measure: str, values: np.ndarray, weights: np.ndarray, unit: str = "", *, share: bool = False, **at: float | int | str
 ) -> Measurement | None:
@@ -62,14 +79,12 @@ def weighted_mean(
       None if no weight is positive.
     """
     axes = tuple(range(1, values.ndim))
-    numerators = np.sum(values.astype(np.float64) * weights, axis=axes)
-    denominators = np.sum(weights, axis=axes, dtype=np.float64)
+    numerators = np.asarray(np.sum(values.astype(np.float64) * weights, axis=axes))
+    denominators = np.asarray(np.sum(weights, axis=axes, dtype=np.float64))
     rows = int((denominators > 0).sum())
     if rows == 0:
         return None
-    mean = numerators.sum() / denominators.sum()
-    spread = np.sum(np.square(numerators - mean * denominators)) * rows / max(rows - 1, 1)
-    error = np.sqrt(spread) / denominators.sum() if rows > 1 else np.inf
+    mean, error = mean_and_error(numerators, denominators)
     sums = tuple((float(a), float(b)) for a, b in zip(np.atleast_1d(numerators), np.atleast_1d(denominators), strict=True))
     if not share:
         return Measurement(measure, float(mean), float(mean - Z * error), float(mean + Z * error), unit, rows, at, sums)
@@ -92,11 +107,9 @@ def difference(one: Measurement, other: Measurement) -> Measurement | None:
     if one.key != other.key or first.shape != second.shape or not len(first) or (first[:, 1] != second[:, 1]).any():
         return None
     weights = first[:, 1]
-    rows, total = int((weights > 0).sum()), weights.sum()
-    gaps = (first[:, 0] - one.value * weights) - (second[:, 0] - other.value * weights)
-    error = np.sqrt(np.sum(np.square(gaps)) * rows / (rows - 1)) / total if rows > 1 else np.inf
-    value = one.value - other.value
-    return Measurement(one.measure, value, float(value - Z * error), float(value + Z * error), one.unit, rows, one.at)
+    value, error = mean_and_error(first[:, 0] - second[:, 0], weights)
+    rows = int((weights > 0).sum())
+    return Measurement(one.measure, float(value), float(value - Z * error), float(value + Z * error), one.unit, rows, one.at)
 
 
 def buckets(length: int, first: int = 8) -> list[tuple[int, int]]:

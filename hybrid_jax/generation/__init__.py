@@ -18,7 +18,7 @@ from hybrid_jax.mixers import KINDS
 from hybrid_jax.model import Decoder
 from hybrid_jax.parameters import join_model, split_model
 
-__all__ = ["GenerationDefaults", "Sampling", "check_prompts", "generate", "generation_defaults"]
+__all__ = ["GenerationDefaults", "Sampling", "bucket", "check_prompts", "empty_state", "generate", "generation_defaults"]
 
 # Prompts up to so long are read token by token where all rows are equally long: the program of one token reads them and
 # writes the answer, and compiling another one for the prompt takes seconds.
@@ -37,7 +37,7 @@ def _forward(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def _empty_state(structure: nnx.GraphDef, parameters: Mapping[str, jax.Array], batch: int, length: int) -> Any:
+def empty_state(structure: nnx.GraphDef, parameters: Mapping[str, jax.Array], batch: int, length: int) -> Any:
     """Returns the state before the first token, with caches of `length` slots."""
     return join_model(structure, parameters).init_state(batch, length)
 
@@ -65,13 +65,12 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new
     return rows
 
 
-def _padded_length(tokens: int) -> int:
-    """Returns the length to which prompts of up to so many tokens are padded, so that few programs are compiled.
-
-    That is the next multiple of 64, or for long prompts of a sixteenth to an eighth of their length; short ones are not padded.
-    """
-    step = max(SLOTS, 1 << max(tokens.bit_length() - 4, 0))
-    return tokens if tokens <= STEPWISE else -(-tokens // step) * step
+def bucket(length: int) -> int:
+    """Returns the smallest of 16, 24, 32, 48, 64, 96, 128, ... that is at least `length`: few shapes, and little padding."""
+    size = 16
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
 
 
 def generate(
@@ -90,7 +89,7 @@ def generate(
 ) -> list[list[int]]:
     """Continues token sequences, all rows at once.
 
-    Rows are padded on the left to one of a few lengths; padding is a segment of its own, which neither
+    Rows of different lengths are padded on the left; padding is a segment of its own, which neither
     attention nor a recurrent state sees, so a row's continuation does not depend on its neighbours.
 
     Args:
@@ -101,7 +100,7 @@ def generate(
       seed: of sampling.
       on_token: called with every step's ids [B].
       ended: called with a row's number and its new ids after each of them; True ends the row, which keeps them all.
-      padded_to: prompts are padded to at least so many tokens, so that batches of various lengths share a program.
+      padded_to: prompts are padded to at least so many tokens; with a `bucket`, batches of various lengths share a program.
 
     Returns:
       The new ids of each row.
@@ -113,7 +112,7 @@ def generate(
     rows_in = check_prompts(model.config, prompts, max_new_tokens)
     ends = [] if eos_id is None else [eos_id] if isinstance(eos_id, (int, np.integer)) else list(eos_id)
     ends = [check_integer("eos_id", i, minimum=0, maximum=model.config.vocab_size - 1) for i in ends]
-    B, longest = len(rows_in), _padded_length(max(padded_to, *map(len, rows_in)))
+    B, longest = len(rows_in), max(padded_to, *map(len, rows_in))
     ids = np.zeros((B, longest), np.int32)
     segments = np.zeros((B, longest), np.int32)
     for row, prompt in enumerate(rows_in):
@@ -123,7 +122,7 @@ def generate(
 
     structure, parameters = split_model(model)
     slots = -(-(longest + max_new_tokens) // SLOTS) * SLOTS
-    state = _empty_state(structure, parameters, B, slots)
+    state = empty_state(structure, parameters, B, slots)
     at_a_time = 1 if segments.all() and longest <= STEPWISE else longest  # steps of one token cannot leave out padding
     for begin in range(0, longest, at_a_time):
         part = np.s_[:, begin : begin + at_a_time]

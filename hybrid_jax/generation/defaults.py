@@ -65,13 +65,13 @@ def _sampling(path: pathlib.Path, values: Mapping[str, Any]) -> Sampling:
 def generation_defaults(directory: str | pathlib.Path, config: ModelConfig) -> GenerationDefaults:
     """Reads the defaults of a model directory.
 
-    `generation_config.json` decides where it exists; else config.json's `eos_token_id`, and greedy.
+    `generation_config.json` decides where it exists; else, or without a directory, config.json's `eos_token_id`, and greedy.
 
     Raises:
       ValueError: the file is not a JSON object, or a value in it is invalid; names the file.
     """
     path = pathlib.Path(directory) / FILE
-    if not path.is_file():
+    if not directory or not path.is_file():
         eos = config.extra.get("eos_token_id")
         return GenerationDefaults(None if eos is None else _eos_ids("config.json: eos_token_id", eos), Sampling())
     values = read_json(path)

@@ -107,6 +107,7 @@ class Objective:
         whatever trains of the parameters that the teacher reads is copied for it before the first step.
       checks: option -> (name, value) -> value, which raises ValueError if the value is bad.
       nothing: values of options that together make the loss 0 everywhere, which is refused.
+      conflict: all options -> what is wrong with their values together, in words; empty if nothing is.
     """
 
     loss: ObjectiveFunction
@@ -114,6 +115,7 @@ class Objective:
     two_streams: bool = False
     checks: Mapping[str, Callable[[str, Any], Any]] = dataclasses.field(default_factory=dict)
     nothing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    conflict: Callable[[Mapping[str, Any]], str] = lambda options: ""
 
     def __call__(self, model: Decoder, batch: Batch, teacher: Decoder | None = None, **options: Any) -> Outcome:
         """Computes the loss of a batch, of which the function gets what the objective declares."""

@@ -157,6 +157,12 @@ def align(
     return mean_over_tokens(losses, weights, metrics)
 
 
+def _conflict_of_align(options: Mapping[str, Any]) -> str:
+    if options["inputs"] == "teacher" and options["pre_lm_head"]:
+        return "with inputs = 'teacher' has no final states of the student to compare; set pre_lm_head = False"
+    return ""
+
+
 _WEIGHTS: dict[str, Callable[[str, Any], Any]] = dict.fromkeys(
     ("divergence_weight", "next_token_weight"), functools.partial(check_number, minimum=0)
 )
@@ -178,6 +184,7 @@ OBJECTIVES: dict[str, Objective] = {
             two_streams=True,
             checks={"pre_lm_head": check_boolean, "inputs": functools.partial(check_choice, choices=INPUTS_OF_LAYERS)},
             nothing={} if ALIGN_TARGETS[target] else {"pre_lm_head": False},
+            conflict=_conflict_of_align,
         )
         for target in ALIGN_TARGETS
     },
@@ -201,8 +208,6 @@ def make_objective(name: str, options: Mapping) -> Callable[..., Outcome]:
     if objective.nothing and objective.nothing == {n: {**known, **checked}[n] for n in objective.nothing}:
         given = ", ".join(f"{n} = {value!r}" for n, value in objective.nothing.items())
         raise ValueError(f"objective {name!r} with {given} is 0 everywhere, so nothing would train; set one of them otherwise")
-    if checked.get("inputs") == "teacher" and {**known, **checked}["pre_lm_head"]:
-        raise ValueError(
-            f"objective {name!r} with inputs = 'teacher' has no final states of the student to compare; set pre_lm_head = False"
-        )
+    if problem := objective.conflict({**known, **checked}):
+        raise ValueError(f"objective {name!r} {problem}")
     return functools.partial(objective, **checked)

@@ -22,7 +22,8 @@ from hybrid_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from hybrid_jax.evaluate.lm_eval import HybridLM, scoring
 from hybrid_jax.evaluate.lm_eval.options import GenerationOptions
 from hybrid_jax.evaluate.lm_eval.prefixes import group_by_prefix, make_rows
-from hybrid_jax.evaluate.lm_eval.scoring import Scorer, bucket
+from hybrid_jax.evaluate.lm_eval.scoring import Scorer
+from hybrid_jax.generation import bucket
 from hybrid_jax.generation.sampling import Sampling
 from tests.conftest import tiny_model
 

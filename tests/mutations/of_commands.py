@@ -85,8 +85,8 @@ MUTATIONS = [
     ),
     Mutation(
         "hybrid_jax/evaluate/measurement.py",
-        "- (second[:, 0] - other.value * weights)",
-        "+ (second[:, 0] - other.value * weights)",
+        "first[:, 0] - second[:, 0]",
+        "first[:, 0] + second[:, 0]",
         "what is hard for both models widens the interval of their difference",
         (f"{REPORT}::test_differences_are_of_the_same_rows_and_far_more_certain_than_the_two_numbers",),
     ),

@@ -126,7 +126,7 @@ def test_a_loss_does_not_depend_on_the_scale_of_its_weights(scale):
 
 def test_layers_that_read_the_teacher_s_states_are_aligned_one_by_one():
     batch = batch_of(rows=2)
-    model = tiny_model("SWA*-GDN*-*DA")
+    model = tiny_model("SWA*-SWA*-*DA")
     names, parameters = split_model(model)[0], split_model(model)[1]
     objective = make_objective("align_mixer", {"inputs": "teacher", "pre_lm_head": False})
 
@@ -144,7 +144,7 @@ def test_layers_that_read_the_teacher_s_states_are_aligned_one_by_one():
     assert float(chained.metrics["mixer_mse/00"]) == pytest.approx(mine[0], rel=1e-5)
     assert float(chained.metrics["mixer_mse/01"]) != pytest.approx(mine[1], rel=1e-3)
     grads = jax.grad(lambda p: objective(join_model(names, p), batch).loss.value)(parameters)
-    assert all(np.any(grads[n]) for n in (name, "layers.1.gdn.q_proj.kernel")) and not np.any(grads["layers.0.mlp.up_proj.kernel"])
+    assert all(np.any(grads[n]) for n in (name, "layers.1.swa.q_proj.kernel")) and not np.any(grads["layers.0.mlp.up_proj.kernel"])
 
 
 def test_layers_that_read_the_teacher_s_states_have_no_final_states_to_compare():

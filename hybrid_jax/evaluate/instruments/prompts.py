@@ -17,7 +17,7 @@ from hybrid_jax.evaluate.instruments.contract import Instrument, Progress, Subje
 from hybrid_jax.evaluate.measurement import Measurement, weighted_mean
 from hybrid_jax.evaluate.prompts import SUITES
 from hybrid_jax.evaluate.prompts.contract import Example, read_examples
-from hybrid_jax.generation import generate
+from hybrid_jax.generation import bucket, generate, generation_defaults
 from hybrid_jax.parallel.distributed import say
 
 
@@ -67,22 +67,18 @@ class Prompts(Instrument):
                 f"{self.suite}: {left_out} of {len(examples)} prompts are left out: with {new} new tokens they are longer than the "
                 f"model's {config.max_position_embeddings:,} positions"
             )
+        ends = generation_defaults(config.directory, config).eos_ids
         order = sorted(fits, key=lambda n: -len(tokens[n]))  # what needs most memory first, and like lengths together
         scores, empty = np.zeros(len(examples)), np.zeros(len(examples), bool)
         for begin in range(0, len(order), self.batch_size):
             batch = order[begin : begin + self.batch_size]
-            rows = generate(subject.model, [tokens[n] for n in batch], max_new_tokens=new, eos_id=self._ends(config))
+            length = bucket(max(len(tokens[n]) for n in batch))
+            rows = generate(subject.model, [tokens[n] for n in batch], max_new_tokens=new, eos_id=ends, padded_to=length)
             for n, row in zip(batch, rows, strict=True):
                 text = decode_continuation(subject.tokenizer, tokens[n], row)
                 scores[n], empty[n] = suite.score(text, examples[n]), not text.strip()
             progress(min(begin + self.batch_size, len(order)), len(order))
         return self._measured(examples, fits, scores, empty)
-
-    def _ends(self, config: ModelConfig) -> list[int]:
-        """Returns the ids that end a continuation."""
-        eos = config.extra.get("eos_token_id")
-        ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        return [i for i in ids if 0 <= i < config.vocab_size]
 
     def _measured(self, examples: list[Example], fits: list[int], scores: np.ndarray, empty: np.ndarray) -> list[Measurement]:
         counted = np.isin(np.arange(len(examples)), fits).astype(np.float64)[:, None]

@@ -22,9 +22,9 @@ from hybrid_jax.data import check_tokenizer_fits, load_tokenizer
 from hybrid_jax.data.chat import ChatTemplate, read_template, template_fingerprint
 from hybrid_jax.data.tokenizer import end_of_text_id
 from hybrid_jax.evaluate.lm_eval.options import GenerationOptions
-from hybrid_jax.evaluate.lm_eval.scoring import Score, Scorer, bucket
+from hybrid_jax.evaluate.lm_eval.scoring import Score, Scorer
 from hybrid_jax.files import find_shipped
-from hybrid_jax.generation import generate, generation_defaults
+from hybrid_jax.generation import bucket, generate, generation_defaults
 from hybrid_jax.mixers import KINDS
 from hybrid_jax.parallel.distributed import notice
 from hybrid_jax.progress import progress_bar

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,13 +13,13 @@ import numpy as np
 from flax import nnx
 
 from hybrid_jax.evaluate.lm_eval.prefixes import Group, Row, group_by_prefix, make_rows
+from hybrid_jax.generation import bucket, empty_state
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.cross_entropy import cross_entropy
 from hybrid_jax.parallel.tiles import top_k_tokens
-from hybrid_jax.parameters import join_model, split_model
+from hybrid_jax.parameters import Parameters, join_model, split_model
 
 CHUNK = 512  # tokens of a shared prefix that are computed at a time
-Parameters = Mapping[str, jax.Array]
 
 
 class Score(NamedTuple):
@@ -29,23 +29,10 @@ class Score(NamedTuple):
     greedy: bool
 
 
-def bucket(length: int) -> int:
-    """Returns the smallest of 16, 24, 32, 48, 64, 96, 128, ... that is at least `length`: few shapes, and little padding."""
-    size = 16
-    while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return size
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(structure: nnx.GraphDef, parameters: Parameters, ids: Any, segment_ids: Any) -> jax.Array:
     """Returns the final hidden states [B, T, hidden] of rows that begin at position 0."""
     return join_model(structure, parameters).hidden_states(ids, segment_ids)[0]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def _empty_state(structure: nnx.GraphDef, parameters: Parameters, batch: int, slots: int) -> Any:
-    return join_model(structure, parameters).init_state(batch, slots)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -158,7 +145,7 @@ class Scorer:
             ids[row, P - len(tokens) :] = tokens
             segments[row, P - len(tokens) :] = 1
         positions = np.maximum(np.cumsum(segments, axis=1, dtype=np.int32) - 1, 0)
-        state = _empty_state(self.structure, self.parameters, G, P + room)
+        state = empty_state(self.structure, self.parameters, G, P + room)
         for begin in range((P - longest) // chunk * chunk, P, chunk):  # chunks of padding alone are left out
             part = np.s_[:, begin : begin + chunk]
             _, state = _continued(self.structure, self.parameters, ids[part], segments[part], positions[part], state)

@@ -29,6 +29,7 @@ from hybrid_jax.checks import check_integer
 from hybrid_jax.config import ModelConfig, SWAConfig
 from hybrid_jax.data import HELD_OUT_SEED, Corpus
 from hybrid_jax.data.packing import Row
+from hybrid_jax.evaluate.measurement import mean_and_error
 from hybrid_jax.evaluate.measures import BLOCK, batch_size_on, held_out_rows, padded_batches, retrieval_rows
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.cross_entropy import cross_entropy
@@ -156,9 +157,4 @@ class SwaRetrieval:
 
 def _costs(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the rise of the mean loss that every replacement causes and its standard error over the rows, [num_layers] each."""
-    gaps, weights = sums[1:, :, 0] - sums[0, :, 0], sums[0, :, 1]
-    rises, rows = gaps.sum(1) / weights.sum(), int((weights > 0).sum())
-    if rows < 2:
-        return rises, np.full(len(rises), np.inf)
-    spread = np.square(gaps - rises[:, None] * weights).sum(1) * rows / (rows - 1)
-    return rises, np.sqrt(spread) / weights.sum()
+    return mean_and_error(sums[1:, :, 0] - sums[0, :, 0], sums[0, :, 1])
