@@ -14,10 +14,9 @@ from hybrid_jax.checks import check_choice, check_integer, check_known
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.convert import check_model_directory
 from hybrid_jax.data import check_tokenizer_fits, load_tokenizer, read_sources, read_tasks
-from hybrid_jax.data.documents import pieces
+from hybrid_jax.data.corpus import check_sources
 from hybrid_jax.data.pipeline import sources_of
 from hybrid_jax.data.teacher_cache import TeacherCache
-from hybrid_jax.data.tokens import is_prepared
 from hybrid_jax.families import config_from_hf, config_to_hf
 from hybrid_jax.fields import fields_of
 from hybrid_jax.files import find_shipped
@@ -205,9 +204,7 @@ def _check_data(data: Mapping[str, Any], fields: Mapping[str, Any], new_model: b
     check_known("config.data", data, fields)
     if new_model and not data.get("text"):
         raise ValueError("a new 'model' needs data.text, to train its tokenizer on")
-    for source in read_sources(data).values():
-        if not is_prepared(source.path):
-            pieces(source.path)
+    check_sources(data)
 
 
 def with_absolute_paths(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from hybrid_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from hybrid_jax.evaluate.evaluation import Evaluation, read_evaluation, targets_of
 from hybrid_jax.evaluate.instruments import make_instrument
 from hybrid_jax.evaluate.instruments.text import TextLoss
-from hybrid_jax.evaluate.results import fingerprint
+from hybrid_jax.evaluate.results import data_stamp, fingerprint
 from tests.conftest import GOLDEN, tiny_model
 
 
@@ -251,7 +251,7 @@ def test_any_field_of_an_evaluation_is_overridden_also_one_that_its_config_does_
 def test_a_stored_result_is_of_its_options(two_tokenizers):
     def of(text=str(two_tokenizers / "text.txt"), tasks=(), **options):
         instrument = make_instrument("x", {"instrument": "text", "seq_len": 80, **options})
-        return fingerprint(two_tokenizers / "small", {"text": text, "tasks": dict(tasks)}, instrument)
+        return fingerprint(two_tokenizers / "small", data_stamp({"text": text, "tasks": dict(tasks)}), instrument)
 
     others = [of(), of(seq_len=81), of(rows=5), of(text="stdlib"), of(tasks={"few": {"task": "retrieval"}})]
     assert of() == others[0] and all(a != b for n, a in enumerate(others) for b in others[:n])

@@ -78,6 +78,17 @@ def read_sources(data: Mapping[str, Any]) -> dict[str, Source]:
     return found
 
 
+def check_sources(data: Mapping[str, Any]) -> None:
+    """Checks that every source of text of a config's `data` is there, without reading it.
+
+    Raises:
+      ValueError: see `read_sources`. FileNotFoundError: a source is not there.
+    """
+    for source in read_sources(data).values():
+        if not is_prepared(source.path):
+            pieces(source.path)
+
+
 def read_tasks(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Returns the synthetic tasks of a config's `data` by name: {"task": a name of `TASKS`, and options that are not the defaults}.
 

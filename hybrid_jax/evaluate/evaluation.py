@@ -10,19 +10,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from hybrid_jax.checks import check_known
 from hybrid_jax.config_file import load_config
 from hybrid_jax.convert import check_model_directory, load_model
-from hybrid_jax.data import Corpus, check_tokenizer_fits, load_tokenizer, read_corpus, read_sources, read_tasks
-from hybrid_jax.data.documents import pieces
+from hybrid_jax.data import Corpus, check_tokenizer_fits, load_tokenizer, read_corpus, read_tasks
+from hybrid_jax.data.corpus import check_sources
 from hybrid_jax.data.tasks import task_fields
-from hybrid_jax.data.tokens import Encoder, is_prepared
+from hybrid_jax.data.tokens import Encoder
 from hybrid_jax.evaluate.instruments import INSTRUMENTS, Instrument, Subject, make_instrument
 from hybrid_jax.evaluate.measured import Measured, Target
-from hybrid_jax.evaluate.results import StoredResults, fingerprint
+from hybrid_jax.evaluate.results import StoredResults, data_stamp, fingerprint
 from hybrid_jax.files import find_shipped, read_json
 from hybrid_jax.parallel.distributed import barrier, is_first, say
 from hybrid_jax.parallel.mesh import AXES, make_mesh
@@ -60,9 +59,7 @@ class Evaluation:
         if not instruments:
             raise ValueError("the config needs 'instruments'; configs/evaluate.py is a complete example")
         check_known("config.data", data, fields["data"])
-        for source in read_sources(data).values():
-            if not is_prepared(source.path):
-                pieces(source.path)
+        check_sources(data)
         if bad := [name for name in instruments if not re.fullmatch(r"[\w. -]+", name)]:
             raise ValueError(f"config.instruments: names have letters, digits, '_', '-', '.' and spaces only, got {bad[0]!r}")
         read_tasks(data)
@@ -93,56 +90,63 @@ class Evaluation:
         Raises:
           ValueError: an instrument does not fit a model or the text; before anything is measured.
         """
-        mesh = make_mesh(self.mesh) if self.mesh else None
-        stored, corpora, last = StoredResults(out), {}, {target.run or target.name: target for target in targets}
+        return _Run(self, targets, out).all()
+
+
+class _Run:
+    """One run of an evaluation: what is known of its targets, and the texts that it has read."""
+
+    def __init__(self, evaluation: Evaluation, targets: Sequence[Target], out: pathlib.Path | None):
+        self.evaluation, self.targets = evaluation, targets
+        self.mesh = make_mesh(evaluation.mesh) if evaluation.mesh else None
+        self.stored, self.corpora = StoredResults(out), {}
         barrier("read what is stored")
-        prints = {t: {name: fingerprint(t.path, self.data, one) for name, one in self.instruments.items()} for t in targets}
-        for target in targets:
-            if all(stored.find(values) is not None for values in prints[target].values()):
-                continue
-            corpus = self._corpus(target, corpora)
-            for name, instrument in self.instruments.items():
+        self.configs = {t: check_model_directory(t.path) for t in targets}
+        self.encodings = {t: Encoder(t.path, config.extra.get("eos_token_id")).identity for t, config in self.configs.items()}
+        data, instruments = data_stamp(evaluation.data), evaluation.instruments.items()
+        self.prints = {t: {name: fingerprint(t.path, data, one) for name, one in instruments} for t in targets}
+
+    def all(self) -> list[Measured]:
+        """Checks every target of which something is not stored, then measures all of them."""
+        last = {target.run or target.name: target for target in self.targets}
+        for target in self.targets:
+            if any(self.stored.find(values) is None for values in self.prints[target].values()):
+                self.corpus(target)
                 if target in last.values():
-                    self._check(name, instrument, target, corpus, mesh)
-        return [self._measure(target, prints[target], stored, corpora, mesh) for target in targets]
+                    self.check(target)
+        return [self.measure(target) for target in self.targets]
 
-    def _corpus(self, target: Target, corpora: dict[str, Corpus]) -> Corpus:
+    def corpus(self, target: Target) -> Corpus:
         """Returns the texts by the target's own tokenizer; models with equal tokenizers share them."""
-        eos = check_model_directory(target.path).extra.get("eos_token_id")
-        key = json.dumps(Encoder(target.path, eos).identity, sort_keys=True)
-        if key not in corpora:
-            corpora[key] = read_corpus(self.data, target.path, eos)
-        return corpora[key]
+        key = json.dumps(self.encodings[target], sort_keys=True)
+        if key not in self.corpora:
+            self.corpora[key] = read_corpus(self.evaluation.data, target.path, self.configs[target].extra.get("eos_token_id"))
+        return self.corpora[key]
 
-    def _check(self, name: str, instrument: Instrument, target: Target, corpus: Corpus, mesh: Mesh | None) -> None:
-        try:
-            instrument.check(check_model_directory(target.path), corpus, mesh)
-        except ValueError as e:
-            raise ValueError(f"instruments.{name} does not fit {target.name!r} ({target.path}): {e}") from None
+    def check(self, target: Target) -> None:
+        """Checks that every instrument fits a target."""
+        for name, instrument in self.evaluation.instruments.items():
+            try:
+                instrument.check(self.configs[target], self.corpus(target), self.mesh)
+            except ValueError as e:
+                raise ValueError(f"instruments.{name} does not fit {target.name!r} ({target.path}): {e}") from None
 
-    def _measure(
-        self,
-        target: Target,
-        prints: Mapping[str, Mapping[str, Any]],
-        stored: StoredResults,
-        corpora: dict[str, Corpus],
-        mesh: Mesh | None,
-    ) -> Measured:
-        config, path, subject, results = check_model_directory(target.path), str(target.path.absolute()), None, {}
-        for name, instrument in self.instruments.items():
-            found = stored.find(prints[name])
+    def measure(self, target: Target) -> Measured:
+        """Returns the results of a target: those that are stored, and the others, which are stored one by one."""
+        path, prints, subject, results = str(target.path.absolute()), self.prints[target], None, {}
+        for name, instrument in self.evaluation.instruments.items():
+            found = self.stored.find(prints[name])
             if found is None:
-                if changes := stored.changes(path, name, prints[name]):
+                if changes := self.stored.changes(path, name, prints[name]):
                     say(f"{target.name}, {name}: measured again, changed since the stored result: {', '.join(changes)}")
                 if subject is None:
-                    corpus = self._corpus(target, corpora)
-                    subject = Subject(load_model(target.path, dtype=jnp.float32, mesh=mesh), corpus.tokenizer, corpus, mesh)
+                    model, corpus = load_model(target.path, dtype=jnp.float32, mesh=self.mesh), self.corpus(target)
+                    subject = Subject(model, corpus.tokenizer, corpus, self.mesh)
                 with _Bar(f"{target.name}, {name}") as progress:
                     found = instrument.measure(subject, progress)
-                stored.store(path, name, prints[name], found)
+                self.stored.store(path, name, prints[name], found)
             results[name] = found
-        tokenizer = Encoder(target.path, config.extra.get("eos_token_id")).identity["tokenizer"][:12]
-        return Measured(target, config.pattern, tokenizer, results)
+        return Measured(target, self.configs[target].pattern, self.encodings[target]["tokenizer"][:12], results)
 
 
 class _Bar:

@@ -27,22 +27,26 @@ def _hash_of(path: pathlib.Path, size: int, changed: int) -> str:
     return file_hash(path)
 
 
+def data_stamp(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what an evaluation's `data` is, by name: of each text how it fills rows and a stamp of its files; and the tasks."""
+    sources = read_sources(data).items()
+    texts = {f"the text {name}": [source.packing, source.long, source_stamp(source.path)] for name, source in sources}
+    return texts | {"tasks": dict(data.get("tasks") or {})}
+
+
 def fingerprint(model: pathlib.Path, data: Mapping[str, Any], instrument: Instrument) -> dict[str, Any]:
     """Returns everything that a result depends on, by name, in JSON's types.
 
-    That is a hash of every file of weights and of every JSON file of the model (config, tokenizer), what the texts are and how
-    they fill rows, the synthetic tasks, and the instrument with its options. Names, paths and meshes are not in it.
+    That is a hash of every file of weights and of every JSON file of the model (config, tokenizer), the data, and the instrument
+    with its options and what else it depends on. Names, paths and meshes are not in it.
 
     Args:
       model: a model directory.
-      data: the evaluation's `data`.
+      data: see `data_stamp`.
     """
-    found: dict[str, Any] = {"format": FORMAT}
+    found: dict[str, Any] = {"format": FORMAT, **data}
     for path in sorted([*model.glob("*.json"), *model.glob("*.safetensors")]):
         found[path.name] = _hash_of(path, path.stat().st_size, path.stat().st_mtime_ns)
-    for name, source in read_sources(data).items():
-        found[f"the text {name}"] = [source.packing, source.long, source_stamp(source.path)]
-    found["tasks"] = dict(data.get("tasks") or {})
     found["instrument"] = name_of(instrument)
     found["the instrument's files or machine"] = instrument.stamp()
     found |= {f"the option {name}": value for name, value in dataclasses.asdict(instrument).items()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import pathlib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ from hybrid_jax.evaluate.report.page import RESULTS
 from hybrid_jax.evaluate.report.tables import columns, find, show
 from hybrid_jax.files import write_text
 from hybrid_jax.parallel.distributed import say
-from hybrid_jax.sweep.points import Point
+from hybrid_jax.sweep.points import Point, names_of
 
 LOSS = "last loss of the last phase"
 SEED = "seed"
@@ -78,9 +77,8 @@ def _grouped(points: Sequence[Point], measured: Mapping[str, Measured]) -> list[
     for point in points:
         if point.name in measured:
             groups.setdefault(point.without(SEED), []).append(point)
-    found = []
-    for same in groups.values():
-        name = re.sub(rf"[,_]?\b{SEED}=\d+|_{SEED}=\d+", "", same[0].name).strip(",_") or "it"
+    names, found = names_of([(config, dict(overrides)) for config, overrides in groups]), []
+    for name, same in zip(names, groups.values(), strict=True):
         repeats = [measured[p.name] for p in same]
         found.append(over_repeats(f"{name} ({len(same)} seeds)", repeats) if len(same) > 1 else repeats[0])
     return found

@@ -41,8 +41,8 @@ class Point:
         """The point as options of the command line."""
         return [f"--config={self.config}", *(f"--config.{k}={v}" for k, v in self.overrides)]
 
-    def without(self, field: str) -> tuple[Any, ...]:
-        """What the point is, but for one field: equal for points that differ only in it."""
+    def without(self, field: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
+        """Returns config and overrides without one field: equal for points that differ only in it."""
         return self.config, tuple(pair for pair in self.overrides if pair[0] != field)
 
 
@@ -72,11 +72,11 @@ def points_of(config: Mapping[str, Any]) -> list[Point]:
     twice = next((pair for i, pair in enumerate(found) if pair in found[:i]), None)
     if twice:
         raise ValueError(f"the sweep has the same point twice: {twice[0]} with {twice[1]}")
-    names = _names(found)
+    names = names_of(found)
     return [Point(name, file, tuple(fields.items())) for name, (file, fields) in zip(names, found, strict=True)]
 
 
-def _names(points: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+def names_of(points: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
     """A name for each (config, overrides): the config where there are several, and the fields whose values differ.
 
     A field is called by the shortest end of its path that no other such field has. A long name ends in a hash instead.

@@ -1,5 +1,6 @@
 """The synthetic suite: a solver written from each task's definition answers every question from the tokens before it."""
 
+import functools
 import re
 from collections import Counter
 
@@ -7,25 +8,12 @@ import numpy as np
 import pytest
 
 from hybrid_jax.data.tasks import Material, make_task
+from tests.data.conftest import Text
 
 PAIRS, ASK, FIRST = 1, 2, 3
 
 
-class Text:
-    """Rows of text of the tokens 200 to 299."""
-
-    def __init__(self, length):
-        self.length = length
-
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, i):
-        ids = np.random.default_rng(i).integers(200, 300, self.length).astype(np.int32)
-        return {"input_ids": ids, "segment_ids": np.ones_like(ids), "loss_weights": np.ones(self.length, np.float32)}
-
-
-MATERIAL = Material((FIRST, FIRST + 120), PAIRS, ASK, Text)
+MATERIAL = Material((FIRST, FIRST + 120), PAIRS, ASK, functools.partial(Text, first=200))
 
 
 def segments(row):

@@ -7,22 +7,7 @@ from tokenizers import Tokenizer, models
 from hybrid_jax.data.corpus import Corpus, Source, read_tasks
 from hybrid_jax.data.tasks import TASKS, Induction, KeyValueRetrieval, Material, Needles, make_task, options_of
 from hybrid_jax.data.tokens import Tokens
-
-
-class Text:
-    """Rows of text whose token at place t of row i is 100 + 10 i + t % 10."""
-
-    def __init__(self, length):
-        self.length = length
-
-    def __len__(self):
-        return 3
-
-    def __getitem__(self, i):
-        assert 0 <= i < 3
-        ids = 100 + 10 * i + np.arange(self.length, dtype=np.int32) % 10
-        return {"input_ids": ids, "segment_ids": np.ones_like(ids), "loss_weights": (np.arange(self.length) > 0).astype(np.float32)}
-
+from tests.data.conftest import Text
 
 MATERIAL = Material((3, 60), 1, 2, Text)
 MANY = dict(

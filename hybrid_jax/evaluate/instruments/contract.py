@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
+from hybrid_jax.checks import check_integer
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.data import Corpus
 from hybrid_jax.evaluate.measurement import Measurement
@@ -60,6 +61,16 @@ class Instrument:
     def measure(self, subject: Subject, progress: Progress = lambda done, total: None) -> list[Measurement]:
         """Returns the numbers, the most important first. Every process of a job calls this and has the same result."""
         raise NotImplementedError
+
+
+def check_counts(instrument: Instrument, *names: str) -> None:
+    """Checks that options are integers of at least 1.
+
+    Raises:
+      ValueError: names the option.
+    """
+    for name in names:
+        check_integer(name, getattr(instrument, name), minimum=1)
 
 
 def check_rows(name: str, config: ModelConfig, mesh: Mesh | None, batch_size: int, seq_len: int) -> None:

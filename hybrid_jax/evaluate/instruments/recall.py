@@ -10,11 +10,10 @@ from typing import Any, ClassVar
 import numpy as np
 from jax.sharding import Mesh
 
-from hybrid_jax.checks import check_integer
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.data import HELD_OUT_SEED, Corpus
 from hybrid_jax.data.tasks import check_options
-from hybrid_jax.evaluate.instruments.contract import Instrument, Progress, Subject, check_rows
+from hybrid_jax.evaluate.instruments.contract import Instrument, Progress, Subject, check_counts, check_rows
 from hybrid_jax.evaluate.measurement import Measurement, buckets, weighted_mean
 from hybrid_jax.evaluate.token_scores import TokenScores, token_scores
 
@@ -49,8 +48,7 @@ class Recall(Instrument):
     batch_size: int = 8
 
     def __post_init__(self):
-        for name in ("seq_len", "rows", "batch_size"):
-            check_integer(name, getattr(self, name), minimum=1)
+        check_counts(self, "seq_len", "rows", "batch_size")
         if empty := [name for name, values in self.grid.items() if not len(values)]:
             raise ValueError(f"recall: the grid has no values for {empty[0]!r}")
 

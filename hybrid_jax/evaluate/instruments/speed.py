@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from hybrid_jax.checks import check_integer
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.data import Corpus
-from hybrid_jax.evaluate.instruments.contract import Instrument, Progress, Subject
+from hybrid_jax.evaluate.instruments.contract import Instrument, Progress, Subject, check_counts
 from hybrid_jax.evaluate.measurement import Measurement, weighted_mean
 from hybrid_jax.parameters import Parameters, join_model, split_model
 
@@ -44,8 +44,7 @@ class Speed(Instrument):
     repeats: int = 5
 
     def __post_init__(self):
-        for name in ("batch_size", "new_tokens", "repeats"):
-            check_integer(name, getattr(self, name), minimum=1)
+        check_counts(self, "batch_size", "new_tokens", "repeats")
         if not self.lengths:
             raise ValueError("speed: lengths must hold at least one number of tokens")
         for length in self.lengths:

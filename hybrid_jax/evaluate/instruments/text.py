@@ -10,10 +10,9 @@ from typing import ClassVar
 import numpy as np
 from jax.sharding import Mesh
 
-from hybrid_jax.checks import check_integer
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.data import Corpus
-from hybrid_jax.evaluate.instruments.contract import Instrument, Progress, Subject, check_rows
+from hybrid_jax.evaluate.instruments.contract import Instrument, Progress, Subject, check_counts, check_rows
 from hybrid_jax.evaluate.measurement import Measurement, buckets, weighted_mean
 from hybrid_jax.evaluate.measures import evenly_spaced
 from hybrid_jax.evaluate.token_scores import token_scores
@@ -42,8 +41,7 @@ class TextLoss(Instrument):
     batch_size: int = 8
 
     def __post_init__(self):
-        for name in ("seq_len", "rows", "batch_size"):
-            check_integer(name, getattr(self, name), minimum=1)
+        check_counts(self, "seq_len", "rows", "batch_size")
 
     def check(self, config: ModelConfig, corpus: Corpus, mesh: Mesh | None = None) -> None:
         check_rows("text", config, mesh, self.batch_size, self.seq_len)

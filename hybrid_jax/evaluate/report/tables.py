@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from hybrid_jax.data import read_sources
 from hybrid_jax.evaluate.evaluation import Evaluation
 from hybrid_jax.evaluate.instruments.text import TextLoss
 from hybrid_jax.evaluate.measured import Measured
@@ -180,9 +181,10 @@ def notes(evaluation: Evaluation, rows: Sequence[Measured]) -> list[str]:
         named = "; ".join(", ".join(names) for names in groups.values())
         found.append(f"the models have {len(groups)} different tokenizers ({named}): compare losses per token only within a group.")
     for name, instrument in evaluation.instruments.items():
-        losses = [find(row, name, ("loss",)) for row in rows] if isinstance(instrument, TextLoss) else []
-        read = [m.count for m in losses if m is not None]
-        wanted = getattr(instrument, "rows", 0) * (len(instrument.sources) or 1 if isinstance(instrument, TextLoss) else 1)
+        if not isinstance(instrument, TextLoss):
+            continue
+        read = [m.count for m in (find(row, name, ("loss",)) for row in rows) if m is not None]
+        wanted = instrument.rows * len(instrument.sources or read_sources(evaluation.data))
         if read and min(read) < wanted:
             found.append(
                 f"{name}: the held-out text has only {min(read):,} rows, not the {wanted:,} asked for; all of them were read."
