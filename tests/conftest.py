@@ -4,8 +4,14 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Interpreted kernels run in XLA, which else takes x -> bf16 -> float32 for x; Mosaic and Triton round, and the kernels count on it.
-os.environ["XLA_FLAGS"] = f"--xla_allow_excess_precision=false {os.environ.get('XLA_FLAGS', '')}"
+# Most of the tests' time is XLA's, compiling programs for the CPU that run once: the newer emitters of fusions, and dividing a
+# small program's code between threads, would take more than half of it. Interpreted kernels run in XLA too, which else takes
+# x -> bf16 -> float32 for x; Mosaic and Triton round, and the kernels count on it.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ["XLA_FLAGS"] = (
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 --xla_allow_excess_precision=false "
+    + os.environ.get("XLA_FLAGS", "")
+)
 
 import pathlib
 import socket
@@ -26,9 +32,6 @@ from hybrid_jax.evaluate.measures import batch_sums, padded_batches
 from hybrid_jax.mixers import KINDS
 from hybrid_jax.model import Decoder
 from hybrid_jax.parameters import split_model
-
-if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:  # most of the tests' time is XLA's, optimizing programs that run once
-    jax.config.update("jax_disable_most_optimizations", True)
 
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -103,11 +106,16 @@ def loss_and_accuracy(model, rows) -> tuple[float, float]:
     return float(loss / weight), float(right / weight)
 
 
-def run_processes(module, processes, *arguments, devices=8, timeout=900, env=None):
+def cpu_devices(count) -> dict[str, str]:
+    """Returns the environment in which another process of the tests has so many CPU devices."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+
+
+def run_processes(module, processes, *arguments, devices=8, timeout=900):
     """Starts `python -m module PROCESS PROCESSES PORT *arguments` in every process; the first one's output."""
     port = free_port()
-    flags = f"--xla_force_host_platform_device_count={devices // processes}"
-    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **(env or {})}
+    env = cpu_devices(devices // processes)
     running = [
         subprocess.Popen(
             [sys.executable, "-m", module, str(i), str(processes), str(port), *arguments],

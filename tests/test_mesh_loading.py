@@ -1,11 +1,10 @@
 """Loading straight into a sharding, on eight CPU devices in a process of its own."""
 
-import os
 import subprocess
 import sys
 
 from hybrid_jax import save_model
-from tests.conftest import tiny_model
+from tests.conftest import cpu_devices, tiny_model
 
 PROGRAM = """
 import sys
@@ -31,8 +30,6 @@ print("passed")
 
 def test_parameters_are_read_straight_into_their_sharding(tmp_path):
     save_model(tiny_model("*-GKA", vocab_size=62), tmp_path / "model")
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path / "model")], env=env, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "model")]
+    done = subprocess.run(command, env=cpu_devices(8), capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "passed" in done.stdout, done.stderr[-2000:]

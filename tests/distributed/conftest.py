@@ -1,10 +1,10 @@
 """Shared by the tests of jobs of several processes: how a process is started, and what it runs."""
 
-import os
 import subprocess
 import sys
 
 from hybrid_jax.train import read_metrics
+from tests.conftest import cpu_devices
 
 CONFIG = r"""
 from ml_collections import ConfigDict
@@ -20,8 +20,7 @@ def get_config():
 
 
 def start(arguments, devices, env):
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", **flags, **env}
+    env = {**cpu_devices(devices), **env}
     command = [sys.executable, "-m", "hybrid_jax", *arguments]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

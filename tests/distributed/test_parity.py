@@ -11,8 +11,7 @@ TOLERANCE = 1e-5
 
 
 def check(cases, processes):
-    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # large programs of small arrays
-    out = run_processes("tests.distributed.parity", processes, *cases, env=quick)
+    out = run_processes("tests.distributed.parity", processes, *cases)
     found = dict(re.findall(r"^(.*): loss (\S+, gradients \S+) ", out, re.M))
     assert set(found) == set(cases), out
     for case, numbers in found.items():

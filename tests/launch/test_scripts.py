@@ -9,7 +9,7 @@ import tomllib
 
 import pytest
 
-from tests.conftest import free_port
+from tests.conftest import cpu_devices, free_port
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 COMMAND = ["prime", "--config=configs/prime_tiny.py:GKA", "--workdir=/data/my run"]
@@ -67,7 +67,7 @@ def test_slurm_s_environment_is_enough_to_find_each_other():
     job = str(free_port())
     program = "import jax, hybrid_jax.parallel.distributed as d; d.initialize(); print(jax.process_index(), jax.device_count())"
     slurm = {"SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
-    env = {**os.environ, **slurm, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    env = {**cpu_devices(1), **slurm}
     processes = [
         subprocess.Popen([sys.executable, "-c", program], env={**env, "SLURM_PROCID": str(i)}, stdout=subprocess.PIPE, text=True)
         for i in range(2)
