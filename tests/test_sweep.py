@@ -17,7 +17,7 @@ from hybrid_jax.evaluate.evaluation import Evaluation
 from hybrid_jax.evaluate.instruments import make_instrument
 from hybrid_jax.evaluate.measured import Measured, Target, write_measured
 from hybrid_jax.evaluate.measurement import weighted_mean
-from hybrid_jax.sweep import collect, points_of, run_point
+from hybrid_jax.sweep import collect, measure_models, points_of, run_point
 from hybrid_jax.sweep.collecting import draw_sweep
 from hybrid_jax.sweep.running import _command
 
@@ -117,6 +117,7 @@ def test_points_run_one_by_one_as_an_array_and_are_collected(sweep, tmp_path, ca
     assert main([*sweep, "--collect"]) == 0
     rows = json.loads((out / "results.json").read_text())
     assert [r["status"] for r in rows] == ["done", "done"] and rows[0]["losses"]["align"] != rows[1]["losses"]["align"]
+    assert all(r["tokens"] == 2 * 2 * 32 and r["seconds"] > 0 for r in rows)
     assert (out / "table.md").read_text().count("done") == 2 and (out / "sweep.png").stat().st_size > 5000
     assert all(p.stat().st_mtime_ns == t for p, t in done.items())
     assert (out / "runs" / rows[0]["name"] / "run.png").stat().st_size > 5000
@@ -163,13 +164,38 @@ def test_a_point_ended_by_the_system_is_told_with_the_signal(tmp_path, monkeypat
 def test_a_failed_point_of_an_array_is_failed_in_the_table_and_runs_again(tmp_path, monkeypatch):
     (point,) = points_of(ConfigDict({"configs": ("a.py",)}))
     outcomes = [("failed", "no such file"), ("stopped", "later"), ("done", "")]
-    monkeypatch.setattr("hybrid_jax.sweep.running._command", lambda *_: outcomes.pop(0))
-    monkeypatch.setattr("hybrid_jax.sweep.running.phases_of", lambda _: {})
-    for want in ("failed", "stopped", "done"):
+    monkeypatch.setattr("hybrid_jax.sweep.running._command", lambda *_, **__: outcomes.pop(0))
+    monkeypatch.setattr("hybrid_jax.sweep.running.phases_of", lambda _: {"a": [{"loss": 1.0, "tokens": 96}]})
+    clock = iter(range(0, 100, 10))
+    monkeypatch.setattr("hybrid_jax.sweep.running.time.monotonic", lambda: next(clock))
+    for n, want in enumerate(("failed", "stopped", "done"), start=1):
         assert run_point(point, tmp_path, {})["status"] == want
         (row,) = collect(tmp_path, [point], {})  # by another process
-        assert row["status"] == ("failed" if want == "stopped" else want)
+        assert (row["status"], row["seconds"]) == (want, 10 * n)  # of all tries
     assert run_point(point, tmp_path, {})["status"] == "done" and outcomes == []
+    assert "| done | 96 | 30 | 1.0000 |" in (tmp_path / "table.md").read_text()
+
+
+def test_models_beside_the_points_are_measured_like_them_and_stand_first(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("hybrid_jax.sweep.running._command", lambda *given, env: calls.append((given, env)) or ("done", ""))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "mine")
+    evaluate = {"config": "c.py", "seq_len": 64, "models": {"source": "dir"}}
+    assert measure_models(tmp_path, evaluate) == ("done", "")
+    ((given, env),) = calls
+    assert given == ("evaluate", "--model=source=dir", f"--out={tmp_path / 'models'}", "--config=c.py", "--seq-len=64")
+    assert env["JAX_COMPILATION_CACHE_DIR"] == "mine"  # and not the sweep's, which is the default
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    measure_models(tmp_path, evaluate)
+    assert calls[1][1]["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "compiled")
+    evaluation, points = Evaluation(TEXT, {"text": "stdlib"}), points_of(ConfigDict({"configs": ("a.py",)}))
+    for name, folder, loss in (("source", tmp_path / "models", 2.5), ("it", tmp_path / "runs" / "a" / "evaluation", 2.75)):
+        folder.mkdir(parents=True)
+        found = weighted_mean("loss", np.full((4, 1), loss), np.ones((4, 1)), "nats/token")
+        write_measured([Measured(Target(name, tmp_path), "*", "t", {"text": [found]})], folder / "results.json")
+    collect(tmp_path, points, {"a": {"name": "a", "status": "done"}}, evaluation)
+    report = (tmp_path / "report" / "report.md").read_text()
+    assert report.index("| source | `*` | 2.500") < report.index("| a | `*` | 2.750") < report.index("| a − source | +0.250")
 
 
 def test_a_failed_point_is_told_and_the_others_run(sweep, tmp_path, capfd):
@@ -201,11 +227,13 @@ def test_every_number_of_the_table_stands_in_its_column_and_seeds_are_one_line_o
     assert dict(zip(header, lines[0], strict=True)) == {
         "point": "lr=1_seed=0",
         "status": "done",
+        "tokens": "–",
+        "seconds": "–",
         "align loss": "0.5000",
         "train loss": "2.2500",
         "text: loss (nats/token)": "3.125 ± 0.000",
     }
-    assert lines[3] == ["lr=2_seed=1", "not run", "–", "–", "–"]
+    assert lines[3] == ["lr=2_seed=1", "not run", "–", "–", "–", "–", "–"]
     report = (tmp_path / "report" / "report.md").read_text().splitlines()
     assert [line for line in report if line.startswith("| lr=1")] == ["| lr=1 (2 seeds) | `*-GKA` | 3.250 ± 1.588 |"]
     assert any(line.startswith("| lr=2_seed=0 | ") for line in report)

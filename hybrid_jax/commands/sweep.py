@@ -41,9 +41,10 @@ def check_points(points) -> list:
 
 def run(args: argparse.Namespace) -> None:
     from hybrid_jax.config_file import load_config
-    from hybrid_jax.evaluate.evaluation import read_evaluation
+    from hybrid_jax.evaluate.evaluation import read_evaluation, targets_of
     from hybrid_jax.stopped import Stopped
-    from hybrid_jax.sweep import claim, collect, points_of, run_point
+    from hybrid_jax.sweep import claim, collect, measure_models, points_of, run_point
+    from hybrid_jax.sweep.points import MODELS
 
     config, out = load_config([f"--config={args.config}"]), pathlib.Path(args.out)
     config = config.to_dict()
@@ -65,10 +66,16 @@ def run(args: argparse.Namespace) -> None:
     evaluate = dict(config.get("evaluate") or {})
     evaluation = None
     if evaluate:
-        options = {key: value for key, value in evaluate.items() if key != "config"}
+        options = {key: value for key, value in evaluate.items() if key not in ("config", MODELS)}
         evaluation = read_evaluation(evaluate.get("config", "configs/evaluate.py"), **options)
+        if models := evaluate.get(MODELS):
+            evaluation.check(targets_of([f"{name}={path}" for name, path in models.items()], ()))
     claim(out, points, configs, evaluate)
     results = {}
+    if evaluate.get(MODELS) and points[0] in chosen and not args.collect:
+        status, error = measure_models(out, evaluate)
+        if status != "done":
+            raise Stopped("measuring was stopped; the same command resumes the sweep") if status == "stopped" else ValueError(error)
     for n, point in enumerate(chosen if not args.collect else (), start=1):
         print(f"sweep: {n} of {len(chosen)}, {point.name}", flush=True)
         results[point.name] = run_point(point, out, evaluate)

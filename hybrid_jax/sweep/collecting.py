@@ -22,7 +22,8 @@ from hybrid_jax.evaluate.report.page import RESULTS
 from hybrid_jax.evaluate.report.tables import columns, find, show
 from hybrid_jax.files import write_text
 from hybrid_jax.parallel.distributed import say
-from hybrid_jax.sweep.points import Point, names_of
+from hybrid_jax.sweep.points import MODELS, Point, names_of
+from hybrid_jax.sweep.running import EVALUATION
 
 LOSS = "last loss of the last phase"
 SEED = "seed"
@@ -33,31 +34,35 @@ def collect(
 ) -> list[dict[str, Any]]:
     """Writes the table, the picture and the report of what is there, prints the table, and returns its rows, one per point.
 
-    Points that differ only in their seed are repetitions: the report shows their means, with intervals over the seeds.
+    Points that differ only in their seed are repetitions: the report shows their means, with intervals over the seeds. Before
+    them it has the models that the sweep is compared with.
 
     Args:
       results: outcomes by the names of points; those that are not there are read from `out`.
       evaluation: how the points are evaluated; None: they are not.
     """
     rows, measured = [], {}
+    beside = out / MODELS / RESULTS
+    models = read_measured(beside) if evaluation is not None and beside.exists() else []
     for point in points:
         kept = out / "results" / f"{point.name}.json"
         waiting = {"name": point.name, "status": "not run", "overrides": dict(point.overrides), "config": point.config}
         rows.append(results.get(point.name) or (json.loads(kept.read_text()) if kept.exists() else waiting))
-        found = out / "runs" / point.name / "evaluation" / RESULTS
+        found = out / "runs" / point.name / EVALUATION / RESULTS
         if evaluation is not None and rows[-1]["status"] == "done" and found.exists():
             measured[point.name] = read_measured(found)[0].named(point.name)
-    shown = columns(evaluation, list(measured.values())) if evaluation is not None else []
+    shown = columns(evaluation, [*models, *measured.values()]) if evaluation is not None else []
     for row in rows:
         numbers = [find(measured[row["name"]], c.instrument, c.key) if row["name"] in measured else None for c in shown]
         row["measures"] = {c.title: m.value for c, m in zip(shown, numbers, strict=True) if m is not None}
         row["cells"] = [show(m) for m in numbers]
     phases = list(dict.fromkeys(name for row in rows for name in row.get("losses", {})))
-    header = ("point", "status", *(f"{p} loss" for p in phases), *(c.title for c in shown))
-    cells = [
-        (row["name"], row["status"], *(_number(row.get("losses", {}).get(p), ".4f") for p in phases), *row.pop("cells"))
-        for row in rows
-    ]
+    header = ("point", "status", "tokens", "seconds", *(f"{p} loss" for p in phases), *(c.title for c in shown))
+    cells = []
+    for row in rows:
+        losses = (_number(row.get("losses", {}).get(p), ".4f") for p in phases)
+        cost = _number(row.get("tokens"), ",d"), _number(row.get("seconds"), ",.0f")
+        cells.append((row["name"], row["status"], *cost, *losses, *row.pop("cells")))
     table = Table(*(Column(name, overflow="fold") for name in header), title=str(out))
     for line in cells:
         table.add_row(*line)
@@ -67,7 +72,8 @@ def collect(
     draw_sweep(rows, out / "sweep.png")
     if evaluation is not None and measured:
         (out / "report").mkdir(exist_ok=True)
-        say(f"report: {write_report(evaluation, _grouped(points, measured), out / 'report', title=f'Sweep: {out.name}')}")
+        compared = [*models, *_grouped(points, measured)]
+        say(f"report: {write_report(evaluation, compared, out / 'report', title=f'Sweep: {out.name}')}")
     return rows
 
 

@@ -18,7 +18,8 @@ from hybrid_jax.config_file import flat
 from hybrid_jax.files import check_new_directory, new_directory, write_text
 
 KEYS = {"configs", "grid", "points", "evaluate"}
-EVALUATE_KEYS = {"config", "text", "seq_len", "rows"}
+MODELS = "models"  # of `evaluate`: models that are measured beside the points, name -> directory
+EVALUATE_KEYS = {"config", "text", "seq_len", "rows", MODELS}
 LONGEST_NAME = 100  # characters; file systems take 255 bytes
 
 

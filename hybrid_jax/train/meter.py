@@ -61,11 +61,11 @@ class Meter:
             self.begun += time.perf_counter() - begin
 
     def read(self, step: int) -> dict[str, float]:
-        """After `step`; without speeds if there were none to measure."""
-        values = {}
+        """Returns the tokens read up to `step`, and the speeds, if there is something to measure them by."""
+        values: dict[str, float] = {"tokens": step * self.tokens}
         if self.first is not None and self.begun is not None and step > self.first:
             seconds, steps = time.perf_counter() - self.begun, step - self.first
-            values = {"tokens_per_second": steps * self.tokens / seconds, "data_wait": self.waited / seconds}
+            values |= {"tokens_per_second": steps * self.tokens / seconds, "data_wait": self.waited / seconds}
             if self.kind is not None and self.flops:
                 values["mfu"] = steps * self.flops / seconds / (self.kind.flops * jax.device_count())
         if memory := (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"):

@@ -1,5 +1,6 @@
 """Suites of prompts from files: how they are read and scored, and what a model gets for its continuations."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -26,7 +27,7 @@ RULER = {"input": "The magic number of x is 7. What is it?", "outputs": ["7", "E
 
 def test_ruler_counts_the_references_in_a_continuation_and_for_questions_whether_any_is_there():
     one, question = example("ruler", RULER), example("ruler", RULER, "qa_1/validation.jsonl")
-    assert one.prompt == RULER["input"] + " It is" and one.at == {"task": "niah_single_1"}
+    assert one.plain == RULER["input"] + " It is" and one.at == {"task": "niah_single_1"}
     score = SUITES["ruler"].score
     assert [score(text, one) for text in (" 7 and EIGHT", "\x007", "nine", "")] == [1, 0.5, 0, 0]
     assert [score(text, question) for text in ("eight", "nine")] == [1, 0]
@@ -44,7 +45,7 @@ def test_babilong_wants_the_target_in_the_first_sentence():
 
 def test_helmet_compares_without_case_punctuation_and_articles():
     one = example("helmet", {"context": "c", "question": "k", "answer": "the Red-fox", "demos": [["a", "b"]]})
-    assert one.prompt.endswith("Key: a\nValue: b\n\nKey: k\nValue:")
+    assert one.plain.endswith("Key: a\nValue: b\n\nKey: k\nValue:")
     score = SUITES["helmet"].score
     assert [score(text, one) for text in ("It is a redfox!", "red fox")] == [1, 0]
     several = example("helmet", {"context": "c", "query": "q", "outputs": ["x1", "x2"]})
@@ -55,7 +56,11 @@ def test_mrcr_wants_the_random_text_first_and_then_measures_similarity():
     record = {"prompt": json.dumps([{"role": "user", "content": "hi"}]), "answer": "R7abcd", "n_needles": 2}
     one = example("mrcr", {**record, "random_string_to_prepend": "R7"})
     score = SUITES["mrcr"].score
-    assert one.prompt == "user: hi\n\nassistant:" and one.at == {"needles": 2}
+    assert (
+        one.plain == "user: hi\n\nassistant:"
+        and one.conversation == [{"role": "user", "content": "hi"}]
+        and one.at == {"needles": 2}
+    )
     assert score("R7abcd", one) == 1 and score("abcd", one) == 0 and score("R7abxx", one) == pytest.approx(0.5)
 
 
@@ -126,6 +131,23 @@ def test_the_prompts_of_a_real_model_are_continued_as_generate_does(tmp_path, co
     path = write(tmp_path / "a" / "validation.jsonl", *({"input": "a line of " * n, "outputs": ["zzz"]} for n in (1, 5)))
     found = make_instrument("p", dict(instrument="prompts", path=str(path), new_tokens=2)).measure(subject)
     assert found[0].measure == "score" and found[0].value == 0 and found[0].count == 2
+
+
+def test_an_instruct_model_is_asked_by_its_chat_template_and_begins_as_the_suite_says(tmp_path, corpus, monkeypatch):
+    model = tiny_model("*", vocab_size=300)
+    given = []
+    monkeypatch.setattr(prompts, "generate", lambda _, rows, **__: given.extend(rows) or [[0]] * len(rows))
+    path = write(tmp_path / "a" / "validation.jsonl", {"input": "which?", "outputs": ["x"], "answer_prefix": " It is"})
+    instrument = make_instrument("p", dict(instrument="prompts", path=str(path), chat=True))
+    with pytest.raises(ValueError, match="has no chat template"):
+        instrument.check(dataclasses.replace(model.config, directory=tmp_path), corpus)
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[model]")
+    model.config = dataclasses.replace(model.config, directory=tmp_path)
+    instrument.check(model.config, corpus)
+    instrument.measure(Subject(model, corpus.tokenizer, corpus))
+    assert [corpus.tokenizer.decode(row) for row in given] == ["[user]which?[model]It is"]
+    with pytest.raises(ValueError, match="loaded from a directory"):
+        instrument.check(tiny_model("*").config, corpus)
 
 
 def test_suites_and_meshes_that_do_not_work_are_refused(corpus):

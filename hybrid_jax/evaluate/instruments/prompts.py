@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import numpy as np
 from jax.sharding import Mesh
 
-from hybrid_jax.checks import check_choice, check_integer
+from hybrid_jax.checks import check_boolean, check_choice, check_integer
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.data import Corpus
+from hybrid_jax.data.chat import ChatTemplate
 from hybrid_jax.data.corpus import source_stamp
 from hybrid_jax.data.tokenizer import decode_continuation, encode_prompt
 from hybrid_jax.evaluate.instruments.contract import Instrument, Progress, Subject
@@ -33,6 +35,7 @@ class Prompts(Instrument):
       path: a file, or a folder with files.
       limit: of every file only so many examples; 0: all.
       new_tokens: tokens that are generated; 0: as many as the suite says.
+      chat: ask by the model's chat template, as an instruct model expects; the suite's beginning of the answer follows it.
       batch_size: prompts at a time.
     """
 
@@ -42,25 +45,34 @@ class Prompts(Instrument):
     path: str = ""
     limit: int = 0
     new_tokens: int = 0
+    chat: bool = False
     batch_size: int = 8
 
     def __post_init__(self):
         check_choice("suite", self.suite, SUITES)
         for name, least in (("limit", 0), ("new_tokens", 0), ("batch_size", 1)):
             check_integer(name, getattr(self, name), minimum=least)
+        check_boolean("chat", self.chat)
 
     def check(self, config: ModelConfig, corpus: Corpus, mesh: Mesh | None = None) -> None:
         if mesh is not None:
             raise ValueError("prompts: generation runs on one device; evaluate prompts without a mesh")
-        read_examples(SUITES[self.suite], self.path, self.limit)
+        if self.chat:
+            _template(config)
+        _ = self.examples
+
+    @functools.cached_property
+    def examples(self) -> list[Example]:
+        """The suite's examples, read once for all models."""
+        return read_examples(SUITES[self.suite], self.path, self.limit)
 
     def stamp(self) -> Any:
         return source_stamp(self.path) if self.path else None
 
     def measure(self, subject: Subject, progress: Progress = lambda done, total: None) -> list[Measurement]:
-        suite, examples = SUITES[self.suite], read_examples(SUITES[self.suite], self.path, self.limit)
+        suite, examples = SUITES[self.suite], self.examples
         new, config = self.new_tokens or suite.new_tokens, subject.model.config
-        tokens = [encode_prompt(subject.tokenizer, example.prompt) for example in examples]
+        tokens = self._tokens(subject, examples)
         fits = [n for n in range(len(examples)) if len(tokens[n]) + new <= config.max_position_embeddings]
         if left_out := len(examples) - len(fits):
             say(
@@ -80,6 +92,14 @@ class Prompts(Instrument):
             progress(min(begin + self.batch_size, len(order)), len(order))
         return self._measured(examples, fits, scores, empty)
 
+    def _tokens(self, subject: Subject, examples: list[Example]) -> list[list[int]]:
+        """Returns what the model continues; chat templates write the tokens that begin a document themselves."""
+        if not self.chat:
+            return [encode_prompt(subject.tokenizer, example.plain) for example in examples]
+        template = _template(subject.model.config)
+        texts = (template.render(e.conversation, add_generation_prompt=True) + e.begin.lstrip() for e in examples)
+        return [subject.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+
     def _measured(self, examples: list[Example], fits: list[int], scores: np.ndarray, empty: np.ndarray) -> list[Measurement]:
         counted = np.isin(np.arange(len(examples)), fits).astype(np.float64)[:, None]
         found = [
@@ -93,3 +113,14 @@ class Prompts(Instrument):
                 mean = weighted_mean("score", scores[:, None], counted * here, share=True)
                 found.append(mean and dataclasses.replace(mean, at={name: value}))
         return [m for m in found if m is not None]
+
+
+def _template(config: ModelConfig) -> ChatTemplate:
+    """Returns the chat template of a model that was loaded from a directory.
+
+    Raises:
+      ValueError: it has none.
+    """
+    if not config.directory:
+        raise ValueError("prompts: chat needs a model that was loaded from a directory with a chat template")
+    return ChatTemplate(config.directory)

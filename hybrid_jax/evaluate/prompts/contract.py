@@ -14,16 +14,30 @@ class Example:
     """One prompt.
 
     Args:
-      prompt: the text that the model continues.
+      prompt: the text that asks.
       references: right answers, as the suite's scorer takes them.
       at: what kind of example it is, e.g. {"task": "niah_single_1"}; results are also given by it.
       record: the record it was made from.
+      begin: how the answer begins, which the model continues; with the white space that divides it from the prompt.
+      messages: the prompt as a conversation, {role, content} each; empty: the prompt is one message of a user.
     """
 
     prompt: str
     references: tuple[str, ...]
     at: Mapping[str, str | int] = dataclasses.field(default_factory=dict)
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    begin: str = ""
+    messages: tuple[Mapping[str, str], ...] = ()
+
+    @property
+    def plain(self) -> str:
+        """The text that a model without chat template continues."""
+        return self.prompt + self.begin
+
+    @property
+    def conversation(self) -> list[dict[str, str]]:
+        """The messages that a chat template renders; `begin`, without white space before it, follows what it renders."""
+        return [dict(m) for m in self.messages] or [{"role": "user", "content": self.prompt}]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,7 +36,7 @@ def _without_control_characters(text: str) -> str:
 def read_ruler(record: Record, path: pathlib.Path) -> Example:
     """A line of TASK/validation.jsonl: `input`, `outputs`, and maybe `answer_prefix` and `length`."""
     at: dict[str, str | int] = {"task": path.parent.name}
-    return Example(record["input"] + record.get("answer_prefix", ""), _texts(record["outputs"], "outputs"), at, record)
+    return Example(record["input"], _texts(record["outputs"], "outputs"), at, record, begin=record.get("answer_prefix", ""))
 
 
 def score_ruler(prediction: str, example: Example) -> float:
@@ -51,11 +51,11 @@ def read_babilong(record: Record, path: pathlib.Path) -> Example:
     """A line with `input`, `question`, `target`; the file is called after its task, e.g. qa1.jsonl, or the record has `task`."""
     prompt = (
         "Facts about persons and things are hidden in a text. Answer the question after it in one or two words.\n\n"
-        f"Text:\n{record['input']}\n\nQuestion: {record['question']}\nAnswer:"
+        f"Text:\n{record['input']}\n\nQuestion: {record['question']}"
     )
     at: dict[str, str | int] = {"task": str(record.get("task", path.stem))}
     at |= {"length": str(record["length"])} if "length" in record else {}
-    return Example(prompt, _texts(record["target"], "target"), at, record)
+    return Example(prompt, _texts(record["target"], "target"), at, record, begin="\nAnswer:")
 
 
 def score_babilong(prediction: str, example: Example) -> float:
@@ -70,8 +70,9 @@ def read_helmet(record: Record, path: pathlib.Path) -> Example:
     question = record["question"] if "question" in record else record["query"]
     answers = record["outputs"] if "outputs" in record else record["answer"]
     demos = "".join(f"Key: {key}\nValue: {value}\n\n" for key, value in record.get("demos") or ())
-    prompt = f"{record['context']}\n\n{demos}Key: {question}\nValue:" if demos else f"{record['context']}\n\n{question}\nAnswer:"
-    return Example(prompt, _texts(answers, "answer"), {"task": path.stem}, record)
+    prompt = f"{record['context']}\n\n{demos}Key: {question}" if demos else f"{record['context']}\n\n{question}"
+    begin = "\nValue:" if demos else "\nAnswer:"
+    return Example(prompt, _texts(answers, "answer"), {"task": path.stem}, record, begin=begin)
 
 
 def _normalized(text: str) -> str:
@@ -91,7 +92,7 @@ def read_mrcr(record: Record, path: pathlib.Path) -> Example:
     messages = json.loads(record["prompt"]) if isinstance(record["prompt"], str) else record["prompt"]
     prompt = "".join(f"{m['role']}: {m['content']}\n\n" for m in messages) + "assistant:"
     _ = record["random_string_to_prepend"]
-    return Example(prompt, (record["answer"],), {"needles": int(record.get("n_needles", 0))}, record)
+    return Example(prompt, (record["answer"],), {"needles": int(record.get("n_needles", 0))}, record, messages=tuple(messages))
 
 
 def score_mrcr(prediction: str, example: Example) -> float:
