@@ -56,11 +56,8 @@ def test_mrcr_wants_the_random_text_first_and_then_measures_similarity():
     record = {"prompt": json.dumps([{"role": "user", "content": "hi"}]), "answer": "R7abcd", "n_needles": 2}
     one = example("mrcr", {**record, "random_string_to_prepend": "R7"})
     score = SUITES["mrcr"].score
-    assert (
-        one.plain == "user: hi\n\nassistant:"
-        and one.conversation == [{"role": "user", "content": "hi"}]
-        and one.at == {"needles": 2}
-    )
+    assert one.plain == "user: hi\n\nassistant:" and one.at == {"needles": 2}
+    assert one.conversation == [{"role": "user", "content": "hi"}]
     assert score("R7abcd", one) == 1 and score("abcd", one) == 0 and score("R7abxx", one) == pytest.approx(0.5)
 
 
@@ -140,9 +137,9 @@ def test_an_instruct_model_is_asked_by_its_chat_template_and_begins_as_the_suite
     path = write(tmp_path / "a" / "validation.jsonl", {"input": "which?", "outputs": ["x"], "answer_prefix": " It is"})
     instrument = make_instrument("p", dict(instrument="prompts", path=str(path), chat=True))
     with pytest.raises(ValueError, match="has no chat template"):
-        instrument.check(dataclasses.replace(model.config, directory=tmp_path), corpus)
+        instrument.check(dataclasses.replace(model.config, directory=str(tmp_path)), corpus)
     (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[model]")
-    model.config = dataclasses.replace(model.config, directory=tmp_path)
+    model.config = dataclasses.replace(model.config, directory=str(tmp_path))
     instrument.check(model.config, corpus)
     instrument.measure(Subject(model, corpus.tokenizer, corpus))
     assert [corpus.tokenizer.decode(row) for row in given] == ["[user]which?[model]It is"]
