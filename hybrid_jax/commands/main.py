@@ -64,6 +64,7 @@ COMMANDS = {
         "prepare",
         "tokenize text or conversations ahead of time",
         "conversations.jsonl data/instruct --tokenizer Qwen3-8B --workers 16",
+        job=True,
         resumable=True,
     ),
     "select": Command(

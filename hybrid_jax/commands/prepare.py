@@ -11,7 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="stdlib, a file (.jsonl, .parquet, .arrow, text), a folder of them, hf:NAME[:SPLIT]")
     parser.add_argument("out", help="the directory to make, or to finish")
     parser.add_argument("--tokenizer", required=True, type=directory, help="a model directory")
-    parser.add_argument("--workers", type=integer(minimum=1), default=1, help="processes")
+    parser.add_argument("--workers", type=integer(minimum=1), default=1, help="processes per host")
     parser.add_argument(
         "--held-out", type=number(minimum=0, below=100), default=5.0, help="percent of the documents kept for evaluation"
     )
@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> None:
     from hybrid_jax.data import check_tokenizer_fits, load_tokenizer
     from hybrid_jax.data.prepare import prepare
     from hybrid_jax.data.tokens import notes
+    from hybrid_jax.parallel.distributed import say
 
     config = read_model_config(args.tokenizer)
     check_tokenizer_fits(load_tokenizer(args.tokenizer), config.vocab_size, args.tokenizer)
@@ -40,12 +41,12 @@ def run(args: argparse.Namespace) -> None:
         replace_invalid=args.replace_invalid,
     )
     train, held_out = index["train"], index["held_out"]
-    print(
+    say(
         f"{args.out}: {train['tokens']:,} tokens of {train['documents']:,} documents to train, "
         f"{held_out['tokens']:,} of {held_out['documents']:,} held out, {len(index['shards'])} shards"
     )
     if index["bad"]:
         first = next(s["first_bad"][0] for s in index["shards"] if s["first_bad"])
-        print(f"{index['bad']:,} records could not be read, the first: {first}")
+        say(f"{index['bad']:,} records could not be read, the first: {first}")
     for note in notes(index["counts"]):
-        print(note)
+        say(note)

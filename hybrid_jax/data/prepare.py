@@ -1,4 +1,4 @@
-"""Tokenizes a source ahead of time, in parallel, into a directory of shards; continues where it was if it is run again.
+"""Tokenizes a source ahead of time, by any number of processes and hosts, into shards; run again, it continues where it was.
 
     OUT/plan.json            what is being prepared, in which pieces, with the size and time of every file
     OUT/shard-00000/         one piece: train/ and held_out/, each ids.npy, starts.npy and, for conversations, weights.npy
@@ -19,12 +19,14 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
+import jax
+
 from hybrid_jax.data.documents import HELD_OUT_PERCENT, Piece, is_held_out, pieces, read_piece, unread_files
 from hybrid_jax.data.stamps import changes, stamp
 from hybrid_jax.data.tokenizer import EosTokenId
 from hybrid_jax.data.tokens import FORMAT, INDEX, Encoder, Tokens
 from hybrid_jax.files import new_directory, write_text
-from hybrid_jax.parallel.distributed import say
+from hybrid_jax.parallel.distributed import barrier, is_first, say
 from hybrid_jax.progress import progress_bar
 
 PLAN, SUMMARY = "plan.json", "shard.json"
@@ -47,14 +49,14 @@ def prepare(
     skip_bad: bool = False,
     replace_invalid: bool = False,
 ) -> dict[str, Any]:
-    """Makes a prepared directory, or finishes one.
+    """Makes a prepared directory, or finishes one. The processes of a job share the work: all call this with the same arguments.
 
     Args:
       source: see `documents.pieces`.
       out: the directory to make or to finish.
       tokenizer_from: a model directory.
       eos_token_id: of the model's config, see `end_of_text_id`.
-      workers: number of processes.
+      workers: number of processes that this one starts.
       held_out_percent: how many percent of the documents are kept for evaluation.
       skip_bad: count records that cannot be read instead of ending at the first.
       replace_invalid: put U+FFFD in place of bytes that are not UTF-8, and count them, instead of refusing them.
@@ -81,14 +83,21 @@ def prepare(
     names = [f"shard-{i:05d}" for i in range(len(parts))]
     if unread := unread_files(source):
         say(f"{source}: {unread}")
-    if _is_done(out, plan):
+    done = _is_done(out, plan)
+    barrier("prepare: everybody knows whether it is done")
+    if done:
         return json.loads((out / INDEX).read_text())
-    _start_or_go_on(out, plan, names)
+    if is_first():
+        _start_or_go_on(out, plan, names)
+    barrier("prepare: the plan is written")
 
     planned = zip(names, parts, plan["pieces"], strict=True)
     todo = [(str(out / name), part, stamped) for name, part, stamped in planned if not (out / name).exists()]
+    barrier("prepare: everybody knows what is to do")
     lenient = {name: settings[name] for name in LENIENT}
-    _run(todo, workers, (str(tokenizer_from), eos_token_id, held_out_percent, source, lenient), len(parts))
+    mine, finished = todo[jax.process_index() :: jax.process_count()], len(parts) - len(todo)
+    _run(mine, workers, (str(tokenizer_from), eos_token_id, held_out_percent, source, lenient), finished)
+    barrier("prepare: the shards are written")
     shards = [json.loads((out / name / SUMMARY).read_text()) for name in names]
     totals = {part: {k: sum(s[part][k] for s in shards) for k in COUNTED} for part in ("train", "held_out")}
     bad = sum(s["bad"] for s in shards)
@@ -101,7 +110,9 @@ def prepare(
     if not any((out / name / part / "weights.npy").exists() for name in names for part in totals):
         settings["chat_template"] = ""  # there are no conversations
     index = {"format": FORMAT, **settings, **totals, "bad": bad, "counts": counts, "shards": shards}
-    write_text(out / INDEX, json.dumps(index, indent=1) + "\n")
+    if is_first():
+        write_text(out / INDEX, json.dumps(index, indent=1) + "\n")
+    barrier("prepare: the index is written")
     return index
 
 
@@ -163,7 +174,7 @@ def _start_or_go_on(out: pathlib.Path, plan: Mapping[str, Any], names: Sequence[
         shutil.rmtree(leftover)
     if stale:
         why = "; ".join(source) or "they were read more leniently"
-        print(f"{out}: {len(stale)} of {len(finished)} finished shards are made again: {why}", flush=True)
+        say(f"{out}: {len(stale)} of {len(finished)} finished shards are made again: {why}")
 
 
 def _is_of_use(shard: pathlib.Path, piece: Mapping[str, Any] | None, plan: Mapping[str, Any]) -> bool:
@@ -173,14 +184,14 @@ def _is_of_use(shard: pathlib.Path, piece: Mapping[str, Any] | None, plan: Mappi
     return summary["piece"] == piece and (as_strict or all(summary[name] == plan[name] for name in LENIENT))
 
 
-def _run(todo: Sequence[Work], workers: int, settings: tuple[Any, ...], total: int) -> None:
-    """Makes the missing shards with a progress bar.
+def _run(todo: Sequence[Work], workers: int, settings: tuple[Any, ...], finished: int) -> None:
+    """Makes this process's part of the missing shards; the first process shows a progress bar of its own.
 
     Args:
       settings: arguments of `_start`.
-      total: number of shards, finished ones included.
+      finished: number of shards that are there already.
     """
-    bar = progress_bar(name="prepare", unit="piece", total=total, done=total - len(todo))
+    bar = progress_bar(name="prepare", unit="piece", total=finished + len(todo), done=finished, shown=is_first())
     tokens = 0
     with bar:
         for made in _made(todo, workers, settings):

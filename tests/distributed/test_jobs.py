@@ -1,7 +1,9 @@
 """A job of several processes by the command that a laptop runs: the environment says who is who."""
 
 import functools
+import os
 import re
+import shutil
 import signal
 import time
 
@@ -139,6 +141,28 @@ def test_layers_are_scored_by_two_processes_on_a_mesh_as_by_one_device(made_sour
     want, got = ([float(x) for x in re.findall(r"costs (\S+) ± \S+ nats", out)] for out, _ in outs[:2])
     assert len(want) == 2 and np.allclose(got, want, atol=1.01e-4) and np.ptp(want) > 1e-3
     assert outs[1][0].splitlines()[-1] == outs[0][0].splitlines()[-1] and "costs" not in outs[2][0]
+
+
+def test_two_processes_prepare_what_one_prepares_and_continue_together(made_source, tmp_path):
+    """A stopped job left the plan and one shard; the first process alone writes what is written once."""
+    source, _ = made_source
+    folder = tmp_path / "lines"
+    folder.mkdir()
+    for n in range(5):
+        (folder / f"{n}.jsonl").write_text("".join(f'{{"text": "line {i} of {n}"}}\n' for i in range(20)))
+    command, port = ["prepare", str(folder), f"--tokenizer={source}"], free_port()
+    outs = [start([*command, str(tmp_path / "one")], 1, {}).communicate(timeout=120)]
+    shutil.copytree(tmp_path / "one", tmp_path / "both")
+    for path in ("index.json", *(f"shard-0000{n}" for n in (0, 2, 3, 4))):
+        (shutil.rmtree if path.startswith("shard") else os.unlink)(tmp_path / "both" / path)
+    both = [start([*command, str(tmp_path / "both")], 1, member(port, 2, i)) for i in range(2)]
+    outs += [p.communicate(timeout=120) for p in both]
+    assert [p.returncode for p in both] == [0, 0], outs
+    files = {p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*") if p.is_file()}
+    assert files == {p.relative_to(tmp_path / "both") for p in (tmp_path / "both").rglob("*") if p.is_file()}
+    assert len(files) > 15 and all((tmp_path / "one" / f).read_bytes() == (tmp_path / "both" / f).read_bytes() for f in files)
+    assert "5 shards" in outs[1][0] and "shards" not in outs[2][0]
+    assert "3/3" in outs[1][1].replace(" ", "") and "prepare" not in outs[2][1]  # the finished one and its own two of four
 
 
 def test_a_job_whose_other_host_is_missing_ends_and_says_so(tmp_path):
