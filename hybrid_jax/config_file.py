@@ -24,7 +24,7 @@ def load_config(arguments: list[str], fields: Callable[[Mapping[str, Any]], dict
     A relative FILE that is not there is looked for among the configs that come with the package.
 
     Args:
-      fields: config -> every field that it may have, nested, each with a value of its type; default: those of an experiment.
+      fields: config -> every field that it may have, nested, each with a value of its type; None: those that it has.
 
     Raises:
       ValueError: no such file, an error in it, no such field, or a value of another type.
@@ -32,14 +32,10 @@ def load_config(arguments: list[str], fields: Callable[[Mapping[str, Any]], dict
     file, _, argument = next(a.removeprefix("--config=") for a in arguments if a.startswith("--config=")).partition(":")
     config = _get_config(find_shipped(file), [argument] if argument else [])
     overrides = [a.removeprefix("--config.").partition("=") for a in arguments if a.startswith("--config.")]
-    if overrides:
-        if fields is None:
-            from hybrid_jax.fields import fields_of as fields  # it knows the training stack; other configs need none
-
-        for name, equals, text in overrides:
-            if not equals:
-                raise ValueError(f"--config.{name} needs a value: --config.{name}=VALUE")
-            _override(config, name.split("."), text, fields(config.to_dict()))
+    for name, equals, text in overrides:
+        if not equals:
+            raise ValueError(f"--config.{name} needs a value: --config.{name}=VALUE")
+        _override(config, name.split("."), text, {} if fields is None else fields(config.to_dict()))
     return config
 
 

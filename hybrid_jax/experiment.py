@@ -24,7 +24,7 @@ from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.distributed import barrier, is_first, say
 from hybrid_jax.priming.fuse import fuse, unfuse
 from hybrid_jax.priming.initialize import initialize_hybrid
-from hybrid_jax.priming.select import choose_pattern
+from hybrid_jax.selection.select import choose_pattern
 from hybrid_jax.train import MetricWriter, NoMetrics, train_phase
 
 

@@ -6,11 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
+from hybrid_jax.config_file import load_config
 from hybrid_jax.data.corpus import Source
 from hybrid_jax.data.tasks import TASKS, task_fields
 from hybrid_jax.mixers import options_by_key
 from hybrid_jax.parallel.mesh import AXES
-from hybrid_jax.priming.select import select_fields
+from hybrid_jax.selection.select import select_fields
 from hybrid_jax.train.hooks import CLASS, EVERY, option_defaults
 from hybrid_jax.train.objectives import OBJECTIVES
 from hybrid_jax.train.phase import Phase
@@ -45,6 +48,11 @@ def fields_of(config: Mapping) -> dict[str, Any]:
         "seed": 0,
         "mesh": mesh,
     }
+
+
+def load_experiment_config(arguments: list[str]) -> ConfigDict:
+    """Reads an experiment's config with overrides, also of fields that the file does not name; see `load_config`."""
+    return load_config(arguments, fields_of)
 
 
 def _options(phase: Mapping) -> dict[str, Any]:

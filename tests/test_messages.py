@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 
 from hybrid_jax.claim import claim
 from hybrid_jax.commands.main import COMMANDS, main, read_arguments
-from hybrid_jax.config_file import load_config
 from hybrid_jax.convert import read_model_config
 from hybrid_jax.experiment_config import with_absolute_paths
+from hybrid_jax.fields import load_experiment_config
 from hybrid_jax.workdir import is_run
 
 PRIME = ["prime", "--config=configs/prime_tiny.py:GKA", "--workdir=run"]
@@ -71,7 +71,7 @@ def test_an_unknown_option_is_blamed_alone_and_its_neighbour_is_named(capsys):
 
 
 def overridden(*overrides):
-    return load_config(["--config=prime_tiny.py:GKA", *overrides])
+    return load_experiment_config(["--config=prime_tiny.py:GKA", *overrides])
 
 
 @pytest.mark.parametrize(
@@ -120,14 +120,14 @@ def test_the_options_of_a_phase_s_objective_can_be_set_and_no_others():
 
 def test_a_number_without_a_point_in_a_config_does_not_make_a_field_one_of_integers(tmp_path):
     (tmp_path / "c.py").write_text("def get_config():\n    return dict(phases=dict(train=dict(weight_decay=0, steps=2)))")
-    config = load_config([f"--config={tmp_path / 'c.py'}", "--config.phases.train.weight_decay=0.1"])
+    config = load_experiment_config([f"--config={tmp_path / 'c.py'}", "--config.phases.train.weight_decay=0.1"])
     assert config.phases.train.to_dict() == {"weight_decay": 0.1, "steps": 2}
 
 
 def test_a_config_is_a_module_while_it_is_read(tmp_path):
     lines = "from __future__ import annotations", "import dataclasses", "@dataclasses.dataclass", "class A:", "    seed: int = 3"
     (tmp_path / "c.py").write_text("\n".join((*lines, "def get_config():", "    return dict(seed=A().seed)")))
-    assert load_config([f"--config={tmp_path / 'c.py'}"]).seed == 3 and "hybrid_jax_config" not in sys.modules
+    assert load_experiment_config([f"--config={tmp_path / 'c.py'}"]).seed == 3 and "hybrid_jax_config" not in sys.modules
 
 
 def test_where_a_plan_or_an_evaluation_cannot_be_written_is_said_before_any_work(tmp_path, capsys, monkeypatch):
@@ -148,11 +148,11 @@ def test_where_a_plan_or_an_evaluation_cannot_be_written_is_said_before_any_work
 def test_an_error_within_a_config_is_said_with_its_file(tmp_path):
     (tmp_path / "c.py").write_text("def get_config():\n    return 1 / 0\n")
     with pytest.raises(ValueError, match="c.py: ZeroDivisionError: division by zero"):
-        load_config([f"--config={tmp_path / 'c.py'}"])
+        load_experiment_config([f"--config={tmp_path / 'c.py'}"])
     with pytest.raises(
         ValueError, match="no config file at 'nothing.py'; hybrid_jax comes with configs/evaluate.py, configs/evaluate_tiny.py"
     ):
-        load_config(["--config=nothing.py"])
+        load_experiment_config(["--config=nothing.py"])
 
 
 def record_of(config):

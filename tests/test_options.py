@@ -9,14 +9,14 @@ from tokenizers import Tokenizer, models
 import hybrid_jax.convert
 import hybrid_jax.data
 import hybrid_jax.experiment
-import hybrid_jax.priming.select
+import hybrid_jax.selection.select
 from hybrid_jax import load_model, save_model
 from hybrid_jax.commands.main import main
 from hybrid_jax.config import GKAConfig, SWAConfig
 from hybrid_jax.experiment_config import Experiment
 from hybrid_jax.parameters import split_model
-from hybrid_jax.priming.scorers.contract import Scores
-from hybrid_jax.priming.select import Selection
+from hybrid_jax.selection.scorers.contract import Scores
+from hybrid_jax.selection.select import Selection
 from hybrid_jax.train import Phase
 from tests.conftest import tiny_config, tiny_model
 
@@ -40,7 +40,7 @@ def test_select_scores_what_its_options_say_and_prints_the_cheapest(monkeypatch,
     monkeypatch.setattr(hybrid_jax.convert, "load_model", load)
     monkeypatch.setattr(hybrid_jax.data, "load_tokenizer", lambda _: Tokenizer(models.BPE()))
     monkeypatch.setattr(hybrid_jax.data, "read_corpus", corpus)
-    monkeypatch.setattr(hybrid_jax.priming.select, "score_layers", scores)
+    monkeypatch.setattr(hybrid_jax.selection.select, "score_layers", scores)
     options = ["--mixer", "GDN", "--fraction", "0.75", "--window", "9", "--rows", "5", "--seq-len", "77", "--text", "t"]
     assert main(["select", "src", *options]) == 0
     assert seen == {

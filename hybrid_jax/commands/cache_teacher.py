@@ -22,15 +22,15 @@ def run(args: argparse.Namespace) -> None:
 
     import jax.numpy as jnp
 
-    from hybrid_jax.config_file import load_config
     from hybrid_jax.convert import check_model_directory, load_model
     from hybrid_jax.data import check_tokenizer_fits, load_tokenizer, read_corpus
     from hybrid_jax.data.tokens import tokenizer_fingerprint
     from hybrid_jax.experiment_config import Experiment
+    from hybrid_jax.fields import load_experiment_config
     from hybrid_jax.parallel.distributed import say
     from hybrid_jax.train.cache import cache_teacher
 
-    experiment = Experiment.from_config(load_config([f"--config={args.config}", *args.overrides]))
+    experiment = Experiment.from_config(load_experiment_config([f"--config={args.config}", *args.overrides]))
     names = [name for name, _ in experiment.phases]
     if args.phase not in names:
         raise ValueError(f"--phase {args.phase!r}: the config's schedule has {', '.join(names)}")

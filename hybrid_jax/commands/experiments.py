@@ -29,9 +29,9 @@ def steps_of(text: str) -> tuple[int, int]:
 
 
 def run(args: argparse.Namespace) -> None:
-    from hybrid_jax.config_file import load_config
     from hybrid_jax.experiment import run_experiment
+    from hybrid_jax.fields import load_experiment_config
     from hybrid_jax.parallel.distributed import say
 
-    out = run_experiment(load_config([f"--config={args.config}", *args.overrides]), args.workdir, args.profile)
+    out = run_experiment(load_experiment_config([f"--config={args.config}", *args.overrides]), args.workdir, args.profile)
     say(f"model: {out}")

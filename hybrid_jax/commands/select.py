@@ -7,10 +7,10 @@ import re
 from typing import TYPE_CHECKING
 
 from hybrid_jax.commands.options import directory, integer, number
-from hybrid_jax.priming.scorers import DEFAULT_SCORER, SCORERS
+from hybrid_jax.selection.scorers import DEFAULT_SCORER, SCORERS
 
 if TYPE_CHECKING:
-    from hybrid_jax.priming.select import Selection
+    from hybrid_jax.selection.select import Selection
 
 NAMED = ("window", "rows", "seq_len")  # options of scorers that are options of the command too
 
@@ -43,7 +43,7 @@ def _selection(args: argparse.Namespace) -> Selection:
     """Returns the selection that the command line describes."""
     from hybrid_jax.checks import check_known
     from hybrid_jax.config_file import parse_value
-    from hybrid_jax.priming.select import Selection, scorer_options
+    from hybrid_jax.selection.select import Selection, scorer_options
 
     defaults, options = scorer_options(args.scorer), {}
     for text in args.option:
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     from hybrid_jax.data import check_tokenizer_fits, load_tokenizer, read_corpus
     from hybrid_jax.parallel.distributed import say
     from hybrid_jax.parallel.mesh import make_mesh, parse_mesh
-    from hybrid_jax.priming.select import pattern_from_scores, score_layers
+    from hybrid_jax.selection.select import pattern_from_scores, score_layers
 
     config = check_model_directory(args.source)
     check_tokenizer_fits(load_tokenizer(args.source), config.vocab_size, args.source)

@@ -24,13 +24,13 @@ def check_points(points) -> list:
     Raises:
       ValueError: names the first wrong point, and how many are wrong.
     """
-    from hybrid_jax.config_file import load_config
     from hybrid_jax.experiment_config import Experiment
+    from hybrid_jax.fields import load_experiment_config
 
     wrong, configs = [], []
     for point in points:
         try:
-            configs.append(load_config(point.arguments))
+            configs.append(load_experiment_config(point.arguments))
             Experiment.from_config(configs[-1])
         except (ValueError, OSError) as e:
             wrong.append((point.name, e))
@@ -42,6 +42,7 @@ def check_points(points) -> list:
 def run(args: argparse.Namespace) -> None:
     from hybrid_jax.config_file import load_config
     from hybrid_jax.evaluate.evaluation import read_evaluation, targets_of
+    from hybrid_jax.fields import load_experiment_config
     from hybrid_jax.stopped import Stopped
     from hybrid_jax.sweep import claim, collect, measure_models, points_of, run_point
     from hybrid_jax.sweep.points import MODELS
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     config, out = load_config([f"--config={args.config}"]), pathlib.Path(args.out)
     config = config.to_dict()
     points = points_of(config)
-    configs = [load_config(p.arguments) for p in points] if args.collect else check_points(points)
+    configs = [load_experiment_config(p.arguments) for p in points] if args.collect else check_points(points)
     if args.list:
         print("\n".join(f"{i} {p.name}: {' '.join(p.arguments)}" for i, p in enumerate(points)))
         return

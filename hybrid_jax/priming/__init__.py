@@ -1,1 +1,1 @@
-"""Priming: select layers, initialize (stage 0), align (stage 1), unfuse, post-train (stage 2)."""
+"""Priming: initialize mixers from attention (stage 0), fuse them with it for alignment (stage 1), unfuse for post-training."""

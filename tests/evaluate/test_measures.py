@@ -11,7 +11,7 @@ from hybrid_jax.data.tokens import Tokens
 from hybrid_jax.evaluate.measures import batch_sums, held_out_rows, retrieval_rows
 from hybrid_jax.parameters import join_model, split_model
 from hybrid_jax.priming.initialize import initialize_hybrid
-from hybrid_jax.priming.select import Selection, score_layers
+from hybrid_jax.selection.select import Selection, score_layers
 from tests.conftest import loss_and_accuracy, tiny_model
 
 LENGTH, ROWS = 24, 10  # more rows than a batch, and the last batch is not full

@@ -6,8 +6,8 @@ MEASURES, REPORT = "tests/evaluate/test_measures.py", "tests/evaluate/test_repor
 PARTS, INVARIANCE = "tests/parallel/test_parts.py", "tests/layers/test_invariance.py"
 PARITY, PRIMING = "tests/convert/test_transformers_parity.py", "tests/priming/test_priming.py"
 MODEL, STACKING, REPEATS = "hybrid_jax/model.py", "hybrid_jax/stacking.py", "hybrid_jax/repeats.py"
-SELECT, EVALUATE = "hybrid_jax/priming/select.py", "hybrid_jax/evaluate/measures.py"
-SCORER = "hybrid_jax/priming/scorers/swa_retrieval.py"
+SELECT, EVALUATE = "hybrid_jax/selection/select.py", "hybrid_jax/evaluate/measures.py"
+SCORER = "hybrid_jax/selection/scorers/swa_retrieval.py"
 
 MUTATIONS = [
     Mutation(

@@ -10,11 +10,11 @@ from flax import nnx
 from hybrid_jax.config import BMojoConfig, GDNConfig, SWAConfig
 from hybrid_jax.layers.recurrent import init_a_log, init_dt_bias
 from hybrid_jax.parameters import split_model
-from hybrid_jax.priming import select
 from hybrid_jax.priming.fuse import fuse, unfuse
 from hybrid_jax.priming.initialize import initialize_hybrid
-from hybrid_jax.priming.scorers.contract import Scores
-from hybrid_jax.priming.select import Selection, pattern_from_scores
+from hybrid_jax.selection import select
+from hybrid_jax.selection.scorers.contract import Scores
+from hybrid_jax.selection.select import Selection, pattern_from_scores
 from tests.conftest import relative_error, tiny_model
 
 IDS = np.random.default_rng(0).integers(0, 61, (2, 12))

@@ -6,9 +6,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from hybrid_jax import load_model
-from hybrid_jax.config_file import load_config
 from hybrid_jax.evaluate.instruments import Subject, make_instrument
 from hybrid_jax.experiment import run_experiment
+from hybrid_jax.fields import load_experiment_config
 from hybrid_jax.train import Phase, read_metrics
 from hybrid_jax.workdir import load_run
 from tests.train.conftest import arrays, experiment, phase, train
@@ -98,7 +98,7 @@ def test_the_fields_of_a_hook_are_set_on_the_command_line(tmp_path, toy):
     (tmp_path / "c.py").write_text(f"def get_config():\n    return {config!r}\n")
 
     def overridden(*fields):
-        return load_config([f"--config={tmp_path / 'c.py'}", *(f"--config.phases.train.hooks.a.{f}" for f in fields)])
+        return load_experiment_config([f"--config={tmp_path / 'c.py'}", *(f"--config.phases.train.hooks.a.{f}" for f in fields)])
 
     assert overridden("every=5", "factor=3").phases.train.hooks.a.to_dict() == {**toy, "every": 5, "factor": 3}
     with pytest.raises(ValueError, match=r"config.phases.train.hooks.a has the unknown key 'facter' .did you mean 'factor'"):

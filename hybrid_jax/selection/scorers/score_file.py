@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.data import Corpus
 from hybrid_jax.model import Decoder
-from hybrid_jax.priming.scorers.contract import Scores
+from hybrid_jax.selection.scorers.contract import Scores
 
 UNTOUCHED = -1  # layer_num of the model as it is
 

@@ -39,8 +39,8 @@ from hybrid_jax.parallel.placement import in_mesh
 from hybrid_jax.parallel.sharding import TOKENS, constrain
 from hybrid_jax.parameters import Parameters, join_model, split_model
 from hybrid_jax.priming.initialize import initialize_hybrid
-from hybrid_jax.priming.scorers.contract import Scores
 from hybrid_jax.progress import progress_bar
+from hybrid_jax.selection.scorers.contract import Scores
 
 RETRIEVAL = "retrieval"
 NONE = -1  # the number of the replaced layer where none is

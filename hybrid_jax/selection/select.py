@@ -1,4 +1,4 @@
-"""Which layers to convert: those whose conversion costs least by a scorer (see `priming.scorers`)."""
+"""Which layers to convert: those whose conversion costs least by a scorer (see `selection.scorers`)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from hybrid_jax.evaluate.measurement import Z
 from hybrid_jax.files import write_text
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.distributed import is_first, say
-from hybrid_jax.priming.scorers import DEFAULT_SCORER, SCORERS, find_scorer
-from hybrid_jax.priming.scorers.contract import Scorer, Scores
+from hybrid_jax.selection.scorers import DEFAULT_SCORER, SCORERS, find_scorer
+from hybrid_jax.selection.scorers.contract import Scorer, Scores
 
 GENERAL = ("mixer", "fraction", "scorer")  # fields of `config.select` that are not options of the scorer
 

@@ -1,6 +1,6 @@
 """Scorers: ways to measure what converting a layer costs. This is their table; `contract` says what a scorer is.
 
-To add one, write `priming/scorers/NAME.py` with a frozen dataclass that follows `contract.Scorer`, and one line here.
+To add one, write `selection/scorers/NAME.py` with a frozen dataclass that follows `contract.Scorer`, and one line here.
 `config.select.scorer` and `hybrid-jax select --scorer` choose by these names.
 """
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from hybrid_jax.checks import check_choice
 
 if TYPE_CHECKING:
-    from hybrid_jax.priming.scorers.contract import Scorer
+    from hybrid_jax.selection.scorers.contract import Scorer
 
 # Name -> module of this folder and the class in it. Modules are imported when they are used: the command line reads the names.
 SCORERS: dict[str, str] = {

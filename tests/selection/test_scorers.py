@@ -12,9 +12,9 @@ from hybrid_jax.evaluate.measures import held_out_rows, retrieval_rows
 from hybrid_jax.parallel.mesh import abstract_mesh
 from hybrid_jax.parameters import join_model, split_model
 from hybrid_jax.priming.initialize import initialize_hybrid
-from hybrid_jax.priming.scorers import SCORERS, swa_retrieval
-from hybrid_jax.priming.scorers.contract import Scores
-from hybrid_jax.priming.select import Selection, choose_pattern, score_layers, select_fields, uncertain_choice
+from hybrid_jax.selection.scorers import SCORERS, swa_retrieval
+from hybrid_jax.selection.scorers.contract import Scores
+from hybrid_jax.selection.select import Selection, choose_pattern, score_layers, select_fields, uncertain_choice
 from tests.conftest import loss_and_accuracy, tiny_config, tiny_model
 
 LENGTH, ROWS = 70, 3

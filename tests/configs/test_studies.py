@@ -1,0 +1,36 @@
+"""The committed studies: every point is an experiment that can run, measured by an evaluation that fits it, with three seeds."""
+
+import collections
+import pathlib
+
+import pytest
+
+from hybrid_jax.commands.sweep import check_points
+from hybrid_jax.config_file import load_config
+from hybrid_jax.evaluate.evaluation import read_evaluation
+from hybrid_jax.sweep import points_of
+
+STUDIES = sorted(pathlib.Path("configs/studies").glob("*.py"))
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.stem)
+def test_every_point_of_a_study_can_run_with_three_seeds_and_its_outcome_is_beside_it(study):
+    sweep = load_config([f"--config={study}"]).to_dict()
+    points = points_of(sweep)
+    assert len(check_points(points)) == len(points) >= 18
+    seeds = collections.Counter(point.without("seed") for point in points)
+    assert set(seeds.values()) == {3}
+    evaluation = read_evaluation(sweep["evaluate"]["config"])
+    assert "cost" in evaluation.instruments and len(evaluation.instruments) > 1
+    page = study.with_suffix(".md").read_text()
+    assert f"hybrid-jax sweep --config {study}" in page and "does not show" in page
+
+
+def test_there_are_studies_of_recall_of_mixers_and_of_layers():
+    assert [path.stem for path in STUDIES] == ["layers", "mixers", "mqar"]
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.stem)
+def test_an_unknown_point_is_refused_with_those_there_are(study):
+    with pytest.raises(ValueError, match="knows sweep, .*GKA.*got 'XYZ'"):
+        load_config([f"--config={study}:XYZ"])
