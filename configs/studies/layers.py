@@ -4,7 +4,7 @@
 
 Half of the small source's layers become Gated KalmaNet, or sliding windows that hold as many bytes: the four layers in which a
 window costs least (what `select` chooses), every other layer, and the four in which a window costs most. Primed and measured as
-in mixers.py; three seeds. `configs/studies/layers.py:GKA-cheapest` is one experiment. The outcome is in layers.md.
+in mixers.py; three seeds. `configs/studies/layers.py:GKA-cheapest` is one experiment. It has not been run yet.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from hybrid_jax.config_file import load_config
 
 MIXERS = ("GKA", "SWA")
-PATTERNS = {"cheapest": "", "alternate": "*-X-*-X-*-X-*-X", "costliest": ""}  # X is the mixer
+PATTERNS = {"cheapest": "*-*-X-X-*-*-X-X", "alternate": "*-X-*-X-*-X-*-X", "costliest": "X-X-*-*-X-X-*-*"}  # X is the mixer
 
 
 def get_config(which: str = "sweep") -> ConfigDict:

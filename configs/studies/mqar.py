@@ -5,7 +5,7 @@
 Two layers of one mixer learn multi-query associative recall (arXiv 2312.04927) of 4 to 64 pairs in rows of 256 tokens; then each
 is asked for 8, 16, 32 and 64 pairs. Three seeds per mixer. `configs/studies/mqar.py:GKA` is the experiment of one mixer:
 GKA, GDN, M2, LA (linear attention: Gated KalmaNet without solve and gates), SWA (a window of as many bytes as GKA's states),
-or ATTENTION. The outcome is in mqar.md.
+or ATTENTION. It has not been run yet.
 """
 
 from ml_collections import ConfigDict

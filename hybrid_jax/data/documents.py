@@ -10,6 +10,7 @@ import collections
 import functools
 import hashlib
 import json
+import os
 import pathlib
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
@@ -220,6 +221,13 @@ def _import(module: str, package: str) -> Any:
 # Sources ------------------------------------------------------------------------------------------------------------
 
 
+def _modules(root: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields the Python files below a folder, relative to it, without those of the folders in `_SKIP`."""
+    for folder, inner, files in os.walk(root):
+        inner[:] = [name for name in inner if name not in _SKIP]
+        yield from (pathlib.Path(folder, name).relative_to(root) for name in files if name.endswith(".py"))
+
+
 def pieces(source: str) -> list[Piece]:
     """Divides a source into pieces, in order.
 
@@ -234,8 +242,7 @@ def pieces(source: str) -> list[Piece]:
         raise ValueError(f"a source must be named: give {SOURCES}")
     if source == "stdlib":
         root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-        names = [p.relative_to(root) for p in sorted(root.rglob("*.py"))]
-        return _file_pieces(root, [n for n in names if _SKIP.isdisjoint(n.parts)])
+        return _file_pieces(root, sorted(_modules(root)))
     if source.startswith("hf:"):
         _, name, *split = source.split(":")
         split = split[0] if split else "train"

@@ -14,7 +14,7 @@ STUDIES = sorted(pathlib.Path("configs/studies").glob("*.py"))
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.stem)
-def test_every_point_of_a_study_can_run_with_three_seeds_and_its_outcome_is_beside_it(study):
+def test_every_point_of_a_study_can_run_with_three_seeds(study):
     sweep = load_config([f"--config={study}"]).to_dict()
     points = points_of(sweep)
     assert len(check_points(points)) == len(points) >= 18
@@ -22,8 +22,6 @@ def test_every_point_of_a_study_can_run_with_three_seeds_and_its_outcome_is_besi
     assert set(seeds.values()) == {3}
     evaluation = read_evaluation(sweep["evaluate"]["config"])
     assert "cost" in evaluation.instruments and len(evaluation.instruments) > 1
-    page = study.with_suffix(".md").read_text()
-    assert f"hybrid-jax sweep --config {study}" in page and "does not show" in page
 
 
 def test_there_are_studies_of_recall_of_mixers_and_of_layers():
