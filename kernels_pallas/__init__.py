@@ -11,6 +11,7 @@ the recurrence token by token, `xla` its chunked form; None is `pallas_tpu` on T
 from kernels_pallas.gated_delta_rule import gated_delta_rule, gated_delta_rule_step, gated_delta_rule_summary
 from kernels_pallas.gated_kalmanet import gated_kalmanet, gated_kalmanet_step, gated_kalmanet_summary
 from kernels_pallas.linear_attention import linear_attention, linear_attention_step, linear_attention_summary
+from kernels_pallas.mamba3 import mamba3, mamba3_step
 from kernels_pallas.short_conv import short_conv, short_conv_step
 from kernels_pallas.ssd import ssd, ssd_inputs, ssd_step
 
@@ -24,6 +25,8 @@ __all__ = [
     "linear_attention",
     "linear_attention_step",
     "linear_attention_summary",
+    "mamba3",
+    "mamba3_step",
     "short_conv",
     "short_conv_step",
     "ssd",

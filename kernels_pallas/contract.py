@@ -26,12 +26,28 @@ values, known when the program is traced, and are passed by position.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 
 State = jax.Array  # [B, H, K, V]
 States = tuple[jax.Array, jax.Array]  # of Gated KalmaNet: (h_kk [B, H, K, K], h_kv [B, H, K, V])
+
+
+class Mamba3State(NamedTuple):
+    """What Mamba-3 keeps of the tokens so far; all float32 (float64 if an input is).
+
+    Attributes:
+      angle: [B, H, A], the sum of the rotations, in [0, 2 pi).
+      S: [B, H, K, V].
+      k: [B, R, H, K], the last token's rotated keys.
+      v: [B, R, H, V], the last token's values.
+    """
+
+    angle: jax.Array
+    S: jax.Array
+    k: jax.Array
+    v: jax.Array
 
 
 class LinearAttention(Protocol):
@@ -150,6 +166,28 @@ class GatedKalmaNetStep(Protocol):
         /,
     ) -> tuple[jax.Array, States]:
         """Returns (o [B, H, V], the states after the token)."""
+        ...
+
+
+class Mamba3(Protocol):
+    """An implementation of `mamba3`, which documents the arrays."""
+
+    def __call__(
+        self,
+        q: jax.Array,  # [B, T, R, H, K]
+        k: jax.Array,  # [B, T, R, H, K]
+        v: jax.Array,  # [B, T, R, H, V]
+        log_decay: jax.Array,  # [B, T, H], at most 0
+        dt: jax.Array,  # [B, T, H]
+        mix: jax.Array,  # [B, T, H], in [0, 1]
+        turn: jax.Array,  # [B, T, H, A]
+        state: Mamba3State,
+        segments: jax.Array | None,  # [B, T]
+        chunk_size: int | None,  # None: the implementation's own
+        halves: bool,
+        /,
+    ) -> tuple[jax.Array, Mamba3State]:
+        """Returns (o [B, T, R, H, V], the final state)."""
         ...
 
 
