@@ -59,7 +59,8 @@ def mamba3_inputs(
       v: [B, T, R, H, V].
       log_decay: [B, T, H].
       now: [B, T, H], mix_t dt_t.
-      later: [B, T, H], (1 - mix_{t+1}) dt_{t+1}; 0 where the next token is of another segment or not there yet.
+      later: [B, T, H], (1 - mix_{t+1}) dt_{t+1}; 0 for the last token, whose state must not have it yet. Where the next token
+        is of another segment any value will do: the state is reset, and the token's own output does not depend on it.
     """
     B, T, R, H, _ = q.shape
     both = now + later
@@ -104,15 +105,14 @@ def _by_linear_attention(name: str) -> Mamba3:
         log_decay, dt, mix, turn = (x.astype(dtype) for x in (log_decay, dt, mix, turn))
         angle = cumulative_angles(turn, state.angle)
         if segments is not None:  # the angle restarts with the segment, as the state does
-            begin = jax.lax.cummax(jnp.where(_begins(segments), jnp.arange(segments.shape[1]), 0), axis=1)
+            begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+            begin = jax.lax.cummax(jnp.where(begins, jnp.arange(segments.shape[1]), 0), axis=1)
             start = jnp.pad(angle, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, :-1]
             start = jnp.take_along_axis(start, begin[..., None, None], axis=1)
             angle = jnp.where((segments == 0)[..., None, None], angle, within_turn(angle - start))
         q, k = (rotate(x, angle[:, :, None], halves) for x in (q, k))
         now, before = mix * dt, (1 - mix) * dt
         later = jnp.pad(before[:, 1:], ((0, 0), (0, 1), (0, 0)))
-        if segments is not None:
-            later = jnp.where(jnp.pad(_begins(segments)[:, 1:], ((0, 0), (0, 1)))[..., None], 0, later)
         x = mamba3_inputs(q, k, v, log_decay, now, later)
         last = jnp.einsum("brhk,brhv->bhkv", state.k, state.v, precision="highest")
         S = state.S + before[:, 0, :, None, None] * last
@@ -122,11 +122,6 @@ def _by_linear_attention(name: str) -> Mamba3:
         return o, Mamba3State(angle[:, -1], S, k[:, -1].astype(dtype), v[:, -1].astype(dtype))
 
     return run
-
-
-def _begins(segments: jax.Array) -> jax.Array:
-    """Returns [B, T] whether each token is the first of a segment after the row's first one."""
-    return jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
 
 
 IMPLEMENTATIONS: dict[str, Mamba3] = {

@@ -96,6 +96,20 @@ MUTATIONS = [
         (PROPERTIES,),
     ),
     Mutation(
+        "kernels_pallas/mamba3/__init__.py",
+        "causal * both[:, :, None, None]",
+        "both[:, :, None, None]",
+        "an output of Mamba-3 loses what later inputs of its own token add",
+        ("tests/kernels/test_mamba3.py",),
+    ),
+    Mutation(
+        "kernels_pallas/mamba3/rotation.py",
+        "(angle - turns * HIGH) - turns * LOW",
+        "angle - turns * TURN",
+        "angles lose digits with every turn",
+        ("tests/kernels/test_mamba3.py::test_angles_of_long_rows_lose_no_digits",),
+    ),
+    Mutation(
         "kernels_pallas/ssd.py",
         "(x * dt[..., None]).astype(x.dtype), dt * a",
         "x, dt * a",
