@@ -68,10 +68,10 @@ def test_the_first_table_has_a_line_per_model_and_the_headline_of_every_instrume
         "model", "pattern", "text: loss (nats/token)", "share of the lost loss recovered", "pairs: accuracy", "cost: parameters",
         "cost: state bytes at tokens 1,024",
     )  # fmt: skip
-    assert table.rows[2][:4] == ("GKA train", "*-GKA", "2.100 ± 0.895", "95.0 %")
+    assert table.rows[2][:4] == ("GKA train", "*-GKA", "2.100 ± 1.453", "95.0 %")
     assert table.rows[2][4].startswith("87.5 % (") and table.rows[2][5:] == ("6,558,464", "1.50 MiB")
     assert table.rows[0][3] == "–" and "`*-GKA`" in table.markdown() and len(table.markdown().splitlines()) == 2 + len(ROWS)
-    assert r"2.100 $\pm$ 0.895" in table.latex() and r"95.0 \%" in table.latex() and "$*$-GKA" in table.latex()
+    assert r"2.100 $\pm$ 1.453" in table.latex() and r"95.0 \%" in table.latex() and "$*$-GKA" in table.latex()
 
 
 def test_differences_are_of_the_same_rows_and_far_more_certain_than_the_two_numbers():

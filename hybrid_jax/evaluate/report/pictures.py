@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import matplotlib
 
@@ -19,7 +20,13 @@ from hybrid_jax.evaluate.measurement import Measurement
 from hybrid_jax.evaluate.report.tables import columns, find
 
 LINES = ("--", ":", "-.", (0, (1, 4)))  # of the models in the picture of a recovery
-_NAMES_AS_THEY_ARE = plt.rc_context({"text.parse_math": False})  # a `$` in a name begins no formula
+
+
+@contextlib.contextmanager
+def _without_formulas() -> Iterator[None]:
+    """Pictures in this block show texts as they are: a `$` in a model's name begins no formula."""
+    with plt.rc_context({"text.parse_math": False}):
+        yield
 
 
 def outcomes(rows: Sequence[Measured]) -> list[Measured]:
@@ -43,7 +50,7 @@ def _legend(axis: Axes) -> None:
     axis.legend(axis.lines, [str(line.get_label()) for line in axis.lines])
 
 
-@_NAMES_AS_THEY_ARE
+@_without_formulas()
 def draw_recovery(evaluation: Evaluation, rows: Sequence[Measured], path: pathlib.Path) -> bool:
     """Draws the headlines that were sampled over the stages: one line per run, a level per model without a run.
 
@@ -73,7 +80,7 @@ def draw_recovery(evaluation: Evaluation, rows: Sequence[Measured], path: pathli
     return True
 
 
-@_NAMES_AS_THEY_ARE
+@_without_formulas()
 def draw_series(rows: Sequence[Measured], instrument: str, keys: Sequence[tuple], path: pathlib.Path) -> bool:
     """Draws a measure at one coordinate as a curve per model with its interval, at two as a heat map per model.
 
