@@ -65,7 +65,8 @@ def _instrument(rows: Sequence[Measured], name: str, out: pathlib.Path, taken: s
     for (measure, coordinates), keys in series(rows, name).items():
         over = " and ".join(c.replace("_", " ") for c in coordinates)
         stem = re.sub(r"[^A-Za-z0-9-]+", "_", f"{name}_{measure}_{over}")
-        stem = next(s for s in (stem, *(f"{stem}-{n}" for n in itertools.count(2))) if s not in taken)
+        if stem in taken:  # of an instrument whose name differs by a character that no file's name has here
+            stem = next(f"{stem}-{n}" for n in itertools.count(2) if f"{stem}-{n}" not in taken)
         taken.add(stem)
         path = out / f"{stem}.png"
         blocks.append(Heading(f"{name}: {measure.replace('_', ' ')} by {over}"))
