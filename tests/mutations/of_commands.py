@@ -107,7 +107,7 @@ MUTATIONS = [
     ),
     Mutation(
         "hybrid_jax/evaluate/results.py",
-        '*model.glob("*.jinja")',
+        '*model.glob("*.jinja"), ',
         "",
         "a result of another chat template is used again",
         (f"{COMMANDS}::test_a_stored_result_is_of_the_chat_template_and_of_the_first_text",),
