@@ -12,7 +12,7 @@ from hybrid_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from hybrid_jax.evaluate.evaluation import Evaluation, read_evaluation, targets_of
 from hybrid_jax.evaluate.instruments import make_instrument
 from hybrid_jax.evaluate.instruments.text import TextLoss
-from hybrid_jax.evaluate.results import data_stamp, fingerprint
+from hybrid_jax.evaluate.results import StoredResults, data_stamp, fingerprint, key_of
 from tests.conftest import GOLDEN, tiny_model
 
 
@@ -255,6 +255,33 @@ def test_a_stored_result_is_of_its_options(two_tokenizers):
 
     others = [of(), of(seq_len=81), of(rows=5), of(text="stdlib"), of(tasks={"few": {"task": "retrieval"}})]
     assert of() == others[0] and all(a != b for n, a in enumerate(others) for b in others[:n])
+
+
+def test_a_stored_result_is_of_the_chat_template_and_of_the_first_text(two_tokenizers, tmp_path):
+    model, instrument = shutil.copytree(two_tokenizers / "small", tmp_path / "m"), make_instrument("x", {"instrument": "text"})
+    text, data = {"path": str(two_tokenizers / "text.txt")}, data_stamp({"text": "stdlib"})
+    before = fingerprint(model, data, instrument)
+    (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert fingerprint(model, data, instrument) != before
+    orders = [data_stamp({"sources": {name: text for name in names}}) for names in ("ab", "ba")]
+    assert key_of(orders[0]) != key_of(orders[1])
+
+
+@pytest.mark.parametrize("part", [0, 40, -30])
+def test_a_stored_result_that_is_not_complete_is_said_and_measured_again(tmp_path, capsys, part):
+    StoredResults(tmp_path).store("m", "text", {"format": 2}, [])
+    assert StoredResults(tmp_path).find({"format": 2}) == []
+    (path,) = (tmp_path / "stored").iterdir()
+    path.write_text(path.read_text()[:part])
+    assert StoredResults(tmp_path).find({"format": 2}) is None
+    assert f"{path} is not a complete stored result" in "".join(capsys.readouterr())
+
+
+def test_two_lines_of_a_table_never_have_the_same_name(tmp_path):
+    (tmp_path / "run" / "stages" / "00_initial").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="'r initial'"):
+        targets_of([f"r initial={tmp_path}"], [f"r={tmp_path / 'run'}"])
 
 
 def test_a_run_may_be_measured_at_the_length_of_its_last_stage(two_tokenizers, tmp_path):

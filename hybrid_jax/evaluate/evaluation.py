@@ -219,6 +219,9 @@ def targets_of(models: Sequence[str], runs: Sequence[str]) -> list[Target]:
             raise FileNotFoundError(f"{path} is not a run: it has no stages")
         source = read_json(path / "config.json").get("source") or ""
         found += [Target(f"{run} {s.name.partition('_')[2]}", s, run, i, source) for i, s in enumerate(stages)]
+    names = [target.name for target in found]
+    if twice := [name for n, name in enumerate(names) if name in names[:n]]:
+        raise ValueError(f"two lines of the tables would be named {twice[0]!r}; give a --model or a --run another name")
     if not found:
         raise ValueError("give at least one --model NAME=DIR or --run NAME=DIR")
     return found

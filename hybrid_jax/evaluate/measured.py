@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
-from hybrid_jax.evaluate.measurement import Measurement
+from hybrid_jax.evaluate.measurement import Measurement, half_width
 from hybrid_jax.files import write_text
+
+SEVERAL = "one per seed"  # in place of the pattern of repetitions that chose different ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +56,22 @@ class Measured:
 
 def measurement_from(values: Mapping[str, Any]) -> Measurement:
     """Returns a measurement from what `dataclasses.asdict` and JSON made of it."""
-    return Measurement(**{**values, "sums": tuple((a, b) for a, b in values["sums"])})
+    numbers = {name: float(values[name]) for name in ("value", "low", "high")}
+    return Measurement(**{**values, **numbers, "sums": tuple((float(a), float(b)) for a, b in values["sums"])})
+
+
+def _in_json(value: Any) -> Any:
+    """Returns a value with the numbers that JSON does not have as text: `inf`, `-inf`, `nan`; `float` reads them."""
+    if isinstance(value, Mapping):
+        return {key: _in_json(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_in_json(one) for one in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_measured(rows: Sequence[Measured], path: pathlib.Path) -> None:
     """Writes everything that was measured as JSON, which `read_measured` reads."""
-    write_text(path, json.dumps([dataclasses.asdict(row) for row in rows], default=str) + "\n")
+    write_text(path, json.dumps(_in_json([dataclasses.asdict(row) for row in rows]), default=str, allow_nan=False) + "\n")
 
 
 def read_measured(path: pathlib.Path) -> list[Measured]:
@@ -79,16 +91,17 @@ def over_repeats(name: str, repeats: Sequence[Measured]) -> Measured:
       name: of the result.
       repeats: at least two. Measurements that not all of them have are left out.
     """
-    results = {}
+    results, patterns = {}, {row.pattern for row in repeats}
     for instrument, measurements in repeats[0].results.items():
         others = [{m.key: m for m in row.results.get(instrument, ())} for row in repeats]
         results[instrument] = [_mean([o[m.key] for o in others]) for m in measurements if all(m.key in o for o in others)]
-    return Measured(dataclasses.replace(repeats[0].target, name=name), repeats[0].pattern, repeats[0].tokenizer, results)
+    pattern = repeats[0].pattern if len(patterns) == 1 else SEVERAL
+    return Measured(dataclasses.replace(repeats[0].target, name=name), pattern, repeats[0].tokenizer, results)
 
 
 def _mean(same: Sequence[Measurement]) -> Measurement:
     """Returns the mean of one measurement over repetitions."""
     values = np.array([m.value for m in same])
-    half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+    half = half_width(float(values.std(ddof=1) / np.sqrt(len(values))), len(values))
     mean = float(values.mean())
     return dataclasses.replace(same[0], value=mean, low=mean - half, high=mean + half, count=len(values), sums=())

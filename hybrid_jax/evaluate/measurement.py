@@ -6,8 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
+from scipy import stats
 
 Z = 1.959964  # 95 % of a normal distribution is within so many standard deviations
+EQUAL = 1e-9  # a smaller standard error of a share is of rows that agree, but for rounding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,44 +63,56 @@ def mean_and_error(totals: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray,
     return mean, np.sqrt(spread) / weights.sum()
 
 
+def half_width(error: float, rows: int) -> float:
+    """Returns half the width of Student's 95 % interval of a mean over rows with this standard error; infinite for one row."""
+    return float(stats.t.ppf(0.975, rows - 1) * error) if rows > 1 else np.inf
+
+
 def weighted_mean(
     measure: str, values: np.ndarray, weights: np.ndarray, unit: str = "", *, share: bool = False, **at: float | int | str
 ) -> Measurement | None:
     """Returns sum(weights * values) / sum(weights) over rows that were drawn independently.
 
-    The standard error is that of a ratio of sums over rows (linearized), because the tokens of one row are not independent. For
-    a share the interval is Wilson's, with the number of samples that has this standard error, so that it is right near 0 and 1;
-    where all rows agree, their number.
+    The standard error is that of a ratio of sums over rows (linearized), because the tokens of one row are not independent; the
+    interval is Student's, because a few rows know their own spread badly. For a share the interval is Wilson's, so that it is
+    right near 0 and 1, with the number of samples that has this standard error, reduced by the square of Student's quantile over
+    the normal one (Korn and Graubard, 1998), and at most one sample per value that counts; where all rows agree, their number.
 
     Args:
-      values, weights: [rows, ...].
-      share: the values are 0 or 1.
+      values, weights: [rows, ...]. Values of weight 0 are ignored, whatever they are.
+      share: the values are from 0 to 1.
       at: see `Measurement`.
 
     Returns:
       None if no weight is positive.
     """
     axes = tuple(range(1, values.ndim))
-    numerators = np.asarray(np.sum(values.astype(np.float64) * weights, axis=axes))
+    counted = np.where(weights > 0, values, 0).astype(np.float64)
+    numerators = np.asarray(np.sum(counted * weights, axis=axes))
     denominators = np.asarray(np.sum(weights, axis=axes, dtype=np.float64))
     rows = int((denominators > 0).sum())
     if rows == 0:
         return None
-    mean, error = mean_and_error(numerators, denominators)
+    mean, error = map(float, mean_and_error(numerators, denominators))
     sums = tuple((float(a), float(b)) for a, b in zip(np.atleast_1d(numerators), np.atleast_1d(denominators), strict=True))
+    half = half_width(error, rows)
     if not share:
-        return Measurement(measure, float(mean), float(mean - Z * error), float(mean + Z * error), unit, rows, at, sums)
-    samples = mean * (1 - mean) / error**2 if 0 < error < np.inf and 0 < mean < 1 else float(rows)
+        return Measurement(measure, mean, mean - half, mean + half, unit, rows, at, sums)
+    samples = float(rows)
+    if EQUAL < error < np.inf and 0 < mean < 1:
+        samples = min(mean * (1 - mean) * (Z / half) ** 2, float((weights > 0).sum()))
     center = (mean + Z**2 / (2 * samples)) / (1 + Z**2 / samples)
-    half = Z / (1 + Z**2 / samples) * np.sqrt(mean * (1 - mean) / samples + Z**2 / (4 * samples**2))
-    return Measurement(measure, float(mean), float(center - half), float(center + half), "share", rows, at, sums)
+    half = Z / (1 + Z**2 / samples) * float(np.sqrt(mean * (1 - mean) / samples + Z**2 / (4 * samples**2)))
+    return Measurement(measure, mean, center - half, center + half, "share", rows, at, sums)
 
 
 def difference(one: Measurement, other: Measurement) -> Measurement | None:
     """Returns one - other of two means over the same rows, with the interval of paired rows.
 
     What makes some rows harder than others for every model drops out, so that differences far smaller than the two intervals
-    can be seen. The standard error is that of a difference of ratios of sums over rows (linearized).
+    can be seen. The standard error is that of a difference of ratios of sums over rows (linearized), the interval Student's. Where
+    two shares differ equally in every row, as those of two models that are always right, it is as wide as that of a share which
+    no row has: equal rows do not prove equal models.
 
     Returns:
       None if the two are not means over the same rows: another number of them, or other weights.
@@ -107,9 +121,10 @@ def difference(one: Measurement, other: Measurement) -> Measurement | None:
     if one.key != other.key or first.shape != second.shape or not len(first) or (first[:, 1] != second[:, 1]).any():
         return None
     weights = first[:, 1]
-    value, error = mean_and_error(first[:, 0] - second[:, 0], weights)
+    value, error = map(float, mean_and_error(first[:, 0] - second[:, 0], weights))
     rows = int((weights > 0).sum())
-    return Measurement(one.measure, float(value), float(value - Z * error), float(value + Z * error), one.unit, rows, one.at)
+    half = Z**2 / (rows + Z**2) if one.unit == "share" and error < EQUAL else half_width(error, rows)
+    return Measurement(one.measure, value, value - half, value + half, one.unit, rows, one.at)
 
 
 def buckets(length: int, first: int = 8) -> list[tuple[int, int]]:

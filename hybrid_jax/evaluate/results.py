@@ -16,9 +16,9 @@ from hybrid_jax.evaluate.instruments import Instrument, name_of
 from hybrid_jax.evaluate.measured import measurement_from
 from hybrid_jax.evaluate.measurement import Measurement
 from hybrid_jax.files import file_hash, write_text
-from hybrid_jax.parallel.distributed import is_first
+from hybrid_jax.parallel.distributed import is_first, say
 
-FORMAT = 1  # raised when an instrument measures something else than before
+FORMAT = 2  # raised when an instrument measures something else than before
 
 
 @functools.cache
@@ -28,24 +28,25 @@ def _hash_of(path: pathlib.Path, size: int, changed: int) -> str:
 
 
 def data_stamp(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what an evaluation's `data` is, by name: of each text how it fills rows and a stamp of its files; and the tasks."""
+    """Returns what an evaluation's `data` is, by name: the tasks; the order of the texts, because tasks stand in the first one; and
+    of each text how it fills rows and a stamp of its files."""
     sources = read_sources(data).items()
     texts = {f"the text {name}": [source.packing, source.long, source_stamp(source.path)] for name, source in sources}
-    return texts | {"tasks": dict(data.get("tasks") or {})}
+    return texts | {"the order of the texts": list(texts), "tasks": dict(data.get("tasks") or {})}
 
 
 def fingerprint(model: pathlib.Path, data: Mapping[str, Any], instrument: Instrument) -> dict[str, Any]:
     """Returns everything that a result depends on, by name, in JSON's types.
 
-    That is a hash of every file of weights and of every JSON file of the model (config, tokenizer), the data, and the instrument
-    with its options and what else it depends on. Names, paths and meshes are not in it.
+    That is a hash of every file of weights and of every JSON and Jinja file of the model (config, tokenizer, chat template), the
+    data, and the instrument with its options and what else it depends on. Names, paths and meshes are not in it.
 
     Args:
       model: a model directory.
       data: see `data_stamp`.
     """
     found: dict[str, Any] = {"format": FORMAT, **data}
-    for path in sorted([*model.glob("*.json"), *model.glob("*.safetensors")]):
+    for path in sorted([*model.glob("*.json"), *model.glob("*.jinja"), *model.glob("*.safetensors")]):
         found[path.name] = _hash_of(path, path.stat().st_size, path.stat().st_mtime_ns)
     found["instrument"] = name_of(instrument)
     found["the instrument's files or machine"] = instrument.stamp()
@@ -65,8 +66,11 @@ class StoredResults:
         self.directory = None if directory is None else directory / "stored"
         self.records: dict[str, dict[str, Any]] = {}
         for path in sorted(self.directory.glob("*.json")) if self.directory is not None and self.directory.is_dir() else ():
-            record = json.loads(path.read_text())
-            self.records[key_of(record["fingerprint"])] = record
+            try:
+                record = json.loads(path.read_text())
+                self.records[key_of({**record["fingerprint"]})] = record
+            except (ValueError, KeyError, TypeError) as e:
+                say(f"{path} is not a complete stored result ({type(e).__name__}: {e}); what it was of is measured again")
 
     def find(self, values: Mapping[str, Any]) -> list[Measurement] | None:
         """Returns the measurements that were stored with this fingerprint, or None."""

@@ -2,7 +2,7 @@
 
     o_i = sum_j softmax_j(q_i . k_j / sqrt(D)) v_j,   j <= i, same segment, i - j < window
 
-The cache of a windowed layer holds window - 1 tokens, that of a full layer `max_length`.
+The cache of a full layer holds `max_length` tokens, that of a windowed layer window - 1 at most.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class Attention(nnx.Module):
         return self.o_proj(o.reshape(B, T, -1)), state
 
     def init_state(self, batch: int, max_length: int, dtype: DTypeLike = jnp.float32) -> KVCache:
-        length = max_length if self.window is None else self.window - 1
+        length = max_length if self.window is None else min(self.window - 1, max_length)
         return empty_cache(batch, length, self.config.num_kv_heads, self.config.head_dim, dtype)
 
     def state_axes(self) -> KVCache:

@@ -113,7 +113,8 @@ class BMojoF(nnx.Module):
 
     def init_state(self, batch: int, max_length: int, dtype: DTypeLike = jnp.float32) -> BMojoState:
         c = self.config
-        cache = empty_cache(batch, 2 * c.options(BMojoConfig).window_size - 1, c.num_kv_heads, c.head_dim, dtype)
+        length = min(2 * c.options(BMojoConfig).window_size - 1, max_length)
+        cache = empty_cache(batch, length, c.num_kv_heads, c.head_dim, dtype)
         return BMojoState(getattr(self, self.mixer_key).init_state(batch, max_length, dtype), cache, cache)
 
     def state_axes(self) -> BMojoState:

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from hybrid_jax.config import ModelConfig
-from hybrid_jax.evaluate.instruments import make_instrument, speed
+from hybrid_jax.evaluate.instruments import make_instrument, speed, text
 from hybrid_jax.evaluate.instruments.contract import Subject
 from hybrid_jax.evaluate.instruments.cost import state_bytes
 from hybrid_jax.evaluate.instruments.recall import _complete
+from hybrid_jax.evaluate.instruments.text import _bytes
 from hybrid_jax.evaluate.measurement import buckets, weighted_mean
+from hybrid_jax.evaluate.token_scores import TokenScores
 from hybrid_jax.generation import generate
 from hybrid_jax.parameters import split_model
 from tests.conftest import tiny_config, tiny_model
@@ -101,6 +103,37 @@ def test_the_interval_of_a_mean_covers_it_as_often_as_it_says():
     assert 0.90 < inside / 400 < 0.98
 
 
+@pytest.mark.parametrize("rows", [2, 5])
+def test_the_interval_of_a_mean_of_few_rows_covers_it_as_often_as_it_says(rows):
+    values = 2 + np.random.default_rng(0).normal(size=(1000, rows, 1))
+    means = [weighted_mean("loss", v, np.ones((rows, 1))) for v in values]
+    assert 0.93 < np.mean([m.low <= 2 <= m.high for m in means]) < 0.97
+
+
+@pytest.mark.parametrize("rows", [4, 16])
+def test_the_interval_of_a_share_of_few_rows_covers_it_as_often_as_it_says_or_more(rows):
+    rng = np.random.default_rng(0)
+    right = rng.random((600, rows, 16)) < rng.beta(1, 1, (600, rows, 1))  # rows are harder or easier
+    shares = [weighted_mean("accuracy", r, np.ones((rows, 16)), share=True) for r in right]
+    assert 0.92 < np.mean([m.low <= 0.5 <= m.high for m in shares]) < 0.98
+
+
+def test_a_share_of_rows_that_happen_to_be_alike_is_no_more_certain_than_its_number_of_answers():
+    right = np.arange(100) < np.array([[49], [50]])
+    share = weighted_mean("accuracy", right, np.ones((2, 100)), share=True)
+    assert share.high - share.low == pytest.approx(2 * 1.96 * np.sqrt(0.25 / (200 + 1.96**2)), rel=1e-3)
+
+
+def test_values_of_weight_0_do_not_count_even_if_they_are_no_numbers():
+    values, weights = np.array([[1.0, np.nan], [np.inf, 3.0]]), np.array([[1.0, 0.0], [0.0, 1.0]])
+    assert weighted_mean("loss", values, weights).value == 2
+
+
+def test_the_interval_of_one_row_says_that_nothing_is_known():
+    m = weighted_mean("loss", np.ones((1, 4)), np.ones((1, 4)))
+    assert (m.value, m.low, m.high) == (1, -math.inf, math.inf)
+
+
 def test_the_interval_of_a_share_is_not_empty_where_all_rows_agree():
     everything = weighted_mean("accuracy", np.ones((16, 4)), np.ones((16, 4)), share=True)
     assert everything.value == 1 and everything.high == pytest.approx(1) and everything.low == pytest.approx(1 - 0.1936, abs=1e-3)
@@ -123,6 +156,11 @@ def test_the_bytes_of_a_sequence_are_keys_and_values_and_states():
     assert state_bytes(tiny_config("*-*"), 128) - state_bytes(tiny_config("*-*"), 64) == 2 * 64 * attention
     grown = state_bytes(config, 4096) - state_bytes(config, 2048)
     assert grown == 2048 * attention and convolutions > 0  # windows and states do not grow
+    next_slot = 4
+    assert state_bytes(tiny_config("SWA"), 3) == 3 * attention + next_slot  # no more than there are tokens
+    assert state_bytes(tiny_config("SWA"), 64) == 5 * attention + next_slot  # a window of 6 remembers 5
+    bmojo = [state_bytes(tiny_config("BMF"), n) - state_bytes(tiny_config("GKA"), n) for n in (3, 64)]
+    assert bmojo == [2 * (n * attention + next_slot) for n in (3, 2 * 4 - 1)]  # windows of 4, and what fades behind them
 
 
 @pytest.mark.parametrize(
@@ -132,6 +170,8 @@ def test_the_bytes_of_a_sequence_are_keys_and_values_and_states():
         ({"instrument": "text", "sequence": 3}, "text has no option 'sequence'"),
         ({"instrument": "text", "rows": 0}, "rows"),
         ({"instrument": "recall", "grid": {"depth": ()}}, "no values for 'depth'"),
+        ({"instrument": "cost", "lengths": (0,)}, "lengths"),
+        ({"instrument": "cost", "dtype": "float7"}, "bfloat16"),
     ],
 )
 def test_what_an_instrument_does_not_know_is_refused(values, message):
@@ -146,7 +186,9 @@ def test_options_are_checked_against_model_and_data(corpus):
         (dict(instrument="text", seq_len=64, sources=("web",)), "no source is named 'web'"),
         (dict(instrument="recall", seq_len=64, task="riddles"), "no synthetic task is named 'riddles'"),
         (dict(instrument="recall", seq_len=64, options={"pairs": 3}), "no option 'pairs'; known: min_pairs"),
-        (dict(instrument="recall", seq_len=64, grid={"seq_len": (32, 128)}), "seq_len 128"),
+        (dict(instrument="recall", seq_len=64, task="parity", grid={"seq_len": (64, 128)}), "seq_len 128"),
+        (dict(instrument="recall", seq_len=64, task="parity", options={"seq_len": 128}), "seq_len 128"),
+        (dict(instrument="recall", seq_len=64, grid={"max_pairs": (2, 40)}), "retrieval of 40 pairs needs rows of 162"),
     ):
         with pytest.raises(ValueError, match=message):
             make_instrument("mine", values).check(config, corpus)
@@ -171,4 +213,28 @@ def test_the_overall_accuracy_of_a_grid_is_over_the_answers_of_all_its_points(su
     got = make_instrument("x", values).measure(subject)
     alone = [m for m in got if m.measure == "accuracy" and m.at]
     right, asked = (sum(pair[n] for m in alone for pair in m.sums) for n in (0, 1))
-    assert got[0].at == {} and got[0].value == pytest.approx(right / asked) and got[0].count == 6
+    assert got[0].at == {} and got[0].value == pytest.approx(right / asked)
+    pairs = [[m.sums[i] for m in alone] for i in range(3)]  # row i of every point: the same random numbers, so one sample
+    assert got[0].sums == tuple((sum(a for a, _ in same), sum(b for _, b in same)) for same in pairs) and got[0].count == 3
+
+
+def test_the_rows_of_one_number_at_all_points_of_a_grid_have_the_same_random_numbers(subject):
+    near, far = (subject.corpus.task("needles", LENGTH, 1, max_needles=1, ask="end", depth=d).example(0) for d in (1.0, 0.0))
+    assert (near["input_ids"][-4:] == far["input_ids"][-4:]).all() and near["distances"].max() < far["distances"].max()
+
+
+def test_the_bytes_of_a_byte_level_tokenizer_are_those_of_the_text_where_a_row_begins_within_a_character(subject):
+    tokenizer, text = subject.corpus.tokenizer, "漢字 def f"
+    ids = [*tokenizer.encode(text).ids, tokenizer.token_to_id("<|endoftext|>")]  # a token per byte of 漢 and 字, and no byte
+    for skipped, size in ((0, len(text.encode())), (1, len(text.encode()) - 1), (len(ids) - 1, 1), (len(ids), 0)):
+        weights = np.array([0.0] * skipped + [1.0] * (len(ids) - skipped))
+        assert _bytes(tokenizer, {"input_ids": np.array(ids), "loss_weights": weights}) == size
+
+
+def test_the_perplexity_of_a_model_that_diverged_is_infinite(subject, monkeypatch):
+    def scores(model, rows, **_):
+        return TokenScores(np.full((len(rows), LENGTH), 800.0), np.zeros((len(rows), LENGTH)), np.ones((len(rows), LENGTH)))
+
+    monkeypatch.setattr(text, "token_scores", scores)
+    got = make_instrument("x", dict(instrument="text", seq_len=LENGTH, rows=2)).measure(subject)
+    assert found(got, "loss") == 800 and found(got, "perplexity") == math.inf

@@ -152,3 +152,10 @@ def test_suites_and_meshes_that_do_not_work_are_refused(corpus):
         make_instrument("p", dict(instrument="prompts", suite="riddles"))
     with pytest.raises(FileNotFoundError):
         make_instrument("p", dict(instrument="prompts", path="nowhere")).check(tiny_model("*").config, corpus)
+
+
+def test_a_line_of_a_file_may_hold_separators_that_are_no_ends_of_lines(tmp_path):
+    text = "one\u2028two\u0085three"
+    (tmp_path / "qa1.jsonl").write_text(json.dumps({"input": text, "question": "q", "target": "t"}, ensure_ascii=False) + "\n")
+    (one,) = read_examples(SUITES["babilong"], str(tmp_path))
+    assert text in one.prompt

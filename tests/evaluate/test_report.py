@@ -1,16 +1,20 @@
 """The tables, pictures and pages of an evaluation."""
 
 import json
+import math
 import pathlib
+import re
 
 import numpy as np
 import pytest
 
 from hybrid_jax.evaluate.evaluation import Evaluation
 from hybrid_jax.evaluate.instruments import make_instrument
-from hybrid_jax.evaluate.measured import Measured, Target, over_repeats, read_measured
+from hybrid_jax.evaluate.measured import SEVERAL, Measured, Target, over_repeats, read_measured, write_measured
 from hybrid_jax.evaluate.measurement import Measurement, difference, exact, weighted_mean
-from hybrid_jax.evaluate.report import first_table, notes, write_report
+from hybrid_jax.evaluate.report import first_table, notes, pictures, write_report
+from hybrid_jax.evaluate.report.document import Code, Heading, Table, as_markdown
+from hybrid_jax.evaluate.report.pictures import _legend
 from hybrid_jax.evaluate.report.tables import difference_table, recovered, show
 
 EVALUATION = Evaluation(
@@ -64,10 +68,10 @@ def test_the_first_table_has_a_line_per_model_and_the_headline_of_every_instrume
         "model", "pattern", "text: loss (nats/token)", "share of the lost loss recovered", "pairs: accuracy", "cost: parameters",
         "cost: state bytes at tokens 1,024",
     )  # fmt: skip
-    assert table.rows[2][:4] == ("GKA train", "*-GKA", "2.100 ± 0.895", "95.0 %")
+    assert table.rows[2][:4] == ("GKA train", "*-GKA", "2.100 ± 1.453", "95.0 %")
     assert table.rows[2][4].startswith("87.5 % (") and table.rows[2][5:] == ("6,558,464", "1.50 MiB")
     assert table.rows[0][3] == "–" and "`*-GKA`" in table.markdown() and len(table.markdown().splitlines()) == 2 + len(ROWS)
-    assert r"2.100 $\pm$ 0.895" in table.latex() and r"95.0 \%" in table.latex() and "$*$-GKA" in table.latex()
+    assert r"2.100 $\pm$ 1.453" in table.latex() and r"95.0 \%" in table.latex() and "$*$-GKA" in table.latex()
 
 
 def test_differences_are_of_the_same_rows_and_far_more_certain_than_the_two_numbers():
@@ -83,6 +87,9 @@ def test_differences_are_of_the_same_rows_and_far_more_certain_than_the_two_numb
         gap = difference(first, second)
         inside += gap.low <= 0.3 <= gap.high
     assert 0.90 < inside / 300 < 0.98
+    always = weighted_mean("accuracy", np.ones((16, 8)), np.ones((16, 8)), share=True)
+    equal = difference(always, always)  # two models that are always right: 16 rows do not prove them equal
+    assert equal.value == 0 and equal.high == -equal.low == pytest.approx(1 - always.low)
     fewer = weighted_mean("loss", np.ones((3, 8)), np.ones((3, 8)))
     assert difference(one, fewer) is None and difference(one, ROWS[0].results["pairs"][0]) is None
     table = difference_table(EVALUATION, ROWS)
@@ -111,6 +118,11 @@ def test_a_text_of_fewer_rows_than_asked_for_is_noted():
     assert notes(EVALUATION, [row("m", "*", 2.0, 1.0)]) == []
     want = "text: the held-out text has only 3 rows, not the 4 asked for; all of them were read."
     assert notes(EVALUATION, [row("m", "*", 2.0, 1.0, rows=3)]) == [want]
+
+
+def test_seeds_are_not_called_rows():
+    three = over_repeats("m (3 seeds)", [row("m", "*", loss, 1.0) for loss in (2.0, 2.1, 2.2)])
+    assert three.results["text"][0].count == 3 and notes(EVALUATION, [three]) == []
 
 
 def test_numbers_are_shown_with_their_unit_and_interval():
@@ -145,4 +157,57 @@ def test_repetitions_are_one_line_with_student_s_interval():
     loss = three.results["text"][0]
     assert loss.value == pytest.approx(2.2) and loss.count == 3 and loss.sums == ()
     assert loss.high - loss.value == pytest.approx(4.302653 * 0.2 / np.sqrt(3), rel=1e-5)
+    assert three.pattern == "*-GKA" and over_repeats("x", [row("a", p, 2.0, 0.5) for p in ("*-GKA", "GKA-*")]).pattern == SEVERAL
     assert three.target.name == "GKA (3 seeds)" and three.results["cost"][0].low == 6_558_464
+
+
+NAMES = ("a|b", "_m_", "a&b<i>x", 'quo"te', "$x_{$", "[z]", "*st*", "__init__")
+
+
+def test_names_are_shown_as_they_are_in_every_form_of_a_table():
+    table = Table(("model", *NAMES), [(name, "GDN>GKA", *NAMES[1:]) for name in NAMES], code=(1,))
+    lines = table.markdown().splitlines()
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {len(NAMES) + 2}  # as many cells in every line
+    for mark in (r"a\|b", r"\_m\_", r"a\&b\<i>x", r"\$x\_{\$", r"\[z\]", r"\*st\*", r"\_\_init\_\_"):
+        assert mark in lines[0] and any(line.startswith(f"| {mark} |") for line in lines[2:])
+    latex = table.latex()
+    for mark in (r"a\textbar{}b", r"\_m\_", r"a\&b\textless{}i\textgreater{}x", r"\$x\_\{\$", "{[}z]", "GDN\\textgreater{}GKA"):
+        assert mark in latex
+    assert not re.search(r"\\\\\s*\[", latex)  # LaTeX would read an option of the line break
+    assert "a|b" in table.html() and "a&amp;b&lt;i&gt;x" in table.html()
+    assert as_markdown([Heading("my_model _x_")]) == "## my_model \\_x\\_\n\n".removesuffix("\n")
+
+
+def test_a_continuation_with_a_fence_of_its_own_ends_where_it_ends():
+    assert as_markdown([Code("a\n```\nb")]) == "````\na\n```\nb\n````\n"
+
+
+def test_pictures_name_every_model_whatever_characters_its_name_has(tmp_path, monkeypatch):
+    legends = []
+    monkeypatch.setattr(pictures, "_legend", lambda axis: legends.append(_legend(axis) or axis.get_legend()))
+    write_report(EVALUATION, [row(name, "GDN>GKA", 2.0, 1.0) for name in NAMES], tmp_path)
+    assert [[text.get_text() for text in legend.get_texts()] for legend in legends] == [list(NAMES)]
+
+
+def test_two_instruments_do_not_draw_into_one_picture(tmp_path):
+    names = ("far.1", "far 1")
+    evaluation = Evaluation({n: EVALUATION.instruments["text"] for n in names}, {"text": "stdlib"})
+    one = row("m", "*", 2.0, 1.0)
+    results = dict(zip(names, (one.results["text"], row("m", "*", 3.0, 1.0).results["text"]), strict=True))
+    page = write_report(evaluation, [Measured(one.target, one.pattern, one.tokenizer, results)], tmp_path).read_text()
+    drawn = re.findall(r"\((far.*\.png)\)", page)
+    assert len(set(drawn)) == 2 and (tmp_path / drawn[0]).read_bytes() != (tmp_path / drawn[1]).read_bytes()
+
+
+def test_a_model_that_an_instrument_did_not_measure_has_a_gap(tmp_path):
+    most = Measured(ROWS[0].target, "*-*", "tok", {k: v for k, v in ROWS[0].results.items() if k != "pairs"})
+    write_report(EVALUATION, [most, *ROWS[1:]], tmp_path)
+    assert first_table(EVALUATION, [most, *ROWS[1:]]).rows[0][4] == "–"
+
+
+def test_numbers_that_json_does_not_have_are_read_back_and_any_program_reads_the_file(tmp_path):
+    one = row("m", "*", math.inf, 1.0, rows=1)
+    write_measured([one], tmp_path / "r.json")
+    json.loads((tmp_path / "r.json").read_text(), parse_constant=pytest.fail)
+    (read,) = read_measured(tmp_path / "r.json")
+    assert read.results["text"][0].value == math.inf and math.isnan(read.results["text"][0].low)

@@ -4,6 +4,7 @@ from tests.mutations import Mutation
 
 SWEEP, MESSAGES, COMMANDS = "tests/test_sweep.py", "tests/test_messages.py", "tests/test_commands.py"
 MEASURES, REPORT, STOPPED = "tests/evaluate/test_measures.py", "tests/evaluate/test_report.py", "tests/test_stopped.py"
+INSTRUMENTS = "tests/evaluate/test_instruments.py"
 
 MUTATIONS = [
     Mutation(
@@ -91,11 +92,25 @@ MUTATIONS = [
         (f"{REPORT}::test_differences_are_of_the_same_rows_and_far_more_certain_than_the_two_numbers",),
     ),
     Mutation(
-        "hybrid_jax/evaluate/measured.py",
-        "stats.t.ppf(0.975, len(values) - 1)",
+        "hybrid_jax/evaluate/measurement.py",
+        "stats.t.ppf(0.975, rows - 1)",
         "stats.norm.ppf(0.975)",
-        "intervals over three seeds are those of many",
+        "intervals over three seeds, or of two rows, are those of many",
         (f"{REPORT}::test_repetitions_are_one_line_with_student_s_interval",),
+    ),
+    Mutation(
+        "hybrid_jax/evaluate/measurement.py",
+        "min(mean * (1 - mean) * (Z / half) ** 2, float((weights > 0).sum()))",
+        "mean * (1 - mean) * (Z / half) ** 2",
+        "rows that happen to be alike make a share more certain than its answers do",
+        (f"{INSTRUMENTS}::test_a_share_of_rows_that_happen_to_be_alike_is_no_more_certain_than_its_number_of_answers",),
+    ),
+    Mutation(
+        "hybrid_jax/evaluate/results.py",
+        '*model.glob("*.jinja"), ',
+        "",
+        "a result of another chat template is used again",
+        (f"{COMMANDS}::test_a_stored_result_is_of_the_chat_template_and_of_the_first_text",),
     ),
     Mutation(
         "hybrid_jax/evaluate/evaluation.py",

@@ -120,7 +120,13 @@ MUTATIONS = [
     Mutation(
         ATTENTION, "mask & (distance < window)", "mask & (distance <= window)", "a decoded window has one key too many", (PREFILL,)
     ),
-    Mutation(ATTENTION, "else self.window - 1", "else self.window - 2", "a window's cache is one token short", (PREFILL,)),
+    Mutation(
+        ATTENTION,
+        "min(self.window - 1, max_length)",
+        "min(self.window - 2, max_length)",
+        "a window's cache is one token short",
+        (PREFILL,),
+    ),
     Mutation(
         RECURRENT,
         "minval=1e-4, maxval=16.0",

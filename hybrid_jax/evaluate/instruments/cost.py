@@ -9,6 +9,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from hybrid_jax.checks import check_choice, check_integer
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.evaluate.instruments.contract import Instrument, Progress, Subject
 from hybrid_jax.evaluate.measurement import Measurement, exact
@@ -40,6 +41,13 @@ class Cost(Instrument):
 
     lengths: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536, 131072)
     dtype: str = "bfloat16"
+
+    def __post_init__(self):
+        if not self.lengths:
+            raise ValueError("cost: lengths must hold at least one number of tokens")
+        for length in self.lengths:
+            check_integer("lengths", length, minimum=1)
+        check_choice("dtype", self.dtype, ("bfloat16", "float16", "float32"))
 
     def measure(self, subject: Subject, progress: Progress = lambda done, total: None) -> list[Measurement]:
         found = [exact("parameters", count(split_model(subject.model)[1]))]

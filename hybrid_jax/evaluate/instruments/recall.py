@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.data import HELD_OUT_SEED, Corpus
-from hybrid_jax.data.tasks import check_options
+from hybrid_jax.data.tasks import Task, check_options
 from hybrid_jax.evaluate.instruments.contract import Instrument, Progress, Subject, check_counts, check_rows
 from hybrid_jax.evaluate.measurement import Measurement, buckets, weighted_mean
 from hybrid_jax.evaluate.token_scores import TokenScores, token_scores
@@ -70,14 +70,24 @@ class Recall(Instrument):
         asked = {*self.options, *(name for _, options in self.points() for name in options)} - {SEQ_LEN}
         check_options(corpus.tasks[self.task]["task"], asked)
         for _, options in self.points():
-            check_rows("recall", config, mesh, self.batch_size, options.get(SEQ_LEN, self.seq_len))
+            task = self._task(corpus, options)
+            check_rows("recall", config, mesh, self.batch_size, task.length)
+            task.example(0)  # refuses held-out text that fills no row
+
+    def _task(self, corpus: Corpus, options: Mapping[str, Any]) -> Task:
+        """Returns the task at a point of the grid.
+
+        Raises:
+          ValueError: an option is out of range, or rows are too short.
+        """
+        given = {**self.options, **options}
+        length = given.pop(SEQ_LEN, self.seq_len)
+        return corpus.task(self.task, length, HELD_OUT_SEED, held_out=True, **given)
 
     def measure(self, subject: Subject, progress: Progress = lambda done, total: None) -> list[Measurement]:
-        found, points = [], self.points()
+        found, points, right, asked = [], self.points(), [], []
         for n, (at, options) in enumerate(points):
-            given = {**self.options, **options}
-            length = given.pop(SEQ_LEN, self.seq_len)
-            task = subject.corpus.task(self.task, length, HELD_OUT_SEED, held_out=True, **given)
+            task = self._task(subject.corpus, options)
             rows = [task.example(i) for i in range(self.rows)]
 
             def report(done: int, n: int = n) -> object:
@@ -86,19 +96,24 @@ class Recall(Instrument):
             scores = token_scores(subject.model, rows, mesh=subject.mesh, batch_size=self.batch_size, progress=report)
             distances = np.stack([row["distances"] for row in rows])
             found += _measured(scores, distances, at)
+            right.append(scores.right)
+            asked.append(_answers(distances))
             if not self.grid:
-                for low, high in buckets(length - 1):
+                for low, high in buckets(task.length - 1):
                     inside = ((distances > low) & (distances <= high)).astype(np.float32)
                     found.append(weighted_mean("accuracy", scores.right, inside, share=True, distance=high))
-        if self.grid:
-            sums = np.array([pair for m in found if m is not None and m.measure == "accuracy" for pair in m.sums])
-            means = sums[:, 0] / np.maximum(sums[:, 1], 1)
-            found.insert(0, weighted_mean("accuracy", means, sums[:, 1], share=True))
+        if self.grid:  # rows of one number have the same random numbers at all points: together they are one sample
+            found.insert(0, weighted_mean("accuracy", np.concatenate(right, 1), np.concatenate(asked, 1), share=True))
         return [m for m in found if m is not None]
 
 
+def _answers(distances: np.ndarray) -> np.ndarray:
+    """Returns 1 at the tokens of answers, which have evidence, else 0; [rows, T] float32."""
+    return (distances > 0).astype(np.float32)
+
+
 def _measured(scores: TokenScores, distances: np.ndarray, at: Mapping[str, Any]) -> list[Measurement | None]:
-    answers = (distances > 0).astype(np.float32)
+    answers = _answers(distances)
     begins = answers * (np.pad(answers[:, :-1], ((0, 0), (1, 0))) == 0)
     return [
         weighted_mean("accuracy", scores.right, answers, share=True, **at),

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 from jax.sharding import Mesh
+from tokenizers import Tokenizer, decoders
 
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.data import Corpus
@@ -47,6 +48,8 @@ class TextLoss(Instrument):
         check_rows("text", config, mesh, self.batch_size, self.seq_len)
         if unknown := [name for name in self.sources if name not in corpus.held_out]:
             raise ValueError(f"text: no source is named {unknown[0]!r}; have {', '.join(corpus.held_out)}")
+        for name in self.names(corpus):
+            corpus.held_out_rows(self.seq_len, name)
 
     def names(self, corpus: Corpus) -> tuple[str, ...]:
         """Returns the names of the sources that are measured."""
@@ -66,11 +69,12 @@ class TextLoss(Instrument):
         loss = weighted_mean("loss", losses, weights, "nats/token")
         if loss is None:
             raise ValueError("text: the held-out rows have no token that another one predicts")
-        perplexity = dataclasses.replace(
-            loss, measure="perplexity", unit="", sums=(), **{k: math.exp(getattr(loss, k)) for k in ("value", "low", "high")}
-        )
-        size = np.array([_bytes(subject, row) for row in rows], np.float64)
-        bits = weighted_mean("bits_per_byte", (losses * weights).sum(1) / size / math.log(2), size, "bits/byte")
+        with np.errstate(over="ignore"):  # of a model that diverged it is infinite
+            ends = {name: float(np.exp(getattr(loss, name))) for name in ("value", "low", "high")}
+        perplexity = dataclasses.replace(loss, measure="perplexity", unit="", sums=(), **ends)
+        size = np.array([_bytes(subject.tokenizer, row) for row in rows], np.float64)
+        nats = np.sum(losses, axis=1, where=weights > 0, dtype=np.float64)
+        bits = weighted_mean("bits_per_byte", nats / np.maximum(size, 1) / math.log(2), size, "bits/byte")
         found = [loss, perplexity, bits]
         if len(set(places)) > 1:
             chosen = {name: np.array([place == name for place in places]) for name in dict.fromkeys(places)}
@@ -81,7 +85,15 @@ class TextLoss(Instrument):
         return [m for m in found if m is not None]
 
 
-def _bytes(subject: Subject, row: Mapping[str, np.ndarray]) -> int:
-    """Returns the bytes of the tokens of a row that count in the loss."""
+def _bytes(tokenizer: Tokenizer, row: Mapping[str, np.ndarray]) -> int:
+    """Returns the bytes of the tokens of a row that count in the loss; at least 1 if there are any, e.g. only an end of text.
+
+    The tokens of a byte-level tokenizer are counted one by one, as their bytes may be parts of characters at the ends of a row.
+    """
     ids = row["input_ids"][row["loss_weights"] > 0].tolist()
-    return max(len(subject.tokenizer.decode(ids, skip_special_tokens=True).encode()), 1)
+    if not ids:
+        return 0
+    if not isinstance(tokenizer.decoder, decoders.ByteLevel):
+        return max(len(tokenizer.decode(ids, skip_special_tokens=True).encode()), 1)
+    added = {i: 0 if t.special else len(t.content.encode()) for i, t in tokenizer.get_added_tokens_decoder().items()}
+    return max(sum(added[i] if i in added else len(tokenizer.id_to_token(i) or "") for i in ids), 1)

@@ -73,7 +73,7 @@ def records(path: pathlib.Path, pattern: str) -> Iterator[tuple[Mapping[str, Any
 
             yield from ((row, file, n) for n, row in enumerate(parquet.read_table(file).to_pylist(), start=1))
             continue
-        for n, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        for n, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
             if not line.strip():
                 continue
             try:

@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import html
 import pathlib
+import re
 from collections.abc import Sequence
 
 
@@ -53,8 +54,9 @@ class Table:
 
     def markdown(self) -> str:
         """Returns the table in Markdown."""
-        marked = [[f"`{c}`" if n in self.code and c else c.replace("|", r"\|") for n, c in enumerate(row)] for row in self.rows]
-        return "\n".join(f"| {' | '.join(cells)} |" for cells in (self.header, ["---"] * len(self.header), *marked))
+        marked = [[f"`{c}`" if n in self.code and c else _plain(c) for n, c in enumerate(row)] for row in self.rows]
+        header = [_plain(c) for c in self.header]
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *marked))
 
     def html(self) -> str:
         """Returns the table in HTML."""
@@ -77,7 +79,12 @@ class Table:
 
 
 Block = Heading | Text | Code | Picture | Table
-_LATEX = {"\\": r"\textbackslash{}", "±": r"$\pm$", "–": "--", "*": r"$*$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+_LATEX = {
+    **{c: f"\\{c}" for c in "&%$#_{}"},
+    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "|": r"\textbar{}"},
+    **{"<": r"\textless{}", ">": r"\textgreater{}", "±": r"$\pm$", "–": "--", "*": r"$*$"},
+    "[": "{[}",  # at the beginning of a line it would be an option of the line break before it
+}
 _STYLE = (
     "body{font-family:sans-serif;max-width:70em;margin:2em auto;padding:0 1em}table{border-collapse:collapse;margin:1em 0}"
     "th,td{border:1px solid #ccc;padding:.3em .6em;text-align:left}th{background:#f2f2f2}img{max-width:100%}"
@@ -87,7 +94,12 @@ _STYLE = (
 
 def _latex(text: str) -> str:
     """Returns text with LaTeX's special characters written out."""
-    return "".join(_LATEX.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in text)
+    return "".join(_LATEX.get(c, c) for c in text)
+
+
+def _plain(text: str) -> str:
+    """Returns text for Markdown in which no character is a mark; a `_` inside a word is none."""
+    return re.sub(r"[\\`*<&\[\]|$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
 
 
 def as_markdown(blocks: Sequence[Block]) -> str:
@@ -98,13 +110,14 @@ def as_markdown(blocks: Sequence[Block]) -> str:
 def _markdown(block: Block) -> str:
     match block:
         case Heading(text, level):
-            return f"{'#' * level} {text}"
+            return f"{'#' * level} {_plain(text)}"
         case Text(text):
-            return text
+            return _plain(text)
         case Code(text):
-            return f"```\n{text}\n```"
+            fence = "`" * max(3, *(1 + len(run) for run in re.findall("`+", text)), 0)
+            return f"{fence}\n{text}\n{fence}"
         case Picture(path, description):
-            return f"![{description}]({path.name})"
+            return f"![{_plain(description)}]({path.name})"
         case Table():
             return block.markdown()
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 
@@ -18,6 +20,13 @@ from hybrid_jax.evaluate.measurement import Measurement
 from hybrid_jax.evaluate.report.tables import columns, find
 
 LINES = ("--", ":", "-.", (0, (1, 4)))  # of the models in the picture of a recovery
+
+
+@contextlib.contextmanager
+def _without_formulas() -> Iterator[None]:
+    """Pictures in this block show texts as they are: a `$` in a model's name begins no formula."""
+    with plt.rc_context({"text.parse_math": False}):
+        yield
 
 
 def outcomes(rows: Sequence[Measured]) -> list[Measured]:
@@ -36,6 +45,12 @@ def _label(measure: str, unit: str) -> str:
     return f"{measure.replace('_', ' ')}{f' ({unit})'.replace('share', '%') if unit else ''}"
 
 
+def _legend(axis: Axes) -> None:
+    """Draws the legend of all lines; matplotlib's own choice leaves out names that begin with `_`."""
+    axis.legend(axis.lines, [str(line.get_label()) for line in axis.lines])
+
+
+@_without_formulas()
 def draw_recovery(evaluation: Evaluation, rows: Sequence[Measured], path: pathlib.Path) -> bool:
     """Draws the headlines that were sampled over the stages: one line per run, a level per model without a run.
 
@@ -59,12 +74,13 @@ def draw_recovery(evaluation: Evaluation, rows: Sequence[Measured], path: pathli
             unit = there[0][1].unit if there else unit
         axis.set(title=column.instrument, ylabel=_label(str(column.key[0]), unit))
         axis.grid(alpha=0.3)
-        axis.legend()
+        _legend(axis)
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return True
 
 
+@_without_formulas()
 def draw_series(rows: Sequence[Measured], instrument: str, keys: Sequence[tuple], path: pathlib.Path) -> bool:
     """Draws a measure at one coordinate as a curve per model with its interval, at two as a heat map per model.
 
@@ -75,7 +91,9 @@ def draw_series(rows: Sequence[Measured], instrument: str, keys: Sequence[tuple]
     coordinates = len(keys[0]) - 1
     if len(keys) < 2 or coordinates > 2:
         return False
-    found = {(row.target.name, key): m for row in shown for key in keys if (m := find(row, instrument, key)) is not None}
+    found = {(n, key): m for n, row in enumerate(shown) for key in keys if (m := find(row, instrument, key)) is not None}
+    if not found:
+        return False
     first = next(iter(found.values()))
     if coordinates == 1:
         _draw_curves(shown, instrument, keys, found, first, path)
@@ -88,8 +106,8 @@ def _draw_curves(shown, instrument, keys, found, first, path):
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     (name,) = first.at
     numeric = all(isinstance(key[1][1], int | float) for key in keys)
-    for row in shown:
-        there = [(key[1][1], _scaled(found[row.target.name, key])) for key in keys if (row.target.name, key) in found]
+    for n, row in enumerate(shown):
+        there = [(key[1][1], _scaled(found[n, key])) for key in keys if (n, key) in found]
         if not there:
             continue
         x = [at for at, _ in there] if numeric else [str(at) for at, _ in there]
@@ -102,7 +120,7 @@ def _draw_curves(shown, instrument, keys, found, first, path):
         axis.minorticks_off()
     axis.set(title=instrument, xlabel=name.replace("_", " "), ylabel=_label(first.measure, first.unit))
     axis.grid(alpha=0.3)
-    axis.legend()
+    _legend(axis)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -114,8 +132,8 @@ def _draw_heat_maps(shown, instrument, keys, found, first, path):
     low, high = (0, 100) if first.unit == "share" else (min(levels), max(levels))
     figure, axes = plt.subplots(1, len(shown), figsize=(4.2 * len(shown), 3.6), layout="constrained", squeeze=False, sharey=True)
     scale = ScalarMappable(Normalize(low, high), "viridis")
-    for axis, row in zip(axes[0], shown, strict=True):
-        by_place = {tuple(dict(key[1:])[n] for n in (across, down)): found.get((row.target.name, key)) for key in keys}
+    for n, (axis, row) in enumerate(zip(axes[0], shown, strict=True)):
+        by_place = {tuple(dict(key[1:])[c] for c in (across, down)): found.get((n, key)) for key in keys}
         grid = [[_scaled(m)[0] if (m := by_place.get((x, y))) is not None else float("nan") for x in xs] for y in ys]
         axis.imshow(grid, norm=scale.norm, cmap=scale.cmap, aspect="auto")
         for j, line in enumerate(grid):

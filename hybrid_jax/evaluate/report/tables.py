@@ -65,7 +65,7 @@ def columns(evaluation: Evaluation, rows: Sequence[Measured]) -> list[Column]:
     """Returns the columns of the first table: every instrument's headline."""
     found = []
     for name, instrument in evaluation.instruments.items():
-        measurements = [m for row in rows for m in row.results[name]]
+        measurements = [m for row in rows for m in row.results.get(name, ())]
         for headline in instrument.headline:
             measure, _, coordinate = headline.partition(" ")
             wanted = [m for m in measurements if m.measure == measure and list(m.at) == ([coordinate] if coordinate else [])]
@@ -116,7 +116,7 @@ def first_table(evaluation: Evaluation, rows: Sequence[Measured]) -> Table:
     """
     shown = columns(evaluation, rows)
     text = next((name for name, one in evaluation.instruments.items() if isinstance(one, TextLoss)), None)
-    shares = {r.target.name: recovered(r, rows, text) for r in rows} if text and any(r.target.run for r in rows) else {}
+    shares = [recovered(r, rows, text) for r in rows] if text and any(r.target.run for r in rows) else []
     header, lines = ["model", "pattern"], [[r.target.name, r.pattern] for r in rows]
     for column in shown:
         header.append(column.title)
@@ -124,7 +124,7 @@ def first_table(evaluation: Evaluation, rows: Sequence[Measured]) -> Table:
             line.append(show(find(row, column.instrument, column.key)))
         if shares and column.instrument == text:
             header.append("share of the lost loss recovered")
-            for line, share in zip(lines, shares.values(), strict=True):
+            for line, share in zip(lines, shares, strict=True):
                 line.append(NOTHING if share is None else f"{100 * share:.1f} %")
     return Table(tuple(header), [tuple(line) for line in lines], code=(1,))
 
@@ -158,7 +158,7 @@ def series(rows: Sequence[Measured], instrument: str) -> dict[tuple[str, tuple[s
     """Returns (measure, names of the coordinates) -> the keys at which models were measured, in order."""
     found: dict[tuple[str, tuple[str, ...]], list[tuple]] = {}
     for row in rows:
-        for m in row.results[instrument]:
+        for m in row.results.get(instrument, ()):
             if m.at:
                 keys = found.setdefault((m.measure, tuple(m.at)), [])
                 keys += [m.key] if m.key not in keys else []
@@ -167,7 +167,7 @@ def series(rows: Sequence[Measured], instrument: str) -> dict[tuple[str, tuple[s
 
 def series_table(rows: Sequence[Measured], instrument: str, keys: Sequence[tuple]) -> Table:
     """Returns a table with a line per place and a column per model."""
-    example = {m.key: m for row in reversed(rows) for m in row.results[instrument]}
+    example = {m.key: m for row in reversed(rows) for m in row.results.get(instrument, ())}
     lines = [(place(example[key]), *(show(find(row, instrument, key)) for row in rows)) for key in keys]
     return Table((example[keys[0]].measure.replace("_", " "), *(row.target.name for row in rows)), lines)
 
@@ -183,7 +183,7 @@ def notes(evaluation: Evaluation, rows: Sequence[Measured]) -> list[str]:
     for name, instrument in evaluation.instruments.items():
         if not isinstance(instrument, TextLoss):
             continue
-        read = [m.count for m in (find(row, name, ("loss",)) for row in rows) if m is not None]
+        read = [m.count for m in (find(row, name, ("loss",)) for row in rows) if m is not None and m.sums]
         wanted = instrument.rows * len(instrument.sources or read_sources(evaluation.data))
         if read and min(read) < wanted:
             found.append(
