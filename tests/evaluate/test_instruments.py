@@ -146,7 +146,9 @@ def test_options_are_checked_against_model_and_data(corpus):
         (dict(instrument="text", seq_len=64, sources=("web",)), "no source is named 'web'"),
         (dict(instrument="recall", seq_len=64, task="riddles"), "no synthetic task is named 'riddles'"),
         (dict(instrument="recall", seq_len=64, options={"pairs": 3}), "no option 'pairs'; known: min_pairs"),
-        (dict(instrument="recall", seq_len=64, grid={"seq_len": (32, 128)}), "seq_len 128"),
+        (dict(instrument="recall", seq_len=64, options={"max_pairs": 7}, grid={"seq_len": (32, 128)}), "seq_len 128"),
+        (dict(instrument="recall", options={"max_pairs": 7, "seq_len": 128}), "seq_len 128"),
+        (dict(instrument="recall", seq_len=64, grid={"max_pairs": (7, 40)}), "40 pairs needs rows of 162 tokens"),
     ):
         with pytest.raises(ValueError, match=message):
             make_instrument("mine", values).check(config, corpus)

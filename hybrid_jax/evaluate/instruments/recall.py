@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.data import HELD_OUT_SEED, Corpus
-from hybrid_jax.data.tasks import check_options
+from hybrid_jax.data.tasks import Task, check_options
 from hybrid_jax.evaluate.instruments.contract import Instrument, Progress, Subject, check_counts, check_rows
 from hybrid_jax.evaluate.measurement import Measurement, buckets, weighted_mean
 from hybrid_jax.evaluate.token_scores import TokenScores, token_scores
@@ -64,20 +64,27 @@ class Recall(Instrument):
             found.append((at, options))
         return found
 
+    def _task(self, corpus: Corpus, options: Mapping[str, Any]) -> Task:
+        """Returns the rows at a point of the grid.
+
+        Raises:
+          ValueError: an option is out of range, or a row has no room for the task.
+        """
+        given = {**self.options, **options}
+        return corpus.task(self.task, given.pop(SEQ_LEN, self.seq_len), HELD_OUT_SEED, held_out=True, **given)
+
     def check(self, config: ModelConfig, corpus: Corpus, mesh: Mesh | None = None) -> None:
         if self.task not in corpus.tasks:
             raise ValueError(f"recall: no synthetic task is named {self.task!r}; have {', '.join(corpus.tasks)}")
         asked = {*self.options, *(name for _, options in self.points() for name in options)} - {SEQ_LEN}
         check_options(corpus.tasks[self.task]["task"], asked)
         for _, options in self.points():
-            check_rows("recall", config, mesh, self.batch_size, options.get(SEQ_LEN, self.seq_len))
+            check_rows("recall", config, mesh, self.batch_size, self._task(corpus, options).length)
 
     def measure(self, subject: Subject, progress: Progress = lambda done, total: None) -> list[Measurement]:
         found, points = [], self.points()
         for n, (at, options) in enumerate(points):
-            given = {**self.options, **options}
-            length = given.pop(SEQ_LEN, self.seq_len)
-            task = subject.corpus.task(self.task, length, HELD_OUT_SEED, held_out=True, **given)
+            task = self._task(subject.corpus, options)
             rows = [task.example(i) for i in range(self.rows)]
 
             def report(done: int, n: int = n) -> object:
@@ -87,7 +94,7 @@ class Recall(Instrument):
             distances = np.stack([row["distances"] for row in rows])
             found += _measured(scores, distances, at)
             if not self.grid:
-                for low, high in buckets(length - 1):
+                for low, high in buckets(task.length - 1):
                     inside = ((distances > low) & (distances <= high)).astype(np.float32)
                     found.append(weighted_mean("accuracy", scores.right, inside, share=True, distance=high))
         if self.grid:
