@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from hybrid_jax.checks import check_choice, check_integer, check_known
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.convert import check_model_directory
-from hybrid_jax.data import check_tokenizer_fits, load_tokenizer, read_sources, read_tasks
+from hybrid_jax.data import HELD_OUT_SEED, check_tokenizer_fits, load_tokenizer, read_sources, read_tasks
 from hybrid_jax.data.corpus import check_sources
 from hybrid_jax.data.pipeline import sources_of
 from hybrid_jax.data.teacher_cache import TeacherCache
@@ -107,7 +107,7 @@ class Experiment:
             fresh_parameters=fresh,
             phases=phases,
             data=data,
-            seed=check_integer("config.seed", values["seed"]),
+            seed=_seed(values["seed"], len(phases)),
             mesh=values.get("mesh") or {},
             record=json.loads(json.dumps(record, default=list)),
         )
@@ -178,6 +178,21 @@ class Experiment:
                 trained_names(form, phase.trainable)
             except ValueError as e:
                 raise ValueError(f"phase {name!r}: {e}") from None
+
+
+def _seed(seed: Any, phases: int) -> int:
+    """Returns the seed of an experiment.
+
+    Raises:
+      ValueError: it is out of range, or a phase would be trained on the synthetic rows that evaluations measure.
+    """
+    check_integer("config.seed", seed, minimum=0, maximum=2**31 - 1)
+    if seed < HELD_OUT_SEED <= seed + phases:
+        raise ValueError(
+            f"config.seed is {seed}, which gives phase {HELD_OUT_SEED - seed} the seed of the rows of synthetic tasks that "
+            "evaluations measure; choose another seed"
+        )
+    return seed
 
 
 def _phases(values: Mapping[str, Any]) -> tuple[tuple[str, Phase], ...]:

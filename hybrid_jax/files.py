@@ -10,6 +10,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -112,7 +113,7 @@ def unused(path: pathlib.Path) -> pathlib.Path:
 def write_text(path: str | pathlib.Path, text: str) -> None:
     """Writes a text file, replacing an older one in one step."""
     path = pathlib.Path(path)
-    work = path.with_name(f".{path.name}.{os.getpid()}")
+    work = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # process ids of two machines may be equal
     work.write_text(text)
     work.rename(path)
 

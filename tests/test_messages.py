@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 from hybrid_jax.claim import claim
 from hybrid_jax.commands.main import COMMANDS, main, read_arguments
 from hybrid_jax.convert import read_model_config
-from hybrid_jax.experiment_config import with_absolute_paths
+from hybrid_jax.data import HELD_OUT_SEED
+from hybrid_jax.experiment_config import Experiment, with_absolute_paths
 from hybrid_jax.fields import load_experiment_config
 from hybrid_jax.workdir import is_run
 
@@ -95,6 +96,18 @@ def test_a_wrong_override_is_one_clear_sentence(override, words):
     with pytest.raises(ValueError) as e:
         overridden(f"--config.{override}")
     assert str(e.value).startswith(words) and "\n" not in str(e.value)
+
+
+def test_no_phase_is_trained_on_the_synthetic_rows_that_evaluations_measure():
+    for seed, words in (
+        (HELD_OUT_SEED - 2, "config.seed is 987654319, which gives phase 2 the seed of the rows"),
+        (-1, "config.seed must be an integer at least 0"),
+        (2**32, "at most 2147483647"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Experiment.from_config(overridden(f"--config.seed={seed}"))
+    for seed in (HELD_OUT_SEED - 3, HELD_OUT_SEED):
+        assert Experiment.from_config(overridden(f"--config.seed={seed}")).seed == seed
 
 
 def test_every_field_can_be_set_whether_or_not_the_config_names_it():

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -17,8 +18,9 @@ from hybrid_jax.evaluate.evaluation import Evaluation
 from hybrid_jax.evaluate.instruments import make_instrument
 from hybrid_jax.evaluate.measured import Measured, Target, write_measured
 from hybrid_jax.evaluate.measurement import weighted_mean
-from hybrid_jax.sweep import collect, measure_models, points_of, run_point
-from hybrid_jax.sweep.collecting import draw_sweep
+from hybrid_jax.files import new_directory, write_text
+from hybrid_jax.sweep import claim, collect, measure_models, points_of, run_point
+from hybrid_jax.sweep.collecting import _grouped, draw_sweep
 from hybrid_jax.sweep.running import _command
 
 CONFIG = """
@@ -147,6 +149,61 @@ def test_results_of_one_directory_are_of_one_config_and_one_evaluation(sweep, tm
     assert main([*sweep, "--collect"]) == 0 and (tmp_path / "sweep.py").read_text() == text
 
 
+def test_results_of_one_directory_are_of_one_version_of_the_instruments(sweep, tmp_path, capsys):
+    """The sweep names the file of an evaluation: points that are done were measured by what it said then."""
+    instruments = tmp_path / "evaluate.py"
+    instruments.write_text(
+        "def get_config():\n"
+        "    return dict(data=dict(text='stdlib'), instruments=dict(text=dict(instrument='text', seq_len=32, rows=4)))\n"
+    )
+    text = (tmp_path / "sweep.py").read_text()
+    (tmp_path / "sweep.py").write_text(
+        text.replace("seed=(0,))", f"seed=(0,)), evaluate=dict(config={str(instruments)!r}, rows=None)")
+    )
+    assert main([*sweep, "--collect"]) == 0 == main([*sweep, "--collect"])
+    instruments.write_text(instruments.read_text().replace("rows=4", "rows=5"))
+    assert main([*sweep, "--collect"]) == 1
+    assert "holds another sweep: sweep.evaluate.config.instruments.text.rows is 5 now and was 4" in capsys.readouterr().err
+
+
+def test_tasks_of_an_array_that_begin_at_the_same_time_have_one_directory(tmp_path, monkeypatch):
+    """The first one makes it between the other one's two looks at it."""
+    points = points_of(ConfigDict({"configs": ("a.py",)}))
+
+    def claimed(seed, first=None):
+        def late(path):
+            if first is not None:
+                first()
+            return new_directory(path)
+
+        monkeypatch.setattr("hybrid_jax.sweep.points.new_directory", late)
+        claim(tmp_path / "out", points, [ConfigDict({"seed": seed})], {})
+
+    claimed(0, lambda: claimed(0))
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(ValueError, match="holds another sweep: a: config.seed is 0 now and was 1"):
+        claimed(0, lambda: claimed(1))
+    (tmp_path / "out" / "sweep.json").rename(tmp_path / "out" / "notes.json")
+    with pytest.raises(FileExistsError, match="exists already and is not empty"):
+        claimed(0)
+
+
+def test_processes_of_equal_numbers_write_one_file(tmp_path, monkeypatch):
+    """The tasks of an array in containers, or on several machines, may have the same process id."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    written, rename = [], pathlib.Path.rename
+
+    def late(path, target):
+        if not written:
+            written.append(path)
+            write_text(tmp_path / "table.md", "the other's")
+        return rename(path, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", late)
+    write_text(tmp_path / "table.md", "ours")
+    assert (tmp_path / "table.md").read_text() == "ours" and [p.name for p in tmp_path.iterdir()] == ["table.md"]
+
+
 def test_a_point_whose_losses_are_not_numbers_is_drawn_beside_the_others(tmp_path):
     rows = [{"name": str(n), "status": "done", "losses": {"x": v}} for n, v in enumerate((math.nan, 2.0, math.inf))]
     draw_sweep([*rows, {"name": "no phase", "status": "done", "losses": {}}], tmp_path / "sweep.png")
@@ -237,6 +294,17 @@ def test_every_number_of_the_table_stands_in_its_column_and_seeds_are_one_line_o
     report = (tmp_path / "report" / "report.md").read_text().splitlines()
     assert [line for line in report if line.startswith("| lr=1")] == ["| lr=1 (2 seeds) | `*-GKA` | 3.250 ± 1.588 |"]
     assert any(line.startswith("| lr=2_seed=0 | ") for line in report)
+
+
+def test_points_with_lists_in_them_are_grouped_by_their_seeds(tmp_path):
+    grid = {"schedule": (["align"], ["align", "train"]), "seed": (0, 1)}
+    points = points_of(ConfigDict({"configs": ("a.py",), "grid": grid}))
+    loss = weighted_mean("loss", np.ones((4, 1)), np.ones((4, 1)), "nats/token")
+    measured = {point.name: Measured(Target("it", tmp_path), "*", "t", {"text": [loss]}) for point in points}
+    assert [row.target.name for row in _grouped(points, measured)] == [
+        "schedule=_align (2 seeds)",
+        "schedule=_align_train (2 seeds)",
+    ]
 
 
 def test_a_misspelt_field_of_the_grid_is_found_before_any_point_runs(sweep, tmp_path, capsys):

@@ -64,14 +64,15 @@ def run(args: argparse.Namespace) -> None:
                 f"--index {args.index}: expected 0 ... {len(points) - 1}, or 'array' in an array job ({', '.join(ARRAYS)})"
             )
         chosen = [points[int(index)]]
-    evaluate = dict(config.get("evaluate") or {})
-    evaluation = None
+    evaluate = {key: value for key, value in (config.get("evaluate") or {}).items() if value is not None}
+    evaluation = instruments = None
     if evaluate:
         options = {key: value for key, value in evaluate.items() if key not in ("config", MODELS)}
-        evaluation = read_evaluation(evaluate.get("config", "configs/evaluate.py"), **options)
+        file = evaluate.get("config", "configs/evaluate.py")
+        evaluation, instruments = read_evaluation(file, **options), load_config([f"--config={file}"])
         if models := evaluate.get(MODELS):
             evaluation.check(targets_of([f"{name}={path}" for name, path in models.items()], ()))
-    claim(out, points, configs, evaluate)
+    claim(out, points, configs, evaluate, instruments)
     results = {}
     if evaluate.get(MODELS) and points[0] in chosen and not args.collect:
         status, error = measure_models(out, evaluate)

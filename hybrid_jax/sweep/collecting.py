@@ -79,11 +79,12 @@ def collect(
 
 def _grouped(points: Sequence[Point], measured: Mapping[str, Measured]) -> list[Measured]:
     """Returns the measured points; those that differ only in their seed as one, with intervals over the seeds."""
-    groups: dict[Any, list[Point]] = {}
+    groups: dict[str, list[Point]] = {}
     for point in points:
         if point.name in measured:
-            groups.setdefault(point.without(SEED), []).append(point)
-    names, found = names_of([(config, dict(overrides)) for config, overrides in groups]), []
+            groups.setdefault(repr(point.without(SEED)), []).append(point)  # values may be lists
+    without = [same[0].without(SEED) for same in groups.values()]
+    names, found = names_of([(config, dict(overrides)) for config, overrides in without]), []
     for name, same in zip(names, groups.values(), strict=True):
         repeats = [measured[p.name] for p in same]
         found.append(over_repeats(f"{name} ({len(same)} seeds)", repeats) if len(same) > 1 else repeats[0])

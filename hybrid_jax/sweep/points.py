@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from hybrid_jax.checks import check_known
 from hybrid_jax.config_file import flat
-from hybrid_jax.files import check_new_directory, new_directory, write_text
+from hybrid_jax.files import new_directory, write_text
 
 KEYS = {"configs", "grid", "points", "evaluate"}
 MODELS = "models"  # of `evaluate`: models that are measured beside the points, name -> directory
@@ -103,31 +103,37 @@ def _hash(point: Any) -> str:
     return hashlib.sha256(repr(point).encode()).hexdigest()[:8]
 
 
-def claim(out: pathlib.Path, points: Sequence[Point], configs: Sequence[ConfigDict], evaluate: Mapping[str, Any]) -> None:
-    """Makes the directory this sweep's.
+def claim(
+    out: pathlib.Path,
+    points: Sequence[Point],
+    configs: Sequence[ConfigDict],
+    evaluate: Mapping[str, Any],
+    instruments: ConfigDict | None = None,
+) -> None:
+    """Makes the directory this sweep's; tasks of an array may do so at the same time.
 
     Args:
       configs: each point's config with its overrides. The results of a directory are of one version of them; meshes may change.
       evaluate: how the points are evaluated.
+      instruments: the config that `evaluate` names, of which the results are of one version too; None: points are not evaluated.
 
     Raises:
       ValueError: it is another's; names a difference.
     """
     described = [{**dataclasses.asdict(p), "fields": _described(c)} for p, c in zip(points, configs, strict=True)]
-    text = json.dumps({"evaluate": dict(evaluate), "points": described}, indent=1, default=list)
+    evaluated = {**evaluate, **({} if instruments is None else _described(ConfigDict({"config": instruments})))}
+    text = json.dumps({"evaluate": evaluated, "points": described}, indent=1, default=list)
     record = out / "sweep.json"
-    if record.exists():
-        difference = _difference(json.loads(record.read_text()), json.loads(text))
-        if difference:
-            raise ValueError(f"{out} holds another sweep: {difference} (compare {record}); choose another --out, or remove it")
-        return
-    check_new_directory(out)
-    try:
-        with new_directory(out) as directory:
-            write_text(directory / "sweep.json", text + "\n")
-    except (FileExistsError, OSError):
-        if not record.exists():  # another task of the array was first
-            raise
+    if not record.exists():
+        try:
+            with new_directory(out) as directory:
+                write_text(directory / "sweep.json", text + "\n")
+        except OSError:
+            if not record.exists():  # else another task of the array was first
+                raise
+    difference = _difference(json.loads(record.read_text()), json.loads(text))
+    if difference:
+        raise ValueError(f"{out} holds another sweep: {difference} (compare {record}); choose another --out, or remove it")
 
 
 def _described(config: ConfigDict) -> dict[str, Any]:
@@ -145,7 +151,7 @@ def _difference(old: Any, new: Mapping[str, Any]) -> str:
             return f"{now['name']} is of {now['config']} now and was of {was['config']}"
         groups.append((f"{now['name']}: config", was["fields"], now["fields"]))
     for where, was, now in groups:
-        for name in sorted({*was, *now}):
+        for name in sorted({*was, *now}, key=lambda name: (name.count("."), name)):
             if (name in was) != (name in now) or was[name] != now[name]:
                 return f"{where}.{name} is {now.get(name, 'absent')!r} now and was {was.get(name, 'absent')!r}"
     return ""

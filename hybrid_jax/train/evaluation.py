@@ -12,12 +12,12 @@ from hybrid_jax.data import HELD_OUT_SEED, Corpus
 from hybrid_jax.evaluate.measures import BLOCK, PAIRS, batch_sums, evenly_spaced, mesh_batches
 from hybrid_jax.parallel.distributed import say, whole_array
 from hybrid_jax.parameters import split_model
-from hybrid_jax.train.hook import EVALUATION, Hook, StepView
+from hybrid_jax.train.hook import EVAL, EVALUATION, Hook, StepView
 
 if TYPE_CHECKING:
     from hybrid_jax.train.phase import Phase
 
-LOSS = "eval/loss"  # the mean of the sources' held-out losses by their shares of the phase's rows
+LOSS = f"{EVAL}/loss"  # the mean of the sources' held-out losses by their shares of the phase's rows
 
 
 class Evaluation(Hook):
@@ -70,5 +70,5 @@ class Evaluation(Hook):
             values[LOSS] = sum(self.shares[name] * loss for name, loss in losses.items()) / shares
         if self.retrieval is not None:
             _, right, weight = measure(*self.retrieval)
-            values["eval/retrieval"] = float(right / weight)
+            values[f"{EVAL}/retrieval"] = float(right / weight)
         return values

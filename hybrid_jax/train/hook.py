@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -47,6 +47,7 @@ class StepView:
 
 
 EVALUATION = "evaluation"  # the name of the hook behind `phase.eval_every`
+EVAL = "eval"  # the group of its values, and of no other hook's
 
 
 class Hook:
@@ -69,7 +70,10 @@ class Hook:
         self.every = every
 
     def __call__(self, view: StepView) -> Mapping[str, float]:
-        """Returns what is logged for this step; name values `group/name`, and return the same on every process."""
+        """Returns what is logged for this step; name values `group/name`, and return the same on every process.
+
+        The group is not `eval`, which is that of the evaluation behind `phase.eval_every`.
+        """
         raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
@@ -78,3 +82,23 @@ class Hook:
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Takes over the state of a checkpoint."""
+
+
+def call(hooks: Iterable[Hook], view: StepView) -> dict[str, float]:
+    """Calls hooks in their order and returns what all of them log.
+
+    Raises:
+      ValueError: two hooks log a value of the same name, or one logs what the evaluation behind `phase.eval_every` does, by which
+        the best checkpoint is chosen.
+    """
+    values: dict[str, float] = {}
+    for hook in hooks:
+        found = hook(view)
+        own = [name for name in found if name.startswith(f"{EVAL}/")] if hook.name != EVALUATION else []
+        if taken := [*own, *(name for name in found if name in values)]:
+            raise ValueError(
+                f"phase.hooks.{hook.name} logs {taken[0]!r}, a name of {'phase.eval_every' if own else 'another hook'}'s; "
+                "its values need a group of their own"
+            )
+        values |= found
+    return values

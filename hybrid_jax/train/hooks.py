@@ -16,7 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from hybrid_jax.checks import check_integer, check_known
-from hybrid_jax.train.hook import EVALUATION, Hook
+from hybrid_jax.train.hook import EVAL, EVALUATION, Hook
 
 CLASS, EVERY = "hook", "every"  # the fields of each hook in a config; the others are its options
 
@@ -51,7 +51,7 @@ def option_defaults(path: Any) -> dict[str, Any]:
 
 def _make_hook(name: str, values: Any) -> Hook:
     where = f"phase.hooks.{name}"
-    if name == EVALUATION:
+    if name in (EVALUATION, EVAL):
         raise ValueError(f"{where}: this name is that of the evaluation by phase.eval_every; choose another one")
     if not isinstance(values, Mapping | ConfigDict) or CLASS not in values or EVERY not in values:
         raise ValueError(f"{where} needs {CLASS!r} ('MODULE:CLASS') and {EVERY!r} (steps between two calls), got {values!r}")

@@ -27,7 +27,7 @@ class InstrumentHook(Hook):
 
     Raises:
       ValueError: an unknown instrument or option, or an option out of range; at the first call, an option that does not fit the
-        model or the data, e.g. rows longer than the model's positions.
+        model, the data or the mesh, e.g. rows longer than the model's positions, or an instrument of one device on a mesh.
     """
 
     def __init__(self, every: int, *, instrument: str, options: Mapping[str, Any] | None = None):
@@ -36,7 +36,7 @@ class InstrumentHook(Hook):
         self.instrument = make_instrument(instrument, {"instrument": instrument, **given})
 
     def __call__(self, view: StepView) -> dict[str, float]:
-        self.instrument.check(view.model.config, view.corpus)
+        self.instrument.check(view.model.config, view.corpus, view.mesh)
         subject = Subject(view.model, view.corpus.tokenizer, view.corpus, view.mesh)
         values = {}
         for found in self.instrument.measure(subject):

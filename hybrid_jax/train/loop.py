@@ -28,7 +28,7 @@ from hybrid_jax.train.checkpoint import Checkpoints
 from hybrid_jax.train.diagnose import first_bad
 from hybrid_jax.train.evaluation import LOSS as HELD_OUT_LOSS
 from hybrid_jax.train.evaluation import Evaluation
-from hybrid_jax.train.hook import Hook, StepView
+from hybrid_jax.train.hook import EVAL, Hook, StepView, call
 from hybrid_jax.train.hooks import make_hooks
 from hybrid_jax.train.interval import LATEST, Interval
 from hybrid_jax.train.meter import Meter
@@ -216,14 +216,14 @@ def train_phase(
                 pending, stopping = None, stopping or told_to
                 view = StepView(name, phase, corpus, done, mesh, state, frozen, layout)
                 with meter.paused():
-                    values = {n: x for hook in due for n, x in hook(view).items()}
+                    values = call(due, view)
                 del view
                 improved = phase.keep_best and values.get(HELD_OUT_LOSS, math.inf) < best["loss"]
                 if improved:
                     best = {"step": done, "loss": values[HELD_OUT_LOSS]}
                     checkpoints.best = done
                 if phase.keep_best and best["step"]:
-                    values["eval/best_step"] = float(best["step"])
+                    values[f"{EVAL}/best_step"] = float(best["step"])
                 held_out = {n: values[n] for n in (HELD_OUT_LOSS,) if n in values}
                 writer.write(name, done, values)
             if done % phase.checkpoint_every == 0 or last or stopping or improved:

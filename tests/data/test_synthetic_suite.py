@@ -1,6 +1,7 @@
 """The synthetic suite: a solver written from each task's definition answers every question from the tokens before it."""
 
 import functools
+import math
 import re
 from collections import Counter
 
@@ -26,6 +27,30 @@ def segments(row):
 def recall(before, options):
     """The value that followed the last token when it stood before."""
     return before[before.index(before[-1]) + 1]
+
+
+def pairs(before, options):
+    """The values behind the key of the last question, in the one pair that has it."""
+    k, v, ask = options.get("key_tokens", 1), options.get("value_tokens", 1), before.index(ASK)
+    facts = {tuple(before[i : i + k]): before[i + k : i + k + v] for i in range(1, ask, k + v)}
+    question = before[ask + 1 + (len(before) - ask - 1) // (k + v) * (k + v) :]
+    return facts[tuple(question[:k])][len(question) - k]
+
+
+def repetition(before, options):
+    """What follows the part of the beginning that stands at the end."""
+    n = len(before)
+    return next(before[n - p] for p in range(options.get("min_period", 4), n) if before[p:] == before[: n - p])
+
+
+def needle(before, options):
+    """The values behind the key of the last question: every pair of that key has the same."""
+    k, v = options.get("key_tokens", 1), options.get("value_tokens", 2)
+    ask = max(i for i, t in enumerate(before) if t == ASK)
+    question = before[ask + 1 :]
+    found = {tuple(before[i + 1 + k :][:v]) for i in range(ask) if before[i] == PAIRS and before[i + 1 :][:k] == question[:k]}
+    (values,) = found
+    return values[len(question) - k]
 
 
 def copy(before, options):
@@ -88,6 +113,12 @@ def frequent(before, options):
 
 
 SUITE = [
+    ("retrieval", {}, pairs, True),
+    ("retrieval", dict(max_pairs=11, key_tokens=3, value_tokens=4), pairs, True),
+    ("induction", {}, repetition, True),
+    ("induction", dict(min_period=80, max_period=80), repetition, True),
+    ("needles", {}, needle, True),
+    ("needles", dict(ask="end", key_tokens=2, value_tokens=3), needle, True),
     ("mqar", {}, recall, True),
     ("mqar", dict(min_pairs=4, max_pairs=30, random_filler=False), recall, True),
     ("selective_copying", {}, copy, True),
@@ -129,6 +160,31 @@ def test_every_answer_follows_from_the_tokens_before_it(name, options, solve, co
     assert not np.array_equal(task.example(0)["input_ids"], make_task(name, options, MATERIAL, 160, seed=6).example(0)["input_ids"])
 
 
+@pytest.mark.parametrize(
+    "name, options, solve",
+    [("needles", dict(max_needles=3), needle), ("variable_tracking", dict(hops=1, word_tokens=1), variables)],
+)
+def test_text_with_the_marker_of_pairs_in_it_does_not_answer(name, options, solve):
+    """Where a tokenizer has no markers of its own, ordinary tokens serve, e.g. a quotation mark, which stand in text too."""
+    quotes = {FIRST + i for i in range(10)}  # behind every one of the text's markers stand two of these symbols
+
+    class Quoting(Text):
+        def __getitem__(self, i):
+            row = super().__getitem__(i)
+            row["input_ids"][::4], row["input_ids"][1::4] = PAIRS, FIRST + i
+            row["input_ids"][2::4] = FIRST + 3 + i + np.arange(len(row["input_ids"][2::4])) % 5
+            return row
+
+    task = make_task(name, options, Material((FIRST, FIRST + 14), PAIRS, ASK, functools.partial(Quoting, first=200)), 160)
+    answers = 0
+    for index in range(40):
+        ids, far = (task.example(index)[key].tolist() for key in ("input_ids", "distances"))
+        for t in (t for t, d in enumerate(far) if d):
+            assert ids[t] == solve(ids[:t], options), (index, t)
+            answers += ids[t - 1] in quotes
+    assert answers  # some keys are among the symbols that text has elsewhere
+
+
 def test_gaps_of_mqar_follow_the_power_law():
     task = make_task("mqar", dict(min_pairs=1, max_pairs=1, power=0.5), MATERIAL, 66, seed=0)
     slots = np.array([(task.example(i)["distances"].max() - 2) // 2 + 1 for i in range(3000)])
@@ -166,6 +222,12 @@ def test_brackets_are_as_long_as_asked_for_and_answers_are_spread():
         ("mqar", dict(max_pairs=70), 600, "mqar draws from 140 or more token ids"),
         ("mqar", dict(power=0), 160, "mqar: power must be"),
         ("mqar", dict(min_pairs=9), 160, "1 <= min <= max"),
+        ("mqar", dict(min_pairs=2.5), 160, "mqar: min_pairs must be an integer, got 2.5"),
+        ("mqar", dict(max_pairs="8"), 160, "mqar: max_pairs must be an integer, got '8'"),
+        ("mqar", dict(random_filler="no"), 160, "mqar: random_filler must be true or false"),
+        ("needles", dict(depth=math.nan, ask="end"), 160, "needles: depth must be a number at most 1, got nan"),
+        ("needles", dict(text_weight=-1.0), 160, "needles: text_weight must be a number at least 0"),
+        ("needles", dict(key_tokens="1"), 160, "needles: key_tokens must be an integer"),
         ("selective_copying", dict(tokens=80), 160, "needs rows of 161 tokens"),
         ("selective_copying", dict(alphabet=1), 160, "alphabet must be"),
         ("selective_copying", dict(selective=3), 160, "selective must be"),
@@ -178,7 +240,7 @@ def test_brackets_are_as_long_as_asked_for_and_answers_are_spread():
         ("letter_choice", dict(max_facts=50), 100, "needs rows of 113 tokens"),
         ("addition", dict(max_digits=18), 160, "at most 17"),
         ("addition", dict(terms=1), 160, "terms must be"),
-        ("addition", {}, 20, "needs rows of 23 tokens"),
+        ("addition", {}, 20, "needs rows of 21 tokens"),
         ("variable_tracking", dict(hops=0), 160, "hops must be"),
         ("variable_tracking", dict(chains=9), 160, "needs rows of more than"),
         ("variable_tracking", dict(word_tokens=1, chains=30), 900, "words|draws from"),
@@ -191,6 +253,11 @@ def test_brackets_are_as_long_as_asked_for_and_answers_are_spread():
 def test_options_that_make_no_task_are_refused(name, options, length, message):
     with pytest.raises(ValueError, match=message):
         make_task(name, options, MATERIAL, length)
+
+
+def test_rows_as_long_as_the_longest_sum_hold_it():
+    task = make_task("addition", dict(min_digits=3), MATERIAL, 21)
+    assert max((task.example(index)["segment_ids"] > 0).sum() for index in range(60)) == 21  # both sums have four digits
 
 
 def test_statements_need_text():

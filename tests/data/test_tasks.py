@@ -81,7 +81,7 @@ def test_needles_are_told_and_asked_everywhere():
 @pytest.mark.parametrize(
     "task, options, message",
     [
-        (Needles, dict(ask="later"), "ask must be 'anywhere' or 'end'"),
+        (Needles, dict(ask="later"), "needles: ask must be one of 'anywhere', 'end'"),
         (Needles, dict(depth=0.5), "needs ask = 'end'"),
         (Needles, dict(max_needles=40), "need rows of 321 tokens"),
         (Needles, dict(min_needles=5, max_needles=4), "min_needles and max_needles must satisfy"),

@@ -417,7 +417,11 @@ def test_the_command_refuses_in_one_line(source, capsys, options, message):
 
 
 def test_wrong_arguments_of_the_model_are_refused_and_unused_ones_are_named(source, capsys):
-    for options, message in (({"batch_size": "auto"}, "batch_size must be an integer"), ({"prefix_token_id": 999}, "prefix_token")):
+    for options, message in (
+        ({"batch_size": "auto"}, "batch_size must be an integer"),
+        ({"prefix_token_id": 999}, "prefix_token"),
+        ({"max_length": 0}, "max_length must be an integer at least 1, got 0"),
+    ):
         with pytest.raises(ValueError, match=message):
             HybridLM(str(source), **options)
     HybridLM.create_from_arg_string(f"pretrained={source},dtype=bfloat16", {"batch_size": "2", "device": "cuda:0"})

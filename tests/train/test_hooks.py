@@ -1,7 +1,9 @@
 """Hooks that a config names: they run in the loop, resume, and are checked before any work."""
 
 import json
+import types
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 
@@ -9,8 +11,13 @@ from hybrid_jax import load_model
 from hybrid_jax.evaluate.instruments import Subject, make_instrument
 from hybrid_jax.experiment import run_experiment
 from hybrid_jax.fields import load_experiment_config
+from hybrid_jax.parallel.mesh import make_mesh
 from hybrid_jax.train import Phase, read_metrics
+from hybrid_jax.train.hook import call
+from hybrid_jax.train.hooks import make_hooks
+from hybrid_jax.train.instrument_hook import InstrumentHook
 from hybrid_jax.workdir import load_run
+from tests.conftest import tiny_config
 from tests.train.conftest import arrays, experiment, phase, train
 
 TOY = """
@@ -88,9 +95,34 @@ def test_a_hook_without_its_fields_is_refused(toy):
     for missing, words in (("hook", needs), ("every", needs), ("group", "needs the option 'group' of toy_hooks:Toy")):
         with pytest.raises(ValueError, match=f"phase.hooks.a {words}"):
             phase(hooks={"a": {k: v for k, v in toy.items() if k != missing}})
-    for hooks, words in (({"evaluation": toy}, "evaluation by phase.eval_every"), ("toy_hooks:Toy", "must map names to hooks")):
+    for hooks, words in (
+        ({"evaluation": toy}, "evaluation by phase.eval_every"),
+        ({"eval": toy}, "evaluation by phase.eval_every"),
+        ("toy_hooks:Toy", "must map names to hooks"),
+    ):
         with pytest.raises(ValueError, match=words):
             phase(hooks=hooks)
+
+
+def test_no_two_hooks_log_one_name_and_none_logs_the_evaluation_s(toy):
+    """The best checkpoint is chosen by `eval/loss`."""
+    view = types.SimpleNamespace(corpus=types.SimpleNamespace(held_out={}), step=3)
+
+    def values(*groups):
+        return call(make_hooks({f"of {group} {n}": {**toy, "group": group} for n, group in enumerate(groups)}), view)
+
+    assert values("a", "b") == {f"{g}/{n}": v for g in "ab" for n, v in (("calls", 1), ("sources", 0), ("step", 3))}
+    with pytest.raises(ValueError, match="phase.hooks.of a 1 logs 'a/calls', a name of another hook's"):
+        values("a", "a")
+    with pytest.raises(ValueError, match="phase.hooks.of eval 0 logs 'eval/calls', a name of phase.eval_every's"):
+        values("eval")
+
+
+def test_an_instrument_of_one_device_is_refused_on_a_mesh(corpus):
+    mesh, model = make_mesh({"fsdp": 1}, jax.devices()[:1]), types.SimpleNamespace(config=tiny_config("*"))
+    hook = InstrumentHook(1, instrument="speed", options=dict(lengths=(8,)))
+    with pytest.raises(ValueError, match="speed: generation runs on one device"):
+        hook(types.SimpleNamespace(model=model, corpus=corpus, mesh=mesh))
 
 
 def test_the_fields_of_a_hook_are_set_on_the_command_line(tmp_path, toy):

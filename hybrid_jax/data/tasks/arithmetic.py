@@ -46,8 +46,8 @@ class Addition(Task):
 
     @property
     def _longest(self) -> int:
-        """Tokens of the longest sum with its answers."""
-        return self.terms * (self.max_digits + 1) - 1 + (self.terms - 1) * (self.max_digits + 3)
+        """Tokens of the longest sum with its answers: up to ten terms have a sum of at most one digit more than a term."""
+        return self.terms * (self.max_digits + 1) - 1 + (self.terms - 1) * (self.max_digits + 2)
 
     def _digits(self, number: int) -> list[int]:
         digits = [int(c) for c in str(number)]

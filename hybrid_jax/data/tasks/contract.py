@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from hybrid_jax.checks import check_integer
 from hybrid_jax.data.packing import Row, Rows
 
 
@@ -125,7 +126,9 @@ def check_range(task: str, name: str, low: int, high: int, least: int = 1) -> No
     """Checks a range of an option.
 
     Raises:
-      ValueError: it is empty, or begins below `least`.
+      ValueError: it is empty, or begins below `least`; or a bound is not an integer.
     """
+    for bound, value in (("min", low), ("max", high)):
+        check_integer(f"{task}: {bound}_{name}", value)
     if not least <= low <= high:
         raise ValueError(f"{task}: min_{name} and max_{name} must satisfy {least} <= min <= max, got {low} and {high}")

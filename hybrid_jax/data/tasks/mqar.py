@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from hybrid_jax.checks import check_number
+from hybrid_jax.checks import check_boolean, check_number
 from hybrid_jax.data.packing import Row
 from hybrid_jax.data.tasks.contract import Block, Task, check_range, join_blocks
 
@@ -38,6 +38,7 @@ class MultiQueryRecall(Task):
     def __post_init__(self):
         check_range("mqar", "pairs", self.min_pairs, self.max_pairs)
         check_number("mqar: power", self.power, above=0, maximum=1)
+        check_boolean("mqar: random_filler", self.random_filler)
         self.material.check_symbols("mqar", 2 * self.max_pairs)
         if self.length < 4 * self.max_pairs:
             needed = 4 * self.max_pairs

@@ -7,9 +7,10 @@ from typing import ClassVar
 
 import numpy as np
 
+from hybrid_jax.checks import check_choice, check_number
 from hybrid_jax.data.packing import Row
 from hybrid_jax.data.tasks.contract import Block, Task, check_range, join_blocks
-from hybrid_jax.data.tasks.retrieval import check_pairs, distinct_keys
+from hybrid_jax.data.tasks.retrieval import check_pairs, keys_beside_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,23 +41,24 @@ class Needles(Task):
 
     def __post_init__(self):
         check_range("needles", "needles", self.min_needles, self.max_needles)
-        if self.ask not in ("anywhere", "end"):
-            raise ValueError(f"needles: ask must be 'anywhere' or 'end', got {self.ask!r}")
-        if self.depth > 1 or (self.depth >= 0 and self.ask != "end"):
-            raise ValueError(f"needles: depth is at most 1, and needs ask = 'end'; got {self.depth} with ask = {self.ask!r}")
+        check_choice("needles: ask", self.ask, ("anywhere", "end"))
+        check_number("needles: depth", self.depth, maximum=1)
+        check_number("needles: text_weight", self.text_weight, minimum=0)
+        if self.depth >= 0 and self.ask != "end":
+            raise ValueError(f"needles: depth needs ask = 'end'; got {self.depth} with ask = {self.ask!r}")
         if self.material.text is None:
             raise ValueError("needles stand in text, and there is none: give the task a source of text")
+        check_pairs("needles", self.material, self.max_needles, self.key_tokens, self.value_tokens)
         needed = 2 * self.max_needles * (1 + self.key_tokens + self.value_tokens) + 1
         if self.length < needed:
             raise ValueError(f"{self.max_needles} needles need rows of {needed} tokens (seq_len) or more, got {self.length}")
-        check_pairs("needles", self.material, self.max_needles, self.key_tokens, self.value_tokens)
 
     def example(self, index: int) -> Row:
         assert self.material.text is not None
         rng, text = self.generator(index), self.material.text(self.length)
         filler = text[int(rng.integers(len(text)))]
         n = int(rng.integers(self.min_needles, self.max_needles + 1))
-        keys = distinct_keys(rng, self.material.symbols, n, self.key_tokens)
+        keys = keys_beside_text(rng, self.material, n, self.key_tokens, filler["input_ids"])
         values = rng.integers(*self.material.symbols, (n, self.value_tokens))
         size = 1 + self.key_tokens + self.value_tokens
         room = self.length - 2 * n * size  # tokens of text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -12,6 +13,7 @@ from hybrid_jax.data.packing import Row
 from hybrid_jax.data.tasks.contract import Block, Material, Task, check_range, join_blocks
 
 LONGEST = 8  # tokens of a key; 128 symbols to the power of 9 do not fit 64 bits
+TRIES = 100  # draws of keys that a text does not have; each nearly always succeeds
 
 
 def check_pairs(task: str, material: Material, pairs: int, key_tokens: int, value_tokens: int) -> None:
@@ -34,11 +36,34 @@ def distinct_keys(rng: np.random.Generator, symbols: tuple[int, int], number: in
     return symbols[0] + keys[:, None] // base ** np.arange(tokens)[::-1] % base
 
 
+def keys_beside_text(
+    rng: np.random.Generator, material: Material, number: int, tokens: int, text: np.ndarray, places: Sequence[int] = (1,)
+) -> np.ndarray:
+    """Returns keys as `distinct_keys` does, of which the text has none behind a marker of pairs.
+
+    Where a tokenizer has no markers of its own, two tokens of ordinary text serve: one of them with a key behind it would be a
+    second answer to the question.
+
+    Args:
+      text: token ids, [T].
+      places: how many tokens behind the marker a key would begin.
+    """
+    begins = np.flatnonzero(text == material.pairs_id)
+    taken = {tuple(text[begin + place : begin + place + tokens].tolist()) for begin in begins for place in places}
+    keys = distinct_keys(rng, material.symbols, number, tokens)
+    for _ in range(TRIES):
+        if taken.isdisjoint(map(tuple, keys.tolist())):
+            break
+        keys = distinct_keys(rng, material.symbols, number, tokens)
+    return keys
+
+
 @dataclasses.dataclass(frozen=True)
 class KeyValueRetrieval(Task):
     """Blocks of `<pairs> k1 v1 ... kn vn <ask> k5 v5 k2 v2 ...`: every key is asked once, in another order.
 
-    The keys of a block are distinct; values may repeat. A row holds as many blocks as fit.
+    The keys of a block are distinct; values may repeat. A row ends with the first block that does not fit any more, so that blocks
+    of many pairs are somewhat rarer in rows than they are drawn.
 
     Args:
       min_pairs, max_pairs: pairs per block, drawn uniformly.
@@ -54,12 +79,12 @@ class KeyValueRetrieval(Task):
 
     def __post_init__(self):
         check_range("key-value retrieval", "pairs", self.min_pairs, self.max_pairs)
+        check_pairs("key-value retrieval", self.material, self.max_pairs, self.key_tokens, self.value_tokens)
         needed = 2 * (self.key_tokens + self.value_tokens) * self.max_pairs + 2
         if self.length < needed:
             raise ValueError(
                 f"key-value retrieval of {self.max_pairs} pairs needs rows of {needed} tokens (seq_len) or more, got {self.length}"
             )
-        check_pairs("key-value retrieval", self.material, self.max_pairs, self.key_tokens, self.value_tokens)
 
     def block(self, rng: np.random.Generator) -> Block:
         """Draws one block: the pairs, then every key with its value in another order."""
@@ -78,9 +103,7 @@ class KeyValueRetrieval(Task):
     def example(self, index: int) -> Row:
         rng = self.generator(index)
         blocks, left = [], self.length
-        while True:
-            block = self.block(rng)
-            if len(block.ids) > left:
-                return join_blocks(blocks, self.length) if blocks else self.example(int(index) + self.rows)
+        while len((block := self.block(rng)).ids) <= left:
             blocks.append(block)
             left -= len(block.ids)
+        return join_blocks(blocks, self.length)

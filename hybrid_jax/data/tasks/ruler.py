@@ -14,7 +14,7 @@ import numpy as np
 from hybrid_jax.checks import check_integer, check_number
 from hybrid_jax.data.packing import Row
 from hybrid_jax.data.tasks.contract import Block, Material, Task, join_blocks
-from hybrid_jax.data.tasks.retrieval import check_pairs, distinct_keys
+from hybrid_jax.data.tasks.retrieval import check_pairs, distinct_keys, keys_beside_text
 
 
 def check_words(task: str, material: Material, words: int, tokens: int) -> None:
@@ -70,7 +70,8 @@ class VariableTracking(Task):
         assert self.material.text is not None
         rng, w, text = self.generator(index), self.word_tokens, self.material.text(self.length)
         filler = text[int(rng.integers(len(text)))]
-        words = distinct_keys(rng, self.material.symbols, self.chains * (self.hops + 2), w)
+        number, within = self.chains * (self.hops + 2), (1, 1 + w)  # a statement's name and its value
+        words = keys_beside_text(rng, self.material, number, w, filler["input_ids"], within)
         room = self.length - self._statements - self._question
         chains = words.reshape(self.chains, self.hops + 2, w)  # each [value, first variable, second variable, ...]
         places = np.sort(rng.integers(0, room + 1, (self.chains, self.hops + 1)), axis=1)

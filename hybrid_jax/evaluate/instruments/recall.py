@@ -64,6 +64,15 @@ class Recall(Instrument):
             found.append((at, options))
         return found
 
+    def _task(self, corpus: Corpus, options: Mapping[str, Any]) -> Task:
+        """Returns the rows at a point of the grid.
+
+        Raises:
+          ValueError: an option is out of range, or a row has no room for the task.
+        """
+        given = {**self.options, **options}
+        return corpus.task(self.task, given.pop(SEQ_LEN, self.seq_len), HELD_OUT_SEED, held_out=True, **given)
+
     def check(self, config: ModelConfig, corpus: Corpus, mesh: Mesh | None = None) -> None:
         if self.task not in corpus.tasks:
             raise ValueError(f"recall: no synthetic task is named {self.task!r}; have {', '.join(corpus.tasks)}")
@@ -73,16 +82,6 @@ class Recall(Instrument):
             task = self._task(corpus, options)
             check_rows("recall", config, mesh, self.batch_size, task.length)
             task.example(0)  # refuses held-out text that fills no row
-
-    def _task(self, corpus: Corpus, options: Mapping[str, Any]) -> Task:
-        """Returns the task at a point of the grid.
-
-        Raises:
-          ValueError: an option is out of range, or rows are too short.
-        """
-        given = {**self.options, **options}
-        length = given.pop(SEQ_LEN, self.seq_len)
-        return corpus.task(self.task, length, HELD_OUT_SEED, held_out=True, **given)
 
     def measure(self, subject: Subject, progress: Progress = lambda done, total: None) -> list[Measurement]:
         found, points, right, asked = [], self.points(), [], []

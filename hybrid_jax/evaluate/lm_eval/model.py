@@ -77,7 +77,8 @@ class HybridLM(TemplateLM):
         self.directory = find_shipped(pretrained)
         self.config = config = check_model_directory(self.directory)
         self.tokenizer = check_tokenizer_fits(load_tokenizer(self.directory), config.vocab_size, self.directory)
-        self.max_length = check_integer("max_length", max_length or config.max_position_embeddings, minimum=1)
+        most = config.max_position_embeddings if max_length is None else max_length
+        self.max_length = check_integer("max_length", most, minimum=1)
         if self.max_length > config.max_position_embeddings and any(KINDS[layer.kind].attends for layer in config.layers):
             raise ValueError(f"max_length is {max_length}, the model has {config.max_position_embeddings} positions")
         special = {n: self.tokenizer.token_to_id(text) for n, text in read_template(self.directory)[1].items()}

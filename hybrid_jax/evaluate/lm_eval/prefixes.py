@@ -79,7 +79,7 @@ def _join(depth: int, parts: Sequence[_Part]) -> _Part:
     saved = sum(part.cost - after_prefix(part) for part in joined) - depth
     if saved <= 0:
         joined, saved = [], 0
-    groups = [group for part in parts if part not in joined for group in part.groups]
+    groups = [group for part in parts if not (joined and fits(part)) for group in part.groups]
     if joined:
         groups.append(Group(depth, tuple(row for part in joined for row in part.rows)))
     return _Part(sum(part.cost for part in parts) - saved, tuple(groups), tuple(row for part in parts for row in part.rows))
