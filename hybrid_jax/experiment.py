@@ -29,7 +29,7 @@ from hybrid_jax.train import MetricWriter, NoMetrics, train_phase
 
 
 def _make_source(experiment: Experiment, directory: pathlib.Path) -> None:
-    """Writes a randomly initialized model with a tokenizer of its own, trained on the experiment's text.
+    """Writes a randomly initialized model of the experiment's pattern, with a tokenizer of its own, trained on the text.
 
     Raises:
       ValueError: the text is too short for a vocabulary of the model's size.
@@ -42,7 +42,10 @@ def _make_source(experiment: Experiment, directory: pathlib.Path) -> None:
             f"the text yields a vocabulary of {tokenizer.get_vocab_size()}, model.vocab_size is {model_config.vocab_size}"
         )
     with new_directory(directory) as d:
-        write_model(Decoder(model_config, rngs=nnx.Rngs(experiment.seed)), d)
+        model = Decoder(model_config, rngs=nnx.Rngs(experiment.seed))
+        model.config = experiment.with_mixer_options(model_config)
+        pattern, fresh = experiment.pattern or model_config.pattern, experiment.fresh_parameters
+        write_model(initialize_hybrid(model, pattern, seed=experiment.seed, fresh_parameters=fresh), d)
         save_tokenizer(tokenizer, d, model_config.max_position_embeddings)
 
 

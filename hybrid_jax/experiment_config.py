@@ -98,6 +98,11 @@ class Experiment:
         selects = bool(values.get("select")) and not values.get("pattern")
         if values.get("select"):
             check_known("config.select", values["select"], fields["select"])
+        if selects and values.get("model"):
+            raise ValueError(
+                "config.select ranks the layers of a trained source, but config.model is a new model; name its layers in "
+                "config.pattern"
+            )
         return cls(
             source=str(record.get("source") or ""),
             model=values.get("model") or {},
@@ -164,6 +169,8 @@ class Experiment:
             pattern = pattern_from_scores([0.0] * source.num_layers, self.select.mixer, self.select.fraction)
         hybrid = source.with_pattern(pattern) if pattern else source
         check_convertible(source, hybrid)
+        if not self.source:  # a new model has the pattern from the beginning, and is its own source
+            source = hybrid
         for name, phase in self.phases:
             positions = phase.max_position_embeddings or positions
             if phase.seq_len > positions:

@@ -40,6 +40,7 @@ def get_config(which: str = "sweep") -> ConfigDict:
         "max_position_embeddings": 1024,
         "rope_theta": 10000.0,
         "rms_norm_eps": 1e-6,
+        "initializer_range": 0.1,
         "tie_word_embeddings": True,
         "eos_token_id": 0,
     }
@@ -62,6 +63,7 @@ def get_config(which: str = "sweep") -> ConfigDict:
         {
             "model": model,
             "pattern": "-".join([MIXERS[which]] * 2),
+            "fresh_parameters": "torch",
             "mixers": {"gka_config": {"chunk_size": 32, **gka}, "swa_config": {"window_size": 64}},
             "schedule": ("train",),
             "phases": {"train": train},

@@ -6,6 +6,7 @@ from hybrid_jax.data.tokenizer import check_tokenizer_fits, load_tokenizer
 
 __all__ = [
     "HELD_OUT_SEED",
+    "SELECTION_SEED",
     "Corpus",
     "check_tokenizer_fits",
     "load_tokenizer",
@@ -16,3 +17,4 @@ __all__ = [
 ]
 
 HELD_OUT_SEED = 987_654_321  # of synthetic rows for evaluation; no training seed should be the same
+SELECTION_SEED = 876_543_210  # of synthetic rows by which layers are chosen

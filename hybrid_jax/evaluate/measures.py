@@ -73,9 +73,9 @@ def held_out_rows(corpus: Corpus, seq_len: int, rows: int) -> list[Row]:
     return [held_out[i] for i in evenly_spaced(len(held_out), rows)]
 
 
-def retrieval_rows(corpus: Corpus, seq_len: int, rows: int, pairs: int = PAIRS) -> list[Row]:
+def retrieval_rows(corpus: Corpus, seq_len: int, rows: int, pairs: int = PAIRS, seed: int = HELD_OUT_SEED) -> list[Row]:
     """Returns rows of key-value retrieval that training does not see, in blocks of exactly `pairs` pairs."""
-    task = corpus.task("retrieval", seq_len, HELD_OUT_SEED, min_pairs=pairs, max_pairs=pairs)
+    task = corpus.task("retrieval", seq_len, seed, min_pairs=pairs, max_pairs=pairs)
     return [task[i] for i in range(rows)]
 
 

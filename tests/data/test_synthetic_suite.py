@@ -44,13 +44,14 @@ def repetition(before, options):
 
 
 def needle(before, options):
-    """The values behind the key of the last question: every pair of that key has the same."""
+    """The values behind the key of the last question in their order: as many pairs as values have that key, and no other."""
     k, v = options.get("key_tokens", 1), options.get("value_tokens", 2)
     ask = max(i for i, t in enumerate(before) if t == ASK)
     question = before[ask + 1 :]
-    found = {tuple(before[i + 1 + k :][:v]) for i in range(ask) if before[i] == PAIRS and before[i + 1 :][:k] == question[:k]}
-    (values,) = found
-    return values[len(question) - k]
+    found = [before[i + 1 + k :][:v] for i in range(ask) if before[i] == PAIRS and before[i + 1 :][:k] == question[:k]]
+    found = found if "values" in options else found[:1] if all(values == found[0] for values in found) else []
+    assert len(found) == options.get("values", 1)
+    return [token for values in found for token in values][len(question) - k]
 
 
 def copy(before, options):
@@ -119,6 +120,8 @@ SUITE = [
     ("induction", dict(min_period=80, max_period=80), repetition, True),
     ("needles", {}, needle, True),
     ("needles", dict(ask="end", key_tokens=2, value_tokens=3), needle, True),
+    ("needles", dict(ask="end", values=3, max_needles=3), needle, True),
+    ("needles", dict(values=2, min_needles=2, max_needles=4, asked=2), needle, True),
     ("mqar", {}, recall, True),
     ("mqar", dict(min_pairs=4, max_pairs=30, random_filler=False), recall, True),
     ("selective_copying", {}, copy, True),
@@ -158,6 +161,13 @@ def test_every_answer_follows_from_the_tokens_before_it(name, options, solve, co
             answers += len(asked)
     assert answers >= 24
     assert not np.array_equal(task.example(0)["input_ids"], make_task(name, options, MATERIAL, 160, seed=6).example(0)["input_ids"])
+
+
+def test_no_filler_of_mqar_gives_a_key_a_second_value():
+    task = make_task("mqar", dict(min_pairs=20, max_pairs=20), MATERIAL, 160, seed=5)
+    for i in range(8):
+        ids = task.example(i)["input_ids"].tolist()
+        assert all(ids.count(key) == 2 for key in ids[:40:2])
 
 
 @pytest.mark.parametrize(
@@ -227,6 +237,9 @@ def test_brackets_are_as_long_as_asked_for_and_answers_are_spread():
         ("mqar", dict(random_filler="no"), 160, "mqar: random_filler must be true or false"),
         ("needles", dict(depth=math.nan, ask="end"), 160, "needles: depth must be a number at most 1, got nan"),
         ("needles", dict(text_weight=-1.0), 160, "needles: text_weight must be a number at least 0"),
+        ("needles", dict(values=0), 160, "needles: values must be an integer at least 1, got 0"),
+        ("needles", dict(asked=2), 160, "needles: asked must be an integer at least 0 and at most 1, got 2"),
+        ("needles", dict(values=9, max_needles=4), 160, "4 needles need rows of 225 tokens"),
         ("needles", dict(key_tokens="1"), 160, "needles: key_tokens must be an integer"),
         ("selective_copying", dict(tokens=80), 160, "needs rows of 161 tokens"),
         ("selective_copying", dict(alphabet=1), 160, "alphabet must be"),

@@ -68,6 +68,16 @@ def test_a_needle_stands_at_its_depth_and_is_asked_at_the_end(depth):
         assert np.flatnonzero(ids == 1).tolist() == [round(depth * 120)]
 
 
+def test_needles_that_are_not_asked_distract_and_every_value_is_told_at_its_own_depth():
+    task = Needles(MATERIAL, 128, min_needles=5, max_needles=5, values=3, asked=2, ask="end")
+    for i in range(5):
+        ids = task[i]["input_ids"]
+        assert (ids == MATERIAL.pairs_id).sum() == 15 and (ids == MATERIAL.ask_id).sum() == 2
+        assert np.flatnonzero(ids == MATERIAL.ask_id).tolist() == [128 - 16, 128 - 8]
+        assert (task.example(i)["distances"] > 0).sum() == 2 * 3 * 2
+        assert len(np.unique(np.diff(np.flatnonzero(ids == MATERIAL.pairs_id)))) > 3, "places differ"
+
+
 def test_needles_are_told_and_asked_everywhere():
     task = Needles(MATERIAL, 256, min_needles=1, max_needles=1)
     rows = [task.example(i) for i in range(400)]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from hybrid_jax.config import SWAConfig
-from hybrid_jax.data import HELD_OUT_SEED
-from hybrid_jax.evaluate.measures import held_out_rows, retrieval_rows
+from hybrid_jax.data import HELD_OUT_SEED, SELECTION_SEED
+from hybrid_jax.evaluate.measures import evenly_spaced, retrieval_rows
 from hybrid_jax.parallel.mesh import abstract_mesh
 from hybrid_jax.parameters import join_model, split_model
 from hybrid_jax.priming.initialize import initialize_hybrid
@@ -44,8 +44,11 @@ def test_one_program_scores_as_one_evaluation_per_layer(corpus):
     vocabulary = corpus.tokenizer.get_vocab_size()
     model = tiny_model("*-*-*-*", vocab_size=vocabulary, attention_windows=(None, 9, None, None))
 
+    packed = corpus.rows("text", LENGTH, 0)
+    text = [packed[i] for i in evenly_spaced(len(packed), ROWS)]
+
     def loss(candidate):
-        sets = held_out_rows(corpus, LENGTH, ROWS), retrieval_rows(corpus, LENGTH, ROWS)
+        sets = text, retrieval_rows(corpus, LENGTH, ROWS, seed=SELECTION_SEED)
         return sum(loss_and_accuracy(candidate, rows)[0] for rows in sets)
 
     narrow = join_model(*split_model(model))
@@ -59,15 +62,27 @@ def test_one_program_scores_as_one_evaluation_per_layer(corpus):
     np.testing.assert_allclose(got, want, atol=1e-5)
     assert np.argsort(got).tolist() == np.argsort(want).tolist() and np.ptp(want) > 1e-4
     other = score_layers(model, corpus, Selection(options=dict(window=2, rows=ROWS, seq_len=LENGTH, task="needles"))).per_layer()
-    needles = [corpus.task("needles", LENGTH, HELD_OUT_SEED, held_out=True)[i] for i in range(ROWS)]
+    needles = [corpus.task("needles", LENGTH, SELECTION_SEED)[i] for i in range(ROWS)]
 
     def recall(candidate):
-        return sum(loss_and_accuracy(candidate, rows)[0] for rows in (needles, held_out_rows(corpus, LENGTH, ROWS)))
+        return sum(loss_and_accuracy(candidate, rows)[0] for rows in (needles, text))
 
     assert other[0] == pytest.approx(recall(initialize_hybrid(narrow, patterns[0])) - recall(model), abs=1e-5)
     with pytest.raises(ValueError, match="no synthetic task is named 'nothing'"):
         score_layers(model, corpus, Selection(options=dict(rows=ROWS, seq_len=LENGTH, task="nothing")))
     jax.clear_caches()
+
+
+def test_layers_are_chosen_by_no_row_that_an_evaluation_measures(corpus):
+    def contents(rows):
+        return {row["input_ids"].tobytes() for row in rows}
+
+    needles = corpus.task("needles", LENGTH, HELD_OUT_SEED, held_out=True)
+    for task, measured in (("retrieval", retrieval_rows(corpus, LENGTH, 16)), ("needles", [needles[i] for i in range(16)])):
+        scorer = swa_retrieval.SwaRetrieval(rows=16, seq_len=LENGTH, task=task)
+        assert len(contents(scorer.task_rows(corpus))) == len(contents(measured)) == 16
+        assert not contents(scorer.task_rows(corpus)) & contents(measured)
+        assert contents(scorer.text_rows(corpus)) <= contents(corpus.rows("text", LENGTH, 0))
 
 
 def test_a_choice_within_the_noise_of_the_rows_is_said():

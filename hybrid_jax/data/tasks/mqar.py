@@ -18,14 +18,15 @@ class MultiQueryRecall(Task):
 
     Keys are distinct and of the first half of the symbols, values of the second. Every key is asked in one of the
     (length - 2n) / 2 slots of two tokens after the pairs. Slot s is chosen with a probability proportional to
-    power * s^(power - 1), so that most gaps are short and some are long. The paper's vocabulary has 8,192 tokens; here there are
-    as many as the tasks have symbols. There the value is a label only; here it stands in the row, which leaves the task as it is,
+    power * s^(power - 1), so that most gaps are short and some are long. The paper's vocabulary has 8,192 tokens, so that random
+    filler hardly ever holds a key of the row; here there are as many as the tasks have symbols, and filler is drawn from those
+    that are no key of the row, because a key with another token behind it would overwrite its value. There the value is a label only; here it stands in the row, which leaves the task as it is,
     because a key is asked once.
 
     Args:
       min_pairs, max_pairs: pairs per row, drawn uniformly.
       power: of the gaps, in (0, 1].
-      random_filler: whether filler is random symbols (a key among them is not asked) or the marker of pairs.
+      random_filler: whether filler is random symbols or the marker of pairs.
     """
 
     min_pairs: int = 8
@@ -54,7 +55,7 @@ class MultiQueryRecall(Task):
         asked = 2 * n + 2 * rng.choice(slots, n, replace=False, p=chances / chances.sum())
         ids = np.full(self.length, self.material.pairs_id)
         if self.random_filler:
-            ids = rng.integers(low, high, self.length)
+            ids = rng.choice(np.setdiff1d(np.arange(low, high), keys), self.length)
         ids[: 2 * n] = np.stack([keys, values], axis=1).reshape(-1)
         ids[asked], ids[asked + 1] = keys, values
         weights, distances = np.zeros(self.length, np.float32), np.zeros(self.length, np.int32)

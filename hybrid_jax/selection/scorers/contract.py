@@ -75,7 +75,8 @@ class Scorer(Protocol):
 
         Args:
           model: the source, in float32, on the mesh if there is one.
-          corpus: tokenized text; `held_out_rows` gives rows that training does not see.
+          corpus: tokenized text. Score on `rows` (the training part), and on synthetic rows of `SELECTION_SEED`: evaluations
+            measure the held-out part, by which nothing should be chosen.
           mesh: `evaluate.measures.mesh_batches` places rows on it. None: one device.
 
         Returns:

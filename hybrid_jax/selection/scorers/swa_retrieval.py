@@ -1,8 +1,9 @@
 """The published ranking with a cheap score.
 
 One attention layer at a time is replaced by sliding-window attention with the same weights (arXiv 2605.08301, section 3.1,
-scores long-context benchmarks; here the score is the mean negative log-likelihood on held-out text plus that on a synthetic
-task of recall). A layer's cost is the rise of that loss.
+scores long-context benchmarks; here the score is the mean negative log-likelihood on text plus that on a synthetic task of
+recall). A layer's cost is the rise of that loss. Both are rows that no evaluation measures: training text, and synthetic rows
+of a seed of their own; otherwise the layers would be chosen by what the hybrid is judged by afterwards.
 
 All replacements run in one compiled program, whose argument is the number of the replaced layer. Until that layer the
 replaced model is the source, so each replacement starts from the source's hidden states at its layer:
@@ -27,10 +28,10 @@ from jax.sharding import Mesh
 
 from hybrid_jax.checks import check_integer
 from hybrid_jax.config import ModelConfig, SWAConfig
-from hybrid_jax.data import HELD_OUT_SEED, Corpus
+from hybrid_jax.data import SELECTION_SEED, Corpus
 from hybrid_jax.data.packing import Row
 from hybrid_jax.evaluate.measurement import mean_and_error
-from hybrid_jax.evaluate.measures import BLOCK, batch_size_on, held_out_rows, padded_batches, retrieval_rows
+from hybrid_jax.evaluate.measures import BLOCK, batch_size_on, evenly_spaced, padded_batches, retrieval_rows
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.cross_entropy import cross_entropy
 from hybrid_jax.parallel.distributed import is_first, whole_array
@@ -99,7 +100,7 @@ class SwaRetrieval:
     Args:
       window: keys that a query sees in the sliding-window attention, itself included. The published score has 2048 at 32k
         tokens; choose it far below `seq_len`, or replacing a layer changes nothing.
-      rows: held-out rows of text, and as many of the synthetic task.
+      rows: rows of the first source's training part, evenly spaced, and as many of the synthetic task.
       seq_len: tokens per row.
       task: the synthetic task, by its name in the config's data; `retrieval` has blocks of 16 pairs, in which no evidence is far.
     """
@@ -125,8 +126,7 @@ class SwaRetrieval:
 
     def score(self, model: Decoder, corpus: Corpus, mesh: Mesh | None = None) -> Scores:
         """Returns the rise of the mean loss, text plus the synthetic task, in nats per token."""
-        text = padded_batches(held_out_rows(corpus, self.seq_len, self.rows), mesh)
-        task = padded_batches(self._task_rows(corpus), mesh)
+        text, task = (padded_batches(rows, mesh) for rows in (self.text_rows(corpus), self.task_rows(corpus)))
         L, pair = model.config.num_layers, join_model(*split_model(model))  # the caller's model keeps its own window
         pair.config = model.config.with_options(SWAConfig(self.window))
         pair = initialize_hybrid(pair, "-".join(["SWA*"] * L), mesh=mesh)
@@ -135,11 +135,16 @@ class SwaRetrieval:
             of_text, of_task = (_costs(self._sums(pair, batches, bar)) for batches in (text, task))
         return Scores(of_text[0] + of_task[0], "nats", np.hypot(of_text[1], of_task[1]))
 
-    def _task_rows(self, corpus: Corpus) -> list[Row]:
-        """Returns the rows of the synthetic task, which training does not see."""
+    def text_rows(self, corpus: Corpus) -> list[Row]:
+        """Returns the rows of text."""
+        text = corpus.rows(next(iter(corpus.train)), self.seq_len, SELECTION_SEED)
+        return [text[i] for i in evenly_spaced(len(text), self.rows)]
+
+    def task_rows(self, corpus: Corpus) -> list[Row]:
+        """Returns the rows of the synthetic task."""
         if self.task == RETRIEVAL:
-            return retrieval_rows(corpus, self.seq_len, self.rows)
-        task = corpus.task(self.task, self.seq_len, HELD_OUT_SEED, held_out=True)
+            return retrieval_rows(corpus, self.seq_len, self.rows, seed=SELECTION_SEED)
+        task = corpus.task(self.task, self.seq_len, SELECTION_SEED)
         return [task[i] for i in range(self.rows)]
 
     def _sums(self, model: Decoder, batches: Sequence[Mapping[str, np.ndarray]], bar) -> np.ndarray:

@@ -1,0 +1,41 @@
+"""Training from scratch: the new model is the one that the config describes."""
+
+import json
+
+import pytest
+from ml_collections import ConfigDict
+
+from hybrid_jax import load_model
+from hybrid_jax.config import GKAConfig
+from hybrid_jax.experiment import run_experiment
+from hybrid_jax.train import read_metrics
+
+
+@pytest.fixture
+def config(made_source):
+    """An experiment that makes and trains a model of its own."""
+    directory, text = made_source
+    model = json.loads((directory / "config.json").read_text())
+    pretrain = dict(objective="next_token", steps=2, batch_size=2, seq_len=32, log_every=1)
+    data = {"text": text, "mix": {"text": 1.0}}
+    return ConfigDict({"model": model, "schedule": ("pretrain",), "phases": {"pretrain": pretrain}, "data": data, "seed": 0})
+
+
+def test_a_new_model_has_the_pattern_and_the_mixers_options_of_its_config_and_they_are_what_trains(config, tmp_path):
+    config.update({"pattern": "GKA-*", "mixers": {"gka_config": {"num_iter": 3, "chunk_size": 16}}, "fresh_parameters": "torch"})
+    for model in (run_experiment(config, tmp_path), tmp_path / "stages" / "00_initial"):
+        found = load_model(model).config
+        assert found.pattern == "GKA-*" and found.options(GKAConfig) == GKAConfig(num_iter=3, chunk_size=16)
+    assert all(record["grad_norm/mixer"] > 0 for record in read_metrics(tmp_path))
+
+
+def test_the_layers_of_a_new_model_cannot_be_selected_nor_taught_by_attention_that_it_does_not_have(config, tmp_path):
+    config.select = ConfigDict({"mixer": "GKA"})
+    with pytest.raises(ValueError, match="config.model is a new model; name its layers in config.pattern"):
+        run_experiment(config, tmp_path)
+    del config.select
+    config.pattern = "GKA-*"
+    config.phases.pretrain.update({"form": "fused", "objective": "align_mixer"})
+    with pytest.raises(ValueError, match="phase 'pretrain': layer 0 of the fused model is 'GKA"):
+        run_experiment(config, tmp_path)
+    assert not any(tmp_path.iterdir())
