@@ -25,7 +25,7 @@ def get_config(which: str = "sweep") -> ConfigDict:
         return ConfigDict(
             {
                 "configs": tuple(f"configs/studies/mixers.py:{point}" for point in (SAME, *points)),
-                "grid": {"seed": (1, 2, 3)},
+                "grid": {"seed": (1, 101, 201)},
                 "evaluate": {"config": "configs/studies/mixers.py:evaluate", "models": {"source": "launch/tiny_qwen3"}},
             }
         )

@@ -20,7 +20,7 @@ def get_config(which: str = "sweep") -> ConfigDict:
     if which == "sweep":
         points = tuple(f"configs/studies/mqar.py:{mixer}" for mixer in MIXERS)
         evaluate = {"config": "configs/studies/mqar.py:evaluate"}
-        return ConfigDict({"configs": points, "grid": {"seed": (1, 2, 3)}, "evaluate": evaluate})
+        return ConfigDict({"configs": points, "grid": {"seed": (1, 101, 201)}, "evaluate": evaluate})
     if which == "evaluate":
         grid = {"pairs": (8, 16, 32, 64)}
         recall = {"instrument": "recall", "task": "mqar", "seq_len": ROWS, "grid": grid, "rows": 64}

@@ -19,9 +19,9 @@ class MultiQueryRecall(Task):
     Keys are distinct and of the first half of the symbols, values of the second. Every key is asked in one of the
     (length - 2n) / 2 slots of two tokens after the pairs. Slot s is chosen with a probability proportional to
     power * s^(power - 1), so that most gaps are short and some are long. The paper's vocabulary has 8,192 tokens, so that random
-    filler hardly ever holds a key of the row; here there are as many as the tasks have symbols, and filler is drawn from those
-    that are no key of the row, because a key with another token behind it would overwrite its value. There the value is a label only; here it stands in the row, which leaves the task as it is,
-    because a key is asked once.
+    filler hardly ever holds a key of the row. Here there are as many as the tasks have symbols, and filler is drawn from those
+    that are no key of the row, because a key with another token behind it would overwrite its value. There the value is a label
+    only; here it stands in the row, which leaves the task as it is, because a key is asked once.
 
     Args:
       min_pairs, max_pairs: pairs per row, drawn uniformly.
