@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from hybrid_jax.mixers import KINDS
 
-MIXERS = {row.symbol: row for row in KINDS.values() if row.built and row.symbol != "*"}
+MIXERS = {row.symbol: row for row in KINDS.values() if row.symbol != "*"}
 
 
 def get_config(mixer: str = "GKA") -> ConfigDict:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from hybrid_jax.checks import check_boolean, check_choice
-from hybrid_jax.options import EPSILON, Check, Options, choice, integer, number, option
+from hybrid_jax.options import EPSILON, Check, Options, choice, integer, number, option, optional
 
 ATTENTION = "attention"
 _HEADS = frozenset({"hidden_size", "head_dim", "num_q_heads", "num_k_heads", "num_v_heads"})
@@ -171,6 +171,43 @@ class Mamba2Config(MixerOptions):
 
 
 @dataclasses.dataclass(frozen=True)
+class Mamba3Config(MixerOptions):
+    """Options of Mamba-3 (arXiv 2603.15569). hybrid-model-factory has no such mixer; the key and the options are ours.
+
+    For each head, with B, C of `rank` vectors and an angle theta per pair of channels that grows by pi tanh(angle) dt:
+
+        S <- e^{A dt} (S + (1 - trap) dt B'_{t-1} x_{t-1}') + trap dt B' x'     y = S' C'     B' = rotate(norm(B) + bias, theta)
+
+    Args:
+      state_size: channels of B and C, so that a head's state is [state_size, head_dim]. null: head_dim, which conversion
+        from attention needs in order to copy keys and queries; another size draws them anew.
+      rank: inputs and outputs per head and token (the paper's R); 1 is SISO, more is MIMO.
+      rope_fraction: share of the channels of B and C that are rotated; 0: none.
+      rotate_halves: rotate channel j together with j + state_size / 2, as the released MIMO kernel does, and not 2j with
+        2j + 1, as the released SISO kernel does.
+      out_norm: apply an RMSNorm to the output of every head before the gate. The released model has none; a hybrid needs it,
+        because dt makes the output small beside attention's.
+      norm_eps: epsilon of the RMSNorms of B, C and the output.
+      decay_floor: the least that -A may be.
+    """
+
+    KEY: ClassVar[str] = "mamba3_config"
+
+    state_size: int | None = option(optional(integer(2)), None)
+    rank: int = option(integer(1, 64), 1)
+    rope_fraction: float = option(number(minimum=0, maximum=1), 0.5)
+    rotate_halves: bool = option(check_boolean, False)
+    out_norm: bool = option(check_boolean, True)
+    norm_eps: float = option(EPSILON, 1e-5)
+    decay_floor: float = option(number(above=0), 1e-4)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.state_size or 0) % 2:
+            raise ValueError(f"mamba3_config.state_size must be even, because channels rotate in pairs, got {self.state_size}")
+
+
+@dataclasses.dataclass(frozen=True)
 class SWAConfig(MixerOptions):
     """Options of sliding-window attention.
 
@@ -189,7 +226,7 @@ class SWAConfig(MixerOptions):
 
 
 def _check_recurrent(name: str, value: Any) -> str:
-    return check_choice(name, value, [kind for kind, row in KINDS.items() if row.recurrent and not row.attends and row.built])
+    return check_choice(name, value, [kind for kind, row in KINDS.items() if row.recurrent and not row.attends])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +269,6 @@ class MixerKind:
       attends: it attends to earlier keys, which rotate by position, so a model with it is limited to
         `max_position_embeddings` tokens.
       recurrent: it keeps a state of fixed size.
-      built: False for a kind whose symbol is parsed but that has no layer yet.
     """
 
     symbol: str
@@ -240,7 +276,6 @@ class MixerKind:
     options: type[MixerOptions] | None = None
     attends: bool = False
     recurrent: bool = True
-    built: bool = True
 
 
 KINDS: dict[str, MixerKind] = {
@@ -248,7 +283,7 @@ KINDS: dict[str, MixerKind] = {
     "gka": MixerKind("GKA", "gka", GKAConfig),
     "gdn": MixerKind("GDN", "gdn", GDNConfig),
     "mamba2": MixerKind("M2", "mamba", Mamba2Config),
-    "mamba3": MixerKind("M3", "mamba3", built=False),
+    "mamba3": MixerKind("M3", "mamba3", Mamba3Config),
     "swa": MixerKind("SWA", "swa", SWAConfig, attends=True, recurrent=False),
     "bmojo": MixerKind("BMF", "bmojo_f", BMojoConfig, attends=True),
 }
@@ -259,9 +294,9 @@ def kinds_by_symbol() -> dict[str, str]:
     return {row.symbol: kind for kind, row in KINDS.items()}
 
 
-def built_symbols() -> list[str]:
-    """Returns the pattern symbols of all mixers that have a layer, attention first."""
-    return [row.symbol for row in KINDS.values() if row.built]
+def mixer_symbols() -> list[str]:
+    """Returns the pattern symbols of all mixers, attention first."""
+    return [row.symbol for row in KINDS.values()]
 
 
 def options_by_key() -> dict[str, type[MixerOptions]]:

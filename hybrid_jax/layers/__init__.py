@@ -11,6 +11,7 @@ from hybrid_jax.layers.gdn import GatedDeltaNet
 from hybrid_jax.layers.gka import GatedKalmaNet
 from hybrid_jax.layers.linear import Embedding, Linear, RMSNorm
 from hybrid_jax.layers.mamba2 import Mamba2
+from hybrid_jax.layers.mamba3 import Mamba3
 from hybrid_jax.layers.mixer import Mixer
 from hybrid_jax.layers.mlp import MLP, MoE
 
@@ -22,6 +23,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "gka": GatedKalmaNet,
     "gdn": GatedDeltaNet,
     "mamba2": Mamba2,
+    "mamba3": Mamba3,
     "swa": SlidingWindowAttention,
     "bmojo": BMojoF,
 }

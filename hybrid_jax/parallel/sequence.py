@@ -82,23 +82,25 @@ def shift(x: jax.Array, distance: int) -> jax.Array:
 
     Chunks 0 ... N-1 are the fronts of devices 0 ... N-1, chunks N ... 2N-1 the backs of devices N-1 ... 0. So a front goes to the
     front of device i + distance, a back to the back of device i - distance, and a front that would pass device N-1 to the back
-    of device 2N-1 - (i + distance).
+    of device 2N-1 - (i + distance). A negative distance sends the same ways back.
 
     Args:
       x: [2, ...] the device's pair of chunks.
-      distance: 1 or more.
+      distance: not 0; negative: from later chunks.
     """
-    n = jax.lax.axis_size(SEQ_AXIS)
-    send = {
-        "front": [(i, i + distance) for i in range(n - distance)],
-        "back": [(i, i - distance) for i in range(distance, n)],
-        "over": [(i, 2 * n - 1 - i - distance) for i in range(n) if n <= i + distance < 2 * n],
+    n, hops = jax.lax.axis_size(SEQ_AXIS), abs(distance)
+    ways = {
+        "front": [(i, i + hops) for i in range(n - hops)],
+        "back": [(i, i - hops) for i in range(hops, n)],
+        "over": [(i, 2 * n - 1 - i - hops) for i in range(n) if n <= i + hops < 2 * n],
     }
 
-    def moved(x, pairs):
-        return jax.lax.ppermute(x, SEQ_AXIS, pairs) if pairs else jnp.zeros_like(x)
+    def moved(chunk, way):
+        pairs = ways[way] if distance > 0 else [(there, here) for here, there in ways[way]]
+        return jax.lax.ppermute(chunk, SEQ_AXIS, pairs) if pairs else jnp.zeros_like(chunk)
 
-    return jnp.stack([moved(x[0], send["front"]), moved(x[1], send["back"]) + moved(x[0], send["over"])])
+    front, back = moved(x[0], "front"), moved(x[1], "back")
+    return jnp.stack([front, back + moved(x[0], "over")] if distance > 0 else [front + moved(x[1], "over"), back])
 
 
 def halo(x: jax.Array, length: int) -> jax.Array:

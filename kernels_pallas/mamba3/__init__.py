@@ -22,7 +22,7 @@ from kernels_pallas.arguments import accumulator, alike, check_options, check_sh
 from kernels_pallas.contract import Mamba3, Mamba3State
 from kernels_pallas.linear_attention import IMPLEMENTATIONS as LINEAR_ATTENTION
 from kernels_pallas.mamba3.reference import mamba3_reference, mamba3_update
-from kernels_pallas.mamba3.rotation import cumulative_angles, rotate, within_turn
+from kernels_pallas.mamba3.rotation import cumulative_angles, rotate
 
 __all__ = ["Mamba3State", "cumulative_angles", "mamba3", "mamba3_inputs", "mamba3_output", "mamba3_step", "rotate"]
 
@@ -103,13 +103,7 @@ def _by_linear_attention(name: str) -> Mamba3:
     ) -> tuple[jax.Array, Mamba3State]:
         dtype, R = state.S.dtype, q.shape[2]
         log_decay, dt, mix, turn = (x.astype(dtype) for x in (log_decay, dt, mix, turn))
-        angle = cumulative_angles(turn, state.angle)
-        if segments is not None:  # the angle restarts with the segment, as the state does
-            begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
-            begin = jax.lax.cummax(jnp.where(begins, jnp.arange(segments.shape[1]), 0), axis=1)
-            start = jnp.pad(angle, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, :-1]
-            start = jnp.take_along_axis(start, begin[..., None, None], axis=1)
-            angle = jnp.where((segments == 0)[..., None, None], angle, within_turn(angle - start))
+        angle = cumulative_angles(turn, state.angle, segments)
         q, k = (rotate(x, angle[:, :, None], halves) for x in (q, k))
         now, before = mix * dt, (1 - mix) * dt
         later = jnp.pad(before[:, 1:], ((0, 0), (0, 1), (0, 0)))

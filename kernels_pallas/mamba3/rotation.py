@@ -36,17 +36,32 @@ def rotate(x: jax.Array, angle: jax.Array, halves: bool) -> jax.Array:
     return jnp.concatenate([pairs.reshape(*x.shape[:-1], 2 * A), x[..., 2 * A :]], axis=-1)
 
 
-def cumulative_angles(turn: jax.Array, start: jax.Array | None = None) -> jax.Array:
+def cumulative_angles(turn: jax.Array, start: jax.Array | None = None, segments: jax.Array | None = None) -> jax.Array:
     """Returns start + turn_0 + ... + turn_t modulo 2 pi, [B, T, H, A].
 
     Args:
       turn: [B, T, H, A], the rotation that each token adds, in radians.
       start: [B, H, A], or None for 0.
+      segments: [B, T], of `segment_index`. The sum restarts from 0 where a segment begins; the first segment has `start`. None:
+        one segment.
     """
+    angle = _sums(turn, start)
+    if segments is None:
+        return angle
+    begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+    begin = jax.lax.cummax(jnp.where(begins, jnp.arange(segments.shape[1]), 0), axis=1)
+    before = jnp.pad(angle, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, :-1]
+    before = jnp.take_along_axis(before, begin[..., None, None], axis=1)
+    return jnp.where((segments == 0)[..., None, None], angle, within_turn(angle - before))
+
+
+def _sums(turn: jax.Array, start: jax.Array | None) -> jax.Array:
+    """Returns `cumulative_angles` of one segment."""
     B, T, *rest = turn.shape
-    blocks = jnp.pad(turn, ((0, 0), (0, -T % BLOCK), (0, 0), (0, 0))).reshape(B, -1, BLOCK, *rest)
+    padded = T + -T % BLOCK
+    blocks = jnp.pad(turn, ((0, 0), (0, padded - T), (0, 0), (0, 0))).reshape(B, padded // BLOCK, BLOCK, *rest)
     inside = jnp.cumsum(blocks, axis=2)
     until = jax.lax.associative_scan(lambda a, b: within_turn(a + b), within_turn(inside[:, :, -1]), axis=1)
     before = jnp.concatenate([jnp.zeros_like(until[:, :1]), until[:, :-1]], axis=1)
     before = before if start is None else before + start[:, None]
-    return within_turn(inside + before[:, :, None]).reshape(B, -1, *rest)[:, :T]
+    return within_turn(inside + before[:, :, None]).reshape(B, padded, *rest)[:, :T]

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from hybrid_jax.config import GKAConfig, MoEConfig
+from hybrid_jax.config import GKAConfig, Mamba3Config, MoEConfig
 from hybrid_jax.data.layout import training_batch
-from hybrid_jax.mixers import built_symbols
+from hybrid_jax.mixers import mixer_symbols
 from hybrid_jax.parallel.mesh import make_mesh, parse_mesh
 from hybrid_jax.parallel.placement import own_rows, to_mesh
 from hybrid_jax.parallel.sharding import load_sharded
@@ -28,8 +28,9 @@ from tests.conftest import relative_error, tiny_model
 SMALL = 0.08
 WELL_CONDITIONED = GKAConfig(ridge_strength=1.0, chunk_size=16)
 MIXTURE = {"moe": MoEConfig(8, 2, 12), "family": "qwen3_moe"}
-ALL = "*-GKA-GDN-M2-SWA-BMF"
-MIXERS = built_symbols()
+MIMO = {"mamba3": Mamba3Config(state_size=4, rank=2, rope_fraction=1.0, rotate_halves=True)}
+ALL = "*-GKA-GDN-M2-M3-SWA-BMF"
+MIXERS = mixer_symbols()
 
 
 def packed(length, rows):
@@ -48,7 +49,7 @@ CASES = {
     "data2 seq4": ("data=2,seq=4", ALL, 40, 2, "next_token", {}),
     "fsdp2 seq2 tensor2": ("fsdp=2,seq=2,tensor=2", ALL, 24, 2, "next_token", {}),
     "fsdp4 tensor2": ("fsdp=4,tensor=2", ALL, 20, 4, "next_token", {}),
-    "both streams": ("data=2,seq=2,tensor=2", "*DA-GKA*-GDN*-M2*", 24, 2, "align_all", {}),
+    "both streams": ("data=2,seq=2,tensor=2", "*DA-GKA*-GDN*-M2*-M3*", 24, 2, "align_all", {}),
     "experts": ("expert=4,seq=2", "*-GKA", 24, 4, "next_token", MIXTURE),
     "experts tensor": ("expert=2,fsdp=2,tensor=2", "*-GDN", 16, 4, "next_token", MIXTURE),
     "data2 seq4 of two processes": ("data=2,seq=4", "*-GKA-GDN", 40, 2, "next_token", {}),
@@ -57,6 +58,7 @@ CASES = {
     "distilled": ("data=2,seq=2,tensor=2", "*DA-SWA*", 24, 2, "distill", {}),
     "cached": ("fsdp=2,seq=2,tensor=2", "*-SWA", 24, 2, "distill_cached", {}),
     "in parts": ("data=2,fsdp=2,seq=2", "*-SWA", 24, 8, "next_token", {"parts": 2}),
+    "several inputs per token": ("data=2,seq=2,tensor=2", "M3", 24, 2, "next_token", MIMO),
     "scanned": ("fsdp=2,seq=4", "*-GKA-*-GKA-*-GKA", 24, 2, "next_token", {}),
 }
 

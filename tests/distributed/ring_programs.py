@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from hybrid_jax.data.layout import abstract_batch
-from hybrid_jax.mixers import built_symbols
+from hybrid_jax.mixers import mixer_symbols
 from hybrid_jax.parallel.attention import attend
 from hybrid_jax.parallel.mesh import make_mesh
 from hybrid_jax.parallel.sharding import TOKENS, partition_spec
@@ -26,7 +26,7 @@ from tests.conftest import tiny_model
 def model_wire():
     """{pattern: {tokens per row: bytes of collectives a device}} of a layer and its gradients, eight devices along `seq`."""
     mesh, found = make_mesh({"seq": 8}), {}
-    for pattern in built_symbols():
+    for pattern in mixer_symbols():
         found[pattern] = {}
         for tokens in (128, 256):
             model = tiny_model(pattern, vocab_size=62)

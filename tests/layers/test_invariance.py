@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hybrid_jax.mixers import built_symbols
+from hybrid_jax.mixers import mixer_symbols
 from tests.conftest import relative_error, tiny_model
 
-MIXERS = built_symbols()
+MIXERS = mixer_symbols()
 IDS = np.random.default_rng(0).integers(0, 61, (2, 21))
 
 
@@ -124,10 +124,25 @@ def test_gka_options_keep_decoding_equal(options):
     check_decoding(tiny_model("GKA-*", gka=GKAConfig(**options)))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(rank=3, out_norm=False),
+        dict(state_size=4, rope_fraction=1.0, rotate_halves=True),
+        dict(rope_fraction=0.0),
+        dict(rank=2, state_size=12),
+    ],
+)
+def test_mamba3_options_keep_decoding_equal(options):
+    from hybrid_jax.config import Mamba3Config
+
+    check_decoding(tiny_model("M3-*", mamba3=Mamba3Config(**options)))
+
+
 def test_untied_bmojo_and_its_mixers_keep_decoding_equal():
     from hybrid_jax.config import BMojoConfig
 
-    for mixer in ("gdn", "mamba2"):
+    for mixer in ("gdn", "mamba2", "mamba3"):
         check_decoding(tiny_model("BMF-*", bmojo=BMojoConfig(4, mixer, tie_attn_weights=False)))
 
 

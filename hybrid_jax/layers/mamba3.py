@@ -1,0 +1,119 @@
+"""The Mamba-3 mixer (arXiv 2603.15569) in the shape of grouped attention, named as in the released block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from hybrid_jax.config import Mamba3Config, ModelConfig
+from hybrid_jax.layers.linear import Linear, RMSNorm
+from hybrid_jax.layers.mixer import Arrays
+from hybrid_jax.layers.parameter import parameter
+from hybrid_jax.layers.recurrent import STATE_AXES, gate_of_attention, init_dt_bias, repeat_heads
+from hybrid_jax.parallel.mamba3 import mamba3_recurrence
+from kernels_pallas.mamba3 import Mamba3State
+
+
+class Mamba3(nnx.Module):
+    """z, x, B, C, dt, A, trap, angle = in_proj(u); B, C = norm + bias; Mamba-3's recurrence with D skip; the output's norm, times
+    SiLU(z); out_proj. With rank R > 1 a head has R inputs x mimo_x[r], gates z mimo_z[r] and outputs, summed with mimo_o[r].
+
+    The released block has as many heads of x as of z and shares B and C among the heads of a group. Here x and B have as many
+    heads as attention has keys and values, and C as many as queries; they are the same with one key-value head per query head.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
+        del layer
+        o: Mamba3Config = config.options(Mamba3Config)
+        hidden, H, D, N = config.hidden_size, config.num_heads, config.head_dim, o.state_size or config.head_dim
+        fresh: dict[str, Any] = dict(std=config.initializer_range, rngs=rngs, dtype=dtype)
+        self.config, self.options, self.state_size = config, o, N
+        self.angles = int(N * o.rope_fraction) // 2
+        self.in_proj = Linear(hidden, sum(self._sizes()), axes=("embed", "heads"), **fresh)
+        self.dt_bias = init_dt_bias(rngs, H, dtype)
+        self.B_bias = parameter(jnp.ones((H, o.rank, N), dtype), ("heads", None, None))
+        self.C_bias = parameter(jnp.ones((H, o.rank, N), dtype), ("heads", None, None))
+        self.B_norm, self.C_norm = (RMSNorm(N, eps=o.norm_eps, dtype=dtype) for _ in "BC")
+        self.D = parameter(jnp.ones(H, dtype), ("heads",))
+        mimo = {"mimo_x": 1 / o.rank, "mimo_z": 1.0, "mimo_o": 1 / o.rank}
+        for name, value in mimo.items():
+            make = jnp.full((H, o.rank, D), value, dtype)
+            setattr(self, name, parameter(make, ("heads", None, None)) if o.rank > 1 else None)
+        self.norm = RMSNorm(D, eps=o.norm_eps, dtype=dtype) if o.out_norm else None
+        self.out_proj = Linear(H * D, hidden, axes=("heads", "embed"), **fresh)
+
+    def _sizes(self) -> tuple[int, ...]:
+        """Returns the sizes of z, x, B, C, dt, A, trap and angle, in the released order."""
+        c, BC = self.config, self.options.rank * self.state_size
+        H, Hkv, D = c.num_heads, c.num_kv_heads, c.head_dim
+        return (H * D, Hkv * D, Hkv * BC, H * BC, H, H, H, self.angles)
+
+    def __call__(
+        self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array, state: Mamba3State | None = None
+    ) -> tuple[jax.Array, Mamba3State | None]:
+        """Returns (y [B, T, hidden], the state after x) of x [B, T, hidden]; the state's k and v are [B, H, R, ...]."""
+        del positions
+        (batch, T, _), o, f32 = x.shape, self.options, jnp.float32
+        H, D, R = self.config.num_heads, self.config.head_dim, o.rank
+        z, v, B, C, dt, A, trap, angle = self.in_proj.parts(x, self._sizes())
+        k, q = self._normed(B, self.B_norm, self.B_bias[...]), self._normed(C, self.C_norm, self.C_bias[...])
+        v, z = repeat_heads(v.reshape(batch, T, -1, D), H)[:, :, :, None], z.reshape(batch, T, H, 1, D)
+        if R > 1:
+            v, z = v * self.mimo_x[...].astype(v.dtype), z * self.mimo_z[...].astype(z.dtype)
+        dt = jax.nn.softplus(dt.astype(f32) + self.dt_bias[...].astype(f32))
+        decay = -jnp.maximum(_positive(A.astype(f32)), o.decay_floor) * dt
+        turn = jnp.pi * jnp.tanh(angle.astype(f32))[:, :, None] * dt[..., None]
+        y, state = mamba3_recurrence(
+            q, k, v, decay, dt, jax.nn.sigmoid(trap.astype(f32)), turn,
+            halves=o.rotate_halves, state=state, segment_ids=segment_ids,
+        )  # fmt: skip
+        y = y + (self.D[...][:, None, None] * v).astype(y.dtype)
+        y = (y if self.norm is None else self.norm(y)) * jax.nn.silu(z)
+        y = jnp.sum(y * self.mimo_o[...].astype(y.dtype), axis=3) if R > 1 else y[:, :, :, 0]
+        return self.out_proj(y.reshape(batch, T, H * D)), state
+
+    def _normed(self, x: jax.Array, norm: RMSNorm, bias: jax.Array) -> jax.Array:
+        """Returns B or C [B, T, H, R, N], normed, for every head and with its bias, of x [B, T, R * heads * N]."""
+        x = norm(x.reshape(*x.shape[:2], self.options.rank, -1, self.state_size))
+        return jnp.swapaxes(repeat_heads(x, self.config.num_heads), 2, 3) + bias.astype(x.dtype)
+
+    @staticmethod
+    def from_attention(source: Arrays, fresh: Arrays, config: ModelConfig) -> dict[str, jax.Array]:
+        """Returns in_proj with columns z, x = v, B = k, C = q of attention, out_proj = o, no rotation, and no biases of B and C.
+
+        No paper converts attention to Mamba-3; this recipe is ours, after that of Mamba-2. Columns of the angles are 0, so that
+        the rotation begins at none; the biases, which are 1 in a new model, are 0, so that C B is the query times the key. The
+        norms of B and C are those of k and q where the source has them. B and C are copied if the state is as large as the head
+        and the rank is 1; otherwise they, the biases and the angles stay as drawn. Decay, step size and trap stay as drawn.
+        """
+        o, drawn = config.options(Mamba3Config), fresh["in_proj.kernel"]
+        H, Hkv, D = config.num_heads, config.num_kv_heads, config.head_dim
+        outer = {"out_proj.kernel": source["o_proj.kernel"]}
+        parts = [gate_of_attention(source, config), source["v_proj.kernel"]]
+        if o.rank > 1 or (o.state_size or D) != D:
+            return outer | {"in_proj.kernel": jnp.concatenate([*parts, drawn[:, (H + Hkv) * D :]], axis=1)}
+        angles = int(D * o.rope_fraction) // 2
+        rest = drawn[:, 2 * (H + Hkv) * D :]
+        rest = rest.at[:, rest.shape[1] - angles :].set(0)
+        copied = {"in_proj.kernel": jnp.concatenate([*parts, source["k_proj.kernel"], source["q_proj.kernel"], rest], axis=1)}
+        if config.qk_norm:
+            copied |= {"B_norm.weight": source["k_norm.weight"], "C_norm.weight": source["q_norm.weight"]}
+        return outer | copied | {name: jnp.zeros_like(fresh[name]) for name in ("B_bias", "C_bias")}
+
+    def init_state(self, batch: int, max_length: int, dtype: DTypeLike = jnp.float32) -> Mamba3State:
+        del max_length, dtype  # the token before is read at float32's precision, as the state is
+        H, D, N, R = self.config.num_heads, self.config.head_dim, self.state_size, self.options.rank
+        sizes = Mamba3State((self.angles,), (N, D), (R, N), (R, D))
+        return Mamba3State._make(jnp.zeros((batch, H, *size), jnp.float32) for size in sizes)
+
+    def state_axes(self) -> Mamba3State:
+        return Mamba3State(STATE_AXES[:3], STATE_AXES, STATE_AXES, STATE_AXES)
+
+
+def _positive(x: jax.Array) -> jax.Array:
+    """Returns 1 + x for x >= 0 and 1 / (1 - x) below: positive, and 1 at 0."""
+    return jnp.where(x >= 0, 1 + x, 1 / (1 - jnp.minimum(x, 0)))
