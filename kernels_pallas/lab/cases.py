@@ -36,12 +36,14 @@ class Case(NamedTuple):
     arrays: from a Shape, (dims, dtype) of every array argument.
     backward: whether the gradient of every array is computed too.
     decode: one token per sequence: `seq_len` is not used, and the last arguments are the state.
+    kernel: what the names of its kernels begin with; empty: the operation's name.
     """
 
     run: Callable
     arrays: Callable[[Shape], list]
     backward: bool = False
     decode: bool = False
+    kernel: str = ""
 
 
 def _tokens(n_scalars: int):
@@ -71,6 +73,17 @@ def _conv(s: Shape):
     return [((s.batch, s.seq_len, D), s.dtype), ((D, 4), s.dtype)]
 
 
+def _rotated(rank: int):
+    """Returns the arrays of `mamba3` with so many inputs and outputs per token, half of the channels rotated, as `Case.arrays`."""
+
+    def arrays(s: Shape):
+        B, T, H, R = s.batch, s.seq_len, s.heads, rank
+        heads = [((B, T, R, H, s.key_dim), s.dtype)] * 2 + [((B, T, R, H, s.value_dim), s.dtype)]
+        return heads + [((B, T, H), "float32")] * 3 + [((B, T, H, s.key_dim // 4), "float32")]
+
+    return arrays
+
+
 def _kalmanet_step(*args, **options):
     *args, h_kk, h_kv = args
     return ops.gated_kalmanet_step(*args, state=(h_kk, h_kv), **options)
@@ -88,8 +101,12 @@ CASES = {
     "gated_delta_rule.backward": Case(ops.gated_delta_rule, _tokens(2), backward=True),
     "gated_kalmanet": Case(ops.gated_kalmanet, _tokens(2)),
     "gated_kalmanet.backward": Case(ops.gated_kalmanet, _tokens(2), backward=True),
-    "gated_kalmanet_accurate": Case(accurate, _tokens(2)),
-    "gated_kalmanet_accurate.backward": Case(accurate, _tokens(2), backward=True),
+    "gated_kalmanet_accurate": Case(accurate, _tokens(2), kernel="gated_kalmanet"),
+    "gated_kalmanet_accurate.backward": Case(accurate, _tokens(2), backward=True, kernel="gated_kalmanet"),
+    "mamba3": Case(ops.mamba3, _rotated(1), kernel="linear_attention"),
+    "mamba3.backward": Case(ops.mamba3, _rotated(1), backward=True, kernel="linear_attention"),
+    "mamba3_mimo": Case(ops.mamba3, _rotated(4), kernel="linear_attention"),
+    "mamba3_mimo.backward": Case(ops.mamba3, _rotated(4), backward=True, kernel="linear_attention"),
     "short_conv": Case(ops.short_conv, _conv),
     "short_conv.backward": Case(ops.short_conv, _conv, backward=True),
     "linear_attention_step": Case(_with_state(ops.linear_attention_step), _token(1, "KV"), decode=True),

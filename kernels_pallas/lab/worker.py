@@ -54,7 +54,7 @@ def compile_kernels(name: str, chip: Chip, mesh: jax.sharding.Mesh, shape: Shape
     hlo, n = compiled.as_text() or "", token_heads(name, shape)
     calls = _pallas_calls(hlo)
     kernels = []
-    for schedule in read_schedules(dump, name.split(".")[0].removesuffix("_accurate")):
+    for schedule in read_schedules(dump, CASES[name].kernel or name.split(".")[0]):
         steps, moved = calls[schedule.kernel]
         share = chip.cores if steps > 1 else 1
         kernels.append(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hybrid_jax.config import BMojoConfig, GDNConfig, GKAConfig, Mamba2Config
+from hybrid_jax.config import BMojoConfig, GDNConfig, GKAConfig, Mamba2Config, Mamba3Config
 from hybrid_jax.layers import make_mixer
 from hybrid_jax.mixers import KINDS
 from tests.conftest import relative_error, tiny_config
@@ -116,6 +116,41 @@ def mamba2(p, x, c):
     return linear(p, "out_proj", y.reshape(T, H * D))
 
 
+def mamba3(p, x, c):
+    c = c.options(Mamba3Config)
+    R, N = c.rank, c.state_size or D
+    A = int(N * c.rope_fraction) // 2
+    parts = np.split(linear(p, "in_proj", x), np.cumsum([H * D, HKV * D, HKV * R * N, H * R * N, H, H, H]), axis=1)
+    z, v, b, cc, dt, decay, trap, angle = parts
+    one = np.ones((H, R, D))
+    z, v = heads(z)[:, :, None] * p.get("mimo_z", one), heads(v)[:, :, None] * p.get("mimo_x", one)
+    b, cc = (
+        np.repeat(rms(a.reshape(T, R, -1, N), p[f"{n}_norm.weight"], c.norm_eps), H * R * N // a.shape[1], axis=2).swapaxes(1, 2)
+        + p[f"{n}_bias"]
+        for n, a in (("B", b), ("C", cc))
+    )
+    dt, trap = np.log1p(np.exp(dt + p["dt_bias"])), sigmoid(trap)
+    decay = np.maximum(np.where(decay >= 0, 1 + decay, 1 / (1 - np.minimum(decay, 0))), c.decay_floor)
+    turned = np.cumsum(np.pi * np.tanh(angle)[:, None] * dt[..., None], axis=0)
+    y = np.zeros((T, H, D))
+    for h in range(H):
+        S, added = np.zeros((N, D)), np.zeros((N, D))
+        for t in range(T):
+            turn = np.eye(N)
+            for j in range(A):
+                pair = [j, j + N // 2] if c.rotate_halves else [2 * j, 2 * j + 1]
+                cos, sin = np.cos(turned[t, h, j]), np.sin(turned[t, h, j])
+                turn[np.ix_(pair, pair)] = [[cos, -sin], [sin, cos]]
+            S = np.exp(-decay[t, h] * dt[t, h]) * (S + (1 - trap[t, h]) * dt[t, h] * added)
+            added = sum(np.outer(turn @ b[t, h, r], v[t, h, r]) for r in range(R))
+            S = S + trap[t, h] * dt[t, h] * added
+            for r in range(R):
+                o = S.T @ turn @ cc[t, h, r] + p["D"][h] * v[t, h, r]
+                o = rms(o, p["norm.weight"], c.norm_eps) if c.out_norm else o
+                y[t, h] += p.get("mimo_o", one)[h, r] * o * silu(z[t, h, r])
+    return linear(p, "out_proj", y.reshape(T, H * D))
+
+
 def rotary(x, theta):
     angle = np.arange(T)[:, None] * theta ** -(np.arange(0, D, 2) / D)
     cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
@@ -150,7 +185,7 @@ def bmojo(p, x, c):
     return linear(p, "o_proj", o.reshape(T, H * D))
 
 
-FORMULAS = {"gka": gka, "gdn": gdn, "mamba2": mamba2, "bmojo": bmojo}
+FORMULAS = {"gka": gka, "gdn": gdn, "mamba2": mamba2, "mamba3": mamba3, "bmojo": bmojo}
 SOLVED = dict(num_iter=150)  # so many iterations reach the exact solution
 
 CASES = {
@@ -171,6 +206,11 @@ CASES = {
     "mamba2": ("mamba2", {}),
     "mamba2 without norms": ("mamba2", dict(mamba2=Mamba2Config(use_qk_norm=False))),
     "mamba2 of a source without norms": ("mamba2", dict(qk_norm=False)),
+    "mamba3": ("mamba3", {}),
+    "mamba3 of three inputs per token": ("mamba3", dict(mamba3=Mamba3Config(rank=3, norm_eps=0.1))),
+    "mamba3 of a small state, in halves": ("mamba3", dict(mamba3=Mamba3Config(4, rotate_halves=True, rope_fraction=0.75))),
+    "mamba3 without output norm": ("mamba3", dict(mamba3=Mamba3Config(12, 2, out_norm=False, rope_fraction=1.0))),
+    "mamba3 without rotation, with least decay": ("mamba3", dict(mamba3=Mamba3Config(rope_fraction=0.0, decay_floor=1.5))),
     "bmojo": ("bmojo", dict(bmojo=BMojoConfig(3, "gdn"))),
     "bmojo untied": ("bmojo", dict(bmojo=BMojoConfig(3, "mamba2", tie_attn_weights=False))),
     "bmojo untied, no norms": (

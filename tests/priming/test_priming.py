@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hybrid_jax.config import BMojoConfig, GDNConfig, SWAConfig
+from hybrid_jax.config import BMojoConfig, GDNConfig, Mamba3Config, SWAConfig
 from hybrid_jax.layers.recurrent import init_a_log, init_dt_bias
 from hybrid_jax.parameters import split_model
 from hybrid_jax.priming.fuse import fuse, unfuse
@@ -45,6 +45,32 @@ def test_mamba2_takes_q_k_v_o_and_the_norms_in_its_own_order():
     assert np.array_equal(got["layers.0.mamba.C_norm.weight"], attention["q_norm.weight"])
     assert np.array_equal(got["layers.0.mamba.B_norm.weight"], attention["k_norm.weight"])
     assert np.array_equal(got["layers.0.mamba.D"], np.ones(4))
+
+
+def test_mamba3_takes_q_k_v_o_and_the_norms_and_neither_turns_nor_adds_a_bias_at_first():
+    source = tiny_model("*")
+    for name, start in (("q_norm", 1.0), ("k_norm", 2.0)):
+        getattr(source.layers[0].self_attn, name).weight.set_value(jnp.arange(8.0) + start)
+    have, got, fresh = (parameters(m) for m in (source, initialize_hybrid(source, "M3"), tiny_model("M3")))
+    attention = {n.removeprefix("layers.0.self_attn."): v for n, v in have.items() if "self_attn" in n}
+    z, x, b, c, rest, angle = np.split(got["layers.0.mamba3.in_proj.kernel"], [32, 48, 64, 96, 108], axis=1)
+    for part, name in ((x, "v_proj"), (b, "k_proj"), (c, "q_proj")):
+        assert np.array_equal(part, attention[f"{name}.kernel"])
+    gate = 0.5 * (attention["o_proj.kernel"].T + np.repeat(attention["v_proj.kernel"], 2, axis=1))
+    assert np.allclose(z, gate) and rest.std() > 0.1 and angle.shape == (24, 2) and not angle.any()
+    assert np.array_equal(got["layers.0.mamba3.out_proj.kernel"], attention["o_proj.kernel"])
+    for name, norm in (("B", "k"), ("C", "q")):
+        assert np.array_equal(got[f"layers.0.mamba3.{name}_norm.weight"], attention[f"{norm}_norm.weight"])
+        assert not got[f"layers.0.mamba3.{name}_bias"].any() and (fresh[f"layers.0.mamba3.{name}_bias"] == 1).all()
+
+
+@pytest.mark.parametrize("options", [dict(state_size=4), dict(rank=2)])
+def test_a_state_of_mamba3_that_is_not_attention_s_takes_only_v_o_and_the_gate(options):
+    source = tiny_model("*", mamba3=Mamba3Config(**options))
+    have, got = parameters(source), parameters(initialize_hybrid(source, "M3"))
+    assert np.array_equal(got["layers.0.mamba3.in_proj.kernel"][:, 32:48], have["layers.0.self_attn.v_proj.kernel"])
+    assert np.array_equal(got["layers.0.mamba3.out_proj.kernel"], have["layers.0.self_attn.o_proj.kernel"])
+    assert (got["layers.0.mamba3.B_bias"] == 1).all() and got["layers.0.mamba3.in_proj.kernel"][:, -1].any()
 
 
 def test_bmojo_copies_attention_to_both_sets_and_its_mixer_as_alone():
