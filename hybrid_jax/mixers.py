@@ -269,6 +269,7 @@ class MixerKind:
       attends: it attends to earlier keys, which rotate by position, so a model with it is limited to
         `max_position_embeddings` tokens.
       recurrent: it keeps a state of fixed size.
+      output: the linear map behind its heads, by its path in the module; its input is the heads' outputs side by side.
     """
 
     symbol: str
@@ -276,16 +277,17 @@ class MixerKind:
     options: type[MixerOptions] | None = None
     attends: bool = False
     recurrent: bool = True
+    output: str = "o_proj"
 
 
 KINDS: dict[str, MixerKind] = {
     ATTENTION: MixerKind("*", "self_attn", attends=True, recurrent=False),
     "gka": MixerKind("GKA", "gka", GKAConfig),
     "gdn": MixerKind("GDN", "gdn", GDNConfig),
-    "mamba2": MixerKind("M2", "mamba", Mamba2Config),
-    "mamba3": MixerKind("M3", "mamba3", Mamba3Config),
+    "mamba2": MixerKind("M2", "mamba", Mamba2Config, output="out_proj"),
+    "mamba3": MixerKind("M3", "mamba3", Mamba3Config, output="out_proj"),
     "swa": MixerKind("SWA", "swa", SWAConfig, attends=True, recurrent=False),
-    "bmojo": MixerKind("BMF", "bmojo_f", BMojoConfig, attends=True),
+    "bmojo": MixerKind("BMF", "bmojo_f", BMojoConfig, attends=True, output="bmojo_attn.o_proj"),
 }
 
 

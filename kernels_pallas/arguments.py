@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -170,6 +170,10 @@ def _differentiable(static: tuple[int, ...], f: Callable[..., Returned]) -> jax.
     return cast("jax.custom_vjp[Returned]", jax.custom_vjp(f, nondiff_argnums=static))
 
 
+@overload
+def segment_index(segment_ids: jax.Array) -> jax.Array: ...
+@overload
+def segment_index(segment_ids: None) -> None: ...
 def segment_index(segment_ids: jax.Array | None) -> jax.Array | None:
     """Returns [B, T] int32, the number of changes of the id up to each token: 0 in a row's first segment, rising; None for None."""
     if segment_ids is None:

@@ -39,10 +39,11 @@ class Mamba3(nnx.Module):
         self.C_bias = parameter(jnp.ones((H, o.rank, N), dtype), ("heads", None, None))
         self.B_norm, self.C_norm = (RMSNorm(N, eps=o.norm_eps, dtype=dtype) for _ in "BC")
         self.D = parameter(jnp.ones(H, dtype), ("heads",))
-        mimo = {"mimo_x": 1 / o.rank, "mimo_z": 1.0, "mimo_o": 1 / o.rank}
-        for name, value in mimo.items():
-            make = jnp.full((H, o.rank, D), value, dtype)
-            setattr(self, name, parameter(make, ("heads", None, None)) if o.rank > 1 else None)
+
+        def per_rank(value: float) -> nnx.Param | None:
+            return parameter(jnp.full((H, o.rank, D), value, dtype), ("heads", None, None)) if o.rank > 1 else None
+
+        self.mimo_x, self.mimo_z, self.mimo_o = per_rank(1 / o.rank), per_rank(1.0), per_rank(1 / o.rank)
         self.norm = RMSNorm(D, eps=o.norm_eps, dtype=dtype) if o.out_norm else None
         self.out_proj = Linear(H * D, hidden, axes=("heads", "embed"), **fresh)
 
@@ -58,11 +59,11 @@ class Mamba3(nnx.Module):
         """Returns (y [B, T, hidden], the state after x) of x [B, T, hidden]; the state's k and v are [B, H, R, ...]."""
         del positions
         (batch, T, _), o, f32 = x.shape, self.options, jnp.float32
-        H, D, R = self.config.num_heads, self.config.head_dim, o.rank
+        H, D = self.config.num_heads, self.config.head_dim
         z, v, B, C, dt, A, trap, angle = self.in_proj.parts(x, self._sizes())
         k, q = self._normed(B, self.B_norm, self.B_bias[...]), self._normed(C, self.C_norm, self.C_bias[...])
         v, z = repeat_heads(v.reshape(batch, T, -1, D), H)[:, :, :, None], z.reshape(batch, T, H, 1, D)
-        if R > 1:
+        if self.mimo_x is not None and self.mimo_z is not None:
             v, z = v * self.mimo_x[...].astype(v.dtype), z * self.mimo_z[...].astype(z.dtype)
         dt = jax.nn.softplus(dt.astype(f32) + self.dt_bias[...].astype(f32))
         decay = -jnp.maximum(_positive(A.astype(f32)), o.decay_floor) * dt
@@ -73,7 +74,7 @@ class Mamba3(nnx.Module):
         )  # fmt: skip
         y = y + (self.D[...][:, None, None] * v).astype(y.dtype)
         y = (y if self.norm is None else self.norm(y)) * jax.nn.silu(z)
-        y = jnp.sum(y * self.mimo_o[...].astype(y.dtype), axis=3) if R > 1 else y[:, :, :, 0]
+        y = y[:, :, :, 0] if self.mimo_o is None else jnp.sum(y * self.mimo_o[...].astype(y.dtype), axis=3)
         return self.out_proj(y.reshape(batch, T, H * D)), state
 
     def _normed(self, x: jax.Array, norm: RMSNorm, bias: jax.Array) -> jax.Array:
@@ -107,11 +108,11 @@ class Mamba3(nnx.Module):
     def init_state(self, batch: int, max_length: int, dtype: DTypeLike = jnp.float32) -> Mamba3State:
         del max_length, dtype  # the token before is read at float32's precision, as the state is
         H, D, N, R = self.config.num_heads, self.config.head_dim, self.state_size, self.options.rank
-        sizes = Mamba3State((self.angles,), (N, D), (R, N), (R, D))
+        sizes = [(self.angles,), (N, D), (R, N), (R, D)]
         return Mamba3State._make(jnp.zeros((batch, H, *size), jnp.float32) for size in sizes)
 
     def state_axes(self) -> Mamba3State:
-        return Mamba3State(STATE_AXES[:3], STATE_AXES, STATE_AXES, STATE_AXES)
+        return Mamba3State._make([STATE_AXES[:3], STATE_AXES, STATE_AXES, STATE_AXES])
 
 
 def _positive(x: jax.Array) -> jax.Array:

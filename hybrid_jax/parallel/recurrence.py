@@ -63,14 +63,14 @@ def _over_chunks(op, summary, segment_ids, *arrays):
 
 
 def recurrence(
-    op: Callable, step: Callable, summary: Callable, arrays: Sequence[jax.Array], *, state: Any, segment_ids: jax.Array
+    op: Callable, step: Callable, summary: Callable | None, arrays: Sequence[jax.Array], *, state: Any, segment_ids: jax.Array
 ) -> tuple[jax.Array, Any]:
     """Runs a recurrence over [B, T, H, ...] arrays, however they are sharded.
 
     Args:
       op: (*arrays, initial_state=, segment_ids=) -> (o, state).
       step: one token, (*arrays without T, state=) -> (o, state).
-      summary: (*arrays, segment_ids=) -> (A [B,H] or [B,H,K,K], b): what the tokens make of a state.
+      summary: (*arrays, segment_ids=) -> (A [B,H] or [B,H,K,K], b): what the tokens make of a state; None: tokens are not sharded.
       state: a pytree of [B, H, ...], or None: from nothing, and no final state where tokens are sharded.
 
     Raises:
@@ -79,6 +79,7 @@ def recurrence(
     if axis_size("seq") > 1:
         if state is not None:
             raise NotImplementedError("generation does not shard tokens over the mesh: give a mesh whose 'seq' is 1")
+        assert summary is not None
         local = functools.partial(_over_chunks, op, summary)
         return shard_map_by_axes(local, (segment_ids, *arrays), (TOKENS, *[HEADS] * len(arrays)), HEADS), None
     if state is not None and arrays[0].shape[1] == 1:

@@ -163,6 +163,20 @@ def test_every_answer_follows_from_the_tokens_before_it(name, options, solve, co
     assert not np.array_equal(task.example(0)["input_ids"], make_task(name, options, MATERIAL, 160, seed=6).example(0)["input_ids"])
 
 
+@pytest.mark.parametrize(
+    "name, options, answers",
+    [("retrieval", {}, 120), ("needles", {}, 120), ("mqar", {}, 60), ("letter_choice", dict(options=3, min_facts=3), 3),
+     ("parity", {}, 2), ("modular_arithmetic", dict(modulus=7), 7), ("induction", {}, None)],
+)  # fmt: skip
+def test_chance_is_one_of_the_answers_that_there_can_be(name, options, answers):
+    task = make_task(name, options, MATERIAL, 160, seed=5)
+    if answers is None:
+        assert task.chance is None
+        return
+    seen = {row["input_ids"][t] for row in map(task.example, range(40)) for t in np.flatnonzero(row["distances"])}
+    assert task.chance == 1 / answers and 0.9 * answers <= len(seen) <= answers
+
+
 def test_no_filler_of_mqar_gives_a_key_a_second_value():
     task = make_task("mqar", dict(min_pairs=20, max_pairs=20), MATERIAL, 160, seed=5)
     for i in range(8):

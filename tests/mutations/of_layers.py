@@ -156,6 +156,20 @@ MUTATIONS = [
         (f"{PRIMING}::test_mamba2_takes_q_k_v_o_and_the_norms_in_its_own_order",),
     ),
     Mutation(
+        "hybrid_jax/layers/mamba3.py",
+        "rest.at[:, rest.shape[1] - angles :].set(0)",
+        "rest",
+        "a converted Mamba-3 turns its channels from the beginning",
+        (f"{PRIMING}::test_mamba3_takes_q_k_v_o_and_the_norms_and_neither_turns_nor_adds_a_bias_at_first",),
+    ),
+    Mutation(
+        "hybrid_jax/layers/mamba3.py",
+        "jnp.maximum(_positive(A.astype(f32)), o.decay_floor)",
+        "_positive(A.astype(f32))",
+        "Mamba-3's decay has no floor",
+        ("tests/layers/test_formulas.py::test_a_mixer_is_its_formula",),
+    ),
+    Mutation(
         INITIALIZE,
         "shape[1 if taps else 0]",
         "shape[0]",

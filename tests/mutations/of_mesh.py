@@ -54,8 +54,8 @@ MUTATIONS = [
     ),
     Mutation(
         SEQUENCE,
-        "if n <= i + distance < 2 * n",
-        "if n < i + distance < 2 * n",
+        "if n <= i + hops < 2 * n",
+        "if n < i + hops < 2 * n",
         "the middle of the row does not pass on",
         (f"{RING}::test_a_shift_brings_each_chunk_what_one_so_far_before_it_has",),
     ),

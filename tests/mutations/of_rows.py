@@ -72,9 +72,15 @@ MUTATIONS = [
         INDUCTION, "distances[period + 1 :] = period", "distances[period + 1 :] = period + 1", "distances are one too far", (TASKS,)
     ),
     Mutation(RETRIEVAL, "base ** np.arange(tokens)[::-1] % base", "base ** np.arange(tokens)[::-1] % 2", "keys repeat", (TASKS,)),
-    Mutation(NEEDLES, "= at - place[i]", "= at - place[i] - 1", "distances are one too short", (TASKS,)),
+    Mutation(NEEDLES, "= at - places_of[i][value]", "= at - places_of[i][value] - 1", "distances are one too short", (TASKS,)),
     Mutation(NEEDLES, "round(self.depth * room)", "round(self.depth * self.length)", "a needle's depth is of the row", (TASKS,)),
-    Mutation(NEEDLES, "weights[at + 1 + self.key_tokens : at + size]", "weights[at + 1 : at + size]", "keys are learned", (TASKS,)),
+    Mutation(
+        NEEDLES,
+        "weights[at : at + self.value_tokens]",
+        "weights[at - self.key_tokens : at + self.value_tokens]",
+        "keys are learned",
+        (TASKS,),
+    ),
     Mutation(LAYOUT, "np.pad(ids[:, 1:], ((0, 0), (0, 1)))", "ids", "targets are the inputs", (PARTS,)),
     Mutation(LAYOUT, "np.pad(weights[:, 1:], ((0, 0), (0, 1)))", "weights", "weights belong to the wrong targets", (PARTS,)),
     Mutation(

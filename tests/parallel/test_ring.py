@@ -68,10 +68,10 @@ def test_the_zigzag_order_of_three_devices():
     assert zigzag_order(5, 1).tolist() == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("distance", [1, 2, 3, 5])
+@pytest.mark.parametrize("distance", [1, 2, 3, 5, -1, -2, -3, -5])
 def test_a_shift_brings_each_chunk_what_one_so_far_before_it_has(any_pairs, distance):
-    x = jnp.arange(1.0, 7)
-    want = np.concatenate([np.zeros(distance), x[: 6 - distance]])
+    x, nothing = jnp.arange(1.0, 7), np.zeros(abs(distance))
+    want = np.concatenate([nothing, x[:-distance]] if distance > 0 else [x[-distance:], nothing])
     np.testing.assert_array_equal(of_chunks(lambda x: shift(x, distance), 3, x), want)
 
 

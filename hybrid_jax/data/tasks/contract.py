@@ -104,6 +104,11 @@ class Task:
         return self.rows
 
     @property
+    def chance(self) -> float | None:
+        """The accuracy of guessing among all possible answers; None: there is no such number."""
+        return None
+
+    @property
     def unused(self) -> str:
         """Is empty, as synthetic rows leave no token out."""
         return ""

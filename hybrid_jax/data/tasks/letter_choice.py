@@ -44,6 +44,10 @@ class LetterChoice(Task):
         """Tokens of a question with its answer."""
         return 2 * self.options + 4
 
+    @property
+    def chance(self) -> float:
+        return 1 / self.options
+
     def example(self, index: int) -> Row:
         rng, (low, high) = self.generator(index), self.material.symbols
         n, middle = int(rng.integers(self.min_facts, self.max_facts + 1)), (low + self.options + high) // 2

@@ -45,6 +45,10 @@ class MultiQueryRecall(Task):
             needed = 4 * self.max_pairs
             raise ValueError(f"mqar of {self.max_pairs} pairs needs rows of {needed} tokens (seq_len), got {self.length}")
 
+    @property
+    def chance(self) -> float:
+        return 1 / (self.material.symbols[1] - sum(self.material.symbols) // 2)
+
     def example(self, index: int) -> Row:
         rng, (low, high) = self.generator(index), self.material.symbols
         n, middle = int(rng.integers(self.min_pairs, self.max_pairs + 1)), (low + high) // 2

@@ -72,6 +72,10 @@ class Needles(Task):
         question = 1 + self.key_tokens + self.values * self.value_tokens
         return needles * self.values * self._told + (self.asked or needles) * question
 
+    @property
+    def chance(self) -> float:
+        return 1 / (self.material.symbols[1] - self.material.symbols[0])
+
     def example(self, index: int) -> Row:
         assert self.material.text is not None
         rng, text = self.generator(index), self.material.text(self.length)

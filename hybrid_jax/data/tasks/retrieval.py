@@ -100,6 +100,10 @@ class KeyValueRetrieval(Task):
         distances[n * size + 2 :] = np.repeat(n * size + 1 + size * (np.arange(n) - order), size) * is_value
         return Block(ids, weights, distances)
 
+    @property
+    def chance(self) -> float:
+        return 1 / (self.material.symbols[1] - self.material.symbols[0])
+
     def example(self, index: int) -> Row:
         rng = self.generator(index)
         blocks, left = [], self.length

@@ -65,6 +65,10 @@ class Parity(StateTracking):
         self.check_length("parity", 1)
         self.material.check_symbols("parity", 2)
 
+    @property
+    def chance(self) -> float:
+        return 0.5
+
     def expression(self, rng: np.random.Generator, length: int) -> tuple[list[int], int]:
         bits = rng.integers(0, 2, length).tolist()
         return bits, sum(bits) % 2
@@ -94,6 +98,10 @@ class ModularArithmetic(StateTracking):
         check_boolean("modular arithmetic: brackets", self.brackets)
         self.check_length("modular arithmetic", 3)
         self.material.check_symbols("modular arithmetic", self.modulus + 5)
+
+    @property
+    def chance(self) -> float:
+        return 1 / self.modulus
 
     def expression(self, rng: np.random.Generator, length: int) -> tuple[list[int], int]:
         return self._bracketed(rng, length) if self.brackets else self._flat(rng, length)

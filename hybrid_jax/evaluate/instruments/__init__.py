@@ -8,6 +8,7 @@ from typing import Any
 
 from hybrid_jax.evaluate.instruments.contract import Instrument, Subject
 from hybrid_jax.evaluate.instruments.cost import Cost
+from hybrid_jax.evaluate.instruments.heads import Heads
 from hybrid_jax.evaluate.instruments.prompts import Prompts
 from hybrid_jax.evaluate.instruments.recall import Recall
 from hybrid_jax.evaluate.instruments.speed import Speed
@@ -16,6 +17,7 @@ from hybrid_jax.evaluate.instruments.text import TextLoss
 INSTRUMENTS: dict[str, type[Instrument]] = {
     "text": TextLoss,
     "recall": Recall,
+    "heads": Heads,
     "prompts": Prompts,
     "cost": Cost,
     "speed": Speed,
