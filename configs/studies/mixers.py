@@ -5,7 +5,7 @@
 The source (launch/tiny_qwen3) is primed as in configs/prime_tiny.py into Gated KalmaNet, Gated DeltaNet, Mamba-2, sliding windows
 that hold as many bytes as Gated KalmaNet's states, and windows of twice as many, with 25, 50 and 75 % of the layers converted,
 those that `select` finds cheapest; and trained on the same data without converting any. Three seeds.
-`configs/studies/mixers.py:GKA-50` is one experiment. It has not been run yet.
+`configs/studies/mixers.py:GKA-50` is one experiment. The outcome is in mixers.md.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,8 @@ from hybrid_jax.config_file import load_config
 
 # (symbol, tokens of a window); a layer's 128 keys and values in bfloat16 take as many bytes as GKA's two states in float32
 MIXERS = {"GKA": ("GKA", 128), "GDN": ("GDN", 128), "M2": ("M2", 128), "SWA": ("SWA", 128), "SWA2": ("SWA", 256)}
-# what `hybrid-jax prime --config=configs/prime_tiny.py:GKA` selects with --config.select.fraction=0.25, 0.5, 0.75; X is the mixer
+# selected by `hybrid-jax prime --config=configs/prime_tiny.py:GKA --config.select.rows=32 --config.select.fraction=F`, F 0.25, 0.5,
+# 0.75; X is the mixer
 PATTERNS = {"25": "*-*-X-X-*-*-*-*", "50": "*-*-X-X-*-*-X-X", "75": "X-X-X-X-*-*-X-X"}
 SAME = "same-data"
 

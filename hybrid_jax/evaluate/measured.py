@@ -100,8 +100,9 @@ def over_repeats(name: str, repeats: Sequence[Measured]) -> Measured:
 
 
 def _mean(same: Sequence[Measurement]) -> Measurement:
-    """Returns the mean of one measurement over repetitions."""
+    """Returns the mean of one measurement over repetitions; the interval of a share ends at 0 and at 1."""
     values = np.array([m.value for m in same])
     half = half_width(float(values.std(ddof=1) / np.sqrt(len(values))), len(values))
-    mean = float(values.mean())
-    return dataclasses.replace(same[0], value=mean, low=mean - half, high=mean + half, count=len(values), sums=())
+    mean, (least, most) = float(values.mean()), (0.0, 1.0) if same[0].unit == "share" else (-np.inf, np.inf)
+    low, high = max(mean - half, least), min(mean + half, most)
+    return dataclasses.replace(same[0], value=mean, low=low, high=high, count=len(values), sums=())

@@ -2,6 +2,7 @@
 
 import collections
 import pathlib
+import re
 
 import pytest
 
@@ -22,6 +23,17 @@ def test_every_point_of_a_study_can_run_with_three_seeds(study):
     assert set(seeds.values()) == {3}
     evaluation = read_evaluation(sweep["evaluate"]["config"])
     assert "cost" in evaluation.instruments and len(evaluation.instruments) > 1
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.stem)
+def test_a_study_says_that_it_has_not_been_run_or_has_a_page_of_its_outcome(study):
+    text, page = study.read_text(), study.with_suffix(".md")
+    assert ("It has not been run yet." in text) == (not page.exists()) and page.exists() == (f"outcome is in {page.name}" in text)
+    if page.exists():
+        for part in ("**Question.**", "**Cost.**", "**What it shows.**", "**What it does not show.**", f"--config {study} --out"):
+            assert part in page.read_text(), part
+        pictures = re.findall(r"!\[.*\]\((.*)\)", page.read_text())
+        assert pictures and all((study.parent / picture).exists() for picture in pictures)
 
 
 def test_there_are_studies_of_recall_of_mixers_and_of_layers():

@@ -157,6 +157,8 @@ def test_repetitions_are_one_line_with_student_s_interval():
     loss = three.results["text"][0]
     assert loss.value == pytest.approx(2.2) and loss.count == 3 and loss.sums == ()
     assert loss.high - loss.value == pytest.approx(4.302653 * 0.2 / np.sqrt(3), rel=1e-5)
+    share = over_repeats("x", [row("a", "*", 2.0, accuracy) for accuracy in (1.0, 0.75, 1.0)]).results["pairs"][0]
+    assert share.value < share.high == 1.0 and 0 < share.low < 0.7
     assert three.pattern == "*-GKA" and over_repeats("x", [row("a", p, 2.0, 0.5) for p in ("*-GKA", "GKA-*")]).pattern == SEVERAL
     assert three.target.name == "GKA (3 seeds)" and three.results["cost"][0].low == 6_558_464
 

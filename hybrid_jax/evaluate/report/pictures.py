@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import matplotlib
 
@@ -19,7 +20,9 @@ from hybrid_jax.evaluate.measured import Measured
 from hybrid_jax.evaluate.measurement import Measurement
 from hybrid_jax.evaluate.report.tables import columns, find
 
-LINES = ("--", ":", "-.", (0, (1, 4)))  # of the models in the picture of a recovery
+LINES = ("--", ":", "-.", (0, (1, 4)))  # of the models in the picture of a recovery; of curves whose colors repeat
+COLORS = 10  # of lines, before they repeat
+MANY = 6  # so many names of a legend leave room for the curves
 
 
 @contextlib.contextmanager
@@ -46,8 +49,11 @@ def _label(measure: str, unit: str) -> str:
 
 
 def _legend(axis: Axes) -> None:
-    """Draws the legend of all lines; matplotlib's own choice leaves out names that begin with `_`."""
-    axis.legend(axis.lines, [str(line.get_label()) for line in axis.lines])
+    """Draws the legend of all lines, beside the picture if it would cover it; matplotlib's own choice leaves out names that begin
+    with `_`."""
+    beside: dict[str, Any] = dict(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    names = [str(line.get_label()) for line in axis.lines]
+    axis.legend(axis.lines, names, **(beside if len(names) > MANY else {}))
 
 
 @_without_formulas()
@@ -103,7 +109,7 @@ def draw_series(rows: Sequence[Measured], instrument: str, keys: Sequence[tuple]
 
 
 def _draw_curves(shown, instrument, keys, found, first, path):
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7 if len(shown) <= MANY else 10, 4), layout="constrained")
     (name,) = first.at
     numeric = all(isinstance(key[1][1], int | float) for key in keys)
     for n, row in enumerate(shown):
@@ -112,7 +118,7 @@ def _draw_curves(shown, instrument, keys, found, first, path):
             continue
         x = [at for at, _ in there] if numeric else [str(at) for at, _ in there]
         value, low, high = zip(*(v for _, v in there), strict=True)
-        (line,) = axis.plot(x, value, marker="o", label=row.target.name)
+        (line,) = axis.plot(x, value, marker="o", linestyle=("-", *LINES)[n // COLORS % (1 + len(LINES))], label=row.target.name)
         axis.fill_between(x, low, high, color=line.get_color(), alpha=0.08, linewidth=0)
     if numeric and min(key[1][1] for key in keys) > 0:
         axis.set_xscale("log", base=2)
