@@ -2,16 +2,16 @@
 
     hybrid-jax sweep --config configs/studies/layers.py --out runs/studies/layers
 
-Half of the small source's layers become Gated KalmaNet, or sliding windows that hold as many bytes: the four layers in which a
-window costs least (what `select` chooses), every other layer, and the four in which a window costs most. Primed and measured as
-in mixers.py; three seeds. `configs/studies/layers.py:GKA-cheapest` is one experiment. It has not been run yet.
+Half of the small source's layers become Gated KalmaNet, Gated DeltaNet, Mamba-2, or sliding windows that hold as many bytes: the
+four layers in which a window costs least (what `select` chooses), every other layer, and the four in which a window costs most,
+which are those that retrieve. Primed and measured as in mixers.py; three seeds. `configs/studies/layers.py:GKA-cheapest` is one experiment. It has not been run yet.
 """
 
 from ml_collections import ConfigDict
 
 from hybrid_jax.config_file import load_config
 
-MIXERS = ("GKA", "SWA")
+MIXERS = ("GKA", "GDN", "M2", "SWA")
 PATTERNS = {"cheapest": "*-*-X-X-*-*-X-X", "alternate": "*-X-*-X-*-X-*-X", "costliest": "X-X-*-*-X-X-*-*"}  # X is the mixer
 
 
