@@ -80,4 +80,25 @@ MUTATIONS = [
         "stacked layers are in reverse order",
         (PARTS, "tests/train/test_steps.py"),
     ),
+    Mutation(
+        SCORER,
+        "corpus.task(self.task, self.seq_len, SELECTION_SEED)",
+        "corpus.task(self.task, self.seq_len, 987_654_321, held_out=True)",
+        "layers are chosen by the rows that evaluations measure",
+        ("tests/selection/test_scorers.py",),
+    ),
+    Mutation(
+        "hybrid_jax/evaluate/instruments/heads.py",
+        " | (number != removed)",
+        "",
+        "a head is removed from every layer at once",
+        ("tests/evaluate/test_heads.py",),
+    ),
+    Mutation(
+        "hybrid_jax/evaluate/instruments/heads.py",
+        "jnp.where(number == removed, x, after)",
+        "x",
+        "the layers below a removed head are those of the last layer's output",
+        ("tests/evaluate/test_heads.py",),
+    ),
 ]

@@ -281,4 +281,18 @@ MUTATIONS = [
         "a misspelled option of a hook is left out",
         (f"{OF_HOOKS}::test_a_wrong_hook_is_refused_when_the_config_is_read",),
     ),
+    Mutation(
+        "hybrid_jax/experiment.py",
+        "experiment.pattern or model_config.pattern",
+        "model_config.pattern",
+        "a new model has no layers but attention, whatever its pattern",
+        ("tests/train/test_new_model.py",),
+    ),
+    Mutation(
+        "hybrid_jax/experiment.py",
+        "model.config = experiment.with_mixer_options(model_config)",
+        "",
+        "a new model's mixers have their defaults, whatever the config says",
+        ("tests/train/test_new_model.py",),
+    ),
 ]
