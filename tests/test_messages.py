@@ -163,7 +163,7 @@ def test_an_error_within_a_config_is_said_with_its_file(tmp_path):
     with pytest.raises(ValueError, match="c.py: ZeroDivisionError: division by zero"):
         load_experiment_config([f"--config={tmp_path / 'c.py'}"])
     with pytest.raises(
-        ValueError, match="no config file at 'nothing.py'; hybrid_jax comes with configs/evaluate.py, configs/evaluate_tiny.py"
+        ValueError, match="no config file at 'nothing.py'; hybrid_jax comes with configs/analyze_heads.py, configs/evaluate.py"
     ):
         load_experiment_config(["--config=nothing.py"])
 
