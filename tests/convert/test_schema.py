@@ -22,6 +22,7 @@ ALLOWED = {  # ... but these
     "rope_theta": [1.5, 10**12],
     "hybrid_override_pattern": [],
     "ridge_strength": [1.5, 10**12],
+    "decay_floor": [1.5, 10**12],
     "factor": [1.5, 10**12],
     "low_freq_factor": [1.5],
     "high_freq_factor": [1.5, 10**12],
