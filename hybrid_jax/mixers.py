@@ -206,6 +206,10 @@ class Mamba3Config(MixerOptions):
         if (self.state_size or 0) % 2:
             raise ValueError(f"mamba3_config.state_size must be even, because channels rotate in pairs, got {self.state_size}")
 
+    def angles(self, state_size: int) -> int:
+        """Returns how many pairs of the channels of B and C are rotated."""
+        return int(state_size * self.rope_fraction) // 2
+
 
 @dataclasses.dataclass(frozen=True)
 class SWAConfig(MixerOptions):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +14,8 @@ from hybrid_jax.layers.linear import Linear, RMSNorm, rms_norm
 from hybrid_jax.layers.mixer import Arrays
 from hybrid_jax.layers.parameter import parameter
 from hybrid_jax.layers.recurrent import STATE_AXES, ShortConv, gate_of_attention, init_a_log, init_dt_bias, repeat_heads
-from hybrid_jax.parallel.recurrence import recurrence
-from kernels_pallas import linear_attention, linear_attention_step, linear_attention_summary, ssd_inputs
+from hybrid_jax.parallel.recurrence import linear_recurrence
+from kernels_pallas import ssd_inputs
 
 CONV_SIZE, NORM_EPS, QK_NORM_EPS = 4, 1e-5, 1e-6
 
@@ -64,14 +63,7 @@ class Mamba2(nnx.Module):
         v, B, C = (repeat_heads(a.reshape(batch, T, -1, D), H) for a in (v, B, C))
         dt = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))
         a = -jnp.exp(self.A_log[...].astype(jnp.float32))
-        y, S = recurrence(
-            functools.partial(linear_attention, scale=1.0),
-            functools.partial(linear_attention_step, scale=1.0),
-            lambda q, k, v, g, **kw: linear_attention_summary(k, v, g, **kw),
-            ssd_inputs(v, dt, a, B, C),
-            state=state and state.S,
-            segment_ids=segment_ids,
-        )
+        y, S = linear_recurrence(ssd_inputs(v, dt, a, B, C), state=state and state.S, segment_ids=segment_ids)
         y = y + (self.D[...][:, None] * v).astype(y.dtype)
         y = y * jax.nn.silu(z).reshape(y.shape)
         y = rms_norm(y, self.norm.weight[...].reshape(H, D), NORM_EPS)

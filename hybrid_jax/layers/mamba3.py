@@ -32,7 +32,7 @@ class Mamba3(nnx.Module):
         hidden, H, D, N = config.hidden_size, config.num_heads, config.head_dim, o.state_size or config.head_dim
         fresh: dict[str, Any] = dict(std=config.initializer_range, rngs=rngs, dtype=dtype)
         self.config, self.options, self.state_size = config, o, N
-        self.angles = int(N * o.rope_fraction) // 2
+        self.angles = o.angles(N)
         self.in_proj = Linear(hidden, sum(self._sizes()), axes=("embed", "heads"), **fresh)
         self.dt_bias = init_dt_bias(rngs, H, dtype)
         self.B_bias = parameter(jnp.ones((H, o.rank, N), dtype), ("heads", None, None))
@@ -97,9 +97,8 @@ class Mamba3(nnx.Module):
         parts = [gate_of_attention(source, config), source["v_proj.kernel"]]
         if o.rank > 1 or (o.state_size or D) != D:
             return outer | {"in_proj.kernel": jnp.concatenate([*parts, drawn[:, (H + Hkv) * D :]], axis=1)}
-        angles = int(D * o.rope_fraction) // 2
         rest = drawn[:, 2 * (H + Hkv) * D :]
-        rest = rest.at[:, rest.shape[1] - angles :].set(0)
+        rest = rest.at[:, rest.shape[1] - o.angles(D) :].set(0)
         copied = {"in_proj.kernel": jnp.concatenate([*parts, source["k_proj.kernel"], source["q_proj.kernel"], rest], axis=1)}
         if config.qk_norm:
             copied |= {"B_norm.weight": source["k_norm.weight"], "C_norm.weight": source["q_norm.weight"]}

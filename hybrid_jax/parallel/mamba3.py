@@ -7,10 +7,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from hybrid_jax.parallel.recurrence import HEADS, incoming_states, recurrence
+from hybrid_jax.parallel.recurrence import HEADS, incoming_states, linear_recurrence, recurrence
 from hybrid_jax.parallel.sequence import as_chunks, as_rows, from_pair, shift, to_pair
 from hybrid_jax.parallel.sharding import TOKENS, axis_size, shard_map_by_axes
-from kernels_pallas import linear_attention, linear_attention_step, linear_attention_summary, mamba3, mamba3_step
+from kernels_pallas import mamba3, mamba3_step
 from kernels_pallas.arguments import segment_index
 from kernels_pallas.mamba3 import Mamba3State, cumulative_angles, mamba3_inputs, mamba3_output, rotate
 from kernels_pallas.mamba3.rotation import within_turn
@@ -55,14 +55,7 @@ def mamba3_recurrence(
     q, k = (rotate(jnp.swapaxes(x, 2, 3), angle[:, :, None], halves) for x in (q, k))
     v = jnp.swapaxes(v, 2, 3)
     x = mamba3_inputs(q, k, v, log_decay, mix * dt, later)
-    o, _ = recurrence(
-        functools.partial(linear_attention, scale=1.0),
-        functools.partial(linear_attention_step, scale=1.0),
-        lambda q, k, v, g, **kw: linear_attention_summary(k, v, g, **kw),
-        (x.q, x.k, x.v, x.log_decay),
-        state=None,
-        segment_ids=jnp.repeat(segment_ids, R, axis=1),
-    )
+    o, _ = linear_recurrence((x.q, x.k, x.v, x.log_decay), state=None, segment_ids=jnp.repeat(segment_ids, R, axis=1))
     return jnp.swapaxes(mamba3_output(o, q, k, v, x.own), 2, 3), None
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from hybrid_jax.parallel.sequence import as_chunks, as_rows, continued, exclusive_scan, from_pair, halo, halo_segments, to_pair
 from hybrid_jax.parallel.sharding import TOKENS, axis_size, shard_map_by_axes
-from kernels_pallas import short_conv, short_conv_step
+from kernels_pallas import linear_attention, linear_attention_step, linear_attention_summary, short_conv, short_conv_step
 
 HEADS, STATE, CHANNELS = (*TOKENS, "heads"), ("batch", "heads"), ("heads",)
 
@@ -95,6 +95,22 @@ def recurrence(
         return op(*arrays, initial_state=state, segment_ids=segment_ids)
 
     return shard_map_by_axes(all_tokens, (state, segment_ids, *arrays), (STATE, TOKENS, *[HEADS] * len(arrays)), (HEADS, STATE))
+
+
+def linear_recurrence(arrays: Sequence[jax.Array], *, state: Any, segment_ids: jax.Array) -> tuple[jax.Array, Any]:
+    """Runs `recurrence` for linear attention of scale 1, S <- e^g S + k v', o = S' q.
+
+    Args:
+      arrays: q, k, v [B, T, H, ...] and log decays g [B, T, H].
+      state: S [B, H, K, V], or None, as in `recurrence`.
+    """
+    op, step = functools.partial(linear_attention, scale=1.0), functools.partial(linear_attention_step, scale=1.0)
+
+    def summary(q, k, v, g, *, segment_ids):
+        del q
+        return linear_attention_summary(k, v, g, segment_ids=segment_ids)
+
+    return recurrence(op, step, summary, arrays, state=state, segment_ids=segment_ids)
 
 
 def _conv_over_chunks(segment_ids, x, weight, bias):

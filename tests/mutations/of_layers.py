@@ -157,7 +157,7 @@ MUTATIONS = [
     ),
     Mutation(
         "hybrid_jax/layers/mamba3.py",
-        "rest.at[:, rest.shape[1] - angles :].set(0)",
+        "rest.at[:, rest.shape[1] - o.angles(D) :].set(0)",
         "rest",
         "a converted Mamba-3 turns its channels from the beginning",
         (f"{PRIMING}::test_mamba3_takes_q_k_v_o_and_the_norms_and_neither_turns_nor_adds_a_bias_at_first",),
