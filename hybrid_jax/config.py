@@ -17,6 +17,7 @@ from hybrid_jax.mixers import (
     BMojoConfig,
     GDNConfig,
     GKAConfig,
+    HeadHybridConfig,
     Mamba2Config,
     Mamba3Config,
     MixerOptions,
@@ -28,8 +29,9 @@ from hybrid_jax.pattern import MixerSpec, format_pattern, parse_pattern
 from hybrid_jax.schema import KEYS, MODEL_FIELDS, check_key, check_rope
 
 __all__ = [
-    "ATTENTION", "BMojoConfig", "GDNConfig", "GKAConfig", "Mamba2Config", "Mamba3Config", "MixerOptions", "MixerSpec", "MoEConfig",
-    "ModelConfig", "RopeConfig", "SWAConfig", "format_pattern", "mixer_config_from_dict", "parse_pattern",
+    "ATTENTION", "BMojoConfig", "GDNConfig", "GKAConfig", "HeadHybridConfig", "Mamba2Config", "Mamba3Config", "MixerOptions",
+    "MixerSpec", "MoEConfig", "ModelConfig", "RopeConfig", "SWAConfig", "format_pattern", "mixer_config_from_dict",
+    "parse_pattern",
 ]  # fmt: skip
 
 AnyOptions = TypeVar("AnyOptions", bound=MixerOptions)
@@ -115,10 +117,10 @@ def mixer_config_from_dict(key: str, values: Mapping[str, Any]) -> MixerOptions:
 
 def _canonical(mixers: Sequence[MixerOptions]) -> tuple[MixerOptions, ...]:
     """Returns the options that differ from the defaults, in the order of `KINDS`, so that equal models compare equal."""
-    order = [row.options for row in KINDS.values()]
+    order = list(options_by_key().values())
     for one in mixers:
         if type(one) not in order:
-            raise ValueError(f"mixers: {type(one).__name__} belongs to no mixer of hybrid_jax.mixers.KINDS")
+            raise ValueError(f"mixers: {type(one).__name__} belongs to no mixer of hybrid_jax.mixers")
     if len({type(one) for one in mixers}) < len(mixers):
         raise ValueError(f"mixers has two options of one class: {', '.join(type(one).__name__ for one in mixers)}")
     return tuple(sorted((one for one in mixers if one != type(one)()), key=lambda one: order.index(type(one))))
@@ -206,11 +208,10 @@ class ModelConfig:
             )
         object.__setattr__(self, "mixers", _canonical(self.mixers))
         for i, layer in enumerate(self.layers):
-            if layer.attention_heads:
-                wrong = [h for h in layer.attention_heads if h >= self.num_heads]
-                if wrong:
-                    raise ValueError(f"layer {i}: {layer.symbol!r} keeps head {wrong[0]}, the model has {self.num_heads}")
-                raise NotImplementedError(f"layer {i}: head-level hybrids ({layer.symbol!r}) are not built yet")
+            if wrong := [h for h in layer.attention_heads if h >= self.num_heads]:
+                raise ValueError(
+                    f"layer {i}: {layer.symbol!r} keeps head {wrong[0]}; the model has heads 0 to {self.num_heads - 1}"
+                )
 
     def options(self, cls: type[AnyOptions]) -> AnyOptions:
         """Returns the options of one mixer kind, by their class: those in `mixers`, or the defaults."""
@@ -226,6 +227,11 @@ class ModelConfig:
         used = {kind for layer in self.layers for kind in layer.kinds}
         rows = [KINDS[kind].options for kind in used]
         return used.union(*(self.options(cls).inner for cls in rows if cls is not None))
+
+    def used_options(self) -> set[type[MixerOptions]]:
+        """Returns the classes of the options that some layer reads."""
+        used = {cls for kind in self.used_kinds() if (cls := KINDS[kind].options) is not None}
+        return used | {HeadHybridConfig} if any(layer.attention_heads for layer in self.layers) else used
 
     @property
     def num_layers(self) -> int:

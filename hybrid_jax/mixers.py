@@ -263,6 +263,25 @@ class BMojoConfig(MixerOptions):
 
 
 @dataclasses.dataclass(frozen=True)
+class HeadHybridConfig(MixerOptions):
+    """Options of layers in which some heads stay attention beside a recurrent mixer (`GDN[3,17]`; arXiv 2602.11374).
+
+    The recurrent mixer keeps all its heads. a is the output of the kept heads with their part of attention's output
+    projection, y that of the recurrent mixer, both [hidden] per token.
+
+    Args:
+      merge: how the two are merged. `standardized`, as published: a is standardized over its channels and given y's mean and
+        standard deviation, then (y + linear(a)) / 2, with a new linear map of [hidden, hidden] and a bias. `sum`, ours: y + a,
+        which is attention and recurrent heads side by side in front of one output projection; conversion from attention then
+        begins with the recurrent mixer's own output of the kept heads at 0, so that no head counts twice.
+    """
+
+    KEY: ClassVar[str] = "head_hybrid_config"
+
+    merge: str = option(choice("standardized", "sum"), "standardized")
+
+
+@dataclasses.dataclass(frozen=True)
 class MixerKind:
     """One row of `KINDS`: what the project knows of a mixer kind without its layer.
 
@@ -306,5 +325,6 @@ def mixer_symbols() -> list[str]:
 
 
 def options_by_key() -> dict[str, type[MixerOptions]]:
-    """Returns key of config.json (`gka_config`, ...) -> the options class that it describes."""
-    return {row.options.KEY: row.options for row in KINDS.values() if row.options is not None}
+    """Returns key of config.json (`gka_config`, ...) -> the options class that it describes, in the order of `KINDS`."""
+    classes = [row.options for row in KINDS.values() if row.options is not None]
+    return {cls.KEY: cls for cls in (*classes, HeadHybridConfig)}

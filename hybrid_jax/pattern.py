@@ -54,6 +54,11 @@ class MixerSpec:
         return (self.kind,) if self.teacher in (None, self.kind) else (self.kind, self.teacher)
 
     @property
+    def attends(self) -> bool:
+        """True when the layer attends to earlier keys, with all heads or some."""
+        return KINDS[self.kind].attends or bool(self.attention_heads)
+
+    @property
     def symbol(self) -> str:
         if self.shared:
             return "*DA"

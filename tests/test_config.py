@@ -53,10 +53,9 @@ def test_a_pattern_of_the_wrong_length_is_refused_with_both_lengths():
         parse_pattern("*-*-GKA", 4)
 
 
-def test_what_is_not_built_says_so_and_where():
-    with pytest.raises(NotImplementedError, match=r"layer 1.*GDN\[3\]"):
-        tiny_config("*-GDN[3]")
-    with pytest.raises(ValueError, match=r"head 4, the model has 4"):
+def test_a_kept_head_that_the_model_has_not_is_refused_with_its_layer():
+    assert tiny_config("*-GDN[3]").layers[1].attends
+    with pytest.raises(ValueError, match=r"layer 1: 'GDN\[4\]' keeps head 4; the model has heads 0 to 3"):
         tiny_config("*-GDN[4]")
 
 

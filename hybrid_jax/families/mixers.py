@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hybrid_jax.config import ModelConfig, mixer_config_from_dict
-from hybrid_jax.mixers import KINDS, MixerOptions, options_by_key
+from hybrid_jax.mixers import MixerOptions, options_by_key
 
 
 def repeated(options: type[MixerOptions], config: ModelConfig) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def check_repeated(hf: Mapping[str, Any], config: ModelConfig) -> None:
 
 def write_mixers(config: ModelConfig) -> dict[str, dict[str, Any]]:
     """Returns the dicts of the mixers in use, and of those whose options are not the defaults, with everything the plugin reads."""
-    used = {KINDS[kind].options for kind in config.used_kinds()}
+    used = config.used_options()
     dicts = {}
     for key, cls in options_by_key().items():
         mixer, default, kept = config.options(cls), cls(), config.extra.get(key, {})

@@ -14,7 +14,6 @@ from hybrid_jax.checks import check_integer
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.generation.defaults import GenerationDefaults, generation_defaults
 from hybrid_jax.generation.sampling import Sampling, sample
-from hybrid_jax.mixers import KINDS
 from hybrid_jax.model import Decoder
 from hybrid_jax.parameters import join_model, split_model
 
@@ -57,7 +56,7 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new
     if max(row.max() for row in rows) >= config.vocab_size or min(row.min() for row in rows) < 0:
         raise ValueError(f"a prompt has a token id outside 0 ... {config.vocab_size - 1}; is it this model's tokenizer?")
     longest, most = max(map(len, rows)), config.max_position_embeddings
-    if longest + max_new_tokens > most and any(KINDS[layer.kind].attends for layer in config.layers):
+    if longest + max_new_tokens > most and any(layer.attends for layer in config.layers):
         raise ValueError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than the model's {most} positions "
             "(max_position_embeddings); shorten the prompt or lower max_new_tokens"

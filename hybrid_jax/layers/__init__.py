@@ -9,13 +9,14 @@ from hybrid_jax.layers.attention import Attention, SlidingWindowAttention
 from hybrid_jax.layers.bmojo import BMojoF
 from hybrid_jax.layers.gdn import GatedDeltaNet
 from hybrid_jax.layers.gka import GatedKalmaNet
+from hybrid_jax.layers.head_hybrid import HeadHybrid
 from hybrid_jax.layers.linear import Embedding, Linear, RMSNorm
 from hybrid_jax.layers.mamba2 import Mamba2
 from hybrid_jax.layers.mamba3 import Mamba3
 from hybrid_jax.layers.mixer import Mixer
 from hybrid_jax.layers.mlp import MLP, MoE
 
-__all__ = ["MIXERS", "MLP", "Embedding", "Linear", "Mixer", "MoE", "RMSNorm", "make_mixer"]
+__all__ = ["MIXERS", "MLP", "Embedding", "Linear", "Mixer", "MoE", "RMSNorm", "make_mixer", "mixer_class"]
 
 # Mixer kind (a key of `hybrid_jax.mixers.KINDS`) -> its layer.
 MIXERS: dict[str, type[Mixer]] = {
@@ -29,6 +30,15 @@ MIXERS: dict[str, type[Mixer]] = {
 }
 
 
+def mixer_class(kind: str, config: ModelConfig, layer: int) -> type[Mixer]:
+    """Returns the class of the mixer of `kind` in layer number `layer`.
+
+    Heads of attention are kept beside the layer's own mixer, not beside a fused layer's teacher.
+    """
+    spec = config.layers[layer]
+    return HeadHybrid if spec.attention_heads and kind == spec.kind else MIXERS[kind]
+
+
 def make_mixer(kind: str, config: ModelConfig, layer: int, **kw: Any) -> Mixer:
     """Returns a new mixer of `kind` for layer number `layer`; `kw` are the constructor's `rngs` and `dtype`."""
-    return MIXERS[kind](config, layer, **kw)
+    return mixer_class(kind, config, layer)(config, layer, **kw)

@@ -8,6 +8,7 @@ The cache of a full layer holds `max_length` tokens, that of a windowed layer wi
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -33,8 +34,10 @@ class KVCache(NamedTuple):
     next_slot: jax.Array
 
 
-_HEADS, _SLOTS = ("batch", None, "kv_heads", None), ("batch", None)
-CACHE_AXES = KVCache._make([_HEADS, _HEADS, _SLOTS, _SLOTS, ()])  # each array's logical axes
+def cache_axes(kv_heads: str | None = "kv_heads") -> KVCache:
+    """Returns the logical axes of each array of a cache; `kv_heads` is the axis of its heads."""
+    heads, slots = ("batch", None, kv_heads, None), ("batch", None)
+    return KVCache._make([heads, heads, slots, slots, ()])
 
 
 def attention_mask(
@@ -76,16 +79,43 @@ def extend_full(cache: KVCache, new: KVCache) -> KVCache:
     return KVCache._make([*written, cache.next_slot + new.k.shape[1]])
 
 
-class Attention(nnx.Module):
-    """Multi-head attention with the source family's options; `window` is how many keys a query sees, itself included."""
+def kv_heads_of(heads: Sequence[int], config: ModelConfig) -> list[int]:
+    """Returns the key-value heads of these query heads, each once, in rising order."""
+    return sorted({h * config.num_kv_heads // config.num_heads for h in heads})
 
-    def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
-        hid, H, Hkv, D = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+
+class Attention(nnx.Module):
+    """Multi-head attention with the source family's options; `window` is how many keys a query sees, itself included.
+
+    Args:
+      heads: the query heads that there are, by their numbers in the source and in rising order; None: all. With some heads
+        only their key-value heads exist, also in the cache. Some heads may not divide into the shards of `tensor`, so they
+        are replicated over it.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        *,
+        heads: tuple[int, ...] | None = None,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+    ):
+        hid, D = config.hidden_size, config.head_dim
+        self.num_heads, self.num_kv_heads, self.kv_of_head = config.num_heads, config.num_kv_heads, None
+        self.head_axis, self.kv_axis = "heads", "kv_heads"
+        if heads is not None:
+            kv_heads = kv_heads_of(heads, config)
+            found = tuple(kv_heads.index(h * config.num_kv_heads // config.num_heads) for h in heads)
+            self.num_heads, self.num_kv_heads, self.head_axis, self.kv_axis = len(heads), len(kv_heads), None, None
+            self.kv_of_head = None if len({found.count(h) for h in found}) == 1 else found
+        H, Hkv = self.num_heads, self.num_kv_heads
         linear = functools.partial(Linear, std=config.initializer_range, rngs=rngs, dtype=dtype)
-        self.q_proj = linear(hid, H * D, bias=config.qkv_bias, axes=("embed", "heads"))
-        self.k_proj = linear(hid, Hkv * D, bias=config.qkv_bias, axes=("embed", "kv_heads"))
-        self.v_proj = linear(hid, Hkv * D, bias=config.qkv_bias, axes=("embed", "kv_heads"))
-        self.o_proj = linear(H * D, hid, bias=config.o_bias, axes=("heads", "embed"))
+        self.q_proj = linear(hid, H * D, bias=config.qkv_bias, axes=("embed", self.head_axis))
+        self.k_proj = linear(hid, Hkv * D, bias=config.qkv_bias, axes=("embed", self.kv_axis))
+        self.v_proj = linear(hid, Hkv * D, bias=config.qkv_bias, axes=("embed", self.kv_axis))
+        self.o_proj = linear(H * D, hid, bias=config.o_bias, axes=(self.head_axis, "embed"))
         self.q_norm = RMSNorm(D, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(D, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
         self.config, self.window = config, self.window_of(config, layer)
@@ -96,7 +126,7 @@ class Attention(nnx.Module):
         return config.attention_windows[layer]
 
     @staticmethod
-    def from_attention(source: Arrays, fresh: Arrays, config: ModelConfig) -> dict[str, jax.Array]:
+    def from_attention(source: Arrays, fresh: Arrays, config: ModelConfig, layer: int) -> dict[str, jax.Array]:
         """Returns all parameters: they are copied."""
         return {name: source[name] for name in fresh}
 
@@ -107,9 +137,9 @@ class Attention(nnx.Module):
         )
         c = self.config
         B, T, _ = x.shape
-        q = q_proj(x).reshape(B, T, c.num_heads, c.head_dim)
-        k = k_proj(x).reshape(B, T, c.num_kv_heads, c.head_dim)
-        v = v_proj(x).reshape(B, T, c.num_kv_heads, c.head_dim)
+        q = q_proj(x).reshape(B, T, self.num_heads, c.head_dim)
+        k = k_proj(x).reshape(B, T, self.num_kv_heads, c.head_dim)
+        v = v_proj(x).reshape(B, T, self.num_kv_heads, c.head_dim)
         if q_norm is not None:
             q, k = q_norm(q), k_norm(k)
         inv_freq, factor = rope_frequencies(c.rope, c.head_dim, c.max_position_embeddings)
@@ -127,22 +157,29 @@ class Attention(nnx.Module):
         B, T, _ = x.shape
         q, k, v = self.project(x, positions)
         if state is None:
-            return self.o_proj(attend(q, k, v, segment_ids, self.window).reshape(B, T, -1)), None
+            k, v = self._for_heads(k), self._for_heads(v)
+            o = attend(q, k, v, segment_ids, self.window, head_axis=self.head_axis)
+            return self.o_proj(o.reshape(B, T, -1)), None
         seen = KVCache(k, v, positions, segment_ids, jnp.zeros((), jnp.int32))
         if self.window is not None:
             seen, state = extend_window(state, seen)
         else:
             seen = state = extend_full(state, seen)
         mask = attention_mask(positions, segment_ids, seen.positions, seen.segment_ids, self.window)
-        o = jax.nn.dot_product_attention(q, seen.k.astype(q.dtype), seen.v.astype(q.dtype), mask=mask[:, None])
+        k, v = (self._for_heads(x).astype(q.dtype) for x in (seen.k, seen.v))
+        o = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
         return self.o_proj(o.reshape(B, T, -1)), state
+
+    def _for_heads(self, x: jax.Array) -> jax.Array:
+        """Returns keys or values [B, S, Hkv, D], repeated for each query head if not all of the Hkv have equally many."""
+        return x if self.kv_of_head is None else x[:, :, jnp.array(self.kv_of_head)]
 
     def init_state(self, batch: int, max_length: int, dtype: DTypeLike = jnp.float32) -> KVCache:
         length = max_length if self.window is None else min(self.window - 1, max_length)
-        return empty_cache(batch, length, self.config.num_kv_heads, self.config.head_dim, dtype)
+        return empty_cache(batch, length, self.num_kv_heads, self.config.head_dim, dtype)
 
     def state_axes(self) -> KVCache:
-        return CACHE_AXES
+        return cache_axes(self.kv_axis)
 
 
 class SlidingWindowAttention(Attention):

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from hybrid_jax import layers
 from hybrid_jax.config import BMojoConfig, ModelConfig
-from hybrid_jax.layers.attention import CACHE_AXES, Attention, KVCache, attention_mask, empty_cache, extend_window
+from hybrid_jax.layers.attention import Attention, KVCache, attention_mask, cache_axes, empty_cache, extend_window
 from hybrid_jax.layers.linear import Linear, RMSNorm
 from hybrid_jax.layers.mixer import Arrays
 from hybrid_jax.mixers import KINDS
@@ -69,12 +69,12 @@ class BMojoF(nnx.Module):
         self.config = config
 
     @staticmethod
-    def from_attention(source: Arrays, fresh: Arrays, config: ModelConfig) -> dict[str, jax.Array]:
+    def from_attention(source: Arrays, fresh: Arrays, config: ModelConfig, layer: int) -> dict[str, jax.Array]:
         """Returns attention copied to `bmojo_attn`, to both sets if untied (`q_proj_`), and the mixer's own recipe."""
         kind = config.options(BMojoConfig).ssm_mixer
         prefix = KINDS[kind].parameter_key + "."
         mixer = {n.removeprefix(prefix): v for n, v in fresh.items() if n.startswith(prefix)}
-        copied = {prefix + n: v for n, v in layers.MIXERS[kind].from_attention(source, mixer, config).items()}
+        copied = {prefix + n: v for n, v in layers.MIXERS[kind].from_attention(source, mixer, config, layer).items()}
         for name in fresh:
             if name.startswith("bmojo_attn."):
                 module, leaf = name.removeprefix("bmojo_attn.").split(".")
@@ -118,4 +118,4 @@ class BMojoF(nnx.Module):
         return BMojoState(getattr(self, self.mixer_key).init_state(batch, max_length, dtype), cache, cache)
 
     def state_axes(self) -> BMojoState:
-        return BMojoState(getattr(self, self.mixer_key).state_axes(), CACHE_AXES, CACHE_AXES)
+        return BMojoState(getattr(self, self.mixer_key).state_axes(), cache_axes(), cache_axes())

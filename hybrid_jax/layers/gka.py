@@ -107,7 +107,7 @@ class GatedKalmaNet(nnx.Module):
         return self.o_proj(o), GKAState._make([*(states or (None, None)), q_conv, k_conv, v_conv])
 
     @staticmethod
-    def from_attention(source: Arrays, fresh: Arrays, config: ModelConfig) -> dict[str, jax.Array]:
+    def from_attention(source: Arrays, fresh: Arrays, config: ModelConfig, layer: int) -> dict[str, jax.Array]:
         """Returns q, k, v, o of attention, and the output gate made from o and v."""
         return from_projections(source, fresh, config)
 

@@ -70,7 +70,7 @@ class Mamba2(nnx.Module):
         return self.out_proj(y.reshape(batch, T, H * D)), Mamba2State._make([S, conv])
 
     @staticmethod
-    def from_attention(source: Arrays, fresh: Arrays, config: ModelConfig) -> dict[str, jax.Array]:
+    def from_attention(source: Arrays, fresh: Arrays, config: ModelConfig, layer: int) -> dict[str, jax.Array]:
         """Returns in_proj with columns z, x = v, B = k, C = q of attention (dt's stay as drawn), out_proj = o, and the norms of
         C and B, which are those of q and k."""
         parts = [gate_of_attention(source, config), *(source[f"{p}_proj.kernel"] for p in "vkq")]

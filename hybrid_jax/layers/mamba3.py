@@ -83,7 +83,7 @@ class Mamba3(nnx.Module):
         return jnp.swapaxes(repeat_heads(x, self.config.num_heads), 2, 3) + bias.astype(x.dtype)
 
     @staticmethod
-    def from_attention(source: Arrays, fresh: Arrays, config: ModelConfig) -> dict[str, jax.Array]:
+    def from_attention(source: Arrays, fresh: Arrays, config: ModelConfig, layer: int) -> dict[str, jax.Array]:
         """Returns in_proj with columns z, x = v, B = k, C = q of attention, out_proj = o, no rotation, and no biases of B and C.
 
         No paper converts attention to Mamba-3; this recipe is ours, after that of Mamba-2. Columns of the angles are 0, so that

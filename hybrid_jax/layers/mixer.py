@@ -69,7 +69,7 @@ class Mixer(Protocol):
         ...
 
     @staticmethod
-    def from_attention(source: Arrays, fresh: Arrays, config: ModelConfig) -> dict[str, jax.Array]:
+    def from_attention(source: Arrays, fresh: Arrays, config: ModelConfig, layer: int) -> dict[str, jax.Array]:
         """Returns the parameters that attention gives a new mixer; it is the recipe of stage 0 of Priming.
 
         A pure function, also under jit. Parameters that it leaves out stay as drawn.
@@ -78,5 +78,6 @@ class Mixer(Protocol):
           source: the parameters of the layer's attention (`q_proj.kernel` [hidden, H * D], ...).
           fresh: the mixer's parameters as drawn.
           config: of the hybrid.
+          layer: the layer's number, as in the constructor.
         """
         ...

@@ -21,7 +21,6 @@ from hybrid_jax.parallel.sequence import SEQ_AXIS, as_chunks, as_rows, from_pair
 from hybrid_jax.parallel.sharding import TOKENS, axis_size, shard_map_by_axes
 from kernels_pallas.arguments import differentiable
 
-HEADS = (*TOKENS, "heads")
 SAVED = "attention"  # what a rematerialization policy may keep: each attention's output and log-sum-exp
 
 
@@ -34,7 +33,15 @@ class Part(NamedTuple):
     k_segments: jax.Array
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, window: int | None = None) -> jax.Array:
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+    window: int | None = None,
+    *,
+    head_axis: str | None = "heads",
+) -> jax.Array:
     """Returns causal attention within segments, o [B, T, H, D] in q's dtype.
 
     Args:
@@ -42,17 +49,18 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, win
       k, v: [B, T, Hkv, D].
       segment_ids: [B, T].
       window: keys a query sees, itself included; None for all.
+      head_axis: the logical axis of the heads; None: every device along `tensor` has all heads.
     """
-    T, n = q.shape[1], axis_size("seq")
+    T, n, heads = q.shape[1], axis_size("seq"), (*TOKENS, head_axis)
     if window is not None and window >= T:
         window = None
     if takes_ring(window, T, n):
         ring = functools.partial(_ring, window)
-        return shard_map_by_axes(ring, (q, k, v, segment_ids), (HEADS, HEADS, HEADS, TOKENS), HEADS)
+        return shard_map_by_axes(ring, (q, k, v, segment_ids), (heads, heads, heads, TOKENS), heads)
     if n == 1 and cudnn_applies(q):
         one = functools.partial(attend_documents, window, functools.partial(_packed, window))
-        return shard_map_by_axes(one, (q, k, v, segment_ids), (HEADS, HEADS, HEADS, TOKENS), HEADS)
-    return attend_windows((q,), (k,), (v,), ((0, window),), segment_ids)
+        return shard_map_by_axes(one, (q, k, v, segment_ids), (heads, heads, heads, TOKENS), heads)
+    return attend_windows((q,), (k,), (v,), ((0, window),), segment_ids, head_axis=head_axis)
 
 
 def _packed(window: int | None, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
@@ -71,15 +79,22 @@ def _ring(window, q, k, v, segment_ids):
 
 
 def attend_windows(
-    qs: Sequence, ks: Sequence, vs: Sequence, windows: Sequence[tuple[int, int | None]], segment_ids: jax.Array
+    qs: Sequence,
+    ks: Sequence,
+    vs: Sequence,
+    windows: Sequence[tuple[int, int | None]],
+    segment_ids: jax.Array,
+    *,
+    head_axis: str | None = "heads",
 ) -> jax.Array:
     """Returns one softmax over several sets of keys, where set n is seen at distances windows[n][0] <= i - j < windows[n][1].
 
     Each set has its own queries [B,T,H,D], keys and values [B,T,Hkv,D]. A window may be None, without an end, only where
-    tokens are not sharded.
+    tokens are not sharded. `head_axis` is as in `attend`.
     """
+    heads = (*TOKENS, head_axis)
     local = functools.partial(_by_halo if axis_size("seq") > 1 else _at_hand, tuple(windows))
-    return shard_map_by_axes(local, (segment_ids, tuple(qs), tuple(ks), tuple(vs)), (TOKENS, HEADS, HEADS, HEADS), HEADS)
+    return shard_map_by_axes(local, (segment_ids, tuple(qs), tuple(ks), tuple(vs)), (TOKENS, heads, heads, heads), heads)
 
 
 def _at_hand(windows, segment_ids, qs, ks, vs):

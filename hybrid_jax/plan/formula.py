@@ -11,9 +11,11 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
-from hybrid_jax.config import ATTENTION, ModelConfig
+from hybrid_jax.config import ATTENTION, MixerSpec, ModelConfig
 from hybrid_jax.hardware import Accelerator
+from hybrid_jax.layers.attention import kv_heads_of
 from hybrid_jax.mixers import KINDS
 from hybrid_jax.model import abstract_decoder
 from hybrid_jax.parallel.attention import takes_ring
@@ -31,33 +33,54 @@ Axes = tuple[str, ...]
 """Names of mesh axes."""
 
 
-def _windows(config: ModelConfig, kinds: Sequence[str]) -> list[tuple[str, int | None]]:
-    """Returns (mixer, how many keys a query sees at most; None: all before it) for the layers whose mixers attend to keys."""
-    of_kind = {kind: config.options(row.options).window for kind, row in KINDS.items() if row.attends and row.options}
-    layers = zip(kinds, config.attention_windows[: len(kinds)], strict=True)  # a stream may have none
-    return [(kind, own if kind == ATTENTION else of_kind[kind]) for kind, own in layers if kind == ATTENTION or kind in of_kind]
+class _Attention(NamedTuple):
+    """Attention in a layer: its query and key-value heads, and how many keys a query sees at most (None: all before it).
+
+    `ring`: its keys may be sent around the ring of `seq`; those of B'MOJO's windows never are. `sharded`: its heads are sharded
+    over `tensor`; heads kept beside a recurrent mixer are replicated.
+    """
+
+    heads: int
+    kv_heads: int
+    window: int | None
+    ring: bool = True
+    sharded: bool = True
 
 
-def _keys_seen(job: Job, kinds: Sequence[str]) -> float:
-    """Returns how many keys a token sees, averaged over a row and summed over the layers; when decoding, at the row's end."""
+def _attentions(config: ModelConfig, layers: Sequence[MixerSpec]) -> list[_Attention]:
+    """Returns every layer's attention, of the layers that have some."""
+    found, all_heads = [], (config.num_heads, config.num_kv_heads)
+    for spec, own in zip(layers, config.attention_windows[: len(layers)], strict=True):  # a stream may have no layers
+        row = KINDS[spec.kind]
+        if spec.kind == ATTENTION:
+            found.append(_Attention(*all_heads, own))
+        elif row.attends and row.options is not None:
+            found.append(_Attention(*all_heads, config.options(row.options).window, ring=not row.recurrent))
+        if kept := spec.attention_heads:
+            found.append(_Attention(len(kept), len(kv_heads_of(kept, config)), own, sharded=False))
+    return found
+
+
+def _keys_seen(job: Job, layers: Sequence[MixerSpec]) -> float:
+    """Returns how many keys a token sees, averaged over a row and summed over heads and layers; when decoding, at the row's end."""
     T, total = job.seq_len, 0.0
-    for _, window in _windows(job.config, kinds):
-        w = min(window or T, T)
-        total += w if job.program == "decode" else w * (1 - w / (2 * T))
+    for attention in _attentions(job.config, layers):
+        w = min(attention.window or T, T)
+        total += attention.heads * (w if job.program == "decode" else w * (1 - w / (2 * T)))
     return total
 
 
-def _in_ring(job: Job, kinds: Sequence[str], devices: int) -> int:
-    """Returns the number of layers whose keys are sent to all devices of `seq`; those of B'MOJO's windows never are."""
-    return sum(
-        takes_ring(window, job.seq_len, devices) for kind, window in _windows(job.config, kinds) if not KINDS[kind].recurrent
-    )
+def _sent_heads(job: Job, layers: Sequence[MixerSpec], sizes: Sizes) -> float:
+    """Returns the key-value heads of a device whose keys are sent to all devices of `seq`, summed over the layers."""
+    seq, tensor = sizes.get("seq", 1), sizes.get("tensor", 1)
+    ring = [a for a in _attentions(job.config, layers) if a.ring and takes_ring(a.window, job.seq_len, seq)]
+    return sum(a.kv_heads / (tensor if a.sharded else 1) for a in ring)
 
 
-def _kinds(job: Job) -> tuple[list[str], list[str]]:
-    """Returns the mixers of the stream that learns, and those of the teacher's stream, which there is only when aligning."""
-    own = [s.kind for s in job.config.layers]
-    return own, [s.teaching for s in job.model_config.layers] if job.program == "align" else []
+def _streams(job: Job) -> tuple[list[MixerSpec], list[MixerSpec]]:
+    """Returns the layers of the stream that learns, and those of the teacher's stream, which there is only when aligning."""
+    teacher = job.model_config.teacher().layers if job.program == "align" else ()
+    return list(job.config.layers), list(teacher)
 
 
 def flops_by_formula(job: Job) -> float:
@@ -72,7 +95,7 @@ def flops_by_formula(job: Job) -> float:
     Not counted is a recurrence's work on its state. Gradients are assumed to reach the first layer.
     """
     c = job.config
-    own, teaching = _kinds(job)
+    own, teaching = _streams(job)
     shapes, fused = abstract_parameters(c), abstract_parameters(job.model_config)
     trains = set() if job.program == "decode" else trained_names(job.model_config, job.phase.trainable)
 
@@ -81,7 +104,7 @@ def flops_by_formula(job: Job) -> float:
         visited = c.moe.experts_per_token / c.moe.num_experts if c.moe else 1
         return sum(math.prod(fused[n].shape) * (visited if ".experts." in n else 1) for n in names if n.startswith("layers."))
 
-    product = 2 * c.num_heads * c.head_dim
+    product = 2 * c.head_dim
     layers, seen, head = 2 * numbers(shapes), product * _keys_seen(job, own), 2 * c.vocab_size * c.hidden_size
     if job.program == "decode":
         return job.tokens * (layers + 2 * seen + head)
@@ -192,7 +215,7 @@ def _parameters(found: Traffic, job: Job, sizes: Sizes) -> None:
 def _activations(found: Traffic, job: Job, sizes: Sizes) -> None:
     """Counts what grows with the number of tokens. The teacher's stream goes forward once and has no gradient."""
     c, (forward, backward) = job.config, _passes(job)
-    own, teaching = _kinds(job)
+    own, teaching = _streams(job)
     local = job.tokens / found.devices((*BATCH_AXES, "seq"))
     hidden = COMPUTE * local * c.hidden_size
     passes = forward + backward + bool(teaching)
@@ -204,8 +227,7 @@ def _activations(found: Traffic, job: Job, sizes: Sizes) -> None:
     found.add("all-to-all of embeddings", RULES["embed"], hidden * (1 + learned))
     if c.moe and (n := sizes.get("expert", 1)) > 1:  # each token and what experts add to it pass every device and return
         found.add("tokens to experts", ("expert",), 2 * hidden * c.num_layers * passes * n * n / (n - 1))
-    n = sizes.get("seq", 1)
-    ours, teachers = (_in_ring(job, kinds, n) for kinds in (own, teaching))
+    ours, teachers = (_sent_heads(job, layers, sizes) for layers in (own, teaching))
     again = 1 if job.remat == "attention" else forward  # attention's outputs are kept
     runs = COMPUTE * (ours * again + teachers) + backward * ours * (COMPUTE + SUM)
-    found.add("ring attention", ("seq",), 2 * local * c.num_kv_heads * c.head_dim / sizes.get("tensor", 1) * runs * n)
+    found.add("ring attention", ("seq",), 2 * local * c.head_dim * runs * sizes.get("seq", 1))

@@ -7,8 +7,8 @@ from typing import Any
 from rich.table import Table
 
 from hybrid_jax.config import MixerSpec
+from hybrid_jax.memory import state_bytes, state_bytes_by_kind
 from hybrid_jax.plan.planner import Plan, mesh_text
-from hybrid_jax.plan.program import state_bytes
 
 CONTEXTS = (16384, 32768, 65536, 131072)  # tokens, rows of the table of caches
 
@@ -89,18 +89,20 @@ def cache_table(plan: Plan) -> Table:
     """Makes a table of caches and states by context and batch: the hybrid's and the source's bytes, all devices together."""
     config = plan.job.config
     source = config.with_pattern([MixerSpec("attention")] * config.num_layers)
-    table = Table("context", "sequences", "source", "hybrid", "hybrid / source", title="caches and states")
+    table = Table("context", "sequences", "source", "hybrid", "hybrid / source", "hybrid by mixer", title="caches and states")
     for context in sorted({*CONTEXTS, plan.job.seq_len}):
         for rows in sorted({1, plan.job.rows}):
-            a, b = state_bytes(source, rows, context), state_bytes(config, rows, context)
-            table.add_row(f"{context:,}", f"{rows:,}", _bytes(a), _bytes(b), f"{b / a:.2f}")
+            a, by_kind = state_bytes(source, context, rows=rows), state_bytes_by_kind(config, context, rows=rows)
+            b, parts = sum(by_kind.values()), ", ".join(f"{kind} {_bytes(n)}" for kind, n in by_kind.items())
+            table.add_row(f"{context:,}", f"{rows:,}", _bytes(a), _bytes(b), f"{b / a:.2f}", parts)
     return table
 
 
 def plan_json(plan: Plan, tokens: float, efficiency: float) -> dict[str, Any]:
     """Returns everything in JSON's types, in bytes per device, seconds, hours and FLOPs.
 
-    `fits` is null where it is not known; then `total` is a lower bound and `temporaries` is null.
+    `fits` is null where it is not known; then `total` is a lower bound and `temporaries` is null. `state_bytes` are those of
+    caches and states when the rows are decoded, by mixer and of all devices together.
     """
     fields = ("topology", "mesh", "devices", "fits", "compiled", "parameters", "optimizer", "caches", "kept", "temporaries")
     job = plan.job
@@ -112,6 +114,7 @@ def plan_json(plan: Plan, tokens: float, efficiency: float) -> dict[str, Any]:
         "hbm": plan.accelerator.hbm,
         "program": job.program,
         "pattern": job.config.pattern,
+        "state_bytes": state_bytes_by_kind(job.config, job.seq_len, rows=job.rows),
         "rows": job.rows,
         "seq_len": job.seq_len,
         "remat": job.remat,

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
@@ -264,13 +263,3 @@ def program_flops(program: Program) -> float:
     """Returns the FLOPs of a step on all devices together, rematerialization included."""
     with jax.set_mesh(program.mesh):
         return traced_flops(program.function, *program.arguments)
-
-
-def state_bytes(config: ModelConfig, rows: int, context: int) -> float:
-    """Returns the bytes of caches and recurrent states for `rows` sequences of `context` tokens, with caches in bf16.
-
-    The bytes are those of all devices together if nothing is replicated.
-    """
-    model = abstract_decoder(config, jnp.bfloat16)
-    shapes = jax.eval_shape(lambda: model.init_state(rows, context))
-    return float(sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes)))

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hybrid_jax.config import ModelConfig
-from hybrid_jax.mixers import KINDS
 from hybrid_jax.model import Decoder, abstract_decoder
 from hybrid_jax.parallel.distributed import whole_array
 from hybrid_jax.parameters import Parameters, abstract_parameters, join_model, marks, split_model
@@ -69,7 +68,7 @@ def teacher_stream(model: Decoder) -> Decoder:
 
 def same_function(one: ModelConfig, other: ModelConfig) -> bool:
     """Returns whether two models with equal parameters compute the same; options of mixers that neither has do not count."""
-    used = {KINDS[kind].options for config in (one, other) for kind in config.used_kinds()}
+    used = one.used_options() | other.used_options()
 
     def only_used(config: ModelConfig) -> ModelConfig:
         return dataclasses.replace(config, mixers=tuple(options for options in config.mixers if type(options) in used))

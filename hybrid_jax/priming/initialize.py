@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from hybrid_jax.checks import check_choice
 from hybrid_jax.config import ATTENTION, ModelConfig
-from hybrid_jax.layers import MIXERS
+from hybrid_jax.layers import mixer_class
 from hybrid_jax.layers.parameter import Marks
 from hybrid_jax.mixers import KINDS
 from hybrid_jax.model import Decoder, abstract_decoder
@@ -74,7 +74,8 @@ def check_convertible(have: ModelConfig, wanted: ModelConfig) -> None:
       ValueError: one does not; names the layer.
     """
     for i, (old, new) in enumerate(zip(have.layers, wanted.layers, strict=True)):
-        if ATTENTION not in old.kinds and not set(new.kinds) <= set(old.kinds):
+        same_mixer = set(new.kinds) <= set(old.kinds) and new.attention_heads == old.attention_heads
+        if ATTENTION not in old.kinds and not same_mixer:
             raise ValueError(f"layer {i} is {old.symbol!r}: only attention can become {new.symbol!r}")
 
 
@@ -114,6 +115,6 @@ def initialize_hybrid(
             wanted = {n.removeprefix(prefix): v for n, v in fresh.items() if n.startswith(prefix)}
             if not wanted:
                 continue
-            copied = MIXERS[kind].from_attention(source, wanted, config)
+            copied = mixer_class(kind, config, i).from_attention(source, wanted, config, i)
             result |= {prefix + n: _like(v.astype(dtype), wanted[n]) for n, v in copied.items()}
     return join_model(structure, result)

@@ -50,6 +50,7 @@ CASES = {
     "fsdp2 seq2 tensor2": ("fsdp=2,seq=2,tensor=2", ALL, 24, 2, "next_token", {}),
     "fsdp4 tensor2": ("fsdp=4,tensor=2", ALL, 20, 4, "next_token", {}),
     "both streams": ("data=2,seq=2,tensor=2", "*DA-GKA*-GDN*-M2*-M3*", 24, 2, "align_all", {}),
+    "kept heads": ("data=2,seq=2,tensor=2", "GDN[1,2,3]-M2[0]", 24, 2, "next_token", {}),
     "experts": ("expert=4,seq=2", "*-GKA", 24, 4, "next_token", MIXTURE),
     "experts tensor": ("expert=2,fsdp=2,tensor=2", "*-GDN", 16, 4, "next_token", MIXTURE),
     "data2 seq4 of two processes": ("data=2,seq=4", "*-GKA-GDN", 40, 2, "next_token", {}),

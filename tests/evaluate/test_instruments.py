@@ -10,12 +10,12 @@ import pytest
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.evaluate.instruments import make_instrument, speed, text
 from hybrid_jax.evaluate.instruments.contract import Subject
-from hybrid_jax.evaluate.instruments.cost import state_bytes
 from hybrid_jax.evaluate.instruments.recall import _complete
 from hybrid_jax.evaluate.instruments.text import _bytes
 from hybrid_jax.evaluate.measurement import buckets, weighted_mean
 from hybrid_jax.evaluate.token_scores import TokenScores
 from hybrid_jax.generation import generate
+from hybrid_jax.memory import state_bytes
 from hybrid_jax.parameters import split_model
 from tests.conftest import tiny_config, tiny_model
 

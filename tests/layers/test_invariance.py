@@ -11,7 +11,7 @@ from flax import nnx
 from hybrid_jax.mixers import mixer_symbols
 from tests.conftest import relative_error, tiny_model
 
-MIXERS = mixer_symbols()
+MIXERS = [*mixer_symbols(), "GDN[1,2,3]"]  # of kept heads, those of unequal groups have the most to get wrong
 IDS = np.random.default_rng(0).integers(0, 61, (2, 21))
 
 

@@ -19,6 +19,7 @@ from hybrid_jax.families.public import PUBLIC
 from hybrid_jax.flops import count_flops, traced_flops
 from hybrid_jax.hardware import accelerator, device_count
 from hybrid_jax.layers.mamba2 import Mamba2, Mamba2State
+from hybrid_jax.memory import state_bytes
 from hybrid_jax.parallel import attention_block
 from hybrid_jax.parallel.attention_block import FULL, Mask
 from hybrid_jax.parallel.mesh import abstract_mesh, make_mesh
@@ -26,7 +27,7 @@ from hybrid_jax.plan import planner
 from hybrid_jax.plan.formula import flops_by_formula, link_speed, traffic
 from hybrid_jax.plan.plan_report import plan_json, plan_rows
 from hybrid_jax.plan.planner import make_plan, meshes, spread_pattern
-from hybrid_jax.plan.program import Compiled, Job, abstract_parameters, decoding_program, make_program, state_bytes
+from hybrid_jax.plan.program import Compiled, Job, abstract_parameters, decoding_program, make_program
 from hybrid_jax.plan.wire import wire_bytes
 from tests.conftest import run_processes, tiny_config
 
@@ -177,9 +178,9 @@ def test_patterns_by_fraction_are_spread_evenly():
 def test_states_do_not_grow_with_the_context_and_caches_do():
     config = config_from_hf(PUBLIC["Qwen/Qwen3-8B"])
     gka = config.with_pattern("-".join(["GKA"] * 36))
-    assert state_bytes(gka, 1, 1024) == state_bytes(gka, 1, 131072)
+    assert state_bytes(gka, 1024) == state_bytes(gka, 131072)
     keys_and_values = 36 * 2 * 8 * 128 * 2
-    grown = state_bytes(config, 1, 131072) - state_bytes(config, 1, 65536)
+    grown = state_bytes(config, 131072) - state_bytes(config, 65536)
     assert grown == 65536 * (keys_and_values + 36 * 8)  # and each layer's positions and segments
 
 
@@ -402,6 +403,7 @@ FLOPS = {
     "a tied table that trains": ("*-*", "train", "none", ("q_proj", "embed_tokens"), {"vocab_size": 2048, "tie_embeddings": True}),
     "windows": ("*-SWA", "train", "none", (), {"attention_windows": (96, None)}),
     "experts": ("*-*", "train", "none", (), MIXTURE),
+    "some heads": ("GDN[0,1,3]-*", "train", "none", ("q_proj",), {"vocab_size": 2048}),
     "aligned": ("SWA-*-SWA", "align", "full", (), {"vocab_size": 1024}),
     "decoded": ("*-*-SWA", "decode", "full", (), {"attention_windows": (40, None, None)}),
     "decoded by experts": ("*-*", "decode", "full", (), MIXTURE),
@@ -495,7 +497,7 @@ def test_decoding_is_planned_with_its_caches(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     config = tiny_config("*-GKA-*-GKA", vocab_size=64, hidden_size=32)
-    assert answer["caches"] == pytest.approx(state_bytes(config, 4, 256) / 4, rel=0.01)
+    assert answer["caches"] == pytest.approx(state_bytes(config, 256, rows=4) / 4, rel=0.01)
     table = [[cell.strip() for cell in line.split("│")[1:3]] for line in done.stdout.splitlines() if line.startswith("│")]
     assert ["256", "1"] in table and ["256", "4"] in table and ["131,072", "4"] in table and "hybrid / source" in done.stdout
 

@@ -25,7 +25,6 @@ from hybrid_jax.evaluate.lm_eval.options import GenerationOptions
 from hybrid_jax.evaluate.lm_eval.scoring import Score, Scorer
 from hybrid_jax.files import find_shipped
 from hybrid_jax.generation import bucket, generate, generation_defaults
-from hybrid_jax.mixers import KINDS
 from hybrid_jax.parallel.distributed import notice
 from hybrid_jax.progress import progress_bar
 
@@ -79,7 +78,7 @@ class HybridLM(TemplateLM):
         self.tokenizer = check_tokenizer_fits(load_tokenizer(self.directory), config.vocab_size, self.directory)
         most = config.max_position_embeddings if max_length is None else max_length
         self.max_length = check_integer("max_length", most, minimum=1)
-        if self.max_length > config.max_position_embeddings and any(KINDS[layer.kind].attends for layer in config.layers):
+        if self.max_length > config.max_position_embeddings and any(layer.attends for layer in config.layers):
             raise ValueError(f"max_length is {max_length}, the model has {config.max_position_embeddings} positions")
         special = {n: self.tokenizer.token_to_id(text) for n, text in read_template(self.directory)[1].items()}
         named = special.get("eos_token")
