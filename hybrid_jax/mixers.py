@@ -68,7 +68,7 @@ class GKAConfig(MixerOptions):
       chunk_size: tokens that a kernel processes at a time. It changes speed and memory, not the result.
       conv_size: width of the causal convolutions of q, k and v, in tokens.
       norm_eps: epsilon of the RMSNorm of the output.
-      gla_rescale: multiply the readout of U by 1 / sqrt(head_dim), as attention scales its scores.
+      gla_rescale: multiply the readout of U by 1 / sqrt(state_size), as attention scales its scores.
       use_alpha_connection: mix x and q with alpha = sigmoid(alpha_proj u), per head and token; without it only the
         solution x is used.
       use_beta_gate: multiply k and v by beta = sigmoid(b_proj u), per head and token, so that a token can be kept out of
@@ -79,6 +79,9 @@ class GKAConfig(MixerOptions):
       use_gate: multiply the normed output by SiLU(g_proj u).
       use_v_conv: apply the convolution and SiLU to v; without it v is the bare projection.
       bp_lambda: propagate gradients through lambda, that is, through |H|_F. False treats it as a constant.
+      state_size: channels of keys and queries, so that a head's state is [state_size, head_dim]; null: head_dim. Conversion copies
+        the keys and queries of attention only where the two are equal, and otherwise draws them anew. The option is ours; it is
+        exported only if it is set.
       precision: of the solve in the TPU kernel: `fast` is within 2e-3 of float64 for bf16 inputs, `accurate` within
         2e-5 and about 1.5 times slower. Other kernels always solve in float32. The option is ours; it is exported
         only if it is not `fast`.
@@ -91,7 +94,7 @@ class GKAConfig(MixerOptions):
     }  # fmt: skip
     STATED: ClassVar[Mapping[str, Any]] = {"solver_type": "chebyshev", **_LOW_RANK}
     # The plugin also gives a `norm_eps` that is present to the block norms, which are trained with rms_norm_eps.
-    ONLY_IF_CHANGED: ClassVar[frozenset[str]] = frozenset({"precision", "norm_eps"})
+    ONLY_IF_CHANGED: ClassVar[frozenset[str]] = frozenset({"precision", "norm_eps", "state_size"})
 
     num_iter: int = option(integer(0, 10_000), 30)
     ridge_strength: float = option(number(minimum=0), 0.02)
@@ -106,6 +109,7 @@ class GKAConfig(MixerOptions):
     use_gate: bool = option(check_boolean, True)
     use_v_conv: bool = option(check_boolean, True)
     bp_lambda: bool = option(check_boolean, True)
+    state_size: int | None = option(optional(integer()), None)
     precision: str = option(choice("fast", "accurate"), "fast")
 
     def __post_init__(self):
@@ -128,13 +132,16 @@ class GDNConfig(MixerOptions):
         a state can flip sign, which state tracking (parity, counting) needs.
       use_gate: multiply the normed output by SiLU(g_proj u).
       use_short_conv: apply the convolutions; without them q, k, v = SiLU(projection).
+      state_size: channels of keys and queries, so that a head's state is [state_size, head_dim]; null: head_dim. Conversion copies
+        the keys and queries of attention only where the two are equal, and otherwise draws them anew. The option is ours; it is
+        exported only if it is set.
     """
 
     KEY: ClassVar[str] = "gdn_config"
     REPEATED: ClassVar[frozenset[str]] = _HEADS
     FIXED: ClassVar[Mapping[str, Any]] = _LOW_RANK
     STATED: ClassVar[Mapping[str, Any]] = _LOW_RANK
-    ONLY_IF_CHANGED: ClassVar[frozenset[str]] = frozenset({"norm_eps"})  # see GKAConfig
+    ONLY_IF_CHANGED: ClassVar[frozenset[str]] = frozenset({"norm_eps", "state_size"})  # see GKAConfig
 
     conv_size: int = option(integer(1, 1024), 4)
     conv_bias: bool = option(check_boolean, False)
@@ -142,6 +149,7 @@ class GDNConfig(MixerOptions):
     allow_neg_eigval: bool = option(check_boolean, False)
     use_gate: bool = option(check_boolean, True)
     use_short_conv: bool = option(check_boolean, True)
+    state_size: int | None = option(optional(integer()), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +159,9 @@ class Mamba2Config(MixerOptions):
     Args:
       use_qk_norm: norm C and B, which take the place of queries and keys, with the source's query and key norms. It
         means nothing where the source norms neither.
+      state_size: channels of B and C, so that a head's state is [state_size, head_dim]; null: head_dim. Conversion copies
+        keys and queries to them only where the two are equal, and otherwise draws them anew. The option is ours; it is
+        exported only if it is set.
     """
 
     KEY: ClassVar[str] = "mamba2_config"
@@ -167,7 +178,10 @@ class Mamba2Config(MixerOptions):
     }  # fmt: skip
     ONLY_WITH_QK_NORM: ClassVar[frozenset[str]] = frozenset({"use_qk_norm"})
 
+    ONLY_IF_CHANGED: ClassVar[frozenset[str]] = frozenset({"state_size"})
+
     use_qk_norm: bool = option(check_boolean, True)
+    state_size: int | None = option(optional(integer()), None)
 
 
 @dataclasses.dataclass(frozen=True)

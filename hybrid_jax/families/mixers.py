@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from hybrid_jax.config import ModelConfig, mixer_config_from_dict
+from hybrid_jax.config import Mamba2Config, ModelConfig, mixer_config_from_dict
 from hybrid_jax.mixers import MixerOptions, options_by_key
 
 
@@ -32,7 +32,7 @@ def repeated(options: type[MixerOptions], config: ModelConfig) -> dict[str, Any]
         "hidden_act": "silu",
         "rms_norm_eps": config.rms_norm_eps,
         "n_layer": config.num_layers,
-        "ssm_cfg": {"expand": 1, "ngroups": heads, "d_state": dim},
+        "ssm_cfg": {"expand": 1, "ngroups": heads, "d_state": config.options(Mamba2Config).state_size or dim},
         "use_qk_norm": config.qk_norm,
     }
     return {name: values[name] for name in values if name in options.REPEATED}

@@ -51,6 +51,10 @@ def _notes(config: ModelConfig) -> list[str]:
         notes.append("it has no bias for the attention's output projection")
     if "gdn" in used and not (gdn.use_gate and gdn.use_short_conv):
         notes.append("it has no GDN without gate or convolution")
+    sizes = {kind: getattr(config.options(row.options), "state_size", None) for kind, row in KINDS.items() if row.options}
+    notes += [f"it has no state_size for {kind}" for kind in mixed if (sizes[kind] or config.head_dim) != config.head_dim]
+    if any(layer.attention_heads for layer in config.layers):
+        notes.append("it has no layers with some heads of attention beside a mixer")
     if "bmojo" in used and bmojo.window_size % 2:
         notes.append(f"it raises the odd bmojo_config.window_size {bmojo.window_size} by 1")
     return notes + _norm_notes(config, used)

@@ -28,7 +28,7 @@ from kernels_pallas import gated_delta_rule, gated_delta_rule_step, gated_delta_
 
 
 class GDNState(NamedTuple):
-    """S [B,H,D,D] float32 and the conv tails [B,W-1,heads*D] of q, k, v."""
+    """S [B,H,N,D] float32 (N is `state_size`) and the conv tails [B,W-1,heads*D] of q, k, v."""
 
     S: jax.Array
     q_conv: jax.Array | None
@@ -47,6 +47,7 @@ class GatedDeltaNet(nnx.Module):
         del layer
         hid, H, Hkv, D = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         gdn = config.options(GDNConfig)
+        N = gdn.state_size or D
         fresh: dict[str, Any] = dict(std=config.initializer_range, rngs=rngs, dtype=dtype)
         linear = functools.partial(Linear, **fresh)
 
@@ -55,10 +56,10 @@ class GatedDeltaNet(nnx.Module):
                 return None
             return ShortConv(dim, gdn.conv_size, bias=gdn.conv_bias, axes=(axis,), **fresh)
 
-        self.q_proj = linear(hid, H * D, axes=("embed", "heads"))
-        self.k_proj = linear(hid, Hkv * D, axes=("embed", "kv_heads"))
+        self.q_proj = linear(hid, H * N, axes=("embed", "heads"))
+        self.k_proj = linear(hid, Hkv * N, axes=("embed", "kv_heads"))
         self.v_proj = linear(hid, Hkv * D, axes=("embed", "kv_heads"))
-        self.q_conv1d, self.k_conv1d, self.v_conv1d = conv(H * D, "heads"), conv(Hkv * D, "kv_heads"), conv(Hkv * D, "kv_heads")
+        self.q_conv1d, self.k_conv1d, self.v_conv1d = conv(H * N, "heads"), conv(Hkv * N, "kv_heads"), conv(Hkv * D, "kv_heads")
         self.gk_proj = linear(hid, H, axes=("embed", "heads"))
         self.b_proj = linear(hid, H, axes=("embed", "heads"))
         self.A_log = init_a_log(rngs, H, dtype)
@@ -66,7 +67,7 @@ class GatedDeltaNet(nnx.Module):
         self.g_proj = linear(hid, H * D, axes=("embed", "heads")) if gdn.use_gate else None
         self.o_norm = RMSNorm(D, eps=gdn.norm_eps, dtype=dtype)
         self.o_proj = linear(H * D, hid, axes=("heads", "embed"))
-        self.config = config
+        self.config, self.state_size = config, N
 
     def __call__(
         self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array, state: GDNState | None = None
@@ -74,7 +75,7 @@ class GatedDeltaNet(nnx.Module):
         """Returns (y [B, T, hidden], the state after x) of x [B, T, hidden]."""
         del positions
         B, T, _ = x.shape
-        H, D = self.config.num_heads, self.config.head_dim
+        H, D, N = self.config.num_heads, self.config.head_dim, self.state_size
         s = GDNState._make([None] * 4) if state is None else state
 
         def mixed(proj, conv, tail):
@@ -85,7 +86,7 @@ class GatedDeltaNet(nnx.Module):
         q, q_conv = mixed(self.q_proj, self.q_conv1d, s.q_conv)
         k, k_conv = mixed(self.k_proj, self.k_conv1d, s.k_conv)
         v, v_conv = mixed(self.v_proj, self.v_conv1d, s.v_conv)
-        q, k, v = (repeat_heads(a.reshape(B, T, -1, D), H) for a in (q, k, v))
+        q, k, v = (repeat_heads(a.reshape(B, T, -1, n), H) for a, n in ((q, N), (k, N), (v, D)))
         q, k = (l2_normalize(a, eps_outside=False) for a in (q, k))
         beta = jax.nn.sigmoid(self.b_proj(x).astype(jnp.float32))
         if self.config.options(GDNConfig).allow_neg_eigval:
@@ -111,9 +112,9 @@ class GatedDeltaNet(nnx.Module):
 
     def init_state(self, batch: int, max_length: int, dtype: DTypeLike = jnp.float32) -> GDNState:
         del max_length
-        H, D = self.config.num_heads, self.config.head_dim
+        H, D, N = self.config.num_heads, self.config.head_dim, self.state_size
         convs = (c and c.init_state(batch, dtype) for c in (self.q_conv1d, self.k_conv1d, self.v_conv1d))
-        return GDNState._make([jnp.zeros((batch, H, D, D), jnp.float32), *convs])
+        return GDNState._make([jnp.zeros((batch, H, N, D), jnp.float32), *convs])
 
     def state_axes(self) -> GDNState:
         return GDNState._make([STATE_AXES, *(c and c.state_axes() for c in (self.q_conv1d, self.k_conv1d, self.v_conv1d))])

@@ -28,7 +28,7 @@ from kernels_pallas import gated_kalmanet, gated_kalmanet_step, gated_kalmanet_s
 
 
 class GKAState(NamedTuple):
-    """h_kk, h_kv [B,H,D,D] float32 and the conv tails [B,W-1,heads*D] of q, k, v."""
+    """h_kk [B,H,N,N], h_kv [B,H,N,D] float32 (N is `state_size`) and the conv tails [B,W-1,heads*D] of q, k, v."""
 
     h_kk: jax.Array
     h_kv: jax.Array
@@ -49,14 +49,15 @@ class GatedKalmaNet(nnx.Module):
         del layer
         hid, H, Hkv, D = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         gka = config.options(GKAConfig)
+        N = gka.state_size or D
         fresh: dict[str, Any] = dict(std=config.initializer_range, rngs=rngs, dtype=dtype)
         linear = functools.partial(Linear, **fresh)
         conv = functools.partial(ShortConv, size=gka.conv_size, **fresh)
-        self.q_proj = linear(hid, H * D, axes=("embed", "heads"))
-        self.k_proj = linear(hid, Hkv * D, axes=("embed", "kv_heads"))
+        self.q_proj = linear(hid, H * N, axes=("embed", "heads"))
+        self.k_proj = linear(hid, Hkv * N, axes=("embed", "kv_heads"))
         self.v_proj = linear(hid, Hkv * D, axes=("embed", "kv_heads"))
-        self.q_conv1d = conv(H * D, axes=("heads",))
-        self.k_conv1d = conv(Hkv * D, axes=("kv_heads",))
+        self.q_conv1d = conv(H * N, axes=("heads",))
+        self.k_conv1d = conv(Hkv * N, axes=("kv_heads",))
         self.v_conv1d = conv(Hkv * D, axes=("kv_heads",)) if gka.use_v_conv else None
         self.a_proj = linear(hid, H, axes=("embed", "heads"))
         self.A_log = init_a_log(rngs, H, dtype)
@@ -66,7 +67,7 @@ class GatedKalmaNet(nnx.Module):
         self.g_proj = linear(hid, H * D, axes=("embed", "heads")) if gka.use_gate else None
         self.o_norm = RMSNorm(D, eps=gka.norm_eps, dtype=dtype)
         self.o_proj = linear(H * D, hid, axes=("heads", "embed"))
-        self.config = config
+        self.config, self.state_size = config, N
 
     def __call__(
         self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array, state: GKAState | None = None
@@ -75,14 +76,14 @@ class GatedKalmaNet(nnx.Module):
         del positions
         c, gka = self.config, self.config.options(GKAConfig)
         B, T, _ = x.shape
-        H, D = c.num_heads, c.head_dim
+        H, D, N = c.num_heads, c.head_dim, self.state_size
         s = GKAState._make([None] * 5) if state is None else state
         q, q_conv = self.q_conv1d(self.q_proj(x), segment_ids=segment_ids, state=s.q_conv)
         k, k_conv = self.k_conv1d(self.k_proj(x), segment_ids=segment_ids, state=s.k_conv)
         v, v_conv = self.v_proj(x), None
         if self.v_conv1d is not None:
             v, v_conv = self.v_conv1d(v, segment_ids=segment_ids, state=s.v_conv)
-        q, k, v = (repeat_heads(a.reshape(B, T, -1, D), H) for a in (q, k, v))
+        q, k, v = (repeat_heads(a.reshape(B, T, -1, n), H) for a, n in ((q, N), (k, N), (v, D)))
         q, k = (l2_normalize(a, eps_outside=True) for a in (q, k))
         if self.b_proj is not None:
             beta = jax.nn.sigmoid(self.b_proj(x))[..., None] + 1e-6
@@ -92,7 +93,7 @@ class GatedKalmaNet(nnx.Module):
         g = 0 * ones
         if gka.use_forgetting_gate:
             g = log_decay(self.a_proj(x), self.A_log[...], self.dt_bias[...])
-        solve = dict(ridge_strength=gka.ridge_strength, num_iter=gka.num_iter, scale=D**-0.5 if gka.gla_rescale else 1.0)
+        solve = dict(ridge_strength=gka.ridge_strength, num_iter=gka.num_iter, scale=N**-0.5 if gka.gla_rescale else 1.0)
         o, states = recurrence(
             functools.partial(gated_kalmanet, bp_lambda=gka.bp_lambda, precision=gka.precision, chunk_size=gka.chunk_size, **solve),
             functools.partial(gated_kalmanet_step, **solve),
@@ -113,10 +114,10 @@ class GatedKalmaNet(nnx.Module):
 
     def init_state(self, batch: int, max_length: int, dtype: DTypeLike = jnp.float32) -> GKAState:
         del max_length
-        H, D = self.config.num_heads, self.config.head_dim
-        zeros = jnp.zeros((batch, H, D, D), jnp.float32)
+        H, N = self.config.num_heads, self.state_size
+        states = (jnp.zeros((batch, H, N, n), jnp.float32) for n in (N, self.config.head_dim))
         convs = (c and c.init_state(batch, dtype) for c in (self.q_conv1d, self.k_conv1d, self.v_conv1d))
-        return GKAState._make([zeros, zeros, *convs])
+        return GKAState._make([*states, *convs])
 
     def state_axes(self) -> GKAState:
         convs = (c and c.state_axes() for c in (self.q_conv1d, self.k_conv1d, self.v_conv1d))

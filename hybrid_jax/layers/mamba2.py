@@ -21,7 +21,7 @@ CONV_SIZE, NORM_EPS, QK_NORM_EPS = 4, 1e-5, 1e-6
 
 
 class Mamba2State(NamedTuple):
-    """S [B,H,D,D] float32 and the conv tail [B,W-1,(H+2Hkv)*D] of x, B, C."""
+    """S [B,H,N,D] float32 (N is `state_size`) and the conv tail [B,W-1,Hkv*D+(H+Hkv)*N] of x, B, C."""
 
     S: jax.Array
     conv: jax.Array
@@ -34,18 +34,19 @@ class Mamba2(nnx.Module):
     def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         del layer
         hid, H, Hkv, D = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-        normed = config.qk_norm and config.options(Mamba2Config).use_qk_norm
+        options = config.options(Mamba2Config)
+        normed, N = config.qk_norm and options.use_qk_norm, options.state_size or D
         fresh: dict[str, Any] = dict(std=config.initializer_range, rngs=rngs, dtype=dtype)
-        self.in_proj = Linear(hid, 2 * (H + Hkv) * D + H, axes=("embed", "heads"), **fresh)
-        self.conv1d = ShortConv((H + 2 * Hkv) * D, CONV_SIZE, bias=True, **fresh)
+        self.in_proj = Linear(hid, (H + Hkv) * (D + N) + H, axes=("embed", "heads"), **fresh)
+        self.conv1d = ShortConv(Hkv * D + (H + Hkv) * N, CONV_SIZE, bias=True, **fresh)
         self.A_log = init_a_log(rngs, H, dtype)
         self.dt_bias = init_dt_bias(rngs, H, dtype)
         self.D = parameter(jnp.ones(H, dtype), ("heads",))
-        self.B_norm = RMSNorm(D, eps=QK_NORM_EPS, dtype=dtype) if normed else None
-        self.C_norm = RMSNorm(D, eps=QK_NORM_EPS, dtype=dtype) if normed else None
+        self.B_norm = RMSNorm(N, eps=QK_NORM_EPS, dtype=dtype) if normed else None
+        self.C_norm = RMSNorm(N, eps=QK_NORM_EPS, dtype=dtype) if normed else None
         self.norm = RMSNorm(H * D, eps=NORM_EPS, dtype=dtype)
         self.out_proj = Linear(H * D, hid, axes=("heads", "embed"), **fresh)
-        self.config = config
+        self.config, self.state_size = config, N
 
     def __call__(
         self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array, state: Mamba2State | None = None
@@ -54,13 +55,13 @@ class Mamba2(nnx.Module):
         del positions
         c = self.config
         batch, T, _ = x.shape
-        H, Hkv, D = c.num_heads, c.num_kv_heads, c.head_dim
-        z, v, B, C, dt = self.in_proj.parts(x, (H * D, Hkv * D, Hkv * D, H * D, H))
+        H, Hkv, D, N = c.num_heads, c.num_kv_heads, c.head_dim, self.state_size
+        z, v, B, C, dt = self.in_proj.parts(x, (H * D, Hkv * D, Hkv * N, H * N, H))
         if self.C_norm is not None and self.B_norm is not None:
-            C = self.C_norm(C.reshape(batch, T, H, D)).reshape(C.shape)
-            B = self.B_norm(B.reshape(batch, T, Hkv, D)).reshape(B.shape)
+            C = self.C_norm(C.reshape(batch, T, H, N)).reshape(C.shape)
+            B = self.B_norm(B.reshape(batch, T, Hkv, N)).reshape(B.shape)
         (v, B, C), conv = self.conv1d.parts((v, B, C), segment_ids=segment_ids, state=state and state.conv)
-        v, B, C = (repeat_heads(a.reshape(batch, T, -1, D), H) for a in (v, B, C))
+        v, B, C = (repeat_heads(a.reshape(batch, T, -1, n), H) for a, n in ((v, D), (B, N), (C, N)))
         dt = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))
         a = -jnp.exp(self.A_log[...].astype(jnp.float32))
         y, S = linear_recurrence(ssd_inputs(v, dt, a, B, C), state=state and state.S, segment_ids=segment_ids)
@@ -72,21 +73,22 @@ class Mamba2(nnx.Module):
     @staticmethod
     def from_attention(source: Arrays, fresh: Arrays, config: ModelConfig, layer: int) -> dict[str, jax.Array]:
         """Returns in_proj with columns z, x = v, B = k, C = q of attention (dt's stay as drawn), out_proj = o, and the norms of
-        C and B, which are those of q and k."""
-        parts = [gate_of_attention(source, config), *(source[f"{p}_proj.kernel"] for p in "vkq")]
+        C and B, which are those of q and k. B, C and their norms stay as drawn where a state is not as large as a head."""
+        copies = (config.options(Mamba2Config).state_size or config.head_dim) == config.head_dim
+        parts = [gate_of_attention(source, config), *(source[f"{p}_proj.kernel"] for p in ("vkq" if copies else "v"))]
         width = sum(p.shape[1] for p in parts)
         copied = {
             "in_proj.kernel": jnp.concatenate([*parts, fresh["in_proj.kernel"][:, width:]], axis=1),
             "out_proj.kernel": source["o_proj.kernel"],
         }
-        if "C_norm.weight" in fresh:
+        if copies and "C_norm.weight" in fresh:
             copied |= {"C_norm.weight": source["q_norm.weight"], "B_norm.weight": source["k_norm.weight"]}
         return copied
 
     def init_state(self, batch: int, max_length: int, dtype: DTypeLike = jnp.float32) -> Mamba2State:
         del max_length
         H, D = self.config.num_heads, self.config.head_dim
-        return Mamba2State(jnp.zeros((batch, H, D, D), jnp.float32), self.conv1d.init_state(batch, dtype))
+        return Mamba2State(jnp.zeros((batch, H, self.state_size, D), jnp.float32), self.conv1d.init_state(batch, dtype))
 
     def state_axes(self) -> Mamba2State:
         return Mamba2State._make([STATE_AXES, self.conv1d.state_axes()])

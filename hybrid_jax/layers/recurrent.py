@@ -47,8 +47,11 @@ def gate_of_attention(source: Arrays, config: ModelConfig) -> jax.Array:
 
 
 def from_projections(source: Arrays, fresh: Arrays, config: ModelConfig) -> dict[str, jax.Array]:
-    """Returns q, k, v, o copied from attention (biases where both have them), and `g_proj` made from o and v."""
+    """Returns q, k, v, o copied from attention (biases where both have them), and `g_proj` made from o and v.
+
+    q and k stay as drawn where the mixer's `state_size` gives them another size than attention's."""
     copied = {n: source[n] for n in fresh if n in source and n.split(".")[0] in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    copied = {n: x for n, x in copied.items() if x.shape == fresh[n].shape}
     if "g_proj.kernel" in fresh:
         copied["g_proj.kernel"] = gate_of_attention(source, config)
     return copied

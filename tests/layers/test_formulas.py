@@ -41,9 +41,9 @@ def linear(p, name, x):
     return x @ p[f"{name}.kernel"] + p.get(f"{name}.bias", 0)
 
 
-def heads(x):
-    """[T, heads * D] -> [T, H, D], every key head repeated for its queries."""
-    x = x.reshape(T, -1, D)
+def heads(x, size=D):
+    """[T, heads * size] -> [T, H, size], every key head repeated for its queries."""
+    x = x.reshape(T, -1, size)
     return np.repeat(x, H // x.shape[1], axis=1)
 
 
@@ -58,7 +58,8 @@ def gated(p, o, x, eps, use_gate):
 
 def gka(p, x, c):
     c = c.options(GKAConfig)
-    q, k = (heads(conv(p, f"{n}_conv1d", linear(p, f"{n}_proj", x))) for n in "qk")
+    N = c.state_size or D
+    q, k = (heads(conv(p, f"{n}_conv1d", linear(p, f"{n}_proj", x)), N) for n in "qk")
     v = linear(p, "v_proj", x)
     v = heads(conv(p, "v_conv1d", v) if c.use_v_conv else v)
     q, k = (a / (np.linalg.norm(a, axis=-1, keepdims=True) + 1e-6) for a in (q, k))
@@ -69,46 +70,50 @@ def gka(p, x, c):
     g = log_decay(p, linear(p, "a_proj", x)) if c.use_forgetting_gate else np.zeros((T, H))
     o = np.zeros((T, H, D))
     for h in range(H):
-        M, S = np.zeros((D, D)), np.zeros((D, D))
+        M, S = np.zeros((N, N)), np.zeros((N, D))
         for t in range(T):
             M = np.exp(g[t, h]) * M + np.outer(k[t, h], k[t, h])
             S = np.exp(g[t, h]) * S + np.outer(k[t, h], v[t, h])
             query = q[t, h]
             if c.num_iter:
-                solved = np.linalg.solve(M + c.ridge_strength * np.linalg.norm(M) * np.eye(D), query)
+                solved = np.linalg.solve(M + c.ridge_strength * np.linalg.norm(M) * np.eye(N), query)
                 query = query + alpha[t, h] * (solved - query)
-            o[t, h] = (D**-0.5 if c.gla_rescale else 1) * S.T @ query
+            o[t, h] = (N**-0.5 if c.gla_rescale else 1) * S.T @ query
     return gated(p, o, x, c.norm_eps, c.use_gate)
 
 
 def gdn(p, x, c):
     c = c.options(GDNConfig)
+    N = c.state_size or D
     q, k, v = (linear(p, f"{n}_proj", x) for n in "qkv")
-    q, k, v = (heads(conv(p, f"{n}_conv1d", a) if c.use_short_conv else silu(a)) for n, a in zip("qkv", (q, k, v), strict=True))
+    sizes = zip("qkv", (q, k, v), (N, N, D), strict=True)
+    q, k, v = (heads(conv(p, f"{n}_conv1d", a) if c.use_short_conv else silu(a), size) for n, a, size in sizes)
     q, k = (a / np.sqrt((a * a).sum(-1, keepdims=True) + 1e-6) for a in (q, k))
     beta = sigmoid(linear(p, "b_proj", x)) * (2 if c.allow_neg_eigval else 1)
     g = log_decay(p, linear(p, "gk_proj", x))
     o = np.zeros((T, H, D))
     for h in range(H):
-        S = np.zeros((D, D))
+        S = np.zeros((N, D))
         for t in range(T):
             S = np.exp(g[t, h]) * S
             S = S + beta[t, h] * np.outer(k[t, h], v[t, h] - S.T @ k[t, h])
-            o[t, h] = D**-0.5 * S.T @ q[t, h]
+            o[t, h] = N**-0.5 * S.T @ q[t, h]
     return gated(p, o, x, c.norm_eps, c.use_gate)
 
 
 def mamba2(p, x, c):
-    z, v, b, cc, dt = np.split(linear(p, "in_proj", x), np.cumsum([H * D, HKV * D, HKV * D, H * D]), axis=1)
+    N = c.options(Mamba2Config).state_size or D
+    z, v, b, cc, dt = np.split(linear(p, "in_proj", x), np.cumsum([H * D, HKV * D, HKV * N, H * N]), axis=1)
     if c.qk_norm and c.options(Mamba2Config).use_qk_norm:
-        b = rms(b.reshape(T, -1, D), p["B_norm.weight"], 1e-6).reshape(T, -1)
-        cc = rms(cc.reshape(T, -1, D), p["C_norm.weight"], 1e-6).reshape(T, -1)
+        b = rms(b.reshape(T, -1, N), p["B_norm.weight"], 1e-6).reshape(T, -1)
+        cc = rms(cc.reshape(T, -1, N), p["C_norm.weight"], 1e-6).reshape(T, -1)
     mixed = conv(p, "conv1d", np.concatenate([v, b, cc], axis=1))
-    v, b, cc = (heads(a) for a in np.split(mixed, [HKV * D, 2 * HKV * D], axis=1))
+    v, b, cc = np.split(mixed, [HKV * D, HKV * (D + N)], axis=1)
+    v, b, cc = heads(v), heads(b, N), heads(cc, N)
     dt = np.log1p(np.exp(dt + p["dt_bias"]))
     y = np.zeros((T, H, D))
     for h in range(H):
-        S = np.zeros((D, D))
+        S = np.zeros((N, D))
         for t in range(T):
             S = np.exp(-np.exp(p["A_log"][h]) * dt[t, h]) * S + dt[t, h] * np.outer(b[t, h], v[t, h])
             y[t, h] = cc[t, h] @ S + p["D"][h] * v[t, h]
@@ -198,12 +203,15 @@ CASES = {
     "gka without gate, other eps and taps": ("gka", dict(gka=GKAConfig(use_gate=False, norm_eps=0.1, conv_size=3, **SOLVED))),
     "gka without rescaling": ("gka", dict(gka=GKAConfig(gla_rescale=False, norm_eps=0.1, ridge_strength=0.3, **SOLVED))),
     "gka without the solve": ("gka", dict(gka=GKAConfig(num_iter=0))),
+    "gka of a small state": ("gka", dict(gka=GKAConfig(state_size=3, ridge_strength=0.3, **SOLVED))),
     "gdn": ("gdn", dict(gdn=GDNConfig())),
+    "gdn of a small state": ("gdn", dict(gdn=GDNConfig(state_size=3))),
     "gdn without convolutions": ("gdn", dict(gdn=GDNConfig(use_short_conv=False))),
     "gdn of small inputs": ("gdn", dict(gdn=GDNConfig(use_short_conv=False))),
     "gdn with negative eigenvalues": ("gdn", dict(gdn=GDNConfig(allow_neg_eigval=True))),
     "gdn without gate, with biases": ("gdn", dict(gdn=GDNConfig(use_gate=False, conv_bias=True, norm_eps=0.1, conv_size=3))),
     "mamba2": ("mamba2", {}),
+    "mamba2 of a large state": ("mamba2", dict(mamba2=Mamba2Config(state_size=12))),
     "mamba2 without norms": ("mamba2", dict(mamba2=Mamba2Config(use_qk_norm=False))),
     "mamba2 of a source without norms": ("mamba2", dict(qk_norm=False)),
     "mamba3": ("mamba3", {}),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hybrid_jax.config import HeadHybridConfig
+from hybrid_jax.config import GDNConfig, GKAConfig, HeadHybridConfig, Mamba2Config, Mamba3Config
 from hybrid_jax.convert import load_model, save_model
 from hybrid_jax.memory import state_bytes_by_kind
 from hybrid_jax.parameters import split_model
@@ -120,3 +120,29 @@ def test_the_merge_counts_only_where_heads_are_kept():
     published, ours = (dataclasses.replace(tiny_config("GDN-*"), mixers=m) for m in ((), (SUM,)))
     assert HeadHybridConfig not in published.used_options()
     assert HeadHybridConfig in ours.with_pattern("GDN[0]-*").used_options()
+
+
+SMALL = {
+    "GKA": GKAConfig(state_size=3),
+    "GDN": GDNConfig(state_size=3),
+    "M2": Mamba2Config(state_size=3),
+    "M3": Mamba3Config(state_size=4),
+}
+
+
+@pytest.mark.parametrize("symbol", SMALL)
+def test_a_state_smaller_than_the_head_is_drawn_anew_where_attention_does_not_fit(symbol, tmp_path):
+    """Values, gate and output come from attention; keys and queries do not. It is exported with its size and loaded again."""
+    model = converted(f"{symbol}[1]-*", SMALL[symbol])
+    small = state_bytes_by_kind(model.config, 64)[symbol]
+    assert small < state_bytes_by_kind(tiny_config(f"{symbol}-*"), 64)[symbol]
+    attention = {n.removeprefix("layers.0.self_attn."): x for n, x in split_model(source())[1].items() if "layers.0.self_attn" in n}
+    mixer = {n.removeprefix("layers.0."): x for n, x in split_model(model)[1].items() if n.startswith("layers.0.")}
+    output = next(x for n, x in mixer.items() if n.endswith((".recurrent.o_proj.kernel", ".recurrent.out_proj.kernel")))
+    assert np.array_equal(output, attention["o_proj.kernel"])
+    kernel = next((x for n, x in mixer.items() if n.endswith(".recurrent.in_proj.kernel")), None)
+    value = kernel[:, 32:48] if kernel is not None else next(x for n, x in mixer.items() if n.endswith("recurrent.v_proj.kernel"))
+    assert np.array_equal(value, attention["v_proj.kernel"])
+    assert np.isfinite(np.asarray(model(IDS))).all()
+    save_model(model, tmp_path / "out", tokenizer_from=False)
+    assert load_model(tmp_path / "out").config == model.config
