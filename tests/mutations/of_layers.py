@@ -14,7 +14,34 @@ FORMULAS = "tests/layers/test_formulas.py"
 GKA, GDN, MAMBA2 = "hybrid_jax/layers/gka.py", "hybrid_jax/layers/gdn.py", "hybrid_jax/layers/mamba2.py"
 RECURRENT, MLP, BMOJO = "hybrid_jax/layers/recurrent.py", "hybrid_jax/layers/mlp.py", "hybrid_jax/layers/bmojo.py"
 
+HEADS, HYBRID = "tests/layers/test_head_hybrid.py", "hybrid_jax/layers/head_hybrid.py"
+KEPT = f"{HEADS}::test_kept_heads_compute_what_they_compute_in_the_source"
+
 MUTATIONS = [
+    Mutation(
+        HYBRID,
+        ".set(0)",
+        ".set(1e-3)",
+        "a kept head counts twice in the sum",
+        (f"{HEADS}::test_the_sum_begins_with_every_head_once",),
+    ),
+    Mutation(HYBRID, 'heads if module == "q_proj" else kv_heads', "kv_heads", "queries of other heads are kept", (KEPT,)),
+    Mutation(HYBRID, "return (a * deviation + mean)", "return (a * deviation)", "the mean is not matched", (HEADS,)),
+    Mutation(HYBRID, "safe_sqrt(", "jnp.sqrt(", "the deviation has no gradient at 0", (HEADS,)),
+    Mutation(
+        ATTENTION,
+        "None if len({found.count(h) for h in found}) == 1 else found",
+        "None",
+        "unequal groups are not repeated",
+        (KEPT,),
+    ),
+    Mutation(
+        INITIALIZE,
+        "set(new.kinds) <= set(old.kinds) and new.attention_heads == old.attention_heads",
+        "set(new.kinds) <= set(old.kinds)",
+        "a mixer becomes a hybrid of heads without attention to take them from",
+        (f"{HEADS}::test_only_attention_becomes_a_hybrid_of_heads",),
+    ),
     Mutation(
         GKA,
         "+ 1e-6\n            k, v = beta * k, beta * v",
@@ -29,7 +56,7 @@ MUTATIONS = [
         "without the alpha connection the solve is left out",
         (FORMULAS,),
     ),
-    Mutation(GKA, "scale=D**-0.5 if gka.gla_rescale else 1.0", "scale=D**-0.5", "gla_rescale is ignored", (FORMULAS,)),
+    Mutation(GKA, "scale=N**-0.5 if gka.gla_rescale else 1.0", "scale=N**-0.5", "gla_rescale is ignored", (FORMULAS,)),
     Mutation(
         GKA,
         "l2_normalize(a, eps_outside=True)",
@@ -60,8 +87,8 @@ MUTATIONS = [
     Mutation(MAMBA2, "self.D[...][:, None] * v", "0 * self.D[...][:, None] * v", "the skip D x is missing", (HMF,)),
     Mutation(
         MAMBA2,
-        "normed = config.qk_norm and config.options(Mamba2Config).use_qk_norm",
-        "normed = config.qk_norm",
+        "config.qk_norm and options.use_qk_norm",
+        "config.qk_norm",
         "use_qk_norm is ignored",
         (FORMULAS, "tests/priming/test_priming.py"),
     ),

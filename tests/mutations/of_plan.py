@@ -18,7 +18,7 @@ FLOOR = (f"{PLAN}::test_a_step_s_floor_and_the_hours_are_those_of_its_slowest_re
 
 MUTATIONS = [
     Mutation(FORMULA, "w * (1 - w / (2 * T))", "w * (1 - w / T)", "a causal row shows a query no keys", flops("kept")),
-    Mutation(FORMULA, "w = min(window or T, T)", "w = T", "windows cost as much as the row", flops("windows")),
+    Mutation(FORMULA, "w = min(attention.window or T, T)", "w = T", "windows cost as much as the row", flops("windows")),
     Mutation(FORMULA, "(layers + 2 * seen + head)", "(layers + seen + head)", "values are free when decoding", flops("decoded")),
     Mutation(
         FORMULA,

@@ -1,0 +1,86 @@
+"""Study: which mixers can track a state, when they are trained from scratch?
+
+    hybrid-jax sweep --config configs/studies/state_tracking.py:parity --out runs/studies/parity
+    hybrid-jax sweep --config configs/studies/state_tracking.py:modular --out runs/studies/modular
+    hybrid-jax sweep --config configs/studies/state_tracking.py:brackets --out runs/studies/brackets
+
+One layer learns the parity of bits; three layers learn arithmetic modulo 5, with and without brackets. Mamba-3, Mamba-3 without its
+rotation, Mamba-2, Gated DeltaNet and Gated DeltaNet with eigenvalues in [-1, 1] (the definitions and the comparison are those of
+arXiv 2603.15569, section 4, and 2411.12537). Expressions grow in three phases, to 40 tokens; then those of 40 to 160 tokens are
+measured too, which no mixer saw. Three seeds each. `configs/studies/state_tracking.py:parity-M3` is one experiment. It has not been
+run yet.
+"""
+
+from ml_collections import ConfigDict
+
+MIXERS = {
+    "M3": ("M3", {}),
+    "M3-fixed": ("M3", {"mamba3_config": {"rope_fraction": 0.0}}),
+    "M2": ("M2", {}),
+    "GDN": ("GDN", {}),
+    "GDN-signed": ("GDN", {"gdn_config": {"allow_neg_eigval": True}}),
+}
+TASKS = {  # name: (layers, task)
+    "parity": (1, {"task": "parity"}),
+    "modular": (3, {"task": "modular_arithmetic"}),
+    "brackets": (3, {"task": "modular_arithmetic", "brackets": True}),
+}
+LENGTHS = {"short": (3, 8), "middle": (3, 20), "long": (3, 40)}  # tokens of an expression, by phase
+STEPS = {"short": 300, "middle": 300, "long": 400}
+MEASURED = (8, 20, 40, 80, 160)
+ROWS = 128
+
+
+def get_config(which: str = "parity") -> ConfigDict:
+    task, _, mixer = which.partition("-")
+    if task not in TASKS or mixer not in ("", "evaluate", *MIXERS):
+        raise ValueError(f"state_tracking knows TASK, TASK-evaluate and TASK-MIXER of {', '.join(TASKS)} and {', '.join(MIXERS)}")
+    if not mixer:
+        configs, evaluate = ([f"configs/studies/state_tracking.py:{task}-{name}" for name in x] for x in (MIXERS, ["evaluate"]))
+        return ConfigDict({"configs": tuple(configs), "grid": {"seed": (1, 101, 201)}, "evaluate": {"config": evaluate[0]}})
+    layers, options = TASKS[task]
+    if mixer == "evaluate":
+        lengths = {"instrument": "recall", "task": task, "seq_len": 256, "grid": {"min_length,max_length": MEASURED}, "rows": 64}
+        return ConfigDict({"data": {"text": "stdlib", "tasks": {task: options}}, "instruments": {"length": lengths}})
+    symbol, mixers = MIXERS[mixer]
+    tasks = {phase: {**options, "min_length": low, "max_length": high} for phase, (low, high) in LENGTHS.items()}
+    phase = {
+        "objective": "next_token",
+        "batch_size": 32,
+        "seq_len": ROWS,
+        "optimizer": "adamw",
+        "learning_rate": 3e-3,
+        "warmup_steps": 20,
+        "schedule": "cosine",
+        "final_fraction": 0.1,
+        "weight_decay": 0.01,
+        "log_every": 50,
+    }
+    model = {
+        "model_type": "qwen3",
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 1024,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-6,
+        "initializer_range": 0.1,
+        "tie_word_embeddings": True,
+        "eos_token_id": 0,
+    }
+    return ConfigDict(
+        {
+            "model": model,
+            "pattern": "-".join([symbol] * layers),
+            "fresh_parameters": "torch",
+            "mixers": mixers,
+            "schedule": tuple(LENGTHS),
+            "phases": {name: {**phase, "steps": STEPS[name], "mix": {name: 1.0}} for name in LENGTHS},
+            "data": {"text": "stdlib", "tasks": tasks, "mix": {"long": 1.0}},
+            "seed": 1,
+        }
+    )
