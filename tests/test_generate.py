@@ -66,7 +66,7 @@ LOGITS = np.log(np.array([[0.05, 0.5, 0.15, 0.3], [0.4, 0.1, 0.3, 0.2]], np.floa
 def drawn(**options):
     """How often each token is drawn, of 4000 draws for each row of LOGITS."""
     logits = jnp.repeat(jnp.asarray(LOGITS), 4000, axis=0)
-    tokens = np.asarray(sample(logits, jax.random.key(0), Sampling(**options))).reshape(2, 4000)
+    tokens = np.asarray(sample(logits, jax.random.key_data(jax.random.key(0)), Sampling(**options))).reshape(2, 4000)
     return np.stack([np.bincount(row, minlength=4) / 4000 for row in tokens])
 
 

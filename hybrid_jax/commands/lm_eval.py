@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of parameters and activations"
     )
+    parser.add_argument("--mesh", default="", help="axes of devices, e.g. data=4,tensor=2; default: one device")
     parser.add_argument("--out", help="directory for results.json, and with --log-samples for samples_TASK.jsonl")
     parser.add_argument("--log-samples", action="store_true", help="with --out: also write every question with the model's answer")
 
@@ -59,14 +60,14 @@ def run(args: argparse.Namespace) -> None:
 
     from hybrid_jax.evaluate.lm_eval import HybridLM
     from hybrid_jax.files import write_text
-    from hybrid_jax.parallel.distributed import say
+    from hybrid_jax.parallel.distributed import is_first, say
 
     tasks = [name for name in args.tasks.split(",") if name]
     manager = TaskManager(include_path=args.include_path, metadata={"pretrained": args.model})
     known = {*manager.all_tasks, *manager.all_groups, *manager.all_tags}
     if unknown := [name for name in tasks if name not in known]:
         raise ValueError(f"--tasks: there is no task, group or tag {unknown[0]!r}; `lm-eval ls tasks` lists the harness's own")
-    model = HybridLM(args.model, batch_size=args.batch_size, max_length=args.max_length, dtype=args.dtype)
+    model = HybridLM(args.model, batch_size=args.batch_size, max_length=args.max_length, dtype=args.dtype, mesh=args.mesh)
     if args.apply_chat_template:
         model.chat_template(True)  # refuses a model without one before any text is downloaded
     results = simple_evaluate(
@@ -80,10 +81,10 @@ def run(args: argparse.Namespace) -> None:
         log_samples=args.log_samples,
     )
     assert results is not None  # it is None in other processes than the first
-    print(make_table(results))
+    say(make_table(results))
     if results.get("groups"):
-        print(make_table(results, "groups"))
-    if args.out:
+        say(make_table(results, "groups"))
+    if args.out and is_first():
         out = pathlib.Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
         for name, samples in (results.pop("samples", None) or {}).items():

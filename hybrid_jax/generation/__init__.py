@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from hybrid_jax.checks import check_integer
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.generation.defaults import GenerationDefaults, generation_defaults
 from hybrid_jax.generation.sampling import Sampling, sample
 from hybrid_jax.model import Decoder
+from hybrid_jax.parallel.distributed import whole_array
+from hybrid_jax.parallel.mesh import BATCH_AXES
+from hybrid_jax.parallel.placement import in_mesh
+from hybrid_jax.parallel.sharding import constrain
 from hybrid_jax.parameters import join_model, split_model
 
-__all__ = ["GenerationDefaults", "Sampling", "bucket", "check_prompts", "empty_state", "generate", "generation_defaults"]
+__all__ = ["GenerationDefaults", "Sampling", "bucket", "check_prompts", "empty_state", "generate", "generation_defaults", "rows_on"]
 
 # Prompts up to so long are read token by token where all rows are equally long: the program of one token reads them and
 # writes the answer, and compiling another one for the prompt takes seconds.
@@ -37,8 +43,25 @@ def _forward(
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def empty_state(structure: nnx.GraphDef, parameters: Mapping[str, jax.Array], batch: int, length: int) -> Any:
-    """Returns the state before the first token, with caches of `length` slots."""
-    return join_model(structure, parameters).init_state(batch, length)
+    """Returns the state before the first token, with caches of `length` slots; on the mesh in context, sharded by its axes."""
+    model = join_model(structure, parameters)
+    return jax.tree.map(lambda x, axes: constrain(x, *axes), model.init_state(batch, length), model.state_axes())
+
+
+def rows_on(mesh: Mesh | None, rows: int) -> int:
+    """Returns the next number of rows that the mesh divides.
+
+    Raises:
+      ValueError: the mesh shards tokens, of which there is one at a time.
+    """
+    if mesh is None:
+        return rows
+    if mesh.shape["seq"] > 1:
+        raise ValueError(
+            "generation does not shard tokens over the mesh: give a mesh whose 'seq' is 1, with more 'tensor' or 'data'"
+        )
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    return -(-rows // shards) * shards
 
 
 def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[np.ndarray]:
@@ -85,6 +108,7 @@ def generate(
     on_token: Callable[[np.ndarray], None] | None = None,
     ended: Callable[[int, list[int]], bool] | None = None,
     padded_to: int = 0,
+    mesh: Mesh | None = None,
 ) -> list[list[int]]:
     """Continues token sequences, all rows at once.
 
@@ -100,18 +124,23 @@ def generate(
       on_token: called with every step's ids [B].
       ended: called with a row's number and its new ids after each of them; True ends the row, which keeps them all.
       padded_to: prompts are padded to at least so many tokens; with a `bucket`, batches of various lengths share a program.
+      mesh: that the model is on; rows are sharded over its batch axes, heads over `tensor`, and rows that it does not divide are
+        filled up. Every process of a job must call this, and all get all rows. None: one device.
 
     Returns:
       The new ids of each row.
 
     Raises:
-      ValueError: an empty prompt, an id outside the vocabulary, more tokens than the model has positions, or a bad option.
+      ValueError: an empty prompt, an id outside the vocabulary, more tokens than the model has positions, a bad option, or a mesh
+        that shards tokens.
     """
     sampling = Sampling(temperature, top_p, top_k)
     rows_in = check_prompts(model.config, prompts, max_new_tokens)
     ends = [] if eos_id is None else [eos_id] if isinstance(eos_id, (int, np.integer)) else list(eos_id)
     ends = [check_integer("eos_id", i, minimum=0, maximum=model.config.vocab_size - 1) for i in ends]
-    B, longest = len(rows_in), max(padded_to, *map(len, rows_in))
+    count, longest = len(rows_in), max(padded_to, *map(len, rows_in))
+    B = rows_on(mesh, count)
+    rows_in += [rows_in[-1]] * (B - count)
     ids = np.zeros((B, longest), np.int32)
     segments = np.zeros((B, longest), np.int32)
     for row, prompt in enumerate(rows_in):
@@ -121,27 +150,30 @@ def generate(
 
     structure, parameters = split_model(model)
     slots = -(-(longest + max_new_tokens) // SLOTS) * SLOTS
-    state = empty_state(structure, parameters, B, slots)
     at_a_time = 1 if segments.all() and longest <= STEPWISE else longest  # steps of one token cannot leave out padding
-    for begin in range(0, longest, at_a_time):
-        part = np.s_[:, begin : begin + at_a_time]
-        logits, state = _forward(structure, parameters, ids[part], segments[part], positions[part], state)
+    with in_mesh(mesh):
+        state = empty_state(structure, parameters, B, slots)
+        for begin in range(0, longest, at_a_time):
+            part = np.s_[:, begin : begin + at_a_time]
+            logits, state = _forward(structure, parameters, ids[part], segments[part], positions[part], state)
     key, position = jax.random.key(check_integer("seed", seed)), positions[:, -1:]
-    rows: list[list[int]] = [[] for _ in range(B)]
-    alive = np.ones(B, bool)
+    rows: list[list[int]] = [[] for _ in range(count)]
+    alive = np.arange(B) < count
     ones = np.ones((B, 1), np.int32)
     for step in range(max_new_tokens):
         key, now = jax.random.split(key)
-        token = np.asarray(sample(logits, now, sampling), np.int32)
+        with in_mesh(mesh):
+            token = whole_array(sample(logits, np.asarray(jax.random.key_data(now)), sampling)).astype(np.int32)
         alive &= ~np.isin(token, ends)
         if not alive.any():
             break
         if on_token is not None:
-            on_token(token)
+            on_token(token[:count])
         for row in np.flatnonzero(alive):
             rows[row].append(int(token[row]))
             alive[row] = ended is None or not ended(int(row), rows[row])
         if step + 1 < max_new_tokens:
             position = position + 1
-            logits, state = _forward(structure, parameters, token[:, None], ones, position, state)
+            with in_mesh(mesh):
+                logits, state = _forward(structure, parameters, token[:, None], ones, position, state)
     return rows

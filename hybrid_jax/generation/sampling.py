@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,8 +62,11 @@ def adjusted(logits: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="sampling")
-def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    """Returns one token id for each row of logits [B, vocab], as an array [B]."""
+def sample(logits: jax.Array, key_data: Any, sampling: Sampling) -> jax.Array:
+    """Returns one token id for each row of logits [B, vocab], as an array [B], drawn by the key of `key_data`.
+
+    The key comes as its numbers, in numpy, which are the same on the hosts of a mesh and belong to no device.
+    """
     if sampling.greedy:
         return jnp.argmax(logits.astype(jnp.float32), axis=-1)
-    return jax.random.categorical(key, adjusted(logits, sampling))
+    return jax.random.categorical(jax.random.wrap_key_data(key_data), adjusted(logits, sampling))

@@ -1,11 +1,13 @@
-"""A process of a job that scores the tokens of packed rows on a mesh of eight devices, and compares with one device."""
+"""A process of a job that scores rows, continues prompts and scores continuations on a mesh, and compares with one device."""
 
 import sys
 
 import jax
 import numpy as np
 
+from hybrid_jax.evaluate.lm_eval.scoring import Scorer
 from hybrid_jax.evaluate.token_scores import token_scores
+from hybrid_jax.generation import generate
 from hybrid_jax.parallel.mesh import make_mesh
 from hybrid_jax.parallel.sharding import load_sharded
 from hybrid_jax.parameters import join_model, logical_axes, split_model
@@ -30,6 +32,29 @@ def main(process, processes, port):
     same = np.mean(got.right[counted] == want.right[counted])
     if process == "0":
         print(f"losses {relative_error(got.losses[counted], want.losses[counted]):.1e}, right {same:.3f}", flush=True)
+    continuations(process)
+
+
+def continuations(process):
+    """Greedy and drawn continuations, and log-probabilities after shared prefixes, of a model with every kind of state."""
+    model = tiny_model("*-GKA-SWA-GDN[1,2,3]-M3", vocab_size=62, gka=WELL_CONDITIONED)
+    structure, parameters = split_model(model)
+    mesh, axes = make_mesh({"data": 2, "fsdp": 2, "tensor": 2}), logical_axes(model)
+    placed = {name: load_sharded(mesh, name, np.asarray(p), axes[name]) for name, p in parameters.items()}
+    placed = join_model(structure, placed)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 62, n).tolist() for n in (9, 3, 5)]  # three rows on four shards
+    prefix = rng.integers(0, 62, 20).tolist()
+    queries = [(prefix, [1, 2]), (prefix, [3]), (prompts[0], [4, 5, 6]), (prefix, [7, 8, 9])]
+    same = []
+    for options in ({}, dict(temperature=1.0, top_k=5, seed=3)):
+        want = generate(model, prompts, max_new_tokens=6, **options)
+        same.append(want == generate(placed, prompts, max_new_tokens=6, mesh=mesh, **options))
+    want, got = (dict(scorer(queries, 64)) for scorer in (Scorer(model, 3), Scorer(placed, 3, mesh)))
+    worst = max(abs(got[n].log_probability - want[n].log_probability) for n in range(len(queries)))
+    greedy = all(got[n].greedy == want[n].greedy for n in range(len(queries)))
+    if process == "0":
+        print(f"continued {same}, scored {worst:.1e} {greedy}", flush=True)
 
 
 if __name__ == "__main__":

@@ -42,9 +42,12 @@ def test_two_processes_give_one_device_s_gradients(case):
     check([case], 2)
 
 
-def test_two_processes_score_every_token_as_one_device_does():
-    losses, right = re.search(r"losses (\S+), right (\S+)", run_processes("tests.distributed.scores", 2)).groups()
+def test_two_processes_score_and_continue_as_one_device_does():
+    said = run_processes("tests.distributed.scores", 2)
+    losses, right = re.search(r"losses (\S+), right (\S+)", said).groups()
     assert float(losses) < TOLERANCE and float(right) == 1
+    continued, error, greedy = re.search(r"continued (.*), scored (\S+) (\S+)", said).groups()
+    assert (continued, greedy) == ("[True, True]", "True") and float(error) < 1e-4  # of log-probabilities of about 10 nats
 
 
 @pytest.mark.long

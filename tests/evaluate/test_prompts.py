@@ -9,6 +9,7 @@ import pytest
 from hybrid_jax.evaluate.instruments import Subject, make_instrument, prompts
 from hybrid_jax.evaluate.prompts import SUITES
 from hybrid_jax.evaluate.prompts.contract import read_examples
+from hybrid_jax.parallel.mesh import abstract_mesh
 from tests.conftest import tiny_model
 
 
@@ -152,6 +153,8 @@ def test_suites_and_meshes_that_do_not_work_are_refused(corpus):
         make_instrument("p", dict(instrument="prompts", suite="riddles"))
     with pytest.raises(FileNotFoundError):
         make_instrument("p", dict(instrument="prompts", path="nowhere")).check(tiny_model("*").config, corpus)
+    with pytest.raises(ValueError, match="give a mesh whose 'seq' is 1"):
+        make_instrument("p", dict(instrument="prompts")).check(tiny_model("*").config, corpus, abstract_mesh({"seq": 2}))
 
 
 def test_a_line_of_a_file_may_hold_separators_that_are_no_ends_of_lines(tmp_path):

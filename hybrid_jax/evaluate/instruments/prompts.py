@@ -19,7 +19,7 @@ from hybrid_jax.evaluate.instruments.contract import Instrument, Progress, Subje
 from hybrid_jax.evaluate.measurement import Measurement, weighted_mean
 from hybrid_jax.evaluate.prompts import SUITES
 from hybrid_jax.evaluate.prompts.contract import Example, read_examples
-from hybrid_jax.generation import bucket, generate, generation_defaults
+from hybrid_jax.generation import bucket, generate, generation_defaults, rows_on
 from hybrid_jax.parallel.distributed import say
 
 
@@ -55,8 +55,7 @@ class Prompts(Instrument):
         check_boolean("chat", self.chat)
 
     def check(self, config: ModelConfig, corpus: Corpus, mesh: Mesh | None = None) -> None:
-        if mesh is not None:
-            raise ValueError("prompts: generation runs on one device; evaluate prompts without a mesh")
+        rows_on(mesh, self.batch_size)
         if self.chat:
             _template(config)
         _ = self.examples
@@ -85,7 +84,8 @@ class Prompts(Instrument):
         for begin in range(0, len(order), self.batch_size):
             batch = order[begin : begin + self.batch_size]
             length = bucket(max(len(tokens[n]) for n in batch))
-            rows = generate(subject.model, [tokens[n] for n in batch], max_new_tokens=new, eos_id=ends, padded_to=length)
+            prompts = [tokens[n] for n in batch]
+            rows = generate(subject.model, prompts, max_new_tokens=new, eos_id=ends, padded_to=length, mesh=subject.mesh)
             for n, row in zip(batch, rows, strict=True):
                 text = decode_continuation(subject.tokenizer, tokens[n], row)
                 scores[n], empty[n] = suite.score(text, examples[n]), not text.strip()

@@ -26,6 +26,7 @@ from hybrid_jax.evaluate.lm_eval.scoring import Score, Scorer
 from hybrid_jax.files import find_shipped
 from hybrid_jax.generation import bucket, generate, generation_defaults
 from hybrid_jax.parallel.distributed import notice
+from hybrid_jax.parallel.mesh import check_mesh_fits, make_mesh, parse_mesh
 from hybrid_jax.progress import progress_bar
 
 
@@ -45,10 +46,11 @@ class HybridLM(TemplateLM):
       add_bos_token: whether texts are encoded with the tokenizer's special tokens; default: True.
       seed: of what is sampled.
       max_batch_size, device: of the harness; they have no effect, which is reported.
+      mesh: axes of devices, `data=4,tensor=2` or, where the harness's own command reads it, `data:4;tensor:2`; empty: one device.
+        Of a job of several processes every one gets the same results.
 
     Raises:
-      ValueError, FileNotFoundError: no usable model or tokenizer, or a wrong option.
-      NotImplementedError: a job of several processes.
+      ValueError, FileNotFoundError: no usable model or tokenizer, a wrong option, or a job of several processes without a mesh.
     """
 
     def __init__(
@@ -63,10 +65,9 @@ class HybridLM(TemplateLM):
         seed: int = 0,
         max_batch_size: int | None = None,
         device: str | None = None,
+        mesh: str = "",
     ):
         super().__init__()
-        if jax.process_count() > 1:
-            raise NotImplementedError("lm_eval runs in one process; start it on one host")
         for name, value in (("max_batch_size", max_batch_size), ("device", device)):
             if value is not None:
                 notice(f"lm_eval: {name} = {value} has no effect; batch_size and JAX's own choice of device decide")
@@ -88,8 +89,13 @@ class HybridLM(TemplateLM):
         self._prefix = check_integer("prefix_token_id", prefix, minimum=0, maximum=config.vocab_size - 1)
         self._prefix_text = self.tokenizer.decode([self._prefix], skip_special_tokens=False)
         self._ends = sorted({self._eot, *(generation_defaults(self.directory, config).eos_ids or ())})
-        self.model = load_model(self.directory, dtype=dtype)
-        self.scorer = Scorer(self.model, self.batch_size)
+        self.mesh = make_mesh(parse_mesh(mesh.replace(";", ",").replace(":", "="))) if mesh else None
+        if self.mesh is None and jax.process_count() > 1:
+            raise ValueError("lm_eval: a job of several processes needs a mesh of all their devices, e.g. data=8")
+        if self.mesh is not None:
+            check_mesh_fits(config, self.mesh)
+        self.model = load_model(self.directory, dtype=dtype, mesh=self.mesh)
+        self.scorer = Scorer(self.model, self.batch_size, self.mesh)
         self.truncated: dict[str, Counter[str]] = {}  # by method: how many inputs were truncated, by how many tokens
         self._without_system = False  # whether it was reported that the template refuses system messages
 
@@ -247,6 +253,7 @@ class HybridLM(TemplateLM):
             seed=seed,
             ended=ended,
             padded_to=bucket(max(map(len, prompts))),
+            mesh=self.mesh,
             **dataclasses.asdict(options.sampling),
         )
         texts = [self.tokenizer.decode(new) for new in found[: len(prompts)]]

@@ -11,11 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from hybrid_jax.evaluate.lm_eval.prefixes import Group, Row, group_by_prefix, make_rows
-from hybrid_jax.generation import bucket, empty_state
+from hybrid_jax.generation import bucket, empty_state, rows_on
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.cross_entropy import cross_entropy
+from hybrid_jax.parallel.distributed import whole_array
+from hybrid_jax.parallel.placement import in_mesh
 from hybrid_jax.parallel.tiles import top_k_tokens
 from hybrid_jax.parameters import Parameters, join_model, split_model
 
@@ -55,13 +58,13 @@ def _forked(structure: nnx.GraphDef, parameters: Parameters, state: Any, rows: A
 
 @jax.jit
 def _picked(hidden: jax.Array, rows: Any, columns: Any) -> jax.Array:
-    """Returns the hidden states [1, M, hidden] at (rows, columns) of hidden [B, T, hidden]."""
-    return hidden[rows, columns][None]
+    """Returns the hidden states [R, M, hidden] at (rows, columns) [R, M] of hidden [B, T, hidden]."""
+    return hidden[rows, columns]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _scores(structure: nnx.GraphDef, parameters: Parameters, hidden: jax.Array, targets: Any) -> tuple[jax.Array, jax.Array]:
-    """Returns log p of the targets [1, M] after the hidden states [1, M, hidden], and whether each is the most likely token."""
+    """Returns log p of the targets [R, M] after the hidden states [R, M, hidden], and whether each is the most likely token."""
     head = join_model(structure, parameters).head
     best = top_k_tokens(hidden, head, 1)[0][..., 0]
     return -cross_entropy(hidden, head, targets), best == targets
@@ -74,11 +77,13 @@ class Scorer:
 
     Args:
       batch_size: rows at a time.
+      mesh: that the model is on; batches are filled up to what it divides. None: one device.
     """
 
-    def __init__(self, model: Decoder, batch_size: int):
+    def __init__(self, model: Decoder, batch_size: int, mesh: Mesh | None = None):
         self.structure, self.parameters = split_model(model)
-        self.batch_size = batch_size
+        self.mesh, self.shards = mesh, rows_on(mesh, 1)
+        self.batch_size = rows_on(mesh, batch_size)
 
     def __call__(self, queries: Sequence[tuple[Sequence[int], Sequence[int]]], max_length: int) -> Iterator[tuple[int, Score]]:
         """Yields (number of the query, its score) for all queries, in the order in which they are computed.
@@ -92,7 +97,9 @@ class Scorer:
         for begin in range(0, len(alone), self.batch_size):
             rows = alone[begin : begin + self.batch_size]
             ids, segments = self._padded([row.ids for row in rows])
-            yield from self._answers(rows, 0, _forward(self.structure, self.parameters, ids, segments))
+            with in_mesh(self.mesh):
+                hidden = _forward(self.structure, self.parameters, ids, segments)
+            yield from self._answers(rows, 0, hidden)
         for pack in self._packs([group for group in groups if group.shared]):
             yield from self._after_prefixes(pack)
 
@@ -129,13 +136,14 @@ class Scorer:
             shared[: len(part)] = [pack[n].shared for n, _ in part]
             ids, segments = self._padded([row.ids[pack[n].shared :] for n, row in part])
             positions = shared[:, None] + np.arange(ids.shape[1], dtype=np.int32)
-            forked = _forked(self.structure, self.parameters, state, owners)
-            hidden, _ = _continued(self.structure, self.parameters, ids, segments, positions, forked)
+            with in_mesh(self.mesh):
+                forked = _forked(self.structure, self.parameters, state, owners)
+                hidden, _ = _continued(self.structure, self.parameters, ids, segments, positions, forked)
             yield from self._answers([row for _, row in part], shared, hidden)
 
     def _after(self, prefixes: Sequence[Sequence[int]], room: int) -> Any:
         """Returns the state after prefixes, which are padded on the left, with caches that have room for so many tokens more."""
-        G = 1 if len(prefixes) == 1 else self.batch_size // 2  # groups have at least two rows
+        G = rows_on(self.mesh, 1 if len(prefixes) == 1 else self.batch_size // 2)  # groups have at least two rows
         longest = max(map(len, prefixes))
         P = bucket(longest)
         chunk = P if P <= CHUNK else math.gcd(P, CHUNK)
@@ -145,10 +153,11 @@ class Scorer:
             ids[row, P - len(tokens) :] = tokens
             segments[row, P - len(tokens) :] = 1
         positions = np.maximum(np.cumsum(segments, axis=1, dtype=np.int32) - 1, 0)
-        state = empty_state(self.structure, self.parameters, G, P + room)
-        for begin in range((P - longest) // chunk * chunk, P, chunk):  # chunks of padding alone are left out
-            part = np.s_[:, begin : begin + chunk]
-            _, state = _continued(self.structure, self.parameters, ids[part], segments[part], positions[part], state)
+        with in_mesh(self.mesh):
+            state = empty_state(self.structure, self.parameters, G, P + room)
+            for begin in range((P - longest) // chunk * chunk, P, chunk):  # chunks of padding alone are left out
+                part = np.s_[:, begin : begin + chunk]
+                _, state = _continued(self.structure, self.parameters, ids[part], segments[part], positions[part], state)
         return state
 
     def _answers(self, rows: Sequence[Row], shared: Any, hidden: jax.Array) -> Iterator[tuple[int, Score]]:
@@ -165,12 +174,13 @@ class Scorer:
             for k, target in enumerate(targets)
         ]
         numbers, *arrays = np.array(places, np.int32).T
-        size = 16
+        size = 16 * self.shards
         while size < len(places):
             size *= 4
-        at_rows, columns, targets = (np.pad(x, (0, size - len(places))) for x in arrays)
-        found = _scores(self.structure, self.parameters, _picked(hidden, at_rows, columns), targets[None])
-        logs, greedy = (np.asarray(x)[0, : len(places)] for x in found)
+        at_rows, columns, targets = (np.pad(x, (0, size - len(places))).reshape(self.shards, -1) for x in arrays)
+        with in_mesh(self.mesh):
+            found = _scores(self.structure, self.parameters, _picked(hidden, at_rows, columns), targets)
+        logs, greedy = (whole_array(x).reshape(-1)[: len(places)] for x in found)
         for n in dict.fromkeys(numbers.tolist()):
             own = numbers == n
             yield n, Score(float(np.sum(logs[own], dtype=np.float64)), bool(greedy[own].all()))
