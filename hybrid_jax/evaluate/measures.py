@@ -55,9 +55,7 @@ def mesh_batches(
     for begin in range(0, len(indices), batch_size):
         places = [begin + row for row in mine]
         found = [rows[indices[place]] if place < len(indices) else None for place in places]
-        own = {
-            name: np.stack([np.zeros_like(like[name]) if row is None else row[name] for row in found]) for name in (*ARRAYS, *more)
-        }
+        own = {name: np.stack([np.zeros_like(like[name]) if row is None else row[name] for row in found]) for name in names}
         batch = training_batch(own, seq) | {name: to_zigzag(own[name], seq) for name in more}
         yield to_mesh(mesh, batch, batch_size, mine)
 
