@@ -42,9 +42,10 @@ def test_two_processes_give_one_device_s_gradients(case):
     check([case], 2)
 
 
-def test_two_processes_score_every_token_as_one_device_does():
-    losses, right = re.search(r"losses (\S+), right (\S+)", run_processes("tests.distributed.scores", 2)).groups()
-    assert float(losses) < TOLERANCE and float(right) == 1
+def test_two_processes_score_every_token_and_read_every_matrix_as_one_device_does():
+    out = run_processes("tests.distributed.scores", 2)
+    roles, losses, right = re.search(r"roles (\S+)\nlosses (\S+), right (\S+)", out).groups()
+    assert float(losses) < TOLERANCE and float(right) == 1 and float(roles) < TOLERANCE
 
 
 @pytest.mark.long

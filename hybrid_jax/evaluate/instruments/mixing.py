@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -22,6 +22,7 @@ from hybrid_jax.evaluate.measures import mesh_batches
 from hybrid_jax.layers import mixer_class
 from hybrid_jax.layers.mixing import over_blocks
 from hybrid_jax.mixers import KINDS
+from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.distributed import whole_array
 from hybrid_jax.parallel.placement import in_mesh
 from hybrid_jax.parallel.sequence import positions_of, zigzag_order
@@ -93,14 +94,8 @@ class Mixing(Instrument):
         return [add_roles(task.example(i), getattr(task, "key_tokens", 1)) for i in range(count)]
 
     def measure(self, subject: Subject, progress: Progress = lambda done, total: None) -> list[Measurement]:
-        structure, parameters = split_model(subject.model)
-        rows, found = self._rows(subject.corpus, self.rows), []
-        batches = mesh_batches(rows, range(self.rows), self.batch_size, subject.mesh, more=ROLES)
-        with in_mesh(subject.mesh):
-            for batch in batches:
-                found.append(np.asarray(whole_array(_sums(structure, parameters, batch)), np.float64))
-                progress(min(len(found) * self.batch_size, self.rows), self.rows)
-        sums = np.concatenate(found, axis=2)[:, :, : self.rows]  # [layers, measures, rows, heads]
+        rows = self._rows(subject.corpus, self.rows)
+        sums = role_sums(subject.model, rows, mesh=subject.mesh, batch_size=self.batch_size, progress=progress)
         counts = np.stack([_counts(row) for row in rows], axis=1)  # [measures, rows]
         means = np.divide(sums, counts[..., None], out=np.zeros_like(sums), where=counts[..., None] > 0)
         kinds = [spec.kind for spec in subject.model.config.layers]
@@ -141,6 +136,27 @@ def add_roles(row: Row, key_tokens: int) -> Row:
         begins[last] = max(first - key_tokens, 0)
         evidence_begin[run - 1], evidence_end[run - 1] = first, last + 1
     return {**row, **{n: x.astype(np.int32) for n, x in zip(ROLES, (begins, evidence_begin, evidence_end), strict=True)}}
+
+
+def role_sums(
+    model: Decoder,
+    rows: Sequence[Row],
+    *,
+    mesh: Mesh | None = None,
+    batch_size: int = 8,
+    progress: Progress = lambda done, total: None,
+) -> np.ndarray:
+    """Returns the sums of `MEASURES` over the tokens of every row, [layers, measures, rows, heads].
+
+    Args:
+      rows: with the arrays of `ROLES`.
+    """
+    (structure, parameters), found = split_model(model), []
+    with in_mesh(mesh):
+        for batch in mesh_batches(rows, range(len(rows)), batch_size, mesh, more=ROLES):
+            found.append(np.asarray(whole_array(_sums(structure, parameters, batch)), np.float64))
+            progress(min(len(found) * batch_size, len(rows)), len(rows))
+    return np.concatenate(found, axis=2)[:, :, : len(rows)]
 
 
 def _counts(row: Row) -> np.ndarray:
