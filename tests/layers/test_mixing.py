@@ -26,8 +26,8 @@ CASES = {
     "gka": ("gka", dict(gka=GKAConfig(chunk_size=16))),
     "gka, no gates": ("gka", dict(gka=GKAConfig(use_beta_gate=False, use_alpha_connection=False), num_kv_heads=4)),
     "mamba2": ("mamba2", dict(mamba2=Mamba2Config())),
-    "mamba3": ("mamba3", dict(mamba3=Mamba3Config(out_norm=True))),
-    "mamba3 of rank 3": ("mamba3", dict(mamba3=Mamba3Config(rank=3))),
+    "mamba3": ("mamba3", dict(mamba3=Mamba3Config())),
+    "mamba3 of rank 3": ("mamba3", dict(mamba3=Mamba3Config(rank=3, out_norm=False))),
 }
 
 
