@@ -79,8 +79,8 @@ class Mixing(Instrument):
         for layer, spec in enumerate(config.layers):
             if not hasattr(mixer_class(spec.kind, config, layer), "mixing"):
                 raise ValueError(
-                    f"mixing: layer {layer} ({spec.symbol}) has no mixing matrices (`layers.mixer.Mixer`); the instrument `heads` "
-                    "measures every mixer"
+                    f"mixing: layer {layer} ({spec.symbol}) has no mixing matrices (see `layers.mixer.Mixer`); measure this model "
+                    "without the instrument"
                 )
         if self.task not in corpus.tasks:
             raise ValueError(f"mixing: no synthetic task is named {self.task!r}; have {', '.join(corpus.tasks)}")
