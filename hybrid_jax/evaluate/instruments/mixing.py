@@ -51,7 +51,7 @@ class Mixing(Instrument):
 
     Each is a share from 0 to 1 and a mean over the tokens that it is of; a row of M that is 0 counts as 0. They are measured at
     {"layer": l, "head": h}, as means over the heads of all layers of a mixer at {"mixer": symbol}, and over all heads. The roles
-    are those of Gather-and-Aggregate (arXiv 2504.18574, which shows them in pictures and by removing heads, and says that heads of
+    are those of Gather-and-Aggregate (arXiv 2504.18574, which finds them by removing heads, and says that heads of
     recurrent mixers have smoother rows); the formulas are ours. What a head does to the answer is what `heads` measures.
 
     Args:
