@@ -32,7 +32,7 @@ def looking_back(distance, config, size=500.0):
 def test_heads_that_were_built_for_a_role_have_it(corpus):
     """`<pairs> key value <ask> key value`: the value is one token behind its key, and two before the token that predicts it."""
     model = tiny_model("*", vocab_size=corpus.tokenizer.get_vocab_size(), qk_norm=False)
-    attention, config = model.layers[0].self_attn, model.config
+    attention, config = model.layers[0].mixer("attention"), model.config
     model.embed_tokens.embedding.set_value(jnp.ones_like(model.embed_tokens.embedding[...]))  # every token is 1, ..., 1
     key, back = looking_back(2, config)
     queries = [jnp.zeros(8), back, looking_back(1, config)[1], looking_back(0, config)[1]]
@@ -66,7 +66,8 @@ def test_every_number_is_that_of_the_matrices(corpus):
     found = measured(model, corpus)
     task = corpus.task("retrieval", 26, 987_654_321, held_out=True, max_pairs=3)
     rows = [task.example(i) for i in range(3)]
-    hidden, at = model.inputs(*(np.stack([row[name] for row in rows]) for name in ("input_ids", "segment_ids")))
+    ids, segments = (jnp.stack([jnp.asarray(row[name]) for row in rows]) for name in ("input_ids", "segment_ids"))
+    hidden, at = model.inputs(ids, segments)
     totals = {}
     for layer, (symbol, one) in enumerate(zip(("*", "GDN"), model.layers, strict=True)):
         matrices, hidden = matrices_and_next(one, hidden, at)

@@ -1,6 +1,7 @@
 """Mixing matrices: a mixer's output is made of its matrices and its values, in blocks of rows too, with gradients."""
 
 import functools
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,8 @@ from tests.conftest import relative_error, tiny_config
 
 B, T = 2, 37  # more than a chunk of GKA, and no multiple of one
 SEGMENTS = np.stack([np.repeat([1, 2, 3, 0], [19, 1, 14, 3]), np.repeat([1, 2, 0], [8, 27, 2])])
-X = np.random.default_rng(0).normal(size=(B, T, 24)).astype(np.float32)
-AT = dict(positions=positions_of(SEGMENTS), segment_ids=jnp.asarray(SEGMENTS))
+X = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, 24)), jnp.float32)
+AT = dict(positions=jnp.asarray(positions_of(SEGMENTS)), segment_ids=jnp.asarray(SEGMENTS))
 CASES = {
     "attention": ("attention", {}),
     "swa": ("swa", {}),
@@ -32,12 +33,12 @@ CASES = {
 
 
 @functools.cache
-def mixer(case):
+def mixer(case) -> Any:
     """A mixer whose biases, gates and skips are not what they are at first."""
     kind, changes = CASES[case]
     made, rng, flat = make_mixer(kind, tiny_config("*", **changes), 0, rngs=nnx.Rngs(0)), np.random.default_rng(1), []
     for path, parameter in nnx.to_flat_state(nnx.state(made)):
-        name, value = path[-1], parameter[...]
+        name, value = str(path[-1]), parameter[...]
         if name in ("mimo_x", "mimo_o"):  # the channels of a head agree
             value = jnp.broadcast_to(rng.normal(size=(*value.shape[:2], 1)).astype(np.float32), value.shape)
         elif value.ndim == 1 or name.endswith("_bias"):
@@ -93,7 +94,7 @@ def test_a_distance_of_matrices_has_the_gradient_that_its_differences_say(case):
     @jax.jit
     @jax.value_and_grad
     def distance(parameters):
-        student = nnx.merge(graph, parameters).mixing(X, **AT)
+        student = cast(Any, nnx.merge(graph, parameters)).mixing(X, **AT)
         return jnp.sum(over_blocks(lambda begin, a, b: jnp.sum((a - b) ** 2), student, teacher, rows=32))
 
     way = jax.tree.map(lambda x: jnp.asarray(np.random.default_rng(2).normal(size=x.shape), x.dtype), parameters)

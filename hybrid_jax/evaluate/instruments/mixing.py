@@ -102,7 +102,7 @@ class Mixing(Instrument):
 
         def of(number: int, values: np.ndarray, **at: float | int | str) -> Measurement | None:
             """Returns a measure, the mean of values [layers, rows, heads] over layers and heads."""
-            return weighted_mean(MEASURES[number], values.mean(axis=(0, 2)), counts[number], share=True, **at)
+            return weighted_mean(MEASURES[number], values.mean(axis=(0, 2)), counts[number], "share", share=True, **at)
 
         measured = [of(n, means[:, n]) for n in range(len(MEASURES))]
         for kind in dict.fromkeys(kinds):
