@@ -1,10 +1,11 @@
-"""Which heads of a model retrieve: each head is removed in turn, and what is lost is measured.
+"""Which heads of a model retrieve: each head is removed in turn, and the heads' mixing matrices are read.
 
     hybrid-jax evaluate --model source=launch/tiny_qwen3 --config configs/analyze_heads.py --out runs/heads
 
 The probes are those of Gather-and-Aggregate (arXiv 2504.18574): a dictionary of 20 and of 50 pairs, of which pairs are asked, and
-multiple choice by letter; and needles in text. The report has a picture of layer by head for each. It works for attention and
-for every recurrent mixer, and on any mesh (`mesh`).
+multiple choice by letter; and needles in text. `heads` measures what is lost without a head; `mixing` how much a head gathers
+facts on their last tokens, how much it aggregates them where they are asked, and how sharp its rows are, also as means by mixer.
+The report has a picture of layer by head for each. It works for attention and for every recurrent mixer, and on any mesh (`mesh`).
 """
 
 from ml_collections import ConfigDict
@@ -19,5 +20,7 @@ def get_config() -> ConfigDict:
         "letters": {"task": "letter_choice"},
         "needle": {"task": "needles", "min_needles": 1, "max_needles": 1, "ask": "end"},
     }
-    instruments = {name: {"instrument": "heads", "task": name, "seq_len": SEQ_LEN, "rows": ROWS} for name in tasks}
-    return ConfigDict({"data": {"text": "stdlib", "tasks": tasks}, "instruments": instruments})
+    probe = {"seq_len": SEQ_LEN, "rows": ROWS}
+    removed = {name: {"instrument": "heads", "task": name, **probe} for name in tasks}
+    matrices = {f"mixing_{name}": {"instrument": "mixing", "task": name, **probe} for name in tasks}
+    return ConfigDict({"data": {"text": "stdlib", "tasks": tasks}, "instruments": removed | matrices})

@@ -18,6 +18,7 @@ from hybrid_jax.data.packing import Row, Rows
 from hybrid_jax.parallel.cross_entropy import cross_entropy
 from hybrid_jax.parallel.mesh import BATCH_AXES
 from hybrid_jax.parallel.placement import own_rows, to_mesh
+from hybrid_jax.parallel.sequence import to_zigzag
 from hybrid_jax.parallel.tiles import top_k_tokens
 from hybrid_jax.parameters import Parameters, join_model
 
@@ -39,7 +40,7 @@ def batch_sums(structure: Any, parameters: Parameters, batch: Mapping[str, Any])
 
 
 def mesh_batches(
-    rows: Rows | Sequence[Row], indices: Sequence[int], batch_size: int, mesh: Mesh | None
+    rows: Rows | Sequence[Row], indices: Sequence[int], batch_size: int, mesh: Mesh | None, more: Sequence[str] = ()
 ) -> Iterator[dict[str, Any]]:
     """Yields training batches of `batch_size` of the rows, in that order; the last one is filled with rows of weight 0.
 
@@ -47,13 +48,16 @@ def mesh_batches(
       rows: a process reads only the rows of which its devices hold a part.
       indices: the numbers of the rows; at least one.
       mesh: every device gets its rows and tokens. None: one device.
+      more: names of further arrays of a row, [T] each, that the batches have too.
     """
     seq, mine, like = 1 if mesh is None else mesh.shape["seq"], own_rows(mesh, batch_size), rows[indices[0]]
+    names = (*ARRAYS, *more)
     for begin in range(0, len(indices), batch_size):
         places = [begin + row for row in mine]
         found = [rows[indices[place]] if place < len(indices) else None for place in places]
-        own = {name: np.stack([np.zeros_like(like[name]) if row is None else row[name] for row in found]) for name in ARRAYS}
-        yield to_mesh(mesh, training_batch(own, seq), batch_size, mine)
+        own = {name: np.stack([np.zeros_like(like[name]) if row is None else row[name] for row in found]) for name in names}
+        batch = training_batch(own, seq) | {name: to_zigzag(own[name], seq) for name in more}
+        yield to_mesh(mesh, batch, batch_size, mine)
 
 
 def batch_size_on(mesh: Mesh | None, rows: int = BATCH) -> int:

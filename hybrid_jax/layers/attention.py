@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from hybrid_jax.config import ModelConfig, SWAConfig
 from hybrid_jax.layers.linear import Linear, RMSNorm
 from hybrid_jax.layers.mixer import Arrays
+from hybrid_jax.layers.mixing import Mixing, of_softmax
 from hybrid_jax.layers.rope import rope_frequencies, rotate
 from hybrid_jax.parallel.attention import attend
 
@@ -173,6 +174,12 @@ class Attention(nnx.Module):
     def _for_heads(self, x: jax.Array) -> jax.Array:
         """Returns keys or values [B, S, Hkv, D], repeated for each query head if not all of the Hkv have equally many."""
         return x if self.kv_of_head is None else x[:, :, jnp.array(self.kv_of_head)]
+
+    def mixing(self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array) -> Mixing:
+        """Returns the softmax of every query head on x [B, T, hidden]."""
+        q, k, v = self.project(x, positions)
+        mask = functools.partial(attention_mask, k_positions=positions, k_segments=segment_ids, window=self.window)
+        return of_softmax(q, self._for_heads(k), self._for_heads(v), positions, segment_ids, mask)
 
     def init_state(self, batch: int, max_length: int, dtype: DTypeLike = jnp.float32) -> KVCache:
         length = max_length if self.window is None else min(self.window - 1, max_length)

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from hybrid_jax.config import GDNConfig, ModelConfig
 from hybrid_jax.layers.linear import Linear, RMSNorm
 from hybrid_jax.layers.mixer import Arrays
+from hybrid_jax.layers.mixing import Mixing, of_operation
 from hybrid_jax.layers.recurrent import (
     STATE_AXES,
     ShortConv,
@@ -74,9 +75,25 @@ class GatedDeltaNet(nnx.Module):
     ) -> tuple[jax.Array, GDNState | None]:
         """Returns (y [B, T, hidden], the state after x) of x [B, T, hidden]."""
         del positions
+        s = GDNState._make([None] * 4) if state is None else state
+        arrays, tails = self._inputs(x, segment_ids, s)
+        o, S = _rule(arrays, state=s.S, segment_ids=segment_ids)
+        o = self.o_norm(o).reshape(*x.shape[:2], -1)
+        if self.g_proj is not None:
+            o = o * jax.nn.silu(self.g_proj(x))
+        return self.o_proj(o), GDNState._make([S, *tails])
+
+    def mixing(self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array) -> Mixing:
+        """Returns the mixing matrices on x [B, T, hidden]; beta is part of them."""
+        del positions
+        (q, k, v, g, beta), _ = self._inputs(x, segment_ids, GDNState._make([None] * 4))
+        q, k = q.astype(jnp.float32), k.astype(jnp.float32)
+        return of_operation(lambda v: _rule((q, k, v, g, beta), segment_ids=segment_ids, implementation="xla")[0], v)
+
+    def _inputs(self, x: jax.Array, segment_ids: jax.Array, s: GDNState) -> tuple[tuple[jax.Array, ...], list[jax.Array | None]]:
+        """Returns q, k, v, g, beta [B, T, H, ...] of x [B, T, hidden], and the tails of the three convs after x."""
         B, T, _ = x.shape
         H, D, N = self.config.num_heads, self.config.head_dim, self.state_size
-        s = GDNState._make([None] * 4) if state is None else state
 
         def mixed(proj, conv, tail):
             if conv is None:
@@ -92,18 +109,7 @@ class GatedDeltaNet(nnx.Module):
         if self.config.options(GDNConfig).allow_neg_eigval:
             beta = 2 * beta
         g = log_decay(self.gk_proj(x), self.A_log[...], self.dt_bias[...])
-        o, S = recurrence(
-            gated_delta_rule,
-            gated_delta_rule_step,
-            lambda q, k, v, g, beta, **kw: gated_delta_rule_summary(k, v, g, beta, **kw),
-            (q, k, v, g, beta),
-            state=None if state is None else s.S,
-            segment_ids=segment_ids,
-        )
-        o = self.o_norm(o).reshape(B, T, H * D)
-        if self.g_proj is not None:
-            o = o * jax.nn.silu(self.g_proj(x))
-        return self.o_proj(o), GDNState._make([S, q_conv, k_conv, v_conv])
+        return (q, k, v, g, beta), [q_conv, k_conv, v_conv]
 
     @staticmethod
     def from_attention(source: Arrays, fresh: Arrays, config: ModelConfig, layer: int) -> dict[str, jax.Array]:
@@ -118,3 +124,22 @@ class GatedDeltaNet(nnx.Module):
 
     def state_axes(self) -> GDNState:
         return GDNState._make([STATE_AXES, *(c and c.state_axes() for c in (self.q_conv1d, self.k_conv1d, self.v_conv1d))])
+
+
+def _rule(
+    arrays: tuple[jax.Array, ...],
+    *,
+    state: jax.Array | None = None,
+    segment_ids: jax.Array,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs the gated delta rule of q, k, v, g, beta, however they are sharded; see `recurrence`."""
+    kw: dict[str, Any] = dict(implementation=implementation)
+    return recurrence(
+        functools.partial(gated_delta_rule, **kw),
+        gated_delta_rule_step,
+        lambda q, k, v, g, beta, segment_ids: gated_delta_rule_summary(k, v, g, beta, segment_ids=segment_ids, **kw),
+        arrays,
+        state=state,
+        segment_ids=segment_ids,
+    )

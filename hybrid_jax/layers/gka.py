@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from hybrid_jax.config import GKAConfig, ModelConfig
 from hybrid_jax.layers.linear import Linear, RMSNorm
 from hybrid_jax.layers.mixer import Arrays
+from hybrid_jax.layers.mixing import Mixing, of_operation
 from hybrid_jax.layers.recurrent import (
     STATE_AXES,
     ShortConv,
@@ -74,10 +75,32 @@ class GatedKalmaNet(nnx.Module):
     ) -> tuple[jax.Array, GKAState | None]:
         """Returns (y [B, T, hidden], the state after x) of x [B, T, hidden]."""
         del positions
-        c, gka = self.config, self.config.options(GKAConfig)
-        B, T, _ = x.shape
-        H, D, N = c.num_heads, c.head_dim, self.state_size
         s = GKAState._make([None] * 5) if state is None else state
+        (q, k, v, alpha, g), beta, tails = self._inputs(x, segment_ids, s)
+        v = v if beta is None else beta * v
+        o, states = self._solved((q, k, v, alpha, g), state=None if state is None else (s.h_kk, s.h_kv), segment_ids=segment_ids)
+        o = self.o_norm(o).reshape(*x.shape[:2], -1)
+        if self.g_proj is not None:
+            o = o * jax.nn.silu(self.g_proj(x))
+        return self.o_proj(o), GKAState._make([*(states or (None, None)), *tails])
+
+    def mixing(self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array) -> Mixing:
+        """Returns the mixing matrices on x [B, T, hidden]; beta, with which values are written, is part of them."""
+        del positions
+        (q, k, v, alpha, g), beta, _ = self._inputs(x, segment_ids, GKAState._make([None] * 5))
+        q, k, weight = q.astype(jnp.float32), k.astype(jnp.float32), None if beta is None else beta[..., 0]
+
+        def operation(v):
+            return self._solved((q, k, v, alpha, g), segment_ids=segment_ids, implementation="xla")[0]
+
+        return of_operation(operation, v, weight=weight)
+
+    def _inputs(
+        self, x: jax.Array, segment_ids: jax.Array, s: GKAState
+    ) -> tuple[tuple[jax.Array, ...], jax.Array | None, list[jax.Array | None]]:
+        """Returns (q, k, v, alpha, g), beta [B, T, H, 1], which k has been multiplied by and v not, and the convs' tails."""
+        B, T, _ = x.shape
+        H, D, N = self.config.num_heads, self.config.head_dim, self.state_size
         q, q_conv = self.q_conv1d(self.q_proj(x), segment_ids=segment_ids, state=s.q_conv)
         k, k_conv = self.k_conv1d(self.k_proj(x), segment_ids=segment_ids, state=s.k_conv)
         v, v_conv = self.v_proj(x), None
@@ -85,27 +108,37 @@ class GatedKalmaNet(nnx.Module):
             v, v_conv = self.v_conv1d(v, segment_ids=segment_ids, state=s.v_conv)
         q, k, v = (repeat_heads(a.reshape(B, T, -1, n), H) for a, n in ((q, N), (k, N), (v, D)))
         q, k = (l2_normalize(a, eps_outside=True) for a in (q, k))
+        beta = None
         if self.b_proj is not None:
             beta = jax.nn.sigmoid(self.b_proj(x))[..., None] + 1e-6
-            k, v = beta * k, beta * v
+            k = beta * k
         ones = jnp.ones((B, T, H), jnp.float32)
         alpha = ones if self.alpha_proj is None else jax.nn.sigmoid(self.alpha_proj(x).astype(jnp.float32))
         g = 0 * ones
-        if gka.use_forgetting_gate:
+        if self.config.options(GKAConfig).use_forgetting_gate:
             g = log_decay(self.a_proj(x), self.A_log[...], self.dt_bias[...])
+        return (q, k, v, alpha, g), beta, [q_conv, k_conv, v_conv]
+
+    def _solved(
+        self,
+        arrays: tuple[jax.Array, ...],
+        *,
+        state: tuple[jax.Array, jax.Array] | None = None,
+        segment_ids: jax.Array,
+        implementation: str | None = None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """Runs Gated KalmaNet on q, k, v, alpha, g, however they are sharded; see `recurrence`."""
+        gka, N = self.config.options(GKAConfig), self.state_size
+        training = dict(bp_lambda=gka.bp_lambda, precision=gka.precision, chunk_size=gka.chunk_size, implementation=implementation)
         solve = dict(ridge_strength=gka.ridge_strength, num_iter=gka.num_iter, scale=N**-0.5 if gka.gla_rescale else 1.0)
-        o, states = recurrence(
-            functools.partial(gated_kalmanet, bp_lambda=gka.bp_lambda, precision=gka.precision, chunk_size=gka.chunk_size, **solve),
+        return recurrence(
+            functools.partial(gated_kalmanet, **training, **solve),
             functools.partial(gated_kalmanet_step, **solve),
             lambda q, k, v, alpha, g, **kw: gated_kalmanet_summary(k, v, g, **kw),
-            (q, k, v, alpha, g),
-            state=None if state is None else (s.h_kk, s.h_kv),
+            arrays,
+            state=state,
             segment_ids=segment_ids,
         )
-        o = self.o_norm(o).reshape(B, T, H * D)
-        if self.g_proj is not None:
-            o = o * jax.nn.silu(self.g_proj(x))
-        return self.o_proj(o), GKAState._make([*(states or (None, None)), q_conv, k_conv, v_conv])
 
     @staticmethod
     def from_attention(source: Arrays, fresh: Arrays, config: ModelConfig, layer: int) -> dict[str, jax.Array]:

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from hybrid_jax.config import Mamba2Config, ModelConfig
 from hybrid_jax.layers.linear import Linear, RMSNorm, rms_norm
 from hybrid_jax.layers.mixer import Arrays
+from hybrid_jax.layers.mixing import Mixing, of_operation
 from hybrid_jax.layers.parameter import parameter
 from hybrid_jax.layers.recurrent import STATE_AXES, ShortConv, gate_of_attention, init_a_log, init_dt_bias, repeat_heads
 from hybrid_jax.parallel.recurrence import linear_recurrence
@@ -53,22 +54,41 @@ class Mamba2(nnx.Module):
     ) -> tuple[jax.Array, Mamba2State | None]:
         """Returns (y [B, T, hidden], the state after x) of x [B, T, hidden]."""
         del positions
-        c = self.config
-        batch, T, _ = x.shape
-        H, Hkv, D, N = c.num_heads, c.num_kv_heads, c.head_dim, self.state_size
-        z, v, B, C, dt = self.in_proj.parts(x, (H * D, Hkv * D, Hkv * N, H * N, H))
-        if self.C_norm is not None and self.B_norm is not None:
-            C = self.C_norm(C.reshape(batch, T, H, N)).reshape(C.shape)
-            B = self.B_norm(B.reshape(batch, T, Hkv, N)).reshape(B.shape)
-        (v, B, C), conv = self.conv1d.parts((v, B, C), segment_ids=segment_ids, state=state and state.conv)
-        v, B, C = (repeat_heads(a.reshape(batch, T, -1, n), H) for a, n in ((v, D), (B, N), (C, N)))
-        dt = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))
-        a = -jnp.exp(self.A_log[...].astype(jnp.float32))
+        (batch, T, _), H, D = x.shape, self.config.num_heads, self.config.head_dim
+        z, (v, dt, a, B, C), conv = self._inputs(x, segment_ids, state and state.conv)
         y, S = linear_recurrence(ssd_inputs(v, dt, a, B, C), state=state and state.S, segment_ids=segment_ids)
         y = y + (self.D[...][:, None] * v).astype(y.dtype)
         y = y * jax.nn.silu(z).reshape(y.shape)
         y = rms_norm(y, self.norm.weight[...].reshape(H, D), NORM_EPS)
         return self.out_proj(y.reshape(batch, T, H * D)), Mamba2State._make([S, conv])
+
+    def mixing(self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array) -> Mixing:
+        """Returns the mixing matrices on x [B, T, hidden]; the steps dt and the skip D are part of them."""
+        del positions
+        _, (v, dt, a, B, C), _ = self._inputs(x, segment_ids, None)
+        q, k, _, g = ssd_inputs(v, dt, a, B.astype(jnp.float32), C.astype(jnp.float32))
+
+        def operation(v):
+            return linear_recurrence((q, k, v, g), state=None, segment_ids=segment_ids, implementation="xla")[0]
+
+        return of_operation(operation, v, weight=dt, skip=self.D[...].astype(jnp.float32))
+
+    def _inputs(
+        self, x: jax.Array, segment_ids: jax.Array, tail: jax.Array | None
+    ) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array | None]:
+        """Returns z [B, T, H * D], the arguments of `ssd_inputs`, x, dt, a, B, C, and the conv's tail after x [B, T, hidden]."""
+        batch, T, _ = x.shape
+        c, N = self.config, self.state_size
+        H, Hkv, D = c.num_heads, c.num_kv_heads, c.head_dim
+        z, v, B, C, dt = self.in_proj.parts(x, (H * D, Hkv * D, Hkv * N, H * N, H))
+        if self.C_norm is not None and self.B_norm is not None:
+            C = self.C_norm(C.reshape(batch, T, H, N)).reshape(C.shape)
+            B = self.B_norm(B.reshape(batch, T, Hkv, N)).reshape(B.shape)
+        (v, B, C), conv = self.conv1d.parts((v, B, C), segment_ids=segment_ids, state=tail)
+        v, B, C = (repeat_heads(a.reshape(batch, T, -1, n), H) for a, n in ((v, D), (B, N), (C, N)))
+        dt = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))
+        a = -jnp.exp(self.A_log[...].astype(jnp.float32))
+        return z, (v, dt, a, B, C), conv
 
     @staticmethod
     def from_attention(source: Arrays, fresh: Arrays, config: ModelConfig, layer: int) -> dict[str, jax.Array]:

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from hybrid_jax.config import Mamba3Config, ModelConfig
 from hybrid_jax.layers.linear import Linear, RMSNorm
 from hybrid_jax.layers.mixer import Arrays
+from hybrid_jax.layers.mixing import Mixing, of_operation
 from hybrid_jax.layers.parameter import parameter
 from hybrid_jax.layers.recurrent import STATE_AXES, gate_of_attention, init_dt_bias, repeat_heads
 from hybrid_jax.parallel.mamba3 import mamba3_recurrence
@@ -58,24 +59,50 @@ class Mamba3(nnx.Module):
     ) -> tuple[jax.Array, Mamba3State | None]:
         """Returns (y [B, T, hidden], the state after x) of x [B, T, hidden]; the state's k and v are [B, H, R, ...]."""
         del positions
+        z, q, k, v, rest = self._inputs(x)
+        if self.mimo_x is not None and self.mimo_z is not None:
+            v, z = v * self.mimo_x[...].astype(v.dtype), z * self.mimo_z[...].astype(z.dtype)
+        y, state = mamba3_recurrence(q, k, v, *rest, halves=self.options.rotate_halves, state=state, segment_ids=segment_ids)
+        y = y + (self.D[...][:, None, None] * v).astype(y.dtype)
+        y = (y if self.norm is None else self.norm(y)) * jax.nn.silu(z)
+        y = y[:, :, :, 0] if self.mimo_o is None else jnp.sum(y * self.mimo_o[...].astype(y.dtype), axis=3)
+        return self.out_proj(y.reshape(*x.shape[:2], -1)), state
+
+    def mixing(self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array) -> Mixing:
+        """Returns the mixing matrices on x [B, T, hidden]; the steps and the skip D are part of them.
+
+        With rank R > 1 a token has R inputs, made by mimo_x, and R outputs, added up by mimo_o, with factors for every channel. The
+        matrix has the mean of mimo_o mimo_x over the channels: of the matrices that treat all channels alike it is the nearest
+        one, and it is exact where the channels of a head agree, as in a new model.
+        """
+        del positions
+        _, q, k, v, rest = self._inputs(x)
+        q, k, f32 = q.astype(jnp.float32), k.astype(jnp.float32), jnp.float32
+        R = self.options.rank
+        factors = jnp.ones((q.shape[2], 1, 1), f32)  # [H, outputs, inputs]
+        if self.mimo_x is not None and self.mimo_o is not None:
+            factors = jnp.einsum("hod,hid->hoi", self.mimo_o[...].astype(f32), self.mimo_x[...].astype(f32)) / v.shape[-1]
+
+        def operation(v):
+            inputs = jnp.einsum("oi,bthc->bthoic", jnp.eye(R), v).reshape(*v.shape[:3], R, -1)  # each input has channels of its own
+            options = dict(halves=self.options.rotate_halves, state=None, segment_ids=segment_ids, implementation="xla")
+            y, _ = mamba3_recurrence(q, k, inputs, *rest, **options)
+            return jnp.einsum("bthoic,hoi->bthc", y.reshape(*v.shape[:3], R, R, -1), factors)
+
+        return of_operation(operation, v[:, :, :, 0], skip=self.D[...].astype(f32) * jnp.trace(factors, axis1=1, axis2=2))
+
+    def _inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, tuple[jax.Array, ...]]:
+        """Returns z [B, T, H, 1, D], q and k [B, T, H, R, N], v [B, T, H, 1, D] of x [B, T, hidden], and the other arguments of
+        `mamba3_recurrence`."""
         (batch, T, _), o, f32 = x.shape, self.options, jnp.float32
         H, D = self.config.num_heads, self.config.head_dim
         z, v, B, C, dt, A, trap, angle = self.in_proj.parts(x, self._sizes())
         k, q = self._normed(B, self.B_norm, self.B_bias[...]), self._normed(C, self.C_norm, self.C_bias[...])
         v, z = repeat_heads(v.reshape(batch, T, -1, D), H)[:, :, :, None], z.reshape(batch, T, H, 1, D)
-        if self.mimo_x is not None and self.mimo_z is not None:
-            v, z = v * self.mimo_x[...].astype(v.dtype), z * self.mimo_z[...].astype(z.dtype)
         dt = jax.nn.softplus(dt.astype(f32) + self.dt_bias[...].astype(f32))
         decay = -jnp.maximum(_positive(A.astype(f32)), o.decay_floor) * dt
         turn = jnp.pi * jnp.tanh(angle.astype(f32))[:, :, None] * dt[..., None]
-        y, state = mamba3_recurrence(
-            q, k, v, decay, dt, jax.nn.sigmoid(trap.astype(f32)), turn,
-            halves=o.rotate_halves, state=state, segment_ids=segment_ids,
-        )  # fmt: skip
-        y = y + (self.D[...][:, None, None] * v).astype(y.dtype)
-        y = (y if self.norm is None else self.norm(y)) * jax.nn.silu(z)
-        y = y[:, :, :, 0] if self.mimo_o is None else jnp.sum(y * self.mimo_o[...].astype(y.dtype), axis=3)
-        return self.out_proj(y.reshape(batch, T, H * D)), state
+        return z, q, k, v, (decay, dt, jax.nn.sigmoid(trap.astype(f32)), turn)
 
     def _normed(self, x: jax.Array, norm: RMSNorm, bias: jax.Array) -> jax.Array:
         """Returns B or C [B, T, H, R, N], normed, for every head and with its bias, of x [B, T, R * heads * N]."""

@@ -36,6 +36,10 @@ class Mixer(Protocol):
     dtypes. A recurrent state is float32, whatever the compute dtype, because rounding adds up over thousands of tokens;
     caches of keys and convolution tails are in the compute dtype. Decoding equals the forward pass.
 
+    *Mixing matrices.* A mixer whose heads are linear in their values may have a method `mixing(x, *, positions, segment_ids)`
+    that returns them as a `layers.mixing.Mixing`: what a head's output has of every token's value, before its norm and gate.
+    The instrument `mixing` asks for it, and refuses a model that has a mixer without.
+
     *Parameters.* Every parameter is made with `layers.parameter.parameter`, or by a layer that does (`Linear`, `RMSNorm`,
     `ShortConv`), which states how it is sharded, cast, frozen, decayed, updated by Muon and laid out in a checkpoint.
     Names follow hybrid-model-factory's checkpoints where it has the mixer.

@@ -28,6 +28,7 @@ def mamba3_recurrence(
     halves: bool,
     state: Mamba3State | None,
     segment_ids: jax.Array,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, Mamba3State | None]:
     """Runs Mamba-3's recurrence, however its arrays are sharded.
 
@@ -44,7 +45,8 @@ def mamba3_recurrence(
     """
     arrays = (q, k, v, log_decay, dt, mix, turn)
     if axis_size("seq") == 1:
-        op, step = (functools.partial(f, halves=halves) for f in (_all_tokens, _one_token))
+        op = functools.partial(_all_tokens, halves=halves, implementation=implementation)
+        step = functools.partial(_one_token, halves=halves)
         return recurrence(op, step, None, arrays, state=state, segment_ids=segment_ids)
     if state is not None:
         raise NotImplementedError("generation does not shard tokens over the mesh: give a mesh whose 'seq' is 1")
@@ -55,7 +57,8 @@ def mamba3_recurrence(
     q, k = (rotate(jnp.swapaxes(x, 2, 3), angle[:, :, None], halves) for x in (q, k))
     v = jnp.swapaxes(v, 2, 3)
     x = mamba3_inputs(q, k, v, log_decay, mix * dt, later)
-    o, _ = linear_recurrence((x.q, x.k, x.v, x.log_decay), state=None, segment_ids=jnp.repeat(segment_ids, R, axis=1))
+    rows = jnp.repeat(segment_ids, R, axis=1)
+    o, _ = linear_recurrence((x.q, x.k, x.v, x.log_decay), state=None, segment_ids=rows, implementation=implementation)
     return jnp.swapaxes(mamba3_output(o, q, k, v, x.own), 2, 3), None
 
 
@@ -73,11 +76,12 @@ def _over_chunks(segment_ids: jax.Array, turn: jax.Array, before: jax.Array) -> 
     return from_pair(angle), from_pair(jnp.concatenate([weights[:, :, 1:], after], axis=2))
 
 
-def _all_tokens(*arrays, initial_state, segment_ids, halves):
+def _all_tokens(*arrays, initial_state, segment_ids, halves, implementation):
     state = None if initial_state is None else _swapped(initial_state)
     q, k, v, *rest = arrays
     q, k, v = (jnp.swapaxes(x, 2, 3) for x in (q, k, v))
-    o, state = mamba3(q, k, v, *rest, initial_state=state, segment_ids=segment_ids, halves=halves)
+    options = dict(halves=halves, implementation=implementation)
+    o, state = mamba3(q, k, v, *rest, initial_state=state, segment_ids=segment_ids, **options)
     return jnp.swapaxes(o, 2, 3), _swapped(state)
 
 

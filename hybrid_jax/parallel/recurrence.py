@@ -97,14 +97,18 @@ def recurrence(
     return shard_map_by_axes(all_tokens, (state, segment_ids, *arrays), (STATE, TOKENS, *[HEADS] * len(arrays)), (HEADS, STATE))
 
 
-def linear_recurrence(arrays: Sequence[jax.Array], *, state: Any, segment_ids: jax.Array) -> tuple[jax.Array, Any]:
+def linear_recurrence(
+    arrays: Sequence[jax.Array], *, state: Any, segment_ids: jax.Array, implementation: str | None = None
+) -> tuple[jax.Array, Any]:
     """Runs `recurrence` for linear attention of scale 1, S <- e^g S + k v', o = S' q.
 
     Args:
       arrays: q, k, v [B, T, H, ...] and log decays g [B, T, H].
       state: S [B, H, K, V], or None, as in `recurrence`.
+      implementation: of `linear_attention`.
     """
-    op, step = functools.partial(linear_attention, scale=1.0), functools.partial(linear_attention_step, scale=1.0)
+    op = functools.partial(linear_attention, scale=1.0, implementation=implementation)
+    step = functools.partial(linear_attention_step, scale=1.0)
 
     def summary(q, k, v, g, *, segment_ids):
         del q

@@ -1,10 +1,11 @@
-"""A process of a job that scores rows, continues prompts and scores continuations on a mesh, and compares with one device."""
+"""A process of a job that measures rows by tokens and heads, and continues prompts, on a mesh, and compares with one device."""
 
 import sys
 
 import jax
 import numpy as np
 
+from hybrid_jax.evaluate.instruments.mixing import add_roles, role_sums
 from hybrid_jax.evaluate.lm_eval.scoring import Scorer
 from hybrid_jax.evaluate.token_scores import token_scores
 from hybrid_jax.generation import generate
@@ -27,10 +28,16 @@ def main(process, processes, port):
     ]
     want, mesh, axes = token_scores(model, rows, batch_size=4), make_mesh({"data": 2, "seq": 4}), logical_axes(model)
     placed = {name: load_sharded(mesh, name, np.asarray(p), axes[name]) for name, p in parameters.items()}
-    got = token_scores(join_model(structure, placed), rows, mesh=mesh, batch_size=4)
+    on_mesh = join_model(structure, placed)
+    got = token_scores(on_mesh, rows, mesh=mesh, batch_size=4)
     counted = got.weights > 0
     same = np.mean(got.right[counted] == want.right[counted])
+    distances = np.zeros((5, 32), int)
+    distances[:, [6, 9, 21, 22, 30]] = [2, 3, 4, 4, 25]
+    roles = [add_roles({**row, "distances": d}, key_tokens=1) for row, d in zip(rows, distances, strict=True)]
+    wanted, found = role_sums(model, roles, batch_size=4), role_sums(on_mesh, roles, mesh=mesh, batch_size=4)
     if process == "0":
+        print(f"roles {relative_error(found, wanted):.1e}", flush=True)
         print(f"losses {relative_error(got.losses[counted], want.losses[counted]):.1e}, right {same:.3f}", flush=True)
     continuations(process)
 

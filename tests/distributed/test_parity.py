@@ -42,12 +42,21 @@ def test_two_processes_give_one_device_s_gradients(case):
     check([case], 2)
 
 
-def test_two_processes_score_and_continue_as_one_device_does():
+def found(pattern, text):
+    """The groups of what a pattern finds."""
+    match = re.search(pattern, text)
+    assert match is not None, text
+    return match.groups()
+
+
+def test_two_processes_measure_and_continue_as_one_device_does():
+    """Tokens' losses, roles of mixing matrices, continuations, and log-probabilities (of about 10 nats) after shared prefixes."""
     said = run_processes("tests.distributed.scores", 2)
-    losses, right = re.search(r"losses (\S+), right (\S+)", said).groups()
-    assert float(losses) < TOLERANCE and float(right) == 1
-    continued, error, greedy = re.search(r"continued (.*), scored (\S+) (\S+)", said).groups()
-    assert (continued, greedy) == ("[True, True]", "True") and float(error) < 1e-4  # of log-probabilities of about 10 nats
+    losses, right = found(r"losses (\S+), right (\S+)", said)
+    (roles,) = found(r"roles (\S+)", said)
+    assert float(losses) < TOLERANCE and float(right) == 1 and float(roles) < TOLERANCE
+    continued, error, greedy = found(r"continued (.*), scored (\S+) (\S+)", said)
+    assert (continued, greedy) == ("[True, True]", "True") and float(error) < 1e-4
 
 
 @pytest.mark.long

@@ -191,6 +191,19 @@ def test_pictures_name_every_model_whatever_characters_its_name_has(tmp_path, mo
     assert [[text.get_text() for text in legend.get_texts()] for legend in legends] == [list(NAMES)]
 
 
+def test_a_heat_map_has_numbers_and_all_ticks_only_where_there_is_room(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pictures.plt, "close", lambda figure: drawn.append(figure.axes[0]))
+    for layers in (3, 40):
+        measurements = [exact("gather", 0.5, "share", layer=layer, head=head) for layer in range(layers) for head in range(4)]
+        rows = [Measured(Target("m", pathlib.Path("m")), "*", "tok", {"mixing": measurements})]
+        assert pictures.draw_series(rows, "mixing", [m.key for m in measurements], tmp_path / f"{layers}.png")
+    small, large = drawn
+    assert [len(a.texts) for a in drawn] == [12, 0] and small.get_ylabel() == "head" and small.get_xlabel() == "layer"
+    assert [t.get_text() for t in large.get_xticklabels()] == [str(n) for n in range(0, 40, 3)]
+    assert large.images[0].get_array().shape == (4, 40) and large.figure.get_figwidth() > 2 * small.figure.get_figwidth()
+
+
 def test_two_instruments_do_not_draw_into_one_picture(tmp_path):
     names = ("far.1", "far 1")
     evaluation = Evaluation({n: EVALUATION.instruments["text"] for n in names}, {"text": "stdlib"})

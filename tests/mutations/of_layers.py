@@ -9,6 +9,8 @@ HMF, PARITY, INVARIANCE = (
 )
 PRIMING = "tests/priming/test_priming.py"
 ATTENTION, INITIALIZE = "hybrid_jax/layers/attention.py", "hybrid_jax/priming/initialize.py"
+MIXING, ROLES = "hybrid_jax/layers/mixing.py", "hybrid_jax/evaluate/instruments/mixing.py"
+MATRICES = "tests/layers/test_mixing.py"
 PREFILL = f"{INVARIANCE}::test_prefill_in_parts_and_decoding_equal_the_whole"
 FORMULAS = "tests/layers/test_formulas.py"
 GKA, GDN, MAMBA2 = "hybrid_jax/layers/gka.py", "hybrid_jax/layers/gdn.py", "hybrid_jax/layers/mamba2.py"
@@ -44,8 +46,8 @@ MUTATIONS = [
     ),
     Mutation(
         GKA,
-        "+ 1e-6\n            k, v = beta * k, beta * v",
-        "+ 1e-6\n            k, v = beta * k, v",
+        "v = v if beta is None else beta * v",
+        "v = v",
         "beta does not gate v",
         (HMF,),
     ),
@@ -76,7 +78,9 @@ MUTATIONS = [
         "q and k are normalized with another epsilon",
         (FORMULAS, HMF),
     ),
-    Mutation(GDN, "self.o_norm(o).reshape(B, T, H * D)", "o.reshape(B, T, H * D)", "the output is not normalized", (HMF,)),
+    Mutation(
+        GDN, "self.o_norm(o).reshape(*x.shape[:2], -1)", "o.reshape(*x.shape[:2], -1)", "the output is not normalized", (HMF,)
+    ),
     Mutation(
         MAMBA2,
         "y = y * jax.nn.silu(z).reshape(y.shape)\n        y = rms_norm(y, self.norm.weight[...].reshape(H, D), NORM_EPS)",
@@ -195,6 +199,36 @@ MUTATIONS = [
         "_positive(A.astype(f32))",
         "Mamba-3's decay has no floor",
         ("tests/layers/test_formulas.py::test_a_mixer_is_its_formula",),
+    ),
+    Mutation(MIXING, "m * weight[..., None]", "m", "what a value is weighted with is no part of the matrix", (MATRICES,)),
+    Mutation(MIXING, "m + skip[:, None] * unit", "m + skip[:, None]", "the skip is on every entry of the matrix", (MATRICES,)),
+    Mutation(
+        MIXING,
+        "jnp.repeat(v, groups, axis=2)",
+        "jnp.concatenate([v] * groups, axis=2)",
+        "values of key heads are tiled instead of repeated in place",
+        (MATRICES,),
+    ),
+    Mutation(
+        "hybrid_jax/layers/mamba3.py",
+        'jnp.einsum("bthoic,hoi->bthc"',
+        'jnp.einsum("bthoic,hio->bthc"',
+        "the factors of inputs and outputs are exchanged",
+        (f"{MATRICES}::test_a_mixer_s_output_is_its_matrices_times_its_values",),
+    ),
+    Mutation(
+        ROLES,
+        "begins[last] = max(first - key_tokens, 0)",
+        "begins[last] = first",
+        "a fact is its value without its key",
+        ("tests/evaluate/test_mixing.py",),
+    ),
+    Mutation(
+        ROLES,
+        "1 - entropy / jnp.log1p(jnp.maximum(position, 1))",
+        "1 - entropy / jnp.log(time.size)",
+        "rows of equal shares are sharp where few tokens are seen",
+        ("tests/evaluate/test_mixing.py",),
     ),
     Mutation(
         INITIALIZE,

@@ -9,6 +9,7 @@ from typing import Any
 from hybrid_jax.evaluate.instruments.contract import Instrument, Subject
 from hybrid_jax.evaluate.instruments.cost import Cost
 from hybrid_jax.evaluate.instruments.heads import Heads
+from hybrid_jax.evaluate.instruments.mixing import Mixing
 from hybrid_jax.evaluate.instruments.prompts import Prompts
 from hybrid_jax.evaluate.instruments.recall import Recall
 from hybrid_jax.evaluate.instruments.speed import Speed
@@ -18,6 +19,7 @@ INSTRUMENTS: dict[str, type[Instrument]] = {
     "text": TextLoss,
     "recall": Recall,
     "heads": Heads,
+    "mixing": Mixing,
     "prompts": Prompts,
     "cost": Cost,
     "speed": Speed,

@@ -23,6 +23,7 @@ from hybrid_jax.evaluate.report.tables import columns, find
 LINES = ("--", ":", "-.", (0, (1, 4)))  # of the models in the picture of a recovery; of curves whose colors repeat
 COLORS = 10  # of lines, before they repeat
 MANY = 6  # so many names of a legend leave room for the curves
+NUMBERED = 16  # so many cells of a heat map side by side have room for their numbers, and their ticks for a label each
 
 
 @contextlib.contextmanager
@@ -136,13 +137,14 @@ def _draw_heat_maps(shown, instrument, keys, found, first, path):
     xs, ys = (list(dict.fromkeys(dict(key[1:])[name] for key in keys)) for name in (across, down))
     levels = [_scaled(m)[0] for m in found.values()]
     low, high = (0, 100) if first.unit == "share" else (min(levels), max(levels))
-    figure, axes = plt.subplots(1, len(shown), figsize=(4.2 * len(shown), 3.6), layout="constrained", squeeze=False, sharey=True)
+    size = (max(4.2, 1.2 + 0.22 * len(xs)) * len(shown), max(3.6, 1.2 + 0.18 * len(ys)))
+    figure, axes = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False, sharey=True)
     scale = ScalarMappable(Normalize(low, high), "viridis")
     for n, (axis, row) in enumerate(zip(axes[0], shown, strict=True)):
         by_place = {tuple(dict(key[1:])[c] for c in (across, down)): found.get((n, key)) for key in keys}
         grid = [[_scaled(m)[0] if (m := by_place.get((x, y))) is not None else float("nan") for x in xs] for y in ys]
         axis.imshow(grid, norm=scale.norm, cmap=scale.cmap, aspect="auto")
-        for j, line in enumerate(grid):
+        for j, line in enumerate(grid if max(len(xs), len(ys)) <= NUMBERED else ()):
             for i, value in enumerate(line):
                 axis.text(
                     i,
@@ -154,8 +156,9 @@ def _draw_heat_maps(shown, instrument, keys, found, first, path):
                     color="white" if value < (low + high) / 2 else "black",
                 )
         axis.set(title=row.target.name, xlabel=across.replace("_", " "))
-        axis.set_xticks(range(len(xs)), [str(x) for x in xs])
-        axis.set_yticks(range(len(ys)), [str(y) for y in ys])
+        for ticks, values in ((axis.set_xticks, xs), (axis.set_yticks, ys)):
+            labeled = range(0, len(values), -(-len(values) // NUMBERED))
+            ticks(labeled, [str(values[n]) for n in labeled])
     axes[0][0].set_ylabel(down.replace("_", " "))
     figure.colorbar(scale, ax=axes[0].tolist(), label=f"{instrument}: {_label(first.measure, first.unit)}")
     figure.savefig(path, dpi=120)

@@ -1,0 +1,209 @@
+"""What the mixing matrices of heads say about a task: who gathers, who aggregates, and how sharp their rows are."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from hybrid_jax.config import ModelConfig
+from hybrid_jax.data import HELD_OUT_SEED, Corpus
+from hybrid_jax.data.packing import Row
+from hybrid_jax.data.tasks import check_options
+from hybrid_jax.evaluate.instruments.contract import Instrument, Progress, Subject, check_counts, check_rows
+from hybrid_jax.evaluate.measurement import Measurement, weighted_mean
+from hybrid_jax.evaluate.measures import mesh_batches
+from hybrid_jax.layers import mixer_class
+from hybrid_jax.layers.mixing import over_blocks
+from hybrid_jax.mixers import KINDS
+from hybrid_jax.model import Decoder
+from hybrid_jax.parallel.distributed import whole_array
+from hybrid_jax.parallel.placement import in_mesh
+from hybrid_jax.parallel.sequence import positions_of, zigzag_order
+from hybrid_jax.parallel.sharding import axis_size
+from hybrid_jax.parameters import Parameters, join_model, split_model
+
+MEASURES = ("gather", "aggregate", "sharpness", "largest share")
+ROLES = ("segment_begin", "evidence_begin", "evidence_end")  # arrays of a row, see `add_roles`
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixing(Instrument):
+    """Measures the mixing matrices M of every head (`layers.mixing`) on the rows of a synthetic task.
+
+    Row t of a head is read as shares p[s] = |M[t, s]| / sum_s |M[t, s]| of the tokens s <= t of t's segment: of attention the
+    softmax; of a recurrent mixer the sizes of the weights, which may be negative, with which it adds up values. The measures are
+
+    `gather`     the share of the other tokens of a fact in the row of the fact's last token. A fact is the evidence of an answer
+                 with the key in front of it (as many tokens as the task's `key_tokens`, else 1): `key value` of a dictionary.
+                 The last token's share of itself is left out: a head that reads only its own token gathers nothing.
+    `aggregate`  the share of the evidence in the row of the token that predicts an answer: of all tokens of the asked value,
+                 the last of which is where a Gather head would have put the fact.
+    `sharpness`  1 - H / log n, where H is the entropy of p and n the number of tokens of the segment up to t: 0 for equal shares,
+                 1 for a single token. n does not depend on the mixer, so a window is sharper than equal shares of everything.
+    `largest share`   of a row. Both are means over the rows of all tokens but the first one of a segment.
+
+    Each is a share from 0 to 1 and a mean over the tokens that it is of; a row of M that is 0 counts as 0. They are measured at
+    {"layer": l, "head": h}, as means over the heads of all layers of a mixer at {"mixer": symbol}, and over all heads. The roles
+    are those of Gather-and-Aggregate (arXiv 2504.18574, which finds them by removing heads, and says that heads of
+    recurrent mixers have smoother rows); the formulas are ours. What a head does to the answer is what `heads` measures.
+
+    Args:
+      task: a name of the evaluation's tasks, see `data.corpus.read_tasks`.
+      options: replace the task's options.
+      seq_len: tokens per row.
+      rows: rows.
+      batch_size: rows at a time.
+    """
+
+    headline: ClassVar[tuple[str, ...]] = ("sharpness",)
+
+    task: str = "retrieval"
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    seq_len: int = 512
+    rows: int = 32
+    batch_size: int = 8
+
+    def __post_init__(self):
+        check_counts(self, "seq_len", "rows", "batch_size")
+
+    def check(self, config: ModelConfig, corpus: Corpus, mesh: Mesh | None = None) -> None:
+        if config.is_fused:
+            raise ValueError("mixing: a fused model has two streams; measure the stage after it, or the exported model")
+        for layer, spec in enumerate(config.layers):
+            if not hasattr(mixer_class(spec.kind, config, layer), "mixing"):
+                raise ValueError(
+                    f"mixing: layer {layer} ({spec.symbol}) has no mixing matrices (see `layers.mixer.Mixer`); measure this model "
+                    "without the instrument"
+                )
+        if self.task not in corpus.tasks:
+            raise ValueError(f"mixing: no synthetic task is named {self.task!r}; have {', '.join(corpus.tasks)}")
+        check_options(corpus.tasks[self.task]["task"], self.options)
+        check_rows("mixing", config, mesh, self.batch_size, self.seq_len)
+        self._rows(corpus, 1)
+
+    def _rows(self, corpus: Corpus, count: int) -> list[Row]:
+        """Returns the first rows of the task with the arrays of `ROLES`."""
+        task = corpus.task(self.task, self.seq_len, HELD_OUT_SEED, held_out=True, **self.options)
+        return [add_roles(task.example(i), getattr(task, "key_tokens", 1)) for i in range(count)]
+
+    def measure(self, subject: Subject, progress: Progress = lambda done, total: None) -> list[Measurement]:
+        rows = self._rows(subject.corpus, self.rows)
+        sums = role_sums(subject.model, rows, mesh=subject.mesh, batch_size=self.batch_size, progress=progress)
+        counts = np.stack([_counts(row) for row in rows], axis=1)  # [measures, rows]
+        means = np.divide(sums, counts[..., None], out=np.zeros_like(sums), where=counts[..., None] > 0)
+        kinds = [spec.kind for spec in subject.model.config.layers]
+
+        def of(number: int, values: np.ndarray, **at: float | int | str) -> Measurement | None:
+            """Returns a measure, the mean of values [layers, rows, heads] over layers and heads."""
+            return weighted_mean(MEASURES[number], values.mean(axis=(0, 2)), counts[number], "share", share=True, **at)
+
+        measured = [of(n, means[:, n]) for n in range(len(MEASURES))]
+        for kind in dict.fromkeys(kinds):
+            layers = [layer for layer, other in enumerate(kinds) if other == kind]
+            measured += [of(n, means[layers, n], mixer=KINDS[kind].symbol) for n in range(len(MEASURES))]
+        for layer in range(len(kinds)):
+            for head in range(sums.shape[-1]):
+                one = means[layer : layer + 1, :, :, head : head + 1]
+                measured += [of(n, one[:, n], layer=layer, head=head) for n in range(len(MEASURES))]
+        return [m for m in measured if m is not None]
+
+
+def add_roles(row: Row, key_tokens: int) -> Row:
+    """Returns the row of a task (`data.tasks.contract`) with three arrays more, int32 [T].
+
+    An answer is a run of tokens with one distance, and its evidence the run of tokens so far back.
+
+    Args:
+      key_tokens: tokens in front of the evidence that belong to the same fact.
+
+    Returns:
+      `segment_begin`: at a fact's last token, the fact's first token, else the token itself. `evidence_begin`, `evidence_end`: at a
+      token that predicts one of an answer, the evidence of the answer, the end excluded, else 0.
+    """
+    distances = row["distances"]
+    begins, evidence_begin, evidence_end = np.arange(len(distances)), np.zeros(len(distances)), np.zeros(len(distances))
+    answers = np.flatnonzero(distances > 0)
+    runs = np.split(answers, np.flatnonzero((np.diff(answers) != 1) | (np.diff(distances[answers]) != 0)) + 1)
+    for run in runs if len(answers) else []:
+        first, last = run[0] - distances[run[0]], run[-1] - distances[run[-1]]
+        begins[last] = max(first - key_tokens, 0)
+        evidence_begin[run - 1], evidence_end[run - 1] = first, last + 1
+    return {**row, **{n: x.astype(np.int32) for n, x in zip(ROLES, (begins, evidence_begin, evidence_end), strict=True)}}
+
+
+def role_sums(
+    model: Decoder,
+    rows: Sequence[Row],
+    *,
+    mesh: Mesh | None = None,
+    batch_size: int = 8,
+    progress: Progress = lambda done, total: None,
+) -> np.ndarray:
+    """Returns the sums of `MEASURES` over the tokens of every row, [layers, measures, rows, heads].
+
+    Args:
+      rows: with the arrays of `ROLES`.
+    """
+    (structure, parameters), found = split_model(model), []
+    with in_mesh(mesh):
+        for batch in mesh_batches(rows, range(len(rows)), batch_size, mesh, more=ROLES):
+            found.append(np.asarray(whole_array(_sums(structure, parameters, batch)), np.float64))
+            progress(min(len(found) * batch_size, len(rows)), len(rows))
+    return np.concatenate(found, axis=2)[:, :, : len(rows)]
+
+
+def _counts(row: Row) -> np.ndarray:
+    """Returns how many tokens of a row each of `MEASURES` is a mean over."""
+    inside = (row["segment_ids"] > 0) & (positions_of(row["segment_ids"][None])[0] > 0)
+    gathers = row["segment_begin"] < np.arange(len(inside))
+    return np.array([gathers.sum(), (row["evidence_end"] > row["evidence_begin"]).sum(), inside.sum(), inside.sum()], np.float64)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sums(structure: Any, parameters: Parameters, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Returns the sums of `MEASURES` over the tokens of every row, [layers, measures, B, H]."""
+    model = join_model(structure, parameters)
+    hidden, at = model.inputs(batch["input_ids"], batch["segment_ids"], batch["positions"])
+
+    def run(layer, x):
+        kind = layer.spec.kind
+        mixing = layer.mixer(kind).mixing(layer.input_layernorm(x), **at)
+        sums = jnp.sum(over_blocks(functools.partial(_sums_of_block, batch), mixing), axis=0)
+        return layer.run(kind, x, **at)[0].hidden, sums
+
+    return jnp.stack(model.through_layers(run, hidden)[1])
+
+
+def _sums_of_block(batch: Mapping[str, jax.Array], begin: jax.Array, matrices: jax.Array) -> jax.Array:
+    """Returns the sums of `MEASURES` over a block of rows [B, H, rows, T], [measures, B, H]."""
+    rows, T = matrices.shape[2:]
+    time = jnp.asarray(zigzag_order(T, axis_size("seq")))  # of every token in the batch's order
+    places = begin + jnp.arange(rows)
+
+    def of_rows(x: jax.Array) -> jax.Array:
+        return jnp.take(x, places, axis=-1, mode="clip")[:, None]  # [B, 1, rows]
+
+    segment_begin, evidence_begin, evidence_end, position, segment = (
+        of_rows(batch[name]) for name in (*ROLES, "positions", "segment_ids")
+    )
+    sizes = jnp.abs(matrices)
+    shares = sizes / jnp.maximum(jnp.sum(sizes, axis=-1, keepdims=True), jnp.finfo(sizes.dtype).tiny)
+
+    def between(first: jax.Array, end: jax.Array) -> jax.Array:
+        """Returns the share of the tokens first <= s < end, [B, H, rows]; both are [B, 1, rows]."""
+        return jnp.sum(jnp.where((time >= first[..., None]) & (time < end[..., None]), shares, 0), axis=-1)
+
+    counted = (segment > 0) & (position > 0) & (places < T)
+    entropy = jnp.sum(jax.scipy.special.entr(shares), axis=-1)
+    some = jnp.sum(shares, axis=-1) > 0
+    sharpness = jnp.where(counted & some, 1 - entropy / jnp.log1p(jnp.maximum(position, 1)), 0)
+    largest = jnp.where(counted, jnp.max(shares, axis=-1), 0)
+    gather = between(segment_begin, of_rows(jnp.broadcast_to(time, batch["positions"].shape)))
+    return jnp.sum(jnp.stack([gather, between(evidence_begin, evidence_end), sharpness, largest]), axis=-1)
