@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from scipy import linalg
 
 from hybrid_jax.checks import check_integer, check_number
 from hybrid_jax.config import ATTENTION, ModelConfig
@@ -110,11 +111,10 @@ class LinearFit(OnRows):
 
     def _fit(self, moments: Moments) -> np.ndarray:
         """Returns the ridge regression's coefficients, [features + 1, hidden]; the constant's are not shrunk."""
-        diagonal = np.diag(moments.features).copy()
-        diagonal[:-1] += self.ridge * diagonal[:-1].mean()
-        regular = moments.features.copy()
-        np.fill_diagonal(regular, diagonal)
-        return np.linalg.lstsq(regular, moments.outputs, rcond=None)[0]
+        mean = np.diag(moments.features)[:-1].mean()
+        shrunk = np.append(np.ones(len(moments.features) - 1), 0)
+        regular = moments.features + np.diag(self.ridge * (mean or 1.0) * shrunk)
+        return linalg.solve(regular, moments.outputs, assume_a="sym")
 
 
 @dataclasses.dataclass(frozen=True)
