@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hybrid_jax.commands.options import directory, integer, number
+from hybrid_jax.selection import BUDGETS
 from hybrid_jax.selection.scorers import DEFAULT_SCORER, SCORERS
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fraction", type=fraction, default=0.5, help="fraction of layers, or of heads, to convert")
     parser.add_argument(
         "--budget",
-        choices=("layers", "heads", "bytes"),
-        default="layers",
+        choices=BUDGETS,
+        default=BUDGETS[0],
         help="convert a fraction of the layers, or of the heads (by a scorer of heads), or as few layers as fit in --state-bytes",
     )
     parser.add_argument("--state-bytes", type=integer(minimum=1), default=0, help="bytes that a sequence of --tokens may hold")

@@ -13,8 +13,6 @@ import numpy as np
 from hybrid_jax.config import ATTENTION, MixerSpec, ModelConfig, parse_pattern
 from hybrid_jax.evaluate.instruments.cost import state_bytes
 
-BUDGETS = ("layers", "heads", "bytes")
-
 
 def pattern_from_scores(scores: Sequence[float], mixer: str, fraction: float) -> str:
     """Returns the pattern that converts the cheapest `fraction` of the layers; ties go to the earlier layer.

@@ -19,7 +19,8 @@ from hybrid_jax.files import write_text
 from hybrid_jax.mixers import KINDS
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.distributed import is_first, say
-from hybrid_jax.selection.budgets import BUDGETS, converted, pattern_from_scores, pattern_of_bytes, pattern_of_heads
+from hybrid_jax.selection import BUDGETS
+from hybrid_jax.selection.budgets import converted, pattern_from_scores, pattern_of_bytes, pattern_of_heads
 from hybrid_jax.selection.scorers import DEFAULT_SCORER, SCORERS, find_scorer
 from hybrid_jax.selection.scorers.contract import Scorer, Scores, scores_heads
 

@@ -46,7 +46,7 @@ QUERIES = 64  # of which the scores are held at a time
 class AttentionDistance(OnRows):
     """Scores a layer by how far its heads attend, the mean of that on text and that on the synthetic task.
 
-    Queries count whose next token counts in the loss: all of a text, those that begin an answer of the task. Attention is computed
+    Queries count whose next token counts in the loss: all of a text, those before the answers of the task. Attention is computed
     layer by layer and for a block of queries at a time.
 
     Args:

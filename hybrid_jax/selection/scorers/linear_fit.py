@@ -42,7 +42,7 @@ from hybrid_jax.parallel.recurrence import linear_recurrence
 from hybrid_jax.parameters import Parameters, join_model, split_model
 from hybrid_jax.progress import progress_bar
 from hybrid_jax.selection.scorers.contract import Scores
-from hybrid_jax.selection.scorers.rows import OnRows
+from hybrid_jax.selection.scorers.rows import OnRows, no_hidden_states
 
 FOLDS = 2
 CONSTANT = 1e-12  # of the mean square: an output that varies less is constant
@@ -52,7 +52,7 @@ CONSTANT = 1e-12  # of the mean square: an output that varies less is constant
 class LinearFit(OnRows):
     """Scores a layer by the relative error of a linear recurrence in its place, the mean of that on text and on the synthetic task.
 
-    Tokens count whose next token counts in the loss: all of a text, those that begin an answer of the task. Every second row is
+    Tokens count whose next token counts in the loss: all of a text, those before the answers of the task. Every second row is
     fitted, of text and task together, and the error measured on the others; then the other way round. Several times more tokens
     than features, 2 * heads * head_dim, are needed to see more than the ridge. While a layer is fitted, matrices of
     [features, features + hidden_size] numbers of 8 bytes are held for each of the four sets of rows.
@@ -90,9 +90,9 @@ class LinearFit(OnRows):
             say(f"select: linear_fit fits {features:,} features to {counted:,} tokens; more rows would tell layers apart better")
         (structure, parameters), L = split_model(model), c.num_layers
         batches = [(n, batch) for n, rows in enumerate((text, task)) for batch in padded_batches(rows, mesh)]
-        hidden: list[Any] = [None] * len(batches)
         errors = np.zeros(L)
         with progress_bar(name="select", unit="layer", total=L, shown=is_first()) as bar, in_mesh(mesh):
+            hidden = [no_hidden_states(b["input_ids"], c.hidden_size, model.compute_dtype) for _, b in batches]
             for layer in range(L):
                 sums: Any = [[0, 0], [0, 0]]  # of (text, task) by folds
                 for b, (which, batch) in enumerate(batches):
@@ -154,20 +154,20 @@ def _moments(
     structure: Any,
     parameters: Parameters,
     batch: Mapping[str, jax.Array],
-    hidden: jax.Array | None,  # [B, T, hidden]
+    hidden: jax.Array,  # [B, T, hidden]
     number: jax.Array,  # []
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
     """Runs one layer.
 
     Args:
-      hidden: the input of layer `number`; None: it is layer 0.
+      hidden: the input of layer `number`; ignored if that is layer 0.
 
     Returns:
       The `Moments` of even rows and those of odd ones, [2, ...] each, and the layer's output.
     """
     model = join_model(structure, parameters)
     embedded, at = model.inputs(batch["input_ids"], batch["segment_ids"], batch["positions"])
-    start, c = embedded if hidden is None else hidden, model.config
+    start, c = jnp.where(number == 0, embedded, hidden), model.config
     size = 2 * c.num_heads * c.head_dim + 1
     fold = jnp.arange(len(start)) % FOLDS == jnp.arange(FOLDS)[:, None]
     counted = (batch["weights"] > 0) * fold[..., None].astype(jnp.float32)  # [FOLDS, B, T]

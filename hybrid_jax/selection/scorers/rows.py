@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from hybrid_jax.checks import check_integer
@@ -14,6 +18,7 @@ from hybrid_jax.data.tasks import Task
 from hybrid_jax.evaluate.measures import BLOCK, PAIRS, batch_size_on, evenly_spaced
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.mesh import check_mesh_fits
+from hybrid_jax.parallel.sharding import TOKENS, constrain
 from hybrid_jax.parameters import join_model, split_model
 from hybrid_jax.priming.initialize import initialize_hybrid
 
@@ -75,3 +80,9 @@ def beside_windows(model: Decoder, window: int, mesh: Mesh | None) -> Decoder:
     pair = join_model(*split_model(model))  # the caller's model keeps its own window
     pair.config = model.config.with_options(SWAConfig(window))
     return initialize_hybrid(pair, "-".join(["SWA*"] * model.config.num_layers), mesh=mesh)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def no_hidden_states(ids: jax.Array, size: int, dtype: Any) -> jax.Array:
+    """Returns zeros [B, T, size] for ids [B, T], sharded as hidden states are."""
+    return constrain(jnp.zeros((*ids.shape, size), dtype), *TOKENS)

@@ -35,11 +35,10 @@ from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.cross_entropy import cross_entropy
 from hybrid_jax.parallel.distributed import is_first, whole_array
 from hybrid_jax.parallel.placement import in_mesh
-from hybrid_jax.parallel.sharding import TOKENS, constrain
 from hybrid_jax.parameters import Parameters, join_model, split_model
 from hybrid_jax.progress import progress_bar
 from hybrid_jax.selection.scorers.contract import Scores
-from hybrid_jax.selection.scorers.rows import OnRows, beside_windows
+from hybrid_jax.selection.scorers.rows import OnRows, beside_windows, no_hidden_states
 
 NONE = -1  # the number of the replaced layer where none is
 
@@ -84,12 +83,6 @@ def _replace(
     return jnp.stack([jnp.sum(losses, axis=1), jnp.sum(batch["weights"], axis=1)], axis=1), source
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _zeros(ids: jax.Array, size: int, dtype: Any) -> jax.Array:
-    """Returns zeros [B, T, size] for ids [B, T], sharded as hidden states are."""
-    return constrain(jnp.zeros((*ids.shape, size), dtype), *TOKENS)
-
-
 @dataclasses.dataclass(frozen=True)
 class SwaRetrieval(OnRows):
     """Scores a layer by the loss that sliding-window attention in its place adds on text and on retrieval.
@@ -124,7 +117,7 @@ class SwaRetrieval(OnRows):
         structure, parameters = split_model(model)
         sums: list[list[np.ndarray]] = [[] for _ in range(model.config.num_layers + 1)]
         for batch in batches:
-            hidden = _zeros(batch["input_ids"], model.config.hidden_size, model.compute_dtype)
+            hidden = no_hidden_states(batch["input_ids"], model.config.hidden_size, model.compute_dtype)
             for replaced in range(NONE, model.config.num_layers):
                 found, hidden = _replace(structure, parameters, batch, hidden, np.int32(replaced))
                 sums[replaced + 1].append(np.asarray(whole_array(found), np.float64))
