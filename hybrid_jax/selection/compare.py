@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from jax.sharding import Mesh
+from matplotlib.patches import Rectangle
 from scipy import stats
 
 from hybrid_jax.config import parse_pattern
@@ -156,7 +157,7 @@ def draw_ranks(compared: Sequence[Compared], path: pathlib.Path) -> None:
         color = "white" if ranks[i, layer] < (1 + costs.shape[1]) / 2 else "black"
         axis.text(layer, i, f"{cost:.2g}", ha="center", va="center", fontsize=7, color=color)
         if converted(compared[i].pattern, costs.shape[1:])[layer]:
-            axis.add_patch(plt.Rectangle((layer - 0.45, i - 0.45), 0.9, 0.9, fill=False, edgecolor="red", linewidth=1.5))
+            axis.add_patch(Rectangle((layer - 0.45, i - 0.45), 0.9, 0.9, fill=False, edgecolor="red", linewidth=1.5))
     axis.set_xticks(range(costs.shape[1]))
     axis.set_yticks(range(len(costs)), [c.scorer for c in compared])
     axis.set_xlabel("layer")

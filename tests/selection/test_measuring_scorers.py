@@ -87,7 +87,7 @@ def ridge_error(part, layer, half_life=16, ridge=1e-3):
     errors = []
     for fold in range(2):
         x, y = (np.concatenate([folds[fold][n] for folds in fitted]) for n in range(2))
-        strength = ridge * (x[:, :-1] ** 2).sum(0).mean() * np.append(np.ones(x.shape[1] - 1), 0)
+        strength = ridge * len(x) * x[:, :-1].var(0).mean() * np.append(np.ones(x.shape[1] - 1), 0)
         fit = np.linalg.solve(x.T @ x + np.diag(strength), x.T @ y)
         for folds in fitted:
             x, y = folds[1 - fold]

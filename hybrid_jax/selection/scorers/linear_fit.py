@@ -60,7 +60,8 @@ class LinearFit(OnRows):
     Args:
       rows, seq_len, task: see `OnRows`; at least 2 rows.
       half_life: tokens after which the decaying half of the features weighs a key half.
-      ridge: added to the diagonal of the features' second moments, as a fraction of its mean.
+      ridge: added to the diagonal of the features' second moments, as a fraction of the features' mean variation (the sum of squares
+        around their mean).
     """
 
     half_life: int = 16
@@ -111,9 +112,10 @@ class LinearFit(OnRows):
 
     def _fit(self, moments: Moments) -> np.ndarray:
         """Returns the ridge regression's coefficients, [features + 1, hidden]; the constant's are not shrunk."""
-        mean = np.diag(moments.features)[:-1].mean()
-        shrunk = np.append(np.ones(len(moments.features) - 1), 0)
-        regular = moments.features + np.diag(self.ridge * (mean or 1.0) * shrunk)
+        count, total = moments.features[-1, -1], moments.features[-1, :-1]
+        variation = (np.diag(moments.features)[:-1] - total**2 / count).mean()
+        strength = self.ridge * (variation if variation > 0 else 1.0)
+        regular = moments.features + np.diag(np.append(np.full(len(total), strength), 0))
         return linalg.solve(regular, moments.outputs, assume_a="sym")
 
 
