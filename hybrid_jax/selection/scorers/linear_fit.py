@@ -60,8 +60,8 @@ class LinearFit(OnRows):
     Args:
       rows, seq_len, task: see `OnRows`; at least 2 rows.
       half_life: tokens after which the decaying half of the features weighs a key half.
-      ridge: added to the diagonal of the features' second moments, as a fraction of the features' mean variation (the sum of squares
-        around their mean).
+      ridge: added to the diagonal of the features' second moments, as a fraction of a feature's sum of squares around its mean
+        (the mean over features).
     """
 
     half_life: int = 16
