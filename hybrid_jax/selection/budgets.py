@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hybrid_jax.config import ATTENTION, MixerSpec, ModelConfig, parse_pattern
-from hybrid_jax.evaluate.instruments.cost import state_bytes
+from hybrid_jax.memory import state_bytes
 
 
 def pattern_from_scores(scores: Sequence[float], mixer: str, fraction: float) -> str:

@@ -1,28 +1,30 @@
 """A source whose layers differ in ways that every scorer must see, and the scores of it."""
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from hybrid_jax.parameters import split_model
-from hybrid_jax.selection.scorers import SCORERS, find_scorer
+from hybrid_jax.selection.scorers import find_scorer
 from tests.conftest import tiny_model
 
 OPTIONS = dict(window=3, rows=4, seq_len=68)
 OF_HEADS = {"attention_distance": {"per_head": True}}
 
 
-@dataclasses.dataclass(frozen=True)
 class Scored:
-    """A model, the scorers that read it, their scores, and the model's parameters before and after."""
+    """`three_layers`, and its scores by name of the scorer, each computed when it is first asked for."""
 
-    model: object
-    scorers: dict
-    scores: dict
-    before: dict
-    after: dict
+    def __init__(self, corpus):
+        self.corpus, self.model = corpus, three_layers(corpus.tokenizer.get_vocab_size())
+        self.before = {name: np.array(value) for name, value in split_model(self.model)[1].items()}
+
+    @functools.cache  # noqa: B019 (one object per module)
+    def scores(self, name):
+        return find_scorer(name)(**options_of(name)).score(self.model, self.corpus, None)
 
 
 def three_layers(vocab_size):
@@ -43,9 +45,4 @@ def options_of(name):
 
 @pytest.fixture(scope="module")
 def scored(corpus) -> Scored:
-    """The scores of `three_layers` by every scorer that needs no file."""
-    model = three_layers(corpus.tokenizer.get_vocab_size())
-    before = {name: np.array(value) for name, value in split_model(model)[1].items()}
-    scorers = {name: find_scorer(name)(**options_of(name)) for name in SCORERS if name != "score_file"}
-    scores = {name: scorer.score(model, corpus, None) for name, scorer in scorers.items()}
-    return Scored(model, scorers, scores, before, split_model(model)[1])
+    return Scored(corpus)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax.config import parse_pattern
-from hybrid_jax.evaluate.instruments.cost import state_bytes
+from hybrid_jax.memory import state_bytes
 from hybrid_jax.selection.budgets import converted, pattern_of_bytes, pattern_of_heads
 from hybrid_jax.selection.scorers import SCORERS
 from hybrid_jax.selection.scorers.contract import Scores

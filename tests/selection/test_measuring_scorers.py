@@ -8,9 +8,12 @@ import pytest
 
 from hybrid_jax.data.layout import training_batch
 from hybrid_jax.evaluate.instruments.heads import answer_rows
+from hybrid_jax.parameters import split_model
 from hybrid_jax.selection.compare import Compared, write_comparison
+from hybrid_jax.selection.scorers import SCORERS
 from hybrid_jax.selection.scorers.attention_distance import AttentionDistance
 from hybrid_jax.selection.scorers.gradient_error import GradientError
+from hybrid_jax.selection.scorers.head_ablation import HeadAblation
 from hybrid_jax.selection.scorers.linear_fit import LinearFit
 from hybrid_jax.selection.scorers.rows import OnRows
 from hybrid_jax.selection.scorers.swa_retrieval import SwaRetrieval
@@ -59,7 +62,7 @@ def test_the_reach_of_a_head_is_its_attention_to_far_keys_that_begin_no_document
     no_sinks = [(part["positions"] >= 1)[:, None] for part in activations]
     pairs = [a * b for a, b in zip(share, no_sinks, strict=True)]
     want = [np.mean([reach(p, n, pair) for p, pair in zip(activations, pairs, strict=True)], axis=0) for n in range(3)]
-    got = scored.scores["attention_distance"]
+    got = scored.scores("attention_distance")
     assert got.of_heads and got.unit == "of the attention"
     np.testing.assert_allclose(got.costs, want, atol=1e-5)
     assert (got.costs[2] == 0).all() and got.costs[0].min() > 0.01, "a token that attends to itself alone attends to nothing far"
@@ -96,7 +99,7 @@ def ridge_error(part, layer, half_life=16, ridge=1e-3):
 
 
 def test_a_linear_fit_is_the_held_out_error_of_ridge_regression_and_a_mean_over_keys_is_linear(scored, activations):
-    got = scored.scores["linear_fit"].per_layer()
+    got = scored.scores("linear_fit").per_layer()
     np.testing.assert_allclose(got, [ridge_error(activations, layer) for layer in range(3)], rtol=5e-3)
     assert got[1] < got[0] / 2, "equal attention to all keys is a linear recurrence without decay"
 
@@ -106,7 +109,7 @@ def test_a_layer_whose_output_is_constant_is_fitted_without_an_error(corpus, sco
     output = model.layers[2].self_attn.o_proj.kernel
     output.set_value(jnp.zeros_like(output[...]))
     costs = LinearFit(rows=4, seq_len=68).score(model, corpus).per_layer()
-    assert costs[2] == 0 and costs[:2] == pytest.approx(scored.scores["linear_fit"].per_layer()[:2])
+    assert costs[2] == 0 and costs[:2] == pytest.approx(scored.scores("linear_fit").per_layer()[:2])
 
 
 def test_gradient_times_error_is_the_rise_of_the_loss_where_the_error_is_small(corpus):
@@ -121,10 +124,10 @@ def test_gradient_times_error_is_the_rise_of_the_loss_where_the_error_is_small(c
 
 
 def test_a_head_costs_what_the_answers_loss_rises_without_it(corpus, scored):
-    got, scorer = scored.scores["head_ablation"], scored.scorers["head_ablation"]
+    got, scorer = scored.scores("head_ablation"), HeadAblation(rows=4, seq_len=68)
     assert got.of_heads and got.costs.shape == got.errors.shape == (3, 4)
     assert got.costs[0, 3] == pytest.approx(0, abs=1e-6), "a head whose output is not read costs nothing"
-    rows = answer_rows(scorer.synthetic(corpus), OPTIONS["rows"])
+    rows = answer_rows(scorer.synthetic(corpus), scorer.rows)
 
     def loss(*heads):
         model = three_layers(corpus.tokenizer.get_vocab_size())
@@ -135,19 +138,6 @@ def test_a_head_costs_what_the_answers_loss_rises_without_it(corpus, scored):
 
     for head in ((0, 1), (2, 2)):
         assert got.costs[head] == pytest.approx(loss(head) - loss(), abs=2e-5) and abs(got.costs[head]) > 1e-4
-
-
-def test_scoring_leaves_the_model_as_it_is(scored):
-    assert scored.before.keys() == scored.after.keys()
-    assert all(np.array_equal(scored.before[name], scored.after[name]) for name in scored.before)
-    config = tiny_config("*-*-*", vocab_size=scored.model.config.vocab_size, attention_windows=(None, None, 1))
-    assert scored.model.config == config and scored.model.remat == "none"
-
-
-def test_the_scores_of_real_scorers_are_drawn(scored, tmp_path):
-    compared = [Compared(name, scores, 1.0, 1.0, "GKA-*-*") for name, scores in scored.scores.items()]
-    text = write_comparison(compared, tmp_path).read_text()
-    assert all(name in text for name in scored.scores) and (tmp_path / "scores.png").exists()
 
 
 def test_layers_at_even_distances_alternate_and_attention_is_last():
@@ -179,3 +169,15 @@ def test_layers_at_even_distances_alternate_and_attention_is_last():
 def test_an_option_out_of_range_is_refused_by_its_name(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_scoring_leaves_the_model_as_it_is_and_all_scorers_are_drawn(scored, tmp_path):
+    names = [name for name in SCORERS if name != "score_file"]
+    compared = [Compared(name, scored.scores(name), 1.0, 1.0, "GKA-*-*") for name in names]
+    after = split_model(scored.model)[1]
+    assert scored.before.keys() == after.keys()
+    assert all(np.array_equal(scored.before[name], after[name]) for name in after)
+    config = tiny_config("*-*-*", vocab_size=scored.model.config.vocab_size, attention_windows=(None, None, 1))
+    assert scored.model.config == config and scored.model.remat == "none"
+    text = write_comparison(compared, tmp_path).read_text()
+    assert all(name in text for name in names) and (tmp_path / "scores.png").exists()
