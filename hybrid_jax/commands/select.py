@@ -119,8 +119,10 @@ def _check(args: argparse.Namespace) -> None:
     """Refuses options that have no effect together."""
     if args.compare is None and args.out is not None:
         raise ValueError("--out is where --compare writes; give both, or none")
-    if args.compare is not None and args.budget != "layers":
-        raise ValueError("--compare shows patterns of the same --fraction of layers; leave --budget out")
+    if args.compare is not None and (args.budget != BUDGETS[0] or args.state_bytes or args.tokens):
+        raise ValueError(
+            "--compare shows patterns of the same --fraction of layers; leave --budget, --state-bytes and --tokens out"
+        )
     if args.compare is not None and args.scorer != DEFAULT_SCORER:
         raise ValueError(f"--compare names the scorers itself: --compare {args.scorer}")
 
