@@ -24,7 +24,7 @@ from hybrid_jax.mixers import options_by_key
 from hybrid_jax.parallel.mesh import check_mesh_fits, make_mesh
 from hybrid_jax.priming.fuse import check_teacher
 from hybrid_jax.priming.initialize import FRESH_PARAMETERS, check_convertible
-from hybrid_jax.selection.select import Selection, pattern_from_scores
+from hybrid_jax.selection.select import Selection
 from hybrid_jax.train import Phase
 from hybrid_jax.train.phase_layout import trained_names
 
@@ -166,7 +166,7 @@ class Experiment:
         pattern, positions = self.pattern, source.max_position_embeddings
         if self.select is not None:
             self.select.check(source, self.meshes()[0])
-            pattern = pattern_from_scores([0.0] * source.num_layers, self.select.mixer, self.select.fraction)
+            pattern = self.select.example(source)
         hybrid = source.with_pattern(pattern) if pattern else source
         check_convertible(source, hybrid)
         if not self.source:  # a new model has the pattern from the beginning, and is its own source

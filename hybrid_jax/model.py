@@ -64,9 +64,13 @@ class Layer(nnx.Module):
     ) -> tuple[LayerOutputs, Any]:
         """The layer with its mixer of `kind`."""
         mixed, state = self.mixer(kind)(self.input_layernorm(hidden), positions=positions, segment_ids=segment_ids, state=state)
+        return self.behind_mixer(hidden, mixed), state
+
+    def behind_mixer(self, hidden: jax.Array, mixed: jax.Array) -> LayerOutputs:
+        """The rest of the layer, of its input and its mixer's output."""
         hidden = constrain(hidden + mixed, *TOKENS)
         out = self.mlp(self.post_attention_layernorm(hidden))
-        return LayerOutputs(mixed, out, constrain(hidden + out, *TOKENS)), state
+        return LayerOutputs(mixed, out, constrain(hidden + out, *TOKENS))
 
 
 def _stack_states(states):

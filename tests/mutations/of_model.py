@@ -7,18 +7,19 @@ PARTS, INVARIANCE = "tests/parallel/test_parts.py", "tests/layers/test_invarianc
 PARITY, PRIMING = "tests/convert/test_transformers_parity.py", "tests/priming/test_priming.py"
 MODEL, STACKING, REPEATS = "hybrid_jax/model.py", "hybrid_jax/stacking.py", "hybrid_jax/repeats.py"
 SELECT, EVALUATE = "hybrid_jax/selection/select.py", "hybrid_jax/evaluate/measures.py"
-SCORER = "hybrid_jax/selection/scorers/swa_retrieval.py"
+BUDGETS = "hybrid_jax/selection/budgets.py"
+ROWS, SCORER = "hybrid_jax/selection/scorers/rows.py", "hybrid_jax/selection/scorers/swa_retrieval.py"
 
 MUTATIONS = [
     Mutation(
         SELECT,
-        "selection.mixer, selection.fraction)",
-        "selection.mixer, 1 - selection.fraction)",
+        "(scores.per_layer(), self.mixer, self.fraction)",
+        "(scores.per_layer(), self.mixer, 1 - self.fraction)",
         "converts the layers that should stay",
         (PRIMING,),
     ),
     Mutation(
-        SELECT, "key=lambda i: (scores[i], i)", "key=lambda i: (-scores[i], i)", "converts the layers that cost most", (PRIMING,)
+        BUDGETS, "key=lambda i: (scores[i], i)", "key=lambda i: (-scores[i], i)", "converts the layers that cost most", (PRIMING,)
     ),
     Mutation(
         SCORER,
@@ -28,7 +29,7 @@ MUTATIONS = [
         (MEASURES,),
     ),
     Mutation(SCORER, "of_text[0] + of_task[0]", "of_text[0] - of_task[0]", "a layer that harms retrieval looks cheap", (MEASURES,)),
-    Mutation(SCORER, "SWAConfig(self.window)", "SWAConfig()", "layers are scored with another window", (MEASURES,)),
+    Mutation(ROWS, "SWAConfig(window)", "SWAConfig()", "layers are scored with another window", (MEASURES,)),
     Mutation(EVALUATE, "losses * weights", "losses", "padding and prompts count in the loss", (MEASURES,)),
     Mutation(EVALUATE, "right * weights", "right", "padding and prompts count in the accuracy", (MEASURES,)),
     Mutation(
@@ -81,9 +82,9 @@ MUTATIONS = [
         (PARTS, "tests/train/test_steps.py"),
     ),
     Mutation(
-        SCORER,
-        "corpus.task(self.task, self.seq_len, SELECTION_SEED)",
-        "corpus.task(self.task, self.seq_len, 987_654_321, held_out=True)",
+        ROWS,
+        "corpus.task(self.task, self.seq_len, SELECTION_SEED,",
+        "corpus.task(self.task, self.seq_len, 987_654_321, held_out=True,",
         "layers are chosen by the rows that evaluations measure",
         ("tests/selection/test_scorers.py",),
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -20,6 +20,7 @@ from hybrid_jax.evaluate.instruments.contract import Instrument, Progress, Subje
 from hybrid_jax.evaluate.measurement import Measurement, exact, weighted_mean
 from hybrid_jax.evaluate.measures import mesh_batches
 from hybrid_jax.mixers import KINDS
+from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.cross_entropy import cross_entropy
 from hybrid_jax.parallel.distributed import whole_array
 from hybrid_jax.parallel.placement import in_mesh
@@ -71,24 +72,13 @@ class Heads(Instrument):
         return corpus.task(self.task, self.seq_len, HELD_OUT_SEED, held_out=True, **self.options)
 
     def _rows(self, corpus: Corpus, count: int) -> list[Row]:
-        """Returns the first rows of the task; only the tokens of answers count."""
-        task = self._task(corpus)
-        rows = [task.example(i) for i in range(count)]
-        return [{**row, "loss_weights": (row["distances"] > 0).astype(np.float32)} for row in rows]
+        return answer_rows(self._task(corpus), count)
 
     def measure(self, subject: Subject, progress: Progress = lambda done, total: None) -> list[Measurement]:
-        config, (structure, parameters) = subject.model.config, split_model(subject.model)
-        L, H, rows = config.num_layers, config.num_heads, self._rows(subject.corpus, self.rows)
-        batches = -(-self.rows // self.batch_size)
-        sums = np.zeros((L, H + 1, batches * self.batch_size, 3))  # the last of the heads: none is removed
-        with in_mesh(subject.mesh):
-            for n, batch in enumerate(mesh_batches(rows, range(self.rows), self.batch_size, subject.mesh)):
-                hidden, place = None, slice(n * self.batch_size, (n + 1) * self.batch_size)
-                for layer in range(L):
-                    found, hidden = _without_each_head(structure, parameters, batch, hidden, np.int32(layer))
-                    sums[layer, :, place] = np.asarray(whole_array(found), np.float64)
-                    progress(n * L + layer + 1, batches * L)
-        losses, right, weights = np.moveaxis(sums[:, :, : self.rows], -1, 0)
+        config, rows = subject.model.config, self._rows(subject.corpus, self.rows)
+        L, H = config.num_layers, config.num_heads
+        sums = sums_without_each_head(subject.model, rows, self.batch_size, subject.mesh, progress)
+        losses, right, weights = np.moveaxis(sums, -1, 0)
         mean, counted = np.divide(right, weights, out=np.zeros_like(right), where=weights > 0), weights[0, H]
         added = np.divide(losses - losses[:, H:], weights, out=np.zeros_like(losses), where=weights > 0)
         measured = [weighted_mean("accuracy", mean[0, H], counted, share=True)]
@@ -100,6 +90,37 @@ class Heads(Instrument):
                 measured.append(weighted_mean("accuracy", accuracy, counted, share=True, layer=layer, head=head))
                 measured.append(weighted_mean("loss added", loss, counted, "nats/token", layer=layer, head=head))
         return [m for m in measured if m is not None]
+
+
+def answer_rows(task: Task, count: int) -> list[Row]:
+    """Returns the first rows of a task; only the tokens of answers count."""
+    rows = [task.example(i) for i in range(count)]
+    return [{**row, "loss_weights": (row["distances"] > 0).astype(np.float32)} for row in rows]
+
+
+def sums_without_each_head(
+    model: Decoder, rows: Sequence[Row], batch_size: int, mesh: Mesh | None = None, progress: Progress = lambda done, total: None
+) -> np.ndarray:
+    """Runs a model over rows without each head of each layer, and with all of them.
+
+    Args:
+      batch_size: rows at a time; the last batch is padded.
+      progress: called with the layers of batches that are done, and their number.
+
+    Returns:
+      [layers, heads + 1, rows, 3] float64, the last of the heads with none removed; the sums are those of `_without_each_head`.
+    """
+    (structure, parameters), L = split_model(model), model.config.num_layers
+    batches = -(-len(rows) // batch_size)
+    sums = np.zeros((L, model.config.num_heads + 1, batches * batch_size, 3))
+    with in_mesh(mesh):
+        for n, batch in enumerate(mesh_batches(rows, range(len(rows)), batch_size, mesh)):
+            hidden, place = None, slice(n * batch_size, (n + 1) * batch_size)
+            for layer in range(L):
+                found, hidden = _without_each_head(structure, parameters, batch, hidden, np.int32(layer))
+                sums[layer, :, place] = np.asarray(whole_array(found), np.float64)
+                progress(n * L + layer + 1, batches * L)
+    return sums[:, :, : len(rows)]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 # Name -> module of this folder and the class in it. Modules are imported when they are used: the command line reads the names.
 SCORERS: dict[str, str] = {
     "swa_retrieval": "swa_retrieval:SwaRetrieval",
+    "gradient_error": "gradient_error:GradientError",
+    "linear_fit": "linear_fit:LinearFit",
+    "attention_distance": "attention_distance:AttentionDistance",
+    "head_ablation": "head_ablation:HeadAblation",
+    "uniform": "uniform:Uniform",
     "score_file": "score_file:ScoreFile",
 }
 DEFAULT_SCORER = "swa_retrieval"

@@ -51,6 +51,20 @@ class Scores:
             raise ValueError("the scorer scores heads, but a pattern of converted layers needs one score per layer")
         return [float(cost) for cost in self.costs]
 
+    def per_head(self) -> np.ndarray:
+        """Returns one cost per head, [layers, heads].
+
+        Raises:
+          ValueError: the scores are of layers.
+        """
+        if not self.of_heads:
+            raise ValueError("the scorer scores layers, but a pattern of kept heads needs one score per head")
+        return self.costs
+
+    def summed(self) -> np.ndarray:
+        """Returns one cost per layer, [layers]: of scores of heads the sum over each layer's heads, as if their costs added up."""
+        return self.costs.sum(axis=1) if self.of_heads else self.costs
+
 
 class Scorer(Protocol):
     """Measures what converting each layer of a model costs.
@@ -58,6 +72,9 @@ class Scorer(Protocol):
     A scorer is a frozen dataclass. Its fields are its options: each has a default (a string, an integer, a float or a
     boolean), `config.select.FIELD` sets it, and `__post_init__` raises a ValueError that begins with `select.FIELD` for a bad
     value. A scorer leaves the model unchanged, and in a job of several processes it returns the same scores on each.
+
+    Two further members are optional. `of_heads` (a boolean; absent: false) says whether the scores are of heads; it may depend on
+    the options. `forward_passes(config)` returns what scoring costs, in forward passes of the model over the scorer's rows.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -83,3 +100,14 @@ class Scorer(Protocol):
           A cost for each of the model's layers, or for each of its heads.
         """
         ...
+
+
+def scores_heads(scorer: Scorer) -> bool:
+    """Returns whether a scorer says that its scores are of heads."""
+    return bool(getattr(scorer, "of_heads", False))
+
+
+def forward_passes(scorer: Scorer, config: ModelConfig) -> float | None:
+    """Returns how many forward passes of a model a scorer takes for its rows; None: it does not say."""
+    count = getattr(scorer, "forward_passes", None)
+    return None if count is None else float(count(config))

@@ -44,6 +44,10 @@ class ScoreFile:
         """Raises ValueError or FileNotFoundError unless the file has a row for each of the model's layers."""
         self._costs(config.num_layers)
 
+    def forward_passes(self, config: ModelConfig) -> float:
+        """None: they were made elsewhere."""
+        return 0.0
+
     def score(self, model: Decoder, corpus: Corpus, mesh: Mesh | None = None) -> Scores:
         """Returns the costs of the model's layers; nothing is evaluated."""
         return Scores(self._costs(model.config.num_layers), "points")

@@ -27,23 +27,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hybrid_jax.checks import check_integer
-from hybrid_jax.config import ModelConfig, SWAConfig
-from hybrid_jax.data import SELECTION_SEED, Corpus
-from hybrid_jax.data.packing import Row
+from hybrid_jax.config import ModelConfig
+from hybrid_jax.data import Corpus
 from hybrid_jax.evaluate.measurement import mean_and_error
-from hybrid_jax.evaluate.measures import BLOCK, batch_size_on, evenly_spaced, padded_batches, retrieval_rows
+from hybrid_jax.evaluate.measures import padded_batches
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.cross_entropy import cross_entropy
 from hybrid_jax.parallel.distributed import is_first, whole_array
-from hybrid_jax.parallel.mesh import check_mesh_fits
 from hybrid_jax.parallel.placement import in_mesh
-from hybrid_jax.parallel.sharding import TOKENS, constrain
 from hybrid_jax.parameters import Parameters, join_model, split_model
-from hybrid_jax.priming.initialize import initialize_hybrid
 from hybrid_jax.progress import progress_bar
 from hybrid_jax.selection.scorers.contract import Scores
+from hybrid_jax.selection.scorers.rows import OnRows, beside_windows, no_hidden_states
 
-RETRIEVAL = "retrieval"
 NONE = -1  # the number of the replaced layer where none is
 
 
@@ -87,72 +83,41 @@ def _replace(
     return jnp.stack([jnp.sum(losses, axis=1), jnp.sum(batch["weights"], axis=1)], axis=1), source
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _zeros(ids: jax.Array, size: int, dtype: Any) -> jax.Array:
-    """Returns zeros [B, T, size] for ids [B, T], sharded as hidden states are."""
-    return constrain(jnp.zeros((*ids.shape, size), dtype), *TOKENS)
-
-
 @dataclasses.dataclass(frozen=True)
-class SwaRetrieval:
+class SwaRetrieval(OnRows):
     """Scores a layer by the loss that sliding-window attention in its place adds on text and on retrieval.
 
     Args:
+      rows, seq_len, task: see `OnRows`.
       window: keys that a query sees in the sliding-window attention, itself included. The published score has 2048 at 32k
         tokens; choose it far below `seq_len`, or replacing a layer changes nothing.
-      rows: rows of the first source's training part, evenly spaced, and as many of the synthetic task.
-      seq_len: tokens per row.
-      task: the synthetic task, by its name in the config's data; `retrieval` has blocks of 16 pairs, in which no evidence is far.
     """
 
     window: int = 16
-    rows: int = 16
-    seq_len: int = 256
-    task: str = RETRIEVAL
 
     def __post_init__(self):
-        for name, minimum in (("window", 1), ("rows", 1), ("seq_len", BLOCK)):
-            check_integer(f"select.{name}", getattr(self, name), minimum=minimum)
+        super().__post_init__()
+        check_integer("select.window", self.window, minimum=1)
 
-    def check(self, config: ModelConfig, mesh: Mesh | None = None) -> None:
-        """Raises ValueError if rows are longer than the model's positions, or the mesh does not divide them."""
-        if mesh is not None:
-            check_mesh_fits(config, mesh, batch_size_on(mesh), self.seq_len)
-        if self.seq_len > config.max_position_embeddings:
-            raise ValueError(
-                f"select.seq_len {self.seq_len:,} is more than the model's max_position_embeddings, "
-                f"{config.max_position_embeddings:,}"
-            )
+    def forward_passes(self, config: ModelConfig) -> float:
+        """One of the source; and of layer l's replacement, the two mixers of layer l and one of each layer behind it."""
+        return (config.num_layers + 5) / 2
 
     def score(self, model: Decoder, corpus: Corpus, mesh: Mesh | None = None) -> Scores:
         """Returns the rise of the mean loss, text plus the synthetic task, in nats per token."""
         text, task = (padded_batches(rows, mesh) for rows in (self.text_rows(corpus), self.task_rows(corpus)))
-        L, pair = model.config.num_layers, join_model(*split_model(model))  # the caller's model keeps its own window
-        pair.config = model.config.with_options(SWAConfig(self.window))
-        pair = initialize_hybrid(pair, "-".join(["SWA*"] * L), mesh=mesh)
-        total = (len(text) + len(task)) * (L + 1)
+        pair = beside_windows(model, self.window, mesh)
+        total = (len(text) + len(task)) * (model.config.num_layers + 1)
         with progress_bar(name="select", unit="layer", total=total, shown=is_first()) as bar, in_mesh(mesh):
             of_text, of_task = (_costs(self._sums(pair, batches, bar)) for batches in (text, task))
         return Scores(of_text[0] + of_task[0], "nats", np.hypot(of_text[1], of_task[1]))
-
-    def text_rows(self, corpus: Corpus) -> list[Row]:
-        """Returns the rows of text."""
-        text = corpus.rows(next(iter(corpus.train)), self.seq_len, SELECTION_SEED)
-        return [text[i] for i in evenly_spaced(len(text), self.rows)]
-
-    def task_rows(self, corpus: Corpus) -> list[Row]:
-        """Returns the rows of the synthetic task."""
-        if self.task == RETRIEVAL:
-            return retrieval_rows(corpus, self.seq_len, self.rows, seed=SELECTION_SEED)
-        task = corpus.task(self.task, self.seq_len, SELECTION_SEED)
-        return [task[i] for i in range(self.rows)]
 
     def _sums(self, model: Decoder, batches: Sequence[Mapping[str, np.ndarray]], bar) -> np.ndarray:
         """Returns the sums of `_replace` of every row, [1 + num_layers, rows, 2]: of the source, and with each layer replaced."""
         structure, parameters = split_model(model)
         sums: list[list[np.ndarray]] = [[] for _ in range(model.config.num_layers + 1)]
         for batch in batches:
-            hidden = _zeros(batch["input_ids"], model.config.hidden_size, model.compute_dtype)
+            hidden = no_hidden_states(batch["input_ids"], model.config.hidden_size, model.compute_dtype)
             for replaced in range(NONE, model.config.num_layers):
                 found, hidden = _replace(structure, parameters, batch, hidden, np.int32(replaced))
                 sums[replaced + 1].append(np.asarray(whole_array(found), np.float64))
