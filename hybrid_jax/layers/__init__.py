@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-from hybrid_jax.config import ATTENTION, ModelConfig
+from hybrid_jax.config import ATTENTION, MixerSpec, ModelConfig
 from hybrid_jax.layers.attention import Attention, SlidingWindowAttention
 from hybrid_jax.layers.bmojo import BMojoF
 from hybrid_jax.layers.gdn import GatedDeltaNet
@@ -15,8 +16,9 @@ from hybrid_jax.layers.mamba2 import Mamba2
 from hybrid_jax.layers.mamba3 import Mamba3
 from hybrid_jax.layers.mixer import Mixer
 from hybrid_jax.layers.mlp import MLP, MoE
+from hybrid_jax.mixers import KINDS
 
-__all__ = ["MIXERS", "MLP", "Embedding", "Linear", "Mixer", "MoE", "RMSNorm", "make_mixer", "mixer_class"]
+__all__ = ["MIXERS", "MLP", "Embedding", "Linear", "Mixer", "MoE", "RMSNorm", "make_mixer", "mixer_class", "output_projections"]
 
 # Mixer kind (a key of `hybrid_jax.mixers.KINDS`) -> its layer.
 MIXERS: dict[str, type[Mixer]] = {
@@ -42,3 +44,13 @@ def mixer_class(kind: str, config: ModelConfig, layer: int) -> type[Mixer]:
 def make_mixer(kind: str, config: ModelConfig, layer: int, **kw: Any) -> Mixer:
     """Returns a new mixer of `kind` for layer number `layer`; `kw` are the constructor's `rngs` and `dtype`."""
     return mixer_class(kind, config, layer)(config, layer, **kw)
+
+
+def output_projections(mixer: Any, spec: MixerSpec, num_heads: int) -> list[tuple[Linear, tuple[int, ...]]]:
+    """Returns the linear maps behind the heads of a layer's mixer, each with the numbers of the heads that are its input.
+
+    A hybrid of heads has two: that of its recurrent mixer, which has all heads, and that of the kept heads.
+    """
+    kept = isinstance(mixer, HeadHybrid)
+    own = functools.reduce(getattr, KINDS[spec.kind].output.split("."), mixer.recurrent if kept else mixer)
+    return [(own, tuple(range(num_heads))), *([(mixer.attention.o_proj, spec.attention_heads)] if kept else [])]

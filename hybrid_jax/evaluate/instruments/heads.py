@@ -19,7 +19,7 @@ from hybrid_jax.data.tasks import Task, check_options
 from hybrid_jax.evaluate.instruments.contract import Instrument, Progress, Subject, check_counts, check_rows
 from hybrid_jax.evaluate.measurement import Measurement, exact, weighted_mean
 from hybrid_jax.evaluate.measures import mesh_batches
-from hybrid_jax.mixers import KINDS
+from hybrid_jax.layers import output_projections
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.cross_entropy import cross_entropy
 from hybrid_jax.parallel.distributed import whole_array
@@ -32,8 +32,9 @@ from hybrid_jax.parameters import Parameters, join_model, split_model
 class Heads(Instrument):
     """Measures a synthetic task with one head's output set to zero in front of the output projection, for every head.
 
-    Heads of attention and of every recurrent mixer are treated alike. The measures are `accuracy` of the answers' tokens by the
-    complete model; `accuracy`, and by how much the loss of the answers' tokens rises (`loss added`), without each head, at
+    Heads of attention and of every recurrent mixer are treated alike; of a head that a hybrid of heads keeps, the outputs of
+    attention and of the recurrent mixer are removed together. The measures are `accuracy` of the answers' tokens by the complete
+    model; `accuracy`, and by how much the loss of the answers' tokens rises (`loss added`), without each head, at
     {"layer": l, "head": h}; and `chance`, the accuracy of guessing, where the task knows it. The rise is of paired rows: its
     interval does not contain what makes some rows harder than others.
 
@@ -147,10 +148,10 @@ def _without_each_head(
     def without(head):
         def run(layer, carry):
             number, x, after = carry
-            output = functools.reduce(getattr, KINDS[layer.spec.kind].output.split("."), layer.mixer(layer.spec.kind))
-            kernel = output.kernel[...]
-            kept = (jnp.arange(kernel.shape[0]) // (kernel.shape[0] // H) != head) | (number != removed)
-            output.kernel.set_value(jnp.where(kept[:, None], kernel, 0))
+            for output, heads in output_projections(layer.mixer(layer.spec.kind), layer.spec, H):
+                kernel = output.kernel[...]
+                kept = (jnp.repeat(jnp.array(heads), kernel.shape[0] // len(heads)) != head) | (number != removed)
+                output.kernel.set_value(jnp.where(kept[:, None], kernel, 0))
             x = jax.lax.cond(number < removed, lambda: x, lambda: layer.run(layer.spec.kind, x, **at)[0].hidden)
             return (number + 1, x, jnp.where(number == removed, x, after)), None
 
