@@ -52,5 +52,5 @@ def output_projections(mixer: Any, spec: MixerSpec, num_heads: int) -> list[tupl
     A hybrid of heads has two: that of its recurrent mixer, which has all heads, and that of the kept heads.
     """
     kept = isinstance(mixer, HeadHybrid)
-    own = functools.reduce(getattr, KINDS[spec.kind].output.split("."), mixer.recurrent if kept else mixer)
+    own: Any = functools.reduce(getattr, KINDS[spec.kind].output.split("."), mixer.recurrent if kept else mixer)
     return [(own, tuple(range(num_heads))), *([(mixer.attention.o_proj, spec.attention_heads)] if kept else [])]

@@ -8,6 +8,7 @@ import io
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 
@@ -88,7 +89,8 @@ def compare_scorers(
 
 def agreement(one: np.ndarray, other: np.ndarray) -> float:
     """Returns Kendall's tau-b of two costs of the same layers; not a number where all layers cost the same."""
-    return float(stats.kendalltau(one, other).statistic)
+    found: Any = stats.kendalltau(one, other)  # its type is not scipy's own
+    return float(found.statistic)
 
 
 def comparison_table(compared: Sequence[Compared]) -> Table:

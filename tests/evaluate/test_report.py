@@ -204,6 +204,20 @@ def test_a_heat_map_has_numbers_and_all_ticks_only_where_there_is_room(tmp_path,
     assert large.images[0].get_array().shape == (4, 40) and large.figure.get_figwidth() > 2 * small.figure.get_figwidth()
 
 
+@pytest.mark.parametrize(
+    "values, want",
+    [
+        ((1.543, 1.23e-3, -2e-5), ["1.54", "0.00", "-0.00"]),
+        ((72.6, 3.5e-3), ["72.6", "0.0"]),
+        ((100.0, 5.0), ["100", "5"]),
+        ((0.0, 0.0), ["0", "0"]),
+        ((2e8, 300.0), ["2e+08", "3e+02"]),
+    ],
+)
+def test_numbers_of_a_heat_map_have_the_decimals_of_the_largest(values, want):
+    assert [pictures._number_format(values)(v) for v in values] == want
+
+
 def test_two_instruments_do_not_draw_into_one_picture(tmp_path):
     names = ("far.1", "far 1")
     evaluation = Evaluation({n: EVALUATION.instruments["text"] for n in names}, {"text": "stdlib"})

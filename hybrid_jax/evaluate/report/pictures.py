@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import matplotlib
@@ -132,6 +133,16 @@ def _draw_curves(shown, instrument, keys, found, first, path):
     plt.close(figure)
 
 
+def _number_format(values: Sequence[float]) -> Callable[[float], str]:
+    """Returns how numbers beside each other are written: with the decimals that the largest one has with three digits, so that
+    small ones are not longer than it is; from 10,000 on in powers of ten."""
+    largest = max((abs(v) for v in values), default=0.0)
+    if largest >= 1e4:
+        return "{:.2g}".format
+    decimals = 2 - math.floor(math.log10(largest)) if largest else 0
+    return f"{{:.{max(0, decimals)}f}}".format if decimals < 6 else "{:.1g}".format
+
+
 def _draw_heat_maps(shown, instrument, keys, found, first, path):
     across, down = list(first.at)
     xs, ys = (list(dict.fromkeys(dict(key[1:])[name] for key in keys)) for name in (across, down))
@@ -139,7 +150,7 @@ def _draw_heat_maps(shown, instrument, keys, found, first, path):
     low, high = (0, 100) if first.unit == "share" else (min(levels), max(levels))
     size = (max(4.2, 1.2 + 0.22 * len(xs)) * len(shown), max(3.6, 1.2 + 0.18 * len(ys)))
     figure, axes = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False, sharey=True)
-    scale = ScalarMappable(Normalize(low, high), "viridis")
+    scale, number = ScalarMappable(Normalize(low, high), "viridis"), _number_format(levels)
     for n, (axis, row) in enumerate(zip(axes[0], shown, strict=True)):
         by_place = {tuple(dict(key[1:])[c] for c in (across, down)): found.get((n, key)) for key in keys}
         grid = [[_scaled(m)[0] if (m := by_place.get((x, y))) is not None else float("nan") for x in xs] for y in ys]
@@ -149,7 +160,7 @@ def _draw_heat_maps(shown, instrument, keys, found, first, path):
                 axis.text(
                     i,
                     j,
-                    f"{value:.3g}",
+                    number(value),
                     ha="center",
                     va="center",
                     fontsize=8,

@@ -67,7 +67,7 @@ class GradientError(OnRows):
         return Scores(text + task, "nats", np.hypot(text_error, task_error))
 
 
-def _rises(pair: Decoder, batches: Sequence[Mapping[str, np.ndarray]], bar) -> tuple[np.ndarray, np.ndarray]:
+def _rises(pair: Decoder, batches: Sequence[Mapping[str, Any]], bar) -> tuple[np.ndarray, np.ndarray]:
     """Returns the estimated rise of the mean loss and its standard error, [layers] each."""
     structure, parameters = split_model(pair)
     slopes, weights = [], []

@@ -60,7 +60,7 @@ class OnRows:
 
     def synthetic(self, corpus: Corpus) -> Task:
         """Returns the synthetic task."""
-        blocks = {"min_pairs": PAIRS, "max_pairs": PAIRS} if self.task == RETRIEVAL else {}
+        blocks: dict[str, Any] = {"min_pairs": PAIRS, "max_pairs": PAIRS} if self.task == RETRIEVAL else {}
         return corpus.task(self.task, self.seq_len, SELECTION_SEED, **blocks)
 
     def task_rows(self, corpus: Corpus) -> list[Row]:
