@@ -6,6 +6,7 @@ The probes are those of Gather-and-Aggregate (arXiv 2504.18574): a dictionary of
 multiple choice by letter; and needles in text. `heads` measures what is lost without a head; `mixing` how much a head gathers
 facts on their last tokens, how much it aggregates them where they are asked, and how sharp its rows are, also as means by mixer.
 The report has a picture of layer by head for each. It works for attention and for every recurrent mixer, and on any mesh (`mesh`).
+The outcome for the small source is in analyze_heads.md.
 """
 
 from ml_collections import ConfigDict

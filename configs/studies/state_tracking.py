@@ -7,8 +7,8 @@
 One layer learns the parity of bits; three layers learn arithmetic modulo 5, with and without brackets. Mamba-3, Mamba-3 without its
 rotation, Mamba-2, Gated DeltaNet and Gated DeltaNet with eigenvalues in [-1, 1] (the definitions and the comparison are those of
 arXiv 2603.15569, section 4, and 2411.12537). Expressions grow in three phases, to 40 tokens; then those of 40 to 160 tokens are
-measured too, which no mixer saw. Three seeds each. `configs/studies/state_tracking.py:parity-M3` is one experiment. It has not been
-run yet.
+measured too, which no mixer saw. Three seeds each. `configs/studies/state_tracking.py:parity-M3` is one experiment.
+It has not been run yet.
 """
 
 from ml_collections import ConfigDict
@@ -34,14 +34,16 @@ ROWS = 128
 def get_config(which: str = "parity") -> ConfigDict:
     task, _, mixer = which.partition("-")
     if task not in TASKS or mixer not in ("", "evaluate", *MIXERS):
-        raise ValueError(f"state_tracking knows TASK, TASK-evaluate and TASK-MIXER of {', '.join(TASKS)} and {', '.join(MIXERS)}")
+        known = f"TASK, TASK-evaluate and TASK-MIXER of {', '.join(TASKS)} and {', '.join(MIXERS)}"
+        raise ValueError(f"state_tracking knows {known}, got {which!r}")
     if not mixer:
         configs, evaluate = ([f"configs/studies/state_tracking.py:{task}-{name}" for name in x] for x in (MIXERS, ["evaluate"]))
         return ConfigDict({"configs": tuple(configs), "grid": {"seed": (1, 101, 201)}, "evaluate": {"config": evaluate[0]}})
     layers, options = TASKS[task]
     if mixer == "evaluate":
         lengths = {"instrument": "recall", "task": task, "seq_len": 256, "grid": {"min_length,max_length": MEASURED}, "rows": 64}
-        return ConfigDict({"data": {"text": "stdlib", "tasks": {task: options}}, "instruments": {"length": lengths}})
+        cost = {"instrument": "cost", "lengths": (256,)}
+        return ConfigDict({"data": {"text": "stdlib", "tasks": {task: options}}, "instruments": {"length": lengths, "cost": cost}})
     symbol, mixers = MIXERS[mixer]
     tasks = {phase: {**options, "min_length": low, "max_length": high} for phase, (low, high) in LENGTHS.items()}
     phase = {
