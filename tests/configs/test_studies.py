@@ -37,7 +37,7 @@ def test_a_study_says_that_it_has_not_been_run_or_has_a_page_of_its_outcome(stud
 
 
 def test_there_are_studies_of_recall_of_mixers_of_layers_and_of_state_tracking():
-    assert [path.stem for path in STUDIES] == ["layers", "mixers", "mqar", "state_tracking"]
+    assert [path.stem for path in STUDIES] == ["kept_heads", "layers", "mixers", "mqar", "state_tracking"]
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.stem)
