@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 
 import pytest
@@ -162,3 +163,37 @@ def test_a_line_of_a_file_may_hold_separators_that_are_no_ends_of_lines(tmp_path
     (tmp_path / "qa1.jsonl").write_text(json.dumps({"input": text, "question": "q", "target": "t"}, ensure_ascii=False) + "\n")
     (one,) = read_examples(SUITES["babilong"], str(tmp_path))
     assert text in one.prompt
+
+
+def lines(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return [example for example in read_examples(SUITES["helmet"], str(path))]
+
+
+def test_an_answer_from_retrieved_documents_is_right_if_any_reference_stands_in_it(tmp_path):
+    ctxs = [{"title": "Paris", "text": "It is the capital of France."}, {"text": "Rome is old."}]
+    (one,) = lines(tmp_path / "nq.jsonl", {"question": "Capital of France?", "answers": ["Lutetia", "the Paris"], "ctxs": ctxs})
+    assert "Document (title: Paris): It is the capital of France.\n\nDocument: Rome is old." in one.plain
+    assert one.plain.endswith("Question: Capital of France?\nAnswer:")
+    score = SUITES["helmet"].score
+    assert [score(text, one) for text in ("It is Paris.", "Lutetia", "Rome")] == [1.0, 1.0, 0.0]
+
+
+def test_a_ranking_is_scored_by_ndcg_at_10(tmp_path):
+    """By hand: labels 3, 0, 1 ranked a, c, b are 3 + 1 / log2(3); b, a are 3 / log2(3); the best is 3 + 1 / log2(3)."""
+    ctxs = [{"id": i, "label": n, "text": f"text of {i}"} for i, n in (("a", 3), ("b", 0), ("c", 1))]
+    (one,) = lines(tmp_path / "msmarco.jsonl", {"qid": "1", "query": "q", "ctxs": ctxs})
+    assert "[b] Document: text of b" in one.plain and one.plain.endswith("Query: q\nRanking:")
+    best = 3 + 1 / math.log2(3)
+    for text, want in (
+        (" a > c > b\nc", 1.0),
+        ("b > a", 3 / math.log2(3) / best),
+        ("x > c > c > a", (1 + 3 / math.log2(3)) / best),
+        ("", 0),
+    ):
+        assert SUITES["helmet"].score(text, one) == pytest.approx(want)
+    many = [{"id": n, "label": int(n == 11), "text": ""} for n in range(12)]
+    (one,) = lines(tmp_path / "many.jsonl", {"qid": "1", "query": "q", "ctxs": many})
+    assert SUITES["helmet"].score(" > ".join(map(str, range(12))), one) == 0  # the relevant one is the twelfth
+    with pytest.raises(ValueError, match="msmarco.jsonl, line 1: the record has no field 'label'"):
+        lines(tmp_path / "msmarco.jsonl", {"qid": "1", "query": "q", "ctxs": [{"id": 1, "text": ""}]})

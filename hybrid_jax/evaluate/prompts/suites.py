@@ -1,14 +1,16 @@
-"""RULER, BABILong, HELMET's key-value and RULER tasks, and MRCR, from the data files that their own repositories make.
+"""RULER, BABILong, HELMET's recall, retrieved-documents and re-ranking tasks, and MRCR, from the files of their repositories.
 
 Formats and scores follow NVIDIA/RULER (arXiv 2404.06654), booydar/babilong (2406.10149), princeton-nlp/HELMET (2410.02694) and
-openai/mrcr. RULER's files hold complete prompts. The prompts of the others are built here in our own words, which changes scores
-of small models: compare models within one evaluation.
+openai/mrcr. RULER's files hold complete prompts. The prompts of the others are built here in our own words and, but for the
+key-value task, without examples, which changes scores of small models: compare models within one evaluation. HELMET's tasks that
+a language model judges, or that are scored by summaries, are not here.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import math
 import pathlib
 import re
 import string
@@ -65,14 +67,39 @@ def score_babilong(prediction: str, example: Example) -> float:
     return float(all(re.search(rf"\b{re.escape(part)}\b", text) for part in parts))
 
 
+def _documents(record: Record, numbered: bool) -> str:
+    """Returns the documents of a record, with their ids if they are to be ranked."""
+    ids = (f"[{ctx['id']}] " if numbered else "" for ctx in record["ctxs"])
+    titles = (f"Document (title: {ctx['title']})" if ctx.get("title") else "Document" for ctx in record["ctxs"])
+    texts = (ctx["text"] for ctx in record["ctxs"])
+    return "\n\n".join(f"{n}{title}: {text}" for n, title, text in zip(ids, titles, texts, strict=True))
+
+
 def read_helmet(record: Record, path: pathlib.Path) -> Example:
-    """A line of HELMET's json_kv or ruler files: `context`, `question` or `query`, `answer` or `outputs`, and maybe `demos`."""
+    """A line of one of HELMET's files:
+
+    json_kv, ruler    `context`, `question` or `query`, `answer` or `outputs`, and maybe `demos`.
+    kilt, popqa       `ctxs` (documents with `text` and maybe `title`), `question`, `answers`: documents that a search found.
+    msmarco           `ctxs` with `id` and `label` (relevance), `query`: documents to rank.
+    """
+    at: dict[str, str | int] = {"task": path.stem}
+    if "ctxs" in record and "answers" not in record:
+        labels = [str(ctx["label"]) for ctx in record["ctxs"]]
+        prompt = (
+            "Rank the documents by how relevant they are to the query, the most relevant first. Write the ten best ids, joined by "
+            f"' > '.\n\n{_documents(record, True)}\n\nQuery: {record['query']}"
+        )
+        return Example(prompt, tuple(labels), at, record, begin="\nRanking:")
+    if "ctxs" in record:
+        task = "Answer the question in a few words from the documents."
+        prompt = f"{task}\n\n{_documents(record, False)}\n\nQuestion: {record['question']}"
+        return Example(prompt, _texts(record["answers"], "answers"), at, record, begin="\nAnswer:")
     question = record["question"] if "question" in record else record["query"]
     answers = record["outputs"] if "outputs" in record else record["answer"]
     demos = "".join(f"Key: {key}\nValue: {value}\n\n" for key, value in record.get("demos") or ())
     prompt = f"{record['context']}\n\n{demos}Key: {question}" if demos else f"{record['context']}\n\n{question}"
     begin = "\nValue:" if demos else "\nAnswer:"
-    return Example(prompt, _texts(answers, "answer"), {"task": path.stem}, record, begin=begin)
+    return Example(prompt, _texts(answers, "answer"), at, record, begin=begin)
 
 
 def _normalized(text: str) -> str:
@@ -82,9 +109,28 @@ def _normalized(text: str) -> str:
 
 
 def score_helmet(prediction: str, example: Example) -> float:
-    """The share of the references that stand in the prediction, both normalized as for SQuAD."""
+    """The share of the references that stand in the prediction, both normalized as for SQuAD; of retrieved documents whether any
+    does; of a ranking NDCG@10."""
+    if example.begin == "\nRanking:":
+        return _ndcg(re.findall(r"\w+", prediction.strip().split("\n")[0]), example.record["ctxs"])
     text = _normalized(prediction)
-    return sum(_normalized(reference) in text for reference in example.references) / len(example.references)
+    there = [_normalized(reference) in text for reference in example.references]
+    return float(any(there)) if "ctxs" in example.record else sum(there) / len(there)
+
+
+def _ndcg(ranking: Sequence[str], ctxs: Sequence[Record], most: int = 10) -> float:
+    """Returns NDCG at `most` as trec_eval defines it: sums of relevance / log2(1 + rank), over that of the best ranking.
+
+    Ids that are no document's, and repeated ones, are left out; 0 where nothing is relevant.
+    """
+    relevance = {str(ctx["id"]): float(ctx["label"]) for ctx in ctxs}
+    ranked = [relevance[i] for i in dict.fromkeys(ranking) if i in relevance]
+
+    def gain(values: Sequence[float]) -> float:
+        return sum(value / math.log2(2 + rank) for rank, value in enumerate(values[:most]))
+
+    best = gain(sorted(relevance.values(), reverse=True))
+    return gain(ranked) / best if best else 0.0
 
 
 def read_mrcr(record: Record, path: pathlib.Path) -> Example:
