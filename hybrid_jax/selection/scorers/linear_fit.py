@@ -61,11 +61,12 @@ class LinearFit(OnRows):
       rows, seq_len, task: see `OnRows`; at least 2 rows.
       half_life: tokens after which the decaying half of the features weighs a key half.
       ridge: added to the diagonal of the features' second moments, as a fraction of a feature's sum of squares around its mean
-        (the mean over features).
+        (the mean over features). Features are running means, which differ little from token to token: with 1e-3 and 8 rows of the
+        small source they fitted rows rather than tokens, and errors on the other rows were up to 2.6.
     """
 
     half_life: int = 16
-    ridge: float = 1e-3
+    ridge: float = 0.1
 
     def __post_init__(self):
         super().__post_init__()
