@@ -72,7 +72,7 @@ def test_the_reach_of_a_head_is_its_attention_to_far_keys_that_begin_no_document
     assert tokens.unit == "tokens" and tokens.errors.shape == (3,)
 
 
-def ridge_error(part, layer, half_life=16, ridge=1e-3):
+def ridge_error(part, layer, half_life=16, ridge=0.1):
     """Returns the sums of squares of what ridge regression leaves and of the outputs, from residuals; by the module's formula."""
     fitted = []
     for p in part:
