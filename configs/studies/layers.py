@@ -5,7 +5,7 @@
 Half of the small source's layers become Gated KalmaNet, Gated DeltaNet, Mamba-2, or sliding windows that hold as many bytes: the
 four layers in which a window costs least (what `select` chooses), every other layer, and the four in which a window costs most,
 which are those that retrieve. Primed and measured as in mixers.py; three seeds. `configs/studies/layers.py:GKA-cheapest` is one
-experiment. It has not been run yet.
+experiment. The outcome is in layers.md.
 """
 
 from ml_collections import ConfigDict
