@@ -85,7 +85,11 @@ class GatedKalmaNet(nnx.Module):
         return self.o_proj(o), GKAState._make([*(states or (None, None)), *tails])
 
     def mixing(self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array) -> Mixing:
-        """Returns the mixing matrices on x [B, T, hidden]; beta, with which values are written, is part of them."""
+        """Returns the mixing matrices on x [B, T, hidden]; beta, with which values are written, is part of them.
+
+        On a CPU their gradient raises an error for rows of more than one chunk: JAX mixes up the residuals of the solve's own
+        gradient in a scan over chunks that is differentiated twice. With `chunk_size` at least T it is right.
+        """
         del positions
         (q, k, v, alpha, g), beta, _ = self._inputs(x, segment_ids, GKAState._make([None] * 5))
         q, k, weight = q.astype(jnp.float32), k.astype(jnp.float32), None if beta is None else beta[..., 0]
