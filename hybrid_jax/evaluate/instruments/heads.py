@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from hybrid_jax.config import ModelConfig
-from hybrid_jax.data import HELD_OUT_SEED, Corpus
+from hybrid_jax.data import Corpus
 from hybrid_jax.data.packing import Row
-from hybrid_jax.data.tasks import Task, check_options
-from hybrid_jax.evaluate.instruments.contract import Instrument, Progress, Subject, check_counts, check_rows
+from hybrid_jax.data.tasks import Task
+from hybrid_jax.evaluate.instruments.contract import Progress, Subject
+from hybrid_jax.evaluate.instruments.of_heads import OfHeads
 from hybrid_jax.evaluate.measurement import Measurement, exact, weighted_mean
 from hybrid_jax.evaluate.measures import mesh_batches
 from hybrid_jax.layers import output_projections
@@ -29,7 +29,7 @@ from hybrid_jax.parameters import Parameters, join_model, split_model
 
 
 @dataclasses.dataclass(frozen=True)
-class Heads(Instrument):
+class Heads(OfHeads):
     """Measures a synthetic task with one head's output set to zero in front of the output projection, for every head.
 
     Heads of attention and of every recurrent mixer are treated alike; of a head that a hybrid of heads keeps, the outputs of
@@ -41,49 +41,25 @@ class Heads(Instrument):
     The layers below the removed head are computed once per batch, those above it once per head: of L layers with H heads a
     batch costs about L H / 2 forward passes.
 
-    Args:
-      task: a name of the evaluation's tasks, see `data.corpus.read_tasks`.
-      options: replace the task's options.
-      seq_len: tokens per row.
-      rows: rows.
-      batch_size: rows at a time.
+    Args: see `OfHeads`.
     """
 
     headline: ClassVar[tuple[str, ...]] = ("accuracy",)
 
-    task: str = "retrieval"
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    seq_len: int = 512
-    rows: int = 32
-    batch_size: int = 8
+    name: ClassVar[str] = "heads"
 
-    def __post_init__(self):
-        check_counts(self, "seq_len", "rows", "batch_size")
-
-    def check(self, config: ModelConfig, corpus: Corpus, mesh: Mesh | None = None) -> None:
-        if config.is_fused:
-            raise ValueError("heads: a fused model has two streams; measure the stage after it, or the exported model")
-        if self.task not in corpus.tasks:
-            raise ValueError(f"heads: no synthetic task is named {self.task!r}; have {', '.join(corpus.tasks)}")
-        check_options(corpus.tasks[self.task]["task"], self.options)
-        check_rows("heads", config, mesh, self.batch_size, self.seq_len)
-        self._rows(corpus, 1)
-
-    def _task(self, corpus: Corpus) -> Task:
-        return corpus.task(self.task, self.seq_len, HELD_OUT_SEED, held_out=True, **self.options)
-
-    def _rows(self, corpus: Corpus, count: int) -> list[Row]:
-        return answer_rows(self._task(corpus), count)
+    def read(self, corpus: Corpus, count: int) -> list[Row]:
+        return answer_rows(self.of(corpus), count)
 
     def measure(self, subject: Subject, progress: Progress = lambda done, total: None) -> list[Measurement]:
-        config, rows = subject.model.config, self._rows(subject.corpus, self.rows)
+        config, rows = subject.model.config, self.read(subject.corpus, self.rows)
         L, H = config.num_layers, config.num_heads
         sums = sums_without_each_head(subject.model, rows, self.batch_size, subject.mesh, progress)
         losses, right, weights = np.moveaxis(sums, -1, 0)
         mean, counted = np.divide(right, weights, out=np.zeros_like(right), where=weights > 0), weights[0, H]
         added = np.divide(losses - losses[:, H:], weights, out=np.zeros_like(losses), where=weights > 0)
         measured = [weighted_mean("accuracy", mean[0, H], counted, share=True)]
-        if (chance := self._task(subject.corpus).chance) is not None:
+        if (chance := self.of(subject.corpus).chance) is not None:
             measured.append(exact("chance", chance, "share"))
         for layer in range(L):
             for head in range(H):

@@ -13,10 +13,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hybrid_jax.config import ModelConfig
-from hybrid_jax.data import HELD_OUT_SEED, Corpus
+from hybrid_jax.data import Corpus
 from hybrid_jax.data.packing import Row
-from hybrid_jax.data.tasks import check_options
-from hybrid_jax.evaluate.instruments.contract import Instrument, Progress, Subject, check_counts, check_rows
+from hybrid_jax.evaluate.instruments.contract import Progress, Subject
+from hybrid_jax.evaluate.instruments.of_heads import OfHeads
 from hybrid_jax.evaluate.measurement import Measurement, weighted_mean
 from hybrid_jax.evaluate.measures import mesh_batches
 from hybrid_jax.layers import mixer_class
@@ -34,7 +34,7 @@ ROLES = ("segment_begin", "evidence_begin", "evidence_end")  # arrays of a row, 
 
 
 @dataclasses.dataclass(frozen=True)
-class Mixing(Instrument):
+class Mixing(OfHeads):
     """Measures the mixing matrices M of every head (`layers.mixing`) on the rows of a synthetic task.
 
     Row t of a head is read as shares p[s] = |M[t, s]| / sum_s |M[t, s]| of the tokens s <= t of t's segment: of attention the
@@ -54,47 +54,29 @@ class Mixing(Instrument):
     are those of Gather-and-Aggregate (arXiv 2504.18574, which finds them by removing heads, and says that heads of
     recurrent mixers have smoother rows); the formulas are ours. What a head does to the answer is what `heads` measures.
 
-    Args:
-      task: a name of the evaluation's tasks, see `data.corpus.read_tasks`.
-      options: replace the task's options.
-      seq_len: tokens per row.
-      rows: rows.
-      batch_size: rows at a time.
+    Args: see `OfHeads`.
     """
 
     headline: ClassVar[tuple[str, ...]] = ("sharpness",)
 
-    task: str = "retrieval"
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    seq_len: int = 512
-    rows: int = 32
-    batch_size: int = 8
-
-    def __post_init__(self):
-        check_counts(self, "seq_len", "rows", "batch_size")
+    name: ClassVar[str] = "mixing"
 
     def check(self, config: ModelConfig, corpus: Corpus, mesh: Mesh | None = None) -> None:
-        if config.is_fused:
-            raise ValueError("mixing: a fused model has two streams; measure the stage after it, or the exported model")
+        super().check(config, corpus, mesh)
         for layer, spec in enumerate(config.layers):
             if not hasattr(mixer_class(spec.kind, config, layer), "mixing"):
                 raise ValueError(
                     f"mixing: layer {layer} ({spec.symbol}) has no mixing matrices (see `layers.mixer.Mixer`); measure this model "
                     "without the instrument"
                 )
-        if self.task not in corpus.tasks:
-            raise ValueError(f"mixing: no synthetic task is named {self.task!r}; have {', '.join(corpus.tasks)}")
-        check_options(corpus.tasks[self.task]["task"], self.options)
-        check_rows("mixing", config, mesh, self.batch_size, self.seq_len)
-        self._rows(corpus, 1)
 
-    def _rows(self, corpus: Corpus, count: int) -> list[Row]:
+    def read(self, corpus: Corpus, count: int) -> list[Row]:
         """Returns the first rows of the task with the arrays of `ROLES`."""
-        task = corpus.task(self.task, self.seq_len, HELD_OUT_SEED, held_out=True, **self.options)
+        task = self.of(corpus)
         return [add_roles(task.example(i), getattr(task, "key_tokens", 1)) for i in range(count)]
 
     def measure(self, subject: Subject, progress: Progress = lambda done, total: None) -> list[Measurement]:
-        rows = self._rows(subject.corpus, self.rows)
+        rows = self.read(subject.corpus, self.rows)
         sums = role_sums(subject.model, rows, mesh=subject.mesh, batch_size=self.batch_size, progress=progress)
         counts = np.stack([_counts(row) for row in rows], axis=1)  # [measures, rows]
         means = np.divide(sums, counts[..., None], out=np.zeros_like(sums), where=counts[..., None] > 0)
