@@ -8,7 +8,6 @@ import pathlib
 import shutil
 
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -23,7 +22,7 @@ from hybrid_jax.files import new_directory
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.distributed import barrier, is_first, say
 from hybrid_jax.priming.fuse import fuse, unfuse
-from hybrid_jax.priming.initialize import initialize_hybrid
+from hybrid_jax.priming.initialize import initialize_hybrid, new_model
 from hybrid_jax.selection.select import choose_pattern
 from hybrid_jax.train import MetricWriter, NoMetrics, train_phase
 
@@ -42,10 +41,8 @@ def _make_source(experiment: Experiment, directory: pathlib.Path) -> None:
             f"the text yields a vocabulary of {tokenizer.get_vocab_size()}, model.vocab_size is {model_config.vocab_size}"
         )
     with new_directory(directory) as d:
-        model = Decoder(model_config, rngs=nnx.Rngs(experiment.seed))
-        model.config = experiment.with_mixer_options(model_config)
-        pattern, fresh = experiment.pattern or model_config.pattern, experiment.fresh_parameters
-        write_model(initialize_hybrid(model, pattern, seed=experiment.seed, fresh_parameters=fresh), d)
+        config = experiment.with_mixer_options(model_config).with_pattern(experiment.pattern or model_config.pattern)
+        write_model(new_model(config, seed=experiment.seed, fresh_parameters=experiment.fresh_parameters), d)
         save_tokenizer(tokenizer, d, model_config.max_position_embeddings)
 
 

@@ -121,7 +121,7 @@ def generate(
       temperature, top_p, top_k: see `Sampling`; the defaults are greedy.
       eos_id: any of these ids ends a row; it is not returned. `generation_defaults` reads a model directory's.
       seed: of sampling.
-      on_token: called with every step's ids [B].
+      on_token: called with every step's ids [B], of rows that have ended too.
       ended: called with a row's number and its new ids after each of them; True ends the row, which keeps them all.
       padded_to: prompts are padded to at least so many tokens; with a `bucket`, batches of various lengths share a program.
       mesh: that the model is on; rows are sharded over its batch axes, heads over `tensor`, and rows that it does not divide are

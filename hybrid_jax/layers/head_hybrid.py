@@ -68,6 +68,8 @@ class HeadHybrid(nnx.Module):
         heads, kv_heads = spec.attention_heads, kv_heads_of(spec.attention_heads, config)
         own = {n.removeprefix("recurrent."): x for n, x in fresh.items() if n.startswith("recurrent.")}
         recurrent = layers.MIXERS[spec.kind].from_attention(source, own, config, layer)
+        if (bias := f"{KINDS[spec.kind].output}.bias") in recurrent:
+            recurrent[bias] = jnp.zeros_like(recurrent[bias])
         if "merge.kernel" in fresh:
             merge = {"merge.kernel": jnp.eye(config.hidden_size), "merge.bias": jnp.zeros_like(fresh["merge.bias"])}
         else:

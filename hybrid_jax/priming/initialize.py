@@ -67,16 +67,38 @@ def _fresh(config: ModelConfig, dtype, seed: int, names: set[str], mesh: Mesh | 
     return jax.jit(make, out_shardings=where)()
 
 
+def new_model(config: ModelConfig, *, seed: int = 0, fresh_parameters: str = "transformers") -> Decoder:
+    """Returns a model that nothing gives its parameters: every layer begins as its class says, recurrent mixers too.
+
+    Args:
+      fresh_parameters: as `initialize_hybrid` takes it, for the kernels and biases of the mixers that are not attention; all
+        others are N(0, initializer_range^2) and 0.
+
+    Raises:
+      ValueError: `fresh_parameters` is neither.
+    """
+    check_choice("fresh_parameters", fresh_parameters, FRESH_PARAMETERS)
+    model = Decoder(config, rngs=nnx.Rngs(seed))
+    structure, parameters = split_model(model)
+    prefixes = [f"layers.{i}.{KINDS[k].parameter_key}." for i, x in enumerate(config.layers) for k in x.kinds if k != ATTENTION]
+    of_mixers = {name: x for name, x in parameters.items() if name.startswith(tuple(prefixes))}
+    return join_model(structure, parameters | FRESH_PARAMETERS[fresh_parameters](of_mixers, marks(model), seed))
+
+
 def check_convertible(have: ModelConfig, wanted: ModelConfig) -> None:
-    """Checks that every mixer of `wanted` that `have` lacks replaces attention.
+    """Checks that every mixer of `wanted` that `have` lacks replaces attention, and that those it has keep their heads.
 
     Raises:
       ValueError: one does not; names the layer.
     """
     for i, (old, new) in enumerate(zip(have.layers, wanted.layers, strict=True)):
-        same_mixer = set(new.kinds) <= set(old.kinds) and new.attention_heads == old.attention_heads
-        if ATTENTION not in old.kinds and not same_mixer:
+        if ATTENTION not in old.kinds and not set(new.kinds) <= set(old.kinds):
             raise ValueError(f"layer {i} is {old.symbol!r}: only attention can become {new.symbol!r}")
+        if new.kind != ATTENTION and new.kind in old.kinds and new.attention_heads != old.attention_heads:
+            raise ValueError(
+                f"layer {i} is {old.symbol!r}: its mixer keeps its heads, and only attention can become {new.symbol!r}; convert "
+                "the source again"
+            )
 
 
 def initialize_hybrid(

@@ -25,7 +25,7 @@ from hybrid_jax.evaluate.lm_eval.prefixes import group_by_prefix, make_rows
 from hybrid_jax.evaluate.lm_eval.scoring import Scorer
 from hybrid_jax.generation import bucket
 from hybrid_jax.generation.sampling import Sampling
-from tests.conftest import tiny_model
+from tests.conftest import relative_error, tiny_model
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -286,6 +286,18 @@ def test_scores_of_a_hybrid_do_not_depend_on_shared_prefixes_or_the_batch_size(p
     for batch_size in batch_sizes:  # rows of a group in several batches; several groups in one
         found = dict(Scorer(model, batch_size)(queries, 200))
         same_scores([found[n] for n in range(len(queries))], wanted)
+
+
+@pytest.mark.parametrize("shorter", [31, 32, 33])
+def test_a_short_prefix_beside_a_long_one_begins_from_nothing(shorter, monkeypatch):
+    """Of a prefix of 32 tokens beside one of 48 the first chunk of 16 is padding, whose state is not the prefix's."""
+    monkeypatch.setattr(scoring, "CHUNK", 16)
+    model, rng = tiny_model("GDN-M3"), np.random.default_rng(0)
+    prefixes = [rng.integers(1, 61, n).tolist() for n in (48, shorter)]
+    scorer = Scorer(model, 4)
+    together, alone = scorer._after(prefixes, 16), scorer._after(prefixes[1:], 16)
+    for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+        assert relative_error(a[1], b[0]) < 1e-4
 
 
 def test_every_array_of_a_state_is_forked():

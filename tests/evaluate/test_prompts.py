@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
-import math
 import pathlib
 
+import numpy as np
 import pytest
 
 from hybrid_jax.evaluate.instruments import Subject, make_instrument, prompts
@@ -165,9 +165,9 @@ def test_a_line_of_a_file_may_hold_separators_that_are_no_ends_of_lines(tmp_path
     assert text in one.prompt
 
 
-def lines(path, *records):
+def lines(path, *records, suite="helmet"):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return [example for example in read_examples(SUITES["helmet"], str(path))]
+    return [example for example in read_examples(SUITES[suite], str(path))]
 
 
 def test_an_answer_from_retrieved_documents_is_right_if_any_reference_stands_in_it(tmp_path):
@@ -179,21 +179,30 @@ def test_an_answer_from_retrieved_documents_is_right_if_any_reference_stands_in_
     assert [score(text, one) for text in ("It is Paris.", "Lutetia", "Rome")] == [1.0, 1.0, 0.0]
 
 
-def test_a_ranking_is_scored_by_ndcg_at_10(tmp_path):
-    """By hand: labels 3, 0, 1 ranked a, c, b are 3 + 1 / log2(3); b, a are 3 / log2(3); the best is 3 + 1 / log2(3)."""
-    ctxs = [{"id": i, "label": n, "text": f"text of {i}"} for i, n in (("a", 3), ("b", 0), ("c", 1))]
-    (one,) = lines(tmp_path / "msmarco.jsonl", {"qid": "1", "query": "q", "ctxs": ctxs})
+THIRD = 1 / np.log2(3)  # what rank 2 counts
+BEST = 3 + THIRD  # of labels 3, 0, 1
+
+
+@pytest.mark.parametrize(
+    "text, want",
+    [
+        (" D-7 > 9 > b\nD-7", 1.0),
+        ("b > D-7", 3 * THIRD / BEST),
+        ("x > 9 > 9 > D-7", (1 + 3 * THIRD) / BEST),
+        ("Here are the 9 best:\n[ID: D-7] > ID9", 1.0),
+        ("", 0.0),
+    ],
+)
+def test_a_ranking_is_scored_by_ndcg_at_10_by_hand(text, want, tmp_path):
+    ctxs = [{"id": i, "label": n, "text": f"text of {i}"} for i, n in (("D-7", 3), ("b", 0), (9, 1))]
+    (one,) = lines(tmp_path / "msmarco.jsonl", {"qid": "1", "query": "q", "ctxs": ctxs}, suite="helmet_reranking")
     assert "[b] Document: text of b" in one.plain and one.plain.endswith("Query: q\nRanking:")
-    best = 3 + 1 / math.log2(3)
-    for text, want in (
-        (" a > c > b\nc", 1.0),
-        ("b > a", 3 / math.log2(3) / best),
-        ("x > c > c > a", (1 + 3 / math.log2(3)) / best),
-        ("", 0),
-    ):
-        assert SUITES["helmet"].score(text, one) == pytest.approx(want)
+    assert SUITES["helmet_reranking"].score(text, one) == pytest.approx(want)
+
+
+def test_ranks_behind_the_tenth_do_not_count_and_documents_need_labels(tmp_path):
     many = [{"id": n, "label": int(n == 11), "text": ""} for n in range(12)]
-    (one,) = lines(tmp_path / "many.jsonl", {"qid": "1", "query": "q", "ctxs": many})
-    assert SUITES["helmet"].score(" > ".join(map(str, range(12))), one) == 0  # the relevant one is the twelfth
+    (one,) = lines(tmp_path / "many.jsonl", {"qid": "1", "query": "q", "ctxs": many}, suite="helmet_reranking")
+    assert SUITES["helmet_reranking"].score(" > ".join(map(str, range(12))), one) == 0
     with pytest.raises(ValueError, match="msmarco.jsonl, line 1: the record has no field 'label'"):
-        lines(tmp_path / "msmarco.jsonl", {"qid": "1", "query": "q", "ctxs": [{"id": 1, "text": ""}]})
+        lines(tmp_path / "msmarco.jsonl", {"qid": "1", "query": "q", "ctxs": [{"id": 1, "text": ""}]}, suite="helmet_reranking")

@@ -68,6 +68,10 @@ def test_the_sum_begins_with_every_head_once():
     """With all heads kept the recurrent mixer adds nothing, and the hybrid is the source; with one, its rows alone are 0."""
     want = source()(IDS)
     assert relative_error(converted("GKA[0,1,2,3]-M3[0,1,2,3]", SUM)(IDS), want) < 1e-5
+    biased = source(o_bias=True)  # B'MOJO has a bias too, which must not count twice
+    for layer in biased.layers:
+        layer.self_attn.o_proj.bias.set_value(jnp.full(24, 0.5))
+    assert relative_error(converted("BMF[0,1,2,3]-*", SUM, o_bias=True)(IDS), biased(IDS)) < 1e-5
     mixer = converted("GKA[2]-*", SUM).layers[0].gka
     assert mixer.merge is None
     rows = np.abs(np.asarray(mixer.recurrent.o_proj.kernel[...]).reshape(4, 8, 24)).max((1, 2))
@@ -106,6 +110,10 @@ def test_only_attention_becomes_a_hybrid_of_heads():
     for pattern in ("GDN[1]-GDN[1]", "GDN-GDN[2]", "GDN-GDN"):
         with pytest.raises(ValueError, match="only attention can become"):
             initialize_hybrid(model, pattern)
+    fused = converted("GDN[1]*-*")
+    for pattern in ("GDN[2]-*", "GDN[1,2]*-*", "GDN-*"):
+        with pytest.raises(ValueError, match=r"layer 0 is 'GDN\[1\]\*': its mixer keeps its heads"):
+            initialize_hybrid(fused, pattern)
 
 
 def test_a_fused_layer_teaches_with_all_heads():

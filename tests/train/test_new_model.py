@@ -2,13 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from hybrid_jax import load_model
 from hybrid_jax.config import GKAConfig
 from hybrid_jax.experiment import run_experiment
+from hybrid_jax.parameters import split_model
+from hybrid_jax.priming.initialize import new_model
 from hybrid_jax.train import read_metrics
+from tests.conftest import tiny_config
 
 
 @pytest.fixture
@@ -39,3 +43,15 @@ def test_the_layers_of_a_new_model_cannot_be_selected_nor_taught_by_attention_th
     with pytest.raises(ValueError, match="phase 'pretrain': layer 0 of the fused model is 'GKA"):
         run_experiment(config, tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_new_model_s_mixers_begin_as_their_layers_say_and_not_as_attention_is_converted(tmp_path):
+    """Conversion sets Mamba-3's angles and biases to 0; a new Mamba-3 has angles, and biases of 1."""
+    config = tiny_config("M3-*")
+    for fresh_parameters in ("transformers", "torch"):
+        found = split_model(new_model(config, fresh_parameters=fresh_parameters))[1]
+        assert np.all(np.asarray(found["layers.0.mamba3.B_bias"]) == 1)
+        assert np.abs(np.asarray(found["layers.0.mamba3.in_proj.kernel"])[:, -2:]).min() > 0  # the angles are last
+    drawn = {how: split_model(new_model(config, fresh_parameters=how))[1] for how in ("transformers", "torch")}
+    differs = {n for n, x in drawn["torch"].items() if not np.array_equal(x, drawn["transformers"][n])}
+    assert differs and all(".mamba3." in n for n in differs)

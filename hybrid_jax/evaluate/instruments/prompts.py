@@ -31,7 +31,7 @@ class Prompts(Instrument):
     left out is said, and is the measure `left_out`.
 
     Args:
-      suite: a name of `evaluate.prompts.SUITES`: `ruler`, `babilong`, `helmet`, `mrcr`.
+      suite: a name of `evaluate.prompts.SUITES`: `ruler`, `babilong`, `helmet`, `helmet_reranking`, `mrcr`.
       path: a file, or a folder with files.
       limit: of every file only so many examples; 0: all.
       new_tokens: tokens that are generated; 0: as many as the suite says.

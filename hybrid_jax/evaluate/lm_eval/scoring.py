@@ -56,6 +56,25 @@ def _forked(structure: nnx.GraphDef, parameters: Parameters, state: Any, rows: A
     )
 
 
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _begun(structure: nnx.GraphDef, parameters: Parameters, state: Any, begun: Any, length: int) -> Any:
+    """Returns the state [B, ...] with the rows that have not `begun` [B] as before the first token.
+
+    Padding is a segment of its own within a call; a state that a call begins with belongs to its first segment.
+    """
+    model = join_model(structure, parameters)
+    leaves, tree = jax.tree.flatten(state)
+    axes, empty = (tree.flatten_up_to(x) for x in (model.state_axes(), model.init_state(len(begun), length)))
+
+    def one(x, names, nothing):
+        if "batch" not in names:
+            return x
+        where = [-1 if name == "batch" else 1 for name in names]
+        return jnp.where(begun.reshape(where), x, nothing)
+
+    return tree.unflatten([one(*leaf) for leaf in zip(leaves, axes, empty, strict=True)])
+
+
 @jax.jit
 def _picked(hidden: jax.Array, rows: Any, columns: Any) -> jax.Array:
     """Returns the hidden states [R, M, hidden] at (rows, columns) [R, M] of hidden [B, T, hidden]."""
@@ -158,6 +177,9 @@ class Scorer:
             for begin in range((P - longest) // chunk * chunk, P, chunk):  # chunks of padding alone are left out
                 part = np.s_[:, begin : begin + chunk]
                 _, state = _continued(self.structure, self.parameters, ids[part], segments[part], positions[part], state)
+                begun = segments[:, : begin + chunk].any(axis=1)
+                if not begun.all():
+                    state = _begun(self.structure, self.parameters, state, begun, P + room)
         return state
 
     def _answers(self, rows: Sequence[Row], shared: Any, hidden: jax.Array) -> Iterator[tuple[int, Score]]:

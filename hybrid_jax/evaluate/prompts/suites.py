@@ -67,7 +67,7 @@ def score_babilong(prediction: str, example: Example) -> float:
     return float(all(re.search(rf"\b{re.escape(part)}\b", text) for part in parts))
 
 
-def _documents(record: Record, numbered: bool) -> str:
+def _documents(record: Record, *, numbered: bool) -> str:
     """Returns the documents of a record, with their ids if they are to be ranked."""
     ids = (f"[{ctx['id']}] " if numbered else "" for ctx in record["ctxs"])
     titles = (f"Document (title: {ctx['title']})" if ctx.get("title") else "Document" for ctx in record["ctxs"])
@@ -80,19 +80,11 @@ def read_helmet(record: Record, path: pathlib.Path) -> Example:
 
     json_kv, ruler    `context`, `question` or `query`, `answer` or `outputs`, and maybe `demos`.
     kilt, popqa       `ctxs` (documents with `text` and maybe `title`), `question`, `answers`: documents that a search found.
-    msmarco           `ctxs` with `id` and `label` (relevance), `query`: documents to rank.
     """
     at: dict[str, str | int] = {"task": path.stem}
-    if "ctxs" in record and "answers" not in record:
-        labels = [str(ctx["label"]) for ctx in record["ctxs"]]
-        prompt = (
-            "Rank the documents by how relevant they are to the query, the most relevant first. Write the ten best ids, joined by "
-            f"' > '.\n\n{_documents(record, True)}\n\nQuery: {record['query']}"
-        )
-        return Example(prompt, tuple(labels), at, record, begin="\nRanking:")
     if "ctxs" in record:
-        task = "Answer the question in a few words from the documents."
-        prompt = f"{task}\n\n{_documents(record, False)}\n\nQuestion: {record['question']}"
+        documents = _documents(record, numbered=False)
+        prompt = f"Answer the question in a few words from the documents.\n\n{documents}\n\nQuestion: {record['question']}"
         return Example(prompt, _texts(record["answers"], "answers"), at, record, begin="\nAnswer:")
     question = record["question"] if "question" in record else record["query"]
     answers = record["outputs"] if "outputs" in record else record["answer"]
@@ -110,12 +102,28 @@ def _normalized(text: str) -> str:
 
 def score_helmet(prediction: str, example: Example) -> float:
     """The share of the references that stand in the prediction, both normalized as for SQuAD; of retrieved documents whether any
-    does; of a ranking NDCG@10."""
-    if example.begin == "\nRanking:":
-        return _ndcg(re.findall(r"\w+", prediction.strip().split("\n")[0]), example.record["ctxs"])
+    does."""
     text = _normalized(prediction)
     there = [_normalized(reference) in text for reference in example.references]
     return float(any(there)) if "ctxs" in example.record else sum(there) / len(there)
+
+
+def read_reranking(record: Record, path: pathlib.Path) -> Example:
+    """A line of HELMET's msmarco files: `query`, and `ctxs`, documents with `id`, `text`, `label` (relevance) and maybe `title`."""
+    labels = tuple(str(ctx["label"]) for ctx in record["ctxs"])
+    prompt = (
+        "Rank the documents by how relevant they are to the query, the most relevant first. Write the ten best ids, joined by "
+        f"' > '.\n\n{_documents(record, numbered=True)}\n\nQuery: {record['query']}"
+    )
+    return Example(prompt, labels, {"task": path.stem}, record, begin="\nRanking:")
+
+
+def score_reranking(prediction: str, example: Example) -> float:
+    """NDCG@10 of the longest `id > id > ...` in the prediction, wherever it is; the word ID and brackets do not count."""
+    text = re.sub(r"\bID:?\s*(?=\w)|[\[\]]", "", prediction)
+    runs = re.findall(r"[\w-]+(?:[ \t]*>[ \t]*[\w-]+)*", text)
+    longest = max((re.split(r"[ \t]*>[ \t]*", run) for run in runs), key=len, default=[])
+    return _ndcg(longest, example.record["ctxs"])
 
 
 def _ndcg(ranking: Sequence[str], ctxs: Sequence[Record], most: int = 10) -> float:
@@ -153,5 +161,6 @@ SUITES: dict[str, Suite] = {
     "ruler": Suite(read_ruler, score_ruler, new_tokens=128, files="**/validation*.jsonl"),
     "babilong": Suite(read_babilong, score_babilong, new_tokens=16),
     "helmet": Suite(read_helmet, score_helmet, new_tokens=50),
+    "helmet_reranking": Suite(read_reranking, score_reranking, new_tokens=200),
     "mrcr": Suite(read_mrcr, score_mrcr, new_tokens=1024, files="**/*.parquet"),
 }
