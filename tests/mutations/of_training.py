@@ -290,8 +290,8 @@ MUTATIONS = [
     ),
     Mutation(
         "hybrid_jax/experiment.py",
-        "model.config = experiment.with_mixer_options(model_config)",
-        "",
+        "experiment.with_mixer_options(model_config).with_pattern(",
+        "model_config.with_pattern(",
         "a new model's mixers have their defaults, whatever the config says",
         ("tests/train/test_new_model.py",),
     ),
