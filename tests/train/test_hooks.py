@@ -121,7 +121,7 @@ def test_no_two_hooks_log_one_name_and_none_logs_the_evaluation_s(toy):
 def test_an_instrument_of_one_device_is_refused_on_a_mesh(corpus):
     mesh, model = make_mesh({"fsdp": 1}, jax.devices()[:1]), types.SimpleNamespace(config=tiny_config("*"))
     hook = InstrumentHook(1, instrument="speed", options=dict(lengths=(8,)))
-    with pytest.raises(ValueError, match="speed: generation runs on one device"):
+    with pytest.raises(ValueError, match="speed: it is measured on one device"):
         hook(types.SimpleNamespace(model=model, corpus=corpus, mesh=mesh))
 
 
