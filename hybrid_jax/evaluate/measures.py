@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from hybrid_jax.data import HELD_OUT_SEED, Corpus
 from hybrid_jax.data.layout import training_batch
 from hybrid_jax.data.packing import Row, Rows
 from hybrid_jax.parallel.cross_entropy import cross_entropy
-from hybrid_jax.parallel.mesh import BATCH_AXES
+from hybrid_jax.parallel.mesh import divided_rows
 from hybrid_jax.parallel.placement import own_rows, to_mesh
 from hybrid_jax.parallel.sequence import to_zigzag
 from hybrid_jax.parallel.tiles import top_k_tokens
@@ -62,8 +61,7 @@ def mesh_batches(
 
 def batch_size_on(mesh: Mesh | None, rows: int = BATCH) -> int:
     """Returns how many of so many rows are evaluated at a time: at most `BATCH`, or the next number that the mesh divides."""
-    shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    return -(-min(BATCH, rows) // shards) * shards
+    return divided_rows(mesh, min(BATCH, rows))
 
 
 def padded_batches(rows: Sequence[Row], mesh: Mesh | None = None) -> list[dict[str, Any]]:

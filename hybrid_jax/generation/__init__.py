@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from hybrid_jax.generation.defaults import GenerationDefaults, generation_defaul
 from hybrid_jax.generation.sampling import Sampling, sample
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.distributed import whole_array
-from hybrid_jax.parallel.mesh import BATCH_AXES
+from hybrid_jax.parallel.mesh import divided_rows
 from hybrid_jax.parallel.placement import in_mesh
 from hybrid_jax.parallel.sharding import constrain
 from hybrid_jax.parameters import join_model, split_model
@@ -54,14 +53,11 @@ def rows_on(mesh: Mesh | None, rows: int) -> int:
     Raises:
       ValueError: the mesh shards tokens, of which there is one at a time.
     """
-    if mesh is None:
-        return rows
-    if mesh.shape["seq"] > 1:
+    if mesh is not None and mesh.shape["seq"] > 1:
         raise ValueError(
             "generation does not shard tokens over the mesh: give a mesh whose 'seq' is 1, with more 'tensor' or 'data'"
         )
-    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    return -(-rows // shards) * shards
+    return divided_rows(mesh, rows)
 
 
 def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[np.ndarray]:

@@ -84,6 +84,12 @@ def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
     return AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def divided_rows(mesh: Mesh | AbstractMesh | None, rows: int) -> int:
+    """Returns the next number of rows that the mesh's batch axes divide; without a mesh the same."""
+    shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    return -(-rows // shards) * shards
+
+
 def check_mesh_fits(
     config: ModelConfig, mesh: Mesh | AbstractMesh, batch_size: int | None = None, seq_len: int | None = None
 ) -> None:

@@ -31,7 +31,7 @@ def outputs(model, layer):
 def test_what_is_measured_is_the_model_whose_output_projection_does_not_read_the_head(corpus, pattern):
     vocabulary = corpus.tokenizer.get_vocab_size()
     found = measured(tiny_model(pattern, vocab_size=vocabulary), corpus)
-    rows = make_instrument("x", OPTIONS).read(corpus, 5)
+    rows = make_instrument("x", OPTIONS).rows_on(corpus, 5)
     answers = np.stack([row["distances"] > 0 for row in rows])
 
     def by_hand(layer=None, head=None):

@@ -48,18 +48,18 @@ class Heads(OfHeads):
 
     name: ClassVar[str] = "heads"
 
-    def read(self, corpus: Corpus, count: int) -> list[Row]:
-        return answer_rows(self.of(corpus), count)
+    def rows_on(self, corpus: Corpus, count: int) -> list[Row]:
+        return answer_rows(self.task_on(corpus), count)
 
     def measure(self, subject: Subject, progress: Progress = lambda done, total: None) -> list[Measurement]:
-        config, rows = subject.model.config, self.read(subject.corpus, self.rows)
+        config, rows = subject.model.config, self.rows_on(subject.corpus, self.rows)
         L, H = config.num_layers, config.num_heads
         sums = sums_without_each_head(subject.model, rows, self.batch_size, subject.mesh, progress)
         losses, right, weights = np.moveaxis(sums, -1, 0)
         mean, counted = np.divide(right, weights, out=np.zeros_like(right), where=weights > 0), weights[0, H]
         added = np.divide(losses - losses[:, H:], weights, out=np.zeros_like(losses), where=weights > 0)
         measured = [weighted_mean("accuracy", mean[0, H], counted, share=True)]
-        if (chance := self.of(subject.corpus).chance) is not None:
+        if (chance := self.task_on(subject.corpus).chance) is not None:
             measured.append(exact("chance", chance, "share"))
         for layer in range(L):
             for head in range(H):

@@ -70,13 +70,13 @@ class Mixing(OfHeads):
                     "without the instrument"
                 )
 
-    def read(self, corpus: Corpus, count: int) -> list[Row]:
+    def rows_on(self, corpus: Corpus, count: int) -> list[Row]:
         """Returns the first rows of the task with the arrays of `ROLES`."""
-        task = self.of(corpus)
+        task = self.task_on(corpus)
         return [add_roles(task.example(i), getattr(task, "key_tokens", 1)) for i in range(count)]
 
     def measure(self, subject: Subject, progress: Progress = lambda done, total: None) -> list[Measurement]:
-        rows = self.read(subject.corpus, self.rows)
+        rows = self.rows_on(subject.corpus, self.rows)
         sums = role_sums(subject.model, rows, mesh=subject.mesh, batch_size=self.batch_size, progress=progress)
         counts = np.stack([_counts(row) for row in rows], axis=1)  # [measures, rows]
         means = np.divide(sums, counts[..., None], out=np.zeros_like(sums), where=counts[..., None] > 0)

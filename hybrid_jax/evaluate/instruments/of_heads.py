@@ -46,12 +46,12 @@ class OfHeads(Instrument):
             raise ValueError(f"{self.name}: no synthetic task is named {self.task!r}; have {', '.join(corpus.tasks)}")
         check_options(corpus.tasks[self.task]["task"], self.options)
         check_rows(self.name, config, mesh, self.batch_size, self.seq_len)
-        self.read(corpus, 1)
+        self.rows_on(corpus, 1)
 
-    def of(self, corpus: Corpus) -> Task:
+    def task_on(self, corpus: Corpus) -> Task:
         """Returns the task."""
         return corpus.task(self.task, self.seq_len, HELD_OUT_SEED, held_out=True, **self.options)
 
-    def read(self, corpus: Corpus, count: int) -> list[Row]:
+    def rows_on(self, corpus: Corpus, count: int) -> list[Row]:
         """Returns the first rows of the task, with what the instrument needs of them."""
         raise NotImplementedError

@@ -28,11 +28,11 @@ from hybrid_jax.config import ATTENTION, ModelConfig
 from hybrid_jax.data import Corpus
 from hybrid_jax.evaluate.measurement import mean_and_error
 from hybrid_jax.evaluate.measures import padded_batches
-from hybrid_jax.layers.attention import Attention, attention_mask
+from hybrid_jax.layers.attention import Attention
+from hybrid_jax.layers.mixing import over_blocks
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.distributed import is_first, whole_array
 from hybrid_jax.parallel.placement import in_mesh
-from hybrid_jax.parallel.sharding import constrain
 from hybrid_jax.parameters import Parameters, join_model, split_model
 from hybrid_jax.progress import progress_bar
 from hybrid_jax.selection.scorers.contract import Scores
@@ -124,30 +124,16 @@ def _of_layer(
     weights: jax.Array,  # [B, T]
 ) -> jax.Array:
     """Returns the sum over queries of weight * reach, [B, H] float32."""
-    B, T, _ = x.shape
-    q, k, _ = attention.project(x, positions)
-    H, Hkv, D = q.shape[2], k.shape[2], q.shape[3]
-    k, positions, segment_ids = (
-        constrain(k, "batch", None, "kv_heads"),
-        constrain(positions, "batch"),
-        constrain(segment_ids, "batch"),
-    )
-    blocks = -(-T // QUERIES)
+    T = x.shape[1]
 
-    def in_blocks(y: jax.Array, fill: int = 0) -> jax.Array:
-        """Returns [blocks, B, QUERIES, ...] of [B, T, ...]; the last block is filled up."""
-        y = jnp.pad(y, ((0, 0), (0, blocks * QUERIES - T), *[(0, 0)] * (y.ndim - 2)), constant_values=fill)
-        return jnp.moveaxis(constrain(y, *("batch", None, "heads")[: y.ndim]).reshape(B, blocks, QUERIES, *y.shape[2:]), 1, 0)
-
-    def of_block(block):
-        q, q_positions, q_segments, weights = block
-        seen = attention_mask(q_positions, q_segments, positions, segment_ids, attention.window)  # [B, QUERIES, T]
-        distance = q_positions[:, :, None] - positions[:, None, :]
+    def of_block(begin: jax.Array, shares: jax.Array) -> jax.Array:
+        """Returns the sum over a block of queries, [B, H], of their shares [B, H, queries, T]; a key that is not seen has none."""
+        queries = begin + jnp.arange(shares.shape[2])
+        at, weight = (jnp.take(y, queries, axis=1, mode="clip") for y in (positions, weights))
+        distance = at[:, :, None] - positions[:, None, :]
         far = distance if scorer.measure == "distance" else distance >= scorer.window
-        reach = jnp.where(seen & (positions >= scorer.sinks)[:, None], far, 0) * weights[:, :, None]
-        scores = jnp.einsum("bqngd,bknd->bngqk", q.reshape(B, QUERIES, Hkv, H // Hkv, D), k) * D**-0.5
-        p = jax.nn.softmax(jnp.where(seen[:, None, None], scores.astype(jnp.float32), -1e30), axis=-1)
-        return jnp.einsum("bngqk,bqk->bng", p, reach).reshape(B, H)
+        reach = jnp.where((positions >= scorer.sinks)[:, None], far, 0) * (weight * (queries < T))[:, :, None]
+        return jnp.einsum("bhqk,bqk->bh", shares, reach)
 
-    queries = (in_blocks(q), in_blocks(positions), in_blocks(segment_ids, fill=-1), in_blocks(weights))
-    return jnp.sum(jax.lax.map(of_block, queries), axis=0)
+    mixing = attention.mixing(x, positions=positions, segment_ids=segment_ids)
+    return jnp.sum(over_blocks(of_block, mixing, rows=QUERIES), axis=0)
