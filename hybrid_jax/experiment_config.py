@@ -22,6 +22,7 @@ from hybrid_jax.fields import fields_of
 from hybrid_jax.files import find_shipped
 from hybrid_jax.mixers import options_by_key
 from hybrid_jax.parallel.mesh import check_mesh_fits, make_mesh
+from hybrid_jax.parameters import abstract_parameters
 from hybrid_jax.priming.fuse import check_teacher
 from hybrid_jax.priming.initialize import FRESH_PARAMETERS, check_convertible
 from hybrid_jax.selection.select import Selection
@@ -38,7 +39,7 @@ class Experiment:
       model: config.json of a new model, which starts at random with a tokenizer of its own; empty if there is `source`.
       pattern: the hybrid's pattern; empty: what `select` chooses, or else the source's own.
       select: how a pattern is chosen; None if there is a pattern or nothing to choose.
-      mixers: options of mixers by their keys in config.json (`swa_config`, ...), in place of the source's.
+      mixers: options of mixers by their keys in config.json (`swa_config`, ...), each in place of the source's.
       fresh_parameters: how parameters start that attention does not give, see `initialize_hybrid`.
       phases: (name, phase) in order.
       data: `text`, `sources`, `tasks` (see `data.corpus`) and `mix` (source -> share of the rows).
@@ -131,8 +132,25 @@ class Experiment:
         return [self.mesh_of(phase) for _, phase in self.phases] or [self.mesh_of()]
 
     def with_mixer_options(self, config: ModelConfig) -> ModelConfig:
-        """Returns a model's config with the experiment's `mixers` in place of its own options."""
-        return config_from_hf({**config_to_hf(config), **self.mixers})
+        """Returns a model's config with the experiment's `mixers`; what they leave out stays as the model has it.
+
+        Raises:
+          ValueError: an option asks for other parameters of a mixer than the model has; names one.
+        """
+        hf, classes = config_to_hf(config), options_by_key()
+        own = {key: {name: x for name, x in hf.get(key, {}).items() if name in classes[key].checks()} for key in self.mixers}
+        changed = config_from_hf({**hf, **{key: {**own[key], **values} for key, values in self.mixers.items()}})
+        if config.is_hybrid and self.mixers:
+            have, wanted = abstract_parameters(config), abstract_parameters(changed)
+            if wrong := [name for name in sorted(have.keys() | wanted.keys()) if have.get(name) != wanted.get(name)]:
+                sizes = (tuple(x[wrong[0]].shape) if wrong[0] in x else "no such parameter" for x in (have, wanted))
+                has, wants = sizes
+                raise ValueError(
+                    f"config.mixers ({', '.join(self.mixers)}) asks for other parameters than those of the source, which is "
+                    f"already a hybrid: {wrong[0]} is {has} there, and would be {wants}; leave the option out, or convert the "
+                    "Transformer again"
+                )
+        return changed
 
     def check_source(self) -> None:
         """Checks everything that the source's config, its tokenizer and the devices decide, before any work.

@@ -47,6 +47,10 @@ class MixerOptions(Options):
         """How many keys a query sees at most; None for a mixer that does not attend to keys."""
         return None
 
+    def sharded_widths(self, num_heads: int, num_kv_heads: int, head_dim: int) -> Mapping[str, int]:
+        """Returns the sizes, by parameter, that `tensor` must divide and does not because it divides the numbers of heads."""
+        return {}
+
 
 @dataclasses.dataclass(frozen=True)
 class GKAConfig(MixerOptions):
@@ -223,6 +227,14 @@ class Mamba3Config(MixerOptions):
     def angles(self, state_size: int) -> int:
         """Returns how many pairs of the channels of B and C are rotated."""
         return int(state_size * self.rope_fraction) // 2
+
+    def sizes(self, num_heads: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
+        """Returns the widths of z, x, B, C, dt, A, trap and angle in in_proj, in the released order."""
+        H, Hkv, N = num_heads, num_kv_heads, self.state_size or head_dim
+        return (H * head_dim, Hkv * head_dim, Hkv * self.rank * N, H * self.rank * N, H, H, H, self.angles(N))
+
+    def sharded_widths(self, num_heads: int, num_kv_heads: int, head_dim: int) -> Mapping[str, int]:
+        return {"mamba3.in_proj": sum(self.sizes(num_heads, num_kv_heads, head_dim))}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -86,6 +86,26 @@ def test_the_mixers_of_a_config_take_the_place_of_the_model_s():
     assert tiny_config("*-SWA-GKA").options(SWAConfig).window_size == 6  # the model's own
 
 
+def test_an_option_that_the_mixers_of_a_config_leave_out_stays_the_model_s():
+    sized = tiny_config("*-GKA").with_options(GKAConfig(num_iter=7, state_size=6))
+    options = Experiment(mixers={"gka_config": {"num_iter": 3}}).with_mixer_options(sized).options(GKAConfig)
+    assert (options.num_iter, options.state_size) == (3, 6)
+
+
+@pytest.mark.parametrize(
+    "pattern, mixers, parameter",
+    [
+        ("*-GKA", {"gka_config": {"state_size": 6}}, "layers.1.gka"),
+        ("*-GDN[1]", {"head_hybrid_config": {"merge": "sum"}}, "layers.1.gdn"),
+    ],
+)
+def test_options_that_ask_for_other_parameters_than_a_hybrid_has_are_refused(pattern, mixers, parameter):
+    with pytest.raises(ValueError, match=f"already a hybrid: {parameter}"):
+        Experiment(mixers=mixers).with_mixer_options(tiny_config(pattern))
+    with_attention = tiny_config("*-*")
+    assert Experiment(mixers=mixers).with_mixer_options(with_attention).mixers  # they are for layers that are still attention
+
+
 def test_a_phase_s_own_mix_and_mesh_go_before_the_experiment_s():
     experiment = Experiment(data=dict(mix=dict(text=1.0)), mesh=dict(fsdp=1))
     plain = Phase("next_token", steps=1)

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=directory, help="a Hugging Face directory with its tokenizer")
     parser.add_argument("--mixer", default="GKA", help="symbol of the mixer in the printed pattern")
     fraction = number(above=0, maximum=1)
-    parser.add_argument("--fraction", type=fraction, default=0.5, help="fraction of layers, or of heads, to convert")
+    parser.add_argument("--fraction", type=fraction, help="fraction of layers, or of heads, to convert (default: 0.5)")
     parser.add_argument(
         "--budget",
         choices=BUDGETS,
@@ -82,6 +82,11 @@ def _options(given: Mapping[str, str], args: argparse.Namespace, defaults: Mappi
     return found | {name: getattr(args, name) for name in NAMED if getattr(args, name) is not None}
 
 
+def _fraction(args: argparse.Namespace) -> float:
+    """Returns the fraction that is converted, of which the budget `bytes` takes no notice."""
+    return 0.5 if args.fraction is None else args.fraction
+
+
 def _selection(args: argparse.Namespace) -> Selection:
     """Returns the selection that the command line describes."""
     from hybrid_jax.checks import check_known
@@ -90,7 +95,7 @@ def _selection(args: argparse.Namespace) -> Selection:
     defaults, given = scorer_options(args.scorer), _given(args)
     check_known(f"--option of the scorer {args.scorer!r}", given, defaults)
     return Selection(
-        args.mixer, args.fraction, args.scorer, _options(given, args, defaults), args.budget, args.state_bytes, args.tokens
+        args.mixer, _fraction(args), args.scorer, _options(given, args, defaults), args.budget, args.state_bytes, args.tokens
     )
 
 
@@ -117,6 +122,8 @@ def _scorers(args: argparse.Namespace) -> dict[str, Scorer]:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuses options that have no effect together."""
+    if args.budget == "bytes" and args.fraction is not None:
+        raise ValueError("--budget bytes converts as few layers as fit in --state-bytes; leave --fraction out")
     if args.compare is None and args.out is not None:
         raise ValueError("--out is where --compare writes; give both, or none")
     if args.compare is not None and (args.budget != BUDGETS[0] or args.state_bytes or args.tokens):
@@ -146,7 +153,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         _check(args)
         mesh = make_mesh(parse_mesh(args.mesh)) if args.mesh else None
-        selection = _selection(args) if args.compare is None else Selection(args.mixer, args.fraction)
+        selection = _selection(args) if args.compare is None else Selection(args.mixer, _fraction(args))
         if args.compare is None:
             selection.check(config, mesh)
         else:
@@ -165,7 +172,7 @@ def run(args: argparse.Namespace) -> None:
         return
     from hybrid_jax.selection.compare import NOTES, compare_scorers, comparison_table, write_comparison
 
-    compared = compare_scorers(model, corpus, scorers, args.mixer, args.fraction, mesh)
+    compared = compare_scorers(model, corpus, scorers, args.mixer, _fraction(args), mesh)
     say("\n".join([comparison_table(compared).markdown(), *NOTES]))
     if args.out is not None and is_first():
         out = pathlib.Path(args.out)

@@ -49,10 +49,8 @@ class Mamba3(nnx.Module):
         self.out_proj = Linear(H * D, hidden, axes=("heads", "embed"), **fresh)
 
     def _sizes(self) -> tuple[int, ...]:
-        """Returns the sizes of z, x, B, C, dt, A, trap and angle, in the released order."""
-        c, BC = self.config, self.options.rank * self.state_size
-        H, Hkv, D = c.num_heads, c.num_kv_heads, c.head_dim
-        return (H * D, Hkv * D, Hkv * BC, H * BC, H, H, H, self.angles)
+        c = self.config
+        return self.options.sizes(c.num_heads, c.num_kv_heads, c.head_dim)
 
     def __call__(
         self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array, state: Mamba3State | None = None

@@ -109,6 +109,9 @@ def check_mesh_fits(
         ("fsdp*seq*expert", mesh.shape["fsdp"] * seq * mesh.shape["expert"], "hidden_size", config.hidden_size),
         ("expert", mesh.shape["expert"], "num_experts", config.moe.num_experts if config.moe else 0),
     ]
+    for cls in config.used_options():
+        widths = config.options(cls).sharded_widths(config.num_heads, config.num_kv_heads, config.head_dim)
+        wants += [("tensor", tensor, f"width of {name}", width) for name, width in widths.items()]
     if config.moe is None and mesh.shape["expert"] > 1:
         raise ValueError("mesh axis 'expert' needs a mixture-of-experts model; this one has none, use 'fsdp' or 'data'")
     if batch_size is not None:

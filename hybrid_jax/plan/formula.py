@@ -11,17 +11,15 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
 
-from hybrid_jax.config import ATTENTION, MixerSpec, ModelConfig
+from hybrid_jax.config import MixerSpec
 from hybrid_jax.hardware import Accelerator
-from hybrid_jax.layers.attention import kv_heads_of
-from hybrid_jax.mixers import KINDS
 from hybrid_jax.model import abstract_decoder
 from hybrid_jax.parallel.attention import takes_ring
 from hybrid_jax.parallel.mesh import AXES, BATCH_AXES, abstract_mesh
 from hybrid_jax.parallel.sharding import RULES, partition_spec
 from hybrid_jax.parameters import abstract_parameters, logical_axes
+from hybrid_jax.plan.attentions import attentions
 from hybrid_jax.plan.program import Job
 from hybrid_jax.train.phase_layout import trained_names
 
@@ -33,38 +31,10 @@ Axes = tuple[str, ...]
 """Names of mesh axes."""
 
 
-class _Attention(NamedTuple):
-    """Attention in a layer: its query and key-value heads, and how many keys a query sees at most (None: all before it).
-
-    `ring`: its keys may be sent around the ring of `seq`; those of B'MOJO's windows never are. `sharded`: its heads are sharded
-    over `tensor`; heads kept beside a recurrent mixer are replicated.
-    """
-
-    heads: int
-    kv_heads: int
-    window: int | None
-    ring: bool = True
-    sharded: bool = True
-
-
-def _attentions(config: ModelConfig, layers: Sequence[MixerSpec]) -> list[_Attention]:
-    """Returns every layer's attention, of the layers that have some."""
-    found, all_heads = [], (config.num_heads, config.num_kv_heads)
-    for spec, own in zip(layers, config.attention_windows[: len(layers)], strict=True):  # a stream may have no layers
-        row = KINDS[spec.kind]
-        if spec.kind == ATTENTION:
-            found.append(_Attention(*all_heads, own))
-        elif row.attends and row.options is not None:
-            found.append(_Attention(*all_heads, config.options(row.options).window, ring=not row.recurrent))
-        if kept := spec.attention_heads:
-            found.append(_Attention(len(kept), len(kv_heads_of(kept, config)), own, sharded=False))
-    return found
-
-
 def _keys_seen(job: Job, layers: Sequence[MixerSpec]) -> float:
     """Returns how many keys a token sees, averaged over a row and summed over heads and layers; when decoding, at the row's end."""
     T, total = job.seq_len, 0.0
-    for attention in _attentions(job.config, layers):
+    for attention in attentions(job.config, layers):
         w = min(attention.window or T, T)
         total += attention.heads * (w if job.program == "decode" else w * (1 - w / (2 * T)))
     return total
@@ -73,7 +43,7 @@ def _keys_seen(job: Job, layers: Sequence[MixerSpec]) -> float:
 def _sent_heads(job: Job, layers: Sequence[MixerSpec], sizes: Sizes) -> float:
     """Returns the key-value heads of a device whose keys are sent to all devices of `seq`, summed over the layers."""
     seq, tensor = sizes.get("seq", 1), sizes.get("tensor", 1)
-    ring = [a for a in _attentions(job.config, layers) if a.ring and takes_ring(a.window, job.seq_len, seq)]
+    ring = [a for a in attentions(job.config, layers) if a.ring and takes_ring(a.window, job.seq_len, seq)]
     return sum(a.kv_heads / (tensor if a.sharded else 1) for a in ring)
 
 

@@ -102,7 +102,8 @@ def plan_json(plan: Plan, tokens: float, efficiency: float) -> dict[str, Any]:
     """Returns everything in JSON's types, in bytes per device, seconds, hours and FLOPs.
 
     `fits` is null where it is not known; then `total` is a lower bound and `temporaries` is null. `state_bytes` are those of
-    caches and states when the rows are decoded, by mixer and of all devices together.
+    caches and states when the rows are decoded, by mixer and of all devices together; what `tensor` replicates, such as the
+    caches of kept heads, counts once.
     """
     fields = ("topology", "mesh", "devices", "fits", "compiled", "parameters", "optimizer", "caches", "kept", "temporaries")
     job = plan.job

@@ -21,6 +21,7 @@ from hybrid_jax.model import abstract_decoder
 from hybrid_jax.parallel.mesh import BATCH_AXES, check_mesh_fits
 from hybrid_jax.parallel.sharding import TOKENS, parameter_sharding, partition_spec
 from hybrid_jax.parameters import abstract_parameters, join_model, logical_axes
+from hybrid_jax.plan.attentions import attentions
 from hybrid_jax.plan.wire import wire_bytes
 from hybrid_jax.train.loop import apply_phase_settings
 from hybrid_jax.train.phase import Phase
@@ -175,8 +176,9 @@ def training_program(config: ModelConfig, phase: Phase, mesh: Mesh) -> Program:
     frozen = _sharded_shapes(layout.frozen_shardings(mesh, frozen), frozen)
     batch = abstract_batch(phase.batch_size, phase.seq_len, NamedSharding(mesh, partition_spec(mesh, TOKENS)))
     local = phase.rows_at_a_time * phase.seq_len / math.prod(mesh.shape[a] for a in (*BATCH_AXES, "seq"))
-    widths = {"none": 0, "full": config.hidden_size}
-    widths["attention"] = config.hidden_size + config.num_heads * config.head_dim // mesh.shape["tensor"]
+    inputs, heads = config.num_layers * config.hidden_size, attentions(config, config.layers)
+    outputs = config.head_dim * sum(a.heads // (mesh.shape["tensor"] if a.sharded else 1) for a in heads)
+    numbers = {"none": 0, "full": inputs, "attention": inputs + outputs}  # that all layers keep of a token
     return Program(
         make_step(layout, phase, state_shardings),
         (state, frozen, batch),
@@ -184,7 +186,7 @@ def training_program(config: ModelConfig, phase: Phase, mesh: Mesh) -> Program:
         parameters=_local_bytes(state.trainable) + _local_bytes(frozen),
         optimizer=_local_bytes(state.optimizer),
         caches=0.0,
-        kept=2.0 * config.num_layers * local * widths[phase.remat],
+        kept=2.0 * local * numbers[phase.remat],
         teacher=_local_bytes({n: x for n, x in frozen.items() if n.startswith(TEACHER)}),
     )
 

@@ -72,8 +72,8 @@ MUTATIONS = [
     ),
     Mutation(
         PROGRAM,
-        "kept=2.0 * config.num_layers",
-        "kept=4.0 * config.num_layers",
+        "kept=2.0 * local",
+        "kept=4.0 * local",
         "layers keep float32",
         (f"{PLAN}::test_a_plan_s_bytes_are_those_of_its_parameters_and_their_optimizer",),
     ),

@@ -1,12 +1,14 @@
 """The pieces of sequence parallelism by themselves, on one device: attention by parts, summaries, layouts, meshes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from hybrid_jax.config import MoEConfig
+from hybrid_jax.config import Mamba3Config, MoEConfig
 from hybrid_jax.data.layout import training_batch
 from hybrid_jax.parallel import attention_block, cross_entropy, tiles
 from hybrid_jax.parallel.attention import Part, attend, parts_attention
@@ -189,6 +191,10 @@ def test_meshes_are_checked_against_devices_and_model():
     mixture = tiny_config("*-GKA", family="qwen3_moe", moe=MoEConfig(8, 2, 12))
     with pytest.raises(ValueError, match="num_experts in 3 shards, which do not divide 8"):
         check_mesh_fits(mixture, abstract_mesh({"expert": 3}), 3, 20)
+    packed = dataclasses.replace(tiny_config("*-M3"), vocab_size=64, mixers=(Mamba3Config(state_size=4),))  # one angle
+    with pytest.raises(ValueError, match="'tensor' divides width of mamba3.in_proj in 2 shards, which do not divide "):
+        check_mesh_fits(packed, abstract_mesh({"tensor": 2}), 4, 20)
+    check_mesh_fits(packed.with_pattern("*-*"), abstract_mesh({"tensor": 2}), 4, 20)
 
 
 def test_stacked_training_gives_the_gradients_of_layers_by_themselves():

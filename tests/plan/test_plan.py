@@ -464,6 +464,14 @@ def test_a_plan_s_bytes_are_those_of_its_parameters_and_their_optimizer():
     assert plan.kept == 2 * 2 * 64 * 32  # a layer's input for each of a device's tokens, in bf16
 
 
+def test_only_attention_keeps_outputs_under_the_remat_of_attention():
+    """A head of 8 channels that `tensor` replicates counts on both devices, the heads of attention are shared, GDN has none."""
+    config = tiny_config("*-GDN[1]", **DENSE)
+    plan = make_plan(Job(config, "train", 64, 2, remat="attention"), "h100:2", {"tensor": 2})
+    inputs, outputs = 2 * config.hidden_size, 8 * (config.num_heads // 2 + 1)
+    assert plan.kept == 2 * (2 * 64) * (inputs + outputs)
+
+
 PROGRAM = """
 import sys
 from hybrid_jax.commands.main import main

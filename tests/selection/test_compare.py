@@ -72,6 +72,7 @@ def test_the_command_compares_scorers_with_the_published_one_and_writes_table_nu
 def test_options_that_compare_nothing_are_refused(toys, capsys):
     for options, message in (
         (["--out=x"], "--out is where --compare writes"),
+        (["--budget=bytes", "--state-bytes=9", "--tokens=9", "--fraction=0.5"], "leave --fraction out"),
         (["--compare", "--budget=heads"], "leave --budget, --state-bytes and --tokens out"),
         (["--compare", "--tokens=9"], "leave --budget, --state-bytes and --tokens out"),
         (["--compare", "nothing"], "--compare must be one of"),
