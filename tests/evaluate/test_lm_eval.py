@@ -2,7 +2,11 @@
 
 import functools
 import json
+import os
 import pathlib
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +18,7 @@ from flax import nnx
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
+from ml_collections import ConfigDict
 from tokenizers import AddedToken, processors
 
 from hybrid_jax.commands.main import main
@@ -23,6 +28,7 @@ from hybrid_jax.evaluate.lm_eval import HybridLM, scoring
 from hybrid_jax.evaluate.lm_eval.options import GenerationOptions
 from hybrid_jax.evaluate.lm_eval.prefixes import group_by_prefix, make_rows
 from hybrid_jax.evaluate.lm_eval.scoring import Scorer
+from hybrid_jax.experiment import run_experiment
 from hybrid_jax.generation import bucket
 from hybrid_jax.generation.sampling import Sampling
 from tests.conftest import relative_error, tiny_model
@@ -408,6 +414,35 @@ def test_the_command_prints_the_table_and_writes_results_and_samples(source, tmp
     assert results["n-shot"]["tiny_choice"] == 1 and results["config"]["model_name"] == str(source)
     assert len((out / "samples_tiny_answer.jsonl").read_text().splitlines()) == 3
     assert sorted(p.name for p in out.iterdir()) == ["results.json", "samples_tiny_answer.jsonl", "samples_tiny_choice.jsonl"]
+
+
+def test_the_readme_s_commands_export_a_primed_hybrid_and_run_the_harness_on_it(source, tmp_path, monkeypatch, capsys):
+    """Word for word, but the tasks of these names read this folder's questions. Nothing forks a process in which JAX runs."""
+    monkeypatch.setattr(os, "fork", lambda: pytest.fail("forked"))
+    readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
+    commands = [re.search(rf"^hybrid-jax ({name} [^#\n]*)", readme, re.MULTILINE) for name in ("export", "lm-eval")]
+    export, run = (shlex.split(found[1]) for found in commands if found)
+    assert run[-1] == "runs/harness" and "arc_easy,lambada_openai" in run
+    for name, like in (("arc_easy", "tiny_choice"), ("lambada_openai", "tiny_last_word")):
+        (tmp_path / f"{name}.yaml").write_text((TASKS / f"{like}.yaml").read_text().replace(f"task: {like}", f"task: {name}"))
+    for file in TASKS.glob("*.jsonl"):
+        shutil.copy(file, tmp_path)
+    monkeypatch.setattr(
+        "lm_eval.tasks.TaskManager", lambda **given: TaskManager(**{**given, "include_path": str(tmp_path)}, include_defaults=False)
+    )
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT * 9)
+    train = dict(objective="next_token", steps=1, batch_size=2, seq_len=32, learning_rate=1e-3)
+    data = dict(text=str(tmp_path / "text.txt"), mix=dict(text=1.0))
+    prime = dict(source=str(source), pattern="GDN-*", schedule=("train",), phases=dict(train=train), data=data, seed=0)
+    run_experiment(ConfigDict(prime), "runs/mine")
+    assert main(export) == 0 and main(run) == 0
+    printed = capsys.readouterr().out
+    assert "|arc_easy" in printed and "|lambada_openai" in printed
+    results = json.loads((tmp_path / "runs" / "harness" / "results.json").read_text())
+    assert results["config"]["model_pattern"] == "GDN-*" and results["config"]["model_name"] == "out"
+    assert set(results["results"]) == {"arc_easy", "lambada_openai"}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 @pytest.mark.usefixtures("quick")
