@@ -9,7 +9,12 @@ the recurrence token by token, `xla` its chunked form; None is `pallas_tpu` on T
 """
 
 from kernels_pallas.gated_delta_rule import gated_delta_rule, gated_delta_rule_step, gated_delta_rule_summary
-from kernels_pallas.gated_kalmanet import gated_kalmanet, gated_kalmanet_step, gated_kalmanet_summary
+from kernels_pallas.gated_kalmanet import (
+    gated_kalmanet,
+    gated_kalmanet_queries,
+    gated_kalmanet_step,
+    gated_kalmanet_summary,
+)
 from kernels_pallas.linear_attention import linear_attention, linear_attention_step, linear_attention_summary
 from kernels_pallas.mamba3 import mamba3, mamba3_step
 from kernels_pallas.short_conv import short_conv, short_conv_step
@@ -20,6 +25,7 @@ __all__ = [
     "gated_delta_rule_step",
     "gated_delta_rule_summary",
     "gated_kalmanet",
+    "gated_kalmanet_queries",
     "gated_kalmanet_step",
     "gated_kalmanet_summary",
     "linear_attention",

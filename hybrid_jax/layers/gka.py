@@ -24,8 +24,14 @@ from hybrid_jax.layers.recurrent import (
     log_decay,
     repeat_heads,
 )
-from hybrid_jax.parallel.recurrence import recurrence
-from kernels_pallas import gated_kalmanet, gated_kalmanet_step, gated_kalmanet_summary
+from hybrid_jax.parallel.recurrence import linear_recurrence, recurrence
+from kernels_pallas import (
+    gated_kalmanet,
+    gated_kalmanet_queries,
+    gated_kalmanet_step,
+    gated_kalmanet_summary,
+    linear_attention_summary,
+)
 
 
 class GKAState(NamedTuple):
@@ -87,17 +93,30 @@ class GatedKalmaNet(nnx.Module):
     def mixing(self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array) -> Mixing:
         """Returns the mixing matrices on x [B, T, hidden]; beta, with which values are written, is part of them.
 
-        On a CPU their gradient raises an error for rows of more than one chunk: JAX mixes up the residuals of the solve's own
-        gradient in a scan over chunks that is differentiated twice. With `chunk_size` at least T it is right.
+        The solve does not depend on the values: the matrices are those of linear attention with the solved queries.
         """
         del positions
         (q, k, v, alpha, g), beta, _ = self._inputs(x, segment_ids, GKAState._make([None] * 5))
-        q, k, weight = q.astype(jnp.float32), k.astype(jnp.float32), None if beta is None else beta[..., 0]
+        k, weight = k.astype(jnp.float32), None if beta is None else beta[..., 0]
+        gka = self.config.options(GKAConfig)
+        solve = dict(num_iter=gka.num_iter, bp_lambda=gka.bp_lambda, chunk_size=gka.chunk_size)
+        queries, _ = recurrence(
+            functools.partial(gated_kalmanet_queries, ridge_strength=gka.ridge_strength, **solve),
+            None,
+            lambda q, k, alpha, g, **kw: linear_attention_summary(k, k, g, **kw),
+            (q.astype(jnp.float32), k, alpha, g),
+            state=None,
+            segment_ids=segment_ids,
+        )
 
         def operation(v):
-            return self._solved((q, k, v, alpha, g), segment_ids=segment_ids, implementation="xla")[0]
+            arrays = (self._scale() * queries, k, v, g)
+            return linear_recurrence(arrays, state=None, segment_ids=segment_ids, implementation="xla")[0]
 
         return of_operation(operation, v, weight=weight)
+
+    def _scale(self) -> float:
+        return self.state_size**-0.5 if self.config.options(GKAConfig).gla_rescale else 1.0
 
     def _inputs(
         self, x: jax.Array, segment_ids: jax.Array, s: GKAState
@@ -129,12 +148,11 @@ class GatedKalmaNet(nnx.Module):
         *,
         state: tuple[jax.Array, jax.Array] | None = None,
         segment_ids: jax.Array,
-        implementation: str | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Runs Gated KalmaNet on q, k, v, alpha, g, however they are sharded; see `recurrence`."""
-        gka, N = self.config.options(GKAConfig), self.state_size
-        training = dict(bp_lambda=gka.bp_lambda, precision=gka.precision, chunk_size=gka.chunk_size, implementation=implementation)
-        solve = dict(ridge_strength=gka.ridge_strength, num_iter=gka.num_iter, scale=N**-0.5 if gka.gla_rescale else 1.0)
+        gka = self.config.options(GKAConfig)
+        training = dict(bp_lambda=gka.bp_lambda, precision=gka.precision, chunk_size=gka.chunk_size)
+        solve = dict(ridge_strength=gka.ridge_strength, num_iter=gka.num_iter, scale=self._scale())
         return recurrence(
             functools.partial(gated_kalmanet, **training, **solve),
             functools.partial(gated_kalmanet_step, **solve),

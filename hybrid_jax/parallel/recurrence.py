@@ -63,13 +63,19 @@ def _over_chunks(op, summary, segment_ids, *arrays):
 
 
 def recurrence(
-    op: Callable, step: Callable, summary: Callable | None, arrays: Sequence[jax.Array], *, state: Any, segment_ids: jax.Array
+    op: Callable,
+    step: Callable | None,
+    summary: Callable | None,
+    arrays: Sequence[jax.Array],
+    *,
+    state: Any,
+    segment_ids: jax.Array,
 ) -> tuple[jax.Array, Any]:
     """Runs a recurrence over [B, T, H, ...] arrays, however they are sharded.
 
     Args:
       op: (*arrays, initial_state=, segment_ids=) -> (o, state).
-      step: one token, (*arrays without T, state=) -> (o, state).
+      step: one token, (*arrays without T, state=) -> (o, state); None: there is never a state.
       summary: (*arrays, segment_ids=) -> (A [B,H] or [B,H,K,K], b): what the tokens make of a state; None: tokens are not sharded.
       state: a pytree of [B, H, ...], or None: from nothing, and no final state where tokens are sharded.
 
@@ -82,7 +88,7 @@ def recurrence(
         assert summary is not None
         local = functools.partial(_over_chunks, op, summary)
         return shard_map_by_axes(local, (segment_ids, *arrays), (TOKENS, *[HEADS] * len(arrays)), HEADS), None
-    if state is not None and arrays[0].shape[1] == 1:
+    if state is not None and step is not None and arrays[0].shape[1] == 1:
         arrays = [x[:, 0] for x in arrays]
 
         def one(state, *arrays):

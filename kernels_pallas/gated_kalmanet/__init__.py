@@ -29,14 +29,14 @@ from kernels_pallas.arguments import (
     segment_index,
 )
 from kernels_pallas.contract import GatedKalmaNet, GatedKalmaNetStep, States
-from kernels_pallas.gated_kalmanet.chunked import gated_kalmanet_chunked
+from kernels_pallas.gated_kalmanet.chunked import chunked_queries, gated_kalmanet_chunked
 from kernels_pallas.gated_kalmanet.gpu import gated_kalmanet_gpu
 from kernels_pallas.gated_kalmanet.reference import gated_kalmanet_reference, gated_kalmanet_update
 from kernels_pallas.gated_kalmanet.tpu import gated_kalmanet_tpu
 from kernels_pallas.gated_kalmanet.tpu_step import gated_kalmanet_step_tpu
 from kernels_pallas.linear_attention import linear_attention_summary
 
-__all__ = ["gated_kalmanet", "gated_kalmanet_step", "gated_kalmanet_summary"]
+__all__ = ["gated_kalmanet", "gated_kalmanet_queries", "gated_kalmanet_step", "gated_kalmanet_summary"]
 
 IMPLEMENTATIONS: dict[str, GatedKalmaNet] = {
     "reference": gated_kalmanet_reference,
@@ -114,6 +114,42 @@ def gated_kalmanet(
     q, k, v, alpha, log_decay, state, segments = arrays
     options = (scale, chunk_size, ridge_strength, num_iter, bp_lambda, precision)
     return run(q, k, v, alpha, log_decay, state, segments, *options)
+
+
+def gated_kalmanet_queries(
+    q: jax.Array,
+    k: jax.Array,
+    alpha: jax.Array,
+    log_decay: jax.Array,
+    ridge_strength: float = 0.02,
+    num_iter: int = 30,
+    *,
+    bp_lambda: bool = True,
+    initial_state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    chunk_size: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the queries with which linear attention over k and v is Gated KalmaNet: q_t + alpha_t (x_t - q_t).
+
+    They do not depend on the values, so they make one solve serve any number of them. Computed by the XLA form in float32.
+
+    Args: those of `gated_kalmanet` that concern the solve; `initial_state` is h_kk [B, H, K, K] alone.
+
+    Returns:
+      [B, T, H, K] and h_kk after the tokens, both float32.
+
+    Raises:
+      ValueError: a shape does not fit the others, or an option is out of its range.
+    """
+    op = "gated_kalmanet_queries"
+    d = dims_of(op, q, k)
+    scalars = dict(alpha=(alpha, "B T H"), log_decay=(log_decay, "B T H"), segment_ids=(segment_ids, "B T"))
+    check_shapes(op, d, k=(k, "B T H K"), initial_state=(initial_state, "B H K K"), **scalars)
+    check_options(op, scale=1.0, chunk_size=chunk_size, num_iter=num_iter, ridge_strength=ridge_strength)
+    dtype = accumulator(q, k, alpha, log_decay)
+    h_kk = jnp.zeros((d["B"], d["H"], d["K"], d["K"]), dtype) if initial_state is None else initial_state.astype(dtype)
+    q, k, alpha, log_decay, h_kk, segments = alike(op, q, k, alpha, log_decay, h_kk, segment_index(segment_ids))
+    return chunked_queries(q, k, alpha, log_decay, h_kk, segments, chunk_size, ridge_strength, num_iter, bp_lambda)
 
 
 def gated_kalmanet_summary(

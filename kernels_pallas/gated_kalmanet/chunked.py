@@ -116,6 +116,49 @@ def _solve_bwd(ridge_strength, num_iter, bp_lambda, solver, residuals, dx):
 chunk_solve.defvjp(_solve_fwd, _solve_bwd)
 
 
+def _mixed_queries(
+    q: jax.Array,
+    k: jax.Array,
+    alpha: jax.Array,
+    decay: ChunkDecay,
+    before: jax.Array,
+    ridge_strength: float,
+    num_iter: int,
+    bp_lambda: bool,
+    solver: Solver,
+) -> jax.Array:
+    """Returns q + alpha (x - q) [N,B,H,C,K], what reads the states of values; alpha [N,B,H,C]."""
+    if not num_iter:
+        return q
+    return q + alpha[..., None] * (chunk_solve(q, k, decay, before, ridge_strength, num_iter, bp_lambda, solver) - q)
+
+
+def chunked_queries(
+    q: jax.Array,
+    k: jax.Array,
+    alpha: jax.Array,
+    log_decay: jax.Array,
+    h_kk: jax.Array,
+    segments: jax.Array | None,
+    chunk_size: int | None,
+    ridge_strength: float,
+    num_iter: int,
+    bp_lambda: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns q + alpha (x - q) [B,T,H,K] and H after the tokens; see `gated_kalmanet_queries`."""
+    chunk_size = chunk_size or default_chunk()
+
+    def run(arrays, h_kk, segments):
+        q, k, alpha, log_decay = (x.astype(h_kk.dtype) for x in arrays)
+        decay = chunk_decay(log_decay, segments, chunk_size, h_kk.dtype)
+        qc, kc, mix = (to_chunks(x, chunk_size) for x in (q, k, alpha))
+        before, final = chunk_states(kc, kc, decay, h_kk)
+        mixed = _mixed_queries(qc, kc, mix, decay, before, ridge_strength, num_iter, bp_lambda, solve_in_float32)
+        return from_chunks(mixed, q.shape[1]), final
+
+    return scan_blocks(run, (q, k, alpha, log_decay), h_kk, segments, chunk_size)
+
+
 def gated_kalmanet_chunked(
     q: jax.Array,
     k: jax.Array,
@@ -147,9 +190,8 @@ def gated_kalmanet_chunked(
         qc, kc, vc = (to_chunks(x.astype(dtype), chunk_size) for x in (q, k, v))  # in bf16 x and H would lose what S'x needs
         kk_before, kk_final = chunk_states(kc, kc, decay, h_kk)
         kv_before, kv_final = chunk_states(kc, vc, decay, h_kv)
-        if num_iter:
-            x = chunk_solve(qc, kc, decay, kk_before, ridge_strength, num_iter, bp_lambda, solver)
-            qc = qc + to_chunks(alpha.astype(dtype), chunk_size)[..., None] * (x - qc)
+        mix = to_chunks(alpha.astype(dtype), chunk_size)
+        qc = _mixed_queries(qc, kc, mix, decay, kk_before, ridge_strength, num_iter, bp_lambda, solver)
         o = scale * chunk_outputs(qc, kc, vc, decay, kv_before)
         return from_chunks(o, q.shape[1]).astype(out_dtype), (kk_final, kv_final)
 

@@ -266,3 +266,24 @@ def test_options_that_mean_nothing_are_refused_by_name(op):
         if name != "chunk_size":
             with pytest.raises(ValueError, match=f"{name} must be .*, got {value}"):
                 getattr(kp, f"{op}_step")(**cut(inputs, 1), state=state, **{name: value})
+
+
+@pytest.mark.parametrize("num_iter", [0, 30])
+def test_gated_kalmanet_is_linear_attention_with_its_solved_queries(num_iter):
+    """Values of any width, with states before the tokens and several segments, in gradients too."""
+    inputs, (h_kk, h_kv) = make_inputs("gated_kalmanet", 19), make_state("gated_kalmanet")
+    segments = jnp.asarray(np.repeat([1, 2], [5, 14])[None].repeat(B, 0))
+    solve = dict(num_iter=num_iter, segment_ids=segments, chunk_size=8)
+
+    def directly(q, k, v, alpha, log_decay):
+        return kp.gated_kalmanet(q, k, v, alpha, log_decay, scale=0.5, initial_state=(h_kk, h_kv), implementation="xla", **solve)
+
+    def by_queries(q, k, v, alpha, log_decay):
+        queries, kk = kp.gated_kalmanet_queries(q, k, alpha, log_decay, initial_state=h_kk, **solve)
+        options = dict(scale=0.5, initial_state=h_kv, segment_ids=segments, chunk_size=8, implementation="xla")
+        o, kv = kp.linear_attention(queries, k, v, log_decay, **options)
+        return o, (kk, kv)
+
+    assert_close(by_queries(**inputs), directly(**inputs), 1e-5)
+    gradients = [jax.grad(lambda x, f=f: jnp.sum(jnp.sin(f(**x)[0])))(inputs) for f in (by_queries, directly)]
+    assert_close(*gradients, 1e-4)
