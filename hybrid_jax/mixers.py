@@ -207,6 +207,9 @@ class Mamba3Config(MixerOptions):
         because dt makes the output small beside attention's.
       norm_eps: epsilon of the RMSNorms of B, C and the output.
       decay_floor: the least that -A may be.
+      dt_min, dt_max: range of dt in a new mixer, log-uniform by head, in [1e-4, 1]. A pair of channels turns by at most pi dt
+        per token, and the state decays by A dt: the published range suits language. State tracking from scratch learns sooner
+        with [0.1, 1], because parity needs turns of pi.
     """
 
     KEY: ClassVar[str] = "mamba3_config"
@@ -218,9 +221,13 @@ class Mamba3Config(MixerOptions):
     out_norm: bool = option(check_boolean, True)
     norm_eps: float = option(EPSILON, 1e-5)
     decay_floor: float = option(number(above=0), 1e-4)
+    dt_min: float = option(number(minimum=1e-4, maximum=1), 1e-3)
+    dt_max: float = option(number(minimum=1e-4, maximum=1), 0.1)
 
     def __post_init__(self):
         super().__post_init__()
+        if self.dt_min > self.dt_max:
+            raise ValueError(f"mamba3_config.dt_min must be at most dt_max, got {self.dt_min} and {self.dt_max}")
         if (self.state_size or 0) % 2:
             raise ValueError(f"mamba3_config.state_size must be even, because channels rotate in pairs, got {self.state_size}")
 

@@ -6,16 +6,18 @@
 
 One layer learns the parity of bits; three layers learn arithmetic modulo 5, with and without brackets. Mamba-3, Mamba-3 without its
 rotation, Mamba-2, Gated DeltaNet and Gated DeltaNet with eigenvalues in [-1, 1] (the definitions and the comparison are those of
-arXiv 2603.15569, section 4, and 2411.12537). Expressions grow in three phases, to 40 tokens; then those of 40 to 160 tokens are
-measured too, which no mixer saw. Three seeds each. `configs/studies/state_tracking.py:parity-M3` is one experiment.
+arXiv 2603.15569, section 4, and 2411.12537). Expressions grow in four phases, to 40 tokens; then those of up to 160 tokens are
+measured too, which no mixer saw. Mamba-3's steps dt begin in [0.1, 1]: with the range for language, [0.001, 0.1], it begins with
+turns of at most 18 degrees per token. Three seeds each. `configs/studies/state_tracking.py:parity-M3` is one experiment.
 It has not been run yet.
 """
 
 from ml_collections import ConfigDict
 
+STEPS_OF_M3 = {"dt_min": 0.1, "dt_max": 1.0}
 MIXERS = {
-    "M3": ("M3", {}),
-    "M3-fixed": ("M3", {"mamba3_config": {"rope_fraction": 0.0}}),
+    "M3": ("M3", {"mamba3_config": STEPS_OF_M3}),
+    "M3-fixed": ("M3", {"mamba3_config": {**STEPS_OF_M3, "rope_fraction": 0.0}}),
     "M2": ("M2", {}),
     "GDN": ("GDN", {}),
     "GDN-signed": ("GDN", {"gdn_config": {"allow_neg_eigval": True}}),
@@ -25,10 +27,8 @@ TASKS = {  # name: (layers, task)
     "modular": (3, {"task": "modular_arithmetic"}),
     "brackets": (3, {"task": "modular_arithmetic", "brackets": True}),
 }
-LENGTHS = {"short": (3, 8), "middle": (3, 20), "long": (3, 40)}  # tokens of an expression, by phase
-STEPS = {"short": 300, "middle": 300, "long": 400}
-MEASURED = (8, 20, 40, 80, 160)
-ROWS = 128
+PHASES = {"short": (8, 600), "middle": (14, 600), "long": (20, 800), "longest": (40, 2000)}  # most tokens of an expression, steps
+MEASURED = (8, 20, 40, 60, 80, 160)
 
 
 def get_config(which: str = "parity") -> ConfigDict:
@@ -45,18 +45,18 @@ def get_config(which: str = "parity") -> ConfigDict:
         cost = {"instrument": "cost", "lengths": (256,)}
         return ConfigDict({"data": {"text": "stdlib", "tasks": {task: options}}, "instruments": {"length": lengths, "cost": cost}})
     symbol, mixers = MIXERS[mixer]
-    tasks = {phase: {**options, "min_length": low, "max_length": high} for phase, (low, high) in LENGTHS.items()}
+    least = 1 if task == "parity" else 3
+    tasks = {phase: {**options, "min_length": least, "max_length": most} for phase, (most, _) in PHASES.items()}
     phase = {
         "objective": "next_token",
-        "batch_size": 32,
-        "seq_len": ROWS,
+        "batch_size": 16,
+        "seq_len": 64,
         "optimizer": "adamw",
-        "learning_rate": 3e-3,
-        "warmup_steps": 20,
+        "learning_rate": 5e-3,
+        "warmup_steps": 50,
         "schedule": "cosine",
         "final_fraction": 0.1,
-        "weight_decay": 0.01,
-        "log_every": 50,
+        "log_every": 100,
     }
     model = {
         "model_type": "qwen3",
@@ -64,9 +64,9 @@ def get_config(which: str = "parity") -> ConfigDict:
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": layers,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
         "max_position_embeddings": 1024,
         "rope_theta": 10000.0,
         "rms_norm_eps": 1e-6,
@@ -80,9 +80,9 @@ def get_config(which: str = "parity") -> ConfigDict:
             "pattern": "-".join([symbol] * layers),
             "fresh_parameters": "torch",
             "mixers": mixers,
-            "schedule": tuple(LENGTHS),
-            "phases": {name: {**phase, "steps": STEPS[name], "mix": {name: 1.0}} for name in LENGTHS},
-            "data": {"text": "stdlib", "tasks": tasks, "mix": {"long": 1.0}},
+            "schedule": tuple(PHASES),
+            "phases": {name: {**phase, "steps": steps, "mix": {name: 1.0}} for name, (_, steps) in PHASES.items()},
+            "data": {"text": "stdlib", "tasks": tasks, "mix": {"longest": 1.0}},
             "seed": 1,
         }
     )

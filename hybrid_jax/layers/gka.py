@@ -98,10 +98,8 @@ class GatedKalmaNet(nnx.Module):
         del positions
         (q, k, v, alpha, g), beta, _ = self._inputs(x, segment_ids, GKAState._make([None] * 5))
         k, weight = k.astype(jnp.float32), None if beta is None else beta[..., 0]
-        gka = self.config.options(GKAConfig)
-        solve = dict(num_iter=gka.num_iter, bp_lambda=gka.bp_lambda, chunk_size=gka.chunk_size)
         queries, _ = recurrence(
-            functools.partial(gated_kalmanet_queries, ridge_strength=gka.ridge_strength, **solve),
+            functools.partial(gated_kalmanet_queries, **self._solve(), **self._chunks()),
             None,
             lambda q, k, alpha, g, **kw: linear_attention_summary(k, k, g, **kw),
             (q.astype(jnp.float32), k, alpha, g),
@@ -117,6 +115,14 @@ class GatedKalmaNet(nnx.Module):
 
     def _scale(self) -> float:
         return self.state_size**-0.5 if self.config.options(GKAConfig).gla_rescale else 1.0
+
+    def _solve(self) -> dict[str, Any]:
+        gka = self.config.options(GKAConfig)
+        return dict(ridge_strength=gka.ridge_strength, num_iter=gka.num_iter)
+
+    def _chunks(self) -> dict[str, Any]:
+        gka = self.config.options(GKAConfig)
+        return dict(bp_lambda=gka.bp_lambda, chunk_size=gka.chunk_size)
 
     def _inputs(
         self, x: jax.Array, segment_ids: jax.Array, s: GKAState
@@ -150,11 +156,9 @@ class GatedKalmaNet(nnx.Module):
         segment_ids: jax.Array,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Runs Gated KalmaNet on q, k, v, alpha, g, however they are sharded; see `recurrence`."""
-        gka = self.config.options(GKAConfig)
-        training = dict(bp_lambda=gka.bp_lambda, precision=gka.precision, chunk_size=gka.chunk_size)
-        solve = dict(ridge_strength=gka.ridge_strength, num_iter=gka.num_iter, scale=self._scale())
+        solve, precision = dict(self._solve(), scale=self._scale()), self.config.options(GKAConfig).precision
         return recurrence(
-            functools.partial(gated_kalmanet, **training, **solve),
+            functools.partial(gated_kalmanet, precision=precision, **self._chunks(), **solve),
             functools.partial(gated_kalmanet_step, **solve),
             lambda q, k, v, alpha, g, **kw: gated_kalmanet_summary(k, v, g, **kw),
             arrays,

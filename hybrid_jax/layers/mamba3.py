@@ -35,7 +35,7 @@ class Mamba3(nnx.Module):
         self.config, self.options, self.state_size = config, o, N
         self.angles = o.angles(N)
         self.in_proj = Linear(hidden, sum(self._sizes()), axes=("embed", "heads"), **fresh)
-        self.dt_bias = init_dt_bias(rngs, H, dtype)
+        self.dt_bias = init_dt_bias(rngs, H, dtype, o.dt_min, o.dt_max)
         self.B_bias = parameter(jnp.ones((H, o.rank, N), dtype), ("heads", None, None))
         self.C_bias = parameter(jnp.ones((H, o.rank, N), dtype), ("heads", None, None))
         self.B_norm, self.C_norm = (RMSNorm(N, eps=o.norm_eps, dtype=dtype) for _ in "BC")

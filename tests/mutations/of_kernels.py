@@ -87,7 +87,9 @@ MUTATIONS = [
         (GOLDEN, PROPERTIES),
     ),
     Mutation(KALMANET, "2 * rho * cross", "rho * cross", "the norm counts its cross term once", (GOLDEN, PROPERTIES)),
-    Mutation(KALMANET, "* (x - qc)", "* x", "alpha adds the solution instead of interpolating", (GOLDEN,)),
+    Mutation(
+        KALMANET, "bp_lambda, solver) - q)", "bp_lambda, solver))", "alpha adds the solution instead of interpolating", (GOLDEN,)
+    ),
     Mutation(
         "kernels_pallas/linear_attention/reference.py",
         "jnp.where(begin.reshape(-1, *(1,) * (s.ndim - 1)), 0, s)",

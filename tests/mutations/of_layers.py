@@ -58,7 +58,13 @@ MUTATIONS = [
         "without the alpha connection the solve is left out",
         (FORMULAS,),
     ),
-    Mutation(GKA, "scale=N**-0.5 if gka.gla_rescale else 1.0", "scale=N**-0.5", "gla_rescale is ignored", (FORMULAS,)),
+    Mutation(
+        GKA,
+        "self.state_size**-0.5 if self.config.options(GKAConfig).gla_rescale else 1.0",
+        "self.state_size**-0.5",
+        "gla_rescale is ignored",
+        (FORMULAS,),
+    ),
     Mutation(
         GKA,
         "l2_normalize(a, eps_outside=True)",

@@ -7,7 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from hybrid_jax import load_model
-from hybrid_jax.config import GKAConfig
+from hybrid_jax.config import GKAConfig, Mamba3Config
 from hybrid_jax.experiment import run_experiment
 from hybrid_jax.parameters import split_model
 from hybrid_jax.priming.initialize import new_model
@@ -55,3 +55,12 @@ def test_a_new_model_s_mixers_begin_as_their_layers_say_and_not_as_attention_is_
     drawn = {how: split_model(new_model(config, fresh_parameters=how))[1] for how in ("transformers", "torch")}
     differs = {n for n, x in drawn["torch"].items() if not np.array_equal(x, drawn["transformers"][n])}
     assert differs and all(".mamba3." in n for n in differs)
+
+
+def test_a_new_mamba3_s_steps_are_in_the_range_of_its_options():
+    config = tiny_config("M3-M3").with_options(Mamba3Config(dt_min=0.2, dt_max=0.3))
+    found = split_model(new_model(config))[1]
+    dt = np.log1p(np.exp(np.stack([found[f"layers.{i}.mamba3.dt_bias"] for i in (0, 1)])))
+    assert np.all((dt > 0.2) & (dt < 0.3)) and np.unique(dt).size == dt.size
+    with pytest.raises(ValueError, match="mamba3_config.dt_min must be at most dt_max, got 0.5 and 0.1"):
+        Mamba3Config(dt_min=0.5)
