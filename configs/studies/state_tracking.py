@@ -27,7 +27,12 @@ TASKS = {  # name: (layers, task)
     "modular": (3, {"task": "modular_arithmetic"}),
     "brackets": (3, {"task": "modular_arithmetic", "brackets": True}),
 }
-PHASES = {"short": (8, 600), "middle": (14, 600), "long": (20, 800), "longest": (40, 2000)}  # most tokens of an expression, steps
+PHASES = {  # most tokens of an expression, steps, learning rate
+    "short": (8, 600, 5e-3),
+    "middle": (14, 600, 5e-3),
+    "long": (20, 800, 3e-3),
+    "longest": (40, 2000, 2e-3),
+}
 MEASURED = (8, 20, 40, 60, 80, 160)
 
 
@@ -46,13 +51,13 @@ def get_config(which: str = "parity") -> ConfigDict:
         return ConfigDict({"data": {"text": "stdlib", "tasks": {task: options}}, "instruments": {"length": lengths, "cost": cost}})
     symbol, mixers = MIXERS[mixer]
     least = 1 if task == "parity" else 3
-    tasks = {phase: {**options, "min_length": least, "max_length": most} for phase, (most, _) in PHASES.items()}
+    tasks = {phase: {**options, "min_length": least, "max_length": most} for phase, (most, *_) in PHASES.items()}
     phase = {
         "objective": "next_token",
         "batch_size": 16,
         "seq_len": 64,
         "optimizer": "adamw",
-        "learning_rate": 5e-3,
+        "beta2": 0.98,
         "warmup_steps": 50,
         "schedule": "cosine",
         "final_fraction": 0.1,
@@ -81,7 +86,10 @@ def get_config(which: str = "parity") -> ConfigDict:
             "fresh_parameters": "torch",
             "mixers": mixers,
             "schedule": tuple(PHASES),
-            "phases": {name: {**phase, "steps": steps, "mix": {name: 1.0}} for name, (_, steps) in PHASES.items()},
+            "phases": {
+                name: {**phase, "steps": steps, "learning_rate": rate, "mix": {name: 1.0}}
+                for name, (_, steps, rate) in PHASES.items()
+            },
             "data": {"text": "stdlib", "tasks": tasks, "mix": {"longest": 1.0}},
             "seed": 1,
         }

@@ -124,6 +124,7 @@ SUITE = [
     ("needles", dict(values=2, min_needles=2, max_needles=4, asked=2), needle, True),
     ("mqar", {}, recall, True),
     ("mqar", dict(min_pairs=4, max_pairs=30, random_filler=False), recall, True),
+    ("mqar", dict(max_pairs=10, symbols=21), recall, True),
     ("selective_copying", {}, copy, True),
     ("selective_copying", dict(tokens=5, alphabet=3, selective=False), copy, True),
     ("parity", {}, parity, False),
@@ -165,7 +166,8 @@ def test_every_answer_follows_from_the_tokens_before_it(name, options, solve, co
 
 @pytest.mark.parametrize(
     "name, options, answers",
-    [("retrieval", {}, 120), ("needles", {}, 120), ("mqar", {}, 60), ("letter_choice", dict(options=3, min_facts=3), 3),
+    [("retrieval", {}, 120), ("needles", {}, 120), ("mqar", {}, 60),
+     ("mqar", dict(symbols=24), 12), ("letter_choice", dict(options=3, min_facts=3), 3),
      ("parity", {}, 2), ("modular_arithmetic", dict(modulus=7), 7), ("induction", {}, None)],
 )  # fmt: skip
 def test_chance_is_one_of_the_answers_that_there_can_be(name, options, answers):
@@ -244,6 +246,8 @@ def test_brackets_are_as_long_as_asked_for_and_answers_are_spread():
     [
         ("mqar", dict(max_pairs=50), 160, "needs rows of 200 tokens"),
         ("mqar", dict(max_pairs=70), 600, "mqar draws from 140 or more token ids"),
+        ("mqar", dict(symbols=15), 160, "mqar: symbols must be 0 or at least 16, two per pair, got 15"),
+        ("mqar", dict(symbols=999), 160, "mqar draws from 999 or more token ids"),
         ("mqar", dict(power=0), 160, "mqar: power must be"),
         ("mqar", dict(min_pairs=9), 160, "1 <= min <= max"),
         ("mqar", dict(min_pairs=2.5), 160, "mqar: min_pairs must be an integer, got 2.5"),
