@@ -56,6 +56,7 @@ def get_config(mixer: str = "GKA") -> ConfigDict:
             "source": "launch/tiny_qwen3",
             "pattern": "",
             "fresh_parameters": "transformers",  # or "torch": how new convolutions and gates start
+            "copy_attention": True,  # False: recurrent mixers start as in a new model
             "select": {"mixer": mixer, "fraction": 0.5, "window": 128, "rows": 8, "seq_len": 1024, "task": "needles"},
             # a window of so many keys and values in bfloat16 takes as many bytes as GKA's two states in float32:
             # 128 x 2 x 4 x 32 x 2 = 2 x 8 x 32 x 32 x 4

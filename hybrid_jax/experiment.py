@@ -88,8 +88,8 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path, profile: tup
         model = load_model(source, dtype=jnp.float32, mesh=meshes[0])
         model.config = experiment.with_mixer_options(model.config)
         pattern = choose_pattern(model, experiment.pattern, experiment.select, corpus, workdir, meshes[0])
-        fresh_parameters = experiment.fresh_parameters
-        hybrid = initialize_hybrid(model, pattern, seed=experiment.seed, mesh=meshes[0], fresh_parameters=fresh_parameters)
+        begin = dict(fresh_parameters=experiment.fresh_parameters, copy_attention=experiment.copy_attention)
+        hybrid = initialize_hybrid(model, pattern, seed=experiment.seed, mesh=meshes[0], **begin)
         save_model(hybrid, initial, tokenizer_from=source)
         del model, hybrid
 

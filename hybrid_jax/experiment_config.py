@@ -10,7 +10,7 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from hybrid_jax.checks import check_choice, check_integer, check_known
+from hybrid_jax.checks import check_boolean, check_choice, check_integer, check_known
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.convert import check_model_directory
 from hybrid_jax.data import HELD_OUT_SEED, check_tokenizer_fits, load_tokenizer, read_sources, read_tasks
@@ -41,6 +41,7 @@ class Experiment:
       select: how a pattern is chosen; None if there is a pattern or nothing to choose.
       mixers: options of mixers by their keys in config.json (`swa_config`, ...), each in place of the source's.
       fresh_parameters: how parameters start that attention does not give, see `initialize_hybrid`.
+      copy_attention: whether recurrent mixers begin with attention's weights, see `initialize_hybrid`.
       phases: (name, phase) in order.
       data: `text`, `sources`, `tasks` (see `data.corpus`) and `mix` (source -> share of the rows).
       seed: of everything random; phase number n (from 1) takes seed + n.
@@ -54,6 +55,7 @@ class Experiment:
     select: Selection | None = None
     mixers: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     fresh_parameters: str = "transformers"
+    copy_attention: bool = True
     phases: tuple[tuple[str, Phase], ...] = ()
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     seed: int = 0
@@ -81,6 +83,9 @@ class Experiment:
             raise ValueError(f"the config lacks {absent[0] if absent else 'data.mix'}; configs/prime_tiny.py is a complete example")
         fresh = values.get("fresh_parameters", "transformers")
         check_choice("config.fresh_parameters", fresh, FRESH_PARAMETERS)
+        copies = check_boolean("config.copy_attention", values.get("copy_attention", True))
+        if not copies and values.get("model"):
+            raise ValueError("config.copy_attention is of conversions; config.model is a new model, which has no attention to copy")
         record = with_absolute_paths(values)
         data = record["data"]
         _check_data(data, fields["data"], new_model=bool(values.get("model")))
@@ -111,6 +116,7 @@ class Experiment:
             select=Selection.from_config(values["select"]) if selects else None,
             mixers=mixers,
             fresh_parameters=fresh,
+            copy_attention=copies,
             phases=phases,
             data=data,
             seed=_seed(values["seed"], len(phases)),

@@ -40,6 +40,7 @@ def fields_of(config: Mapping) -> dict[str, Any]:
         "model": {},
         "pattern": "",
         "fresh_parameters": "transformers",
+        "copy_attention": True,
         "select": select_fields(config.get("select") or {}),
         "mixers": {key: _defaults(cls) for key, cls in options_by_key().items()},
         "schedule": (),

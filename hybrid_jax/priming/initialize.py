@@ -102,7 +102,13 @@ def check_convertible(have: ModelConfig, wanted: ModelConfig) -> None:
 
 
 def initialize_hybrid(
-    model: Decoder, pattern: str, *, seed: int = 0, mesh: Mesh | None = None, fresh_parameters: str = "transformers"
+    model: Decoder,
+    pattern: str,
+    *,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+    fresh_parameters: str = "transformers",
+    copy_attention: bool = True,
 ) -> Decoder:
     """The hybrid that `pattern` describes, its mixers initialized from the model's attention.
 
@@ -115,6 +121,8 @@ def initialize_hybrid(
         hybrid-model-factory's models start): kernels N(0, initializer_range^2), biases 0. "torch": both uniform in
         +-1/sqrt(fan_in). The same in both: A_log = log U(0, 16), dt_bias = softplus^-1(dt) with dt log-uniform in
         [1e-3, 0.1], norms and Mamba-2's D 1.
+      copy_attention: whether new recurrent mixers begin with attention's weights. False: they begin as in a new model, to learn
+        everything from alignment (as MOHAWK's mixers do, arXiv 2408.10189); windows and kept heads of attention are copied.
 
     Raises:
       ValueError: the pattern is invalid, a layer that would be converted is not attention, or `fresh_parameters` is
@@ -138,5 +146,8 @@ def initialize_hybrid(
             if not wanted:
                 continue
             copied = mixer_class(kind, config, i).from_attention(source, wanted, config, i)
+            if KINDS[kind].recurrent and not copy_attention:
+                kept = ("attention.", "merge.") if layer.attention_heads else ()
+                copied = {n: v for n, v in copied.items() if n.startswith(kept)}
             result |= {prefix + n: _like(v.astype(dtype), wanted[n]) for n, v in copied.items()}
     return join_model(structure, result)

@@ -11,7 +11,7 @@ from hybrid_jax.config import BMojoConfig, GDNConfig, Mamba3Config, SWAConfig
 from hybrid_jax.layers.recurrent import init_a_log, init_dt_bias
 from hybrid_jax.parameters import split_model
 from hybrid_jax.priming.fuse import fuse, unfuse
-from hybrid_jax.priming.initialize import initialize_hybrid
+from hybrid_jax.priming.initialize import initialize_hybrid, new_model
 from hybrid_jax.selection import select
 from hybrid_jax.selection.scorers.contract import Scores
 from hybrid_jax.selection.select import Selection, pattern_from_scores
@@ -114,6 +114,16 @@ def test_new_kernels_are_normal_with_the_models_initializer_range_and_new_biases
             assert abs(value.std() / 0.05 - 1) < 0.3, name
     for name in (n for n in got if n.endswith(("o_norm.weight", "mamba.norm.weight", "mamba.D"))):
         assert (got[name] == 1).all(), name
+
+
+def test_without_attention_s_weights_recurrent_mixers_begin_as_new_ones_and_windows_and_kept_heads_are_copied():
+    source, pattern = tiny_model("*-*-*-*"), "GKA-M3-SWA-GDN[1]"
+    copied, fresh = (parameters(initialize_hybrid(source, pattern, seed=3, copy_attention=c)) for c in (True, False))
+    new = parameters(new_model(source.config.with_pattern(pattern), seed=3))
+    differ = {n for n in copied if not np.array_equal(copied[n], fresh[n])}
+    assert {n.split(".")[1] for n in differ} == {"0", "1", "3"}
+    assert not [n for n in differ if n.startswith("layers.3.") and "recurrent." not in n]
+    assert all(relative_error(fresh[n], new[n]) < 1e-6 for n in differ)
 
 
 def test_torch_as_the_option_draws_uniformly_by_the_fan_in_and_changes_nothing_else():
