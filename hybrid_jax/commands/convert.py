@@ -1,18 +1,25 @@
-"""`convert SRC OUT [--pattern P]`."""
+"""`convert SRC [OUT] [--pattern P] [--verify REPORT]`."""
 
 from __future__ import annotations
 
 import argparse
 
-from hybrid_jax.commands.options import directory, integer
+from hybrid_jax.commands.options import directory, integer, number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=directory, help="a Hugging Face directory, or a hybrid one")
-    parser.add_argument("out", help="the directory to make")
+    parser.add_argument("out", nargs="?", help="the directory to make; may be left out with --verify")
     parser.add_argument("--pattern", help="one symbol per layer, e.g. '*-GKA-*-GKA'; without it the model is copied")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the parameters; default: the source's")
     parser.add_argument("--seed", type=integer(minimum=0), default=0, help="of what the pattern initializes afresh")
+    parser.add_argument(
+        "--verify",
+        metavar="REPORT",
+        help="first prove that the source is read as it is: a report of every tensor, of the bytes that come back and, where torch "
+        "and transformers are installed, of every layer's output; exit code 1 if anything is off",
+    )
+    parser.add_argument("--tolerance", type=number(above=0), help="with --verify: relative error of outputs (default: 1e-4)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -20,9 +27,39 @@ def run(args: argparse.Namespace) -> None:
     from hybrid_jax.families import plugin_notes
     from hybrid_jax.files import check_new_directory
 
-    check_new_directory(args.out)
+    if args.tolerance is not None and args.verify is None:
+        raise ValueError("--tolerance is that of --verify; give both")
+    if args.out is None and args.verify is None:
+        raise ValueError("name the directory to make (OUT), or the report of --verify")
+    if args.out is None and args.pattern is not None:
+        raise ValueError("--pattern converts into OUT; name it")
+    for new in filter(None, (args.out, args.verify)):
+        check_new_directory(new)
+    if args.verify is not None:
+        _verify(args)
+    if args.out is None:
+        return
     model = load_model(args.source, pattern=args.pattern, dtype=args.dtype, seed=args.seed)
     save_model(model, args.out, tokenizer_from=args.source)
     print(f"{args.out}: {model.config.family}, {model.config.pattern}")
     for note in plugin_notes(model.config):
         print(note)
+
+
+def _verify(args: argparse.Namespace) -> None:
+    """Writes the parity report of the source.
+
+    Raises:
+      ValueError: something is off.
+    """
+    from hybrid_jax.parity_report import TOLERANCE, verify, write_parity
+
+    parity, tolerance = verify(args.source), args.tolerance or TOLERANCE
+    report = write_parity(parity, args.verify, str(args.source), tolerance)
+    print(f"parity: {report}")
+    if wrong := parity.off(tolerance):
+        raise ValueError(f"{args.source} is not read as it is: {'; '.join(wrong)}; see {report}")
+    if parity.layers is None:
+        print(f"outputs were not compared with transformers: {parity.why_not}")
+    else:
+        print(f"largest relative error of a layer {max(parity.layers):.1e}, of the logits {parity.logits:.1e}")

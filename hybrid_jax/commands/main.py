@@ -52,7 +52,7 @@ class Command:
 COMMANDS = {
     "convert": Command(
         "convert",
-        "convert a Transformer directory into a hybrid one (stage 0), or copy it",
+        "convert a Transformer directory into a hybrid one (stage 0), copy it, or prove that it is read as it is",
         "launch/tiny_qwen3 hybrid --pattern '*-GKA-*-GKA-*-GKA-*-GKA'",
     ),
     "export": Command(

@@ -72,7 +72,7 @@ def _stored_name(files: TensorFiles, config: ModelConfig, name: str) -> str:
     return HEAD if name == EMBEDDING and config.tie_embeddings and EMBEDDING not in files and HEAD in files else name
 
 
-def _checked(files: TensorFiles, config: ModelConfig) -> tuple[ModelConfig, dict[str, list[tuple[Tensor, str]]]]:
+def checked_table(files: TensorFiles, config: ModelConfig) -> tuple[ModelConfig, dict[str, list[tuple[Tensor, str]]]]:
     """Checks the files' tensors against the config by their headers.
 
     Returns:
@@ -114,7 +114,7 @@ def check_model_directory(path: str | pathlib.Path) -> ModelConfig:
     """
     config = read_model_config(path)
     with TensorFiles(pathlib.Path(path)) as files:
-        return _checked(files, config)[0]
+        return checked_table(files, config)[0]
 
 
 def _cast(path: pathlib.Path, name: str, value: np.ndarray, dtype) -> np.ndarray:
@@ -137,7 +137,7 @@ def _cast(path: pathlib.Path, name: str, value: np.ndarray, dtype) -> np.ndarray
 def _read_parameters(
     files: TensorFiles, config: ModelConfig, table: dict[str, list[tuple[Tensor, str]]], dtype=None, mesh=None
 ) -> Iterator[tuple[str, jax.Array]]:
-    """Yields (name, array) for every parameter; `table` is `_checked`'s."""
+    """Yields (name, array) for every parameter; `table` is `checked_table`'s."""
     axes = logical_axes(abstract_decoder(config))
     for name, tensors in table.items():
         parts = [t.from_hf(files.read(stored)) for t, stored in tensors]
@@ -169,7 +169,7 @@ def load_model(
         dtype = jnp.dtype(dtype)
         check_choice("dtype", dtype.name, DTYPES.values())
     with TensorFiles(pathlib.Path(path)) as files:
-        config, table = _checked(files, dataclasses.replace(config, directory=str(path)))
+        config, table = checked_table(files, dataclasses.replace(config, directory=str(path)))
         parameters = dict(_read_parameters(files, config, table, dtype, mesh))
     compute = dtype or jnp.dtype(parameters["embed_tokens.embedding"].dtype)
     structure, _ = nnx.split(abstract_decoder(config, dtype=compute))

@@ -25,7 +25,8 @@ TOKENIZER_FILES = (
 MORE_TEMPLATES = "additional_chat_templates"  # a folder of chat templates by name
 
 
-def _hf_items(model: Decoder) -> Iterator[tuple[str, np.ndarray]]:
+def hf_items(model: Decoder) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields every tensor of a checkpoint with its name, complete on every process."""
     _, parameters = split_model(model)
     stated = marks(model)
     for name, value in parameters.items():
@@ -46,7 +47,7 @@ def _write_weights(model: Decoder, directory: pathlib.Path, max_shard_bytes: int
         part.chmod(0o644)  # safetensors writes files that only their owner may read
         pending.clear()
 
-    for name, value in _hf_items(model):
+    for name, value in hf_items(model):
         if pending and size + value.nbytes > max_shard_bytes:
             flush()
             size = 0
@@ -130,6 +131,6 @@ def save_model(
         with new_directory(path) as directory:
             write_model(model, directory, tokenizer_from=tokenizer_from, max_shard_bytes=max_shard_bytes)
     else:
-        for _ in _hf_items(model):  # the first process needs every process's parts
+        for _ in hf_items(model):  # the first process needs every process's parts
             pass
     barrier(f"saved {path}")

@@ -63,7 +63,7 @@ def weight_files(path: pathlib.Path) -> list[str]:
 
 
 class TensorFiles(contextlib.ExitStack):
-    """The safetensors files of a directory, sharded or not, opened and checked at once.
+    """The safetensors files of a directory, sharded or not, opened and checked at once; `shards`: tensor -> its file's name.
 
     Raises:
       FileNotFoundError: no weights, or a shard that the index names is missing.
@@ -72,16 +72,18 @@ class TensorFiles(contextlib.ExitStack):
 
     def __init__(self, path: pathlib.Path):
         super().__init__()
-        self.path, self.files, where = path, {}, {}
+        self.path, self.files, self.shards = path, {}, {}
         for shard in weight_files(path):
             try:
                 file = self.enter_context(safe_open(path / shard, framework="numpy"))
             except SafetensorError as e:
                 raise ValueError(f"{path / shard} is truncated or not a safetensors file ({e}); download it again") from None
             for name in file.keys():  # noqa: SIM118
-                if name in where:
-                    raise ValueError(f"{path}: tensor {name} is in both {where[name]} and {shard}; remove it from one of them")
-                self.files[name], where[name] = file, shard
+                if name in self.shards:
+                    raise ValueError(
+                        f"{path}: tensor {name} is in both {self.shards[name]} and {shard}; remove it from one of them"
+                    )
+                self.files[name], self.shards[name] = file, shard
 
     def __iter__(self):
         return iter(self.files)

@@ -1,0 +1,238 @@
+"""Proof that a checkpoint is read as it is: each tensor, the bytes that come back, each layer's output beside transformers'."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import pathlib
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from hybrid_jax.convert import load_model
+from hybrid_jax.convert.load import checked_table
+from hybrid_jax.convert.save import hf_items
+from hybrid_jax.convert.weights import TensorFiles
+from hybrid_jax.data.tokenizer import load_tokenizer
+from hybrid_jax.evaluate.report.document import Block, Heading, Picture, Table, Text, as_html, as_markdown
+from hybrid_jax.files import new_directory
+from hybrid_jax.model import Decoder
+
+TOKENS = 96
+TOLERANCE = 1e-4
+SAMPLE = (
+    "A recurrent layer keeps a state of a fixed size, and attention keeps every token. Both read the tokens that came before: "
+    "x = [1, 2, 3]; y = sum(x) / len(x)\nThe first forgets what it has no room for, and the second pays for all of it, "
+    "in memory and in time, with every token that is added to the text.\n"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of the checkpoint's files.
+
+    Args:
+      name, file, dtype, shape: as stored.
+      parameters: ours that are made of it; none: it is not used.
+      returns: whether exactly these bytes are written by an export; None: it is not used.
+      sha256: of its bytes.
+    """
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    parameters: tuple[str, ...]
+    returns: bool | None
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Parity:
+    """What `verify` found.
+
+    Args:
+      tensors: of the files, by name.
+      missing: tensors that an export writes and the files do not hold.
+      layers: relative error of the embeddings, of every layer's output and of the final norm's, largest difference over largest
+        value, in float32; None: transformers was not asked.
+      logits: the same of the logits; None as `layers`.
+      why_not: why transformers was not asked; empty if it was.
+    """
+
+    tensors: tuple[StoredTensor, ...]
+    missing: tuple[str, ...]
+    layers: tuple[float, ...] | None
+    logits: float | None
+    why_not: str = ""
+
+    def off(self, tolerance: float) -> list[str]:
+        """Returns what is wrong, in words; nothing: the checkpoint is read as it is."""
+        changed = [t.name for t in self.tensors if t.returns is False]
+        found = [f"{len(changed)} tensors do not come back as they are stored, the first {changed[0]}"] if changed else []
+        if self.missing:
+            found.append(f"{len(self.missing)} tensors of an export are not in the files, the first {self.missing[0]}")
+        if self.layers is not None and self.logits is not None:
+            far = [
+                (name, e)
+                for name, e in (*zip(self.places(), self.layers, strict=True), ("logits", self.logits))
+                if not e <= tolerance
+            ]
+            if far:
+                found.append(f"{far[0][0]}: relative error {far[0][1]:.1e} to transformers, more than {tolerance:.1e}")
+        return found
+
+    def places(self) -> list[str]:
+        """Returns the names of what `layers` compares."""
+        layers = range(len(self.layers or ()) - 2)
+        return ["embeddings", *(f"layer {i}" for i in layers), "final norm"]
+
+
+def verify(path: str | pathlib.Path, tokens: int = TOKENS) -> Parity:
+    """Reads a checkpoint, writes its tensors again, and compares every layer's output with transformers' own class in float32.
+
+    Transformers is asked where it and torch are installed and the model is no hybrid.
+
+    Args:
+      path: a model directory.
+      tokens: of the sample text.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_model`.
+    """
+    path = pathlib.Path(path)
+    model = load_model(path)
+    with TensorFiles(path) as files:
+        _, table = checked_table(files, model.config)
+        made_of: dict[str, list[str]] = {}
+        for parameter, tensors in table.items():
+            for _, stored in tensors:
+                made_of.setdefault(stored, []).append(parameter)
+        written = {name: (_hash(x), x.shape, str(x.dtype)) for name, x in hf_items(model)}
+        stored = tuple(sorted(_stored(files, made_of, written), key=lambda t: t.name))
+    names, bytes_ = {t.name for t in stored}, {t.sha256 for t in stored if t.returns}
+    missing = tuple(sorted(name for name, (sha256, *_) in written.items() if name not in names and sha256 not in bytes_))
+    why_not = _why_not(model)
+    if why_not:
+        return Parity(stored, missing, None, None, why_not)
+    layers, logits = _errors(path, _sample(path, model.config.vocab_size, min(tokens, model.config.max_position_embeddings)))
+    return Parity(stored, missing, layers, logits)
+
+
+def _hash(x: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(x).view(np.uint8).reshape(-1)).hexdigest() if x.size else ""
+
+
+def _stored(files: TensorFiles, made_of: dict[str, list[str]], written: dict) -> Iterator[StoredTensor]:
+    """Yields every tensor of the files; `written`: name -> hash, shape and dtype of the tensors of an export."""
+    for name in files:
+        x = files.read(name)
+        used, found = tuple(made_of.get(name, ())), (_hash(x), x.shape, str(x.dtype))
+        export = written.get(name) if name in written else next((w for w in written.values() if used and w == found), None)
+        returns = (export == found) if used else None
+        yield StoredTensor(name, files.shards[name], str(x.dtype), tuple(x.shape), used, returns, found[0])
+
+
+def _why_not(model: Decoder) -> str:
+    if model.config.is_hybrid:
+        return "transformers has no class for hybrids; the source that it was made of can be verified"
+    absent = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(absent)} (pip install {' '.join(absent)})" if absent else ""
+
+
+def _sample(path: pathlib.Path, vocab_size: int, tokens: int) -> np.ndarray:
+    """Returns the ids [1, tokens] of the sample text; of a model without a tokenizer, ids spread over the vocabulary."""
+    if (path / "tokenizer.json").is_file():
+        ids = load_tokenizer(path).encode(SAMPLE * (1 + tokens // 16)).ids[:tokens]
+        if ids and max(ids) < vocab_size:
+            return np.array([ids], np.int32)
+    return (np.arange(tokens, dtype=np.int64)[None] * 7919 % vocab_size).astype(np.int32)
+
+
+def _errors(path: pathlib.Path, ids: np.ndarray) -> tuple[tuple[float, ...], float]:
+    import torch
+    import transformers
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        out = theirs(torch.tensor(ids.astype(np.int64)), output_hidden_states=True, use_cache=False)
+    wanted = [h.numpy() for h in out.hidden_states]
+    del theirs
+    model = load_model(path, dtype=jnp.float32)
+    hidden, at = model.inputs(jnp.asarray(ids))
+
+    def run(layer, h):
+        h = layer.run(layer.spec.kind, h, **at)[0].hidden
+        return h, h
+
+    last, layers = model.through_layers(run, hidden)
+    normed = model.norm(last)
+    found = [hidden, *layers[:-1], normed]  # transformers gives the last layer's output behind the final norm
+    return tuple(_error(a, b) for a, b in zip(found, wanted, strict=True)), _error(model.head(normed), out.logits.numpy())
+
+
+def _error(found, wanted: np.ndarray) -> float:
+    return float(np.abs(np.asarray(found, np.float32) - wanted).max() / np.abs(wanted).max())
+
+
+def write_parity(parity: Parity, out: str | pathlib.Path, title: str, tolerance: float = TOLERANCE) -> pathlib.Path:
+    """Writes report.md, report.html, parity.json and, if transformers was asked, layers.png into a new directory.
+
+    Args:
+      title: names the checkpoint.
+      tolerance: relative error that is not off.
+
+    Returns:
+      The path of report.md.
+
+    Raises:
+      FileExistsError, PermissionError, NotADirectoryError: `out` cannot be made.
+    """
+    wrong = parity.off(tolerance)
+    used = [t for t in parity.tensors if t.returns is not None]
+    verdict = "; ".join(wrong) or f"{len(used)} tensors come back bit for bit"
+    with new_directory(out) as directory:
+        blocks: list[Block] = [Heading(f"Parity of {title}", 1), Text(f"Off: {verdict}." if wrong else f"In order: {verdict}.")]
+        if parity.layers is not None and parity.logits is not None:
+            errors = [*zip(parity.places(), parity.layers, strict=True), ("logits", parity.logits)]
+            _draw(errors, tolerance, directory / "layers.png")
+            blocks += [
+                Heading("Outputs beside transformers'"),
+                Text(f"Largest difference over largest value, in float32; more than {tolerance:.1e} is off."),
+                Picture(directory / "layers.png", "relative error by layer"),
+                Table(("output", "relative error"), [(name, f"{error:.1e}") for name, error in errors]),
+            ]
+        else:
+            blocks.append(Text(f"Outputs were not compared with transformers: {parity.why_not}."))
+        blocks += [Heading("Tensors"), _tensor_table(parity)]
+        (directory / "report.md").write_text(as_markdown(blocks))
+        (directory / "report.html").write_text(as_html(blocks))
+        (directory / "parity.json").write_text(json.dumps({**dataclasses.asdict(parity), "off": wrong}, indent=1) + "\n")
+    return pathlib.Path(out) / "report.md"
+
+
+def _tensor_table(parity: Parity) -> Table:
+    came = {True: "bit for bit", False: "CHANGED", None: "not used"}
+    rows = [
+        (t.name, t.file, t.dtype, str(t.shape), ", ".join(t.parameters) or "–", came[t.returns], t.sha256[:16])
+        for t in parity.tensors
+    ]
+    return Table(("tensor", "file", "dtype", "shape", "parameter", "comes back", "SHA-256"), rows, code=(0, 4))
+
+
+def _draw(errors: list[tuple[str, float]], tolerance: float, path: pathlib.Path) -> None:
+    figure, axis = plt.subplots(figsize=(max(5, 0.25 * len(errors)), 3.5), layout="constrained")
+    axis.semilogy([max(e, 1e-9) for _, e in errors], "o-")
+    axis.axhline(tolerance, color="tab:red", linestyle="--", label=f"tolerance {tolerance:.1e}")
+    axis.set_xticks(range(len(errors)), [name for name, _ in errors], rotation=90, fontsize=7)
+    axis.set_ylabel("relative error")
+    axis.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
