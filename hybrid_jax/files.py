@@ -38,16 +38,25 @@ def find_shipped(path: str | pathlib.Path) -> pathlib.Path:
     return there if ships and there.exists() else path
 
 
-def check_new_directory(path: str | pathlib.Path) -> pathlib.Path:
+def check_new_directory(path: str | pathlib.Path, overwrite: bool = False) -> pathlib.Path:
     """Checks, before any work, that `path` can become a new directory, and returns it; leaves nothing behind.
 
+    Args:
+      overwrite: whether it may take the place of a model directory, one with a config.json.
+
     Raises:
-      FileExistsError: something is there already.
+      FileExistsError: something is there already, and it is no model directory or may not be replaced.
       PermissionError, NotADirectoryError: its parent cannot be written.
     """
     path = pathlib.Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path} exists already and is not empty; choose another output directory or remove it")
+        if not overwrite:
+            raise FileExistsError(f"{path} exists already and is not empty; choose another output directory or remove it")
+        if path.is_symlink() or not (path / "config.json").is_file():
+            raise FileExistsError(
+                f"{path} is not replaced: only a model directory, one with a config.json and no link, is; choose another output "
+                "directory or remove it"
+            )
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -88,20 +97,39 @@ def check_new_file(path: str | pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def new_directory(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a temporary directory to fill. It becomes `path` when the block ends, and is removed if the block raises."""
-    path = check_new_directory(path)
+def new_directory(path: str | pathlib.Path, overwrite: bool = False) -> Iterator[pathlib.Path]:
+    """Yields a temporary directory to fill. It becomes `path` when the block ends, and is removed if the block raises.
+
+    Args:
+      overwrite: whether it may take the place of a model directory, which is removed only then.
+    """
+    path = check_new_directory(path, overwrite)
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
     work = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
     try:
         work.chmod(0o755)
         yield work
+        if path.exists() and any(path.iterdir()) and overwrite:
+            _replace(path, work)
+            return
         if path.exists():
             path.rmdir()
         os.rename(work, path)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+def _replace(path: pathlib.Path, new: pathlib.Path) -> None:
+    """Renames the directory `new` to `path`, and removes what was there only when that is done."""
+    old = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
+    os.rename(path, old)
+    try:
+        os.rename(new, path)
+    except BaseException:
+        os.rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def unused(path: pathlib.Path) -> pathlib.Path:
@@ -124,6 +152,9 @@ def file_hash(path: str | pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+LARGEST_JSON = 1 << 28  # bytes; tokenizers of large vocabularies have tens of millions
+
+
 def _not_a_number(text: str) -> float:
     if text == "NaN":
         raise ValueError("NaN is not JSON")
@@ -135,9 +166,12 @@ def read_json(path: str | pathlib.Path) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is not valid JSON, too deeply nested, contains NaN, or holds something other than an object; names the file.
+      ValueError: it is not valid JSON, too large, too deeply nested, contains NaN, or holds something other than an object; names
+        the file.
     """
     path = pathlib.Path(path)
+    if path.stat().st_size > LARGEST_JSON:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a JSON file of a model has at most {LARGEST_JSON:,}")
     try:
         value = json.loads(path.read_bytes().decode(), parse_constant=_not_a_number)
     except RecursionError:

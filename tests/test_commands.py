@@ -114,6 +114,23 @@ def test_a_pattern_of_the_wrong_length_or_symbol_is_refused(source, tmp_path, ca
     assert only_source(tmp_path)
 
 
+def test_overwrite_replaces_a_model_directory_when_the_new_one_is_complete_and_nothing_else(source, tmp_path, capsys, monkeypatch):
+    out, other = tmp_path / "out", tmp_path / "other"
+    assert main(["convert", str(source), str(out)]) == 0
+    (out / "mine.txt").write_text("x")
+    with monkeypatch.context() as patch:
+        patch.setattr("hybrid_jax.convert.save._write_weights", lambda *args: pytest.fail("a full disk"))
+        with pytest.raises(BaseException, match="a full disk"):
+            main(["export", str(source), str(out), "--overwrite"])
+    assert (out / "mine.txt").exists() and (out / "config.json").exists()
+    assert main(["convert", str(source), str(out), "--overwrite", "--pattern", "*-GKA"]) == 0
+    assert json.loads((out / "config.json").read_text())["hybrid_override_pattern"] == "*-GKA" and not (out / "mine.txt").exists()
+    other.mkdir()
+    (other / "precious.txt").write_text("x")
+    assert "only a model directory" in fails(capsys, "export", source, other, "--overwrite") and (other / "precious.txt").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted({"other", "out", source.name})
+
+
 def test_an_output_that_can_not_be_written_is_refused_before_loading(source, tmp_path, capsys):
     shutil.rmtree(source / "nothing", ignore_errors=True)
     (tmp_path / "file").write_text("x")

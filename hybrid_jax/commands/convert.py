@@ -13,6 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pattern", help="one symbol per layer, e.g. '*-GKA-*-GKA'; without it the model is copied")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the parameters; default: the source's")
     parser.add_argument("--seed", type=integer(minimum=0), default=0, help="of what the pattern initializes afresh")
+    parser.add_argument("--overwrite", action="store_true", help="replace the model directory OUT, when the new one is complete")
     parser.add_argument(
         "--verify",
         metavar="REPORT",
@@ -33,14 +34,15 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("name the directory to make (OUT), or the report of --verify")
     if args.out is None and args.pattern is not None:
         raise ValueError("--pattern converts into OUT; name it")
-    for new in filter(None, (args.out, args.verify)):
-        check_new_directory(new)
+    if args.out is not None:
+        check_new_directory(args.out, args.overwrite)
     if args.verify is not None:
+        check_new_directory(args.verify)
         _verify(args)
     if args.out is None:
         return
     model = load_model(args.source, pattern=args.pattern, dtype=args.dtype, seed=args.seed)
-    save_model(model, args.out, tokenizer_from=args.source)
+    save_model(model, args.out, tokenizer_from=args.source, overwrite=args.overwrite)
     print(f"{args.out}: {model.config.family}, {model.config.pattern}")
     for note in plugin_notes(model.config):
         print(note)

@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=integer(minimum=0), help="with --phase: this checkpoint")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights; default: the source's")
     parser.add_argument("--max-shard-gb", type=number(above=0), default=5.0, help="larger models are written in several files")
+    parser.add_argument("--overwrite", action="store_true", help="replace the model directory OUT, when the new one is complete")
     parser.add_argument("--keep-teacher", action="store_true", help="keep a fused model fused")
 
 
@@ -24,7 +25,7 @@ def run(args: argparse.Namespace) -> None:
     from hybrid_jax.priming.fuse import unfuse
     from hybrid_jax.workdir import is_run, load_run, tokenizer_of
 
-    check_new_directory(args.out)
+    check_new_directory(args.out, args.overwrite)
     if args.step is not None and not args.phase:
         raise ValueError("--step needs the --phase whose checkpoint it is")
     if is_run(args.source):
@@ -35,7 +36,8 @@ def run(args: argparse.Namespace) -> None:
         model, tokenizer = load_model(args.source, dtype=args.dtype), args.source
     if not args.keep_teacher:
         model = unfuse(model)
-    save_model(model, args.out, tokenizer_from=tokenizer, max_shard_bytes=int(args.max_shard_gb * 1e9))
+    options = dict(max_shard_bytes=int(args.max_shard_gb * 1e9), overwrite=args.overwrite)
+    save_model(model, args.out, tokenizer_from=tokenizer, **options)
     print(f"{args.out}: {model.config.family}, {model.config.pattern}")
     for note in plugin_notes(model.config):
         print(note)

@@ -81,6 +81,7 @@ def checked_table(files: TensorFiles, config: ModelConfig) -> tuple[ModelConfig,
     Raises:
       ValueError: a name, shape or dtype that does not fit.
     """
+    files.check_layers(config.num_layers)
     config = _tied_as_stored(files, config)
     table, shapes, stated = {}, {}, marks(abstract_decoder(config))
     for name, parameter in abstract_parameters(config).items():

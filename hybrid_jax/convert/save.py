@@ -111,6 +111,7 @@ def save_model(
     *,
     tokenizer_from: str | pathlib.Path | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
 ) -> None:
     """Writes a model as a Hugging Face directory: a source family's layout, or hybrid-model-factory's.
 
@@ -120,6 +121,7 @@ def save_model(
       tokenizer_from: a directory whose tokenizer files are copied byte for byte. None: the directory the model was
         loaded from, if it was. False: no tokenizer files.
       max_shard_bytes: larger models are written in several files with an index.
+      overwrite: whether a model directory at `path` is replaced, when the new one is complete.
 
     Of several processes the first one writes.
 
@@ -128,7 +130,7 @@ def save_model(
       FileNotFoundError: no directory at `tokenizer_from`.
     """
     if is_first():
-        with new_directory(path) as directory:
+        with new_directory(path, overwrite) as directory:
             write_model(model, directory, tokenizer_from=tokenizer_from, max_shard_bytes=max_shard_bytes)
     else:
         for _ in hf_items(model):  # the first process needs every process's parts

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import pathlib
+import re
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -16,6 +18,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # The dtypes that weights may have, by safetensors' names. Others are quantized or no weights at all.
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 ROWS = 4096  # rows of two tensors that are compared at a time
+LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
 
 
 def _shards(path: pathlib.Path) -> list[str]:
@@ -62,6 +65,38 @@ def weight_files(path: pathlib.Path) -> list[str]:
     return shards
 
 
+def _check_header(path: pathlib.Path) -> None:
+    """Checks what safetensors does not: that no tensor is described twice, of which it would silently take the last.
+
+    The size of the header, the offsets and the shapes are checked by safetensors, without reading a tensor.
+
+    Raises:
+      ValueError: the file is too short for its header, the header is too long, or it holds a name twice.
+    """
+    with open(path, "rb") as file:
+        length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
+        if length > min(size - 8, LONGEST_HEADER):
+            raise ValueError(
+                f"{path} is truncated or not a safetensors file (its header would have {length:,} bytes, the file has {size:,}); "
+                "download it again"
+            )
+        header = file.read(length)
+
+    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(name for n, (name, _) in enumerate(pairs) if name in dict(pairs[:n]))
+            raise ValueError(f"{path}: its header describes {twice[:200]!r} twice; download it again")
+        return found
+
+    try:
+        json.loads(header, object_pairs_hook=once)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
+        raise ValueError(
+            f"{path} is truncated or not a safetensors file (its header is not JSON: {e}); download it again"
+        ) from None
+
+
 class TensorFiles(contextlib.ExitStack):
     """The safetensors files of a directory, sharded or not, opened and checked at once; `shards`: tensor -> its file's name.
 
@@ -74,6 +109,7 @@ class TensorFiles(contextlib.ExitStack):
         super().__init__()
         self.path, self.files, self.shards = path, {}, {}
         for shard in weight_files(path):
+            _check_header(path / shard)
             try:
                 file = self.enter_context(safe_open(path / shard, framework="numpy"))
             except SafetensorError as e:
@@ -87,6 +123,19 @@ class TensorFiles(contextlib.ExitStack):
 
     def __iter__(self):
         return iter(self.files)
+
+    def check_layers(self, layers: int) -> None:
+        """Checks by the tensors' names that there are as many layers, before a model of so many is described.
+
+        Raises:
+          ValueError: there are not.
+        """
+        found = {int(match[1]) for name in self.files if (match := re.search(r"\.layers\.(\d{1,9})\.", name))}
+        if found and len(found) != layers:
+            raise ValueError(
+                f"{self.path}: the tensors do not fit config.json: it has num_hidden_layers {layers:,}, the files hold tensors of "
+                f"{len(found):,} layers"
+            )
 
     def check_dtypes(self, names: Iterable[str]) -> None:
         """Checks by the files' headers that tensors have a dtype of weights.

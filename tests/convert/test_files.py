@@ -1,6 +1,7 @@
 """Checkpoint files that are wrong or odd: read as transformers reads them, or refused by name before any work."""
 
 import json
+import os
 import re
 import shutil
 
@@ -17,6 +18,7 @@ from tests.conftest import tiny_model
 torch = pytest.importorskip("torch")
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+CHANGED_FILES = int(os.environ.get("CHANGED_FILES", 1000))
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -225,3 +227,119 @@ def test_a_runs_working_directory_is_answered_with_its_model(tmp_path):
     (tmp_path / "model").mkdir()
     with pytest.raises(ValueError, match=f"its model is {tmp_path / 'model'}"):
         load_model(tmp_path)
+
+
+def header_of(directory):
+    data = (directory / SINGLE).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    return data[8 : 8 + length], data[8 + length :]
+
+
+def write_header(directory, header, rest):
+    (directory / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header + rest)
+
+
+def offsets(header, change):
+    """The header with other offsets of its first tensor."""
+    table = json.loads(header)
+    name = next(n for n in table if n != "__metadata__")
+    table[name]["data_offsets"] = change(*table[name]["data_offsets"])
+    return json.dumps(table).encode()
+
+
+HOSTILE = {
+    "offsets beyond the file": lambda h: offsets(h, lambda a, b: (a, b + 2**40)),
+    "offsets that overlap": lambda h: offsets(h, lambda a, b: (a + 4, b + 4)),
+    "offsets that run back": lambda h: offsets(h, lambda a, b: (b, a)),
+    "a shape of absurd size": lambda h: re.sub(rb'"shape":\s*\[', b'"shape":[4611686018427387904,', h, count=1),
+    "nested without end": lambda h: b'{"a":' * 100_000,
+    "no JSON": lambda h: b"\xff" * len(h),
+    "a list": lambda h: b"[]",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_header_is_refused_by_the_file_s_name(directory, name):
+    header, rest = header_of(directory)
+    write_header(directory, HOSTILE[name](header), rest)
+    with pytest.raises(ValueError, match="model.safetensors"):
+        check_model_directory(directory)
+
+
+def test_a_header_that_claims_more_bytes_than_the_file_has_is_refused_without_reading_them(directory):
+    data = (directory / SINGLE).read_bytes()
+    for length in (2**63, len(data), 200_000_000):
+        (directory / SINGLE).write_bytes(length.to_bytes(8, "little") + data[8:])
+        with pytest.raises(ValueError, match="its header would have"):
+            check_model_directory(directory)
+
+
+def test_a_tensor_that_is_described_twice_is_named(directory):
+    header, rest = header_of(directory)
+    table = json.loads(header)
+    name = next(n for n in table if n != "__metadata__")
+    twice = header.rstrip()[:-1] + b"," + json.dumps(name).encode() + b":" + json.dumps(table[name]).encode() + b"}"
+    write_header(directory, twice, rest)
+    with pytest.raises(ValueError, match=f"its header describes '{name}' twice"):
+        check_model_directory(directory)
+
+
+def test_absurd_numbers_of_layers_are_refused_before_a_model_of_so_many_is_described(directory, monkeypatch):
+    config = read_json(directory / "config.json")
+    config.pop("layer_types", None)
+    (directory / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 9_999}))
+    monkeypatch.setattr("hybrid_jax.convert.load.abstract_decoder", lambda *a, **k: pytest.fail("described"))
+    with pytest.raises(ValueError, match="num_hidden_layers 9,999, the files hold tensors of 1 layers"):
+        check_model_directory(directory)
+
+
+def test_a_json_file_of_absurd_size_is_refused_unread(tmp_path):
+    with open(tmp_path / "config.json", "wb") as file:
+        file.truncate(1 << 29)  # sparse
+    with pytest.raises(ValueError, match="config.json has 536,870,912 bytes"):
+        read_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("part", ["header", "config", "index"])
+def test_files_with_random_changes_give_our_own_errors_or_a_model_and_nothing_else(tied, tmp_path, part):
+    """A thousand files of each kind; CHANGED_FILES=100000 in the environment tries more."""
+    directory = shutil.copytree(tied, tmp_path / "model")
+    header, rest = header_of(directory)
+    if part == "index":
+        names = [n for n in json.loads(header) if n != "__metadata__"]
+        (directory / SINGLE).rename(directory / "one.safetensors")
+        (directory / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, "one.safetensors")}))
+    texts = {"header": lambda: header, "config": (directory / "config.json").read_bytes, "index": (directory / INDEX).read_bytes}
+    rng, original, refused = np.random.default_rng(0), texts[part](), 0
+    for _ in range(CHANGED_FILES):
+        changed = mutated(rng, original)
+        if part == "header":
+            write_header(directory, changed, rest)
+        else:
+            (directory / ("config.json" if part == "config" else INDEX)).write_bytes(changed)
+        try:
+            check_model_directory(directory)
+        except (ValueError, FileNotFoundError) as e:
+            assert len(str(e)) < 2000 and not isinstance(e, UnicodeDecodeError), changed
+            refused += 1
+    assert refused > CHANGED_FILES // 2
+
+
+def mutated(rng, data):
+    """Bytes with one to three changes: one flipped, a range removed or repeated, or a number replaced by an odd one."""
+    for _ in range(rng.integers(1, 4)):
+        at, length = int(rng.integers(len(data))), int(rng.integers(1, 9))
+        kind = rng.integers(4)
+        if kind == 0:
+            data = data[:at] + bytes([rng.integers(256)]) + data[at + 1 :]
+        elif kind == 1:
+            data = data[:at] + data[at + length :]
+        elif kind == 2:
+            data = data[: at + length] + data[at:]
+        else:
+            odd = [b"-1", b"0", b"1e999", b"99999999999999999999", b"null", b'""', b"[]", b"{}", b"true", b"2147483648"]
+            numbers = list(re.finditer(rb"-?\d+(\.\d+)?", data))
+            if numbers:
+                chosen = numbers[rng.integers(len(numbers))]
+                data = data[: chosen.start()] + odd[rng.integers(len(odd))] + data[chosen.end() :]
+    return data
