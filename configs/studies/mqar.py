@@ -17,11 +17,15 @@ MIXERS = {"ATTENTION": "*", "GKA": "GKA", "GDN": "GDN", "M2": "M2", "LA": "GKA",
 LINEAR = {"num_iter": 0, "use_forgetting_gate": False, "use_forgetting_gate_kk": False, "use_beta_gate": False}
 SYMBOLS = 64  # half of them keys
 TASKS = {
-    "repeat": {"task": "induction", "min_period": 4, "max_period": 24},
+    "repeat": {"task": "induction", "min_period": 4, "max_period": 24, "symbols": SYMBOLS},
     "few": {"task": "mqar", "min_pairs": 2, "max_pairs": 8, "symbols": SYMBOLS},
     "many": {"task": "mqar", "min_pairs": 2, "max_pairs": 32, "symbols": SYMBOLS},
 }
-PHASES = {"repeat": (64, 1200), "few": (32, 1000), "many": (128, 1000)}  # tokens of a row, steps; a step has 1,024 tokens
+PHASES = {  # tokens of a row, steps of 1,024 tokens, schedule of the learning rate
+    "repeat": (64, 1200, {"schedule": "constant"}),
+    "few": (32, 1000, {"schedule": "constant"}),
+    "many": (128, 1000, {"schedule": "cosine", "final_fraction": 0.1}),
+}
 
 
 def get_config(which: str = "sweep") -> ConfigDict:
@@ -58,14 +62,12 @@ def get_config(which: str = "sweep") -> ConfigDict:
         "learning_rate": 5e-3,
         "beta2": 0.98,
         "warmup_steps": 50,
-        "schedule": "cosine",
-        "final_fraction": 0.1,
         "weight_decay": 0.01,
         "log_every": 50,
     }
     phases = {
-        name: {**phase, "seq_len": row, "batch_size": 1024 // row, "steps": steps, "mix": {name: 1.0}}
-        for name, (row, steps) in PHASES.items()
+        name: {**phase, "seq_len": row, "batch_size": 1024 // row, "steps": steps, **schedule, "mix": {name: 1.0}}
+        for name, (row, steps, schedule) in PHASES.items()
     }
     gka = LINEAR if which == "LA" else {"num_iter": 10}
     return ConfigDict(

@@ -179,6 +179,11 @@ def test_chance_is_one_of_the_answers_that_there_can_be(name, options, answers):
     assert task.chance == 1 / answers and 0.9 * answers <= len(seen) <= answers
 
 
+def test_every_task_draws_from_as_many_symbols_as_it_is_told():
+    task = make_task("induction", dict(symbols=7, max_period=9), MATERIAL, 160, seed=5)
+    assert {int(i) for n in range(9) for ids, *_ in segments(task.example(n)) for i in ids} == set(range(FIRST, FIRST + 7))
+
+
 def test_no_filler_of_mqar_gives_a_key_a_second_value():
     task = make_task("mqar", dict(min_pairs=20, max_pairs=20), MATERIAL, 160, seed=5)
     for i in range(8):
@@ -246,7 +251,8 @@ def test_brackets_are_as_long_as_asked_for_and_answers_are_spread():
     [
         ("mqar", dict(max_pairs=50), 160, "needs rows of 200 tokens"),
         ("mqar", dict(max_pairs=70), 600, "mqar draws from 140 or more token ids"),
-        ("mqar", dict(symbols=15), 160, "mqar: symbols must be 0 or at least 16, two per pair, got 15"),
+        ("mqar", dict(symbols=15), 160, "mqar draws from 16 or more token ids"),
+        ("needles", dict(symbols=-1), 160, "needles: symbols must be an integer at least 0, got -1"),
         ("mqar", dict(symbols=999), 160, "mqar draws from 999 or more token ids"),
         ("mqar", dict(power=0), 160, "mqar: power must be"),
         ("mqar", dict(min_pairs=9), 160, "1 <= min <= max"),

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from hybrid_jax.checks import check_integer
 from hybrid_jax.data.tasks.arithmetic import Addition
 from hybrid_jax.data.tasks.contract import Material, Task
 from hybrid_jax.data.tasks.copying import SelectiveCopying
@@ -35,15 +36,19 @@ TASKS: dict[str, type[Task]] = {
 COMMON = tuple(f.name for f in dataclasses.fields(Task))
 
 
+OF_ALL: dict[str, Any] = {"symbols": 0}
+"""Options of every task. `symbols`: from how many of the tokenizer's symbols it draws; 0: all. Few are learned in few steps."""
+
+
 def options_of(task: str) -> dict[str, Any]:
-    """Returns the options of a task with their defaults.
+    """Returns the options of a task with their defaults, those of every task first.
 
     Raises:
       ValueError: no task has that name.
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
-    return {f.name: f.default for f in dataclasses.fields(TASKS[task]) if f.name not in COMMON}
+    return OF_ALL | {f.name: f.default for f in dataclasses.fields(TASKS[task]) if f.name not in COMMON}
 
 
 def task_fields(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -69,14 +74,18 @@ def make_task(task: str, options: Mapping[str, Any], material: Material, length:
 
     Args:
       task: a name of `TASKS`.
-      options: of the task, see its class.
+      options: of the task, see its class, and of every task, see `OF_ALL`.
       material, length, common: see `Task`.
 
     Raises:
       ValueError: an unknown task or option, or an option out of range.
     """
     check_options(task, options)
-    return TASKS[task](material, length, **options, **common)
+    own = {name: value for name, value in options.items() if name not in OF_ALL}
+    if symbols := check_integer(f"{task}: symbols", options.get("symbols", 0), minimum=0):
+        material.check_symbols(task, symbols)
+        material = dataclasses.replace(material, symbols=(material.symbols[0], material.symbols[0] + symbols))
+    return TASKS[task](material, length, **own, **common)
 
 
 __all__ = [

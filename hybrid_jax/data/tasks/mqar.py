@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from hybrid_jax.checks import check_boolean, check_integer, check_number
+from hybrid_jax.checks import check_boolean, check_number
 from hybrid_jax.data.packing import Row
 from hybrid_jax.data.tasks.contract import Block, Task, check_range, join_blocks
 
@@ -27,15 +27,12 @@ class MultiQueryRecall(Task):
       min_pairs, max_pairs: pairs per row, drawn uniformly.
       power: of the gaps, in (0, 1].
       random_filler: whether filler is random symbols or the marker of pairs.
-      symbols: how many of the tokenizer's symbols there are for this task, half of them keys; 0: all. A model learns few symbols
-        in few steps.
     """
 
     min_pairs: int = 8
     max_pairs: int = 8
     power: float = 0.01
     random_filler: bool = True
-    symbols: int = 0
 
     number: ClassVar[int] = 4
 
@@ -43,29 +40,18 @@ class MultiQueryRecall(Task):
         check_range("mqar", "pairs", self.min_pairs, self.max_pairs)
         check_number("mqar: power", self.power, above=0, maximum=1)
         check_boolean("mqar: random_filler", self.random_filler)
-        check_integer("mqar: symbols", self.symbols, minimum=0)
-        self.material.check_symbols("mqar", max(2 * self.max_pairs, self.symbols))
-        if 0 < self.symbols < 2 * self.max_pairs:
-            raise ValueError(f"mqar: symbols must be 0 or at least {2 * self.max_pairs}, two per pair, got {self.symbols}")
+        self.material.check_symbols("mqar", 2 * self.max_pairs)
         if self.length < 4 * self.max_pairs:
             needed = 4 * self.max_pairs
             raise ValueError(f"mqar of {self.max_pairs} pairs needs rows of {needed} tokens (seq_len), got {self.length}")
 
     @property
-    def ids(self) -> tuple[int, int, int]:
-        """The first key, the first value, and the id behind the last value."""
-        low, high = self.material.symbols
-        high = low + self.symbols if self.symbols else high
-        return low, (low + high) // 2, high
-
-    @property
     def chance(self) -> float:
-        _, middle, high = self.ids
-        return 1 / (high - middle)
+        return 1 / (self.material.symbols[1] - sum(self.material.symbols) // 2)
 
     def example(self, index: int) -> Row:
-        rng, (low, middle, high) = self.generator(index), self.ids
-        n = int(rng.integers(self.min_pairs, self.max_pairs + 1))
+        rng, (low, high) = self.generator(index), self.material.symbols
+        n, middle = int(rng.integers(self.min_pairs, self.max_pairs + 1)), (low + high) // 2
         keys = low + rng.choice(middle - low, n, replace=False)
         values = middle + rng.choice(high - middle, n, replace=False)
         slots = (self.length - 2 * n) // 2
