@@ -145,6 +145,8 @@ class ModelConfig:
       qk_norm: RMSNorm over each head of queries and keys (Qwen3).
       qkv_bias, o_bias, mlp_bias: biases of the projections to q, k, v (Qwen2), of attention's output projection, of the MLP.
       attention_windows: per layer, the source's own sliding window, in keys that a query sees, or None for full attention.
+      rotary_layers: per layer, whether attention rotates queries and keys by their positions; empty: in every layer (SmolLM3 has
+        some without).
       query_scaling: Ministral-3's (beta, original_max_position_embeddings): queries are multiplied by
         1 + beta * log(1 + floor(position / original_max_position_embeddings)).
       logits_scaling: the logits are divided by this number, above 0.
@@ -175,6 +177,7 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     attention_windows: tuple[int | None, ...] = ()
+    rotary_layers: tuple[bool, ...] = ()
     query_scaling: tuple[float, int] | None = None
     logits_scaling: float = 1.0
     logits_soft_cap: float | None = None
@@ -202,10 +205,11 @@ class ModelConfig:
             check_number("logits_soft_cap", self.logits_soft_cap, above=0)
         windows = self.attention_windows or (None,) * len(self.layers)
         object.__setattr__(self, "attention_windows", tuple(check_key("attention_windows", windows)))
-        if len(self.attention_windows) != len(self.layers):
-            raise ValueError(
-                f"attention_windows has {len(self.attention_windows)} entries, the model has {len(self.layers)} layers"
-            )
+        rotary = self.rotary_layers or (True,) * len(self.layers)
+        object.__setattr__(self, "rotary_layers", tuple(check_boolean("rotary_layers", x) for x in rotary))
+        for name in ("attention_windows", "rotary_layers"):
+            if len(getattr(self, name)) != len(self.layers):
+                raise ValueError(f"{name} has {len(getattr(self, name))} entries, the model has {len(self.layers)} layers")
         object.__setattr__(self, "mixers", _canonical(self.mixers))
         for i, layer in enumerate(self.layers):
             if wrong := [h for h in layer.attention_heads if h >= self.num_heads]:
@@ -232,6 +236,15 @@ class ModelConfig:
         """Returns the classes of the options that some layer reads."""
         used = {cls for kind in self.used_kinds() if (cls := KINDS[kind].options) is not None}
         return used | {HeadHybridConfig} if any(layer.attention_heads for layer in self.layers) else used
+
+    def rope_of(self, layer: int) -> RopeConfig | None:
+        """Returns the rotary embedding of the attention in layer number `layer`; None: it has none."""
+        return self.rope if self.rotary_layers[layer] else None
+
+    @property
+    def programs(self) -> list[tuple[MixerSpec, int | None, RopeConfig | None]]:
+        """Per layer, what its computation depends on beside its parameters: layers that are equal here may share one program."""
+        return [(*both, self.rope_of(i)) for i, both in enumerate(zip(self.layers, self.attention_windows, strict=True))]
 
     @property
     def num_layers(self) -> int:

@@ -128,7 +128,7 @@ class Decoder(nnx.Module):
             repeats = self.repeats
             bodies = zip(*(model.layers for model in models), strict=True)
         else:
-            keys = list(zip(*(x for m in models for x in (m.config.layers, m.config.attention_windows)), strict=True))
+            keys = list(zip(*(m.config.programs for m in models), strict=True))
             repeats = find_repeats(keys) if self.scan else [Repeat(i, 1, 1) for i in range(len(keys))]
 
         def unit(graphs, states, carry):

@@ -82,6 +82,8 @@ KEYS: dict[str, Check] = {
     "max_window_layers": integer(0),
     "layer_types": optional(list_of(text)),
     "attention_windows": list_of(optional(integer())),
+    "no_rope_layers": optional(list_of(integer(0, 1))),
+    "no_rope_layer_interval": integer(),
     "hybrid_override_pattern": optional(pattern),
     "num_experts": integer(1, 2**16),
     "num_local_experts": integer(1, 2**16),

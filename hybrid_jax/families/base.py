@@ -8,7 +8,7 @@ from typing import Any
 
 from hybrid_jax.config import ModelConfig, MoEConfig, parse_pattern
 from hybrid_jax.families.mixers import check_repeated, read_mixers, write_mixers
-from hybrid_jax.families.rope import read_query_scaling, read_rope, write_rope
+from hybrid_jax.families.rope import DEFAULT_THETA, read_query_scaling, read_rope, write_rope
 from hybrid_jax.mixers import options_by_key
 from hybrid_jax.schema import Check, check_finite, check_key
 
@@ -48,6 +48,7 @@ class Family:
       windowed: (config.json, layer) -> whether a layer has the window where `layer_types` does not say.
       defaults: transformers' defaults of this family for keys that a config.json may leave out.
       rope: its rope parameters where config.json has none.
+      rope_theta: the base of its rotary embedding where config.json has none.
       keys: checks of keys that are stricter than the schema's.
     """
 
@@ -60,6 +61,7 @@ class Family:
     windowed: Callable[[Mapping[str, Any], int], bool] = lambda hf, layer: True
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     rope: Callable[[Mapping[str, Any]], dict[str, Any] | None] = lambda hf: None
+    rope_theta: float = DEFAULT_THETA
     keys: Mapping[str, Check] = dataclasses.field(default_factory=dict)
 
 
@@ -129,7 +131,7 @@ def read_config(family: Family, hf: Mapping[str, Any]) -> ModelConfig:
         if key in family.keys:
             family.keys[key](key, value)
     num_layers, heads = hf["num_hidden_layers"], hf["num_attention_heads"]
-    rope = read_rope(hf, family.rope(hf))
+    rope = read_rope(hf, family.rope(hf), family.rope_theta)
     own = family.read(hf)
     mixers, kept = read_mixers(hf, own.get("qk_norm", False))
     config = ModelConfig(

@@ -97,5 +97,16 @@ PUBLIC: dict[str, dict[str, Any]] = {
     "mistralai/Mistral-7B-v0.1": _mistral(4096, 14336, 32, 32000, 10_000.0, 32768, sliding_window=4096),
     "mistralai/Mistral-7B-v0.3": _mistral(4096, 14336, 32, 32768, 1_000_000.0, 32768),
     "mistralai/Mistral-Nemo-Base-2407": _mistral(5120, 14336, 40, 131072, 1_000_000.0, 131072),
+    "HuggingFaceTB/SmolLM3-3B": {
+        "model_type": "smollm3",
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "rope_theta": 5_000_000.0,
+        "max_position_embeddings": 65536,
+    },
     "mistralai/Mistral-Small-24B-Base-2501": _mistral(5120, 32768, 40, 131072, 100_000_000.0, 32768),
 }

@@ -11,7 +11,7 @@ from hybrid_jax.schema import check_key, check_rope
 DEFAULT_THETA = 10_000.0
 
 
-def read_rope(hf: Mapping[str, Any], absent: Mapping[str, Any] | None = None) -> RopeConfig:
+def read_rope(hf: Mapping[str, Any], absent: Mapping[str, Any] | None = None, base: float = DEFAULT_THETA) -> RopeConfig:
     """The rotary embedding of a config.json, with transformers 5.23's precedence.
 
     `rope_scaling`, unless empty, comes before `rope_parameters`; what it lacks of `rope_theta` and
@@ -21,6 +21,7 @@ def read_rope(hf: Mapping[str, Any], absent: Mapping[str, Any] | None = None) ->
     Args:
       hf: a config.json, checked against the schema.
       absent: the family's own parameters where config.json has neither dict.
+      base: the family's `rope_theta` where config.json has none.
 
     Raises:
       ValueError: an unsupported type, parameters per layer type, a missing or wrong value, two bases that differ.
@@ -32,7 +33,7 @@ def read_rope(hf: Mapping[str, Any], absent: Mapping[str, Any] | None = None) ->
             f"rope_theta is {hf['rope_theta']!r}, and {values['rope_theta']!r} among the rope parameters, which is what "
             "transformers takes: give both the same value, or leave one out"
         )
-    theta = values.pop("rope_theta", hf.get("rope_theta", DEFAULT_THETA))
+    theta = values.pop("rope_theta", hf.get("rope_theta", base))
     old = values.pop("type", "default")
     kind = values.pop("rope_type", old)
     fraction = values.pop("partial_rotary_factor", hf.get("partial_rotary_factor"))

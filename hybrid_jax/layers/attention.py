@@ -119,7 +119,7 @@ class Attention(nnx.Module):
         self.o_proj = linear(H * D, hid, bias=config.o_bias, axes=(self.head_axis, "embed"))
         self.q_norm = RMSNorm(D, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(D, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
-        self.config, self.window = config, self.window_of(config, layer)
+        self.config, self.window, self.rope = config, self.window_of(config, layer), config.rope_of(layer)
 
     @staticmethod
     def window_of(config: ModelConfig, layer: int) -> int | None:
@@ -143,8 +143,9 @@ class Attention(nnx.Module):
         v = v_proj(x).reshape(B, T, self.num_kv_heads, c.head_dim)
         if q_norm is not None:
             q, k = q_norm(q), k_norm(k)
-        inv_freq, factor = rope_frequencies(c.rope, c.head_dim, c.max_position_embeddings)
-        q, k = rotate(q, positions, inv_freq, factor), rotate(k, positions, inv_freq, factor)
+        if self.rope is not None:
+            inv_freq, factor = rope_frequencies(self.rope, c.head_dim, c.max_position_embeddings)
+            q, k = rotate(q, positions, inv_freq, factor), rotate(k, positions, inv_freq, factor)
         if c.query_scaling is not None:
             beta, context = c.query_scaling
             scale = 1 + beta * jnp.log1p(jnp.floor(positions / context))

@@ -22,6 +22,7 @@ CLASSES = {
     "mistral": transformers.MistralConfig,
     "ministral": transformers.MinistralConfig,
     "ministral3": transformers.Ministral3Config,
+    "smollm3": transformers.SmolLM3Config,
 }
 SIZES = dict(vocab_size=97, hidden_size=512, intermediate_size=80, num_hidden_layers=3, num_attention_heads=32)
 SMALL = dict(SIZES, head_dim=16, num_key_value_heads=8, max_position_embeddings=256)
@@ -47,10 +48,11 @@ def ours(model_type, **keys):
 
 
 def their_windows(config):
-    """As the seven modeling files choose a layer's mask."""
+    """As the modeling files choose a layer's mask."""
     if config.model_type == "llama":
         return (None,) * config.num_hidden_layers
-    types = config.layer_types if config.model_type in ("qwen2", "qwen3", "ministral") else ["sliding_attention"] * 3
+    by_layer = config.model_type in ("qwen2", "qwen3", "ministral", "smollm3")
+    types = config.layer_types if by_layer else ["sliding_attention"] * 3
     return tuple(config.sliding_window if t == "sliding_attention" else None for t in types)
 
 
@@ -85,6 +87,7 @@ def test_absent_keys_mean_what_they_mean_to_transformers(model_type):
         "tie_embeddings": b.tie_word_embeddings,
         "initializer_range": b.initializer_range,
         "attention_windows": their_windows(b),
+        "rotary_layers": tuple(map(bool, getattr(b, "no_rope_layers", [1] * 3))),
     }
     assert {name: getattr(a, name) for name in fields} == fields
     assert b.hidden_act == a.extra["hidden_act"] == "silu"
@@ -201,3 +204,26 @@ def test_rope_parameters_that_cannot_be_honoured_are_refused(keys, words):
 def test_the_window_of_a_named_layer_must_be_set():
     with pytest.raises(ValueError, match="'sliding_attention' but sliding_window and use_sliding_window set no window"):
         ours("qwen2", **SMALL, sliding_window=9, layer_types=["sliding_attention"] * 3)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        dict(no_rope_layer_interval=2),
+        dict(no_rope_layer_interval=1),
+        dict(no_rope_layers=[1, 0, 0, 1], no_rope_layer_interval=2),  # entries beyond the last layer say nothing
+        dict(no_rope_layer_interval=2, use_sliding_window=True, sliding_window=9),
+        dict(no_rope_layer_interval=2, use_sliding_window=True, sliding_window=9, layer_types=MIXED[1:] + MIXED[:1]),
+    ],
+    ids=str,
+)
+def test_layers_of_smollm3_without_rope_and_their_windows_are_transformers(keys):
+    config, want = ours("smollm3", **SMALL, **keys), theirs("smollm3", **SMALL, **keys)
+    for a, b in ((config, want), (config_from_hf(config_to_hf(config)), CLASSES["smollm3"].from_dict(config_to_hf(config)))):
+        assert a.rotary_layers == tuple(map(bool, b.no_rope_layers[:3])) and a.attention_windows == their_windows(b)
+    assert config.rope_of(0) is (config.rope if want.no_rope_layers[0] else None)
+
+
+def test_every_layer_of_smollm3_must_say_whether_it_has_rope():
+    with pytest.raises(ValueError, match="no_rope_layers has 2 entries, num_hidden_layers is 3"):
+        ours("smollm3", **SMALL, no_rope_layers=[1, 1])

@@ -41,6 +41,7 @@ MINISTRAL3_ROPE = {
     "llama_4_scaling_beta": 0.1,
     "original_max_position_embeddings": 16,
 }
+TOKENS = dict(pad_token_id=1, bos_token_id=2, eos_token_id=3)  # where the defaults are beyond our vocabulary
 CASES = {
     "qwen3": ("Qwen3", dict(head_dim=16)),
     "qwen3 tied, biased, MHA, odd head_dim": (
@@ -67,6 +68,24 @@ CASES = {
         dict(sliding_window=8, head_dim=8, layer_types=["full_attention", "sliding_attention", "full_attention"]),
     ),
     "ministral3 yarn, scaled queries": ("Ministral3", dict(head_dim=16, rope_parameters=MINISTRAL3_ROPE)),
+    "smollm3 every second layer without rope, tied": (
+        "SmolLM3",
+        dict(no_rope_layer_interval=2, tie_word_embeddings=True, **TOKENS),
+    ),
+    "smollm3 untied, biased, windows in layers without rope": (
+        "SmolLM3",
+        dict(
+            tie_word_embeddings=False,
+            attention_bias=True,
+            mlp_bias=True,
+            head_dim=10,
+            num_key_value_heads=1,
+            no_rope_layers=[0, 1, 0],
+            use_sliding_window=True,
+            sliding_window=7,
+            **TOKENS,
+        ),
+    ),
     "qwen3 moe windowed": (  # its window is every layer's: max_window_layers and layer_types mean nothing here
         "Qwen3Moe",
         dict(head_dim=16, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=8, use_sliding_window=True, sliding_window=7),
@@ -78,10 +97,10 @@ CASES = {
 }
 
 
-def make(case):
+def make(case, **more):
     torch.manual_seed(0)
     name, changes = CASES[case]
-    config = getattr(transformers, f"{name}Config")(**{**BASE, **changes})
+    config = getattr(transformers, f"{name}Config")(**{**BASE, **changes, **more})
     config._attn_implementation = "eager"
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     with torch.no_grad():  # norms and biases away from their trivial initial values

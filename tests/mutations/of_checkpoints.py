@@ -33,6 +33,20 @@ MUTATIONS = [
         (f"{DEFAULTS}::test_windows_are_transformers",),
     ),
     Mutation(
+        "hybrid_jax/families/smollm3.py",
+        '(i + 1) % hf["no_rope_layer_interval"]',
+        'i % hf["no_rope_layer_interval"]',
+        "the first layer has no rotary embedding instead of the last of the interval",
+        (ABSENT,),
+    ),
+    Mutation(
+        "hybrid_jax/config.py",
+        "self.rope if self.rotary_layers[layer] else None",
+        "self.rope",
+        "every layer has a rotary embedding",
+        (f"{PARITY}::test_logits_equal_transformers[smollm3 every second layer without rope, tied]",),
+    ),
+    Mutation(
         "hybrid_jax/families/base.py",
         '"norm_topk_prob": False}',
         '"norm_topk_prob": True}',

@@ -152,6 +152,7 @@ def test_every_array_of_a_collective_is_counted_once(groups):
         ("meta-llama/Llama-3.2-1B", 1.24),
         ("mistralai/Mistral-7B-v0.3", 7.25),
         ("mistralai/Mistral-Nemo-Base-2407", 12.25),
+        ("HuggingFaceTB/SmolLM3-3B", 3.08),
     ],
 )
 def test_public_models_have_as_many_parameters_as_published(name, billions):
