@@ -43,7 +43,7 @@ class RopeConfig:
 
     Args:
       theta: base of the frequencies.
-      kind: `default`, `linear`, `llama3` or `yarn`.
+      kind: `default`, `linear`, `llama3`, `yarn` or `longrope`.
       options: the other keys of `rope_parameters`, sorted pairs.
     """
 
@@ -62,6 +62,30 @@ class RopeConfig:
     def number(self, name: str) -> float:
         """Returns the value of an option that this kind must have; `check_rope` has seen it."""
         return dict(self.options)[name]
+
+    def channels(self, head_dim: int) -> int:
+        """Returns how many channels of a head are rotated, its first ones: all, or the share `partial_rotary_factor`."""
+        return int(head_dim * self.option("partial_rotary_factor", 1.0))
+
+    def check(self, head_dim: int) -> None:
+        """Checks that the embedding fits heads of `head_dim`.
+
+        Raises:
+          ValueError: it rotates an odd number of channels, or none, or a list of LongRoPE's factors is not half as long.
+        """
+        channels = self.channels(head_dim)
+        if channels % 2 or not channels:
+            raise ValueError(
+                f"partial_rotary_factor {self.option('partial_rotary_factor')!r} rotates {channels} of {head_dim} channels; choose "
+                "one that rotates an even number of them"
+            )
+        for name in ("short_factor", "long_factor"):
+            factors = self.option(name)
+            if self.kind == "longrope" and len(factors) != channels // 2:
+                raise ValueError(
+                    f"rope_parameters.{name} must have {channels // 2} entries, one for each pair of rotated channels, got "
+                    f"{len(factors)}"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +155,8 @@ class ModelConfig:
     """Everything that defines a decoder, whatever family it comes from.
 
     Args:
-      family: key of `hybrid_jax.families.FAMILIES`; it decides how config.json is read and written, and nothing else.
+      family: key of `hybrid_jax.families.FAMILIES`; it decides how config.json and the tensors of a checkpoint are read
+        and written, and nothing else.
       vocab_size: rows of the embedding table.
       hidden_size: width of the residual stream.
       intermediate_size: width of the gated MLP; an expert's is in `moe`.
@@ -200,6 +225,7 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+        self.rope.check(self.head_dim)
         check_number("logits_scaling", self.logits_scaling, above=0)
         if self.logits_soft_cap is not None:
             check_number("logits_soft_cap", self.logits_soft_cap, above=0)
@@ -240,6 +266,24 @@ class ModelConfig:
     def rope_of(self, layer: int) -> RopeConfig | None:
         """Returns the rotary embedding of the attention in layer number `layer`; None: it has none."""
         return self.rope if self.rotary_layers[layer] else None
+
+    def check_cache(self, length: int) -> None:
+        """Checks that documents of `length` tokens can be decoded with caches.
+
+        Raises:
+          ValueError: some attention has LongRoPE, and the documents may grow beyond its original context: the keys of all tokens
+            would have to be rotated again.
+        """
+        for i, layer in enumerate(self.layers):
+            rope = self.rope_of(i)
+            if layer.attends and rope is not None and rope.kind == "longrope":
+                context = rope.option("original_max_position_embeddings")
+                if length > context:
+                    raise ValueError(
+                        f"longrope: a document that grows beyond original_max_position_embeddings, {context} tokens, gets other "
+                        f"frequencies, which cached keys cannot follow; decoding with room for {length} tokens is not supported, "
+                        f"give at most {context}"
+                    )
 
     @property
     def programs(self) -> list[tuple[MixerSpec, int | None, RopeConfig | None]]:

@@ -259,7 +259,16 @@ class Decoder(nnx.Module):
         return self.head(self.hidden_states(input_ids, segment_ids, positions)[0])
 
     def init_state(self, batch: int, max_length: int) -> Any:
-        """Empty caches and recurrent states for generating up to `max_length` tokens per row."""
+        """Empty caches and recurrent states for generating up to `max_length` tokens per row.
+
+        Raises:
+          ValueError: an attention cannot be decoded to this length (`ModelConfig.check_cache`).
+        """
+        self.config.check_cache(max_length)
+        return self.empty_state(batch, max_length)
+
+    def empty_state(self, batch: int, max_length: int) -> Any:
+        """Returns what `init_state` returns, also where decoding is not supported: its sizes are what planning asks for."""
         return tuple(layer.mixer(layer.spec.kind).init_state(batch, max_length, self.compute_dtype) for layer in self.layers)
 
     def state_axes(self) -> Any:

@@ -26,7 +26,7 @@ _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layer
 # Keys that ModelConfig carries, so that `extra` need not.
 _HANDLED = {
     *_REQUIRED, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters",
-    "original_max_position_embeddings", "partial_rotary_factor", "max_position_embeddings", "tie_word_embeddings",
+    "max_position_embeddings", "tie_word_embeddings",
     "initializer_range", "hybrid_override_pattern", "layer_types", "attention_windows", "architectures", "model_type",
     "torch_dtype", "dtype", "transformers_version",
 }  # fmt: skip
@@ -50,6 +50,10 @@ class Family:
       rope: its rope parameters where config.json has none.
       rope_theta: the base of its rotary embedding where config.json has none.
       keys: checks of keys that are stricter than the schema's.
+      partial_rotary: it honours `partial_rotary_factor`, the part of a head's channels that is rotated.
+      rope_types: other names of rope types in its config.json -> ours.
+      fused: ModelConfig -> linear maps of a layer that its checkpoints keep in one, `{theirs: {ours: outputs}}`, in order, by
+        their paths in the layer.
     """
 
     model_type: str
@@ -63,6 +67,9 @@ class Family:
     rope: Callable[[Mapping[str, Any]], dict[str, Any] | None] = lambda hf: None
     rope_theta: float = DEFAULT_THETA
     keys: Mapping[str, Check] = dataclasses.field(default_factory=dict)
+    partial_rotary: bool = False
+    rope_types: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    fused: Callable[[ModelConfig], dict[str, dict[str, int]]] = lambda config: {}
 
 
 def _source_types(hf: Mapping[str, Any]) -> list[str] | None:
@@ -131,7 +138,7 @@ def read_config(family: Family, hf: Mapping[str, Any]) -> ModelConfig:
         if key in family.keys:
             family.keys[key](key, value)
     num_layers, heads = hf["num_hidden_layers"], hf["num_attention_heads"]
-    rope = read_rope(hf, family.rope(hf), family.rope_theta)
+    rope = read_rope(hf, family.rope(hf), family.rope_theta, partial=family.partial_rotary, names=family.rope_types)
     own = family.read(hf)
     mixers, kept = read_mixers(hf, own.get("qk_norm", False))
     config = ModelConfig(
@@ -178,7 +185,7 @@ def write_config(family: Family, config: ModelConfig, dtype: str) -> dict[str, A
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.initializer_range,
         "dtype": dtype,
-        **write_rope(config),
+        **write_rope(config, partial=family.partial_rotary),
         **family.write(config),
     }
     if not config.is_hybrid:

@@ -11,7 +11,14 @@ from hybrid_jax.schema import check_key, check_rope
 DEFAULT_THETA = 10_000.0
 
 
-def read_rope(hf: Mapping[str, Any], absent: Mapping[str, Any] | None = None, base: float = DEFAULT_THETA) -> RopeConfig:
+def read_rope(
+    hf: Mapping[str, Any],
+    absent: Mapping[str, Any] | None = None,
+    base: float = DEFAULT_THETA,
+    *,
+    partial: bool = False,
+    names: Mapping[str, str] | None = None,
+) -> RopeConfig:
     """The rotary embedding of a config.json, with transformers 5.23's precedence.
 
     `rope_scaling`, unless empty, comes before `rope_parameters`; what it lacks of `rope_theta` and
@@ -22,6 +29,8 @@ def read_rope(hf: Mapping[str, Any], absent: Mapping[str, Any] | None = None, ba
       hf: a config.json, checked against the schema.
       absent: the family's own parameters where config.json has neither dict.
       base: the family's `rope_theta` where config.json has none.
+      partial: the family honours `partial_rotary_factor`.
+      names: the family's other names of rope types -> ours.
 
     Raises:
       ValueError: an unsupported type, parameters per layer type, a missing or wrong value, two bases that differ.
@@ -35,16 +44,19 @@ def read_rope(hf: Mapping[str, Any], absent: Mapping[str, Any] | None = None, ba
         )
     theta = values.pop("rope_theta", hf.get("rope_theta", base))
     old = values.pop("type", "default")
-    kind = values.pop("rope_type", old)
+    kind: Any = values.pop("rope_type", old)
+    kind = (names or {}).get(kind, kind)
     fraction = values.pop("partial_rotary_factor", hf.get("partial_rotary_factor"))
-    if check_key("partial_rotary_factor", fraction) not in (None, 1):
+    if check_key("partial_rotary_factor", fraction) not in (None, 1) and not partial:
         raise ValueError(f"partial_rotary_factor = {fraction!r} is not supported; only 1 is")
+    if fraction not in (None, 1):
+        values["partial_rotary_factor"] = fraction
     check_key("rope_theta", theta)
-    if kind in ("llama3", "yarn"):
+    if kind in ("llama3", "yarn", "longrope"):
         context = values.get("original_max_position_embeddings", hf["max_position_embeddings"])
         values["original_max_position_embeddings"] = hf.get("original_max_position_embeddings", context)
     check_rope(kind, values)
-    return RopeConfig(float(theta), kind, tuple(sorted(values.items())))
+    return RopeConfig(float(theta), kind, tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in values.items())))
 
 
 def read_query_scaling(rope: RopeConfig) -> tuple[float, int] | None:
@@ -61,13 +73,19 @@ def read_query_scaling(rope: RopeConfig) -> tuple[float, int] | None:
     return beta, context
 
 
-def write_rope(config: ModelConfig) -> dict[str, Any]:
+def write_rope(config: ModelConfig, *, partial: bool = False) -> dict[str, Any]:
     """`rope_parameters`, complete, and `rope_theta`.
 
     There is no `rope_scaling`: transformers would take it before `rope_parameters`, so that an edit of the latter would
     do nothing. With `rope_theta` at the top level, a `rope_scaling` added by hand keeps the model's base.
+
+    Args:
+      partial: the family honours `partial_rotary_factor`, so it is written also where it is 1.
     """
-    rope, options = config.rope, dict(config.rope.options)
+    rope = config.rope
+    options = {name: list(value) if isinstance(value, tuple) else value for name, value in rope.options}
+    if partial:
+        options.setdefault("partial_rotary_factor", 1.0)
     if config.query_scaling is not None:
         beta, context = config.query_scaling
         options |= {"llama_4_scaling_beta": beta, "original_max_position_embeddings": context}

@@ -20,7 +20,7 @@ from hybrid_jax.config import ModelConfig, SWAConfig
 from hybrid_jax.layers.linear import Linear, RMSNorm
 from hybrid_jax.layers.mixer import Arrays
 from hybrid_jax.layers.mixing import Mixing, of_softmax
-from hybrid_jax.layers.rope import rope_frequencies, rotate
+from hybrid_jax.layers.rope import document_frequencies, rotate
 from hybrid_jax.parallel.attention import attend
 
 
@@ -131,8 +131,13 @@ class Attention(nnx.Module):
         """Returns all parameters: they are copied."""
         return {name: source[name] for name in fresh}
 
-    def project(self, x: jax.Array, positions: jax.Array, suffix: str = "") -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns q [B, T, H, D] and k, v [B, T, Hkv, D], normed and rotated, of the projections whose names end with `suffix`."""
+    def project(
+        self, x: jax.Array, positions: jax.Array, suffix: str = "", *, segment_ids: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns q [B, T, H, D] and k, v [B, T, Hkv, D], normed and rotated, of the projections whose names end with `suffix`.
+
+        LongRoPE needs the segment ids [B, T] of rows longer than its original context.
+        """
         q_proj, k_proj, v_proj, q_norm, k_norm = (
             getattr(self, name + suffix) for name in ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")
         )
@@ -144,7 +149,7 @@ class Attention(nnx.Module):
         if q_norm is not None:
             q, k = q_norm(q), k_norm(k)
         if self.rope is not None:
-            inv_freq, factor = rope_frequencies(self.rope, c.head_dim, c.max_position_embeddings)
+            inv_freq, factor = document_frequencies(self.rope, c.head_dim, c.max_position_embeddings, positions, segment_ids)
             q, k = rotate(q, positions, inv_freq, factor), rotate(k, positions, inv_freq, factor)
         if c.query_scaling is not None:
             beta, context = c.query_scaling
@@ -157,7 +162,7 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """Returns (y [B, T, hidden], the state after x) of x [B, T, hidden]. With a state, its tokens come before x."""
         B, T, _ = x.shape
-        q, k, v = self.project(x, positions)
+        q, k, v = self.project(x, positions, segment_ids=segment_ids)
         if state is None:
             k, v = self._for_heads(k), self._for_heads(v)
             o = attend(q, k, v, segment_ids, self.window, head_axis=self.head_axis)
@@ -178,7 +183,7 @@ class Attention(nnx.Module):
 
     def mixing(self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array) -> Mixing:
         """Returns the softmax of every query head on x [B, T, hidden]."""
-        q, k, v = self.project(x, positions)
+        q, k, v = self.project(x, positions, segment_ids=segment_ids)
         mask = functools.partial(attention_mask, k_positions=positions, k_segments=segment_ids, window=self.window)
         return of_softmax(q, self._for_heads(k), self._for_heads(v), positions, segment_ids, mask)
 

@@ -50,11 +50,13 @@ class BMojoAttention(Attention):
         """Returns None: `BMojoF` has windows of its own."""
         return None
 
-    def project_fading(self, x: jax.Array, f: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project_fading(
+        self, x: jax.Array, f: jax.Array, positions: jax.Array, segment_ids: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns the queries against fading tokens, from x [B, T, hidden], and their keys and values, from f [B, T, hidden]."""
         suffix = "" if self.tied else "_"
-        q, _, _ = self.project(x, positions, suffix)
-        _, k, v = self.project(f, positions, suffix)
+        q, _, _ = self.project(x, positions, suffix, segment_ids=segment_ids)
+        _, k, v = self.project(f, positions, suffix, segment_ids=segment_ids)
         return q, k, v
 
 
@@ -88,8 +90,8 @@ class BMojoF(nnx.Module):
         c, W = self.config, self.config.options(BMojoConfig).window_size
         B, T, _ = x.shape
         f, mixer_state = getattr(self, self.mixer_key)(x, positions=positions, segment_ids=segment_ids, state=state and state.mixer)
-        q, k, v = self.bmojo_attn.project(x, positions)
-        fading_q, fading_k, fading_v = self.bmojo_attn.project_fading(x, f, positions)
+        q, k, v = self.bmojo_attn.project(x, positions, segment_ids=segment_ids)
+        fading_q, fading_k, fading_v = self.bmojo_attn.project_fading(x, f, positions, segment_ids)
         if state is None:
             sets = ((q, fading_q), (k, fading_k), (v, fading_v), ((0, W), (W, 2 * W)))
             o = attend_windows(*sets, segment_ids)

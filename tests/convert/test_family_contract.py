@@ -16,8 +16,13 @@ from tests.convert.test_transformers_parity import make, run
 
 torch = pytest.importorskip("torch")
 
+LONG = "phi3 long documents of longrope, windowed"
 # Of each family the case with the most options.
-FAMILIES = ["smollm3 untied, biased, windows in layers without rope"]
+FAMILIES = [
+    "smollm3 untied, biased, windows in layers without rope",
+    "phi3 windowed, part of the head rotated",
+]
+MESHED = [*FAMILIES, LONG]
 IDS = np.random.default_rng(1).integers(4, 97, (2, 31))
 
 
@@ -123,9 +128,29 @@ print("passed")
 
 
 def test_on_meshes_that_shard_tokens_and_heads_the_logits_are_those_of_one_device(tmp_path):
-    for n, case in enumerate(FAMILIES):
+    for n, case in enumerate(MESHED):
         theirs = make(case, vocab_size=96, num_key_value_heads=2)
         theirs.save_pretrained(tmp_path / str(n))
-    command = [sys.executable, "-c", MESHES, *(str(tmp_path / str(n)) for n in range(len(FAMILIES)))]
+    command = [sys.executable, "-c", MESHES, *(str(tmp_path / str(n)) for n in range(len(MESHED)))]
     done = subprocess.run(command, env=cpu_devices(8), capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "passed" in done.stdout, done.stderr[-2000:]
+
+
+def test_each_packed_document_takes_the_frequencies_of_longrope_that_its_length_asks_for(tmp_path):
+    """The original context has 12 tokens; ids of segments need not rise."""
+    theirs = make(LONG)
+    theirs.save_pretrained(tmp_path)
+    segments = np.tile(np.repeat([7, 2, 40], [12, 13, 6]), (2, 1))
+    packed = nnx.jit(lambda m, ids, segments: m(ids, segments))(load_model(tmp_path), IDS, segments)
+    for a, b in ((0, 12), (12, 25), (25, 31)):
+        assert relative_error(packed[:, a:b], logits_of(theirs, IDS[:, a:b])) < 1e-5
+
+
+def test_longrope_is_decoded_within_its_original_context_and_refused_beyond(tmp_path):
+    theirs = make(LONG)
+    theirs.save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    assert relative_error(decoded(model, IDS[:, :12], 5), logits_of(theirs, IDS[:, :12])) < 1e-5
+    with pytest.raises(ValueError, match="longrope: .* beyond original_max_position_embeddings, 12 tokens.* give at most 12"):
+        model.init_state(1, 13)
+    load_model(tmp_path, pattern="GKA-GDN-M2").init_state(1, 13)

@@ -23,6 +23,7 @@ CLASSES = {
     "ministral": transformers.MinistralConfig,
     "ministral3": transformers.Ministral3Config,
     "smollm3": transformers.SmolLM3Config,
+    "phi3": transformers.Phi3Config,
 }
 SIZES = dict(vocab_size=97, hidden_size=512, intermediate_size=80, num_hidden_layers=3, num_attention_heads=32)
 SMALL = dict(SIZES, head_dim=16, num_key_value_heads=8, max_position_embeddings=256)
@@ -227,3 +228,60 @@ def test_layers_of_smollm3_without_rope_and_their_windows_are_transformers(keys)
 def test_every_layer_of_smollm3_must_say_whether_it_has_rope():
     with pytest.raises(ValueError, match="no_rope_layers has 2 entries, num_hidden_layers is 3"):
         ours("smollm3", **SMALL, no_rope_layers=[1, 1])
+
+
+FACTORS = dict(short_factor=[1.0, 1.1, 1.2, 1.5], long_factor=[1.0, 2.0, 4.0, 9.5])  # of 8 channels
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        dict(
+            partial_rotary_factor=0.5,
+            original_max_position_embeddings=32,
+            rope_scaling={"type": "su", "original_max_position_embeddings": 32, **FACTORS},
+            rope_theta=777.0,
+        ),
+        dict(rope_scaling={"type": "yarn", "partial_rotary_factor": 0.5, **FACTORS}, original_max_position_embeddings=32),
+        dict(rope_parameters={"rope_type": "longrope", "partial_rotary_factor": 0.5, "factor": 9.0, **FACTORS}),
+        dict(rope_parameters={"rope_type": "longrope", "partial_rotary_factor": 0.5, "attention_factor": 1.7, **FACTORS}),
+        dict(
+            partial_rotary_factor=0.25,  # the one among the rope parameters comes first
+            original_max_position_embeddings=32,
+            rope_parameters={
+                "rope_type": "longrope", "partial_rotary_factor": 0.5, "original_max_position_embeddings": 8, **FACTORS,
+            },
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_longrope_of_phi3_is_transformers(keys):
+    a, b = ours("phi3", **SMALL, **keys), theirs("phi3", **SMALL, **keys)
+    assert a.rope.number("original_max_position_embeddings") == b.rope_parameters["original_max_position_embeddings"]
+    for long in (False, True):
+        got, factor = rope_frequencies(a.rope, 16, a.max_position_embeddings, long=long)
+        want, wanted = ROPE_INIT_FUNCTIONS["longrope"](b, "cpu", seq_len=10_000 if long else 1)
+        assert relative_error(got, want.numpy()) < 1e-6 and abs(factor - wanted) < 1e-9
+    written = config_to_hf(a)
+    assert config_from_hf(written) == a
+    again = CLASSES["phi3"].from_dict(copy.deepcopy(written))
+    assert again.rope_parameters == {name: value for name, value in b.rope_parameters.items() if name != "type"}
+
+
+@pytest.mark.parametrize(
+    "keys, words",
+    [
+        (dict(rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling.rope_type must be one of 'default', 'longrope'"),
+        (dict(rope_parameters={"rope_type": "longrope", **FACTORS}), "short_factor must have 8 entries, .* got 4"),
+        (dict(rope_parameters={"rope_type": "longrope", "short_factor": [1.0] * 8}), "lack long_factor"),
+        (
+            dict(rope_parameters={"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": ["1"] * 8}),
+            r"long_factor\[0\] must be a number",
+        ),
+        (dict(partial_rotary_factor=0.2), "partial_rotary_factor 0.2 rotates 3 of 16 channels"),
+        (dict(partial_rotary_factor=0.01), "partial_rotary_factor 0.01 rotates 0 of 16 channels"),
+    ],
+)
+def test_rope_parameters_of_phi3_that_cannot_be_honoured_are_refused(keys, words):
+    with pytest.raises(ValueError, match=words):
+        ours("phi3", **SMALL, **keys)

@@ -41,6 +41,9 @@ MINISTRAL3_ROPE = {
     "llama_4_scaling_beta": 0.1,
     "original_max_position_embeddings": 16,
 }
+LONGROPE = dict(
+    rope_type="longrope", rope_theta=1e4, partial_rotary_factor=0.75, short_factor=[1.0, 1.1, 1.3], long_factor=[1.0, 2.5, 7.0]
+)
 TOKENS = dict(pad_token_id=1, bos_token_id=2, eos_token_id=3)  # where the defaults are beyond our vocabulary
 CASES = {
     "qwen3": ("Qwen3", dict(head_dim=16)),
@@ -85,6 +88,24 @@ CASES = {
             sliding_window=7,
             **TOKENS,
         ),
+    ),
+    "phi3 windowed, part of the head rotated": (
+        "Phi3",
+        dict(sliding_window=9, rope_parameters=dict(rope_type="default", rope_theta=777.0, partial_rotary_factor=0.5), **TOKENS),
+    ),
+    "phi3 short documents of longrope, tied": (
+        "Phi3",
+        dict(
+            tie_word_embeddings=True,
+            num_key_value_heads=1,
+            original_max_position_embeddings=128,
+            rope_parameters=LONGROPE,
+            **TOKENS,
+        ),
+    ),
+    "phi3 long documents of longrope, windowed": (
+        "Phi3",
+        dict(head_dim=8, sliding_window=7, original_max_position_embeddings=12, rope_parameters=LONGROPE, **TOKENS),
     ),
     "qwen3 moe windowed": (  # its window is every layer's: max_window_layers and layer_types mean nothing here
         "Qwen3Moe",

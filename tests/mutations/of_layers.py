@@ -114,8 +114,8 @@ MUTATIONS = [
     Mutation(BMOJO, "((0, W), (W, 2 * W))", "((0, W), (W, 2 * W - 1))", "the fading window is one token short", (HMF, INVARIANCE)),
     Mutation(
         BMOJO,
-        "_, k, v = self.project(f, positions, suffix)",
-        "_, k, v = self.project(f, positions)",
+        "_, k, v = self.project(f, positions, suffix, ",
+        "_, k, v = self.project(f, positions, ",
         "untied fading keys use the first projections",
         (FORMULAS,),
     ),
