@@ -8,7 +8,7 @@
     norms, biases, A_log, D, dt_bias       the same                             same
 
 Everything but `lm_head` has the prefix `model.` there. The layout is a mark of the parameter (`layers.parameter`). A family may
-keep several of our linear maps in one tensor (`Family.fused`); each is some rows of it.
+keep several of our linear maps in one tensor (`Family.fused`), of which each is some rows, or have other names (`Family.names`).
 """
 
 from __future__ import annotations
@@ -77,10 +77,16 @@ def hf_tensors(name: str, layout: Layout, config: ModelConfig) -> list[Tensor]:
       layout: the mark of the parameter (`layers.parameter.Marks`).
       config: of the model.
     """
-    prefix = "" if name.startswith("lm_head") else "model."
+
+    def theirs(name: str) -> str:
+        name = name if name.startswith("lm_head") else f"model.{name}"
+        for ours, other in FAMILIES[config.family].names.items():
+            name = name.replace(ours, other)
+        return name
+
     if layout == "experts":
         module, _, leaf = name.rpartition(".")
         count = config.moe.num_experts if config.moe else 0
-        return [Tensor(f"{prefix}{module}.{e}.{leaf}.weight", *LAYOUTS[layout], e) for e in range(count)]
+        return [Tensor(theirs(f"{module}.{e}.{leaf}.weight"), *LAYOUTS[layout], e) for e in range(count)]
     name, rows = _in_fused(name, config)
-    return [Tensor(prefix + re.sub(r"\.(kernel|embedding)$", ".weight", name), *LAYOUTS[layout], rows=rows)]
+    return [Tensor(theirs(re.sub(r"\.(kernel|embedding)$", ".weight", name)), *LAYOUTS[layout], rows=rows)]

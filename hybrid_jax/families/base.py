@@ -54,6 +54,7 @@ class Family:
       rope_types: other names of rope types in its config.json -> ours.
       fused: ModelConfig -> linear maps of a layer that its checkpoints keep in one, `{theirs: {ours: outputs}}`, in order, by
         their paths in the layer.
+      names: parts of our tensors' names -> what its checkpoints have there.
     """
 
     model_type: str
@@ -70,6 +71,7 @@ class Family:
     partial_rotary: bool = False
     rope_types: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fused: Callable[[ModelConfig], dict[str, dict[str, int]]] = lambda config: {}
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def _source_types(hf: Mapping[str, Any]) -> list[str] | None:
@@ -220,8 +222,11 @@ def write_config(family: Family, config: ModelConfig, dtype: str) -> dict[str, A
 _MOE_DEFAULTS = {"num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": False}
 
 
-def read_moe(hf: Mapping[str, Any]) -> MoEConfig:
+def read_moe(hf: Mapping[str, Any], num_experts: int = 128) -> MoEConfig:
     """The mixture-of-experts keys, under either of transformers' names.
+
+    Args:
+      num_experts: of the family, where config.json has neither name.
 
     Raises:
       ValueError: some layers are dense, or the two names of the number of experts contradict each other.
@@ -233,22 +238,31 @@ def read_moe(hf: Mapping[str, Any]) -> MoEConfig:
         raise ValueError(f"num_experts and num_local_experts contradict each other: {sorted(counts)}")
     values = {**_MOE_DEFAULTS, **hf}
     return MoEConfig(
-        num_experts=next(iter(counts), 128),
+        num_experts=next(iter(counts), num_experts),
         experts_per_token=values["num_experts_per_tok"],
         intermediate_size=values["moe_intermediate_size"],
         norm_topk_prob=values["norm_topk_prob"],
     )
 
 
+def _experts(config: ModelConfig) -> MoEConfig:
+    if config.moe is None:
+        raise ValueError(f"a {config.family} model needs ModelConfig.moe, the options of its experts")
+    return config.moe
+
+
+def expert_counts(config: ModelConfig, name: str) -> dict[str, int]:
+    """The number of experts, under the name that came in, or both, or else `name`; and how many process a token."""
+    names = [key for key in ("num_experts", "num_local_experts") if key in config.extra] or [name]
+    moe = _experts(config)
+    return {**dict.fromkeys(names, moe.num_experts), "num_experts_per_tok": moe.experts_per_token}
+
+
 def write_moe(config: ModelConfig) -> dict[str, Any]:
     """The keys that `read_moe` reads; the number of experts under both names, if both came in."""
-    moe = config.moe
-    if moe is None:
-        raise ValueError(f"a {config.family} model needs ModelConfig.moe, the options of its experts")
-    names = [name for name in ("num_experts", "num_local_experts") if name in config.extra] or ["num_experts"]
+    moe = _experts(config)
     return {
-        **dict.fromkeys(names, moe.num_experts),
-        "num_experts_per_tok": moe.experts_per_token,
+        **expert_counts(config, "num_experts"),
         "moe_intermediate_size": moe.intermediate_size,
         "norm_topk_prob": moe.norm_topk_prob,
         "decoder_sparse_step": 1,

@@ -113,6 +113,7 @@ PUBLIC: dict[str, dict[str, Any]] = {
     "mistralai/Mistral-7B-v0.1": _mistral(4096, 14336, 32, 32000, 10_000.0, 32768, sliding_window=4096),
     "mistralai/Mistral-7B-v0.3": _mistral(4096, 14336, 32, 32768, 1_000_000.0, 32768),
     "mistralai/Mistral-Nemo-Base-2407": _mistral(5120, 14336, 40, 131072, 1_000_000.0, 131072),
+    "mistralai/Mixtral-8x7B-v0.1": _mistral(4096, 14336, 32, 32000, 1_000_000.0, 32768, model_type="mixtral", num_local_experts=8),
     "HuggingFaceTB/SmolLM3-3B": {
         "model_type": "smollm3",
         "vocab_size": 128256,

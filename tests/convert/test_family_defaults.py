@@ -24,6 +24,7 @@ CLASSES = {
     "ministral3": transformers.Ministral3Config,
     "smollm3": transformers.SmolLM3Config,
     "phi3": transformers.Phi3Config,
+    "mixtral": transformers.MixtralConfig,
 }
 SIZES = dict(vocab_size=97, hidden_size=512, intermediate_size=80, num_hidden_layers=3, num_attention_heads=32)
 SMALL = dict(SIZES, head_dim=16, num_key_value_heads=8, max_position_embeddings=256)
@@ -102,7 +103,9 @@ def test_absent_keys_mean_what_they_mean_to_transformers(model_type):
     assert a.query_scaling == (None if beta is None else (beta, rope["original_max_position_embeddings"]))
     if a.moe is not None:
         assert (a.moe.num_experts, a.moe.experts_per_token) == (b.num_local_experts, b.num_experts_per_tok)
-        assert (a.moe.intermediate_size, a.moe.norm_topk_prob) == (b.moe_intermediate_size, b.norm_topk_prob)
+        of_mixtral = (b.intermediate_size, True)  # it has neither key: its experts have the model's width
+        want = of_mixtral if model_type == "mixtral" else (b.moe_intermediate_size, b.norm_topk_prob)
+        assert (a.moe.intermediate_size, a.moe.norm_topk_prob) == want
 
 
 @pytest.mark.parametrize("model_type", CLASSES)

@@ -107,6 +107,11 @@ CASES = {
         "Phi3",
         dict(head_dim=8, sliding_window=7, original_max_position_embeddings=12, rope_parameters=LONGROPE, **TOKENS),
     ),
+    "mixtral": ("Mixtral", dict(num_local_experts=5, num_experts_per_tok=3, head_dim=10)),
+    "mixtral windowed, tied, one key head": (
+        "Mixtral",
+        dict(num_local_experts=3, sliding_window=6, tie_word_embeddings=True, num_key_value_heads=1, intermediate_size=24),
+    ),
     "qwen3 moe windowed": (  # its window is every layer's: max_window_layers and layer_types mean nothing here
         "Qwen3Moe",
         dict(head_dim=16, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=8, use_sliding_window=True, sliding_window=7),
