@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
-from hybrid_jax.checks import check_boolean, check_number
+from hybrid_jax.checks import check_boolean, check_choice, check_number
 from hybrid_jax.mixers import (
     ATTENTION,
     KINDS,
@@ -33,6 +33,12 @@ __all__ = [
     "MixerSpec", "MoEConfig", "ModelConfig", "RopeConfig", "SWAConfig", "format_pattern", "mixer_config_from_dict",
     "parse_pattern",
 ]  # fmt: skip
+
+# Where norms are -> their names in a layer, as in checkpoints: in front of and behind attention, in front of and behind the MLP.
+NORMS: dict[str, tuple[str | None, str | None, str | None, str | None]] = {
+    "before": ("input_layernorm", None, "post_attention_layernorm", None),
+    "behind": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+}
 
 AnyOptions = TypeVar("AnyOptions", bound=MixerOptions)
 
@@ -165,9 +171,12 @@ class ModelConfig:
       layers: one `MixerSpec` per layer (see `with_pattern`).
       rms_norm_eps: epsilon of the norms of layers, of queries and keys, and of the final norm.
       rope: the rotary embedding of attention.
+      window_rope: that of layers with a window of their own in `attention_windows`; None: the same (OLMo 3, Gemma 3 have two).
       max_position_embeddings: the longest document that attention is meant for, in tokens.
       tie_embeddings: the output head is the embedding table.
       qk_norm: RMSNorm over each head of queries and keys (Qwen3).
+      qk_norm_all_heads: with `qk_norm`, the norm is over the channels of all heads together (OLMo 2).
+      norms: where a layer has its norms: `before` attention and MLP, or `behind` them, in front of the residual sum (OLMo 2).
       qkv_bias, o_bias, mlp_bias: biases of the projections to q, k, v (Qwen2), of attention's output projection, of the MLP.
       attention_windows: per layer, the source's own sliding window, in keys that a query sees, or None for full attention.
       rotary_layers: per layer, whether attention rotates queries and keys by their positions; empty: in every layer (SmolLM3 has
@@ -195,9 +204,12 @@ class ModelConfig:
     layers: tuple[MixerSpec, ...]
     rms_norm_eps: float = 1e-6
     rope: RopeConfig = RopeConfig()
+    window_rope: RopeConfig | None = None
     max_position_embeddings: int = 32768
     tie_embeddings: bool = False
     qk_norm: bool = False
+    qk_norm_all_heads: bool = False
+    norms: str = "before"
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -225,7 +237,10 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
-        self.rope.check(self.head_dim)
+        check_choice("norms", self.norms, NORMS)
+        for rope in (self.rope, self.window_rope):
+            if rope is not None:
+                rope.check(self.head_dim)
         check_number("logits_scaling", self.logits_scaling, above=0)
         if self.logits_soft_cap is not None:
             check_number("logits_soft_cap", self.logits_soft_cap, above=0)
@@ -238,6 +253,11 @@ class ModelConfig:
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries, the model has {len(self.layers)} layers")
         object.__setattr__(self, "mixers", _canonical(self.mixers))
         for i, layer in enumerate(self.layers):
+            if layer.attention_heads and self.qk_norm_all_heads:
+                raise ValueError(
+                    f"layer {i}: {layer.symbol!r} keeps some heads, and {self.family} norms queries and keys over all heads "
+                    "together, which some of them cannot compute; convert all heads of the layer, or none"
+                )
             if wrong := [h for h in layer.attention_heads if h >= self.num_heads]:
                 raise ValueError(
                     f"layer {i}: {layer.symbol!r} keeps head {wrong[0]}; the model has heads 0 to {self.num_heads - 1}"
@@ -265,7 +285,9 @@ class ModelConfig:
 
     def rope_of(self, layer: int) -> RopeConfig | None:
         """Returns the rotary embedding of the attention in layer number `layer`; None: it has none."""
-        return self.rope if self.rotary_layers[layer] else None
+        if not self.rotary_layers[layer]:
+            return None
+        return self.rope if self.window_rope is None or self.attention_windows[layer] is None else self.window_rope
 
     def check_cache(self, length: int) -> None:
         """Checks that documents of `length` tokens can be decoded with caches.

@@ -10,6 +10,7 @@ from hybrid_jax.families.base import HYBRID_PREFIX, Family, read_config, write_c
 from hybrid_jax.families.llama import LLAMA
 from hybrid_jax.families.mistral import MINISTRAL, MINISTRAL3, MISTRAL
 from hybrid_jax.families.mixtral import MIXTRAL
+from hybrid_jax.families.olmo import OLMO2, OLMO3
 from hybrid_jax.families.phi3 import PHI3
 from hybrid_jax.families.plugin import plugin_notes
 from hybrid_jax.families.qwen2 import QWEN2
@@ -19,7 +20,9 @@ from hybrid_jax.schema import mapping
 
 __all__ = ["FAMILIES", "Family", "config_from_hf", "config_to_hf", "plugin_notes"]
 
-FAMILIES = {f.model_type: f for f in (QWEN3, QWEN3_MOE, QWEN2, LLAMA, MISTRAL, MINISTRAL, MINISTRAL3, SMOLLM3, PHI3, MIXTRAL)}
+FAMILIES = {
+    f.model_type: f for f in (QWEN3, QWEN3_MOE, QWEN2, LLAMA, MISTRAL, MINISTRAL, MINISTRAL3, SMOLLM3, PHI3, MIXTRAL, OLMO2, OLMO3)
+}
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:

@@ -8,7 +8,7 @@ from typing import Any
 
 from hybrid_jax.config import ModelConfig, MoEConfig, parse_pattern
 from hybrid_jax.families.mixers import check_repeated, read_mixers, write_mixers
-from hybrid_jax.families.rope import DEFAULT_THETA, read_query_scaling, read_rope, write_rope
+from hybrid_jax.families.rope import DEFAULT_THETA, read_query_scaling, read_rope, read_ropes, write_rope
 from hybrid_jax.mixers import options_by_key
 from hybrid_jax.schema import Check, check_finite, check_key
 
@@ -49,6 +49,8 @@ class Family:
       defaults: transformers' defaults of this family for keys that a config.json may leave out.
       rope: its rope parameters where config.json has none.
       rope_theta: the base of its rotary embedding where config.json has none.
+      window_rope_theta: the same of layers with a window, if the family has rope parameters per layer type; None: it has not.
+      window_rope_key: the key of config.json that older files have that base in.
       keys: checks of keys that are stricter than the schema's.
       partial_rotary: it honours `partial_rotary_factor`, the part of a head's channels that is rotated.
       rope_types: other names of rope types in its config.json -> ours.
@@ -67,6 +69,8 @@ class Family:
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     rope: Callable[[Mapping[str, Any]], dict[str, Any] | None] = lambda hf: None
     rope_theta: float = DEFAULT_THETA
+    window_rope_theta: float | None = None
+    window_rope_key: str = ""
     keys: Mapping[str, Check] = dataclasses.field(default_factory=dict)
     partial_rotary: bool = False
     rope_types: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -140,7 +144,11 @@ def read_config(family: Family, hf: Mapping[str, Any]) -> ModelConfig:
         if key in family.keys:
             family.keys[key](key, value)
     num_layers, heads = hf["num_hidden_layers"], hf["num_attention_heads"]
-    rope = read_rope(hf, family.rope(hf), family.rope_theta, partial=family.partial_rotary, names=family.rope_types)
+    if family.window_rope_theta is None:
+        rope = read_rope(hf, family.rope(hf), family.rope_theta, partial=family.partial_rotary, names=family.rope_types)
+        window_rope = None
+    else:
+        rope, window_rope = read_ropes(hf, family.rope_theta, family.window_rope_theta, family.window_rope_key)
     own = family.read(hf)
     mixers, kept = read_mixers(hf, own.get("qk_norm", False))
     config = ModelConfig(
@@ -154,6 +162,7 @@ def read_config(family: Family, hf: Mapping[str, Any]) -> ModelConfig:
         layers=_read_layers(hf, num_layers),
         rms_norm_eps=hf["rms_norm_eps"],
         rope=rope,
+        window_rope=window_rope,
         query_scaling=read_query_scaling(rope) if family.rope(hf) else None,
         max_position_embeddings=hf["max_position_embeddings"],
         tie_embeddings=hf["tie_word_embeddings"],

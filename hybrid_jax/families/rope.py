@@ -9,6 +9,7 @@ from hybrid_jax.config import ModelConfig, RopeConfig
 from hybrid_jax.schema import check_key, check_rope
 
 DEFAULT_THETA = 10_000.0
+LAYER_TYPES = FULL, WINDOWED = "full_attention", "sliding_attention"
 
 
 def read_rope(
@@ -59,6 +60,34 @@ def read_rope(
     return RopeConfig(float(theta), kind, tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in values.items())))
 
 
+def read_ropes(hf: Mapping[str, Any], base: float, window_base: float, window_key: str) -> tuple[RopeConfig, RopeConfig]:
+    """The rotary embeddings of a family with rope parameters per layer type: of layers without and with a window.
+
+    `rope_scaling` and `rope_theta`, of older files, are those of layers without a window.
+
+    Args:
+      base, window_base: the family's bases where config.json has none.
+      window_key: the key of older files for the base of layers with a window; empty: `rope_theta` was theirs too, and must be the
+        family's, because transformers 5 does not give it to them any more.
+
+    Raises:
+      ValueError: parameters that are not per layer type, or what `read_rope` refuses.
+    """
+    given = hf.get("rope_parameters") or {}
+    if wrong := [name for name, value in given.items() if name not in LAYER_TYPES or not isinstance(value, Mapping | None)]:
+        raise ValueError(f"rope_parameters must have an object for each of {' and '.join(LAYER_TYPES)}, got {wrong[0]!r}")
+    if not window_key and "rope_theta" in hf and not given and hf["rope_theta"] != base:
+        raise ValueError(
+            f"rope_theta = {hf['rope_theta']!r} without rope_parameters means other bases of windowed layers in old and new "
+            f"versions of transformers; give rope_parameters for {' and '.join(LAYER_TYPES)}"
+        )
+    shared = {name: hf[name] for name in ("max_position_embeddings", "partial_rotary_factor") if name in hf}
+    full = {"rope_theta": hf.get("rope_theta", base), **(given.get(FULL) or {}), **(hf.get("rope_scaling") or {})}
+    window = {"rope_theta": hf.get(window_key, window_base), **(given.get(WINDOWED) or {})}
+    rope, window_rope = (read_rope({**shared, "rope_parameters": values}) for values in (full, window))
+    return rope, window_rope
+
+
 def read_query_scaling(rope: RopeConfig) -> tuple[float, int] | None:
     """Ministral-3's scaling of the queries, which it keeps among the rope parameters.
 
@@ -73,8 +102,14 @@ def read_query_scaling(rope: RopeConfig) -> tuple[float, int] | None:
     return beta, context
 
 
+def _parameters(rope: RopeConfig) -> dict[str, Any]:
+    """One complete set of rope parameters."""
+    options = {name: list(value) if isinstance(value, tuple) else value for name, value in rope.options}
+    return {**options, "rope_theta": rope.theta, "rope_type": rope.kind}
+
+
 def write_rope(config: ModelConfig, *, partial: bool = False) -> dict[str, Any]:
-    """`rope_parameters`, complete, and `rope_theta`.
+    """`rope_parameters`, complete, and `rope_theta`; where layers with a window have others, `rope_parameters` per layer type.
 
     There is no `rope_scaling`: transformers would take it before `rope_parameters`, so that an edit of the latter would
     do nothing. With `rope_theta` at the top level, a `rope_scaling` added by hand keeps the model's base.
@@ -82,11 +117,12 @@ def write_rope(config: ModelConfig, *, partial: bool = False) -> dict[str, Any]:
     Args:
       partial: the family honours `partial_rotary_factor`, so it is written also where it is 1.
     """
-    rope = config.rope
-    options = {name: list(value) if isinstance(value, tuple) else value for name, value in rope.options}
+    if config.window_rope is not None:
+        return {"rope_parameters": {FULL: _parameters(config.rope), WINDOWED: _parameters(config.window_rope)}}
+    options = _parameters(config.rope)
     if partial:
         options.setdefault("partial_rotary_factor", 1.0)
     if config.query_scaling is not None:
         beta, context = config.query_scaling
         options |= {"llama_4_scaling_beta": beta, "original_max_position_embeddings": context}
-    return {"rope_parameters": {**options, "rope_theta": rope.theta, "rope_type": rope.kind}, "rope_theta": rope.theta}
+    return {"rope_parameters": options, "rope_theta": config.rope.theta}

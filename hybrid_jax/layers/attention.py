@@ -17,7 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from hybrid_jax.config import ModelConfig, SWAConfig
-from hybrid_jax.layers.linear import Linear, RMSNorm
+from hybrid_jax.layers.linear import Linear, RMSNorm, norm_heads
 from hybrid_jax.layers.mixer import Arrays
 from hybrid_jax.layers.mixing import Mixing, of_softmax
 from hybrid_jax.layers.rope import document_frequencies, rotate
@@ -85,6 +85,15 @@ def kv_heads_of(heads: Sequence[int], config: ModelConfig) -> list[int]:
     return sorted({h * config.num_kv_heads // config.num_heads for h in heads})
 
 
+def query_key_norms(config: ModelConfig, dtype: DTypeLike) -> tuple[RMSNorm | None, RMSNorm | None]:
+    """Returns the norms of queries and of keys, as wide as a head or as all heads together; None: the source has none."""
+    if not config.qk_norm:
+        return None, None
+    heads = (config.num_heads, config.num_kv_heads) if config.qk_norm_all_heads else (1, 1)
+    q_norm, k_norm = (RMSNorm(n * config.head_dim, eps=config.rms_norm_eps, dtype=dtype) for n in heads)
+    return q_norm, k_norm
+
+
 class Attention(nnx.Module):
     """Multi-head attention with the source family's options; `window` is how many keys a query sees, itself included.
 
@@ -117,8 +126,7 @@ class Attention(nnx.Module):
         self.k_proj = linear(hid, Hkv * D, bias=config.qkv_bias, axes=("embed", self.kv_axis))
         self.v_proj = linear(hid, Hkv * D, bias=config.qkv_bias, axes=("embed", self.kv_axis))
         self.o_proj = linear(H * D, hid, bias=config.o_bias, axes=(self.head_axis, "embed"))
-        self.q_norm = RMSNorm(D, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
-        self.k_norm = RMSNorm(D, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
+        self.q_norm, self.k_norm = query_key_norms(config, dtype)
         self.config, self.window, self.rope = config, self.window_of(config, layer), config.rope_of(layer)
 
     @staticmethod
@@ -146,8 +154,7 @@ class Attention(nnx.Module):
         q = q_proj(x).reshape(B, T, self.num_heads, c.head_dim)
         k = k_proj(x).reshape(B, T, self.num_kv_heads, c.head_dim)
         v = v_proj(x).reshape(B, T, self.num_kv_heads, c.head_dim)
-        if q_norm is not None:
-            q, k = q_norm(q), k_norm(k)
+        q, k = norm_heads(q_norm, q), norm_heads(k_norm, k)
         if self.rope is not None:
             inv_freq, factor = document_frequencies(self.rope, c.head_dim, c.max_position_embeddings, positions, segment_ids)
             q, k = rotate(q, positions, inv_freq, factor), rotate(k, positions, inv_freq, factor)

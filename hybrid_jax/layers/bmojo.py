@@ -14,8 +14,16 @@ from jax.typing import DTypeLike
 
 from hybrid_jax import layers
 from hybrid_jax.config import BMojoConfig, ModelConfig
-from hybrid_jax.layers.attention import Attention, KVCache, attention_mask, cache_axes, empty_cache, extend_window
-from hybrid_jax.layers.linear import Linear, RMSNorm
+from hybrid_jax.layers.attention import (
+    Attention,
+    KVCache,
+    attention_mask,
+    cache_axes,
+    empty_cache,
+    extend_window,
+    query_key_norms,
+)
+from hybrid_jax.layers.linear import Linear
 from hybrid_jax.layers.mixer import Arrays
 from hybrid_jax.mixers import KINDS
 from hybrid_jax.parallel.attention import attend_windows
@@ -42,8 +50,7 @@ class BMojoAttention(Attention):
         self.q_proj_ = Linear(hid, H * D, axes=("embed", "heads"), **kw)
         self.k_proj_ = Linear(hid, Hkv * D, axes=("embed", "kv_heads"), **kw)
         self.v_proj_ = Linear(hid, Hkv * D, axes=("embed", "kv_heads"), **kw)
-        self.q_norm_ = RMSNorm(D, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
-        self.k_norm_ = RMSNorm(D, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
+        self.q_norm_, self.k_norm_ = query_key_norms(config, dtype)
 
     @staticmethod
     def window_of(config: ModelConfig, layer: int) -> int | None:

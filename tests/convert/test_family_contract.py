@@ -22,6 +22,7 @@ FAMILIES = [
     "smollm3 untied, biased, windows in layers without rope",
     "phi3 windowed, part of the head rotated",
     "mixtral windowed, tied, one key head",
+    "olmo3 windowed, tied, two ropes",
 ]
 MESHED = [*FAMILIES, LONG]
 IDS = np.random.default_rng(1).integers(4, 97, (2, 31))
@@ -155,3 +156,29 @@ def test_longrope_is_decoded_within_its_original_context_and_refused_beyond(tmp_
     with pytest.raises(ValueError, match="longrope: .* beyond original_max_position_embeddings, 12 tokens.* give at most 12"):
         model.init_state(1, 13)
     load_model(tmp_path, pattern="GKA-GDN-M2").init_state(1, 13)
+
+
+def test_some_heads_of_a_source_that_norms_all_heads_together_are_refused(tmp_path):
+    make("olmo3 windowed, tied, two ropes").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"layer 1: 'GDN\[2\]' keeps some heads, and olmo3 norms queries and keys over all heads"):
+        load_model(tmp_path, pattern="*-GDN[2]-*")
+
+
+def test_mixers_begin_with_the_directions_of_queries_that_a_norm_over_all_heads_gives(tmp_path):
+    """Behind a norm of each head, GDN's and Mamba-3's queries are attention's, and Mamba-2 norms as attention does."""
+    make("olmo3 windowed, tied, two ropes").save_pretrained(tmp_path)
+    source, hybrid = load_model(tmp_path), load_model(tmp_path, pattern="GDN-M2-M3")
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 48)), jnp.float32)
+
+    def directions(queries):
+        heads = queries.reshape(1, 5, 6, 8)
+        return heads / jnp.linalg.norm(heads, axis=-1, keepdims=True)
+
+    def attention(i):
+        return source.layers[i].self_attn.q_norm(source.layers[i].self_attn.q_proj(x))
+
+    gdn, mamba2, mamba3 = hybrid.layers[0].gdn, hybrid.layers[1].mamba, hybrid.layers[2].mamba3
+    assert relative_error(directions(gdn.q_proj(x)), directions(attention(0))) < 1e-5
+    begin = 48 + 16 + 16  # z, x and B come before C
+    assert relative_error(mamba2.C_norm(mamba2.in_proj(x)[..., begin : begin + 48]), attention(1)) < 1e-4
+    assert relative_error(directions(mamba3.in_proj(x)[..., begin : begin + 48]), directions(attention(2))) < 1e-5

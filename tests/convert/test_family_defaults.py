@@ -25,6 +25,8 @@ CLASSES = {
     "smollm3": transformers.SmolLM3Config,
     "phi3": transformers.Phi3Config,
     "mixtral": transformers.MixtralConfig,
+    "olmo2": transformers.Olmo2Config,
+    "olmo3": transformers.Olmo3Config,
 }
 SIZES = dict(vocab_size=97, hidden_size=512, intermediate_size=80, num_hidden_layers=3, num_attention_heads=32)
 SMALL = dict(SIZES, head_dim=16, num_key_value_heads=8, max_position_embeddings=256)
@@ -51,18 +53,18 @@ def ours(model_type, **keys):
 
 def their_windows(config):
     """As the modeling files choose a layer's mask."""
-    if config.model_type == "llama":
+    if config.model_type in ("llama", "olmo2"):
         return (None,) * config.num_hidden_layers
-    by_layer = config.model_type in ("qwen2", "qwen3", "ministral", "smollm3")
+    by_layer = config.model_type in ("qwen2", "qwen3", "ministral", "smollm3", "olmo3")
     types = config.layer_types if by_layer else ["sliding_attention"] * 3
     return tuple(config.sliding_window if t == "sliding_attention" else None for t in types)
 
 
-def their_frequencies(config, head_dim):
-    kind = config.rope_parameters["rope_type"]
-    if kind == "default":
-        return config.rope_parameters["rope_theta"] ** -(np.arange(0, head_dim, 2) / head_dim), 1.0
-    inverse, factor = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
+def their_frequencies(config, head_dim, layer_type=None):
+    rope = config.rope_parameters[layer_type] if layer_type else config.rope_parameters
+    if rope["rope_type"] == "default":
+        return rope["rope_theta"] ** -(np.arange(0, head_dim, 2) / head_dim), 1.0
+    inverse, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, "cpu", layer_type=layer_type)
     return inverse.numpy(), factor
 
 
@@ -95,10 +97,14 @@ def test_absent_keys_mean_what_they_mean_to_transformers(model_type):
     assert b.hidden_act == a.extra["hidden_act"] == "silu"
     assert (a.o_bias, a.mlp_bias) == (getattr(b, "attention_bias", False), getattr(b, "mlp_bias", False))
     rope = dict(b.rope_parameters)
-    assert (a.rope.theta, a.rope.kind) == (rope["rope_theta"], rope["rope_type"])
-    got, factor = rope_frequencies(a.rope, a.head_dim, a.max_position_embeddings)
-    want, wanted_factor = their_frequencies(b, a.head_dim)
-    assert relative_error(got, want) < 1e-6 and factor == wanted_factor
+    types = {t: r for t, r in (("full_attention", a.rope), ("sliding_attention", a.window_rope)) if t in rope} or {None: a.rope}
+    assert (a.window_rope is None) == (None in types)
+    for layer_type, mine in types.items():
+        of_type = rope if layer_type is None else rope[layer_type]
+        assert (mine.theta, mine.kind) == (of_type["rope_theta"], of_type["rope_type"])
+        got, factor = rope_frequencies(mine, a.head_dim, a.max_position_embeddings)
+        want, wanted_factor = their_frequencies(b, a.head_dim, layer_type)
+        assert relative_error(got, want) < 1e-6 and factor == wanted_factor
     beta = rope.get("llama_4_scaling_beta")
     assert a.query_scaling == (None if beta is None else (beta, rope["original_max_position_embeddings"]))
     if a.moe is not None:
@@ -288,3 +294,39 @@ def test_longrope_of_phi3_is_transformers(keys):
 def test_rope_parameters_of_phi3_that_cannot_be_honoured_are_refused(keys, words):
     with pytest.raises(ValueError, match=words):
         ours("phi3", **SMALL, **keys)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        dict(rope_scaling=YARN, rope_theta=500_000.0),
+        dict(rope_parameters=dict(full_attention=YARN, sliding_attention=dict(rope_type="linear", factor=3.0, rope_theta=777.0))),
+        dict(rope_parameters=dict(full_attention={**LLAMA3, "rope_theta": 99.0}), rope_scaling=dict(factor=4.0)),
+        dict(rope_parameters=dict(sliding_attention=dict(rope_theta=777.0)), rope_theta=99.0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("model_type", [name for name, family in FAMILIES.items() if family.window_rope_theta])
+def test_rope_parameters_of_layers_with_and_without_a_window_are_transformers(model_type, keys):
+    config, want = ours(model_type, **SMALL, **keys), theirs(model_type, **SMALL, **keys)
+    again = CLASSES[model_type].from_dict(copy.deepcopy(config_to_hf(config)))
+    assert config_from_hf(config_to_hf(config)) == config
+    for layer_type, rope in (("full_attention", config.rope), ("sliding_attention", config.window_rope)):
+        got, factor = rope_frequencies(rope, 16, config.max_position_embeddings)
+        for wanted in (want, again):
+            inverse, wanted_factor = their_frequencies(wanted, 16, layer_type)
+            assert relative_error(got, inverse) < 1e-6 and abs(factor - wanted_factor) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "model_type, keys, words",
+    [
+        ("olmo3", dict(rope_theta=777.0), "rope_theta = 777.0 without rope_parameters means other bases"),
+        ("olmo3", dict(rope_parameters=dict(rope_type="default")), "an object for each of full_attention and sliding_attention"),
+        ("olmo3", dict(partial_rotary_factor=0.5), "partial_rotary_factor = 0.5 is not supported"),
+        ("olmo3", dict(rope_parameters=dict(sliding_attention=dict(rope_type="dynamic"))), "rope_type must be one of"),
+    ],
+)
+def test_rope_parameters_per_layer_type_that_cannot_be_honoured_are_refused(model_type, keys, words):
+    with pytest.raises(ValueError, match=words):
+        ours(model_type, **SMALL, **keys)

@@ -112,6 +112,20 @@ CASES = {
         "Mixtral",
         dict(num_local_experts=3, sliding_window=6, tie_word_embeddings=True, num_key_value_heads=1, intermediate_size=24),
     ),
+    "olmo2 yarn, one key head, biased": (
+        "Olmo2",
+        dict(rope_parameters=YARN, num_key_value_heads=1, attention_bias=True, head_dim=10, **TOKENS),
+    ),
+    "olmo3 windowed, tied, two ropes": (
+        "Olmo3",
+        dict(
+            sliding_window=7,
+            tie_word_embeddings=True,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            rope_parameters=dict(full_attention=YARN, sliding_attention=dict(rope_type="default", rope_theta=777.0)),
+            **TOKENS,
+        ),
+    ),
     "qwen3 moe windowed": (  # its window is every layer's: max_window_layers and layer_types mean nothing here
         "Qwen3Moe",
         dict(head_dim=16, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=8, use_sliding_window=True, sliding_window=7),

@@ -41,8 +41,8 @@ MUTATIONS = [
     ),
     Mutation(
         "hybrid_jax/config.py",
-        "self.rope if self.rotary_layers[layer] else None",
-        "self.rope",
+        "if not self.rotary_layers[layer]:",
+        "if not self.rotary_layers:",
         "every layer has a rotary embedding",
         (f"{PARITY}::test_logits_equal_transformers[smollm3 every second layer without rope, tied]",),
     ),

@@ -179,7 +179,7 @@ def _moments(
         n, hidden, found = carry
 
         def here():
-            x = _features(layer.mixer(ATTENTION), layer.input_layernorm(hidden), half_life, **at)
+            x = _features(layer.mixer(ATTENTION), layer.mixer_input(hidden), half_life, **at)
             out = layer.run(ATTENTION, hidden, **at)[0]
             y = out.mixer.astype(jnp.float32)
             sums = functools.partial(jnp.einsum, precision="highest")
