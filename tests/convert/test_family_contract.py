@@ -104,6 +104,19 @@ def test_a_window_as_long_as_the_text_in_place_of_attention_changes_nothing(sour
     assert relative_error(run(hybrid, IDS), logits_of(theirs, IDS)) < 1e-5
 
 
+@pytest.mark.parametrize("case", MESHED)
+def test_mixing_matrices_times_values_are_what_attention_gives_its_output_projection(case, tmp_path):
+    make(case).save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    segments = jnp.tile(jnp.repeat(jnp.array([1, 2]), jnp.array([12, 19])), (2, 1))
+    hidden, at = model.inputs(IDS, segments)
+    for layer in model.layers:
+        attention, x = layer.self_attn, layer.mixer_input(hidden)
+        mixing = attention.mixing(x, **at)
+        mixed = jnp.einsum("bhts,bshd->bthd", mixing.matrix(), mixing.values).reshape(2, 31, -1)
+        assert relative_error(attention.o_proj(mixed), attention(x, **at)[0]) < 1e-5
+
+
 MESHES = """
 import sys
 import jax
