@@ -46,7 +46,8 @@ def read_rope(
     theta = values.pop("rope_theta", hf.get("rope_theta", base))
     old = values.pop("type", "default")
     kind: Any = values.pop("rope_type", old)
-    kind = (names or {}).get(kind, kind)
+    if isinstance(kind, str):
+        kind = (names or {}).get(kind, kind)
     fraction = values.pop("partial_rotary_factor", hf.get("partial_rotary_factor"))
     if check_key("partial_rotary_factor", fraction) not in (None, 1) and not partial:
         raise ValueError(f"partial_rotary_factor = {fraction!r} is not supported; only 1 is")
