@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
-from hybrid_jax.checks import check_boolean, check_number
+from hybrid_jax.checks import check_boolean, check_choice, check_number
 from hybrid_jax.mixers import (
     ATTENTION,
     KINDS,
@@ -34,6 +34,12 @@ __all__ = [
     "parse_pattern",
 ]  # fmt: skip
 
+# Where norms are -> their names in a layer, as in checkpoints: in front of and behind attention, in front of and behind the MLP.
+NORMS: dict[str, tuple[str | None, str | None, str | None, str | None]] = {
+    "before": ("input_layernorm", None, "post_attention_layernorm", None),
+    "behind": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+}
+
 AnyOptions = TypeVar("AnyOptions", bound=MixerOptions)
 
 
@@ -43,7 +49,7 @@ class RopeConfig:
 
     Args:
       theta: base of the frequencies.
-      kind: `default`, `linear`, `llama3` or `yarn`.
+      kind: `default`, `linear`, `llama3`, `yarn` or `longrope`.
       options: the other keys of `rope_parameters`, sorted pairs.
     """
 
@@ -62,6 +68,30 @@ class RopeConfig:
     def number(self, name: str) -> float:
         """Returns the value of an option that this kind must have; `check_rope` has seen it."""
         return dict(self.options)[name]
+
+    def channels(self, head_dim: int) -> int:
+        """Returns how many channels of a head are rotated, its first ones: all, or the share `partial_rotary_factor`."""
+        return int(head_dim * self.option("partial_rotary_factor", 1.0))
+
+    def check(self, head_dim: int) -> None:
+        """Checks that the embedding fits heads of `head_dim`.
+
+        Raises:
+          ValueError: it rotates an odd number of channels, or none, or a list of LongRoPE's factors is not half as long.
+        """
+        channels = self.channels(head_dim)
+        if channels % 2 or not channels:
+            raise ValueError(
+                f"partial_rotary_factor {self.option('partial_rotary_factor')!r} rotates {channels} of {head_dim} channels; choose "
+                "one that rotates an even number of them"
+            )
+        for name in ("short_factor", "long_factor"):
+            factors = self.option(name)
+            if self.kind == "longrope" and len(factors) != channels // 2:
+                raise ValueError(
+                    f"rope_parameters.{name} must have {channels // 2} entries, one for each pair of rotated channels, got "
+                    f"{len(factors)}"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +161,8 @@ class ModelConfig:
     """Everything that defines a decoder, whatever family it comes from.
 
     Args:
-      family: key of `hybrid_jax.families.FAMILIES`; it decides how config.json is read and written, and nothing else.
+      family: key of `hybrid_jax.families.FAMILIES`; it decides how config.json and the tensors of a checkpoint are read
+        and written, and nothing else.
       vocab_size: rows of the embedding table.
       hidden_size: width of the residual stream.
       intermediate_size: width of the gated MLP; an expert's is in `moe`.
@@ -140,11 +171,16 @@ class ModelConfig:
       layers: one `MixerSpec` per layer (see `with_pattern`).
       rms_norm_eps: epsilon of the norms of layers, of queries and keys, and of the final norm.
       rope: the rotary embedding of attention.
+      window_rope: that of layers with a window of their own in `attention_windows`; None: the same (OLMo 3, Gemma 3 have two).
       max_position_embeddings: the longest document that attention is meant for, in tokens.
       tie_embeddings: the output head is the embedding table.
       qk_norm: RMSNorm over each head of queries and keys (Qwen3).
+      qk_norm_all_heads: with `qk_norm`, the norm is over the channels of all heads together (OLMo 2).
+      norms: where a layer has its norms: `before` attention and MLP, or `behind` them, in front of the residual sum (OLMo 2).
       qkv_bias, o_bias, mlp_bias: biases of the projections to q, k, v (Qwen2), of attention's output projection, of the MLP.
       attention_windows: per layer, the source's own sliding window, in keys that a query sees, or None for full attention.
+      rotary_layers: per layer, whether attention rotates queries and keys by their positions; empty: in every layer (SmolLM3 has
+        some without).
       query_scaling: Ministral-3's (beta, original_max_position_embeddings): queries are multiplied by
         1 + beta * log(1 + floor(position / original_max_position_embeddings)).
       logits_scaling: the logits are divided by this number, above 0.
@@ -168,13 +204,17 @@ class ModelConfig:
     layers: tuple[MixerSpec, ...]
     rms_norm_eps: float = 1e-6
     rope: RopeConfig = RopeConfig()
+    window_rope: RopeConfig | None = None
     max_position_embeddings: int = 32768
     tie_embeddings: bool = False
     qk_norm: bool = False
+    qk_norm_all_heads: bool = False
+    norms: str = "before"
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     attention_windows: tuple[int | None, ...] = ()
+    rotary_layers: tuple[bool, ...] = ()
     query_scaling: tuple[float, int] | None = None
     logits_scaling: float = 1.0
     logits_soft_cap: float | None = None
@@ -197,17 +237,27 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+        check_choice("norms", self.norms, NORMS)
+        for rope in (self.rope, self.window_rope):
+            if rope is not None:
+                rope.check(self.head_dim)
         check_number("logits_scaling", self.logits_scaling, above=0)
         if self.logits_soft_cap is not None:
             check_number("logits_soft_cap", self.logits_soft_cap, above=0)
         windows = self.attention_windows or (None,) * len(self.layers)
         object.__setattr__(self, "attention_windows", tuple(check_key("attention_windows", windows)))
-        if len(self.attention_windows) != len(self.layers):
-            raise ValueError(
-                f"attention_windows has {len(self.attention_windows)} entries, the model has {len(self.layers)} layers"
-            )
+        rotary = self.rotary_layers or (True,) * len(self.layers)
+        object.__setattr__(self, "rotary_layers", tuple(check_boolean("rotary_layers", x) for x in rotary))
+        for name in ("attention_windows", "rotary_layers"):
+            if len(getattr(self, name)) != len(self.layers):
+                raise ValueError(f"{name} has {len(getattr(self, name))} entries, the model has {len(self.layers)} layers")
         object.__setattr__(self, "mixers", _canonical(self.mixers))
         for i, layer in enumerate(self.layers):
+            if layer.attention_heads and self.qk_norm_all_heads:
+                raise ValueError(
+                    f"layer {i}: {layer.symbol!r} keeps some heads, and {self.family} norms queries and keys over all heads "
+                    "together, which some of them cannot compute; convert all heads of the layer, or none"
+                )
             if wrong := [h for h in layer.attention_heads if h >= self.num_heads]:
                 raise ValueError(
                     f"layer {i}: {layer.symbol!r} keeps head {wrong[0]}; the model has heads 0 to {self.num_heads - 1}"
@@ -232,6 +282,35 @@ class ModelConfig:
         """Returns the classes of the options that some layer reads."""
         used = {cls for kind in self.used_kinds() if (cls := KINDS[kind].options) is not None}
         return used | {HeadHybridConfig} if any(layer.attention_heads for layer in self.layers) else used
+
+    def rope_of(self, layer: int) -> RopeConfig | None:
+        """Returns the rotary embedding of the attention in layer number `layer`; None: it has none."""
+        if not self.rotary_layers[layer]:
+            return None
+        return self.rope if self.window_rope is None or self.attention_windows[layer] is None else self.window_rope
+
+    def check_cache(self, length: int) -> None:
+        """Checks that documents of `length` tokens can be decoded with caches.
+
+        Raises:
+          ValueError: some attention has LongRoPE, and the documents may grow beyond its original context: the keys of all tokens
+            would have to be rotated again.
+        """
+        for i, layer in enumerate(self.layers):
+            rope = self.rope_of(i)
+            if layer.attends and rope is not None and rope.kind == "longrope":
+                context = rope.option("original_max_position_embeddings")
+                if length > context:
+                    raise ValueError(
+                        f"longrope: a document that grows beyond original_max_position_embeddings, {context} tokens, gets other "
+                        f"frequencies, which cached keys cannot follow; decoding with room for {length} tokens is not supported, "
+                        f"give at most {context}"
+                    )
+
+    @property
+    def programs(self) -> list[tuple[MixerSpec, int | None, RopeConfig | None]]:
+        """Per layer, what its computation depends on beside its parameters: layers that are equal here may share one program."""
+        return [(*both, self.rope_of(i)) for i, both in enumerate(zip(self.layers, self.attention_windows, strict=True))]
 
     @property
     def num_layers(self) -> int:

@@ -31,7 +31,7 @@ def state_bytes_by_kind(config: ModelConfig, length: int, *, rows: int = 1, dtyp
       dtype: of keys, values and convolution tails; recurrent states have the dtype that their layer gives them.
     """
     model = abstract_decoder(config, compute_dtype=jnp.dtype(dtype))
-    states = jax.eval_shape(lambda: model.init_state(rows, length))
+    states = jax.eval_shape(lambda: model.empty_state(rows, length))
     found: dict[str, int] = {}
     for spec, state in zip(config.layers, states, strict=True):
         parts = {KINDS[spec.kind].symbol: state}

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybrid_jax.config import ModelConfig
+from hybrid_jax.config import NORMS, ModelConfig
 from hybrid_jax.layers import MLP, Embedding, Linear, MoE, RMSNorm, make_mixer
 from hybrid_jax.layers.parameter import marks_of
 from hybrid_jax.mixers import KINDS
@@ -46,30 +46,41 @@ class TwoStreams(NamedTuple):
 
 
 class Layer(nnx.Module):
-    """h + mixer(norm h), then h + mlp(norm h). A fused layer holds teacher and student mixers."""
+    """h + mixer(norm h), then h + mlp(norm h), with norms where `config.norms` says. A fused layer holds teacher and student."""
 
     def __init__(self, config: ModelConfig, index: int, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
-        self.spec = config.layers[index]
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.spec, self.norms = config.layers[index], NORMS[config.norms]
+        for name in self.norms:
+            if name is not None:
+                setattr(self, name, RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype))
         for kind in self.spec.kinds:
             setattr(self, KINDS[kind].parameter_key, make_mixer(kind, config, index, rngs=rngs, dtype=dtype))
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.mlp = (MLP if config.moe is None else MoE)(config, rngs=rngs, dtype=dtype)
 
     def mixer(self, kind: str) -> Any:
         return getattr(self, KINDS[kind].parameter_key)
 
+    def _normed(self, place: int, x: jax.Array) -> jax.Array:
+        """Returns x behind the norm in one of the four places, or x where there is none."""
+        name = self.norms[place]
+        return x if name is None else getattr(self, name)(x)
+
+    def mixer_input(self, hidden: jax.Array) -> jax.Array:
+        """Returns what the mixers of the layer read of its input [B, T, hidden]."""
+        return self._normed(0, hidden)
+
     def run(
         self, kind: str, hidden: jax.Array, *, positions: jax.Array, segment_ids: jax.Array, state: Any = None
     ) -> tuple[LayerOutputs, Any]:
         """The layer with its mixer of `kind`."""
-        mixed, state = self.mixer(kind)(self.input_layernorm(hidden), positions=positions, segment_ids=segment_ids, state=state)
+        mixed, state = self.mixer(kind)(self.mixer_input(hidden), positions=positions, segment_ids=segment_ids, state=state)
         return self.behind_mixer(hidden, mixed), state
 
     def behind_mixer(self, hidden: jax.Array, mixed: jax.Array) -> LayerOutputs:
-        """The rest of the layer, of its input and its mixer's output."""
+        """The rest of the layer, of its input and its mixer's output; `LayerOutputs` has what is added to the residual stream."""
+        mixed = self._normed(1, mixed)
         hidden = constrain(hidden + mixed, *TOKENS)
-        out = self.mlp(self.post_attention_layernorm(hidden))
+        out = self._normed(3, self.mlp(self._normed(2, hidden)))
         return LayerOutputs(mixed, out, constrain(hidden + out, *TOKENS))
 
 
@@ -128,7 +139,7 @@ class Decoder(nnx.Module):
             repeats = self.repeats
             bodies = zip(*(model.layers for model in models), strict=True)
         else:
-            keys = list(zip(*(x for m in models for x in (m.config.layers, m.config.attention_windows)), strict=True))
+            keys = list(zip(*(m.config.programs for m in models), strict=True))
             repeats = find_repeats(keys) if self.scan else [Repeat(i, 1, 1) for i in range(len(keys))]
 
         def unit(graphs, states, carry):
@@ -259,7 +270,16 @@ class Decoder(nnx.Module):
         return self.head(self.hidden_states(input_ids, segment_ids, positions)[0])
 
     def init_state(self, batch: int, max_length: int) -> Any:
-        """Empty caches and recurrent states for generating up to `max_length` tokens per row."""
+        """Empty caches and recurrent states for generating up to `max_length` tokens per row.
+
+        Raises:
+          ValueError: an attention cannot be decoded to this length (`ModelConfig.check_cache`).
+        """
+        self.config.check_cache(max_length)
+        return self.empty_state(batch, max_length)
+
+    def empty_state(self, batch: int, max_length: int) -> Any:
+        """Returns what `init_state` returns, also where decoding is not supported: its sizes are what planning asks for."""
         return tuple(layer.mixer(layer.spec.kind).init_state(batch, max_length, self.compute_dtype) for layer in self.layers)
 
     def state_axes(self) -> Any:

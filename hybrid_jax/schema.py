@@ -82,6 +82,8 @@ KEYS: dict[str, Check] = {
     "max_window_layers": integer(0),
     "layer_types": optional(list_of(text)),
     "attention_windows": list_of(optional(integer())),
+    "no_rope_layers": optional(list_of(integer(0, 1))),
+    "no_rope_layer_interval": integer(),
     "hybrid_override_pattern": optional(pattern),
     "num_experts": integer(1, 2**16),
     "num_local_experts": integer(1, 2**16),
@@ -110,7 +112,7 @@ MODEL_FIELDS = {
 }
 
 # The keys of rope_parameters.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 ROPE_KEYS: dict[str, Check] = {
     "factor": number(above=0),
     "low_freq_factor": number(above=0),
@@ -122,6 +124,9 @@ ROPE_KEYS: dict[str, Check] = {
     "mscale": optional(number(minimum=0)),
     "mscale_all_dim": optional(number(minimum=0)),
     "truncate": check_boolean,
+    "partial_rotary_factor": number(above=0, maximum=1),
+    "short_factor": list_of(number(above=0)),
+    "long_factor": list_of(number(above=0)),
     "llama_4_scaling_beta": optional(number(minimum=0)),
 }
 ROPE_REQUIRED = {
@@ -129,6 +134,7 @@ ROPE_REQUIRED = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
 }
 
 
@@ -150,7 +156,7 @@ def check_rope(kind: str, options: Mapping[str, Any]) -> None:
         where = f"rope_parameters.{name}"
         if isinstance(value, Mapping):
             raise ValueError(f"{where} is an object: rope parameters per layer type are not supported, give one set for all layers")
-        if kind == "yarn" and name == "factor" and value is None:
+        if kind in ("yarn", "longrope") and name == "factor" and value is None:
             continue  # then it is max_position_embeddings / original_max_position_embeddings
         if name in ROPE_KEYS:
             ROPE_KEYS[name](where, value)

@@ -27,7 +27,7 @@ def _of_layer(names: Collection[str], i: int) -> list[str]:
 def training_repeats(config: ModelConfig, trainable: Collection[str]) -> tuple[Repeat, ...]:
     """Runs of layers of one kind of which the same parameters train."""
     own = [frozenset(_of_layer(trainable, i)) for i in range(config.num_layers)]
-    return tuple(find_repeats(list(zip(config.layers, config.attention_windows, own, strict=True))))
+    return tuple(find_repeats(list(zip(config.programs, own, strict=True))))
 
 
 def _bodies(repeats: Collection[Repeat]) -> Iterator[tuple[int, range]]:

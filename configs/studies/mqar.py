@@ -22,7 +22,7 @@ TASKS = {
     "many": {"task": "mqar", "min_pairs": 2, "max_pairs": 32, "symbols": SYMBOLS},
 }
 PHASES = {  # tokens of a row, steps of 1,024 tokens, schedule of the learning rate
-    "repeat": (64, 1200, {"schedule": "constant"}),
+    "repeat": (64, 2000, {"schedule": "constant"}),
     "few": (32, 1000, {"schedule": "constant"}),
     "many": (128, 1000, {"schedule": "cosine", "final_fraction": 0.1}),
 }

@@ -52,8 +52,9 @@ def read_model_config(path: str | pathlib.Path) -> ModelConfig:
 
 
 def _hf_shape(tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape a checkpoint's tensor must have to make a parameter (or an expert's slice) of `shape`."""
-    return tensor.to_hf(np.broadcast_to(np.int8(0), shape)).shape
+    """The shape a checkpoint's tensor must have to make a parameter (or an expert's slice) of `shape`, alone or as rows of it."""
+    alone = tensor.to_hf(np.broadcast_to(np.int8(0), shape)).shape
+    return alone if tensor.rows is None else (tensor.rows.total, *alone[1:])
 
 
 def _tied_as_stored(files: TensorFiles, config: ModelConfig) -> ModelConfig:
@@ -141,7 +142,7 @@ def _read_parameters(
     """Yields (name, array) for every parameter; `table` is `checked_table`'s."""
     axes = logical_axes(abstract_decoder(config))
     for name, tensors in table.items():
-        parts = [t.from_hf(files.read(stored)) for t, stored in tensors]
+        parts = [t.from_hf(files.read(stored, t.rows)) for t, stored in tensors]
         value = parts[0] if tensors[0][0].expert is None else np.stack(parts)
         single = jnp.float32 if value.dtype == np.float64 else value.dtype
         yield name, load_sharded(mesh, name, _cast(files.path, tensors[0][1], value, dtype or single), axes[name])

@@ -7,7 +7,8 @@
     X.kernel [in,out]                      X.weight [out,in]                    transposed
     norms, biases, A_log, D, dt_bias       the same                             same
 
-Everything but `lm_head` has the prefix `model.` there. The layout is a mark of the parameter (`layers.parameter`).
+Everything but `lm_head` has the prefix `model.` there. The layout is a mark of the parameter (`layers.parameter`). A family may
+keep several of our linear maps in one tensor (`Family.fused`), of which each is some rows, or have other names (`Family.names`).
 """
 
 from __future__ import annotations
@@ -19,18 +20,29 @@ from typing import NamedTuple
 import numpy as np
 
 from hybrid_jax.config import ModelConfig
+from hybrid_jax.families import FAMILIES
 from hybrid_jax.layers.parameter import Layout
 
 Convert = Callable[[np.ndarray], np.ndarray]
 
 
+class Rows(NamedTuple):
+    """Rows start ... stop - 1 of a tensor that has `total`."""
+
+    start: int
+    stop: int
+    total: int
+
+
 class Tensor(NamedTuple):
-    """One tensor of a checkpoint, and how to convert one of our parameters (or an expert's slice of it) to it and back."""
+    """One tensor of a checkpoint (or `rows` of it), and how to convert one of our parameters (or an expert's slice of it) to it
+    and back."""
 
     name: str
     to_hf: Convert
     from_hf: Convert
     expert: int | None = None
+    rows: Rows | None = None
 
 
 def _same(x):
@@ -46,6 +58,17 @@ LAYOUTS: dict[Layout, tuple[Convert, Convert]] = {
 }
 
 
+def _in_fused(name: str, config: ModelConfig) -> tuple[str, Rows | None]:
+    """Returns our parameter's name with the module that the family keeps it in, and its rows there; None: it is alone."""
+    match = re.fullmatch(r"(layers\.\d+\.)(.+)\.(kernel|bias)", name)
+    for theirs, parts in FAMILIES[config.family].fused(config).items():
+        if match is not None and match[2] in parts:
+            ours, sizes = list(parts), list(parts.values())
+            start = sum(sizes[: ours.index(match[2])])
+            return f"{match[1]}{theirs}.{match[3]}", Rows(start, start + parts[match[2]], sum(sizes))
+    return name, None
+
+
 def hf_tensors(name: str, layout: Layout, config: ModelConfig) -> list[Tensor]:
     """Returns the checkpoint tensors that make our parameter `name`, in order.
 
@@ -54,9 +77,16 @@ def hf_tensors(name: str, layout: Layout, config: ModelConfig) -> list[Tensor]:
       layout: the mark of the parameter (`layers.parameter.Marks`).
       config: of the model.
     """
-    prefix = "" if name.startswith("lm_head") else "model."
+
+    def theirs(name: str) -> str:
+        name = name if name.startswith("lm_head") else f"model.{name}"
+        for ours, other in FAMILIES[config.family].names.items():
+            name = name.replace(ours, other)
+        return name
+
     if layout == "experts":
         module, _, leaf = name.rpartition(".")
         count = config.moe.num_experts if config.moe else 0
-        return [Tensor(f"{prefix}{module}.{e}.{leaf}.weight", *LAYOUTS[layout], e) for e in range(count)]
-    return [Tensor(prefix + re.sub(r"\.(kernel|embedding)$", ".weight", name), *LAYOUTS[layout])]
+        return [Tensor(theirs(f"{module}.{e}.{leaf}.weight"), *LAYOUTS[layout], e) for e in range(count)]
+    name, rows = _in_fused(name, config)
+    return [Tensor(theirs(re.sub(r"\.(kernel|embedding)$", ".weight", name)), *LAYOUTS[layout], rows=rows)]

@@ -29,10 +29,18 @@ def hf_items(model: Decoder) -> Iterator[tuple[str, np.ndarray]]:
     """Yields every tensor of a checkpoint with its name, complete on every process."""
     _, parameters = split_model(model)
     stated = marks(model)
+    fused: dict[str, dict[int, np.ndarray]] = {}  # tensors of which some rows are known, by their first row
     for name, value in parameters.items():
         value = whole_array(value)
         for t in hf_tensors(name, stated[name].layout, model.config):
-            yield t.name, np.ascontiguousarray(t.to_hf(value if t.expert is None else value[t.expert]))
+            converted = np.ascontiguousarray(t.to_hf(value if t.expert is None else value[t.expert]))
+            if t.rows is None:
+                yield t.name, converted
+                continue
+            parts = fused.setdefault(t.name, {})
+            parts[t.rows.start] = converted
+            if sum(map(len, parts.values())) == t.rows.total:
+                yield t.name, np.concatenate([part for _, part in sorted(fused.pop(t.name).items())])
 
 
 def _write_weights(model: Decoder, directory: pathlib.Path, max_shard_bytes: int):

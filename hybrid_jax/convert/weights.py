@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from hybrid_jax.convert.names import Rows
 from hybrid_jax.files import read_json
 from hybrid_jax.parallel.distributed import notice
 
@@ -167,9 +168,9 @@ class TensorFiles(contextlib.ExitStack):
             if has != tuple(shape):
                 raise ValueError(f"{self.path}: tensor {name} must have shape {tuple(shape)} by config.json, it has {has}")
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor."""
-        return self.files[name].get_tensor(name)
+    def read(self, name: str, rows: Rows | None = None) -> np.ndarray:
+        """One tensor, or rows of it."""
+        return self.files[name].get_tensor(name) if rows is None else self.files[name].get_slice(name)[rows.start : rows.stop]
 
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors have the same shape and values; reads a few rows of them at a time."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from hybrid_jax.config import ModelConfig, MoEConfig, parse_pattern
 from hybrid_jax.families.mixers import check_repeated, read_mixers, write_mixers
-from hybrid_jax.families.rope import read_query_scaling, read_rope, write_rope
+from hybrid_jax.families.rope import DEFAULT_THETA, read_query_scaling, read_rope, read_ropes, write_rope
 from hybrid_jax.mixers import options_by_key
 from hybrid_jax.schema import Check, check_finite, check_key
 
@@ -26,7 +26,7 @@ _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layer
 # Keys that ModelConfig carries, so that `extra` need not.
 _HANDLED = {
     *_REQUIRED, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters",
-    "original_max_position_embeddings", "partial_rotary_factor", "max_position_embeddings", "tie_word_embeddings",
+    "max_position_embeddings", "tie_word_embeddings",
     "initializer_range", "hybrid_override_pattern", "layer_types", "attention_windows", "architectures", "model_type",
     "torch_dtype", "dtype", "transformers_version",
 }  # fmt: skip
@@ -48,7 +48,15 @@ class Family:
       windowed: (config.json, layer) -> whether a layer has the window where `layer_types` does not say.
       defaults: transformers' defaults of this family for keys that a config.json may leave out.
       rope: its rope parameters where config.json has none.
+      rope_theta: the base of its rotary embedding where config.json has none.
+      window_rope_theta: the same of layers with a window, if the family has rope parameters per layer type; None: it has not.
+      window_rope_key: the key of config.json that older files have that base in.
       keys: checks of keys that are stricter than the schema's.
+      partial_rotary: it honours `partial_rotary_factor`, the part of a head's channels that is rotated.
+      rope_types: other names of rope types in its config.json -> ours.
+      fused: ModelConfig -> linear maps of a layer that its checkpoints keep in one, `{theirs: {ours: outputs}}`, in order, by
+        their paths in the layer.
+      names: parts of our tensors' names -> what its checkpoints have there.
     """
 
     model_type: str
@@ -60,7 +68,14 @@ class Family:
     windowed: Callable[[Mapping[str, Any], int], bool] = lambda hf, layer: True
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     rope: Callable[[Mapping[str, Any]], dict[str, Any] | None] = lambda hf: None
+    rope_theta: float = DEFAULT_THETA
+    window_rope_theta: float | None = None
+    window_rope_key: str = ""
     keys: Mapping[str, Check] = dataclasses.field(default_factory=dict)
+    partial_rotary: bool = False
+    rope_types: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    fused: Callable[[ModelConfig], dict[str, dict[str, int]]] = lambda config: {}
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def _source_types(hf: Mapping[str, Any]) -> list[str] | None:
@@ -129,7 +144,11 @@ def read_config(family: Family, hf: Mapping[str, Any]) -> ModelConfig:
         if key in family.keys:
             family.keys[key](key, value)
     num_layers, heads = hf["num_hidden_layers"], hf["num_attention_heads"]
-    rope = read_rope(hf, family.rope(hf))
+    if family.window_rope_theta is None:
+        rope = read_rope(hf, family.rope(hf), family.rope_theta, partial=family.partial_rotary, names=family.rope_types)
+        window_rope = None
+    else:
+        rope, window_rope = read_ropes(hf, family.rope_theta, family.window_rope_theta, family.window_rope_key)
     own = family.read(hf)
     mixers, kept = read_mixers(hf, own.get("qk_norm", False))
     config = ModelConfig(
@@ -143,6 +162,7 @@ def read_config(family: Family, hf: Mapping[str, Any]) -> ModelConfig:
         layers=_read_layers(hf, num_layers),
         rms_norm_eps=hf["rms_norm_eps"],
         rope=rope,
+        window_rope=window_rope,
         query_scaling=read_query_scaling(rope) if family.rope(hf) else None,
         max_position_embeddings=hf["max_position_embeddings"],
         tie_embeddings=hf["tie_word_embeddings"],
@@ -176,7 +196,7 @@ def write_config(family: Family, config: ModelConfig, dtype: str) -> dict[str, A
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.initializer_range,
         "dtype": dtype,
-        **write_rope(config),
+        **write_rope(config, partial=family.partial_rotary),
         **family.write(config),
     }
     if not config.is_hybrid:
@@ -211,8 +231,11 @@ def write_config(family: Family, config: ModelConfig, dtype: str) -> dict[str, A
 _MOE_DEFAULTS = {"num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": False}
 
 
-def read_moe(hf: Mapping[str, Any]) -> MoEConfig:
+def read_moe(hf: Mapping[str, Any], num_experts: int = 128) -> MoEConfig:
     """The mixture-of-experts keys, under either of transformers' names.
+
+    Args:
+      num_experts: of the family, where config.json has neither name.
 
     Raises:
       ValueError: some layers are dense, or the two names of the number of experts contradict each other.
@@ -224,22 +247,31 @@ def read_moe(hf: Mapping[str, Any]) -> MoEConfig:
         raise ValueError(f"num_experts and num_local_experts contradict each other: {sorted(counts)}")
     values = {**_MOE_DEFAULTS, **hf}
     return MoEConfig(
-        num_experts=next(iter(counts), 128),
+        num_experts=next(iter(counts), num_experts),
         experts_per_token=values["num_experts_per_tok"],
         intermediate_size=values["moe_intermediate_size"],
         norm_topk_prob=values["norm_topk_prob"],
     )
 
 
+def _experts(config: ModelConfig) -> MoEConfig:
+    if config.moe is None:
+        raise ValueError(f"a {config.family} model needs ModelConfig.moe, the options of its experts")
+    return config.moe
+
+
+def expert_counts(config: ModelConfig, name: str) -> dict[str, int]:
+    """The number of experts, under the name that came in, or both, or else `name`; and how many process a token."""
+    names = [key for key in ("num_experts", "num_local_experts") if key in config.extra] or [name]
+    moe = _experts(config)
+    return {**dict.fromkeys(names, moe.num_experts), "num_experts_per_tok": moe.experts_per_token}
+
+
 def write_moe(config: ModelConfig) -> dict[str, Any]:
     """The keys that `read_moe` reads; the number of experts under both names, if both came in."""
-    moe = config.moe
-    if moe is None:
-        raise ValueError(f"a {config.family} model needs ModelConfig.moe, the options of its experts")
-    names = [name for name in ("num_experts", "num_local_experts") if name in config.extra] or ["num_experts"]
+    moe = _experts(config)
     return {
-        **dict.fromkeys(names, moe.num_experts),
-        "num_experts_per_tok": moe.experts_per_token,
+        **expert_counts(config, "num_experts"),
         "moe_intermediate_size": moe.intermediate_size,
         "norm_topk_prob": moe.norm_topk_prob,
         "decoder_sparse_step": 1,

@@ -80,6 +80,22 @@ _EXPERTS = {
     "mlp_only_layers": [],
 }
 
+
+def _phi3(hidden, inner, layers, heads, kv_heads, vocab, context, **more) -> dict[str, Any]:
+    return {
+        "model_type": "phi3",
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": context,
+        "original_max_position_embeddings": context,
+        **more,
+    }
+
+
 PUBLIC: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-0.6B": _qwen3(1024, 3072, 28, 16, tied=True),
     "Qwen/Qwen3-1.7B": _qwen3(2048, 6144, 28, 16, tied=True),
@@ -97,5 +113,30 @@ PUBLIC: dict[str, dict[str, Any]] = {
     "mistralai/Mistral-7B-v0.1": _mistral(4096, 14336, 32, 32000, 10_000.0, 32768, sliding_window=4096),
     "mistralai/Mistral-7B-v0.3": _mistral(4096, 14336, 32, 32768, 1_000_000.0, 32768),
     "mistralai/Mistral-Nemo-Base-2407": _mistral(5120, 14336, 40, 131072, 1_000_000.0, 131072),
+    "mistralai/Mixtral-8x7B-v0.1": _mistral(4096, 14336, 32, 32000, 1_000_000.0, 32768, model_type="mixtral", num_local_experts=8),
+    "HuggingFaceTB/SmolLM3-3B": {
+        "model_type": "smollm3",
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "rope_theta": 5_000_000.0,
+        "max_position_embeddings": 65536,
+    },
+    "allenai/OLMo-2-1124-7B": {
+        "model_type": "olmo2",
+        "vocab_size": 100352,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 500_000.0,
+        "max_position_embeddings": 4096,
+    },
+    "microsoft/Phi-3-mini-4k-instruct": _phi3(3072, 8192, 32, 32, 32, 32064, 4096, rope_theta=10_000.0, sliding_window=2047),
+    "microsoft/phi-4": _phi3(5120, 17920, 40, 40, 10, 100352, 16384, rope_theta=250_000.0),
     "mistralai/Mistral-Small-24B-Base-2501": _mistral(5120, 32768, 40, 131072, 100_000_000.0, 32768),
 }

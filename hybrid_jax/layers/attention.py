@@ -17,10 +17,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from hybrid_jax.config import ModelConfig, SWAConfig
-from hybrid_jax.layers.linear import Linear, RMSNorm
+from hybrid_jax.layers.linear import Linear, RMSNorm, norm_heads
 from hybrid_jax.layers.mixer import Arrays
 from hybrid_jax.layers.mixing import Mixing, of_softmax
-from hybrid_jax.layers.rope import rope_frequencies, rotate
+from hybrid_jax.layers.rope import document_frequencies, rotate
 from hybrid_jax.parallel.attention import attend
 
 
@@ -85,6 +85,15 @@ def kv_heads_of(heads: Sequence[int], config: ModelConfig) -> list[int]:
     return sorted({h * config.num_kv_heads // config.num_heads for h in heads})
 
 
+def query_key_norms(config: ModelConfig, dtype: DTypeLike) -> tuple[RMSNorm | None, RMSNorm | None]:
+    """Returns the norms of queries and of keys, as wide as a head or as all heads together; None: the source has none."""
+    if not config.qk_norm:
+        return None, None
+    heads = (config.num_heads, config.num_kv_heads) if config.qk_norm_all_heads else (1, 1)
+    q_norm, k_norm = (RMSNorm(n * config.head_dim, eps=config.rms_norm_eps, dtype=dtype) for n in heads)
+    return q_norm, k_norm
+
+
 class Attention(nnx.Module):
     """Multi-head attention with the source family's options; `window` is how many keys a query sees, itself included.
 
@@ -117,9 +126,8 @@ class Attention(nnx.Module):
         self.k_proj = linear(hid, Hkv * D, bias=config.qkv_bias, axes=("embed", self.kv_axis))
         self.v_proj = linear(hid, Hkv * D, bias=config.qkv_bias, axes=("embed", self.kv_axis))
         self.o_proj = linear(H * D, hid, bias=config.o_bias, axes=(self.head_axis, "embed"))
-        self.q_norm = RMSNorm(D, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
-        self.k_norm = RMSNorm(D, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
-        self.config, self.window = config, self.window_of(config, layer)
+        self.q_norm, self.k_norm = query_key_norms(config, dtype)
+        self.config, self.window, self.rope = config, self.window_of(config, layer), config.rope_of(layer)
 
     @staticmethod
     def window_of(config: ModelConfig, layer: int) -> int | None:
@@ -131,8 +139,13 @@ class Attention(nnx.Module):
         """Returns all parameters: they are copied."""
         return {name: source[name] for name in fresh}
 
-    def project(self, x: jax.Array, positions: jax.Array, suffix: str = "") -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns q [B, T, H, D] and k, v [B, T, Hkv, D], normed and rotated, of the projections whose names end with `suffix`."""
+    def project(
+        self, x: jax.Array, positions: jax.Array, suffix: str = "", *, segment_ids: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns q [B, T, H, D] and k, v [B, T, Hkv, D], normed and rotated, of the projections whose names end with `suffix`.
+
+        LongRoPE needs the segment ids [B, T] of rows longer than its original context.
+        """
         q_proj, k_proj, v_proj, q_norm, k_norm = (
             getattr(self, name + suffix) for name in ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")
         )
@@ -141,10 +154,10 @@ class Attention(nnx.Module):
         q = q_proj(x).reshape(B, T, self.num_heads, c.head_dim)
         k = k_proj(x).reshape(B, T, self.num_kv_heads, c.head_dim)
         v = v_proj(x).reshape(B, T, self.num_kv_heads, c.head_dim)
-        if q_norm is not None:
-            q, k = q_norm(q), k_norm(k)
-        inv_freq, factor = rope_frequencies(c.rope, c.head_dim, c.max_position_embeddings)
-        q, k = rotate(q, positions, inv_freq, factor), rotate(k, positions, inv_freq, factor)
+        q, k = norm_heads(q_norm, q), norm_heads(k_norm, k)
+        if self.rope is not None:
+            inv_freq, factor = document_frequencies(self.rope, c.head_dim, c.max_position_embeddings, positions, segment_ids)
+            q, k = rotate(q, positions, inv_freq, factor), rotate(k, positions, inv_freq, factor)
         if c.query_scaling is not None:
             beta, context = c.query_scaling
             scale = 1 + beta * jnp.log1p(jnp.floor(positions / context))
@@ -156,7 +169,7 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """Returns (y [B, T, hidden], the state after x) of x [B, T, hidden]. With a state, its tokens come before x."""
         B, T, _ = x.shape
-        q, k, v = self.project(x, positions)
+        q, k, v = self.project(x, positions, segment_ids=segment_ids)
         if state is None:
             k, v = self._for_heads(k), self._for_heads(v)
             o = attend(q, k, v, segment_ids, self.window, head_axis=self.head_axis)
@@ -177,7 +190,7 @@ class Attention(nnx.Module):
 
     def mixing(self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array) -> Mixing:
         """Returns the softmax of every query head on x [B, T, hidden]."""
-        q, k, v = self.project(x, positions)
+        q, k, v = self.project(x, positions, segment_ids=segment_ids)
         mask = functools.partial(attention_mask, k_positions=positions, k_segments=segment_ids, window=self.window)
         return of_softmax(q, self._for_heads(k), self._for_heads(v), positions, segment_ids, mask)
 

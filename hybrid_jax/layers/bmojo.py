@@ -14,8 +14,16 @@ from jax.typing import DTypeLike
 
 from hybrid_jax import layers
 from hybrid_jax.config import BMojoConfig, ModelConfig
-from hybrid_jax.layers.attention import Attention, KVCache, attention_mask, cache_axes, empty_cache, extend_window
-from hybrid_jax.layers.linear import Linear, RMSNorm
+from hybrid_jax.layers.attention import (
+    Attention,
+    KVCache,
+    attention_mask,
+    cache_axes,
+    empty_cache,
+    extend_window,
+    query_key_norms,
+)
+from hybrid_jax.layers.linear import Linear
 from hybrid_jax.layers.mixer import Arrays
 from hybrid_jax.mixers import KINDS
 from hybrid_jax.parallel.attention import attend_windows
@@ -42,19 +50,20 @@ class BMojoAttention(Attention):
         self.q_proj_ = Linear(hid, H * D, axes=("embed", "heads"), **kw)
         self.k_proj_ = Linear(hid, Hkv * D, axes=("embed", "kv_heads"), **kw)
         self.v_proj_ = Linear(hid, Hkv * D, axes=("embed", "kv_heads"), **kw)
-        self.q_norm_ = RMSNorm(D, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
-        self.k_norm_ = RMSNorm(D, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
+        self.q_norm_, self.k_norm_ = query_key_norms(config, dtype)
 
     @staticmethod
     def window_of(config: ModelConfig, layer: int) -> int | None:
         """Returns None: `BMojoF` has windows of its own."""
         return None
 
-    def project_fading(self, x: jax.Array, f: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project_fading(
+        self, x: jax.Array, f: jax.Array, positions: jax.Array, segment_ids: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns the queries against fading tokens, from x [B, T, hidden], and their keys and values, from f [B, T, hidden]."""
         suffix = "" if self.tied else "_"
-        q, _, _ = self.project(x, positions, suffix)
-        _, k, v = self.project(f, positions, suffix)
+        q, _, _ = self.project(x, positions, suffix, segment_ids=segment_ids)
+        _, k, v = self.project(f, positions, suffix, segment_ids=segment_ids)
         return q, k, v
 
 
@@ -88,8 +97,8 @@ class BMojoF(nnx.Module):
         c, W = self.config, self.config.options(BMojoConfig).window_size
         B, T, _ = x.shape
         f, mixer_state = getattr(self, self.mixer_key)(x, positions=positions, segment_ids=segment_ids, state=state and state.mixer)
-        q, k, v = self.bmojo_attn.project(x, positions)
-        fading_q, fading_k, fading_v = self.bmojo_attn.project_fading(x, f, positions)
+        q, k, v = self.bmojo_attn.project(x, positions, segment_ids=segment_ids)
+        fading_q, fading_k, fading_v = self.bmojo_attn.project_fading(x, f, positions, segment_ids)
         if state is None:
             sets = ((q, fading_q), (k, fading_k), (v, fading_v), ((0, W), (W, 2 * W)))
             o = attend_windows(*sets, segment_ids)

@@ -74,6 +74,11 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return (f * weight.astype(jnp.float32)).astype(x.dtype)
 
 
+def norm_heads(norm: RMSNorm | None, x: jax.Array) -> jax.Array:
+    """Norms x [B, T, H, D] over each head or over all heads together, whichever the norm is as wide as; None: not at all."""
+    return x if norm is None else norm(x.reshape(*x.shape[:2], -1, norm.weight.shape[0])).reshape(x.shape)
+
+
 class RMSNorm(nnx.Module):
     """`rms_norm` with a learned weight [dim]."""
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from hybrid_jax.config import Mamba2Config, ModelConfig
-from hybrid_jax.layers.linear import Linear, RMSNorm, rms_norm
+from hybrid_jax.layers.linear import Linear, RMSNorm, norm_heads, rms_norm
 from hybrid_jax.layers.mixer import Arrays
 from hybrid_jax.layers.mixing import Mixing, of_operation
 from hybrid_jax.layers.parameter import parameter
@@ -43,8 +43,9 @@ class Mamba2(nnx.Module):
         self.A_log = init_a_log(rngs, H, dtype)
         self.dt_bias = init_dt_bias(rngs, H, dtype)
         self.D = parameter(jnp.ones(H, dtype), ("heads",))
-        self.B_norm = RMSNorm(N, eps=QK_NORM_EPS, dtype=dtype) if normed else None
-        self.C_norm = RMSNorm(N, eps=QK_NORM_EPS, dtype=dtype) if normed else None
+        B_heads, C_heads = (Hkv, H) if config.qk_norm_all_heads else (1, 1)  # that are normed together
+        self.B_norm = RMSNorm(B_heads * N, eps=QK_NORM_EPS, dtype=dtype) if normed else None
+        self.C_norm = RMSNorm(C_heads * N, eps=QK_NORM_EPS, dtype=dtype) if normed else None
         self.norm = RMSNorm(H * D, eps=NORM_EPS, dtype=dtype)
         self.out_proj = Linear(H * D, hid, axes=("heads", "embed"), **fresh)
         self.config, self.state_size = config, N
@@ -81,9 +82,8 @@ class Mamba2(nnx.Module):
         c, N = self.config, self.state_size
         H, Hkv, D = c.num_heads, c.num_kv_heads, c.head_dim
         z, v, B, C, dt = self.in_proj.parts(x, (H * D, Hkv * D, Hkv * N, H * N, H))
-        if self.C_norm is not None and self.B_norm is not None:
-            C = self.C_norm(C.reshape(batch, T, H, N)).reshape(C.shape)
-            B = self.B_norm(B.reshape(batch, T, Hkv, N)).reshape(B.shape)
+        C = norm_heads(self.C_norm, C.reshape(batch, T, H, N)).reshape(C.shape)
+        B = norm_heads(self.B_norm, B.reshape(batch, T, Hkv, N)).reshape(B.shape)
         (v, B, C), conv = self.conv1d.parts((v, B, C), segment_ids=segment_ids, state=tail)
         v, B, C = (repeat_heads(a.reshape(batch, T, -1, n), H) for a, n in ((v, D), (B, N), (C, N)))
         dt = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))

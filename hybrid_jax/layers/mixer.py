@@ -48,8 +48,8 @@ class Mixer(Protocol):
     def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs, dtype: Any = ...):
         """Makes the parameters for layer number `layer`, in `dtype`, drawn from `rngs`.
 
-        Layers that are scanned share one program: what the instance keeps must not depend on `layer`, unless the pattern
-        or `config.attention_windows` differs there too.
+        Layers that are scanned share one program: what the instance keeps must not depend on `layer`, unless
+        `config.programs` differs there too.
         """
 
     def __call__(

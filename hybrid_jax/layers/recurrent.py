@@ -46,10 +46,24 @@ def gate_of_attention(source: Arrays, config: ModelConfig) -> jax.Array:
     return 0.5 * (source["o_proj.kernel"].T + jnp.repeat(source["v_proj.kernel"], groups, axis=1))
 
 
+def query_key_kernels(source: Arrays, config: ModelConfig) -> dict[str, jax.Array]:
+    """Returns attention's kernels of q and k, by name.
+
+    A norm over all heads together gives its weights to their columns: a norm of each head, which a mixer has, then leaves the
+    direction of every query and key that attention has. Its rescaling of a token is lost. Weights of a norm of each head are not
+    the kernels' (as in hybrid-model-factory).
+    """
+    kernels = {f"{x}_proj.kernel": source[f"{x}_proj.kernel"] for x in "qk"}
+    if not config.qk_norm_all_heads:
+        return kernels
+    return {name: kernel * source[f"{name[0]}_norm.weight"] for name, kernel in kernels.items()}
+
+
 def from_projections(source: Arrays, fresh: Arrays, config: ModelConfig) -> dict[str, jax.Array]:
-    """Returns q, k, v, o copied from attention (biases where both have them), and `g_proj` made from o and v.
+    """Returns q, k (see `query_key_kernels`), v, o of attention (biases where both have them), and `g_proj` made from o and v.
 
     q and k stay as drawn where the mixer's `state_size` gives them another size than attention's."""
+    source = {**source, **query_key_kernels(source, config)}
     copied = {n: source[n] for n in fresh if n in source and n.split(".")[0] in ("q_proj", "k_proj", "v_proj", "o_proj")}
     copied = {n: x for n, x in copied.items() if x.shape == fresh[n].shape}
     if "g_proj.kernel" in fresh:

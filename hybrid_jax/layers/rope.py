@@ -1,4 +1,4 @@
-"""Rotary position embeddings: default, linear, llama3 and YaRN frequencies."""
+"""Rotary position embeddings: default, linear, llama3, YaRN and LongRoPE frequencies, of a head's first channels or all."""
 
 from __future__ import annotations
 
@@ -46,11 +46,24 @@ def _yarn(inv_freq: np.ndarray, rope: RopeConfig, head_dim: int, max_positions: 
     return freq, float(attention)
 
 
-def rope_frequencies(rope: RopeConfig, head_dim: int, max_positions: int) -> tuple[np.ndarray, float]:
-    """Returns the inverse frequencies [head_dim / 2], in radians per position, and the factor on cos and sin.
+def _longrope(inv_freq: np.ndarray, rope: RopeConfig, max_positions: int, long: bool) -> tuple[np.ndarray, float]:
+    context, factor, attention = (rope.option(n) for n in ("original_max_position_embeddings", "factor", "attention_factor"))
+    if factor is None:
+        factor = max_positions / context
+    if attention is None:
+        attention = math.sqrt(1 + math.log(factor) / math.log(context)) if factor > 1 else 1.0
+    return inv_freq / np.asarray(rope.option("long_factor" if long else "short_factor")), attention
 
-    Sources: llama3 scaling as released with Llama 3.1; YaRN, arXiv 2309.00071, section 3.
+
+def rope_frequencies(rope: RopeConfig, head_dim: int, max_positions: int, *, long: bool = False) -> tuple[np.ndarray, float]:
+    """Returns the inverse frequencies [rotated channels / 2], in radians per position, and the factor on cos and sin.
+
+    Args:
+      long: of LongRoPE those of documents longer than the original context.
+
+    Sources: llama3 scaling as released with Llama 3.1; YaRN, arXiv 2309.00071, section 3; LongRoPE, arXiv 2402.13753.
     """
+    head_dim = rope.channels(head_dim)
     inv_freq = rope.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if rope.kind == "linear":
         return inv_freq / rope.number("factor"), 1.0
@@ -58,17 +71,51 @@ def rope_frequencies(rope: RopeConfig, head_dim: int, max_positions: int) -> tup
         return _llama3(inv_freq, rope)
     if rope.kind == "yarn":
         return _yarn(inv_freq, rope, head_dim, max_positions)
+    if rope.kind == "longrope":
+        return _longrope(inv_freq, rope, max_positions, long)
     return inv_freq, 1.0
 
 
-def rotate(x: jax.Array, positions: jax.Array, inv_freq: np.ndarray, factor: float = 1.0) -> jax.Array:
-    """Rotates the two halves of the last axis by position * inv_freq.
+def document_frequencies(
+    rope: RopeConfig, head_dim: int, max_positions: int, positions: jax.Array, segment_ids: jax.Array | None
+) -> tuple[np.ndarray | jax.Array, float]:
+    """Returns the inverse frequencies of tokens, [R / 2] for R rotated channels or [B, T, R / 2], and the factor on cos and sin.
+
+    Only LongRoPE has others per token: a document of more tokens than the original context takes its long factors, from its first
+    token on.
+
+    Args:
+      positions: [B, T], in every token's document.
+      segment_ids: [B, T]; None: no document is longer than the original context.
+
+    Raises:
+      ValueError: rows may hold longer documents, and there are no segment ids.
+    """
+    short, factor = rope_frequencies(rope, head_dim, max_positions)
+    if rope.kind != "longrope" or positions.shape[1] <= rope.number("original_max_position_embeddings"):
+        return short, factor
+    if segment_ids is None:
+        raise ValueError(
+            f"longrope: rows of {positions.shape[1]} tokens need segment_ids, by which the length of a document is known"
+        )
+    long, _ = rope_frequencies(rope, head_dim, max_positions, long=True)
+
+    def last_positions(segments, positions):
+        first = jnp.searchsorted(jnp.sort(segments), segments)  # a number below T that the tokens of a document share
+        return jnp.zeros_like(positions).at[first].max(positions)[first]
+
+    longer = jax.vmap(last_positions)(segment_ids, positions) >= rope.number("original_max_position_embeddings")
+    return jnp.where(longer[..., None], jnp.asarray(long, jnp.float32), jnp.asarray(short, jnp.float32)), factor
+
+
+def rotate(x: jax.Array, positions: jax.Array, inv_freq: np.ndarray | jax.Array, factor: float = 1.0) -> jax.Array:
+    """Rotates the two halves of the first R channels by position * inv_freq; the others stay as they are.
 
     Args:
       x: [B, T, H, D].
       positions: [B, T] int.
-      inv_freq: [D / 2], in radians per position.
-      factor: what cos and sin are multiplied by (YaRN).
+      inv_freq: [R / 2] or [B, T, R / 2], in radians per position; R is at most D.
+      factor: what cos and sin are multiplied by (YaRN, LongRoPE).
 
     Returns:
       [B, T, H, D] in x's dtype.
@@ -76,5 +123,6 @@ def rotate(x: jax.Array, positions: jax.Array, inv_freq: np.ndarray, factor: flo
     angle = positions[..., None].astype(jnp.float32) * jnp.asarray(inv_freq, jnp.float32)
     cos = (jnp.cos(angle) * factor)[:, :, None].astype(x.dtype)
     sin = (jnp.sin(angle) * factor)[:, :, None].astype(x.dtype)
-    a, b = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    a, b, *rest = jnp.split(x, [cos.shape[-1], 2 * cos.shape[-1]], axis=-1)
+    rest = rest if rest[0].shape[-1] else []
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, *rest], axis=-1)

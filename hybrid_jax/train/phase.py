@@ -69,7 +69,8 @@ class Phase:
       spike: skip a step whose loss or gradient norm exceeds `spike` times its running mean (above 1; 0: off). Use it for long
         runs on noisy data. Steps that are not finite are always skipped.
       bad_steps: end the phase with an error after this many skipped steps in a row.
-      rope_theta, max_position_embeddings: new values for the model from this phase on, for longer contexts; 0 keeps the model's.
+      rope_theta, max_position_embeddings: new values for the model from this phase on, for longer contexts; 0 keeps the model's. A
+        `window_rope` of the model, that of layers with a window of their own, keeps its base.
         The teacher keeps its own.
       compute_dtype: of activations and matrix products: `float32` or `bfloat16` (on accelerators).
       frozen_dtype: of frozen matrices; `bfloat16` halves their memory, and rounds them in the saved model too. Empty keeps the

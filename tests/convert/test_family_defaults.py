@@ -22,6 +22,11 @@ CLASSES = {
     "mistral": transformers.MistralConfig,
     "ministral": transformers.MinistralConfig,
     "ministral3": transformers.Ministral3Config,
+    "smollm3": transformers.SmolLM3Config,
+    "phi3": transformers.Phi3Config,
+    "mixtral": transformers.MixtralConfig,
+    "olmo2": transformers.Olmo2Config,
+    "olmo3": transformers.Olmo3Config,
 }
 SIZES = dict(vocab_size=97, hidden_size=512, intermediate_size=80, num_hidden_layers=3, num_attention_heads=32)
 SMALL = dict(SIZES, head_dim=16, num_key_value_heads=8, max_position_embeddings=256)
@@ -47,18 +52,19 @@ def ours(model_type, **keys):
 
 
 def their_windows(config):
-    """As the seven modeling files choose a layer's mask."""
-    if config.model_type == "llama":
+    """As the modeling files choose a layer's mask."""
+    if config.model_type in ("llama", "olmo2"):
         return (None,) * config.num_hidden_layers
-    types = config.layer_types if config.model_type in ("qwen2", "qwen3", "ministral") else ["sliding_attention"] * 3
+    by_layer = config.model_type in ("qwen2", "qwen3", "ministral", "smollm3", "olmo3")
+    types = config.layer_types if by_layer else ["sliding_attention"] * 3
     return tuple(config.sliding_window if t == "sliding_attention" else None for t in types)
 
 
-def their_frequencies(config, head_dim):
-    kind = config.rope_parameters["rope_type"]
-    if kind == "default":
-        return config.rope_parameters["rope_theta"] ** -(np.arange(0, head_dim, 2) / head_dim), 1.0
-    inverse, factor = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
+def their_frequencies(config, head_dim, layer_type=None):
+    rope = config.rope_parameters[layer_type] if layer_type else config.rope_parameters
+    if rope["rope_type"] == "default":
+        return rope["rope_theta"] ** -(np.arange(0, head_dim, 2) / head_dim), 1.0
+    inverse, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, "cpu", layer_type=layer_type)
     return inverse.numpy(), factor
 
 
@@ -85,20 +91,27 @@ def test_absent_keys_mean_what_they_mean_to_transformers(model_type):
         "tie_embeddings": b.tie_word_embeddings,
         "initializer_range": b.initializer_range,
         "attention_windows": their_windows(b),
+        "rotary_layers": tuple(map(bool, getattr(b, "no_rope_layers", [1] * 3))),
     }
     assert {name: getattr(a, name) for name in fields} == fields
     assert b.hidden_act == a.extra["hidden_act"] == "silu"
     assert (a.o_bias, a.mlp_bias) == (getattr(b, "attention_bias", False), getattr(b, "mlp_bias", False))
     rope = dict(b.rope_parameters)
-    assert (a.rope.theta, a.rope.kind) == (rope["rope_theta"], rope["rope_type"])
-    got, factor = rope_frequencies(a.rope, a.head_dim, a.max_position_embeddings)
-    want, wanted_factor = their_frequencies(b, a.head_dim)
-    assert relative_error(got, want) < 1e-6 and factor == wanted_factor
+    types = {t: r for t, r in (("full_attention", a.rope), ("sliding_attention", a.window_rope)) if t in rope} or {None: a.rope}
+    assert (a.window_rope is None) == (None in types)
+    for layer_type, mine in types.items():
+        of_type = rope if layer_type is None else rope[layer_type]
+        assert (mine.theta, mine.kind) == (of_type["rope_theta"], of_type["rope_type"])
+        got, factor = rope_frequencies(mine, a.head_dim, a.max_position_embeddings)
+        want, wanted_factor = their_frequencies(b, a.head_dim, layer_type)
+        assert relative_error(got, want) < 1e-6 and factor == wanted_factor
     beta = rope.get("llama_4_scaling_beta")
     assert a.query_scaling == (None if beta is None else (beta, rope["original_max_position_embeddings"]))
     if a.moe is not None:
         assert (a.moe.num_experts, a.moe.experts_per_token) == (b.num_local_experts, b.num_experts_per_tok)
-        assert (a.moe.intermediate_size, a.moe.norm_topk_prob) == (b.moe_intermediate_size, b.norm_topk_prob)
+        of_mixtral = (b.intermediate_size, True)  # it has neither key: its experts have the model's width
+        want = of_mixtral if model_type == "mixtral" else (b.moe_intermediate_size, b.norm_topk_prob)
+        assert (a.moe.intermediate_size, a.moe.norm_topk_prob) == want
 
 
 @pytest.mark.parametrize("model_type", CLASSES)
@@ -201,3 +214,119 @@ def test_rope_parameters_that_cannot_be_honoured_are_refused(keys, words):
 def test_the_window_of_a_named_layer_must_be_set():
     with pytest.raises(ValueError, match="'sliding_attention' but sliding_window and use_sliding_window set no window"):
         ours("qwen2", **SMALL, sliding_window=9, layer_types=["sliding_attention"] * 3)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        dict(no_rope_layer_interval=2),
+        dict(no_rope_layer_interval=1),
+        dict(no_rope_layers=[1, 0, 0, 1], no_rope_layer_interval=2),  # entries beyond the last layer say nothing
+        dict(no_rope_layer_interval=2, use_sliding_window=True, sliding_window=9),
+        dict(no_rope_layer_interval=2, use_sliding_window=True, sliding_window=9, layer_types=MIXED[1:] + MIXED[:1]),
+    ],
+    ids=str,
+)
+def test_layers_of_smollm3_without_rope_and_their_windows_are_transformers(keys):
+    config, want = ours("smollm3", **SMALL, **keys), theirs("smollm3", **SMALL, **keys)
+    for a, b in ((config, want), (config_from_hf(config_to_hf(config)), CLASSES["smollm3"].from_dict(config_to_hf(config)))):
+        assert a.rotary_layers == tuple(map(bool, b.no_rope_layers[:3])) and a.attention_windows == their_windows(b)
+    assert config.rope_of(0) is (config.rope if want.no_rope_layers[0] else None)
+
+
+def test_every_layer_of_smollm3_must_say_whether_it_has_rope():
+    with pytest.raises(ValueError, match="no_rope_layers has 2 entries, num_hidden_layers is 3"):
+        ours("smollm3", **SMALL, no_rope_layers=[1, 1])
+
+
+FACTORS = dict(short_factor=[1.0, 1.1, 1.2, 1.5], long_factor=[1.0, 2.0, 4.0, 9.5])  # of 8 channels
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        dict(
+            partial_rotary_factor=0.5,
+            original_max_position_embeddings=32,
+            rope_scaling={"type": "su", "original_max_position_embeddings": 32, **FACTORS},
+            rope_theta=777.0,
+        ),
+        dict(rope_scaling={"type": "yarn", "partial_rotary_factor": 0.5, **FACTORS}, original_max_position_embeddings=32),
+        dict(rope_parameters={"rope_type": "longrope", "partial_rotary_factor": 0.5, "factor": 9.0, **FACTORS}),
+        dict(rope_parameters={"rope_type": "longrope", "partial_rotary_factor": 0.5, "attention_factor": 1.7, **FACTORS}),
+        dict(
+            partial_rotary_factor=0.25,  # the one among the rope parameters comes first
+            original_max_position_embeddings=32,
+            rope_parameters={
+                "rope_type": "longrope", "partial_rotary_factor": 0.5, "original_max_position_embeddings": 8, **FACTORS,
+            },
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_longrope_of_phi3_is_transformers(keys):
+    a, b = ours("phi3", **SMALL, **keys), theirs("phi3", **SMALL, **keys)
+    assert a.rope.number("original_max_position_embeddings") == b.rope_parameters["original_max_position_embeddings"]
+    for long in (False, True):
+        got, factor = rope_frequencies(a.rope, 16, a.max_position_embeddings, long=long)
+        want, wanted = ROPE_INIT_FUNCTIONS["longrope"](b, "cpu", seq_len=10_000 if long else 1)
+        assert relative_error(got, want.numpy()) < 1e-6 and abs(factor - wanted) < 1e-9
+    written = config_to_hf(a)
+    assert config_from_hf(written) == a
+    again = CLASSES["phi3"].from_dict(copy.deepcopy(written))
+    assert again.rope_parameters == {name: value for name, value in b.rope_parameters.items() if name != "type"}
+
+
+@pytest.mark.parametrize(
+    "keys, words",
+    [
+        (dict(rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling.rope_type must be one of 'default', 'longrope'"),
+        (dict(rope_parameters={"rope_type": "longrope", **FACTORS}), "short_factor must have 8 entries, .* got 4"),
+        (dict(rope_parameters={"rope_type": "longrope", "short_factor": [1.0] * 8}), "lack long_factor"),
+        (
+            dict(rope_parameters={"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": ["1"] * 8}),
+            r"long_factor\[0\] must be a number",
+        ),
+        (dict(partial_rotary_factor=0.2), "partial_rotary_factor 0.2 rotates 3 of 16 channels"),
+        (dict(partial_rotary_factor=0.01), "partial_rotary_factor 0.01 rotates 0 of 16 channels"),
+    ],
+)
+def test_rope_parameters_of_phi3_that_cannot_be_honoured_are_refused(keys, words):
+    with pytest.raises(ValueError, match=words):
+        ours("phi3", **SMALL, **keys)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        dict(rope_scaling=YARN, rope_theta=500_000.0),
+        dict(rope_parameters=dict(full_attention=YARN, sliding_attention=dict(rope_type="linear", factor=3.0, rope_theta=777.0))),
+        dict(rope_parameters=dict(full_attention={**LLAMA3, "rope_theta": 99.0}), rope_scaling=dict(factor=4.0)),
+        dict(rope_parameters=dict(sliding_attention=dict(rope_theta=777.0)), rope_theta=99.0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("model_type", [name for name, family in FAMILIES.items() if family.window_rope_theta])
+def test_rope_parameters_of_layers_with_and_without_a_window_are_transformers(model_type, keys):
+    config, want = ours(model_type, **SMALL, **keys), theirs(model_type, **SMALL, **keys)
+    again = CLASSES[model_type].from_dict(copy.deepcopy(config_to_hf(config)))
+    assert config_from_hf(config_to_hf(config)) == config
+    for layer_type, rope in (("full_attention", config.rope), ("sliding_attention", config.window_rope)):
+        got, factor = rope_frequencies(rope, 16, config.max_position_embeddings)
+        for wanted in (want, again):
+            inverse, wanted_factor = their_frequencies(wanted, 16, layer_type)
+            assert relative_error(got, inverse) < 1e-6 and abs(factor - wanted_factor) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "model_type, keys, words",
+    [
+        ("olmo3", dict(rope_theta=777.0), "rope_theta = 777.0 without rope_parameters means other bases"),
+        ("olmo3", dict(rope_parameters=dict(rope_type="default")), "an object for each of full_attention and sliding_attention"),
+        ("olmo3", dict(partial_rotary_factor=0.5), "partial_rotary_factor = 0.5 is not supported"),
+        ("olmo3", dict(rope_parameters=dict(sliding_attention=dict(rope_type="dynamic"))), "rope_type must be one of"),
+    ],
+)
+def test_rope_parameters_per_layer_type_that_cannot_be_honoured_are_refused(model_type, keys, words):
+    with pytest.raises(ValueError, match=words):
+        ours(model_type, **SMALL, **keys)

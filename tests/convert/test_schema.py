@@ -67,7 +67,9 @@ def test_a_wrong_value_of_any_rope_option_is_refused_by_name():
     yarn = dict(rope_type="yarn", factor=4.0)
     names = ["rope_theta", "rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
     more = ["attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "llama_4_scaling_beta"]
-    for rope, options in ((llama3, names), (yarn, more)):
+    longrope = dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[2.0] * 4, factor=4.0)
+    of_longrope = ["short_factor", "long_factor", "factor", "attention_factor", "partial_rotary_factor", "rope_type"]
+    for rope, options in ((llama3, names), (yarn, more), (longrope, of_longrope)):
         for name in options:
             for value in NEVER:
                 if value not in ALLOWED.get(name, []):

@@ -41,6 +41,10 @@ MINISTRAL3_ROPE = {
     "llama_4_scaling_beta": 0.1,
     "original_max_position_embeddings": 16,
 }
+LONGROPE = dict(
+    rope_type="longrope", rope_theta=1e4, partial_rotary_factor=0.75, short_factor=[1.0, 1.1, 1.3], long_factor=[1.0, 2.5, 7.0]
+)
+TOKENS = dict(pad_token_id=1, bos_token_id=2, eos_token_id=3)  # where the defaults are beyond our vocabulary
 CASES = {
     "qwen3": ("Qwen3", dict(head_dim=16)),
     "qwen3 tied, biased, MHA, odd head_dim": (
@@ -67,6 +71,61 @@ CASES = {
         dict(sliding_window=8, head_dim=8, layer_types=["full_attention", "sliding_attention", "full_attention"]),
     ),
     "ministral3 yarn, scaled queries": ("Ministral3", dict(head_dim=16, rope_parameters=MINISTRAL3_ROPE)),
+    "smollm3 every second layer without rope, tied": (
+        "SmolLM3",
+        dict(no_rope_layer_interval=2, tie_word_embeddings=True, **TOKENS),
+    ),
+    "smollm3 untied, biased, windows in layers without rope": (
+        "SmolLM3",
+        dict(
+            tie_word_embeddings=False,
+            attention_bias=True,
+            mlp_bias=True,
+            head_dim=10,
+            num_key_value_heads=1,
+            no_rope_layers=[0, 1, 0],
+            use_sliding_window=True,
+            sliding_window=7,
+            **TOKENS,
+        ),
+    ),
+    "phi3 windowed, part of the head rotated": (
+        "Phi3",
+        dict(sliding_window=9, rope_parameters=dict(rope_type="default", rope_theta=777.0, partial_rotary_factor=0.5), **TOKENS),
+    ),
+    "phi3 short documents of longrope, tied": (
+        "Phi3",
+        dict(
+            tie_word_embeddings=True,
+            num_key_value_heads=1,
+            original_max_position_embeddings=128,
+            rope_parameters=LONGROPE,
+            **TOKENS,
+        ),
+    ),
+    "phi3 long documents of longrope, windowed": (
+        "Phi3",
+        dict(head_dim=8, sliding_window=7, original_max_position_embeddings=12, rope_parameters=LONGROPE, **TOKENS),
+    ),
+    "mixtral": ("Mixtral", dict(num_local_experts=5, num_experts_per_tok=3, head_dim=10)),
+    "mixtral windowed, tied, one key head": (
+        "Mixtral",
+        dict(num_local_experts=3, sliding_window=6, tie_word_embeddings=True, num_key_value_heads=1, intermediate_size=24),
+    ),
+    "olmo2 yarn, one key head, biased": (
+        "Olmo2",
+        dict(rope_parameters=YARN, num_key_value_heads=1, attention_bias=True, head_dim=10, **TOKENS),
+    ),
+    "olmo3 windowed, tied, two ropes": (
+        "Olmo3",
+        dict(
+            sliding_window=7,
+            tie_word_embeddings=True,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            rope_parameters=dict(full_attention=YARN, sliding_attention=dict(rope_type="default", rope_theta=777.0)),
+            **TOKENS,
+        ),
+    ),
     "qwen3 moe windowed": (  # its window is every layer's: max_window_layers and layer_types mean nothing here
         "Qwen3Moe",
         dict(head_dim=16, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=8, use_sliding_window=True, sliding_window=7),
@@ -78,10 +137,10 @@ CASES = {
 }
 
 
-def make(case):
+def make(case, **more):
     torch.manual_seed(0)
     name, changes = CASES[case]
-    config = getattr(transformers, f"{name}Config")(**{**BASE, **changes})
+    config = getattr(transformers, f"{name}Config")(**{**BASE, **changes, **more})
     config._attn_implementation = "eager"
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     with torch.no_grad():  # norms and biases away from their trivial initial values

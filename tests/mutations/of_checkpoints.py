@@ -33,6 +33,37 @@ MUTATIONS = [
         (f"{DEFAULTS}::test_windows_are_transformers",),
     ),
     Mutation(
+        "hybrid_jax/families/smollm3.py",
+        '(i + 1) % hf["no_rope_layer_interval"]',
+        'i % hf["no_rope_layer_interval"]',
+        "the first layer has no rotary embedding instead of the last of the interval",
+        (ABSENT,),
+    ),
+    Mutation(
+        "hybrid_jax/config.py",
+        "if not self.rotary_layers[layer]:",
+        "if not self.rotary_layers:",
+        "every layer has a rotary embedding",
+        (f"{PARITY}::test_logits_equal_transformers[smollm3 every second layer without rope, tied]",),
+    ),
+    Mutation(
+        "hybrid_jax/convert/names.py",
+        "sum(sizes[: ours.index(match[2])])",
+        "sum(sizes[ours.index(match[2]) + 1 :])",
+        "fused linear maps are taken in reverse order",
+        (f"{PARITY}::test_logits_equal_transformers[phi3 windowed, part of the head rotated]",),
+    ),
+    Mutation(
+        "hybrid_jax/layers/rope.py",
+        'segment_ids, positions) >= rope.number("original_max_position_embeddings")',
+        'segment_ids, positions) > rope.number("original_max_position_embeddings")',
+        "a document one token longer than the original context has the short factors of LongRoPE",
+        (
+            "tests/convert/test_family_contract.py::"
+            "test_each_packed_document_takes_the_frequencies_of_longrope_that_its_length_asks_for",
+        ),
+    ),
+    Mutation(
         "hybrid_jax/families/base.py",
         '"norm_topk_prob": False}',
         '"norm_topk_prob": True}',

@@ -21,6 +21,23 @@ KEPT = f"{HEADS}::test_kept_heads_compute_what_they_compute_in_the_source"
 
 MUTATIONS = [
     Mutation(
+        "hybrid_jax/layers/recurrent.py",
+        'kernel * source[f"{name[0]}_norm.weight"]',
+        "kernel",
+        "mixers ignore the weights of a norm over all heads",
+        (
+            "tests/convert/test_family_contract.py::"
+            "test_mixers_begin_with_the_directions_of_queries_that_a_norm_over_all_heads_gives",
+        ),
+    ),
+    Mutation(
+        "hybrid_jax/config.py",
+        "if self.window_rope is None or self.attention_windows[layer] is None else self.window_rope",
+        "if self.window_rope is None or self.attention_windows[layer] is not None else self.window_rope",
+        "layers with and without a window have each other's rotary embedding",
+        ("tests/convert/test_transformers_parity.py::test_logits_equal_transformers[olmo3 windowed, tied, two ropes]",),
+    ),
+    Mutation(
         HYBRID,
         ".set(0)",
         ".set(1e-3)",
@@ -120,8 +137,8 @@ MUTATIONS = [
     Mutation(BMOJO, "((0, W), (W, 2 * W))", "((0, W), (W, 2 * W - 1))", "the fading window is one token short", (HMF, INVARIANCE)),
     Mutation(
         BMOJO,
-        "_, k, v = self.project(f, positions, suffix)",
-        "_, k, v = self.project(f, positions)",
+        "_, k, v = self.project(f, positions, suffix, ",
+        "_, k, v = self.project(f, positions, ",
         "untied fading keys use the first projections",
         (FORMULAS,),
     ),

@@ -100,14 +100,14 @@ MUTATIONS = [
     ),
     Mutation(
         STACKING,
-        "config.attention_windows, own, strict",
-        "config.attention_windows, range(config.num_layers), strict",
+        "config.programs, own, strict",
+        "config.programs, range(config.num_layers), strict",
         "no layer repeats in training",
         (f"{PARTS}::test_stacked_training_gives_the_gradients_of_layers_by_themselves",),
     ),
     Mutation(
         STACKING,
-        "zip(config.layers, config.attention_windows, own, strict=True)",
+        "zip(config.programs, own, strict=True)",
         "zip(config.layers, own, strict=True)",
         "layers of different windows share a program",
         (f"{PARTS}::test_layers_of_different_windows_are_not_stacked_together",),

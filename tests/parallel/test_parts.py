@@ -224,3 +224,8 @@ def test_stacked_training_gives_the_gradients_of_layers_by_themselves():
 def test_layers_of_different_windows_are_not_stacked_together():
     config = tiny_config("*-*-*-*", attention_windows=(None, None, 6, 6))
     assert [(r.start, r.length, r.count) for r in training_repeats(config, abstract_parameters(config))] == [(0, 1, 2), (2, 1, 2)]
+
+
+def test_layers_with_and_without_rope_are_not_stacked_together():
+    config = tiny_config("*-*-*-*", rotary_layers=(True, True, True, False))
+    assert [(r.start, r.length, r.count) for r in training_repeats(config, abstract_parameters(config))] == [(0, 1, 3), (3, 1, 1)]

@@ -152,6 +152,11 @@ def test_every_array_of_a_collective_is_counted_once(groups):
         ("meta-llama/Llama-3.2-1B", 1.24),
         ("mistralai/Mistral-7B-v0.3", 7.25),
         ("mistralai/Mistral-Nemo-Base-2407", 12.25),
+        ("HuggingFaceTB/SmolLM3-3B", 3.08),
+        ("allenai/OLMo-2-1124-7B", 7.30),
+        ("mistralai/Mixtral-8x7B-v0.1", 46.7),
+        ("microsoft/Phi-3-mini-4k-instruct", 3.82),
+        ("microsoft/phi-4", 14.66),
     ],
 )
 def test_public_models_have_as_many_parameters_as_published(name, billions):

@@ -156,7 +156,7 @@ def _sums(structure: Any, parameters: Parameters, batch: Mapping[str, jax.Array]
 
     def run(layer, x):
         kind = layer.spec.kind
-        mixing = layer.mixer(kind).mixing(layer.input_layernorm(x), **at)
+        mixing = layer.mixer(kind).mixing(layer.mixer_input(x), **at)
         sums = jnp.sum(over_blocks(functools.partial(_sums_of_block, batch), mixing), axis=0)
         return layer.run(kind, x, **at)[0].hidden, sums
 

@@ -107,7 +107,7 @@ def _totals(
     hidden, at = model.inputs(batch["input_ids"], batch["segment_ids"], batch["positions"])
 
     def run(layer, hidden):
-        reach = _of_layer(scorer, layer.mixer(ATTENTION), layer.input_layernorm(hidden), weights=batch["weights"], **at)
+        reach = _of_layer(scorer, layer.mixer(ATTENTION), layer.mixer_input(hidden), weights=batch["weights"], **at)
         return layer.run(ATTENTION, hidden, **at)[0].hidden, reach
 
     _, found = model.through_layers(run, hidden)

@@ -89,7 +89,7 @@ def _slopes(structure: Any, parameters: Parameters, batch: Mapping[str, jax.Arra
 
         def run(layer, carry):
             number, x = carry
-            normed = layer.input_layernorm(x)
+            normed = layer.mixer_input(x)
             attention, windowed = (layer.mixer(kind)(normed, **at)[0] for kind in (layer.spec.teaching, layer.spec.kind))
             error = jax.lax.stop_gradient(windowed - attention)
             mixed = attention + (shares[number][:, None, None] * error).astype(attention.dtype)

@@ -179,7 +179,7 @@ def _moments(
         n, hidden, found = carry
 
         def here():
-            x = _features(layer.mixer(ATTENTION), layer.input_layernorm(hidden), half_life, **at)
+            x = _features(layer.mixer(ATTENTION), layer.mixer_input(hidden), half_life, **at)
             out = layer.run(ATTENTION, hidden, **at)[0]
             y = out.mixer.astype(jnp.float32)
             sums = functools.partial(jnp.einsum, precision="highest")
@@ -208,7 +208,7 @@ def _features(
 ) -> jax.Array:
     """Returns the features of the module's docstring and a constant, [B, T, 2 H D + 1] float32."""
     B, T, _ = x.shape
-    q, k, v = (y.astype(jnp.float32) for y in attention.project(x, positions))
+    q, k, v = (y.astype(jnp.float32) for y in attention.project(x, positions, segment_ids=segment_ids))
     H = q.shape[2]
     k, v = repeat_heads(k, H), repeat_heads(v, H)
     q, k = l2_normalize(q, eps_outside=False), l2_normalize(k, eps_outside=False)

@@ -1,0 +1,197 @@
+"""What a source family does beside its logits: caches, packed rows, exports of the source and of hybrids, conversion, meshes."""
+
+import json
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from hybrid_jax import load_model, save_model
+from tests.conftest import cpu_devices, relative_error
+from tests.convert.test_transformers_parity import make, run
+
+torch = pytest.importorskip("torch")
+
+LONG = "phi3 long documents of longrope, windowed"
+# Of each family the case with the most options.
+FAMILIES = [
+    "smollm3 untied, biased, windows in layers without rope",
+    "phi3 windowed, part of the head rotated",
+    "mixtral windowed, tied, one key head",
+    "olmo3 windowed, tied, two ropes",
+]
+MESHED = [*FAMILIES, LONG]
+IDS = np.random.default_rng(1).integers(4, 97, (2, 31))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def source(request, tmp_path_factory):
+    """(transformers' model, its directory)."""
+    path = tmp_path_factory.mktemp("family") / "hf"
+    theirs = make(request.param)
+    theirs.save_pretrained(path)
+    return theirs, path
+
+
+def logits_of(theirs, ids):
+    with torch.no_grad():
+        return theirs(torch.from_numpy(np.asarray(ids))).logits.numpy()
+
+
+@nnx.jit
+def part_of(model, ids, positions, state):
+    hidden, state = model.hidden_states(ids, None, positions, state)
+    return model.head(hidden), state
+
+
+def decoded(model, ids, prefill):
+    """The logits of a prefill and of one token after the other."""
+    state, parts = model.init_state(len(ids), ids.shape[1]), []
+    bounds = [0, *range(prefill, ids.shape[1] + 1)]
+    for a, b in zip(bounds, bounds[1:], strict=False):
+        logits, state = part_of(model, ids[:, a:b], jnp.broadcast_to(jnp.arange(a, b), (len(ids), b - a)), state)
+        parts.append(logits)
+    return jnp.concatenate(parts, axis=1)
+
+
+def test_decoding_with_a_cache_equals_transformers(source):
+    theirs, path = source
+    assert relative_error(decoded(load_model(path), IDS, 11), logits_of(theirs, IDS)) < 1e-5
+
+
+def test_packed_documents_equal_transformers_on_each_of_them(source):
+    theirs, path = source
+    segments = np.tile(np.repeat([1, 2], [12, 19]), (2, 1))
+    packed = nnx.jit(lambda m, ids, segments: m(ids, segments))(load_model(path), IDS, segments)
+    for a, b in ((0, 12), (12, 31)):
+        assert relative_error(packed[:, a:b], logits_of(theirs, IDS[:, a:b])) < 1e-5
+
+
+def test_the_export_has_the_source_s_tensors_and_keys(source, tmp_path):
+    theirs, path = source
+    save_model(load_model(path), tmp_path / "ours")
+    want, got = (load_file(folder / "model.safetensors") for folder in (path, tmp_path / "ours"))
+    assert want.keys() == got.keys()
+    assert all(np.array_equal(want[name], got[name]) and want[name].shape == got[name].shape for name in want)
+    keys, written = (json.loads((folder / "config.json").read_text()) for folder in (path, tmp_path / "ours"))
+    del keys["transformers_version"]
+    kept = {name: value for name, value in keys.items() if value is not None}  # null stands for a value, which may be written
+    assert {name: written.get(name) for name in kept} == kept
+    again = type(theirs).from_pretrained(tmp_path / "ours", dtype=torch.float32, attn_implementation="eager")
+    assert np.array_equal(logits_of(again.eval(), IDS), logits_of(theirs, IDS))
+
+
+@pytest.mark.parametrize("pattern", ["GKA-*-M2", "M3-BMF-GDN"])
+def test_layers_become_mixers_and_the_hybrid_is_exported_and_loaded(source, pattern, tmp_path):
+    theirs, path = source
+    hybrid = load_model(path, pattern=pattern)
+    save_model(hybrid, tmp_path / "hybrid")
+    written = json.loads((tmp_path / "hybrid" / "config.json").read_text())
+    assert written["model_type"] == f"hybrid_{theirs.config.model_type}"
+    again, want = load_model(tmp_path / "hybrid"), run(hybrid, IDS)
+    assert again.config == hybrid.config and np.array_equal(run(again, IDS), want)
+    assert np.isfinite(want).all() and relative_error(decoded(hybrid, IDS, 30), want) < 1e-4
+
+
+def test_a_window_as_long_as_the_text_in_place_of_attention_changes_nothing(source):
+    theirs, path = source
+    windows = [w is None for w in load_model(path).config.attention_windows]
+    hybrid = load_model(path, pattern="-".join("SWA" if full else "*" for full in windows))
+    assert relative_error(run(hybrid, IDS), logits_of(theirs, IDS)) < 1e-5
+
+
+@pytest.mark.parametrize("case", MESHED)
+def test_mixing_matrices_times_values_are_what_attention_gives_its_output_projection(case, tmp_path):
+    make(case).save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    segments = jnp.tile(jnp.repeat(jnp.array([1, 2]), jnp.array([12, 19])), (2, 1))
+    hidden, at = model.inputs(IDS, segments)
+    for layer in model.layers:
+        attention, x = layer.self_attn, layer.mixer_input(hidden)
+        mixing = attention.mixing(x, **at)
+        mixed = jnp.einsum("bhts,bshd->bthd", mixing.matrix(), mixing.values).reshape(2, 31, -1)
+        assert relative_error(attention.o_proj(mixed), attention(x, **at)[0]) < 1e-5
+
+
+MESHES = """
+import sys
+import jax
+import numpy as np
+from flax import nnx
+from hybrid_jax import load_model
+from hybrid_jax.parallel.sequence import to_zigzag
+from tests.conftest import relative_error
+
+ids = np.random.default_rng(0).integers(4, 96, (2, 32))
+positions = np.tile(np.arange(32), (2, 1))
+step = nnx.jit(lambda m, ids, segments, positions: m(ids, segments, positions))
+for sizes in ({"seq": 4, "tensor": 2}, {"fsdp": 2, "tensor": 2, "seq": 2}):
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
+    for path in sys.argv[1:]:
+        want = load_model(path)(ids)
+        order = lambda x: to_zigzag(jax.numpy.asarray(x), sizes["seq"])
+        model = load_model(path, mesh=mesh)
+        with jax.set_mesh(mesh):
+            got = step(model, order(ids), order(np.ones_like(ids)), order(positions))
+        assert relative_error(got, order(want)) < 1e-5, (sizes, path, relative_error(got, order(want)))
+print("passed")
+"""
+
+
+def test_on_meshes_that_shard_tokens_and_heads_the_logits_are_those_of_one_device(tmp_path):
+    for n, case in enumerate(MESHED):
+        theirs = make(case, vocab_size=96, num_key_value_heads=2)
+        theirs.save_pretrained(tmp_path / str(n))
+    command = [sys.executable, "-c", MESHES, *(str(tmp_path / str(n)) for n in range(len(MESHED)))]
+    done = subprocess.run(command, env=cpu_devices(8), capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "passed" in done.stdout, done.stderr[-2000:]
+
+
+def test_each_packed_document_takes_the_frequencies_of_longrope_that_its_length_asks_for(tmp_path):
+    """The original context has 12 tokens; ids of segments need not rise."""
+    theirs = make(LONG)
+    theirs.save_pretrained(tmp_path)
+    segments = np.tile(np.repeat([7, 2, 40], [12, 13, 6]), (2, 1))
+    packed = nnx.jit(lambda m, ids, segments: m(ids, segments))(load_model(tmp_path), IDS, segments)
+    for a, b in ((0, 12), (12, 25), (25, 31)):
+        assert relative_error(packed[:, a:b], logits_of(theirs, IDS[:, a:b])) < 1e-5
+
+
+def test_longrope_is_decoded_within_its_original_context_and_refused_beyond(tmp_path):
+    theirs = make(LONG)
+    theirs.save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    assert relative_error(decoded(model, IDS[:, :12], 5), logits_of(theirs, IDS[:, :12])) < 1e-5
+    with pytest.raises(ValueError, match="longrope: .* beyond original_max_position_embeddings, 12 tokens.* give at most 12"):
+        model.init_state(1, 13)
+    load_model(tmp_path, pattern="GKA-GDN-M2").init_state(1, 13)
+
+
+def test_some_heads_of_a_source_that_norms_all_heads_together_are_refused(tmp_path):
+    make("olmo3 windowed, tied, two ropes").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"layer 1: 'GDN\[2\]' keeps some heads, and olmo3 norms queries and keys over all heads"):
+        load_model(tmp_path, pattern="*-GDN[2]-*")
+
+
+def test_mixers_begin_with_the_directions_of_queries_that_a_norm_over_all_heads_gives(tmp_path):
+    """Behind a norm of each head, GDN's and Mamba-3's queries are attention's, and Mamba-2 norms as attention does."""
+    make("olmo3 windowed, tied, two ropes").save_pretrained(tmp_path)
+    source, hybrid = load_model(tmp_path), load_model(tmp_path, pattern="GDN-M2-M3")
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 48)), jnp.float32)
+
+    def directions(queries):
+        heads = queries.reshape(1, 5, 6, 8)
+        return heads / jnp.linalg.norm(heads, axis=-1, keepdims=True)
+
+    def attention(i):
+        return source.layers[i].self_attn.q_norm(source.layers[i].self_attn.q_proj(x))
+
+    gdn, mamba2, mamba3 = hybrid.layers[0].gdn, hybrid.layers[1].mamba, hybrid.layers[2].mamba3
+    assert relative_error(directions(gdn.q_proj(x)), directions(attention(0))) < 1e-5
+    begin = 48 + 16 + 16  # z, x and B come before C
+    assert relative_error(mamba2.C_norm(mamba2.in_proj(x)[..., begin : begin + 48]), attention(1)) < 1e-4
+    assert relative_error(directions(mamba3.in_proj(x)[..., begin : begin + 48]), directions(attention(2))) < 1e-5
