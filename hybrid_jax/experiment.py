@@ -6,6 +6,7 @@ import contextlib
 import functools
 import pathlib
 import shutil
+from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -88,7 +89,7 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path, profile: tup
         model = load_model(source, dtype=jnp.float32, mesh=meshes[0])
         model.config = experiment.with_mixer_options(model.config)
         pattern = choose_pattern(model, experiment.pattern, experiment.select, corpus, workdir, meshes[0])
-        begin = dict(fresh_parameters=experiment.fresh_parameters, copy_attention=experiment.copy_attention)
+        begin: dict[str, Any] = dict(fresh_parameters=experiment.fresh_parameters, copy_attention=experiment.copy_attention)
         hybrid = initialize_hybrid(model, pattern, seed=experiment.seed, mesh=meshes[0], **begin)
         save_model(hybrid, initial, tokenizer_from=source)
         del model, hybrid

@@ -127,7 +127,7 @@ def verify(path: str | pathlib.Path, tokens: int = TOKENS) -> Parity:
 
 
 def _hash(x: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(x).view(np.uint8).reshape(-1)).hexdigest() if x.size else ""
+    return hashlib.sha256(x.tobytes()).hexdigest()
 
 
 def _stored(files: TensorFiles, made_of: dict[str, list[str]], written: dict) -> Iterator[StoredTensor]:

@@ -36,8 +36,8 @@ def run(args: argparse.Namespace) -> None:
         model, tokenizer = load_model(args.source, dtype=args.dtype), args.source
     if not args.keep_teacher:
         model = unfuse(model)
-    options = dict(max_shard_bytes=int(args.max_shard_gb * 1e9), overwrite=args.overwrite)
-    save_model(model, args.out, tokenizer_from=tokenizer, **options)
+    shard = int(args.max_shard_gb * 1e9)
+    save_model(model, args.out, tokenizer_from=tokenizer, max_shard_bytes=shard, overwrite=args.overwrite)
     print(f"{args.out}: {model.config.family}, {model.config.pattern}")
     for note in plugin_notes(model.config):
         print(note)
