@@ -78,7 +78,7 @@ def overridden(*overrides):
 @pytest.mark.parametrize(
     "override, words",
     [
-        ("typo=1", "config has the unknown key 'typo'; known: data, fresh_parameters, mesh"),
+        ("typo=1", "config has the unknown key 'typo'; known: copy_attention, data, fresh_parameters, mesh"),
         ("phases.align.stps=3", "config.phases.align has the unknown key 'stps' (did you mean 'steps'?)"),
         ("phases.algin.steps=3", "config.phases has the unknown key 'algin' (did you mean 'align'?)"),
         ("mesh.fsd=2", "config.mesh has the unknown key 'fsd' (did you mean 'fsdp'?)"),
