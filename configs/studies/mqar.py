@@ -22,9 +22,9 @@ TASKS = {
     "many": {"task": "mqar", "min_pairs": 2, "max_pairs": 32, "symbols": SYMBOLS},
 }
 PHASES = {  # tokens of a row, steps of 1,024 tokens, schedule of the learning rate
-    "repeat": (64, 2000, {"schedule": "constant"}),
+    "repeat": (64, 1200, {"schedule": "constant"}),
     "few": (32, 1000, {"schedule": "constant"}),
-    "many": (128, 1000, {"schedule": "cosine", "final_fraction": 0.1}),
+    "many": (128, 1200, {"schedule": "cosine", "final_fraction": 0.1}),
 }
 
 
@@ -53,13 +53,13 @@ def get_config(which: str = "sweep") -> ConfigDict:
         "rope_theta": 10000.0,
         "rms_norm_eps": 1e-6,
         "initializer_range": 0.1,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": False,
         "eos_token_id": 0,
     }
     phase = {
         "objective": "next_token",
         "optimizer": "adamw",
-        "learning_rate": 5e-3,
+        "learning_rate": 2e-3,
         "beta2": 0.98,
         "warmup_steps": 50,
         "weight_decay": 0.01,
