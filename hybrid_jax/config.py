@@ -38,6 +38,7 @@ __all__ = [
 NORMS: dict[str, tuple[str | None, str | None, str | None, str | None]] = {
     "before": ("input_layernorm", None, "post_attention_layernorm", None),
     "behind": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "both": ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
 }
 
 AnyOptions = TypeVar("AnyOptions", bound=MixerOptions)
@@ -176,7 +177,12 @@ class ModelConfig:
       tie_embeddings: the output head is the embedding table.
       qk_norm: RMSNorm over each head of queries and keys (Qwen3).
       qk_norm_all_heads: with `qk_norm`, the norm is over the channels of all heads together (OLMo 2).
-      norms: where a layer has its norms: `before` attention and MLP, or `behind` them, in front of the residual sum (OLMo 2).
+      norms: where a layer has its norms: `before` attention and MLP, `behind` them, in front of the residual sum (OLMo 2), or in
+        `both` places (Gemma 2).
+      norm_offset: what is added to the weights of the source's norms (Gemma: 1).
+      embedding_scale: what the embeddings are multiplied by, in the compute dtype (Gemma: sqrt(hidden_size)).
+      activation: of the MLP's gate, a key of `hybrid_jax.layers.mlp.ACTIVATIONS`.
+      query_pre_attn_scalar: attention scores are divided by its square root; None: by that of head_dim.
       qkv_bias, o_bias, mlp_bias: biases of the projections to q, k, v (Qwen2), of attention's output projection, of the MLP.
       attention_windows: per layer, the source's own sliding window, in keys that a query sees, or None for full attention.
       rotary_layers: per layer, whether attention rotates queries and keys by their positions; empty: in every layer (SmolLM3 has
@@ -210,6 +216,10 @@ class ModelConfig:
     qk_norm: bool = False
     qk_norm_all_heads: bool = False
     norms: str = "before"
+    norm_offset: float = 0.0
+    embedding_scale: float = 1.0
+    activation: str = "silu"
+    query_pre_attn_scalar: float | None = None
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -241,7 +251,12 @@ class ModelConfig:
         for rope in (self.rope, self.window_rope):
             if rope is not None:
                 rope.check(self.head_dim)
-        check_number("logits_scaling", self.logits_scaling, above=0)
+        for name in ("logits_scaling", "embedding_scale"):
+            check_number(name, getattr(self, name), above=0)
+        check_number("norm_offset", self.norm_offset)
+        check_choice("activation", self.activation, ("silu", "gelu_tanh"))
+        if self.query_pre_attn_scalar is not None:
+            check_number("query_pre_attn_scalar", self.query_pre_attn_scalar, above=0)
         if self.logits_soft_cap is not None:
             check_number("logits_soft_cap", self.logits_soft_cap, above=0)
         windows = self.attention_windows or (None,) * len(self.layers)

@@ -50,9 +50,10 @@ class Layer(nnx.Module):
 
     def __init__(self, config: ModelConfig, index: int, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         self.spec, self.norms = config.layers[index], NORMS[config.norms]
+        norm: dict[str, Any] = dict(eps=config.rms_norm_eps, offset=config.norm_offset, dtype=dtype)
         for name in self.norms:
             if name is not None:
-                setattr(self, name, RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype))
+                setattr(self, name, RMSNorm(config.hidden_size, **norm))
         for kind in self.spec.kinds:
             setattr(self, KINDS[kind].parameter_key, make_mixer(kind, config, index, rngs=rngs, dtype=dtype))
         self.mlp = (MLP if config.moe is None else MoE)(config, rngs=rngs, dtype=dtype)
@@ -107,7 +108,7 @@ class Decoder(nnx.Module):
         std = config.initializer_range
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, std=std, rngs=rngs, dtype=dtype)
         self.layers = nnx.List([Layer(config, i, rngs=rngs, dtype=dtype) for i in range(config.num_layers)])
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, offset=config.norm_offset, dtype=dtype)
         if config.tie_embeddings:
             self.lm_head = None
         else:
@@ -126,6 +127,8 @@ class Decoder(nnx.Module):
                 raise ValueError("where tokens are sharded over the mesh (zig-zag order) the model needs their positions")
             positions = positions_of(segment_ids)
         hidden = constrain(self.embed_tokens(input_ids, self.compute_dtype), *TOKENS)
+        if self.config.embedding_scale != 1:
+            hidden = hidden * jnp.asarray(self.config.embedding_scale, hidden.dtype)
         return hidden, dict(positions=positions, segment_ids=segment_ids)
 
     def through_layers(self, run_layer: Callable, carry: Any, *others: Decoder) -> tuple[Any, list[Any]]:

@@ -75,6 +75,7 @@ KEYS: dict[str, Check] = {
     "tie_word_embeddings": check_boolean,
     "initializer_range": number(minimum=0, maximum=1),
     "hidden_act": choice("silu", "swish"),
+    "hidden_activation": choice("gelu_pytorch_tanh"),
     "attention_bias": check_boolean,
     "mlp_bias": check_boolean,
     "use_sliding_window": check_boolean,

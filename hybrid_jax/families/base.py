@@ -139,6 +139,8 @@ def read_config(family: Family, hf: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(f"config.json of a {family.model_type} lacks {', '.join(missing)}")
     check_finite(hf)
     hf = {**_DEFAULTS, **family.defaults, **hf}
+    if "hidden_activation" in family.defaults:  # its name for `hidden_act`
+        del hf["hidden_act"]
     for key, value in hf.items():
         check_key(key, value)
         if key in family.keys:

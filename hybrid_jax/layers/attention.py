@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +90,8 @@ def query_key_norms(config: ModelConfig, dtype: DTypeLike) -> tuple[RMSNorm | No
     if not config.qk_norm:
         return None, None
     heads = (config.num_heads, config.num_kv_heads) if config.qk_norm_all_heads else (1, 1)
-    q_norm, k_norm = (RMSNorm(n * config.head_dim, eps=config.rms_norm_eps, dtype=dtype) for n in heads)
+    norm: dict[str, Any] = dict(eps=config.rms_norm_eps, offset=config.norm_offset, dtype=dtype)
+    q_norm, k_norm = (RMSNorm(n * config.head_dim, **norm) for n in heads)
     return q_norm, k_norm
 
 
@@ -158,6 +159,8 @@ class Attention(nnx.Module):
         if self.rope is not None:
             inv_freq, factor = document_frequencies(self.rope, c.head_dim, c.max_position_embeddings, positions, segment_ids)
             q, k = rotate(q, positions, inv_freq, factor), rotate(k, positions, inv_freq, factor)
+        if c.query_pre_attn_scalar is not None:
+            q = q * jnp.asarray((c.head_dim / c.query_pre_attn_scalar) ** 0.5, q.dtype)
         if c.query_scaling is not None:
             beta, context = c.query_scaling
             scale = 1 + beta * jnp.log1p(jnp.floor(positions / context))

@@ -80,12 +80,13 @@ def norm_heads(norm: RMSNorm | None, x: jax.Array) -> jax.Array:
 
 
 class RMSNorm(nnx.Module):
-    """`rms_norm` with a learned weight [dim]."""
+    """`rms_norm` by offset + a learned weight [dim], which begins at 1 - offset."""
 
-    def __init__(self, dim: int, *, eps: float, dtype: DTypeLike = jnp.float32):
-        self.weight = parameter(jnp.ones(dim, dtype), ("norm",))
-        self.eps = eps
+    def __init__(self, dim: int, *, eps: float, offset: float = 0.0, dtype: DTypeLike = jnp.float32):
+        self.weight = parameter(jnp.full(dim, 1 - offset, dtype), ("norm",))
+        self.eps, self.offset = eps, offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalizes x [..., dim] over its last axis."""
-        return rms_norm(x, self.weight[...], self.eps)
+        weight = self.weight[...]
+        return rms_norm(x, weight.astype(jnp.float32) + self.offset if self.offset else weight, self.eps)

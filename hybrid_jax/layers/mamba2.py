@@ -102,7 +102,7 @@ class Mamba2(nnx.Module):
             "out_proj.kernel": source["o_proj.kernel"],
         }
         if copies and "C_norm.weight" in fresh:
-            copied |= {"C_norm.weight": source["q_norm.weight"], "B_norm.weight": source["k_norm.weight"]}
+            copied |= {f"{ours}_norm.weight": source[f"{x}_norm.weight"] + config.norm_offset for ours, x in ("Cq", "Bk")}
         return copied
 
     def init_state(self, batch: int, max_length: int, dtype: DTypeLike = jnp.float32) -> Mamba2State:

@@ -128,7 +128,7 @@ class Mamba3(nnx.Module):
         kernels = query_key_kernels(source, config)
         copied = {"in_proj.kernel": jnp.concatenate([*parts, kernels["k_proj.kernel"], kernels["q_proj.kernel"], rest], axis=1)}
         if config.qk_norm and not config.qk_norm_all_heads:
-            copied |= {"B_norm.weight": source["k_norm.weight"], "C_norm.weight": source["q_norm.weight"]}
+            copied |= {f"{ours}_norm.weight": source[f"{x}_norm.weight"] + config.norm_offset for ours, x in ("Bk", "Cq")}
         return outer | copied | {name: jnp.zeros_like(fresh[name]) for name in ("B_bias", "C_bias")}
 
     def init_state(self, batch: int, max_length: int, dtype: DTypeLike = jnp.float32) -> Mamba3State:

@@ -14,9 +14,12 @@ from hybrid_jax.layers.linear import Linear
 from hybrid_jax.layers.parameter import parameter
 from hybrid_jax.parallel.sharding import TOKENS, axis_size, shard_map_by_axes
 
+# ModelConfig.activation -> the function
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+
 
 class MLP(nnx.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(activation(gate(x)) * up(x))."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         hid, inner = config.hidden_size, config.intermediate_size
@@ -24,10 +27,11 @@ class MLP(nnx.Module):
         self.gate_proj = linear(hid, inner, axes=("embed", "mlp"))
         self.up_proj = linear(hid, inner, axes=("embed", "mlp"))
         self.down_proj = linear(inner, hid, axes=("mlp", "embed"))
+        self.activation = config.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [B, T, hidden] to the same shape."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
 
 
 def _experts_of(config: ModelConfig) -> MoEConfig:

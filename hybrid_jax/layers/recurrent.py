@@ -56,7 +56,7 @@ def query_key_kernels(source: Arrays, config: ModelConfig) -> dict[str, jax.Arra
     kernels = {f"{x}_proj.kernel": source[f"{x}_proj.kernel"] for x in "qk"}
     if not config.qk_norm_all_heads:
         return kernels
-    return {name: kernel * source[f"{name[0]}_norm.weight"] for name, kernel in kernels.items()}
+    return {name: kernel * (source[f"{name[0]}_norm.weight"] + config.norm_offset) for name, kernel in kernels.items()}
 
 
 def from_projections(source: Arrays, fresh: Arrays, config: ModelConfig) -> dict[str, jax.Array]:

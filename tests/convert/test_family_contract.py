@@ -23,6 +23,7 @@ FAMILIES = [
     "phi3 windowed, part of the head rotated",
     "mixtral windowed, tied, one key head",
     "olmo3 windowed, tied, two ropes",
+    "gemma3 untied, windowed, biased, soft-capped, two ropes",
 ]
 MESHED = [*FAMILIES, LONG]
 IDS = np.random.default_rng(1).integers(4, 97, (2, 31))
@@ -115,6 +116,16 @@ def test_mixing_matrices_times_values_are_what_attention_gives_its_output_projec
         mixing = attention.mixing(x, **at)
         mixed = jnp.einsum("bhts,bshd->bthd", mixing.matrix(), mixing.values).reshape(2, 31, -1)
         assert relative_error(attention.o_proj(mixed), attention(x, **at)[0]) < 1e-5
+
+
+def test_a_mixer_s_norms_begin_with_what_gemma_s_norms_multiply_by(tmp_path):
+    make("gemma3 tied, one key head, own query scale").save_pretrained(tmp_path)
+    source = load_model(tmp_path)
+    hybrid = load_model(tmp_path, pattern="M2-M3-*")
+    for i, mixer, names in ((0, "mamba", "Cq Bk"), (1, "mamba3", "Cq Bk")):
+        for ours, theirs in names.split():
+            got = getattr(getattr(hybrid.layers[i], mixer), f"{ours}_norm").weight[...]
+            assert relative_error(got, 1 + getattr(source.layers[i].self_attn, f"{theirs}_norm").weight[...]) < 1e-6
 
 
 MESHES = """

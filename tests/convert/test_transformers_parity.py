@@ -126,6 +126,22 @@ CASES = {
             **TOKENS,
         ),
     ),
+    "gemma3 tied, one key head, own query scale": ("Gemma3", dict(num_key_value_heads=1, head_dim=10, query_pre_attn_scalar=7)),
+    "gemma3 untied, windowed, biased, soft-capped, two ropes": (
+        "Gemma3",
+        dict(
+            tie_word_embeddings=False,
+            head_dim=8,
+            sliding_window=7,
+            attention_bias=True,
+            final_logit_softcapping=5.0,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            rope_parameters=dict(
+                full_attention=dict(rope_type="linear", factor=4.0, rope_theta=5000.0),
+                sliding_attention=dict(rope_type="default", rope_theta=77.0),
+            ),
+        ),
+    ),
     "qwen3 moe windowed": (  # its window is every layer's: max_window_layers and layer_types mean nothing here
         "Qwen3Moe",
         dict(head_dim=16, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=8, use_sliding_window=True, sliding_window=7),
@@ -137,10 +153,13 @@ CASES = {
 }
 
 
+CONFIGS = {"Gemma3": "Gemma3TextConfig"}
+
+
 def make(case, **more):
     torch.manual_seed(0)
     name, changes = CASES[case]
-    config = getattr(transformers, f"{name}Config")(**{**BASE, **changes, **more})
+    config = getattr(transformers, CONFIGS.get(name, f"{name}Config"))(**{**BASE, **changes, **more})
     config._attn_implementation = "eager"
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     with torch.no_grad():  # norms and biases away from their trivial initial values

@@ -21,8 +21,29 @@ KEPT = f"{HEADS}::test_kept_heads_compute_what_they_compute_in_the_source"
 
 MUTATIONS = [
     Mutation(
+        "hybrid_jax/layers/linear.py",
+        "weight.astype(jnp.float32) + self.offset if self.offset else weight",
+        "weight",
+        "Gemma's norms multiply by the weight alone",
+        (PARITY,),
+    ),
+    Mutation(
+        MAMBA2,
+        'source[f"{x}_norm.weight"] + config.norm_offset',
+        'source[f"{x}_norm.weight"]',
+        "a mixer's norms begin without what Gemma's norms add to their weights",
+        ("tests/convert/test_family_contract.py::test_a_mixer_s_norms_begin_with_what_gemma_s_norms_multiply_by",),
+    ),
+    Mutation(
+        ATTENTION,
+        "(c.head_dim / c.query_pre_attn_scalar) ** 0.5",
+        "(c.head_dim / c.query_pre_attn_scalar)",
+        "Gemma's scale of queries is squared",
+        (PARITY,),
+    ),
+    Mutation(
         "hybrid_jax/layers/recurrent.py",
-        'kernel * source[f"{name[0]}_norm.weight"]',
+        'kernel * (source[f"{name[0]}_norm.weight"] + config.norm_offset)',
         "kernel",
         "mixers ignore the weights of a norm over all heads",
         (
@@ -159,8 +180,8 @@ MUTATIONS = [
     ),
     Mutation(
         MLP,
-        "jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)",
-        "self.gate_proj(x) * jax.nn.silu(self.up_proj(x))",
+        "(self.gate_proj(x)) * self.up_proj(x)",
+        "(self.up_proj(x)) * self.gate_proj(x)",
         "gate and up are exchanged",
         (PARITY,),
     ),
