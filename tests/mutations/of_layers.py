@@ -225,8 +225,8 @@ MUTATIONS = [
     ),
     Mutation(
         MAMBA2,
-        '"B_norm.weight": source["k_norm.weight"]',
-        '"B_norm.weight": source["q_norm.weight"]',
+        'for ours, x in ("Cq", "Bk")',
+        'for ours, x in ("Cq", "Bq")',
         "B takes the norm of q",
         (f"{PRIMING}::test_mamba2_takes_q_k_v_o_and_the_norms_in_its_own_order",),
     ),
