@@ -218,6 +218,15 @@ def test_a_point_ended_by_the_system_is_told_with_the_signal(tmp_path, monkeypat
     assert _command("prime") == ("failed", "ended by SIGKILL, after: align:  33%")
 
 
+def test_a_failed_command_is_told_by_its_message_and_not_by_what_libraries_write_at_its_end(tmp_path, monkeypatch):
+    child = tmp_path / "child"
+    lines = "print('hybrid-jax prime: the pattern is wrong', file=sys.stderr); print('a library ends', file=sys.stderr)"
+    child.write_text(f"#!{sys.executable}\nimport sys; {lines}; sys.exit(1)\n")
+    child.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(child))
+    assert _command("prime") == ("failed", "hybrid-jax prime: the pattern is wrong")
+
+
 def test_a_failed_point_of_an_array_is_failed_in_the_table_and_runs_again(tmp_path, monkeypatch):
     (point,) = points_of(ConfigDict({"configs": ("a.py",)}))
     outcomes = [("failed", "no such file"), ("stopped", "later"), ("done", "")]

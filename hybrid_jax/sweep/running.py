@@ -57,6 +57,9 @@ def run_point(point: Point, out: pathlib.Path, evaluate: Mapping[str, Any]) -> d
     return result
 
 
+MESSAGE = "hybrid-jax "  # how the line begins in which a command says why it failed
+
+
 def measure_models(out: pathlib.Path, evaluate: Mapping[str, Any]) -> tuple[str, str]:
     """Measures the models that a sweep is compared with, into `out/models`; returns a status and an error, see `run_point`."""
     return _evaluate(evaluate[MODELS], out / MODELS, evaluate, _sharing_programs(out))
@@ -75,7 +78,7 @@ def _sharing_programs(out: pathlib.Path) -> dict[str, str]:
 
 
 def _command(*arguments: str, env: Mapping[str, str] | None = None) -> tuple[str, str]:
-    """Runs a command to its end: (`done`, `failed` or `stopped`, the last line of its errors).
+    """Runs a command to its end: (`done`, `failed` or `stopped`, its message or the last line of its errors).
 
     While it runs, SIGINT and SIGTERM to this process become one SIGTERM to the command, which then saves and ends; this
     process waits for it. A second SIGINT kills it. (A signal to the process group reaches the command directly as well,
@@ -86,7 +89,8 @@ def _command(*arguments: str, env: Mapping[str, str] | None = None) -> tuple[str
     with _passing_signals(process) as received:
         for line in process.stderr or ():
             sys.stderr.write(line)
-            last = line.strip() or last
+            if not last.startswith(MESSAGE):  # libraries may write more when the process ends
+                last = line.strip() or last
         code = process.wait()
     if code == 0:
         return ("stopped" if received else "done"), "stopped between two commands" if received else ""
