@@ -182,6 +182,7 @@ class ModelConfig:
       norm_offset: what is added to the weights of the source's norms (Gemma: 1).
       embedding_scale: what the embeddings are multiplied by, in the compute dtype (Gemma: sqrt(hidden_size)).
       activation: of the MLP's gate, a key of `hybrid_jax.layers.mlp.ACTIVATIONS`.
+      attention_soft_cap: c > 0: attention scores s count as c * tanh(s / c) (Gemma 2); None: as they are.
       query_pre_attn_scalar: attention scores are divided by its square root; None: by that of head_dim.
       qkv_bias, o_bias, mlp_bias: biases of the projections to q, k, v (Qwen2), of attention's output projection, of the MLP.
       attention_windows: per layer, the source's own sliding window, in keys that a query sees, or None for full attention.
@@ -220,6 +221,7 @@ class ModelConfig:
     embedding_scale: float = 1.0
     activation: str = "silu"
     query_pre_attn_scalar: float | None = None
+    attention_soft_cap: float | None = None
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -255,8 +257,9 @@ class ModelConfig:
             check_number(name, getattr(self, name), above=0)
         check_number("norm_offset", self.norm_offset)
         check_choice("activation", self.activation, ("silu", "gelu_tanh"))
-        if self.query_pre_attn_scalar is not None:
-            check_number("query_pre_attn_scalar", self.query_pre_attn_scalar, above=0)
+        for name in ("query_pre_attn_scalar", "attention_soft_cap"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), above=0)
         if self.logits_soft_cap is not None:
             check_number("logits_soft_cap", self.logits_soft_cap, above=0)
         windows = self.attention_windows or (None,) * len(self.layers)
@@ -268,6 +271,10 @@ class ModelConfig:
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries, the model has {len(self.layers)} layers")
         object.__setattr__(self, "mixers", _canonical(self.mixers))
         for i, layer in enumerate(self.layers):
+            if layer.kind == "bmojo" and self.attention_soft_cap is not None:
+                raise ValueError(
+                    f"layer {i}: {layer.symbol!r} has no soft cap of attention scores, which {self.family} has; choose another"
+                )
             if layer.attention_heads and self.qk_norm_all_heads:
                 raise ValueError(
                     f"layer {i}: {layer.symbol!r} keeps some heads, and {self.family} norms queries and keys over all heads "

@@ -7,7 +7,7 @@ from typing import Any
 
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.families.base import HYBRID_PREFIX, Family, read_config, write_config
-from hybrid_jax.families.gemma import GEMMA3
+from hybrid_jax.families.gemma import GEMMA2, GEMMA3
 from hybrid_jax.families.llama import LLAMA
 from hybrid_jax.families.mistral import MINISTRAL, MINISTRAL3, MISTRAL
 from hybrid_jax.families.mixtral import MIXTRAL
@@ -23,7 +23,7 @@ __all__ = ["FAMILIES", "Family", "config_from_hf", "config_to_hf", "plugin_notes
 
 FAMILIES = {
     f.model_type: f
-    for f in (QWEN3, QWEN3_MOE, QWEN2, LLAMA, MISTRAL, MINISTRAL, MINISTRAL3, SMOLLM3, PHI3, MIXTRAL, OLMO2, OLMO3, GEMMA3)
+    for f in (QWEN3, QWEN3_MOE, QWEN2, LLAMA, MISTRAL, MINISTRAL, MINISTRAL3, SMOLLM3, PHI3, MIXTRAL, OLMO2, OLMO3, GEMMA2, GEMMA3)
 }
 
 

@@ -1,4 +1,8 @@
-"""Gemma 3 text (arXiv 2503.19786): norms before and behind attention and MLP, scaled embeddings, windows with their own rope."""
+"""Gemma 2 (arXiv 2408.00118) and Gemma 3 text (arXiv 2503.19786): norms before and behind attention and MLP, scaled embeddings.
+
+Gemma 2 has soft caps of attention scores and logits, and a window in every second layer; Gemma 3 norms queries and keys, and its
+windows have a rope of their own.
+"""
 
 from hybrid_jax.families.base import Family
 from hybrid_jax.schema import integer, number, optional
@@ -7,7 +11,6 @@ from hybrid_jax.schema import integer, number, optional
 def _read(hf):
     bias = hf["attention_bias"]
     return {
-        "qk_norm": True,
         "qkv_bias": bias,
         "o_bias": bias,
         "norms": "both",
@@ -28,41 +31,55 @@ def _write(config):
 
 
 def _absent(name, value):
-    """transformers' attention of Gemma 3 does not read the key, or reads it for other models than causal ones."""
+    """Refuses a value of a key that transformers' attention of the family does not read, or reads where it is not causal."""
     if value:
-        raise ValueError(f"{name} = {value!r} is not supported; Gemma 3's causal attention has none: set it to null or false")
+        raise ValueError(f"{name} = {value!r} is not supported; the family's causal attention has none: set it to null or false")
 
 
+_DEFAULTS = {
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "use_bidirectional_attention": False,
+}
+_KEYS = {
+    "query_pre_attn_scalar": number(above=0),
+    "final_logit_softcapping": optional(number(above=0)),
+    "use_bidirectional_attention": _absent,
+}
+
+GEMMA2 = Family(
+    "gemma2",
+    "Gemma2ForCausalLM",
+    lambda hf: {**_read(hf), "attention_soft_cap": hf["attn_logit_softcapping"]},
+    lambda config: {**_write(config), "attn_logit_softcapping": config.attention_soft_cap},
+    window_keys=("sliding_window",),
+    layer_types=True,
+    windowed=lambda hf, layer: layer % 2 == 0,
+    defaults={**_DEFAULTS, "max_position_embeddings": 8192, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
+    keys={**_KEYS, "attn_logit_softcapping": optional(number(above=0))},
+)
 GEMMA3 = Family(
     "gemma3_text",
     "Gemma3ForCausalLM",
-    _read,
+    lambda hf: {**_read(hf), "qk_norm": True},
     _write,
     window_keys=("sliding_window",),
     layer_types=True,
     windowed=lambda hf, layer: (layer + 1) % hf["sliding_window_pattern"] != 0,
     defaults={
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "hidden_activation": "gelu_pytorch_tanh",
+        **_DEFAULTS,
         "max_position_embeddings": 131_072,
-        "tie_word_embeddings": True,
-        "attention_bias": False,
-        "query_pre_attn_scalar": 256,
-        "sliding_window": 4096,
         "sliding_window_pattern": 6,
         "final_logit_softcapping": None,
         "attn_logit_softcapping": None,
-        "use_bidirectional_attention": False,
     },
     rope_theta=1_000_000.0,
     window_rope_theta=10_000.0,
     window_rope_key="rope_local_base_freq",
-    keys={
-        "query_pre_attn_scalar": number(above=0),
-        "sliding_window_pattern": integer(1),
-        "final_logit_softcapping": optional(number(above=0)),
-        "attn_logit_softcapping": _absent,
-        "use_bidirectional_attention": _absent,
-    },
+    keys={**_KEYS, "sliding_window_pattern": integer(1), "attn_logit_softcapping": _absent},
 )

@@ -136,6 +136,14 @@ PUBLIC: dict[str, dict[str, Any]] = {
         "rope_theta": 500_000.0,
         "max_position_embeddings": 4096,
     },
+    "google/gemma-2-2b": {
+        "model_type": "gemma2",
+        "vocab_size": 256000,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+    },
     "google/gemma-3-1b-pt": {
         "model_type": "gemma3_text",
         "vocab_size": 262144,

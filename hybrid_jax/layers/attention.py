@@ -22,6 +22,7 @@ from hybrid_jax.layers.mixer import Arrays
 from hybrid_jax.layers.mixing import Mixing, of_softmax
 from hybrid_jax.layers.rope import document_frequencies, rotate
 from hybrid_jax.parallel.attention import attend
+from hybrid_jax.parallel.attention_block import soft_capped
 
 
 class KVCache(NamedTuple):
@@ -78,6 +79,22 @@ def extend_full(cache: KVCache, new: KVCache) -> KVCache:
         for a, b in zip(cache[:4], new[:4], strict=True)
     )
     return KVCache._make([*written, cache.next_slot + new.k.shape[1]])
+
+
+def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, soft_cap: float | None = None) -> jax.Array:
+    """Returns the attention [B, T, H, D] of queries to the keys and values [B, S, Hkv, D] of a cache.
+
+    Args:
+      mask: [B, T, S], which keys a query sees.
+      soft_cap: of the scores; None: there is none.
+    """
+    if soft_cap is None:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+    B, T, H, D = q.shape
+    grouped = q.reshape(B, T, k.shape[2], -1, D)
+    scores = jnp.einsum("bthgd,bshd->bhgts", grouped, k, preferred_element_type=jnp.float32) * D**-0.5
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], soft_capped(scores, soft_cap), jnp.finfo(jnp.float32).min), axis=-1)
+    return jnp.einsum("bhgts,bshd->bthgd", weights.astype(v.dtype), v).reshape(B, T, H, D)
 
 
 def kv_heads_of(heads: Sequence[int], config: ModelConfig) -> list[int]:
@@ -175,7 +192,7 @@ class Attention(nnx.Module):
         q, k, v = self.project(x, positions, segment_ids=segment_ids)
         if state is None:
             k, v = self._for_heads(k), self._for_heads(v)
-            o = attend(q, k, v, segment_ids, self.window, head_axis=self.head_axis)
+            o = attend(q, k, v, segment_ids, self.window, soft_cap=self.config.attention_soft_cap, head_axis=self.head_axis)
             return self.o_proj(o.reshape(B, T, -1)), None
         seen = KVCache(k, v, positions, segment_ids, jnp.zeros((), jnp.int32))
         if self.window is not None:
@@ -184,7 +201,7 @@ class Attention(nnx.Module):
             seen = state = extend_full(state, seen)
         mask = attention_mask(positions, segment_ids, seen.positions, seen.segment_ids, self.window)
         k, v = (self._for_heads(x).astype(q.dtype) for x in (seen.k, seen.v))
-        o = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+        o = cached_attention(q, k, v, mask, self.config.attention_soft_cap)
         return self.o_proj(o.reshape(B, T, -1)), state
 
     def _for_heads(self, x: jax.Array) -> jax.Array:
@@ -195,7 +212,7 @@ class Attention(nnx.Module):
         """Returns the softmax of every query head on x [B, T, hidden]."""
         q, k, v = self.project(x, positions, segment_ids=segment_ids)
         mask = functools.partial(attention_mask, k_positions=positions, k_segments=segment_ids, window=self.window)
-        return of_softmax(q, self._for_heads(k), self._for_heads(v), positions, segment_ids, mask)
+        return of_softmax(q, self._for_heads(k), self._for_heads(v), positions, segment_ids, mask, self.config.attention_soft_cap)
 
     def init_state(self, batch: int, max_length: int, dtype: DTypeLike = jnp.float32) -> KVCache:
         length = max_length if self.window is None else min(self.window - 1, max_length)

@@ -19,6 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hybrid_jax.parallel.attention_block import soft_capped
+
 ROWS = 128  # of a block
 
 Rows = Callable[[jax.Array], jax.Array]
@@ -103,6 +105,7 @@ def of_softmax(
     positions: jax.Array,
     segment_ids: jax.Array,
     mask: Callable[[jax.Array, jax.Array], jax.Array],
+    soft_cap: float | None = None,
 ) -> Mixing:
     """Returns the matrices of attention.
 
@@ -111,6 +114,7 @@ def of_softmax(
       k, v: [B, T, Hkv, D].
       positions, segment_ids: [B, T].
       mask: (positions, segments of some queries [B, Q]) -> [B, Q, T], the keys that they see.
+      soft_cap: of the scores; None: there is none.
     """
     B, T, H, D = q.shape
     groups = H // k.shape[2]
@@ -122,6 +126,7 @@ def of_softmax(
             queries, where, segments = (jnp.take(x, at, axis=1, mode="clip") for x in (q, positions, segment_ids))
             queries = queries.astype(jnp.float32).reshape(B, rows, -1, groups, D)
             scores = jnp.einsum("bthgd,bshd->bhgts", queries, k32, precision="highest") * D**-0.5
+            scores = soft_capped(scores, soft_cap)
             seen = (mask(where, segments) & (at < T)[:, None])[:, None, None]
             shares = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(scores.dtype).min), axis=-1)
             return jnp.where(seen, shares, 0).reshape(B, H, rows, T)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from hybrid_jax.parallel.attention_block import FULL, Mask, block_backward, block_forward, merge
+from hybrid_jax.parallel.attention_block import Mask, block_backward, block_forward, merge
 from hybrid_jax.parallel.attention_cudnn import attend_documents, cudnn_applies
 from hybrid_jax.parallel.sequence import SEQ_AXIS, as_chunks, as_rows, from_pair, halo, halo_segments, to_pair
 from hybrid_jax.parallel.sharding import TOKENS, axis_size, shard_map_by_axes
@@ -40,6 +40,7 @@ def attend(
     segment_ids: jax.Array,
     window: int | None = None,
     *,
+    soft_cap: float | None = None,
     head_axis: str | None = "heads",
 ) -> jax.Array:
     """Returns causal attention within segments, o [B, T, H, D] in q's dtype.
@@ -49,23 +50,24 @@ def attend(
       k, v: [B, T, Hkv, D].
       segment_ids: [B, T].
       window: keys a query sees, itself included; None for all.
+      soft_cap: of the scores, see `attention_block.Mask`; None: there is none.
       head_axis: the logical axis of the heads; None: every device along `tensor` has all heads.
     """
     T, n, heads = q.shape[1], axis_size("seq"), (*TOKENS, head_axis)
     if window is not None and window >= T:
         window = None
     if takes_ring(window, T, n):
-        ring = functools.partial(_ring, window)
+        ring = functools.partial(_ring, window, soft_cap)
         return shard_map_by_axes(ring, (q, k, v, segment_ids), (heads, heads, heads, TOKENS), heads)
-    if n == 1 and cudnn_applies(q):
+    if n == 1 and soft_cap is None and cudnn_applies(q):
         one = functools.partial(attend_documents, window, functools.partial(_packed, window))
         return shard_map_by_axes(one, (q, k, v, segment_ids), (heads, heads, heads, TOKENS), heads)
-    return attend_windows((q,), (k,), (v,), ((0, window),), segment_ids, head_axis=head_axis)
+    return attend_windows((q,), (k,), (v,), ((0, window),), segment_ids, soft_cap=soft_cap, head_axis=head_axis)
 
 
 def _packed(window: int | None, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
     """Returns the attention of a device's packed rows, tile by tile."""
-    return _at_hand(((0, window),), segment_ids, (q,), (k,), (v,))
+    return _at_hand(((0, window),), None, segment_ids, (q,), (k,), (v,))
 
 
 def takes_ring(window: int | None, tokens: int, devices: int) -> bool:
@@ -74,8 +76,8 @@ def takes_ring(window: int | None, tokens: int, devices: int) -> bool:
     return devices > 1 and (window is None or window + tokens // (2 * devices) > tokens // 2)
 
 
-def _ring(window, q, k, v, segment_ids):
-    return ring_attention(q, k, v, segment_ids, window)
+def _ring(window, soft_cap, q, k, v, segment_ids):
+    return ring_attention(q, k, v, segment_ids, window, soft_cap)
 
 
 def attend_windows(
@@ -85,24 +87,25 @@ def attend_windows(
     windows: Sequence[tuple[int, int | None]],
     segment_ids: jax.Array,
     *,
+    soft_cap: float | None = None,
     head_axis: str | None = "heads",
 ) -> jax.Array:
     """Returns one softmax over several sets of keys, where set n is seen at distances windows[n][0] <= i - j < windows[n][1].
 
     Each set has its own queries [B,T,H,D], keys and values [B,T,Hkv,D]. A window may be None, without an end, only where
-    tokens are not sharded. `head_axis` is as in `attend`.
+    tokens are not sharded. `soft_cap` and `head_axis` are as in `attend`.
     """
     heads = (*TOKENS, head_axis)
-    local = functools.partial(_by_halo if axis_size("seq") > 1 else _at_hand, tuple(windows))
+    local = functools.partial(_by_halo if axis_size("seq") > 1 else _at_hand, tuple(windows), soft_cap)
     return shard_map_by_axes(local, (segment_ids, tuple(qs), tuple(ks), tuple(vs)), (TOKENS, heads, heads, heads), heads)
 
 
-def _at_hand(windows, segment_ids, qs, ks, vs):
+def _at_hand(windows, soft_cap, segment_ids, qs, ks, vs):
     parts = tuple(Part(q, k, v, segment_ids) for q, k, v in zip(qs, ks, vs, strict=True))
-    return parts_attention(parts, segment_ids, tuple(Mask(*w) for w in windows))
+    return parts_attention(parts, segment_ids, tuple(Mask(*w, soft_cap=soft_cap) for w in windows))
 
 
-def _by_halo(windows, segment_ids, qs, ks, vs):
+def _by_halo(windows, soft_cap, segment_ids, qs, ks, vs):
     """Attends with tokens sharded: each chunk sees a halo of the tokens that its windows reach, at most the row's."""
     segments = to_pair(segment_ids)
     c = segments.shape[2]
@@ -118,7 +121,7 @@ def _by_halo(windows, segment_ids, qs, ks, vs):
 
         ids = as_rows(jnp.concatenate([halo_segments(segments, before), segments], axis=2))
         parts.append(Part(as_rows(to_pair(q)), extended(k), extended(v), ids))
-        masks.append(Mask(nearest, window, offset=before))
+        masks.append(Mask(nearest, window, before, soft_cap))
     return from_pair(as_chunks(parts_attention(tuple(parts), as_rows(segments), tuple(masks))))
 
 
@@ -159,8 +162,15 @@ def _next(x):
     return jax.lax.ppermute(x, SEQ_AXIS, [(i, (i + 1) % n) for i in range(n)])
 
 
-@differentiable(4)
-def ring_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, window: int | None = None) -> jax.Array:
+@differentiable(4, 5)
+def ring_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> jax.Array:
     """Causal attention of a device's two chunks over the row; inside `shard_map_by_axes`, in the zig-zag layout.
 
     In zig-zag order every remote chunk of keys is either fully visible or invisible to a chunk of queries. Our back chunk of
@@ -173,11 +183,12 @@ def ring_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Ar
       k, v: [B, 2c, Hkv, D].
       segment_ids: [B, 2c].
       window: keys a query sees, itself included; None for all.
+      soft_cap: as in `attend`.
 
     Returns:
       [B, 2c, H, D] in q's dtype.
     """
-    return _ring_forward(q, k, v, segment_ids, window)[0]
+    return _ring_forward(q, k, v, segment_ids, window, soft_cap)[0]
 
 
 def _pairs(step):
@@ -188,26 +199,27 @@ def _pairs(step):
     return (1, 0, 2 * n - 1 - i - other), (same, same, jnp.abs(i - other))
 
 
-def _of_pair(block, pair, window, queries, keys):
+def _of_pair(block, pair, mask, queries, keys):
     """Returns block(queries, keys, mask) of two chunks; their distance, 1 or more, is known only when the program runs."""
     ours, theirs, distance = pair
     queries, keys = tuple(x[ours] for x in queries), tuple(x[theirs] for x in keys)
-    if window is None:
-        return block(queries, keys, FULL)
-    c = queries[0].shape[1]
+    full = mask._replace(nearest=None, window=None)
+    if mask.window is None:
+        return block(queries, keys, full)
+    c, window = queries[0].shape[1], mask.window
     nothing, masks = Mask(None, 1 - c), []
     for d in range(1, 2 * jax.lax.axis_size(SEQ_AXIS)):
-        mask = FULL if (d + 1) * c <= window else Mask(None, window, offset=d * c)
-        masks.append(mask if mask.shows(c, c) else nothing)
+        part = full if (d + 1) * c <= window else mask._replace(nearest=None, offset=d * c)
+        masks.append(part if part.shows(c, c) else nothing)
     different = list(dict.fromkeys(masks))
     which = jnp.asarray([different.index(mask) for mask in masks], jnp.int32)[distance - 1]
     return jax.lax.switch(which, [functools.partial(block, mask=mask) for mask in different], queries, keys)
 
 
-def _alike(block, window, queries, keys):
+def _alike(block, mask, queries, keys):
     """Returns the same for the device's own keys, front with front and back with back, [2, ...]."""
     queries, keys = (tuple(map(as_rows, xs)) for xs in (queries, keys))
-    return tuple(map(as_chunks, block(queries, keys, Mask(0, window))))
+    return tuple(map(as_chunks, block(queries, keys, mask)))
 
 
 def _forward_block(queries, keys, mask):
@@ -220,14 +232,14 @@ def _backward_block(queries, keys, mask):
     return block_backward(q, k, v, q_segments, k_segments, mask, o, lse, do)
 
 
-def _ring_forward(q, k, v, segment_ids, window):
-    n = jax.lax.axis_size(SEQ_AXIS)
+def _ring_forward(q, k, v, segment_ids, window, soft_cap):
+    n, mask = jax.lax.axis_size(SEQ_AXIS), Mask(0, window, soft_cap=soft_cap)
     segments = to_pair(segment_ids)
     queries, keys = (to_pair(q), segments), (to_pair(k), to_pair(v), segments)
 
     def add(pair, keys, parts):
         at = pair[0]
-        merged = merge(tuple(x[at] for x in parts), _of_pair(_forward_block, pair, window, queries, keys))
+        merged = merge(tuple(x[at] for x in parts), _of_pair(_forward_block, pair, mask, queries, keys))
         return tuple(x.at[at].set(y) for x, y in zip(parts, merged, strict=True))
 
     def step(s, state):
@@ -237,22 +249,22 @@ def _ring_forward(q, k, v, segment_ids, window):
         return parts
 
     coming = _next(keys)
-    parts = add(_pairs(0)[0], keys, _alike(_forward_block, window, queries, keys))
+    parts = add(_pairs(0)[0], keys, _alike(_forward_block, mask, queries, keys))
     state = jax.lax.fori_loop(1, n - 1, lambda s, state: (_next(state[0]), step(s, state)), (coming, parts))
     o, lse = step(n - 1, state)
     o, lse = checkpoint_name((from_pair(o).astype(q.dtype), lse), SAVED)
     return o, (q, k, v, segment_ids, o, lse)
 
 
-def _ring_backward(window, residuals, do):
+def _ring_backward(window, soft_cap, residuals, do):
     """The gradients of keys are sent along with them, and arrive at their own device while it works on its own keys."""
     q, k, v, segment_ids, o, lse = residuals
-    n = jax.lax.axis_size(SEQ_AXIS)
+    n, mask = jax.lax.axis_size(SEQ_AXIS), Mask(0, window, soft_cap=soft_cap)
     segments = to_pair(segment_ids)
     queries, keys = (to_pair(q), segments, to_pair(o), lse, to_pair(do)), (to_pair(k), to_pair(v), segments)
 
     def add(pair, keys, dq, dkv):
-        more, *found = _of_pair(_backward_block, pair, window, queries, keys)
+        more, *found = _of_pair(_backward_block, pair, mask, queries, keys)
         return dq.at[pair[0]].add(more), tuple(x.at[pair[1]].add(y) for x, y in zip(dkv, found, strict=True))
 
     def step(s, keys, dq, dkv):
@@ -272,7 +284,7 @@ def _ring_backward(window, residuals, do):
         dkv = _next(dkv)
     dq, dkv = step(n - 1, coming, dq, dkv)
     arrived = _next(dkv)
-    own = _alike(_backward_block, window, queries, keys)
+    own = _alike(_backward_block, mask, queries, keys)
     dq, dkv = add(_pairs(0)[0], keys, dq + own[0], own[1:])
     dk, dv = (from_pair(x + y) for x, y in zip(arrived, dkv, strict=True))
     return from_pair(dq).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None

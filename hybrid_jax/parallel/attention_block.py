@@ -27,11 +27,15 @@ LANES = 128
 
 
 class Mask(NamedTuple):
-    """Query i sees key j where `nearest` <= i + offset - j < `window`, in tokens; None: no limit on that side."""
+    """Query i sees key j where `nearest` <= i + offset - j < `window`, in tokens; None: no limit on that side.
+
+    Scores s of the keys that are seen count as soft_cap * tanh(s / soft_cap) (Gemma 2); None: as they are.
+    """
 
     nearest: int | None = 0
     window: int | None = None
     offset: int = 0
+    soft_cap: float | None = None
 
     def visible(self, i: jax.Array, j: jax.Array) -> jax.Array:
         distance = i[:, None] + self.offset - j[None, :]
@@ -51,7 +55,7 @@ FULL = Mask(nearest=None)
 def block_forward(
     q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, k_segments: jax.Array, mask: Mask
 ) -> tuple[jax.Array, jax.Array]:
-    """One block's attention; scores are q k' D^-0.5.
+    """One block's attention; scores are q k' D^-0.5, behind the mask's soft cap.
 
     Args:
       q: [B, T, H, D].
@@ -102,18 +106,23 @@ def _untile(x, length):
     return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :length]
 
 
-def _scores(q, k, q_segments, k_segments, visible):
+def soft_capped(scores: jax.Array, soft_cap: float | None) -> jax.Array:
+    """Returns soft_cap * tanh(scores / soft_cap); None: the scores."""
+    return scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
+
+
+def _scores(q, k, q_segments, k_segments, visible, soft_cap):
     """Scores [B, Hkv, G, T, S] and where they count."""
     B, T, H, D = q.shape
     Hkv = k.shape[2]
     s = jnp.einsum("bthgd,bshd->bhgts", q.reshape(B, T, Hkv, H // Hkv, D), k, preferred_element_type=accumulator(q))
     seen = visible & (q_segments[:, :, None] == k_segments[:, None, :])
-    return s * D**-0.5, seen[:, None, None]
+    return soft_capped(s * D**-0.5, soft_cap), seen[:, None, None]
 
 
-def _tile_forward(q, q_segments, k, v, k_segments, visible):
+def _tile_forward(q, q_segments, k, v, k_segments, visible, soft_cap):
     B, T, H, D = q.shape
-    s, seen = _scores(q, k, q_segments, k_segments, visible)
+    s, seen = _scores(q, k, q_segments, k_segments, visible, soft_cap)
     s = jnp.where(seen, s, EMPTY)
     top = jnp.max(s, axis=-1, keepdims=True)
     p = jnp.where(seen, jnp.exp(s - top), 0)
@@ -199,7 +208,7 @@ def _tiled_forward(mask, queries, keys):
     """Forward over tiles: of each tile of queries a running merge over the tiles of keys that it sees."""
     (q, _), T, S = queries, queries[0].shape[1], keys[0].shape[1]
     if max(T, S) <= _tile_size(mask):
-        return _tile_forward(*(*queries, *keys, mask.visible(jnp.arange(T), jnp.arange(S))))
+        return _tile_forward(*(*queries, *keys, mask.visible(jnp.arange(T), jnp.arange(S))), mask.soft_cap)
     B, _, H, D = q.shape
     dtype = accumulator(q)
 
@@ -208,23 +217,24 @@ def _tiled_forward(mask, queries, keys):
         return jnp.zeros((n, B, tile, H, D), dtype), jnp.full((n, B, H, tile), EMPTY, dtype)
 
     def add(parts, i, _, queries, keys, visible):
-        merged = merge(tuple(x[i] for x in parts), _tile_forward(*(*queries, *keys, visible)))
+        merged = merge(tuple(x[i] for x in parts), _tile_forward(*(*queries, *keys, visible), mask.soft_cap))
         return tuple(x.at[i].set(y) for x, y in zip(parts, merged, strict=True))
 
     o, lse = _over_tiles(mask, queries, keys, nothing, add)
     return _untile(o, T), _untile(lse.swapaxes(2, 3), T).swapaxes(1, 2)
 
 
-def _tile_backward(q, q_segments, do, lse, delta, k, v, k_segments, visible):
+def _tile_backward(q, q_segments, do, lse, delta, k, v, k_segments, visible, soft_cap):
     B, T, H, D = q.shape
-    s, seen = _scores(q, k, q_segments, k_segments, visible)
+    s, seen = _scores(q, k, q_segments, k_segments, visible, soft_cap)
     groups = (B, T, k.shape[2], H // k.shape[2])
     lse, delta = (x.reshape(groups).transpose(0, 2, 3, 1)[..., None] for x in (lse, delta))
     do = do.reshape(*groups, D)
     p = jnp.where(seen, jnp.exp(jnp.where(seen, s - lse, 0)), 0)
     dv = jnp.einsum("bhgts,bthgd->bshd", p.astype(do.dtype), do, preferred_element_type=s.dtype)
     dp = jnp.einsum("bthgd,bshd->bhgts", do, v, preferred_element_type=s.dtype)
-    ds = (p * (dp - delta) * D**-0.5).astype(q.dtype)
+    slope = 1 if soft_cap is None else 1 - (s / soft_cap) ** 2  # of the soft cap
+    ds = (p * (dp - delta) * slope * D**-0.5).astype(q.dtype)
     dq = jnp.einsum("bhgts,bshd->bthgd", ds, k, preferred_element_type=s.dtype).reshape(B, T, H, D)
     return dq, jnp.einsum("bhgts,bthgd->bshd", ds, q.reshape(*groups, D), preferred_element_type=s.dtype), dv
 
@@ -232,13 +242,13 @@ def _tile_backward(q, q_segments, do, lse, delta, k, v, k_segments, visible):
 def _tiled_backward(mask, queries, keys):
     T, S = queries[0].shape[1], keys[0].shape[1]
     if max(T, S) <= _tile_size(mask):
-        return _tile_backward(*(*queries, *keys, mask.visible(jnp.arange(T), jnp.arange(S))))
+        return _tile_backward(*(*queries, *keys, mask.visible(jnp.arange(T), jnp.arange(S))), mask.soft_cap)
 
     def zeros(q_tiles, k_tiles, _):
         return tuple(jnp.zeros(x.shape, accumulator(x)) for x in (q_tiles[0], *k_tiles[:2]))
 
     def add(grads, i, j, queries, keys, visible):
-        more = _tile_backward(*(*queries, *keys, visible))
+        more = _tile_backward(*(*queries, *keys, visible), mask.soft_cap)
         return tuple(x.at[n].add(y) for x, n, y in zip(grads, (i, j, j), more, strict=True))
 
     dq, dk, dv = _over_tiles(mask, queries, keys, zeros, add)
@@ -284,7 +294,7 @@ def _splash_kernel(mask: Mask, T: int, S: int, heads: int, interpret: bool):
         is_mqa=False,
         save_residuals=True,
         mask_value=splash.DEFAULT_MASK_VALUE,
-        attn_logits_soft_cap=None,
+        attn_logits_soft_cap=mask.soft_cap,
         residual_checkpoint_name=None,
         mask_function=function,
         interpret=interpret,

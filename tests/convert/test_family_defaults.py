@@ -27,6 +27,7 @@ CLASSES = {
     "mixtral": transformers.MixtralConfig,
     "olmo2": transformers.Olmo2Config,
     "olmo3": transformers.Olmo3Config,
+    "gemma2": transformers.Gemma2Config,
     "gemma3_text": transformers.Gemma3TextConfig,
 }
 SIZES = dict(vocab_size=97, hidden_size=512, intermediate_size=80, num_hidden_layers=3, num_attention_heads=32)
@@ -56,7 +57,7 @@ def their_windows(config):
     """As the modeling files choose a layer's mask."""
     if config.model_type in ("llama", "olmo2"):
         return (None,) * config.num_hidden_layers
-    by_layer = config.model_type in ("qwen2", "qwen3", "ministral", "smollm3", "olmo3", "gemma3_text")
+    by_layer = config.model_type in ("qwen2", "qwen3", "ministral", "smollm3", "olmo3", "gemma2", "gemma3_text")
     types = config.layer_types if by_layer else ["sliding_attention"] * 3
     return tuple(config.sliding_window if t == "sliding_attention" else None for t in types)
 
@@ -95,7 +96,10 @@ def test_absent_keys_mean_what_they_mean_to_transformers(model_type):
         "rotary_layers": tuple(map(bool, getattr(b, "no_rope_layers", [1] * 3))),
     }
     assert {name: getattr(a, name) for name in fields} == fields
-    act = {"gemma3_text": ("hidden_activation", "gelu_pytorch_tanh", "gelu_tanh")}.get(model_type, ("hidden_act", "silu", "silu"))
+    gelu, silu = ("hidden_activation", "gelu_pytorch_tanh", "gelu_tanh"), ("hidden_act", "silu", "silu")
+    act = gelu if model_type.startswith("gemma") else silu
+    soft_caps = [getattr(b, f"{x}_logit_softcapping", None) for x in ("attn", "final")]
+    assert [a.attention_soft_cap, a.logits_soft_cap] == soft_caps
     assert (getattr(b, act[0]), a.extra[act[0]], a.activation) == (act[1], act[1], act[2])
     assert (a.o_bias, a.mlp_bias) == (getattr(b, "attention_bias", False), getattr(b, "mlp_bias", False))
     rope = dict(b.rope_parameters)
@@ -325,6 +329,7 @@ def test_rope_parameters_of_layers_with_and_without_a_window_are_transformers(mo
     [
         ("olmo3", dict(rope_theta=777.0), "rope_theta = 777.0 without rope_parameters means other bases"),
         ("olmo3", dict(rope_parameters=dict(rope_type="default")), "an object for each of full_attention and sliding_attention"),
+        ("gemma2", dict(attn_logit_softcapping=-1.0), "attn_logit_softcapping must be"),
         ("gemma3_text", dict(attn_logit_softcapping=30.0), "attn_logit_softcapping = 30.0 is not supported"),
         ("gemma3_text", dict(use_bidirectional_attention=True), "use_bidirectional_attention = True is not supported"),
         ("gemma3_text", dict(hidden_activation="relu"), "hidden_activation must be"),

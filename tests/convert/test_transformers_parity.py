@@ -126,6 +126,22 @@ CASES = {
             **TOKENS,
         ),
     ),
+    "gemma2 windowed, soft-capped": (
+        "Gemma2",
+        dict(head_dim=8, sliding_window=7, attn_logit_softcapping=1.5, final_logit_softcapping=4.0),
+    ),
+    "gemma2 untied, no soft caps, own query scale": (
+        "Gemma2",
+        dict(
+            head_dim=10,
+            tie_word_embeddings=False,
+            attn_logit_softcapping=None,
+            final_logit_softcapping=None,
+            query_pre_attn_scalar=21,
+            layer_types=["full_attention", "full_attention", "sliding_attention"],
+            sliding_window=5,
+        ),
+    ),
     "gemma3 tied, one key head, own query scale": ("Gemma3", dict(num_key_value_heads=1, head_dim=10, query_pre_attn_scalar=7)),
     "gemma3 untied, windowed, biased, soft-capped, two ropes": (
         "Gemma3",

@@ -31,13 +31,13 @@ from tests.parallel.conftest import plain_attention, random, segments_of
 
 
 @pytest.mark.parametrize("tile", [1024, 8])
-@pytest.mark.parametrize("window", [None, 5])
-def test_attention_and_its_gradient_are_the_definition_s_whatever_the_tile(monkeypatch, tile, window):
+@pytest.mark.parametrize("window, soft_cap", [(None, None), (5, None), (None, 0.7), (5, 0.7)])
+def test_attention_and_its_gradient_are_the_definition_s_whatever_the_tile(monkeypatch, tile, window, soft_cap):
     monkeypatch.setattr(attention_block, "TILE", tile)
     q, k, v, do = random(2, 21, 4, 8), random(2, 21, 2, 8, seed=1), random(2, 21, 2, 8, seed=2), random(2, 21, 4, 8, seed=3)
     segments = segments_of(2, 21)
-    got, pull = jax.vjp(lambda *x: attend(*x, segments, window), q, k, v)
-    want, pull_want = jax.vjp(lambda *x: plain_attention(*x, segments, 0, window), q, k, v)
+    got, pull = jax.vjp(lambda *x: attend(*x, segments, window, soft_cap=soft_cap), q, k, v)
+    want, pull_want = jax.vjp(lambda *x: plain_attention(*x, segments, 0, window, soft_cap), q, k, v)
     for a, b in zip((got, *pull(do)), (want, *pull_want(do)), strict=True):
         assert relative_error(a, b) < 1e-6
 

@@ -178,17 +178,19 @@ def packed(T):
     return jnp.asarray(rows)
 
 
-@pytest.mark.parametrize("n, window", [(2, None), (4, None), (3, 2), (4, 17)])
-def test_the_ring_gives_attention_and_its_gradient_whatever_the_window(n, window):
+@pytest.mark.parametrize(
+    "n, window, soft_cap", [(2, None, None), (4, None, None), (3, 2, None), (4, 17, None), (2, None, 0.7), (3, 9, 0.7)]
+)
+def test_the_ring_gives_attention_and_its_gradient_whatever_the_window(n, window, soft_cap):
     q, k, v, do = random(2, 24, 2, 4), random(2, 24, 1, 4, seed=1), random(2, 24, 1, 4, seed=2), random(2, 24, 2, 4, seed=3)
     segments = packed(24)
 
     def local(q, k, v, do, segments):
-        o, pull = jax.vjp(lambda *x: ring_attention(*x, segments, window), q, k, v)
+        o, pull = jax.vjp(lambda *x: ring_attention(*x, segments, window, soft_cap), q, k, v)
         return o, *pull(do)
 
     got = on_devices(local, n, q, k, v, do, segments)
-    want, pull = jax.vjp(lambda *x: plain_attention(*x, segments, 0, window), q, k, v)
+    want, pull = jax.vjp(lambda *x: plain_attention(*x, segments, 0, window, soft_cap), q, k, v)
     for a, b in zip(got, (want, *pull(do)), strict=True):
         assert relative_error(a, b) < 1e-6
 

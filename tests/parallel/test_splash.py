@@ -11,6 +11,7 @@ from tests.conftest import relative_error
 from tests.parallel.conftest import plain_attention, random
 
 T, CASES = 256, {"causal": (Mask(),), "window": (Mask(0, 70),), "memory": (Mask(0, 70), Mask(70, 140))}
+CASES |= {"soft cap": (Mask(soft_cap=0.7),), "window, soft cap": (Mask(0, 70, soft_cap=0.7),)}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -25,7 +26,7 @@ def test_splash_attention_and_its_gradient_are_the_definition_s(monkeypatch, cas
         return parts_attention(tuple(Part(q, k, v, ids) for _ in masks), ids, masks)
 
     got, pull = jax.vjp(ours, q, k, v)
-    want, pull_want = jax.vjp(lambda *x: plain_attention(*x, ids, 0, masks[-1].window), q, k, v)
+    want, pull_want = jax.vjp(lambda *x: plain_attention(*x, ids, 0, masks[-1].window, masks[0].soft_cap), q, k, v)
     for a, b in zip((got, *pull(do)), (want, *pull_want(do)), strict=True):
         assert relative_error(a, b) < 1e-5
 

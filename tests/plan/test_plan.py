@@ -154,6 +154,7 @@ def test_every_array_of_a_collective_is_counted_once(groups):
         ("mistralai/Mistral-Nemo-Base-2407", 12.25),
         ("HuggingFaceTB/SmolLM3-3B", 3.08),
         ("allenai/OLMo-2-1124-7B", 7.30),
+        ("google/gemma-2-2b", 2.61),
         ("google/gemma-3-1b-pt", 1.00),
         ("mistralai/Mixtral-8x7B-v0.1", 46.7),
         ("microsoft/Phi-3-mini-4k-instruct", 3.82),
