@@ -41,14 +41,14 @@ OF_ALL: dict[str, Any] = {"symbols": 0}
 
 
 def options_of(task: str) -> dict[str, Any]:
-    """Returns the options of a task with their defaults, those of every task first.
+    """Returns the options of a task with their defaults, those of every task last.
 
     Raises:
       ValueError: no task has that name.
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
-    return OF_ALL | {f.name: f.default for f in dataclasses.fields(TASKS[task]) if f.name not in COMMON}
+    return {f.name: f.default for f in dataclasses.fields(TASKS[task]) if f.name not in COMMON} | OF_ALL
 
 
 def task_fields(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
