@@ -120,7 +120,7 @@ def _scores(q, k, q_segments, k_segments, visible, soft_cap):
     return soft_capped(s * D**-0.5, soft_cap), seen[:, None, None]
 
 
-def _tile_forward(q, q_segments, k, v, k_segments, visible, soft_cap):
+def _tile_forward(q, q_segments, k, v, k_segments, visible, *, soft_cap):
     B, T, H, D = q.shape
     s, seen = _scores(q, k, q_segments, k_segments, visible, soft_cap)
     s = jnp.where(seen, s, EMPTY)
@@ -208,7 +208,7 @@ def _tiled_forward(mask, queries, keys):
     """Forward over tiles: of each tile of queries a running merge over the tiles of keys that it sees."""
     (q, _), T, S = queries, queries[0].shape[1], keys[0].shape[1]
     if max(T, S) <= _tile_size(mask):
-        return _tile_forward(*(*queries, *keys, mask.visible(jnp.arange(T), jnp.arange(S))), mask.soft_cap)
+        return _tile_forward(*(*queries, *keys, mask.visible(jnp.arange(T), jnp.arange(S))), soft_cap=mask.soft_cap)
     B, _, H, D = q.shape
     dtype = accumulator(q)
 
@@ -217,14 +217,14 @@ def _tiled_forward(mask, queries, keys):
         return jnp.zeros((n, B, tile, H, D), dtype), jnp.full((n, B, H, tile), EMPTY, dtype)
 
     def add(parts, i, _, queries, keys, visible):
-        merged = merge(tuple(x[i] for x in parts), _tile_forward(*(*queries, *keys, visible), mask.soft_cap))
+        merged = merge(tuple(x[i] for x in parts), _tile_forward(*(*queries, *keys, visible), soft_cap=mask.soft_cap))
         return tuple(x.at[i].set(y) for x, y in zip(parts, merged, strict=True))
 
     o, lse = _over_tiles(mask, queries, keys, nothing, add)
     return _untile(o, T), _untile(lse.swapaxes(2, 3), T).swapaxes(1, 2)
 
 
-def _tile_backward(q, q_segments, do, lse, delta, k, v, k_segments, visible, soft_cap):
+def _tile_backward(q, q_segments, do, lse, delta, k, v, k_segments, visible, *, soft_cap):
     B, T, H, D = q.shape
     s, seen = _scores(q, k, q_segments, k_segments, visible, soft_cap)
     groups = (B, T, k.shape[2], H // k.shape[2])
@@ -242,13 +242,13 @@ def _tile_backward(q, q_segments, do, lse, delta, k, v, k_segments, visible, sof
 def _tiled_backward(mask, queries, keys):
     T, S = queries[0].shape[1], keys[0].shape[1]
     if max(T, S) <= _tile_size(mask):
-        return _tile_backward(*(*queries, *keys, mask.visible(jnp.arange(T), jnp.arange(S))), mask.soft_cap)
+        return _tile_backward(*(*queries, *keys, mask.visible(jnp.arange(T), jnp.arange(S))), soft_cap=mask.soft_cap)
 
     def zeros(q_tiles, k_tiles, _):
         return tuple(jnp.zeros(x.shape, accumulator(x)) for x in (q_tiles[0], *k_tiles[:2]))
 
     def add(grads, i, j, queries, keys, visible):
-        more = _tile_backward(*(*queries, *keys, visible), mask.soft_cap)
+        more = _tile_backward(*(*queries, *keys, visible), soft_cap=mask.soft_cap)
         return tuple(x.at[n].add(y) for x, n, y in zip(grads, (i, j, j), more, strict=True))
 
     dq, dk, dv = _over_tiles(mask, queries, keys, zeros, add)
