@@ -149,8 +149,7 @@ class Experiment:
         if config.is_hybrid and self.mixers:
             have, wanted = abstract_parameters(config), abstract_parameters(changed)
             if wrong := [name for name in sorted(have.keys() | wanted.keys()) if have.get(name) != wanted.get(name)]:
-                sizes = (tuple(x[wrong[0]].shape) if wrong[0] in x else "no such parameter" for x in (have, wanted))
-                has, wants = sizes
+                has, wants = (tuple(x[wrong[0]].shape) if wrong[0] in x else "no such parameter" for x in (have, wanted))
                 raise ValueError(
                     f"config.mixers ({', '.join(self.mixers)}) asks for other parameters than those of the source, which is "
                     f"already a hybrid: {wrong[0]} is {has} there, and would be {wants}; leave the option out, or convert the "

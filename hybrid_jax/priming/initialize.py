@@ -120,7 +120,7 @@ def initialize_hybrid(
       fresh_parameters: how the kernels and biases that attention does not give are drawn. "transformers" (as
         hybrid-model-factory's models start): kernels N(0, initializer_range^2), biases 0. "torch": both uniform in
         +-1/sqrt(fan_in). The same in both: A_log = log U(0, 16), dt_bias = softplus^-1(dt) with dt log-uniform in
-        [1e-3, 0.1], norms and Mamba-2's D 1.
+        [1e-3, 0.1] (Mamba-3: its options `dt_min`, `dt_max`), norms and Mamba-2's D 1.
       copy_attention: whether new recurrent mixers begin with attention's weights. False: they begin as in a new model, to learn
         everything from alignment (as MOHAWK's mixers do, arXiv 2408.10189); windows and kept heads of attention are copied.
 
