@@ -23,7 +23,12 @@ Parameters = dict[str, jax.Array]
 def split_model(model: Decoder) -> tuple[nnx.GraphDef, Parameters]:
     """The model's structure and its parameters by name."""
     structure, state = nnx.split(model)
-    return structure, {".".join(map(str, path)): value.get_value() for path, value in nnx.to_flat_state(state)}
+    return structure, named_state(state)
+
+
+def named_state(state: nnx.State) -> Parameters:
+    """The arrays of a module's state, by name."""
+    return {".".join(map(str, path)): value.get_value() for path, value in nnx.to_flat_state(state)}
 
 
 def join_model(structure: nnx.GraphDef, parameters: Mapping[str, jax.Array]) -> Decoder:

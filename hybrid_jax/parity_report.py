@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.util
 import json
 import pathlib
-from collections.abc import Iterator
 
 import jax.numpy as jnp
 import matplotlib
@@ -16,14 +14,16 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from hybrid_jax.config import ModelConfig
 from hybrid_jax.convert import load_model
-from hybrid_jax.convert.load import checked_table
-from hybrid_jax.convert.save import hf_items
-from hybrid_jax.convert.weights import TensorFiles
+from hybrid_jax.convert.load import StoredParameters, open_parameters
+from hybrid_jax.convert.save import hf_pieces
 from hybrid_jax.data.tokenizer import load_tokenizer
 from hybrid_jax.evaluate.report.document import Block, Heading, Picture, Table, Text, as_html, as_markdown
 from hybrid_jax.files import new_directory
-from hybrid_jax.model import Decoder
+from hybrid_jax.model import abstract_decoder
+from hybrid_jax.parallel.sharding import load_sharded
+from hybrid_jax.parameters import logical_axes
 
 TOKENS = 96
 TOLERANCE = 1e-4
@@ -39,7 +39,7 @@ class StoredTensor:
     """One tensor of the checkpoint's files.
 
     Args:
-      name, file, dtype, shape: as stored.
+      name, file, dtype, shape: as stored; the dtype by safetensors' name.
       parameters: ours that are made of it; none: it is not used.
       returns: whether exactly these bytes are written by an export; None: it is not used.
       sha256: of its bytes.
@@ -108,40 +108,60 @@ def verify(path: str | pathlib.Path, tokens: int = TOKENS) -> Parity:
       FileNotFoundError, ValueError: as `load_model`.
     """
     path = pathlib.Path(path)
-    model = load_model(path)
-    with TensorFiles(path) as files:
-        _, table = checked_table(files, model.config)
-        made_of: dict[str, list[str]] = {}
-        for parameter, tensors in table.items():
-            for _, stored in tensors:
-                made_of.setdefault(stored, []).append(parameter)
-        written = {name: (_hash(x), x.shape, str(x.dtype)) for name, x in hf_items(model)}
-        stored = tuple(sorted(_stored(files, made_of, written), key=lambda t: t.name))
-    names, bytes_ = {t.name for t in stored}, {t.sha256 for t in stored if t.returns}
-    missing = tuple(sorted(name for name, (sha256, *_) in written.items() if name not in names and sha256 not in bytes_))
-    why_not = _why_not(model)
+    config, parameters = open_parameters(path)
+    stored, missing = _round_trip(config, parameters)
+    why_not = _why_not(config)
     if why_not:
         return Parity(stored, missing, None, None, why_not)
-    layers, logits = _errors(path, _sample(path, model.config.vocab_size, min(tokens, model.config.max_position_embeddings)))
+    layers, logits = _errors(path, _sample(path, config.vocab_size, min(tokens, config.max_position_embeddings)))
     return Parity(stored, missing, layers, logits)
 
 
-def _hash(x: np.ndarray) -> str:
-    return hashlib.sha256(x.tobytes()).hexdigest()
+def _round_trip(config: ModelConfig, parameters: StoredParameters) -> tuple[tuple[StoredTensor, ...], tuple[str, ...]]:
+    """Loads one parameter after the other and compares the tensors of an export with the files.
+
+    Returns:
+      Every tensor of the files, and the names that an export has and the files have not.
+    """
+    axes = logical_axes(abstract_decoder(config))
+    stored_as = {t.name: stored for tensors in parameters.table.values() for t, stored in tensors}
+    made_of: dict[str, list[str]] = {}
+    for name, tensors in parameters.table.items():
+        for stored in dict.fromkeys(stored for _, stored in tensors):
+            made_of.setdefault(stored, []).append(name)
+    returns: dict[str, bool] = {}
+    missing = set()
+    for name, value, row in hf_pieces(config, ((n, load_sharded(None, n, x, axes[n])) for n, x in parameters.items())):
+        if name not in stored_as:
+            missing.add(name)
+            continue
+        stored = stored_as[name]
+        wanted = parameters.files[stored].view()[row : row + len(value)]
+        returns[stored] = returns.get(stored, True) and _same_bytes(value, wanted)
+    found = [
+        StoredTensor(
+            name=name,
+            file=t.path.name,
+            dtype=t.dtype,
+            shape=t.shape,
+            parameters=tuple(made_of.get(name, ())),
+            returns=returns.get(name, False) if name in made_of else None,
+            sha256=t.hash(),
+        )
+        for name, t in sorted(parameters.files.items())
+    ]
+    return tuple(found), tuple(sorted(missing))
 
 
-def _stored(files: TensorFiles, made_of: dict[str, list[str]], written: dict) -> Iterator[StoredTensor]:
-    """Yields every tensor of the files; `written`: name -> hash, shape and dtype of the tensors of an export."""
-    for name in files:
-        x = files.read(name)
-        used, found = tuple(made_of.get(name, ())), (_hash(x), x.shape, str(x.dtype))
-        export = written.get(name) if name in written else next((w for w in written.values() if used and w == found), None)
-        returns = (export == found) if used else None
-        yield StoredTensor(name, files.shards[name], str(x.dtype), tuple(x.shape), used, returns, found[0])
+def _same_bytes(one: np.ndarray, other: np.ndarray) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    left, right = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (one, other))
+    return np.array_equal(left, right)
 
 
-def _why_not(model: Decoder) -> str:
-    if model.config.is_hybrid:
+def _why_not(config: ModelConfig) -> str:
+    if config.is_hybrid:
         return "transformers has no class for hybrids; the source that it was made of can be verified"
     absent = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     return f"not installed: {', '.join(absent)} (pip install {' '.join(absent)})" if absent else ""

@@ -11,8 +11,17 @@ import sys
 import jax
 import numpy as np
 from hybrid_jax import load_model
+from hybrid_jax.convert.load import StoredParameter
+from hybrid_jax.parameters import split_model
 mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"))
-sharded, whole = load_model(sys.argv[1], mesh=mesh), load_model(sys.argv[1])
+read, original = [], StoredParameter.__getitem__
+StoredParameter.__getitem__ = lambda self, index: read.append(original(self, index)) or read[-1]
+sharded = load_model(sys.argv[1], mesh=mesh)
+StoredParameter.__getitem__ = original
+parameters = split_model(sharded)[1]
+assert sum(x.size for x in read) == sum(x.size for x in parameters.values())  # replicas are read once
+assert max(x.size for x in read) == 62 * 24 // 8  # a device's part of the embedding
+whole = load_model(sys.argv[1])
 kernel = sharded.layers[1].gka.q_proj.kernel[...]
 assert kernel.sharding.spec == jax.sharding.PartitionSpec("fsdp", "tensor"), kernel.sharding
 assert kernel.addressable_shards[0].data.shape == (6, 16)

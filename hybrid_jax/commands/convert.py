@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from hybrid_jax.convert import load_model, save_model
+    from hybrid_jax.convert import convert_directory
     from hybrid_jax.families import plugin_notes
     from hybrid_jax.files import check_new_directory
 
@@ -41,10 +41,11 @@ def run(args: argparse.Namespace) -> None:
         _verify(args)
     if args.out is None:
         return
-    model = load_model(args.source, pattern=args.pattern, dtype=args.dtype, seed=args.seed)
-    save_model(model, args.out, tokenizer_from=args.source, overwrite=args.overwrite)
-    print(f"{args.out}: {model.config.family}, {model.config.pattern}")
-    for note in plugin_notes(model.config):
+    pattern = args.pattern
+    form = (lambda config: config) if pattern is None else (lambda config: config.with_pattern(pattern))
+    config = convert_directory(args.source, args.out, form, dtype=args.dtype, seed=args.seed, overwrite=args.overwrite)
+    print(f"{args.out}: {config.family}, {config.pattern}")
+    for note in plugin_notes(config):
         print(note)
 
 

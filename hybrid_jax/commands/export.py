@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from hybrid_jax.commands.options import directory, integer, number
 
@@ -19,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from hybrid_jax.convert import load_model, save_model
+    from hybrid_jax.config import ModelConfig
+    from hybrid_jax.convert import convert_directory, save_model
     from hybrid_jax.families import plugin_notes
     from hybrid_jax.files import check_new_directory
     from hybrid_jax.priming.fuse import unfuse
@@ -28,16 +30,17 @@ def run(args: argparse.Namespace) -> None:
     check_new_directory(args.out, args.overwrite)
     if args.step is not None and not args.phase:
         raise ValueError("--step needs the --phase whose checkpoint it is")
+    options: dict[str, Any] = dict(max_shard_bytes=int(args.max_shard_gb * 1e9), overwrite=args.overwrite)
     if is_run(args.source):
-        model, tokenizer = load_run(args.source, args.phase, args.step, dtype=args.dtype), tokenizer_of(args.source)
+        model = load_run(args.source, args.phase, args.step, dtype=args.dtype)
+        model = model if args.keep_teacher else unfuse(model)
+        config = model.config
+        save_model(model, args.out, tokenizer_from=tokenizer_of(args.source), **options)
     elif args.phase:
         raise ValueError(f"--phase {args.phase}: {args.source} is no run's working directory")
     else:
-        model, tokenizer = load_model(args.source, dtype=args.dtype), args.source
-    if not args.keep_teacher:
-        model = unfuse(model)
-    shard = int(args.max_shard_gb * 1e9)
-    save_model(model, args.out, tokenizer_from=tokenizer, max_shard_bytes=shard, overwrite=args.overwrite)
-    print(f"{args.out}: {model.config.family}, {model.config.pattern}")
-    for note in plugin_notes(model.config):
+        form = (lambda config: config) if args.keep_teacher else ModelConfig.unfused
+        config = convert_directory(args.source, args.out, form, dtype=args.dtype, **options)
+    print(f"{args.out}: {config.family}, {config.pattern}")
+    for note in plugin_notes(config):
         print(note)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -51,12 +52,6 @@ def read_model_config(path: str | pathlib.Path) -> ModelConfig:
     return config_from_hf(values)
 
 
-def _hf_shape(tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape a checkpoint's tensor must have to make a parameter (or an expert's slice) of `shape`, alone or as rows of it."""
-    alone = tensor.to_hf(np.broadcast_to(np.int8(0), shape)).shape
-    return alone if tensor.rows is None else (tensor.rows.total, *alone[1:])
-
-
 def _tied_as_stored(files: TensorFiles, config: ModelConfig) -> ModelConfig:
     """The config with the tying that the files have: as in transformers, a head that differs from the embedding is kept."""
     if not config.tie_embeddings or not {EMBEDDING, HEAD} <= set(files) or files.equal(EMBEDDING, HEAD):
@@ -88,8 +83,8 @@ def checked_table(files: TensorFiles, config: ModelConfig) -> tuple[ModelConfig,
     for name, parameter in abstract_parameters(config).items():
         table[name] = [(t, _stored_name(files, config, t.name)) for t in hf_tensors(name, stated[name].layout, config)]
         for tensor, stored in table[name]:
-            shapes[stored] = _hf_shape(tensor, parameter.shape if tensor.expert is None else parameter.shape[1:])
-    files.check_dtypes([n for n in shapes if n in files.files])  # first: quantized checkpoints have other names too
+            shapes[stored] = tensor.stored_shape(parameter.shape)
+    files.check_dtypes([n for n in shapes if n in files])  # first: quantized checkpoints have other names too
     unused = {n for n in files if n.endswith(_IGNORED)} | ({HEAD} if config.tie_embeddings else set())
     missing, extra = sorted(shapes.keys() - set(files)), sorted(set(files) - shapes.keys() - unused)
     if missing or extra:
@@ -115,8 +110,7 @@ def check_model_directory(path: str | pathlib.Path) -> ModelConfig:
       FileNotFoundError, ValueError: as `load_model`.
     """
     config = read_model_config(path)
-    with TensorFiles(pathlib.Path(path)) as files:
-        return checked_table(files, config)[0]
+    return checked_table(TensorFiles(pathlib.Path(path)), config)[0]
 
 
 def _cast(path: pathlib.Path, name: str, value: np.ndarray, dtype) -> np.ndarray:
@@ -126,7 +120,7 @@ def _cast(path: pathlib.Path, name: str, value: np.ndarray, dtype) -> np.ndarray
       ValueError: the dtype has a smaller range, and a value is beyond it.
     """
     with np.errstate(over="ignore"):
-        cast = value.astype(dtype)
+        cast = value.astype(dtype, copy=False)
     if jnp.finfo(dtype).max < jnp.finfo(value.dtype).max and not np.isfinite(cast).all() and np.isfinite(value).all():
         largest = float(np.abs(value.astype(np.float64)).max())
         raise ValueError(
@@ -136,16 +130,90 @@ def _cast(path: pathlib.Path, name: str, value: np.ndarray, dtype) -> np.ndarray
     return cast
 
 
-def _read_parameters(
-    files: TensorFiles, config: ModelConfig, table: dict[str, list[tuple[Tensor, str]]], dtype=None, mesh=None
-) -> Iterator[tuple[str, jax.Array]]:
-    """Yields (name, array) for every parameter; `table` is `checked_table`'s."""
-    axes = logical_axes(abstract_decoder(config))
-    for name, tensors in table.items():
-        parts = [t.from_hf(files.read(stored, t.rows)) for t, stored in tensors]
-        value = parts[0] if tensors[0][0].expert is None else np.stack(parts)
-        single = jnp.float32 if value.dtype == np.float64 else value.dtype
-        yield name, load_sharded(mesh, name, _cast(files.path, tensors[0][1], value, dtype or single), axes[name])
+class StoredParameter:
+    """A parameter of ours as the files hold it: a host reads what it indexes, and nothing else.
+
+    Args:
+      tensors: that make it, each with the name it is stored by (`checked_table`).
+      shape: of the parameter.
+      dtype: in which it is read; None: the files' (float32 for float64).
+    """
+
+    def __init__(self, files: TensorFiles, tensors: list[tuple[Tensor, str]], shape: tuple[int, ...], dtype: Any = None):
+        self.shape, self._files, self._tensors = shape, files, tensors
+        stored = functools.reduce(jnp.promote_types, (jnp.dtype(DTYPES[files[name].dtype]) for _, name in tensors))
+        self.dtype = jnp.dtype(dtype or (jnp.float32 if stored == np.float64 else stored))
+
+    def _view(self, number: int) -> np.ndarray:
+        tensor, name = self._tensors[number]
+        value = self._files[name].view()
+        return tensor.from_hf(value if tensor.rows is None else value[tensor.rows.start : tensor.rows.stop])
+
+    def _cast(self, number: int, value: np.ndarray) -> np.ndarray:
+        return _cast(self._files.path, self._tensors[number][1], value, self.dtype)
+
+    def part(self, expert: int | None) -> np.ndarray:
+        """Returns the parameter (or an expert's slice of it), without a copy where the files have its dtype."""
+        return self._cast(expert or 0, self._view(expert or 0))
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """Returns a copy of the part that a tuple of slices (or `...`) describes."""
+        if index is Ellipsis:
+            index = (slice(None),) * len(self.shape)
+        if self._tensors[0][0].expert is None:
+            return np.array(self._cast(0, self._view(0)[index]), order="C")
+        experts = range(*index[0].indices(self.shape[0]))
+        parts = (self._cast(e, self._view(e)[index[1:]]) for e in experts)
+        return np.stack(list(parts))
+
+
+class StoredParameters(Mapping[str, StoredParameter]):
+    """The parameters of a directory, each read where it is indexed.
+
+    Args:
+      table: `checked_table`'s of `files` and `config`.
+      dtype: in which they are read; None: the files'.
+    """
+
+    def __init__(self, files: TensorFiles, config: ModelConfig, table: dict[str, list[tuple[Tensor, str]]], dtype: Any = None):
+        self.files, self.table, self._dtype = files, table, dtype
+        self._shapes = abstract_parameters(config)
+
+    def __getitem__(self, name: str) -> StoredParameter:
+        return StoredParameter(self.files, self.table[name], self._shapes[name].shape, self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.table)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+
+def open_parameters(path: str | pathlib.Path, dtype: Any = None) -> tuple[ModelConfig, StoredParameters]:
+    """Checks a directory as `check_model_directory` does and returns its config, and its parameters to be read one by one.
+
+    Args:
+      path: the directory.
+      dtype: in which parameters are read; None: the files'.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_model`.
+    """
+    if dtype is not None:
+        dtype = jnp.dtype(dtype)
+        check_choice("dtype", dtype.name, DTYPES.values())
+    config = dataclasses.replace(read_model_config(path), directory=str(path))
+    files = TensorFiles(pathlib.Path(path))
+    config, table = checked_table(files, config)
+    return config, StoredParameters(files, config, table, dtype)
+
+
+def load_parameters(config: ModelConfig, parameters: StoredParameters, mesh: Mesh | None) -> dict[str, jax.Array]:
+    """Reads every parameter straight into its sharding on a mesh; no host holds more than one that is not in its place yet."""
+    axes, loaded = logical_axes(abstract_decoder(config)), {}
+    for name, value in parameters.items():
+        loaded[name] = jax.block_until_ready(load_sharded(mesh, name, value, axes[name]))
+    return loaded
 
 
 def load_model(
@@ -164,16 +232,11 @@ def load_model(
       FileNotFoundError: the directory, its config or a shard is missing.
       ValueError: an unknown family, an invalid pattern or dtype, a truncated file, tensors that do not fit.
     """
-    config = read_model_config(path)
     if pattern is not None:
-        config.with_pattern(pattern)  # refuse before reading gigabytes
-    if dtype is not None:
-        dtype = jnp.dtype(dtype)
-        check_choice("dtype", dtype.name, DTYPES.values())
-    with TensorFiles(pathlib.Path(path)) as files:
-        config, table = checked_table(files, dataclasses.replace(config, directory=str(path)))
-        parameters = dict(_read_parameters(files, config, table, dtype, mesh))
-    compute = dtype or jnp.dtype(parameters["embed_tokens.embedding"].dtype)
+        read_model_config(path).with_pattern(pattern)  # refuse before the headers of all files are read
+    config, stored = open_parameters(path, dtype)
+    parameters = load_parameters(config, stored, mesh)
+    compute = parameters["embed_tokens.embedding"].dtype
     structure, _ = nnx.split(abstract_decoder(config, dtype=compute))
     model = join_model(structure, parameters)
     if pattern is None:

@@ -44,6 +44,11 @@ class Tensor(NamedTuple):
     expert: int | None = None
     rows: Rows | None = None
 
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the shape of the complete tensor, of that of our parameter."""
+        alone = self.to_hf(np.broadcast_to(np.int8(0), shape if self.expert is None else shape[1:])).shape
+        return alone if self.rows is None else (self.rows.total, *alone[1:])
+
 
 def _same(x):
     return x

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
+from hybrid_jax.config import ModelConfig
+from hybrid_jax.convert.load import StoredParameter
 from hybrid_jax.convert.names import hf_tensors
-from hybrid_jax.convert.weights import INDEX, SINGLE
+from hybrid_jax.convert.weights import WeightWriter
 from hybrid_jax.families import config_to_hf
 from hybrid_jax.files import new_directory
-from hybrid_jax.model import Decoder
+from hybrid_jax.model import Decoder, abstract_decoder
 from hybrid_jax.parallel.distributed import barrier, is_first, notice, whole_array
-from hybrid_jax.parameters import marks, split_model
+from hybrid_jax.parameters import abstract_parameters, marks, split_model
 
+MAX_SHARD_BYTES = 5_000_000_000
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "tokenizer.model", "tekken.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
@@ -25,73 +30,81 @@ TOKENIZER_FILES = (
 MORE_TEMPLATES = "additional_chat_templates"  # a folder of chat templates by name
 
 
-def hf_items(model: Decoder) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields every tensor of a checkpoint with its name, complete on every process."""
-    _, parameters = split_model(model)
-    stated = marks(model)
-    fused: dict[str, dict[int, np.ndarray]] = {}  # tensors of which some rows are known, by their first row
-    for name, value in parameters.items():
-        value = whole_array(value)
-        for t in hf_tensors(name, stated[name].layout, model.config):
-            converted = np.ascontiguousarray(t.to_hf(value if t.expert is None else value[t.expert]))
-            if t.rows is None:
-                yield t.name, converted
-                continue
-            parts = fused.setdefault(t.name, {})
-            parts[t.rows.start] = converted
-            if sum(map(len, parts.values())) == t.rows.total:
-                yield t.name, np.concatenate([part for _, part in sorted(fused.pop(t.name).items())])
+class Piece(NamedTuple):
+    """Rows of a checkpoint's tensor, from number `row` on; most often all of them."""
+
+    name: str
+    value: np.ndarray
+    row: int = 0
 
 
-def _write_weights(model: Decoder, directory: pathlib.Path, max_shard_bytes: int):
-    shards: list[list[str]] = []
-    pending: dict[str, np.ndarray] = {}
-    total = size = 0
+def hf_pieces(config: ModelConfig, parameters: Iterable[tuple[str, Any]]) -> Iterator[Piece]:
+    """Yields the tensors of a checkpoint, piece by piece, of parameters by name.
 
-    def flush():
-        shards.append(list(pending))
-        part = directory / f"{len(shards)}.part"
-        save_file(pending, part, metadata={"format": "pt"})
-        part.chmod(0o644)  # safetensors writes files that only their owner may read
-        pending.clear()
-
-    for name, value in hf_items(model):
-        if pending and size + value.nbytes > max_shard_bytes:
-            flush()
-            size = 0
-        pending[name] = value
-        size += value.nbytes
-        total += value.nbytes
-    flush()
-    if len(shards) == 1:
-        (directory / "1.part").rename(directory / SINGLE)
-        return
-    weight_map = {}
-    for i, names in enumerate(shards, start=1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        (directory / f"{i}.part").rename(directory / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    Args:
+      parameters: each an array, or a `StoredParameter`, of which nothing is copied that its files hold in the same form.
+    """
+    stated = marks(abstract_decoder(config))
+    for name, parameter in parameters:
+        part = parameter.part if isinstance(parameter, StoredParameter) else functools.partial(_part, whole_array(parameter))
+        for t in hf_tensors(name, stated[name].layout, config):
+            yield Piece(t.name, t.to_hf(part(t.expert)), t.rows.start if t.rows else 0)
 
 
-def _tokenizer_directory(model: Decoder, tokenizer_from) -> pathlib.Path | None:
-    """Where a saved model's tokenizer files come from; see `save_model`.
+def _part(value: np.ndarray, expert: int | None) -> np.ndarray:
+    return value if expert is None else value[expert]
+
+
+def planned_tensors(config: ModelConfig, dtypes: Mapping[str, Any]) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """Returns the dtype and shape of every tensor of a checkpoint, by name.
+
+    Args:
+      dtypes: of the parameters, by name.
+    """
+    stated = marks(abstract_decoder(config))
+    planned: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+    for name, parameter in abstract_parameters(config).items():
+        for t in hf_tensors(name, stated[name].layout, config):
+            dtype = jnp.promote_types(dtypes[name], planned.get(t.name, (dtypes[name],))[0])
+            planned[t.name] = jnp.dtype(dtype), t.stored_shape(parameter.shape)
+    return planned
+
+
+def write_parameters(
+    config: ModelConfig,
+    parameters: Iterable[tuple[str, Any]],
+    dtypes: Mapping[str, Any],
+    directory: pathlib.Path,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes weights and config.json into a directory that exists, one parameter after the other.
+
+    Args:
+      parameters: see `hf_pieces`; no two are held at a time.
+      dtypes: of all parameters, by name.
+    """
+    writer = WeightWriter(directory, planned_tensors(config, dtypes), max_shard_bytes)
+    for piece in hf_pieces(config, parameters):
+        writer.write(*piece)
+    writer.check_complete()
+    dtype = jnp.dtype(dtypes["embed_tokens.embedding"]).name
+    (directory / "config.json").write_text(json.dumps(config_to_hf(config, dtype), indent=2) + "\n")
+
+
+def copy_tokenizer(source: str | pathlib.Path, directory: pathlib.Path) -> None:
+    """Copies a model directory's tokenizer files, byte for byte.
 
     Raises:
-      FileNotFoundError: the directory that was named has no tokenizer files.
+      FileNotFoundError: there is no directory `source`.
     """
-    if tokenizer_from is None and model.config.directory:
-        source = pathlib.Path(model.config.directory)
-        if source.is_dir():
-            return source
-        notice(f"{source}, where the model was loaded from, is not there any more: the model is saved without tokenizer files")
-    if not tokenizer_from:
-        return None
-    source = pathlib.Path(tokenizer_from)
+    source = pathlib.Path(source)
     if not source.is_dir():
         raise FileNotFoundError(f"tokenizer_from: no directory at {source}; name a model directory, or give False for no files")
-    return source
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
+    if (source / MORE_TEMPLATES).is_dir():
+        shutil.copytree(source / MORE_TEMPLATES, directory / MORE_TEMPLATES, copy_function=shutil.copyfile)
 
 
 def write_model(
@@ -99,18 +112,22 @@ def write_model(
     directory: pathlib.Path,
     *,
     tokenizer_from: str | pathlib.Path | None = None,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes a model's files into a directory that exists; see `save_model`."""
-    _write_weights(model, directory, max_shard_bytes)
-    dtype = str(model.embed_tokens.embedding[...].dtype)
-    (directory / "config.json").write_text(json.dumps(config_to_hf(model.config, dtype), indent=2) + "\n")
-    source = _tokenizer_directory(model, tokenizer_from)
-    for name in TOKENIZER_FILES:
-        if source is not None and (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)
-    if source is not None and (source / MORE_TEMPLATES).is_dir():
-        shutil.copytree(source / MORE_TEMPLATES, directory / MORE_TEMPLATES, copy_function=shutil.copyfile)
+    _, parameters = split_model(model)
+    dtypes = {name: x.dtype for name, x in parameters.items()}
+    write_parameters(model.config, parameters.items(), dtypes, directory, max_shard_bytes)
+    if tokenizer_from is None and model.config.directory:
+        if pathlib.Path(model.config.directory).is_dir():
+            tokenizer_from = model.config.directory
+        else:
+            notice(
+                f"{model.config.directory}, where the model was loaded from, is not there any more: the model is saved without "
+                "tokenizer files"
+            )
+    if tokenizer_from:
+        copy_tokenizer(tokenizer_from, directory)
 
 
 def save_model(
@@ -118,7 +135,7 @@ def save_model(
     path: str | pathlib.Path,
     *,
     tokenizer_from: str | pathlib.Path | None = None,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
 ) -> None:
     """Writes a model as a Hugging Face directory: a source family's layout, or hybrid-model-factory's.
@@ -141,6 +158,6 @@ def save_model(
         with new_directory(path, overwrite) as directory:
             write_model(model, directory, tokenizer_from=tokenizer_from, max_shard_bytes=max_shard_bytes)
     else:
-        for _ in hf_items(model):  # the first process needs every process's parts
-            pass
+        for x in split_model(model)[1].values():  # the first process needs every process's parts
+            whole_array(x)
     barrier(f"saved {path}")

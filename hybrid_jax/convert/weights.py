@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
+import math
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from hybrid_jax.convert.names import Rows
 from hybrid_jax.files import read_json
 from hybrid_jax.parallel.distributed import notice
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # The dtypes that weights may have, by safetensors' names. Others are quantized or no weights at all.
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+STORED_AS = {name: stored for stored, name in DTYPES.items()}
 ROWS = 4096  # rows of two tensors that are compared at a time
+CHUNK = 1 << 24  # bytes that are read at a time
 LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
 
 
@@ -66,13 +70,40 @@ def weight_files(path: pathlib.Path) -> list[str]:
     return shards
 
 
-def _check_header(path: pathlib.Path) -> None:
-    """Checks what safetensors does not: that no tensor is described twice, of which it would silently take the last.
+class FileTensor(NamedTuple):
+    """Where a tensor is: its file, its dtype by safetensors' name, its shape, where its bytes begin in the file, and how many."""
 
-    The size of the header, the offsets and the shapes are checked by safetensors, without reading a tensor.
+    path: pathlib.Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+    def view(self) -> np.ndarray:
+        """Returns the tensor as a view of the file, of which only what is used is read; it cannot be written."""
+        dtype = jnp.dtype(DTYPES[self.dtype])
+        if not math.prod(self.shape):
+            return np.zeros(self.shape, dtype)
+        return np.memmap(self.path, dtype, "r", self.offset, self.shape)
+
+    def hash(self) -> str:
+        """Returns the SHA-256 of the tensor's bytes, in hexadecimal."""
+        found = hashlib.sha256()
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            for begin in range(0, self.size, CHUNK):
+                found.update(file.read(min(CHUNK, self.size - begin)))
+        return found.hexdigest()
+
+
+def _read_header(path: pathlib.Path) -> dict[str, FileTensor]:
+    """Reads the header of a safetensors file, by tensor.
+
+    The offsets and the shapes are checked by safetensors; that no tensor is described twice, of which safetensors would silently
+    take the last, and the header's length are checked here. No tensor is read.
 
     Raises:
-      ValueError: the file is too short for its header, the header is too long, or it holds a name twice.
+      ValueError: the file is too short for its header, the header is too long, holds a name twice or is no header.
     """
     with open(path, "rb") as file:
         length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
@@ -91,15 +122,28 @@ def _check_header(path: pathlib.Path) -> None:
         return found
 
     try:
-        json.loads(header, object_pairs_hook=once)
+        found = json.loads(header, object_pairs_hook=once)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
         raise ValueError(
             f"{path} is truncated or not a safetensors file (its header is not JSON: {e}); download it again"
         ) from None
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except SafetensorError as e:
+        raise ValueError(f"{path} is truncated or not a safetensors file ({e}); download it again") from None
+    begin = 8 + length
+    return {
+        name: FileTensor(
+            path, t["dtype"], tuple(t["shape"]), begin + t["data_offsets"][0], t["data_offsets"][1] - t["data_offsets"][0]
+        )
+        for name, t in found.items()
+        if name != "__metadata__"
+    }
 
 
-class TensorFiles(contextlib.ExitStack):
-    """The safetensors files of a directory, sharded or not, opened and checked at once; `shards`: tensor -> its file's name.
+class TensorFiles(Mapping[str, FileTensor]):
+    """The tensors of a directory's safetensors files, sharded or not, by name; the files' headers are read and checked at once.
 
     Raises:
       FileNotFoundError: no weights, or a shard that the index names is missing.
@@ -107,23 +151,24 @@ class TensorFiles(contextlib.ExitStack):
     """
 
     def __init__(self, path: pathlib.Path):
-        super().__init__()
-        self.path, self.files, self.shards = path, {}, {}
+        self.path = path
+        self.tensors: dict[str, FileTensor] = {}
         for shard in weight_files(path):
-            _check_header(path / shard)
-            try:
-                file = self.enter_context(safe_open(path / shard, framework="numpy"))
-            except SafetensorError as e:
-                raise ValueError(f"{path / shard} is truncated or not a safetensors file ({e}); download it again") from None
-            for name in file.keys():  # noqa: SIM118
-                if name in self.shards:
+            for name, tensor in _read_header(path / shard).items():
+                if name in self.tensors:
                     raise ValueError(
-                        f"{path}: tensor {name} is in both {self.shards[name]} and {shard}; remove it from one of them"
+                        f"{path}: tensor {name} is in both {self.tensors[name].path.name} and {shard}; remove it from one of them"
                     )
-                self.files[name], self.shards[name] = file, shard
+                self.tensors[name] = tensor
 
-    def __iter__(self):
-        return iter(self.files)
+    def __getitem__(self, name: str) -> FileTensor:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
     def check_layers(self, layers: int) -> None:
         """Checks by the tensors' names that there are as many layers, before a model of so many is described.
@@ -131,7 +176,7 @@ class TensorFiles(contextlib.ExitStack):
         Raises:
           ValueError: there are not.
         """
-        found = {int(match[1]) for name in self.files if (match := re.search(r"\.layers\.(\d{1,9})\.", name))}
+        found = {int(match[1]) for name in self if (match := re.search(r"\.layers\.(\d{1,9})\.", name))}
         if found and len(found) != layers:
             raise ValueError(
                 f"{self.path}: the tensors do not fit config.json: it has num_hidden_layers {layers:,}, the files hold tensors of "
@@ -146,7 +191,7 @@ class TensorFiles(contextlib.ExitStack):
         """
         double = []
         for name in names:
-            dtype = self.files[name].get_slice(name).get_dtype()
+            dtype = self[name].dtype
             if dtype not in DTYPES:
                 raise ValueError(
                     f"{self.path}: tensor {name} has dtype {dtype}, weights must be {', '.join(DTYPES.values())}; "
@@ -164,19 +209,81 @@ class TensorFiles(contextlib.ExitStack):
           ValueError: one has not; names it.
         """
         for name, shape in shapes.items():
-            has = tuple(self.files[name].get_slice(name).get_shape())
+            has = self[name].shape
             if has != tuple(shape):
                 raise ValueError(f"{self.path}: tensor {name} must have shape {tuple(shape)} by config.json, it has {has}")
 
-    def read(self, name: str, rows: Rows | None = None) -> np.ndarray:
-        """One tensor, or rows of it."""
-        return self.files[name].get_tensor(name) if rows is None else self.files[name].get_slice(name)[rows.start : rows.stop]
-
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors have the same shape and values; reads a few rows of them at a time."""
-        a, b = (self.files[name].get_slice(name) for name in (one, other))
-        if a.get_shape() != b.get_shape() or not a.get_shape() or not {a.get_dtype(), b.get_dtype()} <= set(DTYPES):
+        a, b = self[one], self[other]
+        if a.shape != b.shape or not a.shape or not {a.dtype, b.dtype} <= set(DTYPES):
             return False
-        rows = a.get_shape()[0]
-        parts = (slice(i, min(i + ROWS, rows)) for i in range(0, rows, ROWS))
-        return all(np.array_equal(a[part], b[part]) for part in parts)
+        left, right = a.view(), b.view()
+        return all(np.array_equal(left[i : i + ROWS], right[i : i + ROWS]) for i in range(0, a.shape[0], ROWS))
+
+
+class WeightWriter:
+    """Writes tensors into safetensors files whose headers come first: in any order, row by row, none held in memory.
+
+    Args:
+      directory: where the files are made; one file `model.safetensors`, or several with an index.
+      planned: the dtype and shape of every tensor, by name.
+      max_shard_bytes: of one file; a larger tensor is alone in one.
+    """
+
+    def __init__(self, directory: pathlib.Path, planned: Mapping[str, tuple[np.dtype, tuple[int, ...]]], max_shard_bytes: int):
+        sizes = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in planned.items()}
+        shards: list[list[str]] = [[]]
+        for name, size in sizes.items():
+            if shards[-1] and sum(sizes[n] for n in shards[-1]) + size > max_shard_bytes:
+                shards.append([])
+            shards[-1].append(name)
+        files = (
+            [SINGLE] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        )
+        self.planned, self.missing = planned, dict(sizes)
+        self.place: dict[str, tuple[pathlib.Path, int]] = {}
+        for file, names in zip(files, shards, strict=True):
+            self._begin(directory / file, sorted(names, key=lambda n: -planned[n][0].itemsize), sizes)
+        if len(shards) > 1:
+            weight_map = {name: self.place[name][0].name for name in planned}
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    def _begin(self, path: pathlib.Path, names: list[str], sizes: Mapping[str, int]) -> None:
+        """Writes a file's header; larger items go first, so that every tensor is aligned."""
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in names:
+            dtype, shape = self.planned[name]
+            header[name] = {"dtype": STORED_AS[dtype.name], "shape": list(shape), "data_offsets": [end, end + sizes[name]]}
+            self.place[name] = path, end
+            end += sizes[name]
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        with open(path, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + end)
+        for name in names:
+            self.place[name] = path, self.place[name][1] + 8 + len(text)
+
+    def write(self, name: str, value: np.ndarray, row: int = 0) -> None:
+        """Writes a tensor, or rows of it from number `row` on, in the planned dtype."""
+        dtype, shape = self.planned[name]
+        if value.shape[1:] != shape[1:] or row + len(np.atleast_1d(value)) > (shape[0] if shape else 1):
+            raise ValueError(f"tensor {name}: rows {row} ... of shape {value.shape} do not fit into {shape}")
+        path, begin = self.place[name]
+        data = np.ascontiguousarray(value.astype(dtype, copy=False)).reshape(-1).view(np.uint8)
+        with open(path, "r+b") as file:
+            file.seek(begin + row * dtype.itemsize * math.prod(shape[1:]))
+            file.write(data.data)
+        self.missing[name] -= data.nbytes
+
+    def check_complete(self) -> None:
+        """Checks that every byte was written.
+
+        Raises:
+          ValueError: some were not, or some twice; names the first tensor.
+        """
+        if wrong := [name for name, size in self.missing.items() if size]:
+            raise ValueError(f"tensor {wrong[0]} was not written completely ({self.missing[wrong[0]]} bytes are missing)")

@@ -66,15 +66,28 @@ def parameter_sharding(mesh: Mesh, name: str, shape: tuple[int, ...], axes: Axes
 
 
 def load_sharded(mesh: Mesh | None, name: str, value: Any, axes: Axes) -> jax.Array:
-    """Returns a host array as a parameter in its final sharding, without a replicated copy on the way."""
+    """Returns a host array as a parameter in its final sharding, without a replicated copy on the way.
+
+    Args:
+      value: the array, or anything with a shape of which `value[slices]` and `value[...]` are arrays: only the parts that this
+        process's devices hold are asked for.
+    """
     if mesh is None:
-        return jax.numpy.asarray(value)
+        return jax.numpy.asarray(value[...])
     return to_global(value, parameter_sharding(mesh, name, value.shape, axes))
 
 
 def to_global(value: Any, sharding: NamedSharding) -> jax.Array:
     """Returns an array that every process has completely as a global array; each device gets its shard."""
-    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+    parts = {}  # replicas ask for the same part
+
+    def part(index):
+        key = tuple((s.start, s.stop) for s in index)
+        if key not in parts:
+            parts[key] = value[index]
+        return parts[key]
+
+    return jax.make_array_from_callback(value.shape, sharding, part)
 
 
 def context_mesh() -> jax.sharding.AbstractMesh | None:

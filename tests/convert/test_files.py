@@ -69,8 +69,8 @@ def test_tensors_that_differ_in_one_part_are_not_equal(tmp_path, monkeypatch, ro
     other = one.copy()
     other[row] += 1
     save_file({"a": one, "b": other, "c": one.copy()}, tmp_path / SINGLE)
-    with weights.TensorFiles(tmp_path) as files:
-        assert files.equal("a", "c") and not files.equal("a", "b")
+    files = weights.TensorFiles(tmp_path)
+    assert files.equal("a", "c") and not files.equal("a", "b")
 
 
 def test_an_equal_head_is_tied_without_a_word(directory, capsys):

@@ -31,7 +31,7 @@ def test_a_checkpoint_that_is_read_as_it_is_is_proven_tensor_by_tensor_and_layer
     assert "largest relative error of a layer " in capsys.readouterr().out and (tmp_path / "copy" / "config.json").exists()
     found = json.loads((tmp_path / "report" / "parity.json").read_text())
     assert len(found["layers"]) == 4 and max(found["layers"]) < 1e-5 and found["logits"] < 1e-5 and found["off"] == []
-    assert len(found["tensors"]) == 2 + 3 * 12 and all(t["returns"] and t["dtype"] == "bfloat16" for t in found["tensors"])
+    assert len(found["tensors"]) == 2 + 3 * 12 and all(t["returns"] and t["dtype"] == "BF16" for t in found["tensors"])
     by_name = {t["name"]: t for t in found["tensors"]}
     assert by_name["model.layers.1.self_attn.q_proj.bias"]["parameters"] == ["layers.1.self_attn.q_proj.bias"]
     report = (tmp_path / "report" / "report.md").read_text()
@@ -54,20 +54,20 @@ def wrong_rope(path, **options):
     return model
 
 
-def changed_norm(model):
-    yield from ((name, np.negative(x) if name == "model.norm.weight" else x) for name, x in save.hf_items(model))
+def changed_norm(*args):
+    yield from (x._replace(value=np.negative(x.value)) if x.name == "model.norm.weight" else x for x in save.hf_pieces(*args))
 
 
-def without_norm(model):
-    yield from ((f"other.{name}" if name == "model.norm.weight" else name, x * 2) for name, x in save.hf_items(model))
+def other_norm(*args):
+    yield from (x._replace(name=f"other.{x.name}") if x.name == "model.norm.weight" else x for x in save.hf_pieces(*args))
 
 
 @pytest.mark.parametrize(
     "name, wrong, message",
     [
         ("load_model", wrong_rope, "layer 0: relative error "),
-        ("hf_items", changed_norm, "1 tensors do not come back as they are stored, the first model.norm.weight"),
-        ("hf_items", without_norm, "1 tensors of an export are not in the files, the first other.model.norm.weight"),
+        ("hf_pieces", changed_norm, "1 tensors do not come back as they are stored, the first model.norm.weight"),
+        ("hf_pieces", other_norm, "1 tensors of an export are not in the files, the first other.model.norm.weight"),
     ],
 )
 def test_what_is_off_is_named_and_fails_and_nothing_is_converted(source, tmp_path, monkeypatch, capsys, name, wrong, message):
