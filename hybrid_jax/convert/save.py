@@ -15,7 +15,8 @@ import numpy as np
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.convert.load import StoredParameter
 from hybrid_jax.convert.names import hf_tensors
-from hybrid_jax.convert.weights import WeightWriter
+from hybrid_jax.convert.quantized import KEYS, Groups, QuantizationLoss
+from hybrid_jax.convert.writer import WeightWriter
 from hybrid_jax.families import config_to_hf
 from hybrid_jax.files import new_directory
 from hybrid_jax.model import Decoder, abstract_decoder
@@ -55,11 +56,14 @@ def _part(value: np.ndarray, expert: int | None) -> np.ndarray:
     return value if expert is None else value[expert]
 
 
-def planned_tensors(config: ModelConfig, dtypes: Mapping[str, Any]) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+def planned_tensors(
+    config: ModelConfig, dtypes: Mapping[str, Any], quantization: Groups | None = None
+) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
     """Returns the dtype and shape of every tensor of a checkpoint, by name.
 
     Args:
       dtypes: of the parameters, by name.
+      quantization: of the weights that `quantized_tensors` names.
     """
     stated = marks(abstract_decoder(config))
     planned: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
@@ -67,7 +71,41 @@ def planned_tensors(config: ModelConfig, dtypes: Mapping[str, Any]) -> dict[str,
         for t in hf_tensors(name, stated[name].layout, config):
             dtype = jnp.promote_types(dtypes[name], planned.get(t.name, (dtypes[name],))[0])
             planned[t.name] = jnp.dtype(dtype), t.stored_shape(parameter.shape)
-    return planned
+    if quantization is None:
+        return planned
+    chosen = quantized_tensors(config, quantization)
+    result: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+    for name, (dtype, shape) in planned.items():
+        if name in chosen:
+            result |= {name.removesuffix("weight") + end: x for end, x in quantization.planned(shape, dtype).items()}
+        else:
+            result[name] = dtype, shape
+    return result
+
+
+def quantized_tensors(config: ModelConfig, quantization: Groups) -> set[str]:
+    """Returns the names of the weights that are quantized: of linear maps, experts and the embedding.
+
+    Maps to one number per head or expert (decays, gates, routers) stay as they are: they are small, and a recurrence multiplies
+    their errors over its tokens. So do weights whose inputs are no multiple of the group.
+
+    Raises:
+      ValueError: there are none.
+    """
+    stated, found = marks(abstract_decoder(config)), set()
+    small = max(config.num_heads, config.moe.num_experts if config.moe else 0)
+    for name, parameter in abstract_parameters(config).items():
+        if stated[name].layout not in ("transposed", "experts") and name != "embed_tokens.embedding":
+            continue
+        for t in hf_tensors(name, stated[name].layout, config):
+            rows, columns = t.stored_shape(parameter.shape)
+            if rows > small and columns % quantization.group_size == 0:
+                found.add(t.name)
+    if not found:
+        raise ValueError(
+            f"no weight has inputs that are a multiple of {quantization.group_size}; choose smaller groups"
+        )
+    return found
 
 
 def write_parameters(
@@ -76,19 +114,33 @@ def write_parameters(
     dtypes: Mapping[str, Any],
     directory: pathlib.Path,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    quantization: Groups | None = None,
 ) -> None:
     """Writes weights and config.json into a directory that exists, one parameter after the other.
 
     Args:
       parameters: see `hf_pieces`; no two are held at a time.
       dtypes: of all parameters, by name.
+      quantization: how the weights of `quantized_tensors` are stored; size and error are said on stderr.
     """
-    writer = WeightWriter(directory, planned_tensors(config, dtypes), max_shard_bytes)
+    chosen = quantized_tensors(config, quantization) if quantization else set()
+    planned, loss = planned_tensors(config, dtypes, quantization), QuantizationLoss()
+    writer = WeightWriter(directory, planned, max_shard_bytes)
     for piece in hf_pieces(config, parameters):
-        writer.write(*piece)
+        if quantization is None or piece.name not in chosen:
+            writer.write(*piece)
+            continue
+        module = piece.name.removesuffix("weight")
+        parts = quantization.quantize(piece.value, planned[f"{module}scales"][0])
+        loss.add(piece.name, piece.value, parts, quantization)
+        for end, value in parts.items():
+            writer.write(module + end, value, piece.row)
     writer.check_complete()
-    dtype = jnp.dtype(dtypes["embed_tokens.embedding"]).name
-    (directory / "config.json").write_text(json.dumps(config_to_hf(config, dtype), indent=2) + "\n")
+    values = config_to_hf(config, jnp.dtype(dtypes["embed_tokens.embedding"]).name)
+    if quantization is not None:
+        values[KEYS[0]] = {"group_size": quantization.group_size, "bits": quantization.bits}
+        notice(str(loss))
+    (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
 def copy_tokenizer(source: str | pathlib.Path, directory: pathlib.Path) -> None:
@@ -113,11 +165,12 @@ def write_model(
     *,
     tokenizer_from: str | pathlib.Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    quantization: Groups | None = None,
 ) -> None:
     """Writes a model's files into a directory that exists; see `save_model`."""
     _, parameters = split_model(model)
     dtypes = {name: x.dtype for name, x in parameters.items()}
-    write_parameters(model.config, parameters.items(), dtypes, directory, max_shard_bytes)
+    write_parameters(model.config, parameters.items(), dtypes, directory, max_shard_bytes, quantization)
     if tokenizer_from is None and model.config.directory:
         if pathlib.Path(model.config.directory).is_dir():
             tokenizer_from = model.config.directory
@@ -137,6 +190,7 @@ def save_model(
     tokenizer_from: str | pathlib.Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
+    quantization: Groups | None = None,
 ) -> None:
     """Writes a model as a Hugging Face directory: a source family's layout, or hybrid-model-factory's.
 
@@ -147,6 +201,8 @@ def save_model(
         loaded from, if it was. False: no tokenizer files.
       max_shard_bytes: larger models are written in several files with an index.
       overwrite: whether a model directory at `path` is replaced, when the new one is complete.
+      quantization: `Groups(bits=4)` or `Groups(bits=8)` stores linear maps and embeddings as integers in groups, as MLX does;
+        `load_model` reads them as dense weights.
 
     Of several processes the first one writes.
 
@@ -156,7 +212,8 @@ def save_model(
     """
     if is_first():
         with new_directory(path, overwrite) as directory:
-            write_model(model, directory, tokenizer_from=tokenizer_from, max_shard_bytes=max_shard_bytes)
+            options: dict[str, Any] = dict(max_shard_bytes=max_shard_bytes, quantization=quantization)
+            write_model(model, directory, tokenizer_from=tokenizer_from, **options)
     else:
         for x in split_model(model)[1].values():  # the first process needs every process's parts
             whole_array(x)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.convert.load import open_parameters, read_model_config
+from hybrid_jax.convert.quantized import Groups
 from hybrid_jax.convert.save import MAX_SHARD_BYTES, copy_tokenizer, write_parameters
 from hybrid_jax.files import check_new_directory, new_directory
 from hybrid_jax.parameters import abstract_parameters
@@ -26,6 +27,7 @@ def convert_directory(
     seed: int = 0,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
+    quantization: Groups | None = None,
 ) -> ModelConfig:
     """Converts a model directory into another one as `load_model`, `initialize_hybrid` and `save_model` do, parameter by parameter.
 
@@ -39,6 +41,7 @@ def convert_directory(
       seed: of what is initialized afresh.
       max_shard_bytes: larger models are written in several files with an index.
       overwrite: whether a model directory at `out` is replaced, when the new one is complete.
+      quantization: see `save_model`.
 
     Returns:
       The config of the result.
@@ -62,6 +65,6 @@ def convert_directory(
                 bar.update()
 
     with new_directory(out, overwrite) as directory:
-        write_parameters(config, shown(), dtypes, directory, max_shard_bytes)
+        write_parameters(config, shown(), dtypes, directory, max_shard_bytes, quantization)
         copy_tokenizer(source, directory)
     return config

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from hybrid_jax import load_model, save_model
 from hybrid_jax.config import ModelConfig, MoEConfig
 from hybrid_jax.convert import convert_directory
-from hybrid_jax.convert.weights import SINGLE, TensorFiles, WeightWriter
+from hybrid_jax.convert.weights import SINGLE, TensorFiles
+from hybrid_jax.convert.writer import WeightWriter
 from hybrid_jax.parameters import split_model
 from hybrid_jax.priming.fuse import fuse
 from hybrid_jax.priming.initialize import FreshLayers, new_model

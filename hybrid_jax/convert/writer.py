@@ -1,0 +1,82 @@
+"""Writing safetensors files, in any order and row by row."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from hybrid_jax.convert.tensor_file import STORED_DTYPES
+from hybrid_jax.convert.weights import INDEX, SINGLE
+
+_NAMES = {name: stored for stored, name in STORED_DTYPES.items()}  # of dtypes
+
+
+class WeightWriter:
+    """Writes tensors into safetensors files whose headers come first: in any order, row by row, none held in memory.
+
+    Args:
+      directory: where the files are made; one file `model.safetensors`, or several with an index.
+      planned: the dtype and shape of every tensor, by name.
+      max_shard_bytes: of one file; a larger tensor is alone in one.
+    """
+
+    def __init__(self, directory: pathlib.Path, planned: Mapping[str, tuple[np.dtype, tuple[int, ...]]], max_shard_bytes: int):
+        sizes = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in planned.items()}
+        shards: list[list[str]] = [[]]
+        for name, size in sizes.items():
+            if shards[-1] and sum(sizes[n] for n in shards[-1]) + size > max_shard_bytes:
+                shards.append([])
+            shards[-1].append(name)
+        files = (
+            [SINGLE] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        )
+        self.planned, self.missing = planned, dict(sizes)
+        self.place: dict[str, tuple[pathlib.Path, int]] = {}
+        for file, names in zip(files, shards, strict=True):
+            self._begin(directory / file, sorted(names, key=lambda n: -planned[n][0].itemsize), sizes)
+        if len(shards) > 1:
+            weight_map = {name: self.place[name][0].name for name in planned}
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    def _begin(self, path: pathlib.Path, names: list[str], sizes: Mapping[str, int]) -> None:
+        """Writes a file's header; larger items go first, so that every tensor is aligned."""
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in names:
+            dtype, shape = self.planned[name]
+            header[name] = {"dtype": _NAMES[dtype.name], "shape": list(shape), "data_offsets": [end, end + sizes[name]]}
+            self.place[name] = path, end
+            end += sizes[name]
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        with open(path, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + end)
+        for name in names:
+            self.place[name] = path, self.place[name][1] + 8 + len(text)
+
+    def write(self, name: str, value: np.ndarray, row: int = 0) -> None:
+        """Writes a tensor, or rows of it from number `row` on, in the planned dtype."""
+        dtype, shape = self.planned[name]
+        if value.shape[1:] != shape[1:] or row + len(np.atleast_1d(value)) > (shape[0] if shape else 1):
+            raise ValueError(f"tensor {name}: rows {row} ... of shape {value.shape} do not fit into {shape}")
+        path, begin = self.place[name]
+        data = np.ascontiguousarray(value.astype(dtype, copy=False)).reshape(-1).view(np.uint8)
+        with open(path, "r+b") as file:
+            file.seek(begin + row * dtype.itemsize * math.prod(shape[1:]))
+            file.write(data.data)
+        self.missing[name] -= data.nbytes
+
+    def check_complete(self) -> None:
+        """Checks that every byte was written.
+
+        Raises:
+          ValueError: some were not, or some twice; names the first tensor.
+        """
+        if wrong := [name for name, size in self.missing.items() if size]:
+            raise ValueError(f"tensor {wrong[0]} was not written completely ({self.missing[wrong[0]]} bytes are missing)")
