@@ -8,7 +8,9 @@ from hybrid_jax.commands.options import directory, integer, number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=directory, help="a Hugging Face directory, or a hybrid one")
+    parser.add_argument(
+        "source", type=directory, help="a Hugging Face directory, a hybrid one, or a name on the hub such as Qwen/Qwen3-0.6B"
+    )
     parser.add_argument("out", nargs="?", help="the directory to make; may be left out with --verify")
     parser.add_argument("--pattern", help="one symbol per layer, e.g. '*-GKA-*-GKA'; without it the model is copied")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the parameters; default: the source's")
@@ -27,6 +29,7 @@ def run(args: argparse.Namespace) -> None:
     from hybrid_jax.convert import convert_directory
     from hybrid_jax.families import plugin_notes
     from hybrid_jax.files import check_new_directory
+    from hybrid_jax.hub import local_model
 
     if args.tolerance is not None and args.verify is None:
         raise ValueError("--tolerance is that of --verify; give both")
@@ -38,6 +41,8 @@ def run(args: argparse.Namespace) -> None:
         check_new_directory(args.out, args.overwrite)
     if args.verify is not None:
         check_new_directory(args.verify)
+    args.source = local_model(args.source)
+    if args.verify is not None:
         _verify(args)
     if args.out is None:
         return

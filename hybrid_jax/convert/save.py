@@ -102,9 +102,7 @@ def quantized_tensors(config: ModelConfig, quantization: Groups) -> set[str]:
             if rows > small and columns % quantization.group_size == 0:
                 found.add(t.name)
     if not found:
-        raise ValueError(
-            f"no weight has inputs that are a multiple of {quantization.group_size}; choose smaller groups"
-        )
+        raise ValueError(f"no weight has inputs that are a multiple of {quantization.group_size}; choose smaller groups")
     return found
 
 
