@@ -119,13 +119,14 @@ def test_overwrite_replaces_a_model_directory_when_the_new_one_is_complete_and_n
     assert main(["convert", str(source), str(out)]) == 0
     (out / "mine.txt").write_text("x")
     with monkeypatch.context() as patch:
-        patch.setattr("hybrid_jax.convert.save._write_weights", lambda *args: pytest.fail("a full disk"))
+        patch.setattr("hybrid_jax.convert.writer.WeightWriter.write", lambda *args: pytest.fail("a full disk"))
         with pytest.raises(BaseException, match="a full disk"):
             main(["export", str(source), str(out), "--overwrite"])
     assert (out / "mine.txt").exists() and (out / "config.json").exists()
     assert main(["convert", str(source), str(out), "--overwrite", "--pattern", "*-GKA"]) == 0
     assert json.loads((out / "config.json").read_text())["hybrid_override_pattern"] == "*-GKA" and not (out / "mine.txt").exists()
     other.mkdir()
+    capsys.readouterr()
     (other / "precious.txt").write_text("x")
     assert "only a model directory" in fails(capsys, "export", source, other, "--overwrite") and (other / "precious.txt").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted({"other", "out", source.name})
@@ -197,12 +198,10 @@ def test_evaluate_wants_something_to_measure(tmp_path, capsys):
 
 
 def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
-    import hybrid_jax.convert.save as save
-
     def broken(*a, **k):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(save, "save_file", broken)
+    monkeypatch.setattr("hybrid_jax.convert.writer.WeightWriter.write", broken)
     with pytest.raises(OSError):
         save_model(tiny_model("*"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

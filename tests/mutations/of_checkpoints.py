@@ -4,7 +4,8 @@ from tests.mutations import Mutation
 
 DEFAULTS, FILES = "tests/convert/test_family_defaults.py", "tests/convert/test_files.py"
 PARITY, GENERATE = "tests/convert/test_transformers_parity.py", "tests/test_generate.py"
-ROPE, SAVE = "hybrid_jax/families/rope.py", "hybrid_jax/convert/save.py"
+ROPE, SAVE, WRITER = "hybrid_jax/families/rope.py", "hybrid_jax/convert/save.py", "hybrid_jax/convert/writer.py"
+STREAM, QUANTIZED = "tests/convert/test_stream.py", "tests/convert/test_quantized.py"
 SAMPLING, OPTIONS = "hybrid_jax/generation/sampling.py", "hybrid_jax/generation/defaults.py"
 PRECEDENCE = f"{DEFAULTS}::test_rope_precedence_and_frequencies_are_transformers"
 ABSENT = f"{DEFAULTS}::test_absent_keys_mean_what_they_mean_to_transformers"
@@ -79,13 +80,41 @@ MUTATIONS = [
     ),
     Mutation(
         SAVE,
-        "value if t.expert is None else value[t.expert]",
-        "value if t.expert is None else value[-1 - t.expert]",
+        "return value if expert is None else value[expert]",
+        "return value if expert is None else value[-1 - expert]",
         "experts are written in reverse order",
         (f"{PARITY}::test_our_export_is_loaded_by_transformers_with_the_same_bits[qwen3 moe]",),
     ),
-    Mutation(SAVE, "total += value.nbytes", "total = value.nbytes", "the index has another size than its files", (SHARDED,)),
-    Mutation(SAVE, "size + value.nbytes > max_shard_bytes", "size > max_shard_bytes", "files are larger than asked", (SHARDED,)),
+    Mutation(WRITER, "sum(sizes.values())}", "0}", "the index has another size than its files", (SHARDED,)),
+    Mutation(WRITER, "+ size > max_shard_bytes", "> max_shard_bytes", "files are larger than asked", (SHARDED,)),
+    Mutation(
+        WRITER,
+        "key=lambda n: -planned[n][0].itemsize",
+        "key=lambda n: planned[n][0].itemsize",
+        "tensors of large items are not aligned",
+        (f"{STREAM}::test_a_writer_makes_files_that_safetensors_reads_and_knows_what_is_missing",),
+    ),
+    Mutation(
+        "hybrid_jax/priming/initialize.py",
+        "np.uint32(self._drawn[layer])",
+        "np.uint32(self._drawn[0])",
+        "every layer draws what the first one draws",
+        (f"{STREAM}::test_layers_are_drawn_one_by_one_as_a_new_decoder_draws_them",),
+    ),
+    Mutation(
+        "hybrid_jax/convert/quantized.py",
+        "numbers = np.arange(rows.start, min(rows.stop, len(out))) // self.rows",
+        "numbers = np.arange(rows.start, min(rows.stop, len(out))) * 0",
+        "FP8 has the scales of the first blocks everywhere",
+        (f"{QUANTIZED}::test_fp8_in_blocks_is_read_as_bfloat16_with_every_block_s_scale",),
+    ),
+    Mutation(
+        SAVE,
+        "if rows > small and",
+        "if",
+        "decays and gates of heads are quantized",
+        (f"{QUANTIZED}::test_an_export_in_integers_is_generated_with_and_says_what_it_costs",),
+    ),
     Mutation(
         "hybrid_jax/convert/weights.py",
         "return all(np.array_equal(",
