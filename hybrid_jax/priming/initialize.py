@@ -2,129 +2,26 @@
 
 from __future__ import annotations
 
-import functools
-import math
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from hybrid_jax.checks import check_choice
 from hybrid_jax.config import ATTENTION, ModelConfig
-from hybrid_jax.layers import Embedding, mixer_class
-from hybrid_jax.layers.parameter import Marks
+from hybrid_jax.layers import mixer_class
 from hybrid_jax.mixers import KINDS
-from hybrid_jax.model import Decoder, Layer, abstract_decoder
-from hybrid_jax.parallel.sharding import parameter_sharding
-from hybrid_jax.parameters import Parameters, abstract_parameters, join_model, marks, named_state, split_model
+from hybrid_jax.model import Decoder, abstract_decoder
+from hybrid_jax.parameters import Parameters, abstract_parameters, join_model, marks, split_model
+from hybrid_jax.priming.fresh import FRESH_PARAMETERS, FreshLayers, number_of
 
 
 def _like(value, fresh):
     """Returns the value sharded as the parameter that it replaces: slices and transposes of sharded arrays end up elsewhere."""
     return value if len(fresh.sharding.device_set) == 1 else jax.device_put(value, fresh.sharding)
-
-
-def _as_transformers(fresh: Parameters, stated: Mapping[str, Marks], key: jax.Array, names: Mapping[str, Any]) -> Parameters:
-    """As the layers draw them: kernels N(0, initializer_range^2), biases 0."""
-    return fresh
-
-
-def _as_torch(fresh: Parameters, stated: Mapping[str, Marks], key: jax.Array, names: Mapping[str, Any]) -> Parameters:
-    """Kernels and biases drawn again as the constructors of torch's `Linear` and `Conv1d` draw them: uniform in
-    +-1/sqrt(fan_in), where the fan-in is the inputs of a linear map or the taps of a depthwise convolution."""
-
-    def draw(name, value):
-        module, _, leaf = name.rpartition(".")
-        if leaf not in ("kernel", "bias"):
-            return value
-        taps = stated[f"{module}.kernel"].layout == "conv"
-        bound = 1 / math.sqrt(fresh[f"{module}.kernel"].shape[1 if taps else 0])
-        return jax.random.uniform(jax.random.fold_in(key, names[name]), value.shape, value.dtype, -bound, bound)
-
-    return {name: draw(name, value) for name, value in fresh.items()}
-
-
-# How kernels and biases that attention does not give are drawn; decays, norms and D do not depend on it. Arguments: parameters by
-# name, their marks, a key, and a number for every name to fold into it.
-FRESH_PARAMETERS: dict[str, Callable[[Parameters, Mapping[str, Marks], jax.Array, Mapping[str, Any]], Parameters]] = {
-    "transformers": _as_transformers,
-    "torch": _as_torch,
-}
-
-
-def _number(name: str) -> np.uint32:
-    """Returns a number for a parameter's name, to fold into a key."""
-    return np.uint32(zlib.crc32(name.encode()))
-
-
-class _Draws:
-    """Gives the keys that `nnx.Rngs(seed)` gives to a new decoder, from number `count` on."""
-
-    def __init__(self, seed: int, count: Any = 0):
-        self.key, self.count = jax.random.key(seed), count
-
-    def params(self) -> jax.Array:
-        key = jax.random.fold_in(self.key, self.count)
-        self.count = self.count + 1
-        return key
-
-
-def _number_of_draws(make: Callable[[Any], Any]) -> int:
-    """Returns how many keys `make(rngs)` draws; nothing is made."""
-    draws = _Draws(0)
-    jax.eval_shape(lambda: nnx.split(make(draws))[1])
-    return int(draws.count)
-
-
-class FreshLayers:
-    """What the layers of a hybrid begin with where its source gives nothing, one layer at a time: what `Decoder(config)` draws.
-
-    Layers of one program are compiled once.
-
-    Args:
-      config: of the hybrid.
-      seed, dtype, mesh, how: see `initialize_hybrid`; `how` is `fresh_parameters`.
-    """
-
-    def __init__(self, config: ModelConfig, *, seed: int, dtype: Any, mesh: Mesh | None, how: str):
-        self.config, self.seed, self.dtype, self.mesh, self.how = config, seed, dtype, mesh, how
-        self.marks = marks(abstract_decoder(config))
-        self._made: dict[Any, Callable[..., Parameters]] = {}
-        counted: dict[Any, int] = {}
-        embedding = functools.partial(Embedding, config.vocab_size, config.hidden_size, std=config.initializer_range)
-        self._drawn = [_number_of_draws(lambda rngs: embedding(rngs=rngs))]
-        for i, program in enumerate(config.programs):
-            if program not in counted:
-                counted[program] = _number_of_draws(lambda rngs, i=i: Layer(config, i, rngs=rngs))
-            self._drawn.append(self._drawn[-1] + counted[program])
-
-    def of_layer(self, layer: int, names: Sequence[str]) -> Parameters:
-        """Returns the parameters of one layer that `names` (inside the layer) ask for; no others are made."""
-        program = (self.config.programs[layer], tuple(names))
-        if program not in self._made:
-            self._made[program] = self._compiled(layer, names)
-        prefix = f"layers.{layer}."
-        return self._made[program](np.uint32(self._drawn[layer]), {name: _number(prefix + name) for name in names})
-
-    def _compiled(self, layer: int, names: Sequence[str]) -> Callable[..., Parameters]:
-        prefix = f"layers.{layer}."
-        stated = {name.removeprefix(prefix): mark for name, mark in self.marks.items() if name.startswith(prefix)}
-
-        def make(drawn, numbers):
-            new = Layer(self.config, layer, rngs=_Draws(self.seed, drawn), dtype=self.dtype)  # pyright: ignore[reportArgumentType]
-            state = named_state(nnx.split(new)[1])
-            return FRESH_PARAMETERS[self.how]({name: state[name] for name in names}, stated, jax.random.key(self.seed), numbers)
-
-        if self.mesh is None:
-            return jax.jit(make)
-        shapes = jax.eval_shape(make, np.uint32(0), dict.fromkeys(names, np.uint32(0)))
-        where = {n: parameter_sharding(self.mesh, prefix + n, shapes[n].shape, stated[n].axes) for n in names}
-        return jax.jit(make, out_shardings=where)
 
 
 def new_model(config: ModelConfig, *, seed: int = 0, fresh_parameters: str = "transformers") -> Decoder:
@@ -142,7 +39,7 @@ def new_model(config: ModelConfig, *, seed: int = 0, fresh_parameters: str = "tr
     structure, parameters = split_model(model)
     prefixes = [f"layers.{i}.{KINDS[k].parameter_key}." for i, x in enumerate(config.layers) for k in x.kinds if k != ATTENTION]
     of_mixers = {name: x for name, x in parameters.items() if name.startswith(tuple(prefixes))}
-    numbers = {name: _number(name) for name in of_mixers}
+    numbers = {name: number_of(name) for name in of_mixers}
     drawn = FRESH_PARAMETERS[fresh_parameters](of_mixers, marks(model), jax.random.key(seed), numbers)
     return join_model(structure, parameters | drawn)
 
@@ -221,21 +118,24 @@ def hybrid_parameters(
     """
     check_choice("fresh_parameters", fresh_parameters, FRESH_PARAMETERS)
     check_convertible(source, config)
-    layers: dict[int, list[str]] = {}
-    for name in abstract_parameters(config):
+    names = list(abstract_parameters(config))
+    absent: dict[int, list[str]] = {}  # layer -> names in it
+    for name in names:
         if name not in have:
-            layers.setdefault(int(name.split(".")[1]), []).append(name)
-    fresh = FreshLayers(config, seed=seed, dtype=dtype, mesh=mesh, how=fresh_parameters)
+            _, layer, inside = name.split(".", 2)
+            absent.setdefault(int(layer), []).append(inside)
+    fresh = FreshLayers(config, seed=seed, dtype=dtype, mesh=mesh, how=fresh_parameters) if absent else None
     made: Parameters = {}
-    for name in abstract_parameters(config):
-        if name in have:
+    for name in names:
+        if fresh is None or name in have:
             yield name, have[name]
             continue
         if name not in made:
-            i, prefix = int(name.split(".")[1]), ".".join(name.split(".")[:2]) + "."
-            new = fresh.of_layer(i, [n.removeprefix(prefix) for n in layers[i]])
-            attention = {n.removeprefix(prefix + "self_attn."): have[n] for n in have if n.startswith(prefix + "self_attn.")}
-            made = {prefix + n: x for n, x in _begun(attention, new, config, i, dtype, copy_attention).items()}
+            i = int(name.split(".")[1])
+            place = f"layers.{i}.self_attn."
+            attention = {n.removeprefix(place): have[n] for n in have if n.startswith(place)}
+            begun = _begun(attention, fresh.of_layer(i, absent[i]), config, i, dtype, copy_attention)
+            made = {f"layers.{i}.{n}": x for n, x in begun.items()}
         yield name, made[name]
 
 

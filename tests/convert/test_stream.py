@@ -14,8 +14,9 @@ from hybrid_jax.convert import convert_directory
 from hybrid_jax.convert.weights import SINGLE, TensorFiles
 from hybrid_jax.convert.writer import WeightWriter
 from hybrid_jax.parameters import split_model
+from hybrid_jax.priming.fresh import FreshLayers
 from hybrid_jax.priming.fuse import fuse
-from hybrid_jax.priming.initialize import FreshLayers, new_model
+from hybrid_jax.priming.initialize import new_model
 from tests.conftest import tiny_model
 
 

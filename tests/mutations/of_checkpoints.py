@@ -95,7 +95,7 @@ MUTATIONS = [
         (f"{STREAM}::test_a_writer_makes_files_that_safetensors_reads_and_knows_what_is_missing",),
     ),
     Mutation(
-        "hybrid_jax/priming/initialize.py",
+        "hybrid_jax/priming/fresh.py",
         "np.uint32(self._drawn[layer])",
         "np.uint32(self._drawn[0])",
         "every layer draws what the first one draws",

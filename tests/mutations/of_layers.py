@@ -275,7 +275,7 @@ MUTATIONS = [
         ("tests/evaluate/test_mixing.py",),
     ),
     Mutation(
-        INITIALIZE,
+        "hybrid_jax/priming/fresh.py",
         "shape[1 if taps else 0]",
         "shape[0]",
         "torch's draw of a convolution is bounded by its channels",
