@@ -23,8 +23,8 @@ from hybrid_jax.files import find_shipped
 from hybrid_jax.mixers import options_by_key
 from hybrid_jax.parallel.mesh import check_mesh_fits, make_mesh
 from hybrid_jax.parameters import abstract_parameters
-from hybrid_jax.priming.fuse import check_teacher
 from hybrid_jax.priming.fresh import FRESH_PARAMETERS
+from hybrid_jax.priming.fuse import check_teacher
 from hybrid_jax.priming.initialize import check_convertible
 from hybrid_jax.selection.select import Selection
 from hybrid_jax.train import Phase
