@@ -271,7 +271,7 @@ class ModelConfig:
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries, the model has {len(self.layers)} layers")
         object.__setattr__(self, "mixers", _canonical(self.mixers))
         for i, layer in enumerate(self.layers):
-            if layer.kind == "bmojo" and self.attention_soft_cap is not None:
+            if "bmojo" in layer.kinds and self.attention_soft_cap is not None:
                 raise ValueError(
                     f"layer {i}: {layer.symbol!r} has no soft cap of attention scores, which {self.family} has; choose another"
                 )

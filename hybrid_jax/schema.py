@@ -13,7 +13,7 @@ from typing import Any
 
 from hybrid_jax.checks import check_boolean, check_choice
 from hybrid_jax.mixers import options_by_key
-from hybrid_jax.options import EPSILON, Check, choice, integer, number, optional
+from hybrid_jax.options import EPSILON, Check, integer, number, optional
 
 MOST_LAYERS = 10_000
 
@@ -74,8 +74,6 @@ KEYS: dict[str, Check] = {
     "rope_parameters": optional(mapping),
     "tie_word_embeddings": check_boolean,
     "initializer_range": number(minimum=0, maximum=1),
-    "hidden_act": choice("silu", "swish"),
-    "hidden_activation": choice("gelu_pytorch_tanh"),
     "attention_bias": check_boolean,
     "mlp_bias": check_boolean,
     "use_sliding_window": check_boolean,

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from hybrid_jax.checks import check_choice
 from hybrid_jax.config import ModelConfig, MoEConfig, parse_pattern
 from hybrid_jax.families.mixers import check_repeated, read_mixers, write_mixers
 from hybrid_jax.families.rope import DEFAULT_THETA, read_query_scaling, read_rope, read_ropes, write_rope
@@ -18,7 +19,6 @@ _DEFAULTS: dict[str, Any] = {
     "initializer_range": 0.02,
     "rms_norm_eps": 1e-6,
     "max_position_embeddings": 32768,
-    "hidden_act": "silu",
     "num_key_value_heads": None,
     "head_dim": None,
 }
@@ -57,6 +57,8 @@ class Family:
       fused: ModelConfig -> linear maps of a layer that its checkpoints keep in one, `{theirs: {ours: outputs}}`, in order, by
         their paths in the layer.
       names: parts of our tensors' names -> what its checkpoints have there.
+      activation_key: the key of config.json that names the activation of the MLP.
+      activations: the names that it may have there -> ours, the default first.
     """
 
     model_type: str
@@ -76,6 +78,8 @@ class Family:
     rope_types: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fused: Callable[[ModelConfig], dict[str, dict[str, int]]] = lambda config: {}
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    activation_key: str = "hidden_act"
+    activations: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"silu": "silu", "swish": "silu"})
 
 
 def _source_types(hf: Mapping[str, Any]) -> list[str] | None:
@@ -138,9 +142,8 @@ def read_config(family: Family, hf: Mapping[str, Any]) -> ModelConfig:
     if missing:
         raise ValueError(f"config.json of a {family.model_type} lacks {', '.join(missing)}")
     check_finite(hf)
-    hf = {**_DEFAULTS, **family.defaults, **hf}
-    if "hidden_activation" in family.defaults:  # its name for `hidden_act`
-        del hf["hidden_act"]
+    hf = {**_DEFAULTS, family.activation_key: next(iter(family.activations)), **family.defaults, **hf}
+    check_choice(family.activation_key, hf[family.activation_key], list(family.activations))
     for key, value in hf.items():
         check_key(key, value)
         if key in family.keys:
@@ -168,6 +171,7 @@ def read_config(family: Family, hf: Mapping[str, Any]) -> ModelConfig:
         query_scaling=read_query_scaling(rope) if family.rope(hf) else None,
         max_position_embeddings=hf["max_position_embeddings"],
         tie_embeddings=hf["tie_word_embeddings"],
+        activation=family.activations[hf[family.activation_key]],
         attention_windows=_read_windows(family, hf, num_layers),
         initializer_range=hf["initializer_range"],
         extra={**{k: v for k, v in hf.items() if k not in _HANDLED and k not in options_by_key()}, **kept},

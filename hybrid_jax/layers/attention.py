@@ -223,9 +223,10 @@ class Attention(nnx.Module):
 
 
 class SlidingWindowAttention(Attention):
-    """Attention whose queries see the last `swa_config.window_size` keys."""
+    """Attention whose queries see the last `swa_config.window_size` keys, or fewer where the source's own window is shorter."""
 
     @staticmethod
     def window_of(config: ModelConfig, layer: int) -> int | None:
-        """Returns the window of the options; it is the same in every layer."""
-        return config.options(SWAConfig).window_size
+        """Returns the window of the options, or the layer's own if that is shorter: its weights know no key beyond it."""
+        own, window = config.attention_windows[layer], config.options(SWAConfig).window_size
+        return window if own is None else min(own, window)

@@ -11,6 +11,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from hybrid_jax import load_model, save_model
+from hybrid_jax.plan.attentions import attentions
 from tests.conftest import cpu_devices, relative_error
 from tests.convert.test_transformers_parity import make, run
 
@@ -121,6 +122,21 @@ def test_mixing_matrices_times_values_are_what_attention_gives_its_output_projec
         mixing = attention.mixing(x, **at)
         mixed = jnp.einsum("bhts,bshd->bthd", mixing.matrix(), mixing.values).reshape(2, 31, -1)
         assert relative_error(attention.o_proj(mixed), attention(x, **at)[0]) < 1e-5
+
+
+def test_sliding_windows_in_place_of_a_source_s_own_shorter_ones_do_not_show_it_more_tokens(tmp_path):
+    """SWA's window is 2,048 by default, and the source's weights know no key beyond their own 7."""
+    make("gemma2 windowed, soft-capped").save_pretrained(tmp_path)
+    source, hybrid = load_model(tmp_path), load_model(tmp_path, pattern="SWA-SWA-*")
+    assert [layer.swa.window for layer in hybrid.layers[:2]] == [7, 2048]
+    assert [attention.window for attention in attentions(hybrid.config, hybrid.config.layers)] == [7, 2048, 7]
+    assert relative_error(run(hybrid, IDS), run(source, IDS)) < 1e-6
+
+
+def test_soft_caps_that_bmojo_has_not_are_refused_in_teachers_too(tmp_path):
+    make("gemma2 windowed, soft-capped").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="layer 1: 'BMF>GKA' has no soft cap of attention scores"):
+        load_model(tmp_path, pattern="*-BMF>GKA-*")
 
 
 def test_a_mixer_s_norms_begin_with_what_gemma_s_norms_multiply_by(tmp_path):

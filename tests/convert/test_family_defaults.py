@@ -120,6 +120,12 @@ def test_absent_keys_mean_what_they_mean_to_transformers(model_type):
         assert (a.moe.intermediate_size, a.moe.norm_topk_prob) == want
 
 
+def test_gemma_2_has_a_second_key_for_its_activation_which_nothing_reads_and_the_export_keeps():
+    config = ours("gemma2", **SIZES, hidden_act="gelu_pytorch_tanh")
+    assert config.activation == "gelu_tanh" and config_to_hf(config)["hidden_act"] == "gelu_pytorch_tanh"
+    assert "hidden_act" not in config_to_hf(ours("gemma2", **SIZES))
+
+
 @pytest.mark.parametrize("model_type", CLASSES)
 @pytest.mark.parametrize(
     "keys",
