@@ -66,6 +66,8 @@ KEYS: dict[str, Check] = {
     "num_key_value_heads": optional(integer(1, 2**16)),
     "head_dim": optional(integer(1, 2**16)),
     "rms_norm_eps": EPSILON,
+    "layer_norm_eps": EPSILON,
+    "qk_layernorm": check_boolean,
     "max_position_embeddings": integer(),
     "original_max_position_embeddings": integer(),
     "partial_rotary_factor": optional(number(above=0, maximum=1)),

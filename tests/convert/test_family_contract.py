@@ -21,6 +21,7 @@ LONG = "phi3 long documents of longrope, windowed"
 # Of each family the case with the most options.
 FAMILIES = [
     "smollm3 untied, biased, windows in layers without rope",
+    "phi normed queries and keys",
     "phi3 windowed, part of the head rotated",
     "mixtral windowed, tied, one key head",
     "olmo3 windowed, tied, two ropes",

@@ -23,6 +23,7 @@ CLASSES = {
     "ministral": transformers.MinistralConfig,
     "ministral3": transformers.Ministral3Config,
     "smollm3": transformers.SmolLM3Config,
+    "phi": transformers.PhiConfig,
     "phi3": transformers.Phi3Config,
     "mixtral": transformers.MixtralConfig,
     "olmo2": transformers.Olmo2Config,
@@ -55,7 +56,7 @@ def ours(model_type, **keys):
 
 def their_windows(config):
     """As the modeling files choose a layer's mask."""
-    if config.model_type in ("llama", "olmo2"):
+    if config.model_type in ("llama", "olmo2", "phi"):
         return (None,) * config.num_hidden_layers
     by_layer = config.model_type in ("qwen2", "qwen3", "ministral", "smollm3", "olmo3", "gemma2", "gemma3_text")
     types = config.layer_types if by_layer else ["sliding_attention"] * 3
@@ -65,6 +66,7 @@ def their_windows(config):
 def their_frequencies(config, head_dim, layer_type=None):
     rope = config.rope_parameters[layer_type] if layer_type else config.rope_parameters
     if rope["rope_type"] == "default":
+        head_dim = int(head_dim * rope.get("partial_rotary_factor", 1))
         return rope["rope_theta"] ** -(np.arange(0, head_dim, 2) / head_dim), 1.0
     inverse, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, "cpu", layer_type=layer_type)
     return inverse.numpy(), factor
@@ -88,7 +90,7 @@ def test_absent_keys_mean_what_they_mean_to_transformers(model_type):
     fields = {
         "num_kv_heads": b.num_key_value_heads,
         "head_dim": getattr(b, "head_dim", None) or 512 // 32,
-        "rms_norm_eps": b.rms_norm_eps,
+        "rms_norm_eps": b.layer_norm_eps if model_type == "phi" else b.rms_norm_eps,
         "max_position_embeddings": b.max_position_embeddings,
         "tie_embeddings": b.tie_word_embeddings,
         "initializer_range": b.initializer_range,
@@ -97,11 +99,12 @@ def test_absent_keys_mean_what_they_mean_to_transformers(model_type):
     }
     assert {name: getattr(a, name) for name in fields} == fields
     gelu, silu = ("hidden_activation", "gelu_pytorch_tanh", "gelu_tanh"), ("hidden_act", "silu", "silu")
-    act = gelu if model_type.startswith("gemma") else silu
+    act = gelu if model_type.startswith("gemma") else ("hidden_act", "gelu_new", "gelu_tanh") if model_type == "phi" else silu
     soft_caps = [getattr(b, f"{x}_logit_softcapping", None) for x in ("attn", "final")]
     assert [a.attention_soft_cap, a.logits_soft_cap] == soft_caps
     assert (getattr(b, act[0]), a.extra[act[0]], a.activation) == (act[1], act[1], act[2])
-    assert (a.o_bias, a.mlp_bias) == (getattr(b, "attention_bias", False), getattr(b, "mlp_bias", False))
+    always = model_type == "phi"  # it has every bias, and no key for them
+    assert (a.o_bias, a.mlp_bias) == (getattr(b, "attention_bias", always), getattr(b, "mlp_bias", always))
     rope = dict(b.rope_parameters)
     types = {t: r for t, r in (("full_attention", a.rope), ("sliding_attention", a.window_rope)) if t in rope} or {None: a.rope}
     assert (a.window_rope is None) == (None in types)
