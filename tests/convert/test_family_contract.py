@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from hybrid_jax import load_model, save_model
 from hybrid_jax.plan.attentions import attentions
+from hybrid_jax.priming.fuse import fuse
 from tests.conftest import cpu_devices, relative_error
 from tests.convert.test_transformers_parity import make, run
 
@@ -156,6 +157,8 @@ import jax
 import numpy as np
 from flax import nnx
 from hybrid_jax import load_model
+from hybrid_jax.parallel.cross_entropy import cross_entropy
+from hybrid_jax.parallel.head import Head
 from hybrid_jax.parallel.sequence import to_zigzag
 from tests.conftest import relative_error
 
@@ -171,6 +174,12 @@ for sizes in ({"seq": 4, "tensor": 2}, {"fsdp": 2, "tensor": 2, "seq": 2}):
         with jax.set_mesh(mesh):
             got = step(model, order(ids), order(np.ones_like(ids)), order(positions))
         assert relative_error(got, order(want)) < 1e-5, (sizes, path, relative_error(got, order(want)))
+hidden, kernel, bias = (np.random.default_rng(1).normal(size=s).astype(np.float32) for s in ((2, 16, 8), (8, 12), (12,)))
+loss = jax.jit(jax.value_and_grad(lambda k, b: cross_entropy(hidden, Head(k, bias=b), ids[:, :16] % 12).sum(), argnums=(0, 1)))
+want = loss(kernel, bias)
+with jax.set_mesh(mesh):
+    got = loss(kernel, bias)
+assert all(relative_error(a, b) < 1e-5 for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)), "a biased head"
 print("passed")
 """
 
@@ -182,6 +191,40 @@ def test_on_meshes_that_shard_tokens_and_heads_the_logits_are_those_of_one_devic
     command = [sys.executable, "-c", MESHES, *(str(tmp_path / str(n)) for n in range(len(MESHED)))]
     done = subprocess.run(command, env=cpu_devices(8), capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "passed" in done.stdout, done.stderr[-2000:]
+
+
+def test_both_streams_of_a_fused_phi_run_its_parallel_block(tmp_path):
+    """Of each stream the mixer's and the MLP's outputs are added to the layer's input, and the MLP reads that input's norm."""
+    make("phi normed queries and keys").save_pretrained(tmp_path)
+    source, hybrid = load_model(tmp_path), load_model(tmp_path, pattern="GKA-*-M2")
+    streams = nnx.jit(lambda m, ids: m.two_streams(ids))(fuse(hybrid, source), IDS)
+    assert relative_error(source.head(streams.teacher), run(source, IDS)) < 1e-6
+    assert relative_error(source.head(streams.student), run(hybrid, IDS)) < 1e-5
+    x, first = source.inputs(IDS)[0], source.layers[0]
+    for out in streams.layers[0]:
+        assert relative_error(out.hidden, x + out.mixer + out.mlp) < 1e-6
+        assert relative_error(out.mlp, first.mlp(first.input_layernorm(x))) < 1e-5
+
+
+def test_mixers_begin_with_what_a_layer_norm_of_each_head_makes_of_queries_but_for_its_bias(tmp_path):
+    make("phi normed queries and keys").save_pretrained(tmp_path)
+    source, hybrid = load_model(tmp_path), load_model(tmp_path, pattern="GDN-M2-M3")
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 48)), jnp.float32)
+
+    def queries(i):
+        attention = source.layers[i].self_attn
+        heads = attention.q_norm((x @ attention.q_proj.kernel[...]).reshape(1, 5, 6, 8))
+        return heads - attention.q_norm.bias[...]
+
+    def directions(heads):
+        return heads / jnp.linalg.norm(heads, axis=-1, keepdims=True)
+
+    gdn, mamba2, mamba3 = hybrid.layers[0].gdn, hybrid.layers[1].mamba, hybrid.layers[2].mamba3
+    weight, begin = source.layers[0].self_attn.q_norm.weight[...], 48 + 16 + 16  # z, x and B come before C
+    assert relative_error(directions(gdn.q_proj(x).reshape(1, 5, 6, 8)), directions(queries(0) / weight)) < 1e-5
+    for i, mixer in ((1, mamba2), (2, mamba3)):
+        found = mixer.C_norm(mixer.in_proj(x)[..., begin : begin + 48].reshape(1, 5, 6, 8))
+        assert relative_error(directions(found), directions(queries(i))) < 1e-5
 
 
 def test_each_packed_document_takes_the_frequencies_of_longrope_that_its_length_asks_for(tmp_path):

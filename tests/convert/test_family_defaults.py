@@ -254,6 +254,20 @@ def test_every_layer_of_smollm3_must_say_whether_it_has_rope():
         ours("smollm3", **SMALL, no_rope_layers=[1, 1])
 
 
+@pytest.mark.parametrize(
+    "keys, words",
+    [
+        (dict(tie_word_embeddings=True), "tie_word_embeddings = true is not supported where the output head has a bias"),
+        (dict(hidden_act="relu"), "hidden_act must be one of 'gelu_new', 'gelu_pytorch_tanh', got 'relu'"),
+        (dict(qk_layernorm=1), "qk_layernorm must be true or false"),
+        (dict(layer_norm_eps=0), "layer_norm_eps must be a number above 0"),
+    ],
+)
+def test_what_phi_cannot_be_is_refused(keys, words):
+    with pytest.raises(ValueError, match=words):
+        ours("phi", **SMALL, **keys)
+
+
 FACTORS = dict(short_factor=[1.0, 1.1, 1.2, 1.5], long_factor=[1.0, 2.0, 4.0, 9.5])  # of 8 channels
 
 
