@@ -79,7 +79,7 @@ def other_norm(*args):
     "name, wrong, message",
     [
         ("load_model", wrong_rope, "layer 0: relative error "),
-        ("hf_pieces", changed_norm, "1 tensors do not come back as they are stored, the first model.norm.weight, bfloat16"),
+        ("hf_pieces", changed_norm, "1 tensors do not come back as they are stored, the first model.norm.weight, BF16"),
         ("hf_pieces", other_norm, "1 tensors of an export are not in the files, the first other.model.norm.weight"),
     ],
 )
