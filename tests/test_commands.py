@@ -150,7 +150,7 @@ def test_places_that_no_directory_can_be_renamed_to_are_refused_before_any_work(
     (tmp_path / "link").symlink_to("empty")
     (tmp_path / "dangling").symlink_to("nowhere")
     monkeypatch.chdir(tmp_path / "empty")
-    monkeypatch.setattr("hybrid_jax.convert.load_model", lambda *args, **options: pytest.fail("it was loaded"))
+    monkeypatch.setattr("hybrid_jax.convert.convert_directory", lambda *args, **options: pytest.fail("it was loaded"))
     for out, word in (("../link", "is a link"), ("../dangling", "is a link"), (".", "is the working directory")):
         assert word in fails(capsys, "convert", source, out)
     for report in ("out", "out/report"):
