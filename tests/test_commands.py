@@ -132,32 +132,6 @@ def test_overwrite_replaces_a_model_directory_when_the_new_one_is_complete_and_n
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted({"other", "out", source.name})
 
 
-def test_overwrite_keeps_the_source_and_everything_that_belongs_to_no_model(source, tmp_path, capsys):
-    """Before any work, so that a run with its checkpoints, or the folder that holds the source, cannot be lost."""
-    outer = shutil.copytree(source, tmp_path / "outer")
-    shutil.copytree(source, outer / "inner")
-    for out, start in ((outer, outer / "inner"), (source, source), (outer / "inner", outer)):
-        holds = "also holds inner" if out == outer else "is, or is in, the source"
-        for command in ("convert", "export"):
-            assert holds in fails(capsys, command, start, out, "--overwrite")
-    (outer / "inner" / "README.md").write_text("x")
-    assert "also holds README.md" in fails(capsys, "convert", source, outer / "inner", "--overwrite")
-    assert all((folder / "config.json").exists() for folder in (source, outer, outer / "inner"))
-
-
-def test_places_that_no_directory_can_be_renamed_to_are_refused_before_any_work(source, tmp_path, capsys, monkeypatch):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "link").symlink_to("empty")
-    (tmp_path / "dangling").symlink_to("nowhere")
-    monkeypatch.chdir(tmp_path / "empty")
-    monkeypatch.setattr("hybrid_jax.convert.convert_directory", lambda *args, **options: pytest.fail("it was loaded"))
-    for out, word in (("../link", "is a link"), ("../dangling", "is a link"), (".", "is the working directory")):
-        assert word in fails(capsys, "convert", source, out)
-    for report in ("out", "out/report"):
-        assert "is in, the output directory out" in fails(capsys, "convert", source, "out", "--verify", report)
-    assert not any((tmp_path / "empty").iterdir())
-
-
 def test_an_output_that_can_not_be_written_is_refused_before_loading(source, tmp_path, capsys):
     shutil.rmtree(source / "nothing", ignore_errors=True)
     (tmp_path / "file").write_text("x")

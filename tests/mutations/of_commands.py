@@ -159,7 +159,7 @@ MUTATIONS = [
         "not (p.name in MODEL_FOLDERS if p.is_dir() else p.suffix in MODEL_FILES)",
         "not p.suffix",
         "--overwrite removes files that belong to no model",
-        (f"{COMMANDS}::test_overwrite_keeps_the_source_and_everything_that_belongs_to_no_model",),
+        ("tests/test_output_directories.py::test_overwrite_keeps_the_source_and_everything_that_belongs_to_no_model",),
     ),
     Mutation(
         "hybrid_jax/files.py",
