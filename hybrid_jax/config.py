@@ -39,6 +39,7 @@ NORMS: dict[str, tuple[str | None, str | None, str | None, str | None]] = {
     "before": ("input_layernorm", None, "post_attention_layernorm", None),
     "behind": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
     "both": ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    "parallel": ("input_layernorm", None, None, None),  # the MLP reads what attention reads, not what it adds
 }
 
 AnyOptions = TypeVar("AnyOptions", bound=MixerOptions)
@@ -166,11 +167,11 @@ class ModelConfig:
         and written, and nothing else.
       vocab_size: rows of the embedding table.
       hidden_size: width of the residual stream.
-      intermediate_size: width of the gated MLP; an expert's is in `moe`.
+      intermediate_size: width of the MLP; an expert's is in `moe`.
       num_heads, num_kv_heads: query heads, and key-value heads, which divide them. Mixers use the same numbers.
       head_dim: width of a head, even; it need not be hidden_size / num_heads.
       layers: one `MixerSpec` per layer (see `with_pattern`).
-      rms_norm_eps: epsilon of the norms of layers, of queries and keys, and of the final norm.
+      rms_norm_eps: epsilon of the norms of layers, of queries and keys, and of the final norm, also where they are LayerNorms.
       rope: the rotary embedding of attention.
       window_rope: that of layers with a window of their own in `attention_windows`; None: the same (OLMo 3, Gemma 3 have two).
       max_position_embeddings: the longest document that attention is meant for, in tokens.
@@ -178,13 +179,16 @@ class ModelConfig:
       qk_norm: RMSNorm over each head of queries and keys (Qwen3).
       qk_norm_all_heads: with `qk_norm`, the norm is over the channels of all heads together (OLMo 2).
       norms: where a layer has its norms: `before` attention and MLP, `behind` them, in front of the residual sum (OLMo 2), or in
-        `both` places (Gemma 2).
+        `both` places (Gemma 2); or `parallel`: one norm, which attention and MLP both read (Phi).
+      layer_norm: the source's norms are LayerNorms with weights and biases (Phi), not RMSNorms.
       norm_offset: what is added to the weights of the source's norms (Gemma: 1).
       embedding_scale: what the embeddings are multiplied by, in the compute dtype (Gemma: sqrt(hidden_size)).
       activation: of the MLP's gate, a key of `hybrid_jax.layers.mlp.ACTIVATIONS`.
+      gated_mlp: the MLP has a gate; False: it is down(activation(up(x))) (Phi).
       attention_soft_cap: c > 0: attention scores s count as c * tanh(s / c) (Gemma 2); None: as they are.
       query_pre_attn_scalar: attention scores are divided by its square root; None: by that of head_dim.
       qkv_bias, o_bias, mlp_bias: biases of the projections to q, k, v (Qwen2), of attention's output projection, of the MLP.
+      head_bias: the output head, which is not the embedding table, has a bias (Phi).
       attention_windows: per layer, the source's own sliding window, in keys that a query sees, or None for full attention.
       rotary_layers: per layer, whether attention rotates queries and keys by their positions; empty: in every layer (SmolLM3 has
         some without).
@@ -217,14 +221,17 @@ class ModelConfig:
     qk_norm: bool = False
     qk_norm_all_heads: bool = False
     norms: str = "before"
+    layer_norm: bool = False
     norm_offset: float = 0.0
     embedding_scale: float = 1.0
     activation: str = "silu"
+    gated_mlp: bool = True
     query_pre_attn_scalar: float | None = None
     attention_soft_cap: float | None = None
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    head_bias: bool = False
     attention_windows: tuple[int | None, ...] = ()
     rotary_layers: tuple[bool, ...] = ()
     query_scaling: tuple[float, int] | None = None
@@ -250,6 +257,8 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
         check_choice("norms", self.norms, NORMS)
+        if self.head_bias and self.tie_embeddings:
+            raise ValueError("tie_word_embeddings = true is not supported where the output head has a bias; set it to false")
         for rope in (self.rope, self.window_rope):
             if rope is not None:
                 rope.check(self.head_dim)
@@ -271,7 +280,7 @@ class ModelConfig:
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries, the model has {len(self.layers)} layers")
         object.__setattr__(self, "mixers", _canonical(self.mixers))
         for i, layer in enumerate(self.layers):
-            if layer.kind == "bmojo" and self.attention_soft_cap is not None:
+            if "bmojo" in layer.kinds and self.attention_soft_cap is not None:
                 raise ValueError(
                     f"layer {i}: {layer.symbol!r} has no soft cap of attention scores, which {self.family} has; choose another"
                 )

@@ -17,6 +17,8 @@ from typing import Any
 _PACKAGE = pathlib.Path(__file__).parent
 SHIPPED = _PACKAGE / "shipped"  # in an installed package; in a checkout the same folders are beside the package
 SHIPPED_FOLDERS = ("configs", "launch/tiny_qwen3")
+# What a model directory that is replaced may hold: files that end so, and folders of these names.
+MODEL_FILES, MODEL_FOLDERS = (".json", ".safetensors", ".jinja", ".model", ".txt"), ("additional_chat_templates",)
 
 
 def shipped_root() -> pathlib.Path:
@@ -38,11 +40,12 @@ def find_shipped(path: str | pathlib.Path) -> pathlib.Path:
     return there if ships and there.exists() else path
 
 
-def check_new_directory(path: str | pathlib.Path, overwrite: bool = False) -> pathlib.Path:
+def check_new_directory(path: str | pathlib.Path, overwrite: bool = False, source: str | pathlib.Path = "") -> pathlib.Path:
     """Checks, before any work, that `path` can become a new directory, and returns it; leaves nothing behind.
 
     Args:
-      overwrite: whether it may take the place of a model directory, one with a config.json.
+      overwrite: whether it may take the place of a model directory, one with a config.json and nothing else than a model's files.
+      source: what it is made from, which must stay; empty: nothing.
 
     Raises:
       FileExistsError: something is there already, and it is no model directory or may not be replaced.
@@ -52,11 +55,13 @@ def check_new_directory(path: str | pathlib.Path, overwrite: bool = False) -> pa
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         if not overwrite:
             raise FileExistsError(f"{path} exists already and is not empty; choose another output directory or remove it")
-        if path.is_symlink() or not (path / "config.json").is_file():
-            raise FileExistsError(
-                f"{path} is not replaced: only a model directory, one with a config.json and no link, is; choose another output "
-                "directory or remove it"
-            )
+        _check_replaceable(path, source)
+    if path.is_symlink():
+        raise FileExistsError(f"{path} is a link, which cannot become a directory; give the directory itself, or remove the link")
+    if path.is_dir() and (path.is_mount() or path.samefile(".")):
+        raise FileExistsError(
+            f"{path} is the working directory or a mount point, where no directory can be renamed to; give a directory in it"
+        )
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -64,6 +69,27 @@ def check_new_directory(path: str | pathlib.Path, overwrite: bool = False) -> pa
         raise NotADirectoryError(f"cannot write {path}: {parent} is a file")
     check_writable(parent, path)
     return path
+
+
+def _check_replaceable(path: pathlib.Path, source: str | pathlib.Path) -> None:
+    """Checks that nothing but a model is lost when the directory `path` is replaced.
+
+    Raises:
+      FileExistsError: it is no model directory, it holds something else, or `source` is it or holds it.
+    """
+    if path.is_symlink() or not (path / "config.json").is_file():
+        raise FileExistsError(
+            f"{path} is not replaced: only a model directory, one with a config.json and no link, is; choose another output "
+            "directory or remove it"
+        )
+    if source and path.resolve().is_relative_to(pathlib.Path(source).resolve()):
+        raise FileExistsError(f"{path} is not replaced: it is, or is in, the source {source}; choose another output directory")
+    other = [p.name for p in path.iterdir() if not (p.name in MODEL_FOLDERS if p.is_dir() else p.suffix in MODEL_FILES)]
+    if other:
+        raise FileExistsError(
+            f"{path} is not replaced: it also holds {min(other)}, which belongs to no model and would be lost; move it elsewhere, "
+            "or choose another output directory"
+        )
 
 
 def check_writable(directory: pathlib.Path, path: pathlib.Path | None = None) -> None:

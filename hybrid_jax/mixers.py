@@ -250,7 +250,7 @@ class SWAConfig(MixerOptions):
 
     Args:
       window_size: query i sees the keys j with 0 <= i - j < window_size. A larger window costs memory and time in
-        proportion. The cache of a layer holds window_size - 1 tokens.
+        proportion. The cache of a layer holds window_size - 1 tokens. A layer that has a shorter window in the source keeps it.
     """
 
     KEY: ClassVar[str] = "swa_config"

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hybrid_jax.config import NORMS, ModelConfig
-from hybrid_jax.layers import MLP, Embedding, Linear, MoE, RMSNorm, make_mixer
+from hybrid_jax.layers import MLP, Embedding, Linear, MoE, make_mixer, source_norm
 from hybrid_jax.layers.parameter import marks_of
 from hybrid_jax.mixers import KINDS
 from hybrid_jax.parallel import attention
@@ -46,14 +46,16 @@ class TwoStreams(NamedTuple):
 
 
 class Layer(nnx.Module):
-    """h + mixer(norm h), then h + mlp(norm h), with norms where `config.norms` says. A fused layer holds teacher and student."""
+    """h + mixer(norm h), then h + mlp(norm h), with norms where `config.norms` says; `parallel`: h + mixer(norm h) + mlp(norm h).
+
+    A fused layer holds teacher and student.
+    """
 
     def __init__(self, config: ModelConfig, index: int, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
-        self.spec, self.norms = config.layers[index], NORMS[config.norms]
-        norm: dict[str, Any] = dict(eps=config.rms_norm_eps, offset=config.norm_offset, dtype=dtype)
+        self.spec, self.norms, self.parallel = config.layers[index], NORMS[config.norms], config.norms == "parallel"
         for name in self.norms:
             if name is not None:
-                setattr(self, name, RMSNorm(config.hidden_size, **norm))
+                setattr(self, name, source_norm(config, config.hidden_size, dtype))
         for kind in self.spec.kinds:
             setattr(self, KINDS[kind].parameter_key, make_mixer(kind, config, index, rngs=rngs, dtype=dtype))
         self.mlp = (MLP if config.moe is None else MoE)(config, rngs=rngs, dtype=dtype)
@@ -79,6 +81,9 @@ class Layer(nnx.Module):
 
     def behind_mixer(self, hidden: jax.Array, mixed: jax.Array) -> LayerOutputs:
         """The rest of the layer, of its input and its mixer's output; `LayerOutputs` has what is added to the residual stream."""
+        if self.parallel:
+            out = self.mlp(self.mixer_input(hidden))
+            return LayerOutputs(mixed, out, constrain(hidden + mixed + out, *TOKENS))
         mixed = self._normed(1, mixed)
         hidden = constrain(hidden + mixed, *TOKENS)
         out = self._normed(3, self.mlp(self._normed(2, hidden)))
@@ -108,11 +113,11 @@ class Decoder(nnx.Module):
         std = config.initializer_range
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, std=std, rngs=rngs, dtype=dtype)
         self.layers = nnx.List([Layer(config, i, rngs=rngs, dtype=dtype) for i in range(config.num_layers)])
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, offset=config.norm_offset, dtype=dtype)
+        self.norm = source_norm(config, config.hidden_size, dtype)
         if config.tie_embeddings:
             self.lm_head = None
         else:
-            head: dict[str, Any] = dict(axes=("embed", "vocab"), muon=False, std=std, rngs=rngs, dtype=dtype)
+            head: dict[str, Any] = dict(bias=config.head_bias, axes=("embed", "vocab"), muon=False, std=std, rngs=rngs, dtype=dtype)
             self.lm_head = Linear(config.hidden_size, config.vocab_size, **head)
 
     def inputs(
@@ -265,8 +270,10 @@ class Decoder(nnx.Module):
     @property
     def head(self) -> Head:
         """The output head, a function of the final normed states [..., hidden] that returns the logits [..., vocab] in float32."""
-        kernel = self.embed_tokens.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
-        return Head(kernel, self.config.logits_scaling, self.config.logits_soft_cap)
+        options = (self.config.logits_scaling, self.config.logits_soft_cap)
+        if self.lm_head is None:
+            return Head(self.embed_tokens.embedding[...].T, *options)
+        return Head(self.lm_head.kernel[...], *options, None if self.lm_head.bias is None else self.lm_head.bias[...])
 
     def __call__(self, input_ids: jax.Array, segment_ids: jax.Array | None = None, positions: jax.Array | None = None) -> jax.Array:
         """Logits [B,T,vocab] of input_ids [B,T]; segment ids pack several sequences in a row, 0 is padding."""

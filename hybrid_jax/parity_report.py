@@ -27,6 +27,7 @@ from hybrid_jax.parameters import logical_axes
 
 TOKENS = 96
 TOLERANCE = 1e-4
+CONTEXT = "original_max_position_embeddings"
 SAMPLE = (
     "A recurrent layer keeps a state of a fixed size, and attention keeps every token. Both read the tokens that came before: "
     "x = [1, 2, 3]; y = sum(x) / len(x)\nThe first forgets what it has no room for, and the second pays for all of it, "
@@ -65,6 +66,7 @@ class Parity:
         value, in float32; None: transformers was not asked.
       logits: the same of the logits; None as `layers`.
       why_not: why transformers was not asked; empty if it was.
+      untested: what the sample was too short for, so that a mistake in it would not be found.
     """
 
     tensors: tuple[StoredTensor, ...]
@@ -72,11 +74,15 @@ class Parity:
     layers: tuple[float, ...] | None
     logits: float | None
     why_not: str = ""
+    untested: tuple[str, ...] = ()
 
     def off(self, tolerance: float) -> list[str]:
         """Returns what is wrong, in words; nothing: the checkpoint is read as it is."""
-        changed = [t.name for t in self.tensors if t.returns is False]
-        found = [f"{len(changed)} tensors do not come back as they are stored, the first {changed[0]}"] if changed else []
+        changed = [t for t in self.tensors if t.returns is False]
+        found = []
+        if changed:
+            first = f"the first {changed[0].name}, {changed[0].dtype}"
+            found.append(f"{len(changed)} tensors do not come back as they are stored, {first}")
         if self.missing:
             found.append(f"{len(self.missing)} tensors of an export are not in the files, the first {self.missing[0]}")
         if self.layers is not None and self.logits is not None:
@@ -113,8 +119,17 @@ def verify(path: str | pathlib.Path, tokens: int = TOKENS) -> Parity:
     why_not = _why_not(config)
     if why_not:
         return Parity(stored, missing, None, None, why_not)
-    layers, logits = _errors(path, _sample(path, config.vocab_size, min(tokens, config.max_position_embeddings)))
-    return Parity(stored, missing, layers, logits)
+    ids = _sample(path, config.vocab_size, min(tokens, config.max_position_embeddings))
+    return Parity(stored, missing, *_errors(path, ids), untested=_untested(config, ids.shape[1]))
+
+
+def _untested(config: ModelConfig, tokens: int) -> tuple[str, ...]:
+    """Names the windows that hide no token of a sample of so many tokens, and factors of LongRoPE that it does not get."""
+    limit = config.max_position_embeddings
+    windows = sorted({w for w in config.attention_windows if w is not None and tokens <= w < limit})
+    contexts = sorted({r.number(CONTEXT) for r in (config.rope, config.window_rope) if r is not None and r.kind == "longrope"})
+    longer = [f"the long factors of longrope, for more than {n} tokens" for n in contexts if tokens <= n < limit]
+    return (*(f"windows of {w} tokens" for w in windows), *longer)
 
 
 def _round_trip(config: ModelConfig, parameters: StoredParameters) -> tuple[tuple[StoredTensor, ...], tuple[str, ...]]:
@@ -226,6 +241,7 @@ def write_parity(parity: Parity, out: str | pathlib.Path, title: str, tolerance:
             blocks += [
                 Heading("Outputs beside transformers'"),
                 Text(f"Largest difference over largest value, in float32; more than {tolerance:.1e} is off."),
+                *([Text(f"Not tested, because the sample is too short: {'; '.join(parity.untested)}.")] if parity.untested else []),
                 Picture(directory / "layers.png", "relative error by layer"),
                 Table(("output", "relative error"), [(name, f"{error:.1e}") for name, error in errors]),
             ]

@@ -13,7 +13,7 @@ from typing import Any
 
 from hybrid_jax.checks import check_boolean, check_choice
 from hybrid_jax.mixers import options_by_key
-from hybrid_jax.options import EPSILON, Check, choice, integer, number, optional
+from hybrid_jax.options import EPSILON, Check, integer, number, optional
 
 MOST_LAYERS = 10_000
 
@@ -66,6 +66,8 @@ KEYS: dict[str, Check] = {
     "num_key_value_heads": optional(integer(1, 2**16)),
     "head_dim": optional(integer(1, 2**16)),
     "rms_norm_eps": EPSILON,
+    "layer_norm_eps": EPSILON,
+    "qk_layernorm": check_boolean,
     "max_position_embeddings": integer(),
     "original_max_position_embeddings": integer(),
     "partial_rotary_factor": optional(number(above=0, maximum=1)),
@@ -74,8 +76,6 @@ KEYS: dict[str, Check] = {
     "rope_parameters": optional(mapping),
     "tie_word_embeddings": check_boolean,
     "initializer_range": number(minimum=0, maximum=1),
-    "hidden_act": choice("silu", "swish"),
-    "hidden_activation": choice("gelu_pytorch_tanh"),
     "attention_bias": check_boolean,
     "mlp_bias": check_boolean,
     "use_sliding_window": check_boolean,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pathlib
 
 from hybrid_jax.commands.options import directory, integer, number
 
@@ -22,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="first prove that the source is read as it is: a report of every tensor, of the bytes that come back and, where torch "
         "and transformers are installed, of every layer's output; exit code 1 if anything is off",
     )
+    parser.add_argument("--tokens", type=integer(minimum=1), help="with --verify: of the sample text (default: 96)")
     parser.add_argument("--tolerance", type=number(above=0), help="with --verify: relative error of outputs (default: 1e-4)")
 
 
@@ -31,16 +33,19 @@ def run(args: argparse.Namespace) -> None:
     from hybrid_jax.files import check_new_directory
     from hybrid_jax.hub import local_model
 
-    if args.tolerance is not None and args.verify is None:
-        raise ValueError("--tolerance is that of --verify; give both")
+    for option in ("tolerance", "tokens"):
+        if getattr(args, option) is not None and args.verify is None:
+            raise ValueError(f"--{option} is that of --verify; give both")
     if args.out is None and args.verify is None:
         raise ValueError("name the directory to make (OUT), or the report of --verify")
     if args.out is None and args.pattern is not None:
         raise ValueError("--pattern converts into OUT; name it")
     if args.out is not None:
-        check_new_directory(args.out, args.overwrite)
+        check_new_directory(args.out, args.overwrite, args.source)
     if args.verify is not None:
         check_new_directory(args.verify)
+        if args.out is not None and pathlib.Path(args.verify).resolve().is_relative_to(pathlib.Path(args.out).resolve()):
+            raise ValueError(f"--verify {args.verify} is, or is in, the output directory {args.out}; give another place")
     args.source = local_model(args.source)
     if args.verify is not None:
         _verify(args)
@@ -60,13 +65,15 @@ def _verify(args: argparse.Namespace) -> None:
     Raises:
       ValueError: something is off.
     """
-    from hybrid_jax.parity_report import TOLERANCE, verify, write_parity
+    from hybrid_jax.parity_report import TOKENS, TOLERANCE, verify, write_parity
 
-    parity, tolerance = verify(args.source), args.tolerance or TOLERANCE
+    parity, tolerance = verify(args.source, args.tokens or TOKENS), args.tolerance or TOLERANCE
     report = write_parity(parity, args.verify, str(args.source), tolerance)
     print(f"parity: {report}")
     if wrong := parity.off(tolerance):
         raise ValueError(f"{args.source} is not read as it is: {'; '.join(wrong)}; see {report}")
+    if parity.untested:
+        print(f"not tested, because the sample is too short: {'; '.join(parity.untested)}; give more --tokens")
     if parity.layers is None:
         print(f"outputs were not compared with transformers: {parity.why_not}")
     else:

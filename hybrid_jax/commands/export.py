@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     from hybrid_jax.priming.fuse import unfuse
     from hybrid_jax.workdir import is_run, load_run, tokenizer_of
 
-    check_new_directory(args.out, args.overwrite)
+    check_new_directory(args.out, args.overwrite, args.source)
     if args.step is not None and not args.phase:
         raise ValueError("--step needs the --phase whose checkpoint it is")
     if args.group_size is not None and args.quantize is None:

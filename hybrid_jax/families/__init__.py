@@ -12,6 +12,7 @@ from hybrid_jax.families.llama import LLAMA
 from hybrid_jax.families.mistral import MINISTRAL, MINISTRAL3, MISTRAL
 from hybrid_jax.families.mixtral import MIXTRAL
 from hybrid_jax.families.olmo import OLMO2, OLMO3
+from hybrid_jax.families.phi import PHI
 from hybrid_jax.families.phi3 import PHI3
 from hybrid_jax.families.plugin import plugin_notes
 from hybrid_jax.families.qwen2 import QWEN2
@@ -21,9 +22,28 @@ from hybrid_jax.schema import mapping
 
 __all__ = ["FAMILIES", "Family", "config_from_hf", "config_to_hf", "plugin_notes"]
 
+_ALL = (
+    QWEN3, QWEN3_MOE, QWEN2, LLAMA, MISTRAL, MINISTRAL, MINISTRAL3, SMOLLM3, PHI, PHI3, MIXTRAL, OLMO2, OLMO3, GEMMA2, GEMMA3,
+)  # fmt: skip
 FAMILIES = {
     f.model_type: f
-    for f in (QWEN3, QWEN3_MOE, QWEN2, LLAMA, MISTRAL, MINISTRAL, MINISTRAL3, SMOLLM3, PHI3, MIXTRAL, OLMO2, OLMO3, GEMMA2, GEMMA3)
+    for f in (
+        QWEN3,
+        QWEN3_MOE,
+        QWEN2,
+        LLAMA,
+        MISTRAL,
+        MINISTRAL,
+        MINISTRAL3,
+        SMOLLM3,
+        PHI,
+        PHI3,
+        MIXTRAL,
+        OLMO2,
+        OLMO3,
+        GEMMA2,
+        GEMMA3,
+    )
 }
 
 

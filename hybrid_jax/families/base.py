@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from hybrid_jax.checks import check_choice
 from hybrid_jax.config import ModelConfig, MoEConfig, parse_pattern
 from hybrid_jax.families.mixers import check_repeated, read_mixers, write_mixers
 from hybrid_jax.families.rope import DEFAULT_THETA, read_query_scaling, read_rope, read_ropes, write_rope
@@ -16,16 +17,14 @@ from hybrid_jax.schema import Check, check_finite, check_key
 _DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": False,
     "initializer_range": 0.02,
-    "rms_norm_eps": 1e-6,
     "max_position_embeddings": 32768,
-    "hidden_act": "silu",
     "num_key_value_heads": None,
     "head_dim": None,
 }
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # Keys that ModelConfig carries, so that `extra` need not.
 _HANDLED = {
-    *_REQUIRED, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters",
+    *_REQUIRED, "num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "rope_parameters",
     "max_position_embeddings", "tie_word_embeddings",
     "initializer_range", "hybrid_override_pattern", "layer_types", "attention_windows", "architectures", "model_type",
     "torch_dtype", "dtype", "transformers_version",
@@ -57,6 +56,9 @@ class Family:
       fused: ModelConfig -> linear maps of a layer that its checkpoints keep in one, `{theirs: {ours: outputs}}`, in order, by
         their paths in the layer.
       names: parts of our tensors' names -> what its checkpoints have there.
+      norm_eps_key: the key of config.json that has the epsilon of the norms.
+      activation_key: the key of config.json that names the activation of the MLP.
+      activations: the names that it may have there -> ours, the default first.
     """
 
     model_type: str
@@ -76,6 +78,9 @@ class Family:
     rope_types: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fused: Callable[[ModelConfig], dict[str, dict[str, int]]] = lambda config: {}
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    norm_eps_key: str = "rms_norm_eps"
+    activation_key: str = "hidden_act"
+    activations: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"silu": "silu", "swish": "silu"})
 
 
 def _source_types(hf: Mapping[str, Any]) -> list[str] | None:
@@ -138,9 +143,9 @@ def read_config(family: Family, hf: Mapping[str, Any]) -> ModelConfig:
     if missing:
         raise ValueError(f"config.json of a {family.model_type} lacks {', '.join(missing)}")
     check_finite(hf)
-    hf = {**_DEFAULTS, **family.defaults, **hf}
-    if "hidden_activation" in family.defaults:  # its name for `hidden_act`
-        del hf["hidden_act"]
+    absent = {**_DEFAULTS, family.norm_eps_key: 1e-6, family.activation_key: next(iter(family.activations)), **family.defaults}
+    hf = {**absent, **hf}
+    check_choice(family.activation_key, hf[family.activation_key], list(family.activations))
     for key, value in hf.items():
         check_key(key, value)
         if key in family.keys:
@@ -151,7 +156,7 @@ def read_config(family: Family, hf: Mapping[str, Any]) -> ModelConfig:
         window_rope = None
     else:
         rope, window_rope = read_ropes(hf, family.rope_theta, family.window_rope_theta, family.window_rope_key)
-    own = family.read(hf)
+    own, handled = family.read(hf), _HANDLED | {family.norm_eps_key}
     mixers, kept = read_mixers(hf, own.get("qk_norm", False))
     config = ModelConfig(
         family=family.model_type,
@@ -162,15 +167,16 @@ def read_config(family: Family, hf: Mapping[str, Any]) -> ModelConfig:
         num_kv_heads=heads if hf["num_key_value_heads"] is None else hf["num_key_value_heads"],
         head_dim=hf["hidden_size"] // heads if hf["head_dim"] is None else hf["head_dim"],
         layers=_read_layers(hf, num_layers),
-        rms_norm_eps=hf["rms_norm_eps"],
+        rms_norm_eps=hf[family.norm_eps_key],
         rope=rope,
         window_rope=window_rope,
         query_scaling=read_query_scaling(rope) if family.rope(hf) else None,
         max_position_embeddings=hf["max_position_embeddings"],
         tie_embeddings=hf["tie_word_embeddings"],
+        activation=family.activations[hf[family.activation_key]],
         attention_windows=_read_windows(family, hf, num_layers),
         initializer_range=hf["initializer_range"],
-        extra={**{k: v for k, v in hf.items() if k not in _HANDLED and k not in options_by_key()}, **kept},
+        extra={**{k: v for k, v in hf.items() if k not in handled and k not in options_by_key()}, **kept},
         mixers=mixers,
         **own,
     )
@@ -193,7 +199,7 @@ def write_config(family: Family, config: ModelConfig, dtype: str) -> dict[str, A
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "rms_norm_eps": config.rms_norm_eps,
+        family.norm_eps_key: config.rms_norm_eps,
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.initializer_range,

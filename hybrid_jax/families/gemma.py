@@ -4,6 +4,8 @@ Gemma 2 has soft caps of attention scores and logits, and a window in every seco
 windows have a rope of their own.
 """
 
+from typing import Any
+
 from hybrid_jax.families.base import Family
 from hybrid_jax.schema import integer, number, optional
 
@@ -16,7 +18,6 @@ def _read(hf):
         "norms": "both",
         "norm_offset": 1.0,
         "embedding_scale": hf["hidden_size"] ** 0.5,
-        "activation": "gelu_tanh",
         "query_pre_attn_scalar": hf["query_pre_attn_scalar"],
         "logits_soft_cap": hf["final_logit_softcapping"],
     }
@@ -39,13 +40,13 @@ def _absent(name, value):
 _DEFAULTS = {
     "num_key_value_heads": 4,
     "head_dim": 256,
-    "hidden_activation": "gelu_pytorch_tanh",
     "tie_word_embeddings": True,
     "attention_bias": False,
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
     "use_bidirectional_attention": False,
 }
+_ACTIVATION: dict[str, Any] = dict(activation_key="hidden_activation", activations={"gelu_pytorch_tanh": "gelu_tanh"})
 _KEYS = {
     "query_pre_attn_scalar": number(above=0),
     "final_logit_softcapping": optional(number(above=0)),
@@ -62,6 +63,7 @@ GEMMA2 = Family(
     windowed=lambda hf, layer: layer % 2 == 0,
     defaults={**_DEFAULTS, "max_position_embeddings": 8192, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
     keys={**_KEYS, "attn_logit_softcapping": optional(number(above=0))},
+    **_ACTIVATION,
 )
 GEMMA3 = Family(
     "gemma3_text",
@@ -82,4 +84,5 @@ GEMMA3 = Family(
     window_rope_theta=10_000.0,
     window_rope_key="rope_local_base_freq",
     keys={**_KEYS, "sliding_window_pattern": integer(1), "attn_logit_softcapping": _absent},
+    **_ACTIVATION,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hybrid_jax.config import ATTENTION, BMojoConfig, GDNConfig, GKAConfig, Mamba2Config, ModelConfig
+from hybrid_jax.config import ATTENTION, BMojoConfig, GDNConfig, GKAConfig, Mamba2Config, ModelConfig, SWAConfig
 from hybrid_jax.mixers import KINDS
 
 SERVED = ("qwen2", "qwen3", "qwen3_moe")
@@ -47,6 +47,9 @@ def _notes(config: ModelConfig) -> list[str]:
         notes.append(f"it cannot serve {' and '.join(mixed)} in one model")
     if windowed:
         notes.append("it knows no sliding windows of attention layers, and serves them with full attention; use SWA layers")
+    window = config.options(SWAConfig).window_size
+    if any(w and w < window for w, layer in zip(config.attention_windows, config.layers, strict=True) if layer.kind == "swa"):
+        notes.append(f"it gives SWA layers the window {window}, also where the source's own window is shorter")
     if config.o_bias:
         notes.append("it has no bias for the attention's output projection")
     if "gdn" in used and not (gdn.use_gate and gdn.use_short_conv):

@@ -11,14 +11,17 @@ from hybrid_jax.layers.bmojo import BMojoF
 from hybrid_jax.layers.gdn import GatedDeltaNet
 from hybrid_jax.layers.gka import GatedKalmaNet
 from hybrid_jax.layers.head_hybrid import HeadHybrid
-from hybrid_jax.layers.linear import Embedding, Linear, RMSNorm
+from hybrid_jax.layers.linear import Embedding, LayerNorm, Linear, RMSNorm, source_norm
 from hybrid_jax.layers.mamba2 import Mamba2
 from hybrid_jax.layers.mamba3 import Mamba3
 from hybrid_jax.layers.mixer import Mixer
 from hybrid_jax.layers.mlp import MLP, MoE
 from hybrid_jax.mixers import KINDS
 
-__all__ = ["MIXERS", "MLP", "Embedding", "Linear", "Mixer", "MoE", "RMSNorm", "make_mixer", "mixer_class", "output_projections"]
+__all__ = [
+    "MIXERS", "MLP", "Embedding", "LayerNorm", "Linear", "Mixer", "MoE", "RMSNorm", "make_mixer", "mixer_class",
+    "output_projections", "source_norm",
+]  # fmt: skip
 
 # Mixer kind (a key of `hybrid_jax.mixers.KINDS`) -> its layer.
 MIXERS: dict[str, type[Mixer]] = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from hybrid_jax.config import ModelConfig, SWAConfig
-from hybrid_jax.layers.linear import Linear, RMSNorm, norm_heads
+from hybrid_jax.layers.linear import LayerNorm, Linear, RMSNorm, norm_heads, source_norm
 from hybrid_jax.layers.mixer import Arrays
 from hybrid_jax.layers.mixing import Mixing, of_softmax
 from hybrid_jax.layers.rope import document_frequencies, rotate
@@ -102,13 +102,12 @@ def kv_heads_of(heads: Sequence[int], config: ModelConfig) -> list[int]:
     return sorted({h * config.num_kv_heads // config.num_heads for h in heads})
 
 
-def query_key_norms(config: ModelConfig, dtype: DTypeLike) -> tuple[RMSNorm | None, RMSNorm | None]:
+def query_key_norms(config: ModelConfig, dtype: DTypeLike) -> tuple[RMSNorm | LayerNorm | None, RMSNorm | LayerNorm | None]:
     """Returns the norms of queries and of keys, as wide as a head or as all heads together; None: the source has none."""
     if not config.qk_norm:
         return None, None
     heads = (config.num_heads, config.num_kv_heads) if config.qk_norm_all_heads else (1, 1)
-    norm: dict[str, Any] = dict(eps=config.rms_norm_eps, offset=config.norm_offset, dtype=dtype)
-    q_norm, k_norm = (RMSNorm(n * config.head_dim, **norm) for n in heads)
+    q_norm, k_norm = (source_norm(config, n * config.head_dim, dtype) for n in heads)
     return q_norm, k_norm
 
 
@@ -223,9 +222,10 @@ class Attention(nnx.Module):
 
 
 class SlidingWindowAttention(Attention):
-    """Attention whose queries see the last `swa_config.window_size` keys."""
+    """Attention whose queries see the last `swa_config.window_size` keys, or fewer where the source's own window is shorter."""
 
     @staticmethod
     def window_of(config: ModelConfig, layer: int) -> int | None:
-        """Returns the window of the options; it is the same in every layer."""
-        return config.options(SWAConfig).window_size
+        """Returns the window of the options, or the layer's own if that is shorter: its weights know no key beyond it."""
+        own, window = config.attention_windows[layer], config.options(SWAConfig).window_size
+        return window if own is None else min(own, window)

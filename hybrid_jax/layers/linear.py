@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from hybrid_jax.config import ModelConfig
 from hybrid_jax.layers.parameter import marks_of, parameter
 from hybrid_jax.parallel.embedding import lookup
 from hybrid_jax.parallel.sharding import axis_size, constrain
@@ -74,7 +75,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return (f * weight.astype(jnp.float32)).astype(x.dtype)
 
 
-def norm_heads(norm: RMSNorm | None, x: jax.Array) -> jax.Array:
+def norm_heads(norm: RMSNorm | LayerNorm | None, x: jax.Array) -> jax.Array:
     """Norms x [B, T, H, D] over each head or over all heads together, whichever the norm is as wide as; None: not at all."""
     return x if norm is None else norm(x.reshape(*x.shape[:2], -1, norm.weight.shape[0])).reshape(x.shape)
 
@@ -90,3 +91,25 @@ class RMSNorm(nnx.Module):
         """Normalizes x [..., dim] over its last axis."""
         weight = self.weight[...]
         return rms_norm(x, weight.astype(jnp.float32) + self.offset if self.offset else weight, self.eps)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean(x)) / sqrt(variance(x) + eps) * weight + bias, with a learned weight and bias [dim], in float32."""
+
+    def __init__(self, dim: int, *, eps: float, dtype: DTypeLike = jnp.float32):
+        self.weight = parameter(jnp.ones(dim, dtype), ("norm",))
+        self.bias = parameter(jnp.zeros(dim, dtype), ("norm",))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalizes x [..., dim] over its last axis; returned in x's dtype."""
+        f = x.astype(jnp.float32)
+        centred = rms_norm(f - jnp.mean(f, axis=-1, keepdims=True), self.weight[...], self.eps)
+        return (centred + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def source_norm(config: ModelConfig, dim: int, dtype: DTypeLike) -> RMSNorm | LayerNorm:
+    """Returns a norm over `dim` channels of the kind that the source family has."""
+    if config.layer_norm:
+        return LayerNorm(dim, eps=config.rms_norm_eps, dtype=dtype)
+    return RMSNorm(dim, eps=config.rms_norm_eps, offset=config.norm_offset, dtype=dtype)

@@ -14,7 +14,15 @@ from hybrid_jax.layers.linear import Linear, RMSNorm, norm_heads, rms_norm
 from hybrid_jax.layers.mixer import Arrays
 from hybrid_jax.layers.mixing import Mixing, of_operation
 from hybrid_jax.layers.parameter import parameter
-from hybrid_jax.layers.recurrent import STATE_AXES, ShortConv, gate_of_attention, init_a_log, init_dt_bias, repeat_heads
+from hybrid_jax.layers.recurrent import (
+    STATE_AXES,
+    ShortConv,
+    gate_of_attention,
+    init_a_log,
+    init_dt_bias,
+    query_key_kernels,
+    repeat_heads,
+)
 from hybrid_jax.parallel.recurrence import linear_recurrence
 from kernels_pallas import ssd_inputs
 
@@ -95,7 +103,8 @@ class Mamba2(nnx.Module):
         """Returns in_proj with columns z, x = v, B = k, C = q of attention (dt's stay as drawn), out_proj = o, and the norms of
         C and B, which are those of q and k. B, C and their norms stay as drawn where a state is not as large as a head."""
         copies = (config.options(Mamba2Config).state_size or config.head_dim) == config.head_dim
-        parts = [gate_of_attention(source, config), *(source[f"{p}_proj.kernel"] for p in ("vkq" if copies else "v"))]
+        kernels = {**source, **query_key_kernels(source, config, weights=False)}
+        parts = [gate_of_attention(source, config), *(kernels[f"{p}_proj.kernel"] for p in ("vkq" if copies else "v"))]
         width = sum(p.shape[1] for p in parts)
         copied = {
             "in_proj.kernel": jnp.concatenate([*parts, fresh["in_proj.kernel"][:, width:]], axis=1),

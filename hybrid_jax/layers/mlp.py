@@ -1,4 +1,4 @@
-"""The gated MLP and its mixture-of-experts form."""
+"""The MLP, gated or not, and its mixture-of-experts form."""
 
 from __future__ import annotations
 
@@ -19,19 +19,22 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, 
 
 
 class MLP(nnx.Module):
-    """down(activation(gate(x)) * up(x))."""
+    """down(activation(gate(x)) * up(x)), or, without a gate, down(activation(up(x)))."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         hid, inner = config.hidden_size, config.intermediate_size
         linear = functools.partial(Linear, bias=config.mlp_bias, std=config.initializer_range, rngs=rngs, dtype=dtype)
-        self.gate_proj = linear(hid, inner, axes=("embed", "mlp"))
+        self.gate_proj = linear(hid, inner, axes=("embed", "mlp")) if config.gated_mlp else None
         self.up_proj = linear(hid, inner, axes=("embed", "mlp"))
         self.down_proj = linear(inner, hid, axes=("mlp", "embed"))
         self.activation = config.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [B, T, hidden] to the same shape."""
-        return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
+        activation = ACTIVATIONS[self.activation]
+        if self.gate_proj is None:
+            return self.down_proj(activation(self.up_proj(x)))
+        return self.down_proj(activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 def _experts_of(config: ModelConfig) -> MoEConfig:

@@ -46,15 +46,22 @@ def gate_of_attention(source: Arrays, config: ModelConfig) -> jax.Array:
     return 0.5 * (source["o_proj.kernel"].T + jnp.repeat(source["v_proj.kernel"], groups, axis=1))
 
 
-def query_key_kernels(source: Arrays, config: ModelConfig) -> dict[str, jax.Array]:
+def query_key_kernels(source: Arrays, config: ModelConfig, *, weights: bool = True) -> dict[str, jax.Array]:
     """Returns attention's kernels of q and k, by name.
 
     A norm over all heads together gives its weights to their columns: a norm of each head, which a mixer has, then leaves the
     direction of every query and key that attention has. Its rescaling of a token is lost. Weights of a norm of each head are not
-    the kernels' (as in hybrid-model-factory).
+    the kernels' (as in hybrid-model-factory). A LayerNorm of each head takes off the mean of its channels, and so do the kernels
+    here; its bias is lost.
+
+    Args:
+      weights: whether those of a norm over all heads go to the kernels.
     """
     kernels = {f"{x}_proj.kernel": source[f"{x}_proj.kernel"] for x in "qk"}
-    if not config.qk_norm_all_heads:
+    if config.qk_norm and config.layer_norm:
+        heads = {name: kernel.reshape(len(kernel), -1, config.head_dim) for name, kernel in kernels.items()}
+        kernels = {name: (x - jnp.mean(x, axis=-1, keepdims=True)).reshape(len(x), -1) for name, x in heads.items()}
+    if not (weights and config.qk_norm_all_heads):
         return kernels
     return {name: kernel * (source[f"{name[0]}_norm.weight"] + config.norm_offset) for name, kernel in kernels.items()}
 

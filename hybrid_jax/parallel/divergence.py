@@ -48,9 +48,9 @@ def divergence(
 
     def both(vocabulary: Vocabulary, logits: jax.Array, tokens, constants, kept=(None, None)):
         """Returns the student's and the teacher's log-probabilities, and their log-sum-exps."""
-        (hidden,), (kernel,) = tokens, constants
+        (hidden,) = tokens
         own, own_lse = log_probabilities(vocabulary, logits, kept[0])
-        other, other_lse = log_probabilities(vocabulary, teacher.with_kernel(kernel)(hidden), kept[1])
+        other, other_lse = log_probabilities(vocabulary, teacher.with_arrays(*constants)(hidden), kept[1])
         return own, other, (own_lse, other_lse)
 
     def value(vocabulary, logits, tokens, constants):
@@ -65,8 +65,8 @@ def divergence(
         p = jnp.exp(own)
         return (p - jnp.exp(other) if kind == "forward" else p * (own - other - found[:, None])) / temperature
 
-    fixed, kernel = map(jax.lax.stop_gradient, (teacher_hidden, teacher.kernel.astype(hidden.dtype)))
-    return loss_of_logits(value, slope, hidden, head, (fixed,), (kernel,))
+    fixed, arrays = jax.lax.stop_gradient((teacher_hidden, teacher.arrays(hidden.dtype)))
+    return loss_of_logits(value, slope, hidden, head, (fixed,), arrays)
 
 
 def top_k_divergence(hidden: jax.Array, head: Head | jax.Array, ids: jax.Array, log_probabilities: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ from kernels_pallas.arguments import accumulator, alike
 from kernels_pallas.operands import pad_axis
 
 TILE = 2048  # tokens per device whose logits exist at a time
-HEAD = ("embed", "vocab")
+HEAD = ("embed", "vocab")  # the axes of a head's kernel; a bias has the second
 
 
 class Vocabulary:
@@ -31,11 +31,11 @@ class Vocabulary:
         self.axis, self.fsdp = mesh_axes_of("vocab") or None, mesh_axes_of("embed")
 
     def gather(self, kernel: jax.Array) -> jax.Array:
-        """All-gathers a kernel over its FSDP axes: [local hidden, local vocab] -> [hidden, local vocab].
+        """All-gathers a kernel over its FSDP axes: [local hidden, local vocab] -> [hidden, local vocab]; a bias stays as it is.
 
         The gradient is reduce-scattered.
         """
-        return jax.lax.all_gather(kernel, self.fsdp, axis=0, tiled=True) if self.fsdp else kernel
+        return jax.lax.all_gather(kernel, self.fsdp, axis=0, tiled=True) if self.fsdp and kernel.ndim == 2 else kernel
 
     def sum(self, x: jax.Array) -> jax.Array:
         """Returns x, of any shape, summed over the shards of the vocabulary."""
@@ -76,7 +76,7 @@ def loss_of_logits(
     tokens: Sequence[jax.Array] = (),
     constants: Sequence[jax.Array] = (),
 ) -> jax.Array:
-    """Returns the loss of every token from its logits; gradients go to `hidden` and to the head's kernel.
+    """Returns the loss of every token from its logits; gradients go to `hidden` and to the head's arrays.
 
     Args:
       value: (vocabulary, logits [tile, local vocab], tokens, constants) -> (losses [tile] float32, what `slope` needs
@@ -85,48 +85,56 @@ def loss_of_logits(
       hidden: [B, T, hidden].
       head: the model's head, or the kernel [hidden, vocab] of a plain one.
       tokens: arrays [B, T, ...]; `value` and `slope` receive the tile's, [tile, ...].
-      constants: arrays [hidden, vocab]; they receive the device's shard, [hidden, local vocab].
+      constants: arrays [hidden, vocab] or [vocab]; they receive the device's shard, [hidden, local vocab] or [local vocab].
 
     Returns:
       [B, T] float32.
     """
     vocabulary, head = Vocabulary(), as_head(head)
 
-    def forward(hidden, kernel, tokens, constants):
+    def forward(hidden, arrays, tokens, constants):
         def step(_, tile):
             hidden, tokens = tile
-            return None, value(vocabulary, head.with_kernel(kernel)(hidden), tokens, constants)
+            return None, value(vocabulary, head.with_arrays(*arrays)(hidden), tokens, constants)
 
         _, (losses, kept) = jax.lax.scan(step, None, jax.tree.map(_in_tiles, (hidden, tokens)))
-        return _flat(losses, hidden), (hidden, kernel, tokens, constants, kept)
+        return _flat(losses, hidden), (hidden, arrays, tokens, constants, kept)
 
     def backward(residuals, slopes):
-        hidden, kernel, tokens, constants, kept = residuals
+        hidden, arrays, tokens, constants, kept = residuals
         slopes = vocabulary.sum(slopes)  # the same on every device of the axis, each with its share of the cotangent
         dtype = accumulator(hidden)
 
-        def step(dkernel, tile):
+        def step(gradients, tile):
             hidden, tokens, outer, kept = tile
-            logits = head.with_kernel(kernel)(hidden)
+            logits = head.with_arrays(*arrays)(hidden)
             dproducts = slope(vocabulary, logits, kept, tokens, constants) * head.derivative(logits) * outer[:, None]
+            dbias = jnp.sum(dproducts, axis=0, dtype=dtype)
             dproducts = dproducts.astype(hidden.dtype)
-            more = jnp.matmul(hidden.T, dproducts, preferred_element_type=dtype)
-            return dkernel + more, jnp.matmul(dproducts, kernel.T)
+            more = (jnp.matmul(hidden.T, dproducts, preferred_element_type=dtype), dbias)
+            return tuple(x + y for x, y in zip(gradients, more, strict=False)), jnp.matmul(dproducts, arrays[0].T)
 
         tiles = (*jax.tree.map(_in_tiles, (hidden, tokens, slopes)), kept)
-        start, _ = alike("loss_of_logits", jnp.zeros(kernel.shape, dtype), kernel)
-        dkernel, dhidden = jax.lax.scan(step, start, tiles)
-        return _flat(dhidden, hidden), dkernel.astype(kernel.dtype), None, None
+        start, _ = alike("loss_of_logits", tuple(jnp.zeros(x.shape, dtype) for x in arrays), arrays)
+        gradients, dhidden = jax.lax.scan(step, start, tiles)
+        return _flat(dhidden, hidden), tuple(x.astype(y.dtype) for x, y in zip(gradients, arrays, strict=True)), None, None
 
     losses = jax.custom_vjp(lambda *arrays: forward(*arrays)[0])
     losses.defvjp(forward, backward)
 
-    def local(hidden, kernel, *others):
-        constants = tuple(map(vocabulary.gather, others[len(tokens) :]))
-        return losses(*alike("loss_of_logits", hidden, vocabulary.gather(kernel), others[: len(tokens)], constants))
+    arrays = head.arrays(hidden.dtype)
 
-    arrays = (hidden, head.kernel.astype(hidden.dtype), *tokens, *constants)
-    return shard_map_by_axes(local, arrays, (TOKENS, HEAD, *[TOKENS] * len(tokens), *[HEAD] * len(constants)), TOKENS)
+    def local(hidden, *others):
+        tokens_, others = others[: len(tokens)], tuple(map(vocabulary.gather, others[len(tokens) :]))
+        return losses(*alike("loss_of_logits", hidden, others[: len(arrays)], tokens_, others[len(arrays) :]))
+
+    axes = (TOKENS, *[TOKENS] * len(tokens), *_axes(arrays), *_axes(constants))
+    return shard_map_by_axes(local, (hidden, *tokens, *arrays, *constants), axes, TOKENS)
+
+
+def _axes(arrays: Sequence[jax.Array]) -> list[tuple[str, ...]]:
+    """Returns the axes of kernels [hidden, vocab] and biases [vocab]."""
+    return [HEAD[-x.ndim :] for x in arrays]
 
 
 def top_k_tokens(hidden: jax.Array, head: Head | jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
@@ -142,12 +150,12 @@ def top_k_tokens(hidden: jax.Array, head: Head | jax.Array, k: int) -> tuple[jax
     """
     vocabulary, head = Vocabulary(), as_head(head)
 
-    def local(hidden, kernel):
-        kernel = vocabulary.gather(kernel)
-        size = kernel.shape[1]
+    def local(hidden, *arrays):
+        arrays = tuple(map(vocabulary.gather, arrays))
+        size = arrays[0].shape[1]
 
         def step(_, hidden):
-            logits = head.with_kernel(kernel)(hidden)
+            logits = head.with_arrays(*arrays)(hidden)
             found, ids = jax.lax.top_k(logits, min(k, size))
             if vocabulary.axis is not None:  # the best of every shard's best
                 ids = ids + jax.lax.axis_index(vocabulary.axis) * size
@@ -159,4 +167,5 @@ def top_k_tokens(hidden: jax.Array, head: Head | jax.Array, k: int) -> tuple[jax
         _, (ids, found) = jax.lax.scan(step, None, _in_tiles(hidden))
         return _flat(ids, hidden), _flat(found, hidden)
 
-    return shard_map_by_axes(local, (hidden, head.kernel.astype(hidden.dtype)), (TOKENS, HEAD), (TOKENS, TOKENS))
+    arrays = head.arrays(hidden.dtype)
+    return shard_map_by_axes(local, (hidden, *arrays), (TOKENS, *_axes(arrays)), (TOKENS, TOKENS))

@@ -32,7 +32,10 @@ def attentions(config: ModelConfig, layers: Sequence[MixerSpec]) -> list[Attenti
         if spec.kind == ATTENTION:
             found.append(AttentionHeads(*all_heads, own))
         elif row.attends and row.options is not None:
-            found.append(AttentionHeads(*all_heads, config.options(row.options).window, ring=not row.recurrent))
+            window = config.options(row.options).window
+            if own is not None and window is not None and not row.recurrent:
+                window = min(own, window)
+            found.append(AttentionHeads(*all_heads, window, ring=not row.recurrent))
         if kept := spec.attention_heads:
             found.append(AttentionHeads(len(kept), len(kv_heads_of(kept, config)), own, sharded=False))
     return found

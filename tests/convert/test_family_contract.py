@@ -11,15 +11,20 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from hybrid_jax import load_model, save_model
+from hybrid_jax.parameters import split_model
+from hybrid_jax.plan.attentions import attentions
+from hybrid_jax.priming.fuse import fuse
 from tests.conftest import cpu_devices, relative_error
 from tests.convert.test_transformers_parity import make, run
 
 torch = pytest.importorskip("torch")
 
+PHI = "phi normed queries and keys"
 LONG = "phi3 long documents of longrope, windowed"
 # Of each family the case with the most options.
 FAMILIES = [
     "smollm3 untied, biased, windows in layers without rope",
+    PHI,
     "phi3 windowed, part of the head rotated",
     "mixtral windowed, tied, one key head",
     "olmo3 windowed, tied, two ropes",
@@ -27,6 +32,7 @@ FAMILIES = [
     "gemma3 untied, windowed, biased, soft-capped, two ropes",
 ]
 MESHED = [*FAMILIES, LONG]
+MIXED = [case for case in FAMILIES if case != PHI]  # Phi has a test of its own, without a forward pass
 IDS = np.random.default_rng(1).integers(4, 97, (2, 31))
 
 
@@ -87,6 +93,7 @@ def test_the_export_has_the_source_s_tensors_and_keys(source, tmp_path):
     assert np.array_equal(logits_of(again.eval(), IDS), logits_of(theirs, IDS))
 
 
+@pytest.mark.parametrize("source", MIXED, indirect=True)
 @pytest.mark.parametrize("pattern", ["GKA-*-M2", "M3-BMF-GDN"])
 def test_layers_become_mixers_and_the_hybrid_is_exported_and_loaded(source, pattern, tmp_path):
     theirs, path = source
@@ -110,7 +117,7 @@ def test_a_window_as_long_as_the_text_in_place_of_attention_changes_nothing(sour
     assert relative_error(run(hybrid, IDS), logits_of(theirs, IDS)) < 1e-5
 
 
-@pytest.mark.parametrize("case", MESHED)
+@pytest.mark.parametrize("case", [case for case in MESHED if case != PHI])
 def test_mixing_matrices_times_values_are_what_attention_gives_its_output_projection(case, tmp_path):
     make(case).save_pretrained(tmp_path)
     model = load_model(tmp_path)
@@ -121,6 +128,21 @@ def test_mixing_matrices_times_values_are_what_attention_gives_its_output_projec
         mixing = attention.mixing(x, **at)
         mixed = jnp.einsum("bhts,bshd->bthd", mixing.matrix(), mixing.values).reshape(2, 31, -1)
         assert relative_error(attention.o_proj(mixed), attention(x, **at)[0]) < 1e-5
+
+
+def test_sliding_windows_in_place_of_a_source_s_own_shorter_ones_do_not_show_it_more_tokens(tmp_path):
+    """SWA's window is 2,048 by default, and the source's weights know no key beyond their own 7."""
+    make("gemma2 windowed, soft-capped").save_pretrained(tmp_path)
+    source, hybrid = load_model(tmp_path), load_model(tmp_path, pattern="SWA-SWA-*")
+    assert [layer.swa.window for layer in hybrid.layers[:2]] == [7, 2048]
+    assert [attention.window for attention in attentions(hybrid.config, hybrid.config.layers)] == [7, 2048, 7]
+    assert relative_error(run(hybrid, IDS), run(source, IDS)) < 1e-6
+
+
+def test_soft_caps_that_bmojo_has_not_are_refused_in_teachers_too(tmp_path):
+    make("gemma2 windowed, soft-capped").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="layer 1: 'BMF>GKA' has no soft cap of attention scores"):
+        load_model(tmp_path, pattern="*-BMF>GKA-*")
 
 
 def test_a_mixer_s_norms_begin_with_what_gemma_s_norms_multiply_by(tmp_path):
@@ -139,21 +161,29 @@ import jax
 import numpy as np
 from flax import nnx
 from hybrid_jax import load_model
+from hybrid_jax.parallel.cross_entropy import cross_entropy
+from hybrid_jax.parallel.head import Head
 from hybrid_jax.parallel.sequence import to_zigzag
 from tests.conftest import relative_error
 
 ids = np.random.default_rng(0).integers(4, 96, (2, 32))
 positions = np.tile(np.arange(32), (2, 1))
 step = nnx.jit(lambda m, ids, segments, positions: m(ids, segments, positions))
+wanted = {path: step(load_model(path), ids, np.ones_like(ids), positions) for path in sys.argv[1:]}
 for sizes in ({"seq": 4, "tensor": 2}, {"fsdp": 2, "tensor": 2, "seq": 2}):
     mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
-    for path in sys.argv[1:]:
-        want = load_model(path)(ids)
+    for path, want in wanted.items():
         order = lambda x: to_zigzag(jax.numpy.asarray(x), sizes["seq"])
         model = load_model(path, mesh=mesh)
         with jax.set_mesh(mesh):
             got = step(model, order(ids), order(np.ones_like(ids)), order(positions))
         assert relative_error(got, order(want)) < 1e-5, (sizes, path, relative_error(got, order(want)))
+hidden, kernel, bias = (np.random.default_rng(1).normal(size=s).astype(np.float32) for s in ((2, 16, 8), (8, 12), (12,)))
+loss = jax.jit(jax.value_and_grad(lambda k, b: cross_entropy(hidden, Head(k, bias=b), ids[:, :16] % 12).sum(), argnums=(0, 1)))
+want = loss(kernel, bias)
+with jax.set_mesh(mesh):
+    got = loss(kernel, bias)
+assert all(relative_error(a, b) < 1e-5 for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)), "a biased head"
 print("passed")
 """
 
@@ -165,6 +195,53 @@ def test_on_meshes_that_shard_tokens_and_heads_the_logits_are_those_of_one_devic
     command = [sys.executable, "-c", MESHES, *(str(tmp_path / str(n)) for n in range(len(MESHED)))]
     done = subprocess.run(command, env=cpu_devices(8), capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "passed" in done.stdout, done.stderr[-2000:]
+
+
+def test_layers_of_phi_become_mixers_whose_parameters_are_exported_and_loaded(tmp_path):
+    make(PHI).save_pretrained(tmp_path / "source")
+    hybrid = load_model(tmp_path / "source", pattern="GKA-BMF-GDN[1]")
+    save_model(hybrid, tmp_path / "hybrid")
+    again = load_model(tmp_path / "hybrid")
+    want, got = (split_model(model)[1] for model in (hybrid, again))
+    assert again.config == hybrid.config and want.keys() == got.keys()
+    assert all(np.array_equal(want[name], got[name]) for name in want)
+    names = load_file(tmp_path / "hybrid" / "model.safetensors").keys()
+    assert {"model.layers.0.mlp.fc1.bias", "model.layers.1.bmojo_f.bmojo_attn.q_norm.bias", "lm_head.bias"} <= names
+
+
+def test_both_streams_of_a_fused_phi_run_its_parallel_block(tmp_path):
+    """Of each stream the mixer's and the MLP's outputs are added to the layer's input, and the MLP reads that input's norm."""
+    theirs = make(PHI)
+    theirs.save_pretrained(tmp_path)
+    source, hybrid = load_model(tmp_path), load_model(tmp_path, pattern="SWA-*-SWA")  # windows longer than the text
+    streams = nnx.jit(lambda m, ids: m.two_streams(ids))(fuse(hybrid, source), IDS)
+    for stream in (streams.teacher, streams.student):
+        assert relative_error(source.head(stream), logits_of(theirs, IDS)) < 1e-5
+    x, first = source.inputs(IDS)[0], source.layers[0]
+    for out in streams.layers[0]:
+        assert relative_error(out.hidden, x + out.mixer + out.mlp) < 1e-6
+        assert relative_error(out.mlp, first.mlp(first.input_layernorm(x))) < 1e-5
+
+
+def test_mixers_begin_with_what_a_layer_norm_of_each_head_makes_of_queries_but_for_its_bias(tmp_path):
+    make(PHI).save_pretrained(tmp_path)
+    source, hybrid = load_model(tmp_path), load_model(tmp_path, pattern="GDN-M2-M3")
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 48)), jnp.float32)
+
+    def queries(i):
+        attention = source.layers[i].self_attn
+        heads = attention.q_norm((x @ attention.q_proj.kernel[...]).reshape(1, 5, 6, 8))
+        return heads - attention.q_norm.bias[...]
+
+    def directions(heads):
+        return heads / jnp.linalg.norm(heads, axis=-1, keepdims=True)
+
+    gdn, mamba2, mamba3 = hybrid.layers[0].gdn, hybrid.layers[1].mamba, hybrid.layers[2].mamba3
+    weight, begin = source.layers[0].self_attn.q_norm.weight[...], 48 + 16 + 16  # z, x and B come before C
+    assert relative_error(directions(gdn.q_proj(x).reshape(1, 5, 6, 8)), directions(queries(0) / weight)) < 1e-5
+    for i, mixer in ((1, mamba2), (2, mamba3)):
+        found = mixer.C_norm(mixer.in_proj(x)[..., begin : begin + 48].reshape(1, 5, 6, 8))
+        assert relative_error(directions(found), directions(queries(i))) < 1e-5
 
 
 def test_each_packed_document_takes_the_frequencies_of_longrope_that_its_length_asks_for(tmp_path):

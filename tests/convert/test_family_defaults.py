@@ -23,6 +23,7 @@ CLASSES = {
     "ministral": transformers.MinistralConfig,
     "ministral3": transformers.Ministral3Config,
     "smollm3": transformers.SmolLM3Config,
+    "phi": transformers.PhiConfig,
     "phi3": transformers.Phi3Config,
     "mixtral": transformers.MixtralConfig,
     "olmo2": transformers.Olmo2Config,
@@ -55,7 +56,7 @@ def ours(model_type, **keys):
 
 def their_windows(config):
     """As the modeling files choose a layer's mask."""
-    if config.model_type in ("llama", "olmo2"):
+    if config.model_type in ("llama", "olmo2", "phi"):
         return (None,) * config.num_hidden_layers
     by_layer = config.model_type in ("qwen2", "qwen3", "ministral", "smollm3", "olmo3", "gemma2", "gemma3_text")
     types = config.layer_types if by_layer else ["sliding_attention"] * 3
@@ -65,6 +66,7 @@ def their_windows(config):
 def their_frequencies(config, head_dim, layer_type=None):
     rope = config.rope_parameters[layer_type] if layer_type else config.rope_parameters
     if rope["rope_type"] == "default":
+        head_dim = int(head_dim * rope.get("partial_rotary_factor", 1))
         return rope["rope_theta"] ** -(np.arange(0, head_dim, 2) / head_dim), 1.0
     inverse, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, "cpu", layer_type=layer_type)
     return inverse.numpy(), factor
@@ -88,7 +90,7 @@ def test_absent_keys_mean_what_they_mean_to_transformers(model_type):
     fields = {
         "num_kv_heads": b.num_key_value_heads,
         "head_dim": getattr(b, "head_dim", None) or 512 // 32,
-        "rms_norm_eps": b.rms_norm_eps,
+        "rms_norm_eps": b.layer_norm_eps if model_type == "phi" else b.rms_norm_eps,
         "max_position_embeddings": b.max_position_embeddings,
         "tie_embeddings": b.tie_word_embeddings,
         "initializer_range": b.initializer_range,
@@ -97,11 +99,12 @@ def test_absent_keys_mean_what_they_mean_to_transformers(model_type):
     }
     assert {name: getattr(a, name) for name in fields} == fields
     gelu, silu = ("hidden_activation", "gelu_pytorch_tanh", "gelu_tanh"), ("hidden_act", "silu", "silu")
-    act = gelu if model_type.startswith("gemma") else silu
+    act = gelu if model_type.startswith("gemma") else ("hidden_act", "gelu_new", "gelu_tanh") if model_type == "phi" else silu
     soft_caps = [getattr(b, f"{x}_logit_softcapping", None) for x in ("attn", "final")]
     assert [a.attention_soft_cap, a.logits_soft_cap] == soft_caps
     assert (getattr(b, act[0]), a.extra[act[0]], a.activation) == (act[1], act[1], act[2])
-    assert (a.o_bias, a.mlp_bias) == (getattr(b, "attention_bias", False), getattr(b, "mlp_bias", False))
+    always = model_type == "phi"  # it has every bias, and no key for them
+    assert (a.o_bias, a.mlp_bias) == (getattr(b, "attention_bias", always), getattr(b, "mlp_bias", always))
     rope = dict(b.rope_parameters)
     types = {t: r for t, r in (("full_attention", a.rope), ("sliding_attention", a.window_rope)) if t in rope} or {None: a.rope}
     assert (a.window_rope is None) == (None in types)
@@ -118,6 +121,12 @@ def test_absent_keys_mean_what_they_mean_to_transformers(model_type):
         of_mixtral = (b.intermediate_size, True)  # it has neither key: its experts have the model's width
         want = of_mixtral if model_type == "mixtral" else (b.moe_intermediate_size, b.norm_topk_prob)
         assert (a.moe.intermediate_size, a.moe.norm_topk_prob) == want
+
+
+def test_gemma_2_has_a_second_key_for_its_activation_which_nothing_reads_and_the_export_keeps():
+    config = ours("gemma2", **SIZES, hidden_act="gelu_pytorch_tanh")
+    assert config.activation == "gelu_tanh" and config_to_hf(config)["hidden_act"] == "gelu_pytorch_tanh"
+    assert "hidden_act" not in config_to_hf(ours("gemma2", **SIZES))
 
 
 @pytest.mark.parametrize("model_type", CLASSES)
@@ -243,6 +252,20 @@ def test_layers_of_smollm3_without_rope_and_their_windows_are_transformers(keys)
 def test_every_layer_of_smollm3_must_say_whether_it_has_rope():
     with pytest.raises(ValueError, match="no_rope_layers has 2 entries, num_hidden_layers is 3"):
         ours("smollm3", **SMALL, no_rope_layers=[1, 1])
+
+
+@pytest.mark.parametrize(
+    "keys, words",
+    [
+        (dict(tie_word_embeddings=True), "tie_word_embeddings = true is not supported where the output head has a bias"),
+        (dict(hidden_act="relu"), "hidden_act must be one of 'gelu_new', 'gelu_pytorch_tanh', got 'relu'"),
+        (dict(qk_layernorm=1), "qk_layernorm must be true or false"),
+        (dict(layer_norm_eps=0), "layer_norm_eps must be a number above 0"),
+    ],
+)
+def test_what_phi_cannot_be_is_refused(keys, words):
+    with pytest.raises(ValueError, match=words):
+        ours("phi", **SMALL, **keys)
 
 
 FACTORS = dict(short_factor=[1.0, 1.1, 1.2, 1.5], long_factor=[1.0, 2.0, 4.0, 9.5])  # of 8 channels

@@ -10,7 +10,8 @@ from hybrid_jax import save_model
 from hybrid_jax.commands.main import main
 from hybrid_jax.config import RopeConfig
 from hybrid_jax.convert import load_model, save
-from tests.conftest import tiny_model
+from hybrid_jax.parity_report import _untested
+from tests.conftest import tiny_config, tiny_model
 
 torch = pytest.importorskip("torch")
 
@@ -47,6 +48,18 @@ def test_a_hybrid_has_its_tensors_proven_and_the_report_says_that_transformers_h
     assert found["layers"] is None and all(t["returns"] for t in found["tensors"]) and not found["missing"]
 
 
+def test_windows_and_factors_that_the_sample_is_too_short_for_are_named(tmp_path, capsys):
+    save_model(tiny_model("*-*", attention_windows=(None, 40)), tmp_path / "model")
+    for tokens, untested in (("40", ["windows of 40 tokens"]), ("41", [])):
+        assert main(["convert", str(tmp_path / "model"), "--verify", str(tmp_path / tokens), "--tokens", tokens]) == 0
+        assert json.loads((tmp_path / tokens / "parity.json").read_text())["untested"] == untested
+        assert ("not tested, because the sample is too short" in capsys.readouterr().out) == bool(untested)
+    factors = tuple((name, (1.0, 2.0, 3.0, 4.0)) for name in ("long_factor", "short_factor"))
+    rope = RopeConfig(kind="longrope", options=(*factors, ("original_max_position_embeddings", 64)))
+    longrope = tiny_config("*", rope=rope, attention_windows=(300,))  # of 256 positions it hides none
+    assert _untested(longrope, 64) == ("the long factors of longrope, for more than 64 tokens",) and not _untested(longrope, 65)
+
+
 def wrong_rope(path, **options):
     model = load_model(path, **options)
     for layer in model.layers:
@@ -66,7 +79,7 @@ def other_norm(*args):
     "name, wrong, message",
     [
         ("load_model", wrong_rope, "layer 0: relative error "),
-        ("hf_pieces", changed_norm, "1 tensors do not come back as they are stored, the first model.norm.weight"),
+        ("hf_pieces", changed_norm, "1 tensors do not come back as they are stored, the first model.norm.weight, BF16"),
         ("hf_pieces", other_norm, "1 tensors of an export are not in the files, the first other.model.norm.weight"),
     ],
 )
@@ -82,6 +95,7 @@ def test_what_is_off_is_named_and_fails_and_nothing_is_converted(source, tmp_pat
     [
         ([], "name the directory to make (OUT), or the report of --verify"),
         (["out", "--tolerance", "0.1"], "--tolerance is that of --verify"),
+        (["out", "--tokens", "9"], "--tokens is that of --verify"),
         (["--verify", "report", "--pattern", "*-*-*"], "--pattern converts into OUT; name it"),
     ],
 )

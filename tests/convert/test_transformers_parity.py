@@ -44,6 +44,7 @@ MINISTRAL3_ROPE = {
 LONGROPE = dict(
     rope_type="longrope", rope_theta=1e4, partial_rotary_factor=0.75, short_factor=[1.0, 1.1, 1.3], long_factor=[1.0, 2.5, 7.0]
 )
+PHI_ROPE = dict(rope_type="linear", rope_theta=777.0, factor=4.0, partial_rotary_factor=0.4)
 TOKENS = dict(pad_token_id=1, bos_token_id=2, eos_token_id=3)  # where the defaults are beyond our vocabulary
 CASES = {
     "qwen3": ("Qwen3", dict(head_dim=16)),
@@ -89,6 +90,8 @@ CASES = {
             **TOKENS,
         ),
     ),
+    "phi one key head, odd head_dim": ("Phi", dict(num_key_value_heads=1, head_dim=20, rope_parameters=PHI_ROPE)),
+    "phi normed queries and keys": ("Phi", dict(qk_layernorm=True, layer_norm_eps=1e-3)),
     "phi3 windowed, part of the head rotated": (
         "Phi3",
         dict(sliding_window=9, rope_parameters=dict(rope_type="default", rope_theta=777.0, partial_rotary_factor=0.5), **TOKENS),

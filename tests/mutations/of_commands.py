@@ -156,6 +156,13 @@ MUTATIONS = [
     ),
     Mutation(
         "hybrid_jax/files.py",
+        "not (p.name in MODEL_FOLDERS if p.is_dir() else p.suffix in MODEL_FILES)",
+        "not p.suffix",
+        "--overwrite removes files that belong to no model",
+        ("tests/test_output_directories.py::test_overwrite_keeps_the_source_and_everything_that_belongs_to_no_model",),
+    ),
+    Mutation(
+        "hybrid_jax/files.py",
         "if path.is_absolute() or path.exists():",
         "if path.is_absolute():",
         "the package's files go before the user's",

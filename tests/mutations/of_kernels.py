@@ -190,8 +190,8 @@ MUTATIONS = [
     ),
     Mutation(
         "hybrid_jax/parallel/tiles.py",
-        'alike("loss_of_logits", jnp.zeros(kernel.shape, dtype), kernel)',
-        "(jnp.zeros(kernel.shape, dtype), None)",
+        'alike("loss_of_logits", tuple(jnp.zeros(x.shape, dtype) for x in arrays), arrays)',
+        "(tuple(jnp.zeros(x.shape, dtype) for x in arrays), None)",
         "a loss has no gradient inside a shard_map that checks varying axes",
         (f"{MESHES}::test_tiled_attention_and_loss_in_a_shard_map_that_checks_varying_axes_are_those_without",),
     ),

@@ -18,8 +18,37 @@ RECURRENT, MLP, BMOJO = "hybrid_jax/layers/recurrent.py", "hybrid_jax/layers/mlp
 
 HEADS, HYBRID = "tests/layers/test_head_hybrid.py", "hybrid_jax/layers/head_hybrid.py"
 KEPT = f"{HEADS}::test_kept_heads_compute_what_they_compute_in_the_source"
+CONTRACT = "tests/convert/test_family_contract.py"
 
 MUTATIONS = [
+    Mutation(
+        "hybrid_jax/model.py",
+        "out = self.mlp(self.mixer_input(hidden))",
+        "out = self.mlp(self.mixer_input(hidden + mixed))",
+        "the MLP of a parallel block reads what attention adds",
+        (f"{CONTRACT}::test_both_streams_of_a_fused_phi_run_its_parallel_block",),
+    ),
+    Mutation(
+        "hybrid_jax/layers/linear.py",
+        "rms_norm(f - jnp.mean(f, axis=-1, keepdims=True),",
+        "rms_norm(f,",
+        "a LayerNorm does not take off the mean",
+        (f"{CONTRACT}::test_both_streams_of_a_fused_phi_run_its_parallel_block",),
+    ),
+    Mutation(
+        "hybrid_jax/layers/recurrent.py",
+        "(x - jnp.mean(x, axis=-1, keepdims=True)).reshape(len(x), -1)",
+        "x.reshape(len(x), -1)",
+        "mixers begin with queries whose mean a LayerNorm would take off",
+        (f"{CONTRACT}::test_mixers_begin_with_what_a_layer_norm_of_each_head_makes_of_queries_but_for_its_bias",),
+    ),
+    Mutation(
+        "hybrid_jax/layers/attention.py",
+        "return window if own is None else min(own, window)",
+        "return window",
+        "SWA shows a layer more tokens than its own window did",
+        (f"{CONTRACT}::test_sliding_windows_in_place_of_a_source_s_own_shorter_ones_do_not_show_it_more_tokens",),
+    ),
     Mutation(
         "hybrid_jax/layers/linear.py",
         "weight.astype(jnp.float32) + self.offset if self.offset else weight",

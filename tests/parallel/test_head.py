@@ -13,11 +13,18 @@ from hybrid_jax.parallel.head import Head
 from hybrid_jax.train.objectives import OBJECTIVES
 from tests.conftest import relative_error, tiny_config, tiny_model
 
-KINDS = {"plain": (1.0, None), "scaled": (4.0, None), "capped": (1.0, 1.5), "scaled and capped": (0.5, 2.0)}
+BIAS = jnp.linspace(-2, 1, 11)
+KINDS = {
+    "plain": (1.0, None),
+    "scaled": (4.0, None),
+    "capped": (1.0, 1.5),
+    "scaled and capped": (0.5, 2.0),
+    "biased, scaled and capped": (0.5, 2.0, BIAS),
+}
 
 
-def logits(hidden, kernel, scaling, cap):
-    x = hidden @ kernel / scaling
+def logits(hidden, kernel, scaling, cap, bias=0.0):
+    x = (hidden @ kernel + bias) / scaling
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
@@ -30,24 +37,26 @@ def test_losses_are_those_of_the_head_s_logits(monkeypatch, kind):
     )
     targets = jnp.arange(7)[None]
 
-    def entropies(hidden, kernel):
-        return jnp.sum(weights * cross_entropy(hidden, Head(kernel, *KINDS[kind]), targets))
+    scaling, cap, *bias = KINDS[kind]
 
-    def plain_entropies(hidden, kernel):
-        found = jax.nn.log_softmax(logits(hidden, kernel, *KINDS[kind]))
+    def entropies(hidden, kernel, *bias):
+        return jnp.sum(weights * cross_entropy(hidden, Head(kernel, scaling, cap, *bias), targets))
+
+    def plain_entropies(hidden, kernel, *bias):
+        found = jax.nn.log_softmax(logits(hidden, kernel, scaling, cap, *bias))
         return -jnp.sum(weights * jnp.take_along_axis(found, targets[..., None], axis=-1)[..., 0])
 
-    def divergences(hidden, kernel):
-        head = Head(kernel, *KINDS[kind])
+    def divergences(hidden, kernel, *bias):
+        head = Head(kernel, scaling, cap, *bias)
         return jnp.sum(weights * divergence(hidden, head, teacher, head, temperature=1.3))
 
-    def plain_divergences(hidden, kernel):
-        q, p = (jax.nn.log_softmax(logits(x, kernel, *KINDS[kind]) / 1.3) for x in (jax.lax.stop_gradient(teacher), hidden))
+    def plain_divergences(hidden, kernel, *bias):
+        q, p = (jax.nn.log_softmax(logits(x, kernel, scaling, cap, *bias) / 1.3) for x in (jax.lax.stop_gradient(teacher), hidden))
         q = jax.lax.stop_gradient(q)
         return jnp.sum(weights * jnp.sum(jnp.exp(q) * (q - p), axis=-1))
 
     for ours, plain in ((entropies, plain_entropies), (divergences, plain_divergences)):
-        got, want = (jax.value_and_grad(f, argnums=(0, 1))(hidden, kernel) for f in (ours, plain))
+        got, want = (jax.value_and_grad(f, argnums=tuple(range(2 + len(bias))))(hidden, kernel, *bias) for f in (ours, plain))
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             assert relative_error(a, b) < 2e-5
     ids, found = tiles.top_k_tokens(hidden, Head(kernel, *KINDS[kind]), 3)

@@ -1,0 +1,41 @@
+"""Where the commands may write: nothing is lost to --overwrite, and places that cannot become a directory are refused first."""
+
+import shutil
+
+import pytest
+
+from hybrid_jax import save_model
+from tests.conftest import tiny_model
+from tests.test_commands import fails
+
+
+@pytest.fixture
+def source(tmp_path):
+    save_model(tiny_model("*-*"), tmp_path / "source")
+    return tmp_path / "source"
+
+
+def test_overwrite_keeps_the_source_and_everything_that_belongs_to_no_model(source, tmp_path, capsys):
+    """Before any work, so that a run with its checkpoints, or the folder that holds the source, cannot be lost."""
+    outer = shutil.copytree(source, tmp_path / "outer")
+    shutil.copytree(source, outer / "inner")
+    for out, start in ((outer, outer / "inner"), (source, source), (outer / "inner", outer)):
+        holds = "also holds inner" if out == outer else "is, or is in, the source"
+        for command in ("convert", "export"):
+            assert holds in fails(capsys, command, start, out, "--overwrite")
+    (outer / "inner" / "README.md").write_text("x")
+    assert "also holds README.md" in fails(capsys, "convert", source, outer / "inner", "--overwrite")
+    assert all((folder / "config.json").exists() for folder in (source, outer, outer / "inner"))
+
+
+def test_places_that_no_directory_can_be_renamed_to_are_refused_before_any_work(source, tmp_path, capsys, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    monkeypatch.chdir(tmp_path / "empty")
+    monkeypatch.setattr("hybrid_jax.convert.convert_directory", lambda *args, **options: pytest.fail("it was loaded"))
+    for out, word in (("../link", "is a link"), ("../dangling", "is a link"), (".", "is the working directory")):
+        assert word in fails(capsys, "convert", source, out)
+    for report in ("out", "out/report"):
+        assert "is in, the output directory out" in fails(capsys, "convert", source, "out", "--verify", report)
+    assert not any((tmp_path / "empty").iterdir())
