@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import pathlib
 from typing import NamedTuple, Protocol
 
@@ -44,9 +45,14 @@ class FileTensor(NamedTuple):
     def view(self) -> np.ndarray:
         """Returns the tensor as a view of the file, of which only what is used is read; it cannot be written."""
         dtype = jnp.dtype(STORED_DTYPES[self.dtype])
-        if not math.prod(self.shape):
+        if not self.size:
             return np.zeros(self.shape, dtype)
-        return np.memmap(self.path, dtype, "r", self.offset, self.shape)
+        with open(self.path, "rb") as file:
+            begin = self.offset - self.offset % mmap.ALLOCATIONGRANULARITY
+            pages = mmap.mmap(file.fileno(), self.offset + self.size - begin, access=mmap.ACCESS_READ, offset=begin)
+        if hasattr(pages, "madvise"):
+            pages.madvise(mmap.MADV_SEQUENTIAL)  # the system reads further ahead
+        return np.frombuffer(pages, dtype, math.prod(self.shape), self.offset - begin).reshape(self.shape)
 
     def hash(self) -> str:
         """Returns the SHA-256 of the tensor's bytes, in hexadecimal."""

@@ -145,6 +145,13 @@ def test_torch_as_the_option_draws_uniformly_by_the_fan_in_and_changes_nothing_e
         initialize_hybrid(source, "GKA-M2", fresh_parameters="zeros")
 
 
+def test_torch_as_the_option_leaves_norms_with_a_bias_alone():
+    source = tiny_model("*", layer_norm=True)
+    hybrid = parameters(initialize_hybrid(source, "GDN[0]", fresh_parameters="torch"))
+    norms = [n for n in hybrid if n.endswith("_norm.bias")]
+    assert norms and all((hybrid[n] == parameters(source)[f"layers.0.self_attn.{n.split('attention.')[1]}"]).all() for n in norms)
+
+
 def test_stage_0_depends_on_its_seed_alone_and_keeps_other_layers():
     source = tiny_model("*-*")
     a, b, c = (parameters(initialize_hybrid(source, "*-GKA", seed=s)) for s in (1, 1, 2))
