@@ -94,7 +94,9 @@ MUTATIONS = [
         "a kept head counts twice in the sum",
         (f"{HEADS}::test_the_sum_begins_with_every_head_once",),
     ),
-    Mutation(HYBRID, 'heads if module == "q_proj" else kv_heads', "kv_heads", "queries of other heads are kept", (KEPT,)),
+    Mutation(
+        HYBRID, 'heads if module in ("q_proj", "g_proj") else kv_heads', "kv_heads", "queries of other heads are kept", (KEPT,)
+    ),
     Mutation(HYBRID, "return (a * deviation + mean)", "return (a * deviation)", "the mean is not matched", (HEADS,)),
     Mutation(HYBRID, "safe_sqrt(", "jnp.sqrt(", "the deviation has no gradient at 0", (HEADS,)),
     Mutation(
