@@ -152,7 +152,7 @@ def _with_own_mixers(family: Family, hf: Mapping[str, Any]) -> dict[str, Any]:
         given = hf.get(key) or {}
         if wrong := [name for name, value in own.items() if given.get(name, value) != value]:
             raise ValueError(
-                f"{key}.{wrong[0]} = {given[wrong[0]]!r} contradicts the other keys of a {family.model_type}'s config.json, by which "
+                f"{key}.{wrong[0]} = {given[wrong[0]]!r} contradicts the other keys of config.json, by which "
                 f"it is {own[wrong[0]]!r}; leave it out, or change those"
             )
         dicts[key] = {**given, **own}

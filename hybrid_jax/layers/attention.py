@@ -206,7 +206,7 @@ class Attention(nnx.Module):
         return self.output(o, x), state
 
     def output(self, o: jax.Array, x: jax.Array) -> jax.Array:
-        """Returns y [B, T, hidden] of the heads' outputs o [B, T, H, D] on x [B, T, hidden]: gated, if there is a gate, and projected."""
+        """Returns y [B, T, hidden] of the heads' outputs o [B, T, H, D], times the gate of x [B, T, hidden] if any."""
         o = o.reshape(*x.shape[:2], -1)
         return self.o_proj(o if self.g_proj is None else o * jax.nn.sigmoid(self.g_proj(x)))
 

@@ -136,8 +136,8 @@ class GatedDeltaNet(nnx.Module):
     def from_attention(source: Arrays, fresh: Arrays, config: ModelConfig, layer: int) -> dict[str, jax.Array]:
         """Returns q, k, v, o of attention, and the output gate made from o and v.
 
-        A mixer with heads of its own (`GDNConfig.key_heads`) gets v, o and the gate where all its value heads are together as wide as
-        those of attention's query heads, each of which it then has in one or several value heads; q and k where its key heads are as
+        A mixer with heads of its own (`GDNConfig.key_heads`) gets v, o and the gate where its value heads are together as wide as
+        attention's query heads, whose values it then has in one or several value heads each; q and k where its key heads are as
         many and as wide as attention's query heads. The rest stays as drawn.
         """
         if config.options(GDNConfig).key_heads is None:
