@@ -182,7 +182,8 @@ CASES = {
         "Qwen3Next",
         dict(
             **QWEN3_NEXT,
-            layer_types=["linear_attention", "full_attention", "full_attention"],
+            num_hidden_layers=2,
+            layer_types=["linear_attention", "full_attention"],
             linear_num_key_heads=2,
             linear_num_value_heads=6,
             linear_key_head_dim=8,
