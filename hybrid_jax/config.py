@@ -395,8 +395,9 @@ class ModelConfig:
         return dataclasses.replace(self, layers=layers)
 
     def fused(self) -> ModelConfig:
-        """The two-stream form: every mixer beside the attention it replaces, attention on both streams."""
-        return self.with_pattern([s if s.fused else s.fused_with_attention() for s in self.layers])
+        """The two-stream form: mixers beside the attention they replace; attention and `source_kinds` on both streams."""
+        teachers = {kind: kind for kind in self.source_kinds}
+        return self.with_pattern([s if s.fused else s.fused_with(teachers.get(s.kind, ATTENTION)) for s in self.layers])
 
     def unfused(self) -> ModelConfig:
         """The one-stream form: teachers dropped."""

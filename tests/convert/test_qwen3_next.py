@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,11 +15,13 @@ from safetensors.numpy import load_file, save_file
 from hybrid_jax import load_model, save_model
 from hybrid_jax.config import GDNConfig
 from hybrid_jax.convert.load import read_model_config
+from hybrid_jax.evaluate.instruments.heads import Heads
 from hybrid_jax.families import config_from_hf, config_to_hf
 from hybrid_jax.families.public import PUBLIC
 from hybrid_jax.layers.gdn import GatedDeltaNet
 from hybrid_jax.layers.head_hybrid import HeadHybrid
 from hybrid_jax.parameters import split_model
+from hybrid_jax.priming.fuse import check_teacher, fuse
 from hybrid_jax.priming.initialize import check_convertible
 from tests.conftest import cpu_devices, relative_error
 from tests.convert.test_family_contract import MESHES, decoded, logits_of
@@ -172,6 +175,41 @@ def test_a_layer_that_is_gated_deltanet_already_becomes_nothing_else(source):
     config = read_model_config(source[1])
     with pytest.raises(ValueError, match="layer 0 is 'GDN': only attention can become 'GKA'"):
         check_convertible(config, config.with_pattern("GKA-*"))
+
+
+@pytest.mark.parametrize(
+    "keys", [dict(mlp_only_layers=[2]), dict(decoder_sparse_step=2), dict(decoder_sparse_step=2, mlp_only_layers=[0, 1])]
+)
+def test_dense_layers_are_transformers(keys, tmp_path):
+    theirs = make("qwen3 next, odd heads, a dense layer, tied", **{"mlp_only_layers": [], **keys})
+    theirs.config.save_pretrained(tmp_path)
+    config = read_model_config(tmp_path)
+    assert config.dense_layers == tuple(type(layer.mlp).__name__ == "Qwen3NextMLP" for layer in theirs.model.layers)
+    written = config_to_hf(config)
+    assert {name: written[name] for name in keys} == keys and config_from_hf(written) == config
+
+
+def test_layers_of_the_source_s_own_mixer_run_on_both_streams_of_a_fused_model(source):
+    config = read_model_config(source[1])
+    fused = config.with_pattern("GDN-GKA").fused()
+    assert fused.pattern == "GDNDA-GKA*" and fused.with_pattern(fused.pattern) == fused and fused.unfused().pattern == "GDN-GKA"
+    check_teacher(fused, config)
+    with pytest.raises(ValueError, match="layer 1 of the fused model is 'GDNDA': it learns from 'GDN', the source has '\\*' there"):
+        check_teacher(config.with_pattern("GDN-GDN").fused(), config)
+
+
+def test_instruments_of_heads_refuse_layers_with_other_numbers_of_heads(source):
+    corpus: Any = None  # it is not read
+    with pytest.raises(ValueError, match=r"heads: layer 0 \(GDN\) has 6 heads, attention 3"):
+        Heads().check(dataclasses.replace(read_model_config(source[1]), num_heads=3, num_kv_heads=1), corpus)
+
+
+@pytest.mark.long
+def test_both_streams_of_a_fused_model_are_the_source_and_the_hybrid(source):
+    teacher, student = load_model(source[1]), load_model(source[1], pattern="GDN-GKA")
+    streams = nnx.jit(lambda model, ids: model.two_streams(ids, compare=lambda *both: None))(fuse(student, teacher), IDS)
+    for got, model in ((streams.teacher, teacher), (streams.student, student)):
+        assert relative_error(got, model.hidden_states(IDS)[0]) < 1e-4
 
 
 @pytest.mark.long
