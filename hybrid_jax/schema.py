@@ -135,6 +135,7 @@ ROPE_KEYS: dict[str, Check] = {
     "partial_rotary_factor": number(above=0, maximum=1),
     "short_factor": list_of(number(above=0)),
     "long_factor": list_of(number(above=0)),
+    "mrope_section": list_of(integer(0)),
     "llama_4_scaling_beta": optional(number(minimum=0)),
 }
 ROPE_REQUIRED = {

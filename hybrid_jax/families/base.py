@@ -52,6 +52,8 @@ class Family:
       window_rope_key: the key of config.json that older files have that base in.
       keys: checks of keys that are stricter than the schema's.
       partial_rotary: it honours `partial_rotary_factor`, the part of a head's channels that is rotated.
+      position_axes: its tokens have positions on several axes (time, height, width), which are one in text: `mrope_section`, which
+        shares channels out among them, changes nothing.
       rope_types: other names of rope types in its config.json -> ours.
       fused: ModelConfig -> linear maps or convolutions of a layer that its checkpoints keep in one, `{theirs: {ours: outputs}}`, in
         order, by their paths in the layer.
@@ -81,6 +83,7 @@ class Family:
     window_rope_key: str = ""
     keys: Mapping[str, Check] = dataclasses.field(default_factory=dict)
     partial_rotary: bool = False
+    position_axes: bool = False
     rope_types: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fused: Callable[[ModelConfig], dict[str, dict[str, int]]] = lambda config: {}
     groups: Callable[[ModelConfig], dict[str, int]] = lambda config: {}
@@ -180,7 +183,8 @@ def read_config(family: Family, hf: Mapping[str, Any]) -> ModelConfig:
             family.keys[key](key, value)
     num_layers, heads = hf["num_hidden_layers"], hf["num_attention_heads"]
     if family.window_rope_theta is None:
-        rope = read_rope(hf, family.rope(hf), family.rope_theta, partial=family.partial_rotary, names=family.rope_types)
+        known = dict(partial=family.partial_rotary, names=family.rope_types, position_axes=family.position_axes)
+        rope = read_rope(hf, family.rope(hf), family.rope_theta, **known)
         window_rope = None
     else:
         rope, window_rope = read_ropes(hf, family.rope_theta, family.window_rope_theta, family.window_rope_key)

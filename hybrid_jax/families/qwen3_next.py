@@ -1,4 +1,8 @@
-"""Qwen3-Next: Gated DeltaNet in most layers, attention with an output gate in the others, experts beside a shared one."""
+"""Qwen3-Next and Qwen3.5 text: Gated DeltaNet in most layers, attention with an output gate in the others.
+
+Qwen3-Next has experts beside a shared one, and tensors in which queries, keys, values and gates alternate by heads; Qwen3.5 is
+dense, and its tensors hold them one after the other.
+"""
 
 from __future__ import annotations
 
@@ -89,12 +93,12 @@ def _fused(config: ModelConfig) -> dict[str, dict[str, int]]:
     H = gdn.value_heads or 0
     keys, values = (gdn.key_heads or 0) * (gdn.state_size or 0), H * (gdn.value_size or 0)
     widths = {"q": keys, "k": keys, "v": values}
-    return {
-        **_of_attention(config),
-        "linear_attn.in_proj_qkvz": {f"gdn.{x}_proj": width for x, width in (widths | {"g": values}).items()},
-        "linear_attn.in_proj_ba": {"gdn.b_proj": H, "gdn.gk_proj": H},
-        "linear_attn.conv1d": {f"gdn.{x}_conv1d": width for x, width in widths.items()},
-    }
+    projections = {f"gdn.{x}_proj": width for x, width in widths.items()}
+    fused = {**_of_attention(config), "linear_attn.conv1d": {f"gdn.{x}_conv1d": width for x, width in widths.items()}}
+    if config.moe is None:
+        return {**fused, "linear_attn.in_proj_qkv": projections}
+    of_gates = {"gdn.b_proj": H, "gdn.gk_proj": H}
+    return {**fused, "linear_attn.in_proj_qkvz": {**projections, "gdn.g_proj": values}, "linear_attn.in_proj_ba": of_gates}
 
 
 def _groups(config: ModelConfig) -> dict[str, int]:
@@ -106,6 +110,18 @@ def _groups(config: ModelConfig) -> dict[str, int]:
 
 
 _NAMES = {".gdn.o_norm.": ".linear_attn.norm.", ".gdn.o_proj.": ".linear_attn.out_proj.", ".gdn.": ".linear_attn."}
+_PROJECTIONS = {f".gdn.{ours}_proj.": f".linear_attn.in_proj_{theirs}." for ours, theirs in (("g", "z"), ("b", "b"), ("gk", "a"))}
+_DEFAULTS = {
+    "head_dim": 256,
+    "attention_bias": False,
+    "partial_rotary_factor": 0.25,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "layer_types": None,
+}
 
 QWEN3_NEXT = Family(
     "qwen3_next",
@@ -113,16 +129,8 @@ QWEN3_NEXT = Family(
     _read_experts,
     _write_experts,
     defaults={
+        **_DEFAULTS,
         "num_key_value_heads": 2,
-        "head_dim": 256,
-        "attention_bias": False,
-        "partial_rotary_factor": 0.25,
-        "linear_conv_kernel_dim": 4,
-        "linear_key_head_dim": 128,
-        "linear_value_head_dim": 128,
-        "linear_num_key_heads": 16,
-        "linear_num_value_heads": 32,
-        "layer_types": None,
         "decoder_sparse_step": 1,
         "num_experts_per_tok": 10,
         "moe_intermediate_size": 512,
@@ -135,6 +143,22 @@ QWEN3_NEXT = Family(
     groups=_groups,
     names=_NAMES,
     ignored=("mtp.",),
+    layers=_layers,
+    mixers=_mixers,
+)
+QWEN3_5 = Family(
+    "qwen3_5_text",
+    "Qwen3_5ForCausalLM",
+    _read,
+    _write,
+    defaults={**_DEFAULTS, "num_key_value_heads": 4},
+    keys={"head_dim": integer()},
+    partial_rotary=True,
+    position_axes=True,
+    fused=_fused,
+    groups=_groups,
+    names={**_PROJECTIONS, **_NAMES},
+    ignored=("mtp.", "model.visual."),
     layers=_layers,
     mixers=_mixers,
 )

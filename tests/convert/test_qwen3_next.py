@@ -55,8 +55,9 @@ def test_decoding_with_caches_and_states_equals_transformers(source):
     assert relative_error(decoded(load_model(path), IDS, 11), logits_of(theirs, IDS)) < 3e-5
 
 
-def test_the_export_has_the_source_s_tensors_and_keys(tmp_path):
-    theirs = make("qwen3 next, odd heads, a dense layer, tied")
+@pytest.mark.parametrize("case", ["qwen3 next, odd heads, a dense layer, tied", "qwen3.5 text"])
+def test_the_export_has_the_source_s_tensors_and_keys(case, tmp_path):
+    theirs = make(case)
     theirs.save_pretrained(tmp_path / "hf")
     save_model(load_model(tmp_path / "hf"), tmp_path / "ours")
     want, got = (load_file(tmp_path / folder / "model.safetensors") for folder in ("hf", "ours"))

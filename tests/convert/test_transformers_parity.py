@@ -191,6 +191,25 @@ CASES = {
             norm_topk_prob=False,
         ),
     ),
+    "qwen3.5 text": (
+        "Qwen3_5",
+        dict(
+            num_hidden_layers=2,
+            head_dim=24,
+            layer_types=["full_attention", "linear_attention"],
+            linear_num_key_heads=1,
+            linear_num_value_heads=3,
+            linear_key_head_dim=6,
+            linear_value_head_dim=10,
+            rope_parameters=dict(
+                rope_type="default",
+                rope_theta=777.0,
+                partial_rotary_factor=0.5,
+                mrope_section=[2, 2, 2],
+                mrope_interleaved=True,
+            ),
+        ),
+    ),
     "qwen3 moe windowed": (  # its window is every layer's: max_window_layers and layer_types mean nothing here
         "Qwen3Moe",
         dict(head_dim=16, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=8, use_sliding_window=True, sliding_window=7),
@@ -202,7 +221,7 @@ CASES = {
 }
 
 
-CONFIGS = {"Gemma3": "Gemma3TextConfig"}
+CONFIGS = {"Gemma3": "Gemma3TextConfig", "Qwen3_5": "Qwen3_5TextConfig"}
 
 
 def make(case, **more):
