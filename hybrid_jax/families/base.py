@@ -183,7 +183,7 @@ def read_config(family: Family, hf: Mapping[str, Any]) -> ModelConfig:
             family.keys[key](key, value)
     num_layers, heads = hf["num_hidden_layers"], hf["num_attention_heads"]
     if family.window_rope_theta is None:
-        known = dict(partial=family.partial_rotary, names=family.rope_types, position_axes=family.position_axes)
+        known: dict[str, Any] = dict(partial=family.partial_rotary, names=family.rope_types, position_axes=family.position_axes)
         rope = read_rope(hf, family.rope(hf), family.rope_theta, **known)
         window_rope = None
     else:

@@ -144,8 +144,8 @@ class Attention(nnx.Module):
         self.k_proj = linear(hid, Hkv * D, bias=config.qkv_bias, axes=("embed", self.kv_axis))
         self.v_proj = linear(hid, Hkv * D, bias=config.qkv_bias, axes=("embed", self.kv_axis))
         self.o_proj = linear(H * D, hid, bias=config.o_bias, axes=(self.head_axis, "embed"))
-        gate = dict(bias=config.qkv_bias, axes=("embed", self.head_axis))
-        self.g_proj = linear(hid, H * D, **gate) if config.attention_gate else None
+        gate_proj = functools.partial(linear, hid, H * D, bias=config.qkv_bias, axes=("embed", self.head_axis))
+        self.g_proj = gate_proj() if config.attention_gate else None
         self.q_norm, self.k_norm = query_key_norms(config, dtype)
         self.config, self.window, self.rope = config, self.window_of(config, layer), config.rope_of(layer)
 
