@@ -95,7 +95,8 @@ def quantized_tensors(config: ModelConfig, quantization: Groups) -> set[str]:
       ValueError: there are none.
     """
     stated, found = marks(abstract_decoder(config)), set()
-    small = max(config.num_heads, config.moe.num_experts if config.moe else 0)
+    of_mixers = (2 * (options.own_heads or 0) for options in config.mixers)  # two such maps may be in one tensor
+    small = max(config.num_heads, config.moe.num_experts if config.moe else 0, *of_mixers)
     for name, parameter in abstract_parameters(config).items():
         if stated[name].layout not in ("transposed", "experts") and name != "embed_tokens.embedding":
             continue

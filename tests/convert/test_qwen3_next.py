@@ -15,6 +15,8 @@ from safetensors.numpy import load_file, save_file
 from hybrid_jax import load_model, save_model
 from hybrid_jax.config import GDNConfig
 from hybrid_jax.convert.load import read_model_config
+from hybrid_jax.convert.quantized import Groups
+from hybrid_jax.convert.save import quantized_tensors
 from hybrid_jax.evaluate.instruments.heads import Heads
 from hybrid_jax.families import config_from_hf, config_to_hf
 from hybrid_jax.families.public import PUBLIC
@@ -188,6 +190,14 @@ def test_dense_layers_are_transformers(keys, tmp_path):
     assert config.dense_layers == tuple(type(layer.mlp).__name__ == "Qwen3NextMLP" for layer in theirs.model.layers)
     written = config_to_hf(config)
     assert {name: written[name] for name in keys} == keys and config_from_hf(written) == config
+
+
+@pytest.mark.parametrize("case, of_gates", [(NEXT, "in_proj_ba"), ("qwen3.5 text", "in_proj_a")])
+def test_gates_and_decays_of_a_mixer_with_heads_of_its_own_are_not_quantized(case, of_gates, tmp_path):
+    make(case, hidden_size=64).config.save_pretrained(tmp_path)
+    chosen = quantized_tensors(read_model_config(tmp_path), Groups(bits=8))
+    projections = [name for name in chosen if ".linear_attn.in_proj_" in name]
+    assert projections and not any(of_gates in name for name in projections)
 
 
 def test_layers_of_the_source_s_own_mixer_run_on_both_streams_of_a_fused_model(source):
