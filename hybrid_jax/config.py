@@ -107,8 +107,7 @@ class MoEConfig(Options):
       experts_per_token: how many experts process each token: those with the largest router probabilities.
       intermediate_size: hidden width of each expert.
       norm_topk_prob: rescale the router probabilities of the chosen experts so that they sum to one.
-      shared_intermediate_size: hidden width of an MLP that processes every token beside the experts, its output multiplied by
-        sigmoid(w x), one number per token (Qwen3-Next); None: there is none.
+      shared_intermediate_size: hidden width of a shared expert, whose output counts sigmoid(w x) times (Qwen3-Next); None: no such.
     """
 
     KEY: ClassVar[str] = "moe"
@@ -190,8 +189,7 @@ class ModelConfig:
       gated_mlp: the MLP has a gate; False: it is down(activation(up(x))) (Phi).
       attention_soft_cap: c > 0: attention scores s count as c * tanh(s / c) (Gemma 2); None: as they are.
       query_pre_attn_scalar: attention scores are divided by its square root; None: by that of head_dim.
-      attention_gate: attention's output is multiplied by sigmoid(g_proj x), per channel, in front of its output projection
-        (Qwen3-Next).
+      attention_gate: attention's output is multiplied by sigmoid(g_proj x) in front of its output projection (Qwen3-Next).
       qkv_bias, o_bias, mlp_bias: biases of the projections to q, k, v (Qwen2), of attention's output projection, of the MLP.
       head_bias: the output head, which is not the embedding table, has a bias (Phi).
       attention_windows: per layer, the source's own sliding window, in keys that a query sees, or None for full attention.
@@ -204,8 +202,7 @@ class ModelConfig:
       initializer_range: standard deviation of new kernels.
       moe: the options of a mixture of experts in every layer; None: dense.
       dense_layers: per layer, whether its MLP is dense although `moe` is given; empty: in no layer.
-      source_kinds: kinds of mixers beside attention that the source family itself has, so that a model with them is no hybrid
-        (Qwen3-Next: Gated DeltaNet).
+      source_kinds: mixers beside attention that the source family itself has; a model with them is no hybrid (Qwen3-Next: `gdn`).
       mixers: the options of mixer kinds that are not the defaults, at most one of each class (`GKAConfig(num_iter=10),
         ...`), for all layers of the kind; read them with `options`.
       extra: keys of the source's config.json that the decoder does not use (token ids and the like);
@@ -338,10 +335,6 @@ class ModelConfig:
             return None
         return self.rope if self.window_rope is None or self.attention_windows[layer] is None else self.window_rope
 
-    def moe_of(self, layer: int) -> MoEConfig | None:
-        """Returns the options of the experts in layer number `layer`; None: its MLP is dense."""
-        return None if self.dense_layers[layer] else self.moe
-
     def check_cache(self, length: int) -> None:
         """Checks that documents of `length` tokens can be decoded with caches.
 
@@ -376,7 +369,6 @@ class ModelConfig:
 
     @property
     def is_hybrid(self) -> bool:
-        """Whether some layer has another mixer than those of the source family."""
         return not {MixerSpec(kind) for kind in (ATTENTION, *self.source_kinds)}.issuperset(self.layers)
 
     @property
