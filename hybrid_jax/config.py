@@ -24,7 +24,7 @@ from hybrid_jax.mixers import (
     SWAConfig,
     options_by_key,
 )  # fmt: skip
-from hybrid_jax.options import Options, option
+from hybrid_jax.options import Options, option, optional
 from hybrid_jax.pattern import MixerSpec, format_pattern, parse_pattern
 from hybrid_jax.schema import KEYS, MODEL_FIELDS, check_key, check_rope
 
@@ -98,7 +98,7 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig(Options):
-    """Options of a mixture-of-experts MLP: softmax router, top-k experts, no shared expert.
+    """Options of a mixture-of-experts MLP: softmax router, top-k experts, and a shared expert or none.
 
     All of them belong to the source model, so a hybrid keeps them as they are.
 
@@ -107,6 +107,7 @@ class MoEConfig(Options):
       experts_per_token: how many experts process each token: those with the largest router probabilities.
       intermediate_size: hidden width of each expert.
       norm_topk_prob: rescale the router probabilities of the chosen experts so that they sum to one.
+      shared_intermediate_size: hidden width of a shared expert, whose output counts sigmoid(w x) times (Qwen3-Next); None: no such.
     """
 
     KEY: ClassVar[str] = "moe"
@@ -115,6 +116,7 @@ class MoEConfig(Options):
     experts_per_token: int = option(KEYS["num_experts_per_tok"])
     intermediate_size: int = option(KEYS["moe_intermediate_size"])
     norm_topk_prob: bool = option(check_boolean, True)
+    shared_intermediate_size: int | None = option(optional(KEYS["shared_expert_intermediate_size"]), None)
 
     def __post_init__(self):
         super().__post_init__()
@@ -187,6 +189,7 @@ class ModelConfig:
       gated_mlp: the MLP has a gate; False: it is down(activation(up(x))) (Phi).
       attention_soft_cap: c > 0: attention scores s count as c * tanh(s / c) (Gemma 2); None: as they are.
       query_pre_attn_scalar: attention scores are divided by its square root; None: by that of head_dim.
+      attention_gate: attention's output is multiplied by sigmoid(g_proj x) in front of its output projection (Qwen3-Next).
       qkv_bias, o_bias, mlp_bias: biases of the projections to q, k, v (Qwen2), of attention's output projection, of the MLP.
       head_bias: the output head, which is not the embedding table, has a bias (Phi).
       attention_windows: per layer, the source's own sliding window, in keys that a query sees, or None for full attention.
@@ -198,6 +201,8 @@ class ModelConfig:
       logits_soft_cap: c > 0: the logits x, after scaling, become c * tanh(x / c) (Gemma 2); None: they stay as they are.
       initializer_range: standard deviation of new kernels.
       moe: the options of a mixture of experts in every layer; None: dense.
+      dense_layers: per layer, whether its MLP is dense although `moe` is given; empty: in no layer.
+      source_kinds: mixers beside attention that the source family itself has; a model with them is no hybrid (Qwen3-Next: `gdn`).
       mixers: the options of mixer kinds that are not the defaults, at most one of each class (`GKAConfig(num_iter=10),
         ...`), for all layers of the kind; read them with `options`.
       extra: keys of the source's config.json that the decoder does not use (token ids and the like);
@@ -228,6 +233,7 @@ class ModelConfig:
     gated_mlp: bool = True
     query_pre_attn_scalar: float | None = None
     attention_soft_cap: float | None = None
+    attention_gate: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -239,6 +245,8 @@ class ModelConfig:
     logits_soft_cap: float | None = None
     initializer_range: float = 0.02
     moe: MoEConfig | None = None
+    dense_layers: tuple[bool, ...] = ()
+    source_kinds: tuple[str, ...] = ()
     mixers: tuple[MixerOptions, ...] = ()
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
     directory: str = dataclasses.field(default="", compare=False)
@@ -275,14 +283,21 @@ class ModelConfig:
         object.__setattr__(self, "attention_windows", tuple(check_key("attention_windows", windows)))
         rotary = self.rotary_layers or (True,) * len(self.layers)
         object.__setattr__(self, "rotary_layers", tuple(check_boolean("rotary_layers", x) for x in rotary))
-        for name in ("attention_windows", "rotary_layers"):
+        dense = self.dense_layers or (False,) * len(self.layers)
+        object.__setattr__(self, "dense_layers", tuple(check_boolean("dense_layers", x) for x in dense))
+        for name in ("attention_windows", "rotary_layers", "dense_layers"):
             if len(getattr(self, name)) != len(self.layers):
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries, the model has {len(self.layers)} layers")
         object.__setattr__(self, "mixers", _canonical(self.mixers))
         for i, layer in enumerate(self.layers):
-            if "bmojo" in layer.kinds and self.attention_soft_cap is not None:
+            lacks = {"soft cap of attention scores": self.attention_soft_cap is not None, "output gate": self.attention_gate}
+            for what in (name for name, has in lacks.items() if has and "bmojo" in layer.kinds):
+                raise ValueError(f"layer {i}: {layer.symbol!r} has no {what}, which {self.family} has; choose another")
+            own = KINDS[layer.kind].options
+            if layer.attention_heads and own is not None and self.options(own).own_heads:
                 raise ValueError(
-                    f"layer {i}: {layer.symbol!r} has no soft cap of attention scores, which {self.family} has; choose another"
+                    f"layer {i}: {layer.symbol!r} keeps some heads of attention, which has {self.num_heads}, and the mixer has "
+                    f"{self.options(own).own_heads} of its own; convert all heads of the layer, or none"
                 )
             if layer.attention_heads and self.qk_norm_all_heads:
                 raise ValueError(
@@ -339,9 +354,10 @@ class ModelConfig:
                     )
 
     @property
-    def programs(self) -> list[tuple[MixerSpec, int | None, RopeConfig | None]]:
+    def programs(self) -> list[tuple[MixerSpec, int | None, RopeConfig | None, bool]]:
         """Per layer, what its computation depends on beside its parameters: layers that are equal here may share one program."""
-        return [(*both, self.rope_of(i)) for i, both in enumerate(zip(self.layers, self.attention_windows, strict=True))]
+        of_layers = enumerate(zip(self.layers, self.attention_windows, self.dense_layers, strict=True))
+        return [(spec, window, self.rope_of(i), dense) for i, (spec, window, dense) in of_layers]
 
     @property
     def num_layers(self) -> int:
@@ -353,7 +369,7 @@ class ModelConfig:
 
     @property
     def is_hybrid(self) -> bool:
-        return any(layer != MixerSpec(ATTENTION) for layer in self.layers)
+        return not {MixerSpec(kind) for kind in (ATTENTION, *self.source_kinds)}.issuperset(self.layers)
 
     @property
     def is_fused(self) -> bool:
@@ -371,8 +387,9 @@ class ModelConfig:
         return dataclasses.replace(self, layers=layers)
 
     def fused(self) -> ModelConfig:
-        """The two-stream form: every mixer beside the attention it replaces, attention on both streams."""
-        return self.with_pattern([s if s.fused else s.fused_with_attention() for s in self.layers])
+        """The two-stream form: mixers beside the attention they replace; attention and `source_kinds` on both streams."""
+        teachers = {kind: kind for kind in self.source_kinds}
+        return self.with_pattern([s if s.fused else s.fused_with(teachers.get(s.kind, ATTENTION)) for s in self.layers])
 
     def unfused(self) -> ModelConfig:
         """The one-stream form: teachers dropped."""

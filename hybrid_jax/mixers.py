@@ -47,6 +47,11 @@ class MixerOptions(Options):
         """How many keys a query sees at most; None for a mixer that does not attend to keys."""
         return None
 
+    @property
+    def own_heads(self) -> int | None:
+        """How many heads the mixer has where they are not attention's; None: they are."""
+        return None
+
     def sharded_widths(self, num_heads: int, num_kv_heads: int, head_dim: int) -> Mapping[str, int]:
         """Returns the sizes, by parameter, that `tensor` must divide and does not because it divides the numbers of heads."""
         return {}
@@ -139,13 +144,17 @@ class GDNConfig(MixerOptions):
       state_size: channels of keys and queries, so that a head's state is [state_size, head_dim]; null: head_dim. Conversion copies
         the keys and queries of attention only where the two are equal, and otherwise draws them anew. The option is ours; it is
         exported only if it is set.
+      key_heads, value_heads, value_size: how many heads queries and keys have; how many values, gates and states have, a multiple
+        of it; channels of values. All three or, where the heads are attention's, none. A source family that has the mixer itself
+        (Qwen3-Next) sets them. The options are ours; they are exported only if they are set.
     """
 
     KEY: ClassVar[str] = "gdn_config"
     REPEATED: ClassVar[frozenset[str]] = _HEADS
     FIXED: ClassVar[Mapping[str, Any]] = _LOW_RANK
     STATED: ClassVar[Mapping[str, Any]] = _LOW_RANK
-    ONLY_IF_CHANGED: ClassVar[frozenset[str]] = frozenset({"norm_eps", "state_size"})  # see GKAConfig
+    # see GKAConfig
+    ONLY_IF_CHANGED: ClassVar[frozenset[str]] = frozenset({"norm_eps", "state_size", "key_heads", "value_heads", "value_size"})
 
     conv_size: int = option(integer(1, 1024), 4)
     conv_bias: bool = option(check_boolean, False)
@@ -154,6 +163,26 @@ class GDNConfig(MixerOptions):
     use_gate: bool = option(check_boolean, True)
     use_short_conv: bool = option(check_boolean, True)
     state_size: int | None = option(optional(integer()), None)
+    key_heads: int | None = option(optional(integer()), None)
+    value_heads: int | None = option(optional(integer()), None)
+    value_size: int | None = option(optional(integer()), None)
+
+    def __post_init__(self):
+        super().__post_init__()
+        own = (self.key_heads, self.value_heads, self.value_size)
+        if own.count(None) not in (0, 3):
+            raise ValueError(f"gdn_config.key_heads, value_heads and value_size are given together, got {own}")
+        if self.key_heads and self.value_heads and self.value_heads % self.key_heads:
+            raise ValueError(f"gdn_config.value_heads ({self.value_heads}) must be a multiple of key_heads ({self.key_heads})")
+
+    @property
+    def own_heads(self) -> int | None:
+        return self.value_heads
+
+    def sharded_widths(self, num_heads: int, num_kv_heads: int, head_dim: int) -> Mapping[str, int]:
+        if self.key_heads is None or self.value_heads is None:
+            return {}
+        return {"gdn.k_proj": self.key_heads * (self.state_size or head_dim), "gdn.b_proj": self.value_heads}
 
 
 @dataclasses.dataclass(frozen=True)

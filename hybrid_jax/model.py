@@ -58,7 +58,7 @@ class Layer(nnx.Module):
                 setattr(self, name, source_norm(config, config.hidden_size, dtype))
         for kind in self.spec.kinds:
             setattr(self, KINDS[kind].parameter_key, make_mixer(kind, config, index, rngs=rngs, dtype=dtype))
-        self.mlp = (MLP if config.moe is None else MoE)(config, rngs=rngs, dtype=dtype)
+        self.mlp = (MLP if config.moe is None or config.dense_layers[index] else MoE)(config, rngs=rngs, dtype=dtype)
 
     def mixer(self, kind: str) -> Any:
         return getattr(self, KINDS[kind].parameter_key)

@@ -4,7 +4,7 @@ It is hybrid-model-factory's: one symbol per layer, joined by `-`.
 
     *            attention                  GKA  GDN  M2  M3  SWA  BMF   mixers
     GKA*  SWA*   the mixer (student) beside the attention it learns from (teacher)
-    *DA          one attention layer run on both streams with the same weights
+    *DA          one attention layer run on both streams with the same weights; GDNDA, a source's own Gated DeltaNet likewise
     GDN>GKA      a mixer (teacher) beside another mixer that learns from it
     GDN[3,17]    a mixer whose heads 3 and 17 stay attention
 """
@@ -26,7 +26,7 @@ class MixerSpec:
     Args:
       kind: what the layer computes (the student, in a fused layer); a key of `mixers.KINDS`.
       teacher: in a fused layer, the kind the student learns from; `None` otherwise.
-        `attention` beside `attention` means one set of weights for both streams (`*DA`).
+        A kind beside itself means one set of weights for both streams (`*DA`, `GDNDA`).
       attention_heads: heads that stay attention in a head-level hybrid.
     """
 
@@ -40,8 +40,8 @@ class MixerSpec:
 
     @property
     def shared(self) -> bool:
-        """True when teacher and student are the same attention layer (`*DA`)."""
-        return self.teacher == self.kind == ATTENTION
+        """True when teacher and student are the same layer (`*DA`, `GDNDA`)."""
+        return self.teacher == self.kind
 
     @property
     def teaching(self) -> str:
@@ -60,9 +60,9 @@ class MixerSpec:
 
     @property
     def symbol(self) -> str:
-        if self.shared:
-            return "*DA"
         symbol = KINDS[self.kind].symbol
+        if self.shared:
+            return f"{symbol}DA"
         if self.attention_heads:
             symbol += "[" + ",".join(map(str, self.attention_heads)) + "]"
         if self.teacher == ATTENTION:
@@ -73,9 +73,9 @@ class MixerSpec:
         """The layer without its teacher."""
         return dataclasses.replace(self, teacher=None)
 
-    def fused_with_attention(self) -> MixerSpec:
-        """The layer beside the attention it replaces."""
-        return dataclasses.replace(self, teacher=ATTENTION)
+    def fused_with(self, teacher: str) -> MixerSpec:
+        """The layer beside a teacher of this kind: the attention that it replaces, or itself."""
+        return dataclasses.replace(self, teacher=teacher)
 
 
 def _parse_symbol(text: str, where: str) -> MixerSpec:
@@ -89,8 +89,8 @@ def _parse_symbol(text: str, where: str) -> MixerSpec:
             "heads kept as attention, 'GDN[3,17]'"
         )
 
-    if text == "*DA":
-        return MixerSpec(ATTENTION, teacher=ATTENTION)
+    if text.endswith("DA") and (shared := symbols.get(text.removesuffix("DA"))):
+        return MixerSpec(shared, teacher=shared)
     if text == "*":
         return MixerSpec(ATTENTION)
     teacher = None

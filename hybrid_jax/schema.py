@@ -83,6 +83,12 @@ KEYS: dict[str, Check] = {
     "max_window_layers": integer(0),
     "layer_types": optional(list_of(text)),
     "attention_windows": list_of(optional(integer())),
+    "full_attention_interval": integer(),
+    "linear_conv_kernel_dim": integer(1, 1024),
+    "linear_key_head_dim": integer(1, 2**16),
+    "linear_value_head_dim": integer(1, 2**16),
+    "linear_num_key_heads": integer(1, 2**16),
+    "linear_num_value_heads": integer(1, 2**16),
     "no_rope_layers": optional(list_of(integer(0, 1))),
     "no_rope_layer_interval": integer(),
     "hybrid_override_pattern": optional(pattern),
@@ -91,6 +97,7 @@ KEYS: dict[str, Check] = {
     "num_experts_per_tok": integer(1, 2**16),
     "moe_intermediate_size": SIZE,
     "norm_topk_prob": check_boolean,
+    "shared_expert_intermediate_size": SIZE,
     "decoder_sparse_step": integer(0),
     "mlp_only_layers": optional(list_of(integer(0))),
     "eos_token_id": token_ids,
@@ -128,6 +135,7 @@ ROPE_KEYS: dict[str, Check] = {
     "partial_rotary_factor": number(above=0, maximum=1),
     "short_factor": list_of(number(above=0)),
     "long_factor": list_of(number(above=0)),
+    "mrope_section": list_of(integer(0)),
     "llama_4_scaling_beta": optional(number(minimum=0)),
 }
 ROPE_REQUIRED = {

@@ -20,7 +20,7 @@ from hybrid_jax.convert.names import Tensor, hf_tensors
 from hybrid_jax.convert.quantized import KEYS, read_quantization
 from hybrid_jax.convert.tensor_file import DTYPES
 from hybrid_jax.convert.weights import TensorFiles
-from hybrid_jax.families import config_from_hf
+from hybrid_jax.families import FAMILIES, config_from_hf
 from hybrid_jax.files import read_json
 from hybrid_jax.model import Decoder, abstract_decoder
 from hybrid_jax.parallel.distributed import notice
@@ -89,6 +89,9 @@ def checked_table(files: TensorFiles, config: ModelConfig) -> tuple[ModelConfig,
             shapes[stored] = tensor.stored_shape(parameter.shape)
     files.check_dtypes([n for n in shapes if n in files])  # first: quantized checkpoints have other names too
     unused = {n for n in files if n.endswith(_IGNORED)} | ({HEAD} if config.tie_embeddings else set())
+    if others := {n for n in files if n.startswith(FAMILIES[config.family].ignored)}:
+        notice(f"{files.path}: {len(others)} tensors are no part of the decoder and are not read, the first {min(others)}")
+        unused |= others
     missing, extra = sorted(shapes.keys() - set(files)), sorted(set(files) - shapes.keys() - unused)
     if missing or extra:
         parts = [
@@ -162,7 +165,7 @@ class StoredParameter:
         if name not in self._views:
             self._views[name] = self._files[name].view()
         value = self._views[name]
-        return tensor.from_hf(value if tensor.rows is None else value[tensor.rows.start : tensor.rows.stop])
+        return tensor.from_hf(value if tensor.rows is None else tensor.rows.of(value))
 
     def _cast(self, number: int, value: np.ndarray) -> np.ndarray:
         return _cast(self._files.path, self._tensors[number][1], value, self.dtype)

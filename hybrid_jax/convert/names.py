@@ -8,13 +8,14 @@
     norms, biases, A_log, D, dt_bias       the same                             same
 
 Everything but `lm_head` has the prefix `model.` there. The layout is a mark of the parameter (`layers.parameter`). A family may
-keep several of our linear maps in one tensor (`Family.fused`), of which each is some rows, or have other names (`Family.names`).
+keep several of our linear maps in one tensor (`Family.fused`), of which each is some rows, in one range or in one range of each
+group of rows (`Family.groups`), or have other names (`Family.names`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -27,11 +28,22 @@ Convert = Callable[[np.ndarray], np.ndarray]
 
 
 class Rows(NamedTuple):
-    """Rows start ... stop - 1 of a tensor that has `total`."""
+    """Rows of a tensor that has `total`: start ... stop - 1 of every range (start, stop), in order."""
 
-    start: int
-    stop: int
+    ranges: tuple[tuple[int, int], ...]
     total: int
+
+    def of(self, tensor: np.ndarray) -> np.ndarray:
+        """Returns these rows of a tensor; one range is a view of it."""
+        parts = [tensor[start:stop] for start, stop in self.ranges]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def pieces(self, value: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields each range's part of a value that has these rows, with the number of its first row in the tensor."""
+        begin = 0
+        for start, stop in self.ranges:
+            yield start, value[begin : begin + stop - start]
+            begin += stop - start
 
 
 class Tensor(NamedTuple):
@@ -65,12 +77,14 @@ LAYOUTS: dict[Layout, tuple[Convert, Convert]] = {
 
 def _in_fused(name: str, config: ModelConfig) -> tuple[str, Rows | None]:
     """Returns our parameter's name with the module that the family keeps it in, and its rows there; None: it is alone."""
-    match = re.fullmatch(r"(layers\.\d+\.)(.+)\.(kernel|bias)", name)
-    for theirs, parts in FAMILIES[config.family].fused(config).items():
+    match, family = re.fullmatch(r"(layers\.\d+\.)(.+)\.(kernel|bias)", name), FAMILIES[config.family]
+    for theirs, parts in family.fused(config).items():
         if match is not None and match[2] in parts:
-            ours, sizes = list(parts), list(parts.values())
-            start = sum(sizes[: ours.index(match[2])])
-            return f"{match[1]}{theirs}.{match[3]}", Rows(start, start + parts[match[2]], sum(sizes))
+            total, groups = sum(parts.values()), family.groups(config).get(theirs, 1)
+            ours, sizes = list(parts), [size // groups for size in parts.values()]
+            start, size = sum(sizes[: ours.index(match[2])]), parts[match[2]] // groups
+            ranges = tuple((first, first + size) for first in range(start, total, total // groups))
+            return f"{match[1]}{theirs}.{match[3]}", Rows(ranges, total)
     return name, None
 
 

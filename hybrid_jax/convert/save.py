@@ -49,7 +49,9 @@ def hf_pieces(config: ModelConfig, parameters: Iterable[tuple[str, Any]]) -> Ite
     for name, parameter in parameters:
         part = parameter.part if isinstance(parameter, StoredParameter) else functools.partial(_part, whole_array(parameter))
         for t in hf_tensors(name, stated[name].layout, config):
-            yield Piece(t.name, t.to_hf(part(t.expert)), t.rows.start if t.rows else 0)
+            value = t.to_hf(part(t.expert))
+            for row, rows in [(0, value)] if t.rows is None else t.rows.pieces(value):
+                yield Piece(t.name, rows, row)
 
 
 def _part(value: np.ndarray, expert: int | None) -> np.ndarray:
@@ -93,7 +95,8 @@ def quantized_tensors(config: ModelConfig, quantization: Groups) -> set[str]:
       ValueError: there are none.
     """
     stated, found = marks(abstract_decoder(config)), set()
-    small = max(config.num_heads, config.moe.num_experts if config.moe else 0)
+    of_mixers = (2 * (options.own_heads or 0) for options in config.mixers)  # two such maps may be in one tensor
+    small = max(config.num_heads, config.moe.num_experts if config.moe else 0, *of_mixers)
     for name, parameter in abstract_parameters(config).items():
         if stated[name].layout not in ("transposed", "experts") and name != "embed_tokens.embedding":
             continue

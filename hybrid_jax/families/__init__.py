@@ -17,6 +17,7 @@ from hybrid_jax.families.phi3 import PHI3
 from hybrid_jax.families.plugin import plugin_notes
 from hybrid_jax.families.qwen2 import QWEN2
 from hybrid_jax.families.qwen3 import QWEN3, QWEN3_MOE
+from hybrid_jax.families.qwen3_next import QWEN3_5, QWEN3_NEXT
 from hybrid_jax.families.smollm3 import SMOLLM3
 from hybrid_jax.schema import mapping
 
@@ -30,6 +31,8 @@ FAMILIES = {
     for f in (
         QWEN3,
         QWEN3_MOE,
+        QWEN3_NEXT,
+        QWEN3_5,
         QWEN2,
         LLAMA,
         MISTRAL,

@@ -52,13 +52,21 @@ class Family:
       window_rope_key: the key of config.json that older files have that base in.
       keys: checks of keys that are stricter than the schema's.
       partial_rotary: it honours `partial_rotary_factor`, the part of a head's channels that is rotated.
+      position_axes: its tokens have positions on several axes (time, height, width), which are one in text: `mrope_section`, which
+        shares channels out among them, changes nothing.
       rope_types: other names of rope types in its config.json -> ours.
-      fused: ModelConfig -> linear maps of a layer that its checkpoints keep in one, `{theirs: {ours: outputs}}`, in order, by
-        their paths in the layer.
+      fused: ModelConfig -> linear maps or convolutions of a layer that its checkpoints keep in one, `{theirs: {ours: outputs}}`, in
+        order, by their paths in the layer.
+      groups: ModelConfig -> `{theirs: number}` of those of `fused` that consist of so many groups (heads), each with its share of
+        the outputs of every one of ours, in order.
       names: parts of our tensors' names -> what its checkpoints have there.
       norm_eps_key: the key of config.json that has the epsilon of the norms.
       activation_key: the key of config.json that names the activation of the MLP.
       activations: the names that it may have there -> ours, the default first.
+      ignored: what the names of tensors begin with that are no part of the decoder.
+      layers: config.json of a source -> the symbol of every layer's mixer; None: all are attention, or `layer_types` are a
+        hybrid's symbols.
+      mixers: config.json -> options of mixers that the family's own keys state, `{"gdn_config": {name: value}}`.
     """
 
     model_type: str
@@ -75,12 +83,17 @@ class Family:
     window_rope_key: str = ""
     keys: Mapping[str, Check] = dataclasses.field(default_factory=dict)
     partial_rotary: bool = False
+    position_axes: bool = False
     rope_types: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fused: Callable[[ModelConfig], dict[str, dict[str, int]]] = lambda config: {}
+    groups: Callable[[ModelConfig], dict[str, int]] = lambda config: {}
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     norm_eps_key: str = "rms_norm_eps"
     activation_key: str = "hidden_act"
     activations: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"silu": "silu", "swish": "silu"})
+    ignored: tuple[str, ...] = ()
+    layers: Callable[[Mapping[str, Any]], list[str] | None] = lambda hf: None
+    mixers: Callable[[Mapping[str, Any]], dict[str, dict[str, Any]]] = lambda hf: {}
 
 
 def _source_types(hf: Mapping[str, Any]) -> list[str] | None:
@@ -122,13 +135,31 @@ def _write_windows(family: Family, config: ModelConfig) -> dict[str, Any]:
     return keys
 
 
-def _read_layers(hf: Mapping[str, Any], num_layers: int):
-    pattern = hf.get("hybrid_override_pattern")
-    symbols = hf.get("layer_types") if _source_types(hf) is None else None
-    layers = parse_pattern(pattern or symbols or ["*"] * num_layers, num_layers)
+def _read_layers(family: Family, hf: Mapping[str, Any], num_layers: int):
+    pattern, own = hf.get("hybrid_override_pattern"), family.layers(hf)
+    symbols = hf.get("layer_types") if own is None and _source_types(hf) is None else None
+    layers = parse_pattern(pattern or symbols or own or ["*"] * num_layers, num_layers)
     if pattern and symbols and parse_pattern(symbols, num_layers) != layers:
         raise ValueError(f"hybrid_override_pattern {pattern!r} and layer_types {'-'.join(symbols)!r} contradict each other")
     return layers
+
+
+def _with_own_mixers(family: Family, hf: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with the options of mixers that the family's own keys state in the mixers' dicts.
+
+    Raises:
+      ValueError: a dict contradicts them.
+    """
+    dicts = {}
+    for key, own in family.mixers(hf).items():
+        given = hf.get(key) or {}
+        if wrong := [name for name, value in own.items() if given.get(name, value) != value]:
+            raise ValueError(
+                f"{key}.{wrong[0]} = {given[wrong[0]]!r} contradicts the other keys of config.json, by which "
+                f"it is {own[wrong[0]]!r}; leave it out, or change those"
+            )
+        dicts[key] = {**given, **own}
+    return {**hf, **dicts}
 
 
 def read_config(family: Family, hf: Mapping[str, Any]) -> ModelConfig:
@@ -152,11 +183,12 @@ def read_config(family: Family, hf: Mapping[str, Any]) -> ModelConfig:
             family.keys[key](key, value)
     num_layers, heads = hf["num_hidden_layers"], hf["num_attention_heads"]
     if family.window_rope_theta is None:
-        rope = read_rope(hf, family.rope(hf), family.rope_theta, partial=family.partial_rotary, names=family.rope_types)
+        known: dict[str, Any] = dict(partial=family.partial_rotary, names=family.rope_types, position_axes=family.position_axes)
+        rope = read_rope(hf, family.rope(hf), family.rope_theta, **known)
         window_rope = None
     else:
         rope, window_rope = read_ropes(hf, family.rope_theta, family.window_rope_theta, family.window_rope_key)
-    own, handled = family.read(hf), _HANDLED | {family.norm_eps_key}
+    own, hf, handled = family.read(hf), _with_own_mixers(family, hf), _HANDLED | {family.norm_eps_key}
     mixers, kept = read_mixers(hf, own.get("qk_norm", False))
     config = ModelConfig(
         family=family.model_type,
@@ -166,7 +198,7 @@ def read_config(family: Family, hf: Mapping[str, Any]) -> ModelConfig:
         num_heads=heads,
         num_kv_heads=heads if hf["num_key_value_heads"] is None else hf["num_key_value_heads"],
         head_dim=hf["hidden_size"] // heads if hf["head_dim"] is None else hf["head_dim"],
-        layers=_read_layers(hf, num_layers),
+        layers=_read_layers(family, hf, num_layers),
         rms_norm_eps=hf[family.norm_eps_key],
         rope=rope,
         window_rope=window_rope,
@@ -214,7 +246,6 @@ def write_config(family: Family, config: ModelConfig, dtype: str) -> dict[str, A
             "model_type": family.model_type,
             **_write_windows(family, config),
         }
-        plain = dataclasses.replace(config, mixers=())
     else:
         written = {
             **common,
@@ -225,9 +256,11 @@ def write_config(family: Family, config: ModelConfig, dtype: str) -> dict[str, A
             "attention_windows": list(config.attention_windows),
             **write_mixers(config),
         }
-        plain = config
-    again = read_config(family, written)
-    wrong = [f.name for f in dataclasses.fields(config) if f.compare and getattr(again, f.name) != getattr(plain, f.name)]
+    again, wanted = read_config(family, written), config
+    if not config.is_hybrid:  # options of mixers that it does not have are not written
+        used = config.used_options()
+        again, wanted = (dataclasses.replace(x, mixers=tuple(m for m in x.mixers if type(m) in used)) for x in (again, wanted))
+    wrong = [f.name for f in dataclasses.fields(config) if f.compare and getattr(again, f.name) != getattr(wanted, f.name)]
     if wrong:
         raise ValueError(
             f"config.json of a {family.model_type} cannot describe this model: {wrong[0]} is {getattr(config, wrong[0])!r}, "
@@ -237,6 +270,12 @@ def write_config(family: Family, config: ModelConfig, dtype: str) -> dict[str, A
 
 
 _MOE_DEFAULTS = {"num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": False}
+
+
+def dense_layers(hf: Mapping[str, Any]) -> tuple[bool, ...]:
+    """Whether each layer's MLP is dense: those in `mlp_only_layers`, and all but every `decoder_sparse_step`th."""
+    step, listed = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or ()
+    return tuple(i in listed or (i + 1) % step != 0 for i in range(hf["num_hidden_layers"]))
 
 
 def read_moe(hf: Mapping[str, Any], num_experts: int = 128) -> MoEConfig:

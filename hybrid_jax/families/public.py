@@ -81,6 +81,20 @@ _EXPERTS = {
 }
 
 
+_NEXT = {
+    "model_type": "qwen3_next",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 16,
+    "rope_theta": 10_000_000,
+    "max_position_embeddings": 262144,
+    "full_attention_interval": 4,
+    "partial_rotary_factor": 0.25,
+}
+
+
 def _phi3(hidden, inner, layers, heads, kv_heads, vocab, context, **more) -> dict[str, Any]:
     return {
         "model_type": "phi3",
@@ -105,6 +119,7 @@ PUBLIC: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-32B": _qwen3(5120, 25600, 64, 64),
     "Qwen/Qwen3-30B-A3B": _qwen3(2048, 6144, 48, 32, **_EXPERTS),
     "Qwen/Qwen3-235B-A22B": _qwen3(4096, 12288, 94, 64, **_EXPERTS | {"moe_intermediate_size": 1536}),
+    "Qwen/Qwen3-Next-80B-A3B-Instruct": _NEXT,
     "meta-llama/Meta-Llama-3-8B": _llama3(4096, 14336, 32, 32),
     "meta-llama/Meta-Llama-3-70B": _llama3(8192, 28672, 80, 64),
     "meta-llama/Llama-3.1-8B": _llama3(4096, 14336, 32, 32, 8.0),

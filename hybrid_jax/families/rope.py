@@ -19,6 +19,7 @@ def read_rope(
     *,
     partial: bool = False,
     names: Mapping[str, str] | None = None,
+    position_axes: bool = False,
 ) -> RopeConfig:
     """The rotary embedding of a config.json, with transformers 5.23's precedence.
 
@@ -32,6 +33,7 @@ def read_rope(
       base: the family's `rope_theta` where config.json has none.
       partial: the family honours `partial_rotary_factor`.
       names: the family's other names of rope types -> ours.
+      position_axes: the family knows `mrope_section`, see `Family`.
 
     Raises:
       ValueError: an unsupported type, parameters per layer type, a missing or wrong value, two bases that differ.
@@ -54,6 +56,8 @@ def read_rope(
     if fraction not in (None, 1):
         values["partial_rotary_factor"] = fraction
     check_key("rope_theta", theta)
+    if "mrope_section" in values and not position_axes:
+        raise ValueError("rope_parameters.mrope_section is not supported: positions of the family have one axis; remove it")
     if kind in ("llama3", "yarn", "longrope"):
         context = values.get("original_max_position_embeddings", hf["max_position_embeddings"])
         values["original_max_position_embeddings"] = hf.get("original_max_position_embeddings", context)

@@ -1,6 +1,7 @@
 """Causal attention with grouped keys, rotary positions, optional qk-norm and sliding window.
 
     o_i = sum_j softmax_j(q_i . k_j / sqrt(D)) v_j,   j <= i, same segment, i - j < window
+    y = o_proj(o), or o_proj(o * sigmoid(g_proj x)) with an output gate
 
 The cache of a full layer holds `max_length` tokens, that of a windowed layer window - 1 at most.
 """
@@ -143,6 +144,8 @@ class Attention(nnx.Module):
         self.k_proj = linear(hid, Hkv * D, bias=config.qkv_bias, axes=("embed", self.kv_axis))
         self.v_proj = linear(hid, Hkv * D, bias=config.qkv_bias, axes=("embed", self.kv_axis))
         self.o_proj = linear(H * D, hid, bias=config.o_bias, axes=(self.head_axis, "embed"))
+        gate_proj = functools.partial(linear, hid, H * D, bias=config.qkv_bias, axes=("embed", self.head_axis))
+        self.g_proj = gate_proj() if config.attention_gate else None
         self.q_norm, self.k_norm = query_key_norms(config, dtype)
         self.config, self.window, self.rope = config, self.window_of(config, layer), config.rope_of(layer)
 
@@ -187,12 +190,11 @@ class Attention(nnx.Module):
         self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array, state: KVCache | None = None
     ) -> tuple[jax.Array, KVCache | None]:
         """Returns (y [B, T, hidden], the state after x) of x [B, T, hidden]. With a state, its tokens come before x."""
-        B, T, _ = x.shape
         q, k, v = self.project(x, positions, segment_ids=segment_ids)
         if state is None:
             k, v = self._for_heads(k), self._for_heads(v)
             o = attend(q, k, v, segment_ids, self.window, soft_cap=self.config.attention_soft_cap, head_axis=self.head_axis)
-            return self.o_proj(o.reshape(B, T, -1)), None
+            return self.output(o, x), None
         seen = KVCache(k, v, positions, segment_ids, jnp.zeros((), jnp.int32))
         if self.window is not None:
             seen, state = extend_window(state, seen)
@@ -201,7 +203,12 @@ class Attention(nnx.Module):
         mask = attention_mask(positions, segment_ids, seen.positions, seen.segment_ids, self.window)
         k, v = (self._for_heads(x).astype(q.dtype) for x in (seen.k, seen.v))
         o = cached_attention(q, k, v, mask, self.config.attention_soft_cap)
-        return self.o_proj(o.reshape(B, T, -1)), state
+        return self.output(o, x), state
+
+    def output(self, o: jax.Array, x: jax.Array) -> jax.Array:
+        """Returns y [B, T, hidden] of the heads' outputs o [B, T, H, D], times the gate of x [B, T, hidden] if any."""
+        o = o.reshape(*x.shape[:2], -1)
+        return self.o_proj(o if self.g_proj is None else o * jax.nn.sigmoid(self.g_proj(x)))
 
     def _for_heads(self, x: jax.Array) -> jax.Array:
         """Returns keys or values [B, S, Hkv, D], repeated for each query head if not all of the Hkv have equally many."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -22,14 +23,34 @@ from hybrid_jax.layers.recurrent import (
     init_dt_bias,
     l2_normalize,
     log_decay,
+    query_key_kernels,
     repeat_heads,
 )
 from hybrid_jax.parallel.recurrence import recurrence
 from kernels_pallas import gated_delta_rule, gated_delta_rule_step, gated_delta_rule_summary
 
 
+class GDNSizes(NamedTuple):
+    """Heads of q, of k, of v, and of gates and states (H); channels of q and k (N), and of v (D)."""
+
+    q: int
+    k: int
+    v: int
+    H: int
+    N: int
+    D: int
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> GDNSizes:
+        """Returns attention's sizes, with `state_size` in place of N if it is given, or the mixer's own (`GDNConfig.key_heads`)."""
+        gdn, H, Hkv, D = config.options(GDNConfig), config.num_heads, config.num_kv_heads, config.head_dim
+        if gdn.key_heads and gdn.value_heads and gdn.value_size:
+            return cls(gdn.key_heads, gdn.key_heads, gdn.value_heads, gdn.value_heads, gdn.state_size or D, gdn.value_size)
+        return cls(H, Hkv, Hkv, H, gdn.state_size or D, D)
+
+
 class GDNState(NamedTuple):
-    """S [B,H,N,D] float32 (N is `state_size`) and the conv tails [B,W-1,heads*D] of q, k, v."""
+    """S [B,H,N,D] float32 and the conv tails [B,W-1,heads*size] of q, k, v (see `GDNSizes`)."""
 
     S: jax.Array
     q_conv: jax.Array | None
@@ -46,9 +67,8 @@ class GatedDeltaNet(nnx.Module):
 
     def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         del layer
-        hid, H, Hkv, D = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-        gdn = config.options(GDNConfig)
-        N = gdn.state_size or D
+        hid, gdn, sizes = config.hidden_size, config.options(GDNConfig), GDNSizes.of(config)
+        H, N, D = sizes.H, sizes.N, sizes.D
         fresh: dict[str, Any] = dict(std=config.initializer_range, rngs=rngs, dtype=dtype)
         linear = functools.partial(Linear, **fresh)
 
@@ -57,10 +77,11 @@ class GatedDeltaNet(nnx.Module):
                 return None
             return ShortConv(dim, gdn.conv_size, bias=gdn.conv_bias, axes=(axis,), **fresh)
 
-        self.q_proj = linear(hid, H * N, axes=("embed", "heads"))
-        self.k_proj = linear(hid, Hkv * N, axes=("embed", "kv_heads"))
-        self.v_proj = linear(hid, Hkv * D, axes=("embed", "kv_heads"))
-        self.q_conv1d, self.k_conv1d, self.v_conv1d = conv(H * N, "heads"), conv(Hkv * N, "kv_heads"), conv(Hkv * D, "kv_heads")
+        self.q_proj = linear(hid, sizes.q * N, axes=("embed", "heads"))
+        self.k_proj = linear(hid, sizes.k * N, axes=("embed", "kv_heads"))
+        self.v_proj = linear(hid, sizes.v * D, axes=("embed", "kv_heads"))
+        self.q_conv1d = conv(sizes.q * N, "heads")
+        self.k_conv1d, self.v_conv1d = conv(sizes.k * N, "kv_heads"), conv(sizes.v * D, "kv_heads")
         self.gk_proj = linear(hid, H, axes=("embed", "heads"))
         self.b_proj = linear(hid, H, axes=("embed", "heads"))
         self.A_log = init_a_log(rngs, H, dtype)
@@ -68,7 +89,7 @@ class GatedDeltaNet(nnx.Module):
         self.g_proj = linear(hid, H * D, axes=("embed", "heads")) if gdn.use_gate else None
         self.o_norm = RMSNorm(D, eps=gdn.norm_eps, dtype=dtype)
         self.o_proj = linear(H * D, hid, axes=("heads", "embed"))
-        self.config, self.state_size = config, N
+        self.config, self.sizes = config, sizes
 
     def __call__(
         self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array, state: GDNState | None = None
@@ -93,7 +114,7 @@ class GatedDeltaNet(nnx.Module):
     def _inputs(self, x: jax.Array, segment_ids: jax.Array, s: GDNState) -> tuple[tuple[jax.Array, ...], list[jax.Array | None]]:
         """Returns q, k, v, g, beta [B, T, H, ...] of x [B, T, hidden], and the tails of the three convs after x."""
         B, T, _ = x.shape
-        H, D, N = self.config.num_heads, self.config.head_dim, self.state_size
+        H, N, D = self.sizes.H, self.sizes.N, self.sizes.D
 
         def mixed(proj, conv, tail):
             if conv is None:
@@ -113,12 +134,26 @@ class GatedDeltaNet(nnx.Module):
 
     @staticmethod
     def from_attention(source: Arrays, fresh: Arrays, config: ModelConfig, layer: int) -> dict[str, jax.Array]:
-        """Returns q, k, v, o of attention, and the output gate made from o and v."""
-        return from_projections(source, fresh, config)
+        """Returns q, k, v, o of attention, and the output gate made from o and v.
+
+        A mixer with heads of its own (`GDNConfig.key_heads`) gets v, o and the gate where its value heads are together as wide as
+        attention's query heads, whose values it then has in one or several value heads each; q and k where its key heads are as
+        many and as wide as attention's query heads. The rest stays as drawn.
+        """
+        if config.options(GDNConfig).key_heads is None:
+            return from_projections(source, fresh, config)
+        sizes, H, D = GDNSizes.of(config), config.num_heads, config.head_dim
+        kernels = {**source, **query_key_kernels(source, config)}
+        for name in ("k_proj.kernel", "v_proj.kernel"):
+            kernels[name] = repeat_heads(kernels[name].reshape(-1, config.num_kv_heads, D), H).reshape(-1, H * D)
+        wide = dataclasses.replace(config, num_kv_heads=H, qk_norm_all_heads=False)
+        copied = from_projections(kernels, fresh, wide)
+        left = () if (sizes.k, sizes.N) == (H, D) else ("q_proj.kernel", "k_proj.kernel")
+        return {n: x for n, x in copied.items() if n not in left and x.shape == fresh[n].shape}
 
     def init_state(self, batch: int, max_length: int, dtype: DTypeLike = jnp.float32) -> GDNState:
         del max_length
-        H, D, N = self.config.num_heads, self.config.head_dim, self.state_size
+        H, N, D = self.sizes.H, self.sizes.N, self.sizes.D
         convs = (c and c.init_state(batch, dtype) for c in (self.q_conv1d, self.k_conv1d, self.v_conv1d))
         return GDNState._make([jnp.zeros((batch, H, N, D), jnp.float32), *convs])
 

@@ -82,7 +82,7 @@ class HeadHybrid(nnx.Module):
                 return x[_channels(heads, D)] if leaf == "kernel" else x
             if module.endswith("_norm"):
                 return x
-            return x[..., _channels(heads if module == "q_proj" else kv_heads, D)]
+            return x[..., _channels(heads if module in ("q_proj", "g_proj") else kv_heads, D)]
 
         names = [n.removeprefix("attention.") for n in fresh if n.startswith("attention.")]
         attention = {f"attention.{name}": kept(name, source[name]) for name in names}

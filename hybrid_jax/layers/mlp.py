@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,13 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, 
 
 
 class MLP(nnx.Module):
-    """down(activation(gate(x)) * up(x)), or, without a gate, down(activation(up(x)))."""
+    """down(activation(gate(x)) * up(x)), or, without a gate, down(activation(up(x))).
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
-        hid, inner = config.hidden_size, config.intermediate_size
+    `inner` is the hidden width; None: `config.intermediate_size`.
+    """
+
+    def __init__(self, config: ModelConfig, *, inner: int | None = None, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
+        hid, inner = config.hidden_size, inner or config.intermediate_size
         linear = functools.partial(Linear, bias=config.mlp_bias, std=config.initializer_range, rngs=rngs, dtype=dtype)
         self.gate_proj = linear(hid, inner, axes=("embed", "mlp")) if config.gated_mlp else None
         self.up_proj = linear(hid, inner, axes=("embed", "mlp"))
@@ -104,21 +108,18 @@ class MoE(nnx.Module):
     """Top-k mixture of experts without dropped tokens: rows sorted by expert, grouped matmuls.
 
     Router probabilities are a float32 softmax over all experts; the chosen ones are rescaled to sum
-    to one if `norm_topk_prob`.
+    to one if `norm_topk_prob`. A shared expert adds sigmoid(shared_expert_gate(x)) * shared_expert(x).
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         self.moe = _experts_of(config)
-        self.gate = Linear(
-            config.hidden_size,
-            self.moe.num_experts,
-            axes=("embed", None),
-            muon=False,
-            std=config.initializer_range,
-            rngs=rngs,
-            dtype=dtype,
-        )
-        self.experts = Experts(config, rngs=rngs, dtype=dtype)
+        fresh: dict[str, Any] = dict(rngs=rngs, dtype=dtype)
+        of_tokens = functools.partial(Linear, axes=("embed", None), muon=False, std=config.initializer_range, **fresh)
+        self.gate = of_tokens(config.hidden_size, self.moe.num_experts)
+        self.experts = Experts(config, **fresh)
+        shared = self.moe.shared_intermediate_size
+        self.shared_expert = MLP(config, inner=shared, **fresh) if shared else None
+        self.shared_expert_gate = of_tokens(config.hidden_size, 1) if shared else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [B, T, hidden] to the same shape."""
@@ -126,4 +127,7 @@ class MoE(nnx.Module):
         gate, up, down = (p[...].astype(x.dtype) for p in (self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj))
         wide = ("expert", None, "mlp")
         axes = (TOKENS, (None,), wide, wide, ("expert", "mlp"))
-        return shard_map_by_axes(local, (x, self.gate.kernel[...].astype(x.dtype), gate, up, down), axes, TOKENS)
+        out = shard_map_by_axes(local, (x, self.gate.kernel[...].astype(x.dtype), gate, up, down), axes, TOKENS)
+        if self.shared_expert is None or self.shared_expert_gate is None:
+            return out
+        return out + jax.nn.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)

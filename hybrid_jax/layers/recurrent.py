@@ -41,6 +41,9 @@ def gate_of_attention(source: Arrays, config: ModelConfig) -> jax.Array:
     """Returns an output gate made from attention, (o_proj^T + v_proj, each column repeated in place) / 2, [hidden, H * D].
 
     hybrid-model-factory repeats the rows of `v_proj.weight` one by one, not head by head, and so does this function.
+
+    A gate that attention itself has (`ModelConfig.attention_gate`) is left out, because no mixer can compute it: a mixer's gate is
+    z sigmoid(z) behind a norm, attention's is sigmoid(z) without one. Windows and kept heads of attention keep it.
     """
     groups = config.num_heads // config.num_kv_heads
     return 0.5 * (source["o_proj.kernel"].T + jnp.repeat(source["v_proj.kernel"], groups, axis=1))

@@ -100,14 +100,18 @@ def check_mesh_fits(
     """
     tensor, seq = mesh.shape["tensor"], mesh.shape["seq"]
     batch = math.prod(mesh.shape[a] for a in BATCH_AXES)
-    inner = config.intermediate_size if config.moe is None else config.moe.intermediate_size
+    moe, inner = config.moe, {"intermediate_size": config.intermediate_size}
+    if moe is not None:
+        inner = inner if any(config.dense_layers) else {}
+        inner["moe_intermediate_size"] = moe.intermediate_size
+        inner["shared_expert_intermediate_size"] = moe.shared_intermediate_size or 0
     wants = [
         ("tensor", tensor, "num_attention_heads", config.num_heads),
         ("tensor", tensor, "num_key_value_heads", config.num_kv_heads),
-        ("tensor", tensor, "intermediate_size", inner),
+        *(("tensor", tensor, name, width) for name, width in inner.items()),
         ("tensor", tensor, "vocab_size", config.vocab_size),
         ("fsdp*seq*expert", mesh.shape["fsdp"] * seq * mesh.shape["expert"], "hidden_size", config.hidden_size),
-        ("expert", mesh.shape["expert"], "num_experts", config.moe.num_experts if config.moe else 0),
+        ("expert", mesh.shape["expert"], "num_experts", moe.num_experts if moe else 0),
     ]
     for cls in config.used_options():
         widths = config.options(cls).sharded_widths(config.num_heads, config.num_kv_heads, config.head_dim)

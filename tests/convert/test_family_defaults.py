@@ -17,6 +17,8 @@ from tests.conftest import relative_error
 CLASSES = {
     "qwen3": transformers.Qwen3Config,
     "qwen3_moe": transformers.Qwen3MoeConfig,
+    "qwen3_next": transformers.Qwen3NextConfig,
+    "qwen3_5_text": transformers.Qwen3_5TextConfig,
     "qwen2": transformers.Qwen2Config,
     "llama": transformers.LlamaConfig,
     "mistral": transformers.MistralConfig,
@@ -56,7 +58,7 @@ def ours(model_type, **keys):
 
 def their_windows(config):
     """As the modeling files choose a layer's mask."""
-    if config.model_type in ("llama", "olmo2", "phi"):
+    if config.model_type in ("llama", "olmo2", "phi", "qwen3_next", "qwen3_5_text"):
         return (None,) * config.num_hidden_layers
     by_layer = config.model_type in ("qwen2", "qwen3", "ministral", "smollm3", "olmo3", "gemma2", "gemma3_text")
     types = config.layer_types if by_layer else ["sliding_attention"] * 3
@@ -117,7 +119,9 @@ def test_absent_keys_mean_what_they_mean_to_transformers(model_type):
     beta = rope.get("llama_4_scaling_beta")
     assert a.query_scaling == (None if beta is None else (beta, rope["original_max_position_embeddings"]))
     if a.moe is not None:
-        assert (a.moe.num_experts, a.moe.experts_per_token) == (b.num_local_experts, b.num_experts_per_tok)
+        experts = b.num_experts if model_type == "qwen3_next" else b.num_local_experts
+        assert (a.moe.num_experts, a.moe.experts_per_token) == (experts, b.num_experts_per_tok)
+        assert a.moe.shared_intermediate_size == getattr(b, "shared_expert_intermediate_size", None)
         of_mixtral = (b.intermediate_size, True)  # it has neither key: its experts have the model's width
         want = of_mixtral if model_type == "mixtral" else (b.moe_intermediate_size, b.norm_topk_prob)
         assert (a.moe.intermediate_size, a.moe.norm_topk_prob) == want
@@ -142,6 +146,12 @@ def test_gemma_2_has_a_second_key_for_its_activation_which_nothing_reads_and_the
     ids=["from layer 1", "layer_types", "default window", "no window", "switched off"],
 )
 def test_windows_are_transformers(model_type, keys):
+    if model_type in ("qwen3_next", "qwen3_5_text") and "layer_types" in keys:
+        with pytest.raises(
+            ValueError, match=rf"layer_types\[1\] = 'sliding_attention' is not supported; a layer of a {model_type}"
+        ):
+            ours(model_type, **SMALL, **keys)
+        return
     want = their_windows(theirs(model_type, **SMALL, **keys))
     config = ours(model_type, **SMALL, **keys)
     assert config.attention_windows == want
@@ -218,7 +228,7 @@ def test_an_edit_of_our_export_has_the_same_effect_here_and_in_transformers(star
         (dict(rope_scaling={**YARN, "truncate": "no"}), "truncate must be true or false"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor = 0.5 is not supported"),
         (dict(rope_parameters={"rope_theta": 0}), "rope_theta must be a number above 1, got 0"),
-        (dict(rope_parameters={"rope_type": "default", "mrope_section": [1, 2]}), "mrope_section must be a number"),
+        (dict(rope_parameters={"rope_type": "default", "mrope_section": [1, 2]}), "mrope_section is not supported"),
     ],
 )
 def test_rope_parameters_that_cannot_be_honoured_are_refused(keys, words):

@@ -45,6 +45,7 @@ LONGROPE = dict(
     rope_type="longrope", rope_theta=1e4, partial_rotary_factor=0.75, short_factor=[1.0, 1.1, 1.3], long_factor=[1.0, 2.5, 7.0]
 )
 PHI_ROPE = dict(rope_type="linear", rope_theta=777.0, factor=4.0, partial_rotary_factor=0.4)
+QWEN3_NEXT = dict(head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, shared_expert_intermediate_size=12)
 TOKENS = dict(pad_token_id=1, bos_token_id=2, eos_token_id=3)  # where the defaults are beyond our vocabulary
 CASES = {
     "qwen3": ("Qwen3", dict(head_dim=16)),
@@ -161,6 +162,54 @@ CASES = {
             ),
         ),
     ),
+    "qwen3 next, odd heads, a dense layer, tied": (
+        "Qwen3Next",
+        dict(
+            **QWEN3_NEXT,
+            layer_types=["linear_attention", "full_attention", "linear_attention"],
+            linear_num_key_heads=3,
+            linear_num_value_heads=9,
+            linear_key_head_dim=6,
+            linear_value_head_dim=5,
+            linear_conv_kernel_dim=3,
+            mlp_only_layers=[2],
+            tie_word_embeddings=True,
+            attention_bias=True,
+            rope_parameters=dict(rope_type="default", rope_theta=777.0, partial_rotary_factor=0.5),
+        ),
+    ),
+    "qwen3 next": (
+        "Qwen3Next",
+        dict(
+            **QWEN3_NEXT,
+            num_hidden_layers=2,
+            layer_types=["linear_attention", "full_attention"],
+            linear_num_key_heads=2,
+            linear_num_value_heads=6,
+            linear_key_head_dim=8,
+            linear_value_head_dim=4,
+            norm_topk_prob=False,
+        ),
+    ),
+    "qwen3.5 text": (
+        "Qwen3_5",
+        dict(
+            num_hidden_layers=2,
+            head_dim=24,
+            layer_types=["full_attention", "linear_attention"],
+            linear_num_key_heads=1,
+            linear_num_value_heads=3,
+            linear_key_head_dim=6,
+            linear_value_head_dim=10,
+            rope_parameters=dict(
+                rope_type="default",
+                rope_theta=777.0,
+                partial_rotary_factor=0.5,
+                mrope_section=[2, 2, 2],
+                mrope_interleaved=True,
+            ),
+        ),
+    ),
     "qwen3 moe windowed": (  # its window is every layer's: max_window_layers and layer_types mean nothing here
         "Qwen3Moe",
         dict(head_dim=16, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=8, use_sliding_window=True, sliding_window=7),
@@ -172,7 +221,7 @@ CASES = {
 }
 
 
-CONFIGS = {"Gemma3": "Gemma3TextConfig"}
+CONFIGS = {"Gemma3": "Gemma3TextConfig", "Qwen3_5": "Qwen3_5TextConfig"}
 
 
 def make(case, **more):

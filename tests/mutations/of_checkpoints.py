@@ -55,6 +55,13 @@ MUTATIONS = [
         (f"{PARITY}::test_logits_equal_transformers[phi3 windowed, part of the head rotated]",),
     ),
     Mutation(
+        "hybrid_jax/convert/names.py",
+        "family.groups(config).get(theirs, 1)",
+        "1",
+        "linear maps that alternate head by head in a tensor are taken one after the other",
+        (f"{PARITY}::test_logits_equal_transformers[qwen3 next]",),
+    ),
+    Mutation(
         "hybrid_jax/layers/rope.py",
         'segment_ids, positions) >= rope.number("original_max_position_embeddings")',
         'segment_ids, positions) > rope.number("original_max_position_embeddings")',

@@ -17,10 +17,37 @@ GKA, GDN, MAMBA2 = "hybrid_jax/layers/gka.py", "hybrid_jax/layers/gdn.py", "hybr
 RECURRENT, MLP, BMOJO = "hybrid_jax/layers/recurrent.py", "hybrid_jax/layers/mlp.py", "hybrid_jax/layers/bmojo.py"
 
 HEADS, HYBRID = "tests/layers/test_head_hybrid.py", "hybrid_jax/layers/head_hybrid.py"
+QWEN3_NEXT = "tests/convert/test_qwen3_next.py"
+NEXT = f"{PARITY}::test_logits_equal_transformers[qwen3 next]"
+OWN_HEADS = f"{QWEN3_NEXT}::test_a_gated_deltanet_with_heads_of_its_own_begins_with_attention_s_values_and_outputs"
 KEPT = f"{HEADS}::test_kept_heads_compute_what_they_compute_in_the_source"
 CONTRACT = "tests/convert/test_family_contract.py"
 
 MUTATIONS = [
+    Mutation(ATTENTION, "o * jax.nn.sigmoid(self.g_proj(x))", "o", "attention's output gate is left out", (NEXT,)),
+    Mutation(
+        MLP,
+        "jax.nn.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)",
+        "self.shared_expert(x)",
+        "the shared expert is not gated",
+        (NEXT,),
+    ),
+    Mutation(GDN, "(sizes.k, sizes.N) == (H, D)", "True", "queries of other heads are copied to a Gated DeltaNet", (OWN_HEADS,)),
+    Mutation(HYBRID, 'in ("q_proj", "g_proj")', 'in ("q_proj",)', "gates of other heads are kept", (QWEN3_NEXT,)),
+    Mutation(
+        "hybrid_jax/families/base.py",
+        "or (i + 1) % step != 0",
+        "or i % step != 0",
+        "decoder_sparse_step counts from the first layer",
+        (f"{QWEN3_NEXT}::test_dense_layers_are_transformers",),
+    ),
+    Mutation(
+        "hybrid_jax/config.py",
+        "teachers = {kind: kind for kind in self.source_kinds}",
+        "teachers = {}",
+        "a source's own recurrent layers learn from attention that they do not have",
+        (f"{QWEN3_NEXT}::test_layers_of_the_source_s_own_mixer_run_on_both_streams_of_a_fused_model",),
+    ),
     Mutation(
         "hybrid_jax/model.py",
         "out = self.mlp(self.mixer_input(hidden))",
@@ -94,7 +121,9 @@ MUTATIONS = [
         "a kept head counts twice in the sum",
         (f"{HEADS}::test_the_sum_begins_with_every_head_once",),
     ),
-    Mutation(HYBRID, 'heads if module == "q_proj" else kv_heads', "kv_heads", "queries of other heads are kept", (KEPT,)),
+    Mutation(
+        HYBRID, 'heads if module in ("q_proj", "g_proj") else kv_heads', "kv_heads", "queries of other heads are kept", (KEPT,)
+    ),
     Mutation(HYBRID, "return (a * deviation + mean)", "return (a * deviation)", "the mean is not matched", (HEADS,)),
     Mutation(HYBRID, "safe_sqrt(", "jnp.sqrt(", "the deviation has no gradient at 0", (HEADS,)),
     Mutation(

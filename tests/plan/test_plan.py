@@ -148,6 +148,7 @@ def test_every_array_of_a_collective_is_counted_once(groups):
         ("Qwen/Qwen3-8B", 8.19),
         ("Qwen/Qwen3-32B", 32.76),
         ("Qwen/Qwen3-30B-A3B", 30.53),
+        ("Qwen/Qwen3-Next-80B-A3B-Instruct", 80.0),
         ("meta-llama/Llama-3.1-8B", 8.03),
         ("meta-llama/Llama-3.2-1B", 1.24),
         ("mistralai/Mistral-7B-v0.3", 7.25),

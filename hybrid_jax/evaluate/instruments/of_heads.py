@@ -13,6 +13,7 @@ from hybrid_jax.data import HELD_OUT_SEED, Corpus
 from hybrid_jax.data.packing import Row
 from hybrid_jax.data.tasks import Task, check_options
 from hybrid_jax.evaluate.instruments.contract import Instrument, check_counts, check_rows
+from hybrid_jax.mixers import KINDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,14 @@ class OfHeads(Instrument):
     def check(self, config: ModelConfig, corpus: Corpus, mesh: Mesh | None = None) -> None:
         if config.is_fused:
             raise ValueError(f"{self.name}: a fused model has two streams; measure the stage after it, or the exported model")
+        for layer, spec in enumerate(config.layers):
+            options = KINDS[spec.kind].options
+            own = config.options(options).own_heads if options else None
+            if own not in (None, config.num_heads):
+                raise ValueError(
+                    f"{self.name}: layer {layer} ({spec.symbol}) has {own} heads, attention {config.num_heads}; the instrument "
+                    "numbers the heads of all layers alike, measure this model without it"
+                )
         if self.task not in corpus.tasks:
             raise ValueError(f"{self.name}: no synthetic task is named {self.task!r}; have {', '.join(corpus.tasks)}")
         check_options(corpus.tasks[self.task]["task"], self.options)
