@@ -69,7 +69,7 @@ def _mistral(hidden, inner, layers, vocab, theta, context, **more) -> dict[str, 
     }
 
 
-_EXPERTS = {
+_EXPERTS: dict[str, Any] = {
     "model_type": "qwen3_moe",
     "num_key_value_heads": 4,
     "num_experts": 128,
