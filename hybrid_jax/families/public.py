@@ -118,7 +118,7 @@ PUBLIC: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-14B": _qwen3(5120, 17408, 40, 40),
     "Qwen/Qwen3-32B": _qwen3(5120, 25600, 64, 64),
     "Qwen/Qwen3-30B-A3B": _qwen3(2048, 6144, 48, 32, **_EXPERTS),
-    "Qwen/Qwen3-235B-A22B": _qwen3(4096, 12288, 94, 64, **_EXPERTS | {"moe_intermediate_size": 1536}),
+    "Qwen/Qwen3-235B-A22B": _qwen3(4096, 12288, 94, 64, **{**_EXPERTS, "moe_intermediate_size": 1536}),
     "Qwen/Qwen3-Next-80B-A3B-Instruct": _NEXT,
     "meta-llama/Meta-Llama-3-8B": _llama3(4096, 14336, 32, 32),
     "meta-llama/Meta-Llama-3-70B": _llama3(8192, 28672, 80, 64),
