@@ -52,7 +52,9 @@ class Speed(Instrument):
 
     def check(self, config: ModelConfig, corpus: Corpus, mesh: Mesh | None = None) -> None:
         if mesh is not None:
-            raise ValueError("speed: it is measured on one device; evaluate speed without a mesh")
+            raise ValueError(
+                "speed: it is measured on one device; evaluate speed without a mesh (`configs/evaluate.py:mesh` leaves it out)"
+            )
         longest = max(self.lengths) + self.new_tokens
         if longest > config.max_position_embeddings:
             raise ValueError(
