@@ -7,8 +7,10 @@ import re
 
 from hybrid_jax.parallel.distributed import say
 
-# What a conversion reads: weights in safetensors, their index, configs and tokenizers; no pickles, and no code.
-FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt")
+# What a conversion reads: weights in safetensors, their index, configs and tokenizers; no pickles, no code, and no second copy of
+# the weights (`consolidated.safetensors`, folders of other formats).
+FILES = ("model*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt")
+NOT = ("*/*.safetensors", "*/*.json")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -36,7 +38,7 @@ def local_model(name: str) -> str:
         ) from None
     say(f"{name}: no such directory, asking the hub for it")
     try:
-        directory = snapshot_download(repository, revision=revision or None, allow_patterns=list(FILES))
+        directory = snapshot_download(repository, revision=revision or None, allow_patterns=list(FILES), ignore_patterns=list(NOT))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
         reason = str(e).strip().partition("\n")[0]
         raise FileNotFoundError(f"there is no directory {name}, and the hub did not give {repository}: {reason}") from None

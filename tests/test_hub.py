@@ -21,10 +21,11 @@ COMMIT = "0" * 39 + "1"
 
 @pytest.fixture
 def hub(tmp_path):
-    """A hub with the model `some/model` and a pickle; yields (its address, the paths that were asked for)."""
+    """A hub with the model `some/model`, a pickle and a second copy; yields (its address, the paths that were asked for)."""
     folder = tmp_path / "hub"
     save_model(tiny_model("*"), folder)
-    (folder / "pytorch_model.bin").write_bytes(b"never to be read")
+    for name in ("pytorch_model.bin", "consolidated.safetensors"):
+        (folder / name).write_bytes(b"never to be read")
     asked = []
 
     class Hub(http.server.BaseHTTPRequestHandler):
@@ -74,7 +75,7 @@ def test_a_name_is_downloaded_without_pickles_and_only_once(hub, tmp_path):
     assert done.returncode == 0 and "asking the hub" in done.stdout, done.stderr[-2000:]
     assert (tmp_path / "out/config.json").exists()
     assert [p for c, p in asked if c == "GET" and p.endswith("model.safetensors")]
-    assert not any("pytorch_model" in p for _, p in asked if "resolve" in p)
+    assert not any(name in p for _, p in asked for name in ("pytorch_model", "consolidated"))
     asked.clear()
     again = convert(address, tmp_path, "some/model", "again")
     assert again.returncode == 0 and not [p for c, p in asked if c == "GET" and "resolve" in p]
