@@ -13,6 +13,7 @@ from hybrid_jax.convert.load import open_parameters, read_model_config
 from hybrid_jax.convert.quantized import Groups
 from hybrid_jax.convert.save import MAX_SHARD_BYTES, copy_tokenizer, write_parameters
 from hybrid_jax.files import check_new_directory, new_directory
+from hybrid_jax.parallel.distributed import barrier, is_first
 from hybrid_jax.parameters import abstract_parameters
 from hybrid_jax.priming.initialize import check_convertible, hybrid_parameters
 from hybrid_jax.progress import progress_bar
@@ -43,6 +44,8 @@ def convert_directory(
       overwrite: whether a model directory at `out` is replaced, when the new one is complete.
       quantization: see `save_model`.
 
+    Of several processes the first one works.
+
     Returns:
       The config of the result.
 
@@ -64,7 +67,9 @@ def convert_directory(
                 yield item
                 bar.update()
 
-    with new_directory(out, overwrite) as directory:
-        write_parameters(config, shown(), dtypes, directory, max_shard_bytes, quantization)
-        copy_tokenizer(source, directory)
+    if is_first():
+        with new_directory(out, overwrite) as directory:
+            write_parameters(config, shown(), dtypes, directory, max_shard_bytes, quantization)
+            copy_tokenizer(source, directory)
+    barrier(f"converted {out}")
     return config
