@@ -57,8 +57,8 @@ def test_an_export_without_teachers_is_the_unfused_model(tmp_path):
 
 
 def test_a_conversion_holds_one_layer_s_mixers_and_never_the_model(tmp_path):
-    layers = 12
-    save_model(tiny_model("-".join("*" * layers), hidden_size=64, intermediate_size=2048), tmp_path / "source")
+    layers = 8
+    save_model(tiny_model("-".join("*" * layers), hidden_size=64, intermediate_size=4096), tmp_path / "source")
     size = (tmp_path / "source" / SINGLE).stat().st_size
     convert_directory(tmp_path / "source", tmp_path / "warm", lambda c: c.with_pattern("-".join(["GKA", "*"] * (layers // 2))))
     tracemalloc.start()

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from tests.conftest import run_processes
 
 
@@ -16,6 +18,7 @@ def test_recurrent_mixers_and_windows_send_no_more_for_longer_rows_and_attention
     assert wire["*"]["256"] > 1.2 * wire["*"]["128"]
 
 
+@pytest.mark.long
 def test_ring_attention_s_memory_falls_with_the_devices():
     memory = measured("ring_memory")
     assert memory["16"] < 0.6 * memory["8"]
