@@ -121,5 +121,6 @@ def _check_finite(scores: np.ndarray) -> None:
 
 def _layer_bytes(config: ModelConfig, layer: int, spec: MixerSpec, tokens: int) -> int:
     """Returns the bytes of one sequence of so many tokens in a layer, if its mixer were that of `spec`."""
-    alone = dataclasses.replace(config, layers=(spec,), attention_windows=(config.attention_windows[layer],), rotary_layers=())
+    of_layers = dict(attention_windows=(config.attention_windows[layer],), rotary_layers=(), dense_layers=())
+    alone = dataclasses.replace(config, layers=(spec,), **of_layers)
     return state_bytes(alone, tokens)

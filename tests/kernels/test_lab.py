@@ -54,7 +54,8 @@ def ceiling(chip, kernel):
     return ROOM_OF_ANOTHER_LIBTPU * [found[chip][kernel] for found in records.values() if kernel in found[chip]][-1]
 
 
-@pytest.mark.parametrize("chip", list(CHIPS))
+# The newest chip takes 80 seconds and has no promises yet.
+@pytest.mark.parametrize("chip", [pytest.param(chip, marks=[pytest.mark.long] * (chip == "tpu7x")) for chip in CHIPS])
 def test_every_kernel_compiles_and_its_bundles_stay_under_the_record(chip):
     pytest.importorskip("libtpu")
     for name, result in results(chip).items():
