@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.convert import load_model
 from hybrid_jax.convert.load import StoredParameters, open_parameters
+from hybrid_jax.convert.quantized import QuantizedTensor
 from hybrid_jax.convert.save import hf_pieces
 from hybrid_jax.data.tokenizer import load_tokenizer
 from hybrid_jax.evaluate.report.document import Block, Heading, Picture, Table, Text, as_html, as_markdown
@@ -44,6 +45,7 @@ class StoredTensor:
       parameters: ours that are made of it; none: it is not used.
       returns: whether exactly these bytes are written by an export; None: it is not used.
       sha256: of its bytes.
+      quantized: it is read as a dense tensor, whose dtype and shape these are, and is what an export is compared with.
     """
 
     name: str
@@ -53,6 +55,7 @@ class StoredTensor:
     parameters: tuple[str, ...]
     returns: bool | None
     sha256: str
+    quantized: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +120,8 @@ def verify(path: str | pathlib.Path, tokens: int = TOKENS) -> Parity:
     config, parameters = open_parameters(path)
     stored, missing = _round_trip(config, parameters)
     why_not = _why_not(config)
+    if not why_not and any(t.quantized for t in stored):
+        why_not = "its weights are quantized, and transformers would compute with them as they are"
     if why_not:
         return Parity(stored, missing, None, None, why_not)
     ids = _sample(path, config.vocab_size, min(tokens, config.max_position_embeddings))
@@ -162,6 +167,7 @@ def _round_trip(config: ModelConfig, parameters: StoredParameters) -> tuple[tupl
             parameters=tuple(made_of.get(name, ())),
             returns=returns.get(name, False) if name in made_of else None,
             sha256=t.hash(),
+            quantized=isinstance(t, QuantizedTensor),
         )
         for name, t in sorted(parameters.files.items())
     ]
@@ -232,7 +238,9 @@ def write_parity(parity: Parity, out: str | pathlib.Path, title: str, tolerance:
     """
     wrong = parity.off(tolerance)
     used = [t for t in parity.tensors if t.returns is not None]
-    verdict = "; ".join(wrong) or f"{len(used)} tensors come back bit for bit"
+    dequantized = sum(t.quantized for t in used)
+    dense = f", {dequantized} of them as they are dequantized" if dequantized else ""
+    verdict = "; ".join(wrong) or f"{len(used)} tensors come back bit for bit{dense}"
     with new_directory(out) as directory:
         blocks: list[Block] = [Heading(f"Parity of {title}", 1), Text(f"Off: {verdict}." if wrong else f"In order: {verdict}.")]
         if parity.layers is not None and parity.logits is not None:
@@ -256,10 +264,10 @@ def write_parity(parity: Parity, out: str | pathlib.Path, title: str, tolerance:
 
 def _tensor_table(parity: Parity) -> Table:
     came = {True: "bit for bit", False: "CHANGED", None: "not used"}
-    rows = [
-        (t.name, t.file, t.dtype, str(t.shape), ", ".join(t.parameters) or "–", came[t.returns], t.sha256[:16])
-        for t in parity.tensors
-    ]
+    rows = []
+    for t in parity.tensors:
+        dtype, made = f"{t.dtype} (quantized)" if t.quantized else t.dtype, ", ".join(t.parameters) or "–"
+        rows.append((t.name, t.file, dtype, str(t.shape), made, came[t.returns], t.sha256[:16]))
     return Table(("tensor", "file", "dtype", "shape", "parameter", "comes back", "SHA-256"), rows, code=(0, 4))
 
 

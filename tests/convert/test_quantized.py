@@ -107,6 +107,13 @@ def test_fp8_in_blocks_is_read_as_bfloat16_with_every_block_s_scale(fp8):
     assert check_model_directory(directory).extra.get("quantization_config") is None
 
 
+def test_the_parity_report_says_which_tensors_are_dequantized(fp8, tmp_path, capsys):
+    assert main(["convert", str(fp8[1]), "--verify", str(tmp_path / "report")]) == 0
+    assert "not compared with transformers: its weights are quantized" in capsys.readouterr().out
+    report = (tmp_path / "report" / "report.md").read_text()
+    assert "tensors come back bit for bit, 14 of them as they are dequantized" in report and "BF16 (quantized)" in report
+
+
 @pytest.mark.parametrize(
     "quantization, message",
     [
