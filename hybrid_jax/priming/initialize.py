@@ -125,7 +125,7 @@ def hybrid_parameters(
             _, layer, inside = name.split(".", 2)
             absent.setdefault(int(layer), []).append(inside)
     fresh = FreshLayers(config, seed=seed, dtype=dtype, mesh=mesh, how=fresh_parameters) if absent else None
-    made: Parameters = {}
+    made: dict[str, Any] = {}
     for name in names:
         if fresh is None or name in have:
             yield name, have[name]
@@ -141,10 +141,11 @@ def hybrid_parameters(
 
 def _begun(
     attention: Mapping[str, Any], fresh: Parameters, config: ModelConfig, layer: int, dtype: Any, copy_attention: bool
-) -> Parameters:
+) -> dict[str, Any]:
     """Returns the new parameters of a layer, by their names in it: as attention gives them, and else as drawn."""
     source = {name: jnp.asarray(value if isinstance(value, jax.Array) else value[...]) for name, value in attention.items()}
-    result, spec = dict(fresh), config.layers[layer]
+    unread = {id(source[n]): x for n, x in attention.items() if not isinstance(x, jax.Array) and x.dtype == dtype}
+    result, spec = dict[str, Any](fresh), config.layers[layer]
     for kind in spec.kinds:
         prefix = f"{KINDS[kind].parameter_key}."
         wanted = {n.removeprefix(prefix): v for n, v in fresh.items() if n.startswith(prefix)}
@@ -154,5 +155,6 @@ def _begun(
         if KINDS[kind].recurrent and not copy_attention:
             kept = ("attention.", "merge.") if spec.attention_heads else ()
             copied = {n: v for n, v in copied.items() if n.startswith(kept)}
-        result |= {prefix + n: _like(v.astype(dtype), wanted[n]) for n, v in copied.items()}
+        for name, value in copied.items():  # what attention gives as it is goes on as it was given, from file to file
+            result[prefix + name] = unread[id(value)] if id(value) in unread else _like(value.astype(dtype), wanted[name])
     return result
