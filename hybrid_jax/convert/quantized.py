@@ -103,7 +103,7 @@ class Blocks:
     def dequantize(self, weight: np.ndarray, scales: np.ndarray) -> np.ndarray:
         """Returns the weight [out, in] in bfloat16."""
         out = np.empty(weight.shape, jnp.bfloat16)
-        per_column = np.repeat(scales.astype(np.float32), self.columns, axis=1)[:, : weight.shape[1]]
+        per_column = scales.astype(np.float32)[:, np.arange(weight.shape[1]) // self.columns]
         for rows in _bands(weight.shape):
             numbers = np.arange(rows.start, min(rows.stop, len(out))) // self.rows
             out[rows] = weight[rows].astype(np.float32) * per_column[numbers]
@@ -160,11 +160,6 @@ class QuantizedTensor:
     @property
     def path(self) -> pathlib.Path:
         return self.parts["weight"].path
-
-    @property
-    def size(self) -> int:
-        """The bytes of all its parts."""
-        return sum(part.size for part in self.parts.values())
 
     def view(self) -> np.ndarray:
         """Returns the dense weight, computed anew."""

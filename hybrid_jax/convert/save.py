@@ -58,14 +58,11 @@ def _part(value: np.ndarray, expert: int | None) -> np.ndarray:
     return value if expert is None else value[expert]
 
 
-def planned_tensors(
-    config: ModelConfig, dtypes: Mapping[str, Any], quantization: Groups | None = None
-) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+def planned_tensors(config: ModelConfig, dtypes: Mapping[str, Any]) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
     """Returns the dtype and shape of every tensor of a checkpoint, by name.
 
     Args:
       dtypes: of the parameters, by name.
-      quantization: of the weights that `quantized_tensors` names.
     """
     stated = marks(abstract_decoder(config))
     planned: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
@@ -73,16 +70,7 @@ def planned_tensors(
         for t in hf_tensors(name, stated[name].layout, config):
             dtype = jnp.promote_types(dtypes[name], planned.get(t.name, (dtypes[name],))[0])
             planned[t.name] = jnp.dtype(dtype), t.stored_shape(parameter.shape)
-    if quantization is None:
-        return planned
-    chosen = quantized_tensors(config, quantization)
-    result: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
-    for name, (dtype, shape) in planned.items():
-        if name in chosen:
-            result |= {name.removesuffix("weight") + end: x for end, x in quantization.planned(shape, dtype).items()}
-        else:
-            result[name] = dtype, shape
-    return result
+    return planned
 
 
 def quantized_tensors(config: ModelConfig, quantization: Groups) -> set[str]:
@@ -124,8 +112,14 @@ def write_parameters(
       dtypes: of all parameters, by name.
       quantization: how the weights of `quantized_tensors` are stored; size and error are said on stderr.
     """
-    chosen = quantized_tensors(config, quantization) if quantization else set()
-    planned, loss = planned_tensors(config, dtypes, quantization), QuantizationLoss()
+    values = config_to_hf(config, jnp.dtype(dtypes["embed_tokens.embedding"]).name)
+    planned, chosen, loss = planned_tensors(config, dtypes), set(), QuantizationLoss()
+    if quantization is not None:
+        values[KEYS[0]] = {"group_size": quantization.group_size, "bits": quantization.bits}
+        chosen = quantized_tensors(config, quantization)
+        for name in sorted(chosen):
+            dtype, shape = planned.pop(name)
+            planned |= {name.removesuffix("weight") + end: x for end, x in quantization.planned(shape, dtype).items()}
     writer = WeightWriter(directory, planned, max_shard_bytes)
     for piece in hf_pieces(config, parameters):
         if quantization is None or piece.name not in chosen:
@@ -137,9 +131,7 @@ def write_parameters(
         for end, value in parts.items():
             writer.write(module + end, value, piece.row)
     writer.check_complete()
-    values = config_to_hf(config, jnp.dtype(dtypes["embed_tokens.embedding"]).name)
     if quantization is not None:
-        values[KEYS[0]] = {"group_size": quantization.group_size, "bits": quantization.bits}
         notice(str(loss))
     (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 

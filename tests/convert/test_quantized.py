@@ -92,6 +92,12 @@ def fp8(tmp_path):
     return model, tmp_path / "fp8", tensors
 
 
+def test_blocks_of_an_absurd_size_take_no_memory():
+    weight = RNG.standard_normal((4, 6)).astype(jnp.float8_e4m3fn)
+    dense = Blocks(2, 10**12).dequantize(weight, np.array([[2.0], [3.0]], np.float32))  # a row of scales would have 4 TB
+    assert np.array_equal(dense, (weight.astype(np.float32) * np.array([[2], [2], [3], [3]])).astype(jnp.bfloat16))
+
+
 def change(directory, **quantization):
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
