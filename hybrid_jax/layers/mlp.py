@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from hybrid_jax.config import ModelConfig, MoEConfig
 from hybrid_jax.layers.linear import Linear
 from hybrid_jax.layers.parameter import parameter
+from hybrid_jax.parallel.experts import from_groups, group, grouped_matmul, to_groups
 from hybrid_jax.parallel.sharding import TOKENS, axis_size, shard_map_by_axes
 
 # ModelConfig.activation -> the function
@@ -64,17 +65,11 @@ class Experts(nnx.Module):
 
 def _own_experts(rows, chosen, weights, gate, up, down, first):
     """What experts first ... first + E - 1, those of the kernels [E, ...], add to every row [n, hidden]."""
-    n, k = chosen.shape
-    E = gate.shape[0]
-    expert = chosen.reshape(-1) - first
-    mine = (expert >= 0) & (expert < E)
-    expert = jnp.where(mine, expert, E)
-    order = jnp.argsort(expert)  # rows of other experts come last, in no group
-    sizes = jnp.bincount(expert, length=E + 1)[:E].astype(jnp.int32)
-    x = rows[order // k]
-    hidden = jax.nn.silu(jax.lax.ragged_dot(x, gate, sizes)) * jax.lax.ragged_dot(x, up, sizes)
-    out = jnp.where(mine[order, None], jax.lax.ragged_dot(hidden, down, sizes), 0)
-    return jnp.zeros_like(rows).at[order // k].add(out * weights.reshape(-1)[order, None].astype(rows.dtype))
+    groups = group(chosen, len(gate), first)
+    x = to_groups(rows, groups)
+    hidden = jax.nn.silu(grouped_matmul(x, gate, groups.sizes)) * grouped_matmul(x, up, groups.sizes)
+    out = from_groups(grouped_matmul(hidden, down, groups.sizes), groups)
+    return jnp.einsum("nk,nkh->nh", weights.astype(rows.dtype), out, preferred_element_type=jnp.float32).astype(rows.dtype)
 
 
 def _route(x, router, gate, up, down, *, moe, experts: int, tensor: bool):
