@@ -72,16 +72,20 @@ def _own_experts(rows, chosen, weights, gate, up, down, first):
     return jnp.einsum("nk,nkh->nh", weights.astype(rows.dtype), out, preferred_element_type=jnp.float32).astype(rows.dtype)
 
 
+def _choices(x: jax.Array, router: jax.Array, moe: MoEConfig) -> tuple[jax.Array, jax.Array]:
+    """Returns the weights (float32) and the numbers of the experts that each token of x [..., hidden] chose, [..., k]."""
+    probs = jax.nn.softmax((x @ router).astype(jnp.float32), axis=-1)
+    weights, chosen = jax.lax.top_k(probs, moe.experts_per_token)
+    return weights / weights.sum(-1, keepdims=True) if moe.norm_topk_prob else weights, chosen
+
+
 def _route(x, router, gate, up, down, *, moe, experts: int, tensor: bool):
     """A device's tokens through all experts; with experts on several devices the tokens visit each in a ring.
 
     Nothing is dropped, and no device holds more rows than its own tokens' choices.
     """
     rows = x.reshape(-1, x.shape[-1])
-    probs = jax.nn.softmax((rows @ router).astype(jnp.float32), axis=-1)
-    weights, chosen = jax.lax.top_k(probs, moe.experts_per_token)
-    if moe.norm_topk_prob:
-        weights = weights / weights.sum(-1, keepdims=True)
+    weights, chosen = _choices(rows, router, moe)
     if experts == 1:
         out = _own_experts(rows, chosen, weights, gate, up, down, 0)
     else:
@@ -115,6 +119,10 @@ class MoE(nnx.Module):
         shared = self.moe.shared_intermediate_size
         self.shared_expert = MLP(config, inner=shared, **fresh) if shared else None
         self.shared_expert_gate = of_tokens(config.hidden_size, 1) if shared else None
+
+    def choices(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns the weights (float32) and the numbers of the experts that each token of x [B, T, hidden] chose, [B, T, k]."""
+        return _choices(x, self.gate.kernel[...].astype(x.dtype), self.moe)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [B, T, hidden] to the same shape."""
