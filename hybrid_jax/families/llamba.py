@@ -15,20 +15,22 @@ from hybrid_jax.checks import check_boolean
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.families.base import Family, OwnLayout
 from hybrid_jax.families.released import (
+    HYBRID_KEYS,
     NAMES,
     SSM_DEFAULTS,
     SSM_KEYS,
-    UNPADDED,
-    kept_sizes,
+    kept_of,
     of_discrete_mamba2,
     only,
+    others_of,
     padded,
     read_keys,
     read_object,
     unpadded,
     vocab_multiple,
+    with_kept,
     write_discrete_mamba2,
-)  # fmt: skip
+)
 from hybrid_jax.options import integer
 from hybrid_jax.schema import KEYS, SIZE, mapping
 
@@ -77,9 +79,9 @@ def _read_own(hf: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         "hybrid_override_pattern": "-".join(["DM2"] * own["n_layer"]),
         **of_discrete_mamba2("ssm_cfg", ssm, own["d_model"]),
     }
-    kept = {key: own[key] for key in ("pad_vocab_size_multiple", "lm_head_prenorm") if key in hf}
-    kept |= {"ssm_cfg": {"chunk_size": ssm["chunk_size"]}} if "chunk_size" in ssm else {}
-    return keys, {**extra, **kept, **kept_sizes(vocab_size=(own["vocab_size"], vocab))}
+    sizes = {key: own[key] for key in ("vocab_size", "pad_vocab_size_multiple")}
+    prenorm = {"lm_head_prenorm": "rms"} if "lm_head_prenorm" in hf else {}
+    return keys, with_kept({**extra, **prenorm}, ssm_cfg={key: ssm[key] for key in ("chunk_size",) if key in ssm}, **sizes)
 
 
 def _write_own(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -87,7 +89,7 @@ def _write_own(config: ModelConfig, dtype: str) -> dict[str, Any]:
     return {
         "architectures": ["LlambaLMHeadModel"],
         "dtype": dtype,
-        **{key: value for key, value in config.extra.items() if key != UNPADDED},
+        **others_of(config),
         "model_type": "llamba",
         "vocab_size": unpadded(config, "vocab_size", config.vocab_size, multiple),
         "pad_vocab_size_multiple": multiple,
@@ -97,7 +99,7 @@ def _write_own(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "lm_head_bias": config.head_bias,
         "norm_epsilon": _NORM_EPS,
         "mlp_cfg": {"intermediate_size": config.intermediate_size, "bias": config.mlp_bias, "act_fn": "silu"},
-        "ssm_cfg": {**write_discrete_mamba2(config), **config.extra.get("ssm_cfg", {})},
+        "ssm_cfg": {**write_discrete_mamba2(config), **kept_of(config, "ssm_cfg", {})},
     }
 
 
@@ -112,5 +114,6 @@ LLAMBA = Family(
     lambda config: {"mlp_bias": config.mlp_bias, "lm_head_bias": config.head_bias},
     defaults={"mlp_bias": False, "lm_head_bias": False, "rms_norm_eps": _NORM_EPS},
     names={"model.norm.": "backbone.final_layernorm.", ".discrete_mamba2.": ".mixer.", **NAMES},
+    keys=HYBRID_KEYS,
     own_layout=OwnLayout(lambda hf: False, _read_own, _write_own),
 )

@@ -19,16 +19,18 @@ from hybrid_jax.checks import check_boolean
 from hybrid_jax.config import Mamba3Config, ModelConfig
 from hybrid_jax.families.base import Family, OwnLayout
 from hybrid_jax.families.released import (
+    HYBRID_KEYS,
     NAMES,
-    UNPADDED,
-    kept_sizes,
+    kept_of,
     only,
+    others_of,
     padded,
     read_keys,
     read_object,
     unpadded,
     vocab_multiple,
-)  # fmt: skip
+    with_kept,
+)
 from hybrid_jax.options import integer, number
 from hybrid_jax.schema import KEYS, SIZE, list_of, mapping
 
@@ -159,12 +161,10 @@ def _read_own(hf: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         "hybrid_override_pattern": "-".join(["M3"] * own["n_layer"]),
         Mamba3Config.KEY: options,
     }
-    names = ("residual_in_fp32", "fused_add_norm", "pad_vocab_size_multiple", *(("attn_cfg",) if own["attn_cfg"] else ()))
-    kept = {name: own[name] for name in names}
-    if free := {key: ssm[key] for key in _FREE if key in ssm and not (mimo and key == "mimo_rank")}:
-        kept["ssm_cfg"] = free
-    sizes = kept_sizes(vocab_size=(own["vocab_size"], vocab), d_intermediate=(own["d_intermediate"], width))
-    return keys, {**extra, **kept, **sizes}
+    names = ("residual_in_fp32", "fused_add_norm", *(("attn_cfg",) if own["attn_cfg"] else ()))
+    free = {key: ssm[key] for key in _FREE if key in ssm and not (mimo and key == "mimo_rank")}
+    sizes = {key: own[key] for key in ("vocab_size", "pad_vocab_size_multiple", "d_intermediate")}
+    return keys, with_kept({**extra, **{name: own[name] for name in names}}, ssm_cfg=free, **sizes)
 
 
 def _write_own(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -189,12 +189,12 @@ def _write_own(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "residual_in_fp32": True,
         "fused_add_norm": True,
         "attn_cfg": {},
-        **{key: value for key, value in config.extra.items() if key != UNPADDED},
+        **others_of(config),
         "d_model": config.hidden_size,
         "d_intermediate": unpadded(config, "d_intermediate", config.intermediate_size, _MLP_MULTIPLE),
         "n_layer": config.num_layers,
         "vocab_size": unpadded(config, "vocab_size", config.vocab_size, multiple),
-        "ssm_cfg": {**ssm, **config.extra.get("ssm_cfg", {})},
+        "ssm_cfg": {**ssm, **kept_of(config, "ssm_cfg", {})},
         "attn_layer_idx": [],
         "rms_norm": not config.layer_norm,
         "pad_vocab_size_multiple": multiple,
@@ -221,5 +221,6 @@ MAMBA3 = Family(
         ".mamba3.": ".mixer.",
         **NAMES,
     },
+    keys=HYBRID_KEYS,
     own_layout=OwnLayout(lambda hf: "d_model" in hf and "ssm_cfg" in hf, _read_own, _write_own),
 )

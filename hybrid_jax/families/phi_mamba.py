@@ -23,19 +23,21 @@ from hybrid_jax.config import ATTENTION, ModelConfig
 from hybrid_jax.families.base import Family, OwnLayout
 from hybrid_jax.families.phi import PHI
 from hybrid_jax.families.released import (
+    HYBRID_KEYS,
     NAMES,
     SSM_DEFAULTS,
     SSM_KEYS,
-    UNPADDED,
-    kept_sizes,
+    kept_of,
     of_discrete_mamba2,
     only,
+    others_of,
     padded,
     read_object,
     unpadded,
     vocab_multiple,
+    with_kept,
     write_discrete_mamba2,
-)  # fmt: skip
+)
 from hybrid_jax.options import choice, integer
 from hybrid_jax.schema import KEYS, SIZE, mapping
 
@@ -127,13 +129,9 @@ def _read_own(hf: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     if "*" in cores:
         keys |= _of_attention(cores["*"], keys, hidden)
     known = {"LanguageModel", "MixerModel", *(key for key in hf if key.startswith("Block"))}
-    kept = {"pad_vocab_size_multiple": language["pad_vocab_size_multiple"]}
-    kept |= {symbol: free for symbol, core in cores.items() if (free := _free(core))}
-    return keys, {
-        **{key: value for key, value in hf.items() if key not in known},
-        **kept,
-        **kept_sizes(vocab_size=(language["vocab_size"], vocab)),
-    }
+    others = {key: value for key, value in hf.items() if key not in known}
+    sizes = {key: language[key] for key in ("vocab_size", "pad_vocab_size_multiple")}
+    return keys, with_kept(others, ssm_cfg=_free(cores.get("DM2", {})), attention=_free(cores.get("*", {})), **sizes)
 
 
 def _of_attention(core: Mapping[str, Any], keys: Mapping[str, Any], hidden: int) -> dict[str, Any]:
@@ -175,21 +173,21 @@ def _write_own(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "max_position_embeddings": config.max_position_embeddings,
     }
     for number, (kind, run) in enumerate(groupby(layer.kind for layer in config.layers), start=1):
-        symbol = "*" if kind == ATTENTION else "DM2"
-        if symbol == "*":
-            core = {key: value for key, value in attention.items() if value != _PHI_DEFAULTS[key]}
+        if kind == ATTENTION:
+            stated = {key: value for key, value in attention.items() if value != _PHI_DEFAULTS[key]}
+            symbol, core = "*", {**stated, **kept_of(config, "attention", {})}
         else:
-            core = write_discrete_mamba2(config)
+            symbol, core = "DM2", {**write_discrete_mamba2(config), **kept_of(config, "ssm_cfg", {})}
         blocks[f"Block{number}"] = {
             "n_layers": len(list(run)),
             "BlockType": _BLOCK,
             "block_input": {"resid_dropout": 0.0},
             "CoreType": _MIXERS[symbol],
-            "core_input": {**core, **config.extra.get(symbol, {})},
+            "core_input": core,
         }
     vocab = {"vocab_size": unpadded(config, "vocab_size", config.vocab_size, multiple), "pad_vocab_size_multiple": multiple}
     return {
-        **{key: value for key, value in config.extra.items() if key not in (UNPADDED, "pad_vocab_size_multiple", *_MIXERS)},
+        **others_of(config),
         "LanguageModel": {"input": vocab},
         "MixerModel": {"input": {"d_model": config.hidden_size, "n_layer": config.num_layers, "lm_head_prenorm": "layer"}},
         **blocks,
@@ -212,5 +210,6 @@ PHI_MAMBA = Family(
     },
     norm_eps_key=PHI.norm_eps_key,
     activations=PHI.activations,
+    keys=HYBRID_KEYS,
     own_layout=OwnLayout(lambda hf: "LanguageModel" in hf and "MixerModel" in hf, _read_own, _write_own),
 )

@@ -14,7 +14,9 @@ from hybrid_jax.config import DiscreteMamba2Config, ModelConfig
 from hybrid_jax.options import Check, choice, integer
 from hybrid_jax.schema import mapping
 
-UNPADDED = "unpadded"  # in `ModelConfig.extra`: sizes of config.json that the model rounds up
+# What `ModelConfig.extra` keeps of a released config.json that has no place of its own: sizes that the model rounds up, and options
+# of mixers that change nothing here. Hybrids have it in their config.json.
+KEPT = "released"
 NAMES = {"model.embed_tokens.": "backbone.embedding.", "model.layers.": "backbone.layers."}
 
 # Discrete Mamba-2's object in Llamba's and Phi-Mamba's config.json.
@@ -87,6 +89,35 @@ def read_keys(
     return {key: keys[key](key, value) for key, value in values.items()}, others
 
 
+def _kept_object(name: str, value: Any) -> dict[str, Any]:
+    sizes = dict.fromkeys(("vocab_size", "pad_vocab_size_multiple", "d_intermediate"), integer())
+    return read_object(name, value, {**sizes, "ssm_cfg": mapping, "attention": mapping}, {})
+
+
+HYBRID_KEYS: dict[str, Check] = {KEPT: _kept_object}  # `Family.keys` of a family with such a config.json
+
+
+def with_kept(others: Mapping[str, Any], **kept: Any) -> dict[str, Any]:
+    """Returns `extra`: the keys of a released config.json that are not read, and what is kept of those that are.
+
+    Raises:
+      ValueError: it has the key that is ours.
+    """
+    if KEPT in others:
+        raise ValueError(f"config.json has the key {KEPT!r}, which only hybrids of released models have; remove it")
+    return {**others, KEPT: {name: value for name, value in kept.items() if value}}
+
+
+def kept_of(config: ModelConfig, name: str, default: Any) -> Any:
+    """Returns what is kept under a name, or the default."""
+    return config.extra.get(KEPT, {}).get(name, default)
+
+
+def others_of(config: ModelConfig) -> dict[str, Any]:
+    """Returns the keys of the released config.json that are not read."""
+    return {key: value for key, value in config.extra.items() if key != KEPT}
+
+
 def padded(size: int, multiple: int) -> int:
     """Returns a size, rounded up to a multiple."""
     return -(-size // multiple) * multiple
@@ -94,19 +125,13 @@ def padded(size: int, multiple: int) -> int:
 
 def unpadded(config: ModelConfig, key: str, size: int, multiple: int) -> int:
     """Returns the size that config.json had under a key if it is rounded up to `size`, or else `size`."""
-    given = config.extra.get(UNPADDED, {}).get(key, size)
+    given = kept_of(config, key, size)
     return given if padded(given, multiple) == size else size
 
 
 def vocab_multiple(config: ModelConfig) -> int:
     """Returns `pad_vocab_size_multiple`: what came in, or else 8, the usual one, where the vocabulary is a multiple of it."""
-    return config.extra.get("pad_vocab_size_multiple", 1 if config.vocab_size % 8 else 8)
-
-
-def kept_sizes(**sizes: tuple[int, int]) -> dict[str, Any]:
-    """Returns what `extra` keeps of sizes, {key: (config.json's, rounded up)}: those that differ."""
-    changed = {key: given for key, (given, size) in sizes.items() if given != size}
-    return {UNPADDED: changed} if changed else {}
+    return kept_of(config, "pad_vocab_size_multiple", 1 if config.vocab_size % 8 else 8)
 
 
 def of_discrete_mamba2(name: str, ssm: Mapping[str, Any], hidden_size: int) -> dict[str, Any]:
