@@ -10,8 +10,9 @@ from safetensors.numpy import load_file, save_file
 from hybrid_jax import load_model, save_model
 from hybrid_jax.config import Mamba3Config
 from hybrid_jax.convert.load import read_model_config
+from hybrid_jax.convert.save import planned_tensors
 from hybrid_jax.families import config_from_hf, config_to_hf
-from hybrid_jax.parameters import split_model
+from hybrid_jax.parameters import abstract_parameters, split_model
 from hybrid_jax.parity_report import verify
 from hybrid_jax.priming.initialize import check_convertible
 from tests.conftest import relative_error
@@ -103,6 +104,25 @@ def test_siso_and_mimo_have_their_rotations_and_ranks():
     siso, mimo = (config_from_hf({**MAMBA3, "ssm_cfg": ssm}).options(Mamba3Config) for ssm in (MAMBA3["ssm_cfg"], MIMO))
     assert (siso.rank, siso.rotate_halves, siso.groups, siso.out_norm) == (1, False, 1, False)
     assert (mimo.rank, mimo.rotate_halves, mimo.groups, mimo.out_norm, mimo.decay_floor) == (2, True, 2, True, 1.2)
+
+
+def test_tensors_of_the_published_sizes_have_their_shapes():
+    """Phi-Mamba's published config.json with one layer, and a Mamba-3 of 768 channels with the defaults of its program."""
+    core = {**CORE, "d_state": 64, "n_v_heads": 32, "n_qk_heads": 32}
+    phi = {
+        "LanguageModel": {"input": {"vocab_size": 51200, "pad_vocab_size_multiple": 8}},
+        "MixerModel": {"input": {"d_model": 2048, "n_layer": 1, "lm_head_prenorm": "layer"}},
+        "Block1": block(1, "discrete_mamba2", core),
+    }
+    mamba3 = {"d_model": 768, "d_intermediate": 1500, "n_layer": 1, "ssm_cfg": {"layer": "Mamba3"}}
+    for hf, want in (
+        (phi, {"mixer.in_proj.weight": (8224, 2048), "mixer.conv1d.weight": (6144, 1, 4), "mixer.z_bias": (2048,)}),
+        (mamba3, {"mixer.in_proj.weight": (3432, 768), "mixer.B_bias": (24, 1, 128), "mlp.fc1.weight": (3072, 768)}),
+    ):
+        config = config_from_hf(hf)
+        planned = planned_tensors(config, dict.fromkeys(abstract_parameters(config), np.float32))
+        assert {name: planned[f"backbone.layers.0.{name}"][1] for name in want} == want
+    assert planned["backbone.embedding.weight"][1] == (50280, 768) and "lm_head.weight" not in planned
 
 
 def test_what_the_released_layout_cannot_describe_is_not_written():
