@@ -15,6 +15,7 @@ from hybrid_jax.mixers import (
     ATTENTION,
     KINDS,
     BMojoConfig,
+    DiscreteMamba2Config,
     GDNConfig,
     GKAConfig,
     HeadHybridConfig,
@@ -29,9 +30,9 @@ from hybrid_jax.pattern import MixerSpec, format_pattern, parse_pattern
 from hybrid_jax.schema import KEYS, MODEL_FIELDS, check_key, check_rope
 
 __all__ = [
-    "ATTENTION", "BMojoConfig", "GDNConfig", "GKAConfig", "HeadHybridConfig", "Mamba2Config", "Mamba3Config", "MixerOptions",
-    "MixerSpec", "MoEConfig", "ModelConfig", "RopeConfig", "SWAConfig", "format_pattern", "mixer_config_from_dict",
-    "parse_pattern",
+    "ATTENTION", "BMojoConfig", "DiscreteMamba2Config", "GDNConfig", "GKAConfig", "HeadHybridConfig", "Mamba2Config",
+    "Mamba3Config", "MixerOptions", "MixerSpec", "MoEConfig", "ModelConfig", "RopeConfig", "SWAConfig", "format_pattern",
+    "mixer_config_from_dict", "parse_pattern",
 ]  # fmt: skip
 
 # Where norms are -> their names in a layer, as in checkpoints: in front of and behind attention, in front of and behind the MLP.
@@ -267,18 +268,15 @@ class ModelConfig:
         check_choice("norms", self.norms, NORMS)
         if self.head_bias and self.tie_embeddings:
             raise ValueError("tie_word_embeddings = true is not supported where the output head has a bias; set it to false")
-        for rope in (self.rope, self.window_rope):
-            if rope is not None:
-                rope.check(self.head_dim)
+        for rope in filter(None, (self.rope, self.window_rope)):
+            rope.check(self.head_dim)
         for name in ("logits_scaling", "embedding_scale"):
             check_number(name, getattr(self, name), above=0)
         check_number("norm_offset", self.norm_offset)
         check_choice("activation", self.activation, ("silu", "gelu_tanh"))
-        for name in ("query_pre_attn_scalar", "attention_soft_cap"):
+        for name in ("query_pre_attn_scalar", "attention_soft_cap", "logits_soft_cap"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), above=0)
-        if self.logits_soft_cap is not None:
-            check_number("logits_soft_cap", self.logits_soft_cap, above=0)
         windows = self.attention_windows or (None,) * len(self.layers)
         object.__setattr__(self, "attention_windows", tuple(check_key("attention_windows", windows)))
         rotary = self.rotary_layers or (True,) * len(self.layers)
@@ -289,6 +287,8 @@ class ModelConfig:
             if len(getattr(self, name)) != len(self.layers):
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries, the model has {len(self.layers)} layers")
         object.__setattr__(self, "mixers", _canonical(self.mixers))
+        for options in self.mixers:
+            options.check_heads(self.num_heads)
         for i, layer in enumerate(self.layers):
             lacks = {"soft cap of attention scores": self.attention_soft_cap is not None, "output gate": self.attention_gate}
             for what in (name for name, has in lacks.items() if has and "bmojo" in layer.kinds):

@@ -14,47 +14,11 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from hybrid_jax.checks import check_boolean, check_choice
-from hybrid_jax.options import EPSILON, Check, Options, choice, integer, number, option, optional
+from hybrid_jax.options import EPSILON, Check, MixerOptions, choice, integer, number, option, optional
 
 ATTENTION = "attention"
 _HEADS = frozenset({"hidden_size", "head_dim", "num_q_heads", "num_k_heads", "num_v_heads"})
 _LOW_RANK = {"kv_proj_rank": None, "kv_learnable_residual": False}
-
-
-class MixerOptions(Options):
-    """Base class of the options of one mixer kind: what `KEY` (`gka_config`, ...) may hold in config.json."""
-
-    # Keys that repeat the model's sizes: written on export, rejected where they contradict the model.
-    REPEATED: ClassVar[frozenset[str]] = frozenset()
-    # Keys that hybrid-model-factory knows and that may have only this value here.
-    FIXED: ClassVar[Mapping[str, Any]] = {}
-    # Keys that change how a kernel of hybrid-model-factory computes, but not the result: any valid value, kept for the export.
-    FREE: ClassVar[Mapping[str, Check]] = {}
-    # Keys for which the vLLM plugin has other defaults elsewhere: always written on export, so that no default decides.
-    STATED: ClassVar[Mapping[str, Any]] = {}
-    # Options that are written only where they differ from the default.
-    ONLY_IF_CHANGED: ClassVar[frozenset[str]] = frozenset()
-    # Options that mean nothing, and are written as false, where the source model does not norm queries and keys.
-    ONLY_WITH_QK_NORM: ClassVar[frozenset[str]] = frozenset()
-
-    @property
-    def inner(self) -> tuple[str, ...]:
-        """The kinds of the mixers inside this mixer, whose options count too."""
-        return ()
-
-    @property
-    def window(self) -> int | None:
-        """How many keys a query sees at most; None for a mixer that does not attend to keys."""
-        return None
-
-    @property
-    def own_heads(self) -> int | None:
-        """How many heads the mixer has where they are not attention's; None: they are."""
-        return None
-
-    def sharded_widths(self, num_heads: int, num_kv_heads: int, head_dim: int) -> Mapping[str, int]:
-        """Returns the sizes, by parameter, that `tensor` must divide and does not because it divides the numbers of heads."""
-        return {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +182,41 @@ class Mamba2Config(MixerOptions):
 
 
 @dataclasses.dataclass(frozen=True)
+class DiscreteMamba2Config(MixerOptions):
+    """Options of Discrete Mamba-2, MOHAWK's student (arXiv 2408.10189). The key and the options are ours.
+
+    For each head, with g = -softplus(a):  S <- e^g S + B x^T;  y = S^T C + D x;  the output is out_proj(y SiLU(z + z_bias)).
+
+    Args:
+      state_size: channels of B and C, so that a head's state is [state_size, head_dim]; null: head_dim. Conversion copies keys and
+        queries of attention only where the two are equal, and otherwise draws them anew.
+      qk_heads: how many heads B and C have, a divisor of the number of query heads, which x has; null: as many.
+      conv_size: width of the causal convolution of x, B and C, in tokens.
+      conv_bias: give the convolution a bias.
+      conv_activation: apply SiLU behind the convolution. The released models do not.
+      bias: give in_proj and out_proj biases, in place of z_bias (as the hybrids of arXiv 2602.11374 have); z is then drawn too.
+    """
+
+    KEY: ClassVar[str] = "discrete_mamba2_config"
+    DIVIDE_HEADS: ClassVar[frozenset[str]] = frozenset({"qk_heads"})
+
+    state_size: int | None = option(optional(integer()), None)
+    qk_heads: int | None = option(optional(integer()), None)
+    conv_size: int = option(integer(1, 1024), 4)
+    conv_bias: bool = option(check_boolean, True)
+    conv_activation: bool = option(check_boolean, False)
+    bias: bool = option(check_boolean, False)
+
+    def sizes(self, num_heads: int, head_dim: int) -> tuple[int, ...]:
+        """Returns the widths of x, B, C, z and a in in_proj, in the released order."""
+        inner, keys = num_heads * head_dim, (self.qk_heads or num_heads) * (self.state_size or head_dim)
+        return (inner, keys, keys, inner, num_heads)
+
+    def sharded_widths(self, num_heads: int, num_kv_heads: int, head_dim: int) -> Mapping[str, int]:
+        return {"discrete_mamba2.in_proj": self.sizes(num_heads, head_dim)[1]}
+
+
+@dataclasses.dataclass(frozen=True)
 class Mamba3Config(MixerOptions):
     """Options of Mamba-3 (arXiv 2603.15569). hybrid-model-factory has no such mixer; the key and the options are ours.
 
@@ -239,9 +238,14 @@ class Mamba3Config(MixerOptions):
       dt_min, dt_max: range of dt in a new mixer, log-uniform by head, in [1e-4, 1]. A pair of channels turns by at most pi dt
         per token, and the state decays by A dt: the published range suits language. State tracking from scratch learns sooner
         with [0.1, 1], because parity needs turns of pi.
+      groups: how many heads B and C have, a divisor of the number of query heads (the released model has 1); null: as many as keys
+        and queries of attention, which conversion needs in order to copy them.
+      norm_per_head: every head has weights of its own in the output norm, as in the released model.
     """
 
     KEY: ClassVar[str] = "mamba3_config"
+    ONLY_IF_CHANGED: ClassVar[frozenset[str]] = frozenset({"groups", "norm_per_head"})
+    DIVIDE_HEADS: ClassVar[frozenset[str]] = frozenset({"groups"})
 
     state_size: int | None = option(optional(integer(2)), None)
     rank: int = option(integer(1, 64), 1)
@@ -252,6 +256,8 @@ class Mamba3Config(MixerOptions):
     decay_floor: float = option(number(above=0), 1e-4)
     dt_min: float = option(number(minimum=1e-4, maximum=1), 1e-3)
     dt_max: float = option(number(minimum=1e-4, maximum=1), 0.1)
+    groups: int | None = option(optional(integer()), None)
+    norm_per_head: bool = option(check_boolean, False)
 
     def __post_init__(self):
         super().__post_init__()
@@ -267,7 +273,8 @@ class Mamba3Config(MixerOptions):
     def sizes(self, num_heads: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
         """Returns the widths of z, x, B, C, dt, A, trap and angle in in_proj, in the released order."""
         H, Hkv, N = num_heads, num_kv_heads, self.state_size or head_dim
-        return (H * head_dim, Hkv * head_dim, Hkv * self.rank * N, H * self.rank * N, H, H, H, self.angles(N))
+        G, RN = self.groups, self.rank * N
+        return (H * head_dim, Hkv * head_dim, (G or Hkv) * RN, (G or H) * RN, H, H, H, self.angles(N))
 
     def sharded_widths(self, num_heads: int, num_kv_heads: int, head_dim: int) -> Mapping[str, int]:
         return {"mamba3.in_proj": sum(self.sizes(num_heads, num_kv_heads, head_dim))}
@@ -370,6 +377,7 @@ KINDS: dict[str, MixerKind] = {
     "gka": MixerKind("GKA", "gka", GKAConfig),
     "gdn": MixerKind("GDN", "gdn", GDNConfig),
     "mamba2": MixerKind("M2", "mamba", Mamba2Config, output="out_proj"),
+    "discrete_mamba2": MixerKind("DM2", "discrete_mamba2", DiscreteMamba2Config, output="out_proj"),
     "mamba3": MixerKind("M3", "mamba3", Mamba3Config, output="out_proj"),
     "swa": MixerKind("SWA", "swa", SWAConfig, attends=True, recurrent=False),
     "bmojo": MixerKind("BMF", "bmojo_f", BMojoConfig, attends=True, output="bmojo_attn.o_proj"),

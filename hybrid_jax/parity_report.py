@@ -21,6 +21,7 @@ from hybrid_jax.convert.quantized import QuantizedTensor
 from hybrid_jax.convert.save import hf_pieces
 from hybrid_jax.data.tokenizer import load_tokenizer
 from hybrid_jax.evaluate.report.document import Block, Heading, Picture, Table, Text, as_html, as_markdown
+from hybrid_jax.families import FAMILIES
 from hybrid_jax.files import new_directory
 from hybrid_jax.parallel.sharding import load_sharded
 from hybrid_jax.parameters import abstract_marks
@@ -183,6 +184,8 @@ def _same_bytes(one: np.ndarray, other: np.ndarray) -> bool:
 def _why_not(config: ModelConfig) -> str:
     if config.is_hybrid:
         return "transformers has no class for hybrids; the source that it was made of can be verified"
+    if FAMILIES[config.family].own_layout is not None:
+        return f"transformers has no class for {FAMILIES[config.family].architecture}"
     absent = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     return f"not installed: {', '.join(absent)} (pip install {' '.join(absent)})" if absent else ""
 

@@ -2,7 +2,7 @@
 
 It is hybrid-model-factory's: one symbol per layer, joined by `-`.
 
-    *            attention                  GKA  GDN  M2  M3  SWA  BMF   mixers
+    *            attention                  GKA  GDN  M2  DM2  M3  SWA  BMF   mixers
     GKA*  SWA*   the mixer (student) beside the attention it learns from (teacher)
     *DA          one attention layer run on both streams with the same weights; GDNDA, a source's own Gated DeltaNet likewise
     GDN>GKA      a mixer (teacher) beside another mixer that learns from it

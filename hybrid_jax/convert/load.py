@@ -30,7 +30,7 @@ from hybrid_jax.priming.initialize import initialize_hybrid
 
 _IGNORED = ("rotary_emb.inv_freq",)
 BAND = 16  # columns of a transposed matrix that are copied at a time
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+HEAD = "lm_head.weight"
 
 
 def read_model_config(path: str | pathlib.Path) -> ModelConfig:
@@ -55,12 +55,18 @@ def read_model_config(path: str | pathlib.Path) -> ModelConfig:
     return config_from_hf(values)
 
 
+def _embedding(config: ModelConfig) -> str:
+    """The tensor that holds the embedding."""
+    return hf_tensors("embed_tokens.embedding", "same", config)[0].name
+
+
 def _tied_as_stored(files: TensorFiles, config: ModelConfig) -> ModelConfig:
     """The config with the tying that the files have: as in transformers, a head that differs from the embedding is kept."""
-    if not config.tie_embeddings or not {EMBEDDING, HEAD} <= set(files) or files.equal(EMBEDDING, HEAD):
+    embedding = _embedding(config)
+    if not config.tie_embeddings or not {embedding, HEAD} <= set(files) or files.equal(embedding, HEAD):
         return config
     notice(
-        f"{files.path}: config.json has tie_word_embeddings = true, but {HEAD} differs from {EMBEDDING}; both are kept, "
+        f"{files.path}: config.json has tie_word_embeddings = true, but {HEAD} differs from {embedding}; both are kept, "
         "as transformers does (set tie_word_embeddings to false in config.json)"
     )
     return dataclasses.replace(config, tie_embeddings=False)
@@ -68,7 +74,7 @@ def _tied_as_stored(files: TensorFiles, config: ModelConfig) -> ModelConfig:
 
 def _stored_name(files: TensorFiles, config: ModelConfig, name: str) -> str:
     """The tensor that holds `name`: of a tied model the head may be stored in place of the embedding."""
-    return HEAD if name == EMBEDDING and config.tie_embeddings and EMBEDDING not in files and HEAD in files else name
+    return HEAD if name == _embedding(config) and config.tie_embeddings and name not in files and HEAD in files else name
 
 
 def checked_table(files: TensorFiles, config: ModelConfig) -> tuple[ModelConfig, dict[str, list[tuple[Tensor, str]]]]:

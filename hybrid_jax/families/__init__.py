@@ -9,11 +9,14 @@ from hybrid_jax.config import ModelConfig
 from hybrid_jax.families.base import HYBRID_PREFIX, Family, read_config, write_config
 from hybrid_jax.families.gemma import GEMMA2, GEMMA3
 from hybrid_jax.families.llama import LLAMA
+from hybrid_jax.families.llamba import LLAMBA
+from hybrid_jax.families.mamba3 import MAMBA3
 from hybrid_jax.families.mistral import MINISTRAL, MINISTRAL3, MISTRAL
 from hybrid_jax.families.mixtral import MIXTRAL
 from hybrid_jax.families.olmo import OLMO2, OLMO3
 from hybrid_jax.families.phi import PHI
 from hybrid_jax.families.phi3 import PHI3
+from hybrid_jax.families.phi_mamba import PHI_MAMBA
 from hybrid_jax.families.plugin import plugin_notes
 from hybrid_jax.families.qwen2 import QWEN2
 from hybrid_jax.families.qwen3 import QWEN3, QWEN3_MOE
@@ -46,6 +49,9 @@ FAMILIES = {
         OLMO3,
         GEMMA2,
         GEMMA3,
+        LLAMBA,
+        PHI_MAMBA,
+        MAMBA3,
     )
 }
 
@@ -59,6 +65,8 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """
     model_type = mapping("config.json", hf).get("model_type")
     family = FAMILIES.get(str(model_type).removeprefix(HYBRID_PREFIX))
+    if "model_type" not in hf:
+        family = next((f for f in FAMILIES.values() if f.own_layout is not None and f.own_layout.recognizes(hf)), None)
     if family is None:
         raise ValueError(f"config.json has model_type {model_type!r}; supported: {', '.join(FAMILIES)} and hybrid_ forms of them")
     return read_config(family, hf)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from hybrid_jax.checks import check_choice
 from hybrid_jax.config import ModelConfig, MoEConfig, parse_pattern
@@ -31,6 +31,22 @@ _HANDLED = {
 }  # fmt: skip
 HYBRID_PREFIX = "hybrid_"
 _WINDOWED = {"sliding_attention": True, "full_attention": False}
+
+
+class OwnLayout(NamedTuple):
+    """A source's config.json that has not transformers' keys.
+
+    Hybrids of such a source have transformers' keys, with the family's name and the prefix `hybrid_`, as those of other families.
+
+    Args:
+      recognizes: whether a config.json without `model_type` is of the family.
+      read: config.json -> transformers' keys, all of them checked under its own names, and what is kept for the export.
+      write: (ModelConfig, dtype of the weights) -> config.json.
+    """
+
+    recognizes: Callable[[Mapping[str, Any]], bool]
+    read: Callable[[Mapping[str, Any]], tuple[dict[str, Any], dict[str, Any]]]
+    write: Callable[[ModelConfig, str], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +83,7 @@ class Family:
       layers: config.json of a source -> the symbol of every layer's mixer; None: all are attention, or `layer_types` are a
         hybrid's symbols.
       mixers: config.json -> options of mixers that the family's own keys state, `{"gdn_config": {name: value}}`.
+      own_layout: how the source's config.json is read and written where it is not transformers'; None: it is.
     """
 
     model_type: str
@@ -94,6 +111,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     layers: Callable[[Mapping[str, Any]], list[str] | None] = lambda hf: None
     mixers: Callable[[Mapping[str, Any]], dict[str, dict[str, Any]]] = lambda hf: {}
+    own_layout: OwnLayout | None = None
 
 
 def _source_types(hf: Mapping[str, Any]) -> list[str] | None:
@@ -170,10 +188,13 @@ def read_config(family: Family, hf: Mapping[str, Any]) -> ModelConfig:
     Raises:
       ValueError: a key is missing, of a wrong type, out of its range, unsupported, or contradicts another.
     """
+    check_finite(hf)
+    extra = None
+    if family.own_layout is not None and hf.get("model_type") != HYBRID_PREFIX + family.model_type:
+        hf, extra = family.own_layout.read(hf)
     missing = [k for k in _REQUIRED if k not in hf]
     if missing:
         raise ValueError(f"config.json of a {family.model_type} lacks {', '.join(missing)}")
-    check_finite(hf)
     absent = {**_DEFAULTS, family.norm_eps_key: 1e-6, family.activation_key: next(iter(family.activations)), **family.defaults}
     hf = {**absent, **hf}
     check_choice(family.activation_key, hf[family.activation_key], list(family.activations))
@@ -190,6 +211,8 @@ def read_config(family: Family, hf: Mapping[str, Any]) -> ModelConfig:
         rope, window_rope = read_ropes(hf, family.rope_theta, family.window_rope_theta, family.window_rope_key)
     own, hf, handled = family.read(hf), _with_own_mixers(family, hf), _HANDLED | {family.norm_eps_key}
     mixers, kept = read_mixers(hf, own.get("qk_norm", False))
+    if extra is None:
+        extra = {**{k: v for k, v in hf.items() if k not in handled and k not in options_by_key()}, **kept}
     config = ModelConfig(
         family=family.model_type,
         vocab_size=hf["vocab_size"],
@@ -208,7 +231,7 @@ def read_config(family: Family, hf: Mapping[str, Any]) -> ModelConfig:
         activation=family.activations[hf[family.activation_key]],
         attention_windows=_read_windows(family, hf, num_layers),
         initializer_range=hf["initializer_range"],
-        extra={**{k: v for k, v in hf.items() if k not in handled and k not in options_by_key()}, **kept},
+        extra=extra,
         mixers=mixers,
         **own,
     )
@@ -239,7 +262,9 @@ def write_config(family: Family, config: ModelConfig, dtype: str) -> dict[str, A
         **write_rope(config, partial=family.partial_rotary),
         **family.write(config),
     }
-    if not config.is_hybrid:
+    if not config.is_hybrid and family.own_layout is not None:
+        written = family.own_layout.write(config, dtype)
+    elif not config.is_hybrid:
         written = {
             **common,
             "architectures": [family.architecture],

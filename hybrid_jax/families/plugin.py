@@ -54,6 +54,8 @@ def _notes(config: ModelConfig) -> list[str]:
         notes.append("it has no bias for the attention's output projection")
     if "gdn" in used and not (gdn.use_gate and gdn.use_short_conv):
         notes.append("it has no GDN without gate or convolution")
+    if "discrete_mamba2" in used:
+        notes.append("it has no Discrete Mamba-2")
     if "mamba3" in used:
         notes.append("it has no Mamba-3")
     sizes = {kind: getattr(config.options(row.options), "state_size", None) for kind, row in KINDS.items() if row.options}

@@ -8,6 +8,7 @@ from typing import Any
 from hybrid_jax.config import ATTENTION, MixerSpec, ModelConfig
 from hybrid_jax.layers.attention import Attention, SlidingWindowAttention
 from hybrid_jax.layers.bmojo import BMojoF
+from hybrid_jax.layers.discrete_mamba2 import DiscreteMamba2
 from hybrid_jax.layers.gdn import GatedDeltaNet
 from hybrid_jax.layers.gka import GatedKalmaNet
 from hybrid_jax.layers.head_hybrid import HeadHybrid
@@ -29,6 +30,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "gka": GatedKalmaNet,
     "gdn": GatedDeltaNet,
     "mamba2": Mamba2,
+    "discrete_mamba2": DiscreteMamba2,
     "mamba3": Mamba3,
     "swa": SlidingWindowAttention,
     "bmojo": BMojoF,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,8 @@ class Linear(nnx.Module):
       axes: logical names of the kernel's two axes, for sharding.
       std: standard deviation of a new kernel, drawn from a normal distribution; a new bias is 0. Transformers
         initializes every linear map in this way, those of mixers too, with the config's `initializer_range`.
+      own_start: a new kernel is drawn from a uniform distribution of this standard deviation, whatever `fresh_parameters`
+        (`priming.fresh`) says of others.
     """
 
     def __init__(
@@ -34,11 +37,16 @@ class Linear(nnx.Module):
         bias: bool = False,
         axes: tuple[str | None, str | None] = ("embed", "heads"),
         muon: bool = True,
+        own_start: bool = False,
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
     ):
-        kernel = std * jax.random.normal(rngs.params(), (din, dout), dtype)
-        self.kernel = parameter(kernel, axes, compute=True, frozen=True, decay=True, muon=muon, layout="transposed")
+        if own_start:
+            kernel = jax.random.uniform(rngs.params(), (din, dout), dtype, minval=-(3**0.5) * std, maxval=3**0.5 * std)
+        else:
+            kernel = std * jax.random.normal(rngs.params(), (din, dout), dtype)
+        marks: dict[str, Any] = dict(compute=True, frozen=True, decay=True, muon=muon, own_start=own_start, layout="transposed")
+        self.kernel = parameter(kernel, axes, **marks)
         self.bias = parameter(jnp.zeros(dout, dtype), (axes[1],)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -48,12 +56,15 @@ class Linear(nnx.Module):
 
     def parts(self, x: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
         """Maps x [..., in] to one output [..., size] for each of `sizes`, side by side in the kernel and each sharded by itself."""
-        assert self.bias is None
         bounds = list(itertools.accumulate(sizes))[:-1]
         if axis_size("tensor") == 1:
             return jnp.split(self(x), bounds, axis=-1)
         kernels = jnp.split(self.kernel[...].astype(x.dtype), bounds, axis=1)
-        return [x @ constrain(kernel, *marks_of(self.kernel).axes) for kernel in kernels]
+        parts = [x @ constrain(kernel, *marks_of(self.kernel).axes) for kernel in kernels]
+        if self.bias is None:
+            return parts
+        biases = jnp.split(self.bias[...].astype(x.dtype), bounds)
+        return [part + constrain(bias, *marks_of(self.bias).axes) for part, bias in zip(parts, biases, strict=True)]
 
 
 class Embedding(nnx.Module):

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from hybrid_jax.config import Mamba3Config, ModelConfig
-from hybrid_jax.layers.linear import Linear, RMSNorm
+from hybrid_jax.layers.linear import Linear, RMSNorm, rms_norm
 from hybrid_jax.layers.mixer import Arrays
 from hybrid_jax.layers.mixing import Mixing, of_operation
 from hybrid_jax.layers.parameter import parameter
@@ -23,8 +23,9 @@ class Mamba3(nnx.Module):
     """z, x, B, C, dt, A, trap, angle = in_proj(u); B, C = norm + bias; Mamba-3's recurrence with D skip; the output's norm, times
     SiLU(z); out_proj. With rank R > 1 a head has R inputs x mimo_x[r], gates z mimo_z[r] and outputs, summed with mimo_o[r].
 
-    The released block has as many heads of x as of z and shares B and C among the heads of a group. Here x and B have as many
-    heads as attention has keys and values, and C as many as queries; they are the same with one key-value head per query head.
+    The released block has as many heads of x as of z and shares B and C among the heads of a group: `groups`, in a model with one
+    key-value head per query head. Without `groups` x and B have as many heads as attention has keys and values, and C as many as
+    queries.
     """
 
     def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
@@ -45,7 +46,7 @@ class Mamba3(nnx.Module):
             return parameter(jnp.full((H, o.rank, D), value, dtype), ("heads", None, None)) if o.rank > 1 else None
 
         self.mimo_x, self.mimo_z, self.mimo_o = per_rank(1 / o.rank), per_rank(1.0), per_rank(1 / o.rank)
-        self.norm = RMSNorm(D, eps=o.norm_eps, dtype=dtype) if o.out_norm else None
+        self.norm = RMSNorm(H * D if o.norm_per_head else D, eps=o.norm_eps, dtype=dtype) if o.out_norm else None
         self.out_proj = Linear(H * D, hidden, axes=("heads", "embed"), **fresh)
 
     def _sizes(self) -> tuple[int, ...]:
@@ -62,7 +63,9 @@ class Mamba3(nnx.Module):
             v, z = v * self.mimo_x[...].astype(v.dtype), z * self.mimo_z[...].astype(z.dtype)
         y, state = mamba3_recurrence(q, k, v, *rest, halves=self.options.rotate_halves, state=state, segment_ids=segment_ids)
         y = y + (self.D[...][:, None, None] * v).astype(y.dtype)
-        y = (y if self.norm is None else self.norm(y)) * jax.nn.silu(z)
+        if self.norm is not None:
+            y = rms_norm(y, self.norm.weight[...].reshape(-1, 1, y.shape[-1]), self.norm.eps)
+        y = y * jax.nn.silu(z)
         y = y[:, :, :, 0] if self.mimo_o is None else jnp.sum(y * self.mimo_o[...].astype(y.dtype), axis=3)
         return self.out_proj(y.reshape(*x.shape[:2], -1)), state
 
@@ -114,14 +117,14 @@ class Mamba3(nnx.Module):
         No paper converts attention to Mamba-3; this recipe is ours, after that of Mamba-2. Columns of the angles are 0, so that
         the rotation begins at none; the biases, which are 1 in a new model, are 0, so that C B is the query times the key. The
         norms of B and C are those of k and q where the source has them for each head; the weights of norms over all heads go to
-        the columns of B and C (`query_key_kernels`). B and C are copied if the state is as large as the head and the rank is 1;
-        otherwise they, the biases and the angles stay as drawn. Decay, step size and trap stay as drawn.
+        the columns of B and C (`query_key_kernels`). B and C are copied if the state is as large as the head, the rank is 1 and
+        there are no `groups`; otherwise they, the biases and the angles stay as drawn. Decay, step size and trap stay as drawn.
         """
         o, drawn = config.options(Mamba3Config), fresh["in_proj.kernel"]
         H, Hkv, D = config.num_heads, config.num_kv_heads, config.head_dim
         outer = {"out_proj.kernel": source["o_proj.kernel"]}
         parts = [gate_of_attention(source, config), source["v_proj.kernel"]]
-        if o.rank > 1 or (o.state_size or D) != D:
+        if o.rank > 1 or o.groups or (o.state_size or D) != D:
             return outer | {"in_proj.kernel": jnp.concatenate([*parts, drawn[:, (H + Hkv) * D :]], axis=1)}
         rest = drawn[:, 2 * (H + Hkv) * D :]
         rest = rest.at[:, rest.shape[1] - o.angles(D) :].set(0)

@@ -106,6 +106,10 @@ class ShortConv(nnx.Module):
     """Causal depthwise conv + SiLU: `kernel` [D, W] (a checkpoint's `weight` [D, 1, W]), optional `bias` [D].
 
     A new kernel is normal with standard deviation `std`, a new bias 0, as Transformers initializes a `Conv1d`.
+
+    Args:
+      activation: behind the conv: "silu" or None.
+      identity: a new kernel gives every token to itself, whatever `fresh_parameters` (`priming.fresh`) says of others.
     """
 
     def __init__(
@@ -115,12 +119,18 @@ class ShortConv(nnx.Module):
         *,
         std: float,
         bias: bool = False,
+        activation: str | None = "silu",
+        identity: bool = False,
         axes: tuple[str] = ("heads",),
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
     ):
-        kernel = std * jax.random.normal(rngs.params(), (dim, size), dtype)
-        self.kernel = parameter(kernel, (*axes, None), frozen=True, decay=True, layout="conv")
+        if identity:
+            kernel = jnp.zeros((dim, size), dtype).at[:, -1].set(1)
+        else:
+            kernel = std * jax.random.normal(rngs.params(), (dim, size), dtype)
+        self.activation = activation
+        self.kernel = parameter(kernel, (*axes, None), frozen=True, decay=True, own_start=identity, layout="conv")
         self.bias = parameter(jnp.zeros(dim, dtype), axes) if bias else None
 
     def __call__(
@@ -128,7 +138,7 @@ class ShortConv(nnx.Module):
     ) -> tuple[jax.Array, jax.Array | None]:
         """Returns (y [B, T, D], state [B, W-1, D]) of x [B, T, D]; the state holds the tokens before the next one."""
         bias = None if self.bias is None else self.bias[...]
-        return convolution(x, self.kernel[...], bias, state=state, segment_ids=segment_ids)
+        return convolution(x, self.kernel[...], bias, self.activation, state=state, segment_ids=segment_ids)
 
     def parts(
         self, xs: Sequence[jax.Array], *, segment_ids: jax.Array, state: jax.Array | None = None
@@ -139,7 +149,7 @@ class ShortConv(nnx.Module):
         biases = [None] * len(xs) if self.bias is None else jnp.split(self.bias[...], bounds)
         states = [None] * len(xs) if state is None else jnp.split(state, bounds, axis=-1)
         outs = [
-            convolution(x, weight, bias, state=s, segment_ids=segment_ids)
+            convolution(x, weight, bias, self.activation, state=s, segment_ids=segment_ids)
             for x, weight, bias, s in zip(xs, weights, biases, states, strict=True)
         ]
         ys, states = zip(*outs, strict=True)

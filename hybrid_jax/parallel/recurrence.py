@@ -123,34 +123,42 @@ def linear_recurrence(
     return recurrence(op, step, summary, arrays, state=state, segment_ids=segment_ids)
 
 
-def _conv_over_chunks(segment_ids, x, weight, bias):
+def _conv_over_chunks(segment_ids, x, weight, bias, *, activation):
     width = weight.shape[1]
     segments, chunks = to_pair(segment_ids), to_pair(x)
     same = halo_segments(segments, width - 1) == segments[:, :, :1]
     same = jnp.flip(jnp.cumprod(jnp.flip(same, axis=2).astype(jnp.int32), axis=2), axis=2)
     before = halo(chunks, width - 1) * same[..., None].astype(x.dtype)
-    y, _ = short_conv(as_rows(chunks), weight, bias, initial_state=as_rows(before), segment_ids=as_rows(segments))
+    y, _ = short_conv(as_rows(chunks), weight, bias, activation, initial_state=as_rows(before), segment_ids=as_rows(segments))
     return from_pair(as_chunks(y))
 
 
 def convolution(
-    x: jax.Array, weight: jax.Array, bias: jax.Array | None, *, state: jax.Array | None, segment_ids: jax.Array
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    activation: str | None,
+    *,
+    state: jax.Array | None,
+    segment_ids: jax.Array,
 ) -> tuple[jax.Array, Any]:
-    """The short conv of x [B, T, D], however it is sharded -> (y, state); D is sharded as heads are, as weight [D, W] is."""
+    """The short conv of x [B, T, D] and its activation ("silu" or None), however it is sharded -> (y, state); D is sharded as
+    heads are, as weight [D, W] is."""
     if axis_size("seq") > 1:
         axes = (TOKENS, HEADS, CHANNELS, CHANNELS)
-        return shard_map_by_axes(_conv_over_chunks, (segment_ids, x, weight, bias), axes, HEADS), None
+        local = functools.partial(_conv_over_chunks, activation=activation)
+        return shard_map_by_axes(local, (segment_ids, x, weight, bias), axes, HEADS), None
     tail = ("batch", None, "heads")
     if state is not None and x.shape[1] == 1:
 
         def one(x, weight, bias, state):
-            return short_conv_step(x, weight, bias, state=state)
+            return short_conv_step(x, weight, bias, activation, state=state)
 
         y, state = shard_map_by_axes(one, (x[:, 0], weight, bias, state), (STATE, CHANNELS, CHANNELS, tail), (STATE, tail))
         return y[:, None], state
 
     def all_tokens(segment_ids, x, weight, bias, state):
-        return short_conv(x, weight, bias, initial_state=state, segment_ids=segment_ids)
+        return short_conv(x, weight, bias, activation, initial_state=state, segment_ids=segment_ids)
 
     return shard_map_by_axes(
         all_tokens, (segment_ids, x, weight, bias, state), (TOKENS, HEADS, CHANNELS, CHANNELS, tail), (HEADS, tail)

@@ -29,11 +29,14 @@ def _as_transformers(fresh: Parameters, stated: Mapping[str, Marks], key: jax.Ar
 
 def _as_torch(fresh: Parameters, stated: Mapping[str, Marks], key: jax.Array, names: Mapping[str, Any]) -> Parameters:
     """Kernels and biases drawn again as the constructors of torch's `Linear` and `Conv1d` draw them: uniform in
-    +-1/sqrt(fan_in), where the fan-in is the inputs of a linear map or the taps of a depthwise convolution."""
+    +-1/sqrt(fan_in), where the fan-in is the inputs of a linear map or the taps of a depthwise convolution. Layers whose kernels
+    have a start of their own (`Marks.own_start`) keep it."""
 
     def draw(name, value):
         module, _, leaf = name.rpartition(".")
         if leaf not in ("kernel", "bias") or f"{module}.kernel" not in fresh:  # a norm may have a bias
+            return value
+        if stated[f"{module}.kernel"].own_start:
             return value
         taps = stated[f"{module}.kernel"].layout == "conv"
         bound = 1 / math.sqrt(fresh[f"{module}.kernel"].shape[1 if taps else 0])

@@ -83,7 +83,7 @@ def check_rope(model_type, **keys):
 
 
 def test_every_family_has_its_class_here():
-    assert CLASSES.keys() == FAMILIES.keys()
+    assert CLASSES.keys() == {name for name, family in FAMILIES.items() if family.own_layout is None}
 
 
 @pytest.mark.parametrize("model_type", CLASSES)

@@ -135,6 +135,7 @@ def test_a_dict_that_contradicts_its_model_is_refused(pattern, key, values, word
         ("*-GKA", dict(gka=GKAConfig(norm_eps=1e-4)), "gka_config.norm_eps = 0.0001"),
         ("*-M2", dict(rms_norm_eps=1e-5), "B and C are normed with rms_norm_eps = 1e-05"),
         ("*-GKA", dict(qkv_bias=True, o_bias=True), "output projection"),
+        ("*-DM2", {}, "it has no Discrete Mamba-2"),
         ("*-M3", {}, "it has no Mamba-3"),
         ("*-GDN[1]", {}, "some heads of attention beside a mixer"),
         ("*-GDN", dict(gdn=GDNConfig(state_size=4)), "no state_size for gdn"),

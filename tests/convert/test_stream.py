@@ -26,7 +26,7 @@ def stored(directory):
 
 
 CASES = {
-    "every mixer, of float32": (lambda: tiny_model("*-*-*-*-*-*"), "GKA-GDN-M2-M3-BMF-SWA", None),
+    "every mixer, of float32": (lambda: tiny_model("*-*-*-*-*-*-*"), "GKA-GDN-M2-M3-BMF-SWA-DM2", None),
     "heads kept, in bfloat16": (lambda: tiny_model("*-*-*"), "GDN[1]-*-GKA*", "bfloat16"),
     "experts": (lambda: tiny_model("*-*", family="qwen3_moe", moe=MoEConfig(4, 2, 16)), "GKA-*", None),
 }

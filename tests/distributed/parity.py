@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from hybrid_jax.config import GKAConfig, Mamba3Config, MoEConfig
+from hybrid_jax.config import DiscreteMamba2Config, GKAConfig, Mamba3Config, MoEConfig
 from hybrid_jax.data.layout import training_batch
 from hybrid_jax.mixers import mixer_symbols
 from hybrid_jax.parallel.mesh import make_mesh, parse_mesh
@@ -29,7 +29,9 @@ SMALL = 0.08
 WELL_CONDITIONED = GKAConfig(ridge_strength=1.0, chunk_size=16)
 MIXTURE = {"moe": MoEConfig(8, 2, 12), "family": "qwen3_moe"}
 MIMO = {"mamba3": Mamba3Config(state_size=4, rank=2, rope_fraction=1.0, rotate_halves=True)}
-ALL = "*-GKA-GDN-M2-M3-SWA-BMF"
+BIASED = {"discrete_mamba2": DiscreteMamba2Config(bias=True, qk_heads=2, conv_activation=True)}
+GROUPED = {"mamba3": Mamba3Config(groups=1, norm_per_head=True)}
+ALL = "*-GKA-GDN-M2-DM2-M3-SWA-BMF"
 MIXERS = mixer_symbols()
 
 
@@ -60,6 +62,8 @@ CASES = {
     "cached": ("fsdp=2,seq=2,tensor=2", "*-SWA", 24, 2, "distill_cached", {}),
     "in parts": ("data=2,fsdp=2,seq=2", "*-SWA", 24, 8, "next_token", {"parts": 2}),
     "several inputs per token": ("data=2,seq=2,tensor=2", "M3", 24, 2, "next_token", MIMO),
+    "biases of parts of a map": ("fsdp=2,seq=2,tensor=2", "DM2", 24, 2, "next_token", BIASED),
+    "one group of B and C": ("data=2,seq=2,tensor=2", "M3", 24, 2, "next_token", GROUPED),
     "scanned": ("fsdp=2,seq=4", "*-GKA-*-GKA-*-GKA", 24, 2, "next_token", {}),
 }
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hybrid_jax.config import BMojoConfig, GDNConfig, GKAConfig, Mamba2Config, Mamba3Config
+from hybrid_jax.config import BMojoConfig, DiscreteMamba2Config, GDNConfig, GKAConfig, Mamba2Config, Mamba3Config
 from hybrid_jax.layers import make_mixer
 from hybrid_jax.mixers import KINDS
 from tests.conftest import relative_error, tiny_config
@@ -29,12 +29,12 @@ def rms(x, weight, eps):
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
 
 
-def conv(p, name, x):
-    """SiLU of the causal depthwise convolution of x [T, channels]."""
+def conv(p, name, x, activation=silu):
+    """The activation of the causal depthwise convolution of x [T, channels]."""
     kernel = p[f"{name}.kernel"]
     padded = np.concatenate([np.zeros((kernel.shape[1] - 1, x.shape[1])), x])
     y = np.stack([(padded[t : t + kernel.shape[1]] * kernel.T).sum(0) for t in range(len(x))])
-    return silu(y + p.get(f"{name}.bias", 0))
+    return activation(y + p.get(f"{name}.bias", 0))
 
 
 def linear(p, name, x):
@@ -121,11 +121,28 @@ def mamba2(p, x, c):
     return linear(p, "out_proj", y.reshape(T, H * D))
 
 
+def discrete_mamba2(p, x, c):
+    c = c.options(DiscreteMamba2Config)
+    N, G = c.state_size or D, c.qk_heads or H
+    xbc, z, a = np.split(linear(p, "in_proj", x), np.cumsum([H * D + 2 * G * N, H * D]), axis=1)
+    mixed = conv(p, "conv1d", xbc, silu if c.conv_activation else lambda x: x)
+    v, b, cc = np.split(mixed, [H * D, H * D + G * N], axis=1)
+    v, b, cc = heads(v), heads(b, N), heads(cc, N)
+    y = np.zeros((T, H, D))
+    for h in range(H):
+        S = np.zeros((N, D))
+        for t in range(T):
+            S = S / (1 + np.exp(a[t, h])) + np.outer(b[t, h], v[t, h])
+            y[t, h] = cc[t, h] @ S + p["D"][h] * v[t, h]
+    return linear(p, "out_proj", y.reshape(T, H * D) * silu(z + p.get("z_bias", 0)))
+
+
 def mamba3(p, x, c):
     c = c.options(Mamba3Config)
     R, N = c.rank, c.state_size or D
     A = int(N * c.rope_fraction) // 2
-    parts = np.split(linear(p, "in_proj", x), np.cumsum([H * D, HKV * D, HKV * R * N, H * R * N, H, H, H]), axis=1)
+    of_b, of_c = c.groups or HKV, c.groups or H
+    parts = np.split(linear(p, "in_proj", x), np.cumsum([H * D, HKV * D, of_b * R * N, of_c * R * N, H, H, H]), axis=1)
     z, v, b, cc, dt, decay, trap, angle = parts
     one = np.ones((H, R, D))
     z, v = heads(z)[:, :, None] * p.get("mimo_z", one), heads(v)[:, :, None] * p.get("mimo_x", one)
@@ -151,7 +168,7 @@ def mamba3(p, x, c):
             S = S + trap[t, h] * dt[t, h] * added
             for r in range(R):
                 o = S.T @ turn @ cc[t, h, r] + p["D"][h] * v[t, h, r]
-                o = rms(o, p["norm.weight"], c.norm_eps) if c.out_norm else o
+                o = rms(o, p["norm.weight"].reshape(-1, D)[h if c.norm_per_head else 0], c.norm_eps) if c.out_norm else o
                 y[t, h] += p.get("mimo_o", one)[h, r] * o * silu(z[t, h, r])
     return linear(p, "out_proj", y.reshape(T, H * D))
 
@@ -190,7 +207,7 @@ def bmojo(p, x, c):
     return linear(p, "o_proj", o.reshape(T, H * D))
 
 
-FORMULAS = {"gka": gka, "gdn": gdn, "mamba2": mamba2, "mamba3": mamba3, "bmojo": bmojo}
+FORMULAS = {"gka": gka, "gdn": gdn, "mamba2": mamba2, "discrete_mamba2": discrete_mamba2, "mamba3": mamba3, "bmojo": bmojo}
 SOLVED = dict(num_iter=150)  # so many iterations reach the exact solution
 
 CASES = {
@@ -214,7 +231,17 @@ CASES = {
     "mamba2 of a large state": ("mamba2", dict(mamba2=Mamba2Config(state_size=12))),
     "mamba2 without norms": ("mamba2", dict(mamba2=Mamba2Config(use_qk_norm=False))),
     "mamba2 of a source without norms": ("mamba2", dict(qk_norm=False)),
+    "discrete mamba2": ("discrete_mamba2", {}),
+    "discrete mamba2 of a small state, few keys, no bias of the convolution": (
+        "discrete_mamba2",
+        dict(discrete_mamba2=DiscreteMamba2Config(state_size=3, qk_heads=2, conv_bias=False, conv_size=3)),
+    ),
+    "discrete mamba2 with biases, SiLU behind the convolution": (
+        "discrete_mamba2",
+        dict(discrete_mamba2=DiscreteMamba2Config(bias=True, conv_activation=True)),
+    ),
     "mamba3": ("mamba3", {}),
+    "mamba3 of one group, with a norm per head": ("mamba3", dict(mamba3=Mamba3Config(rank=2, groups=1, norm_per_head=True))),
     "mamba3 of three inputs per token": ("mamba3", dict(mamba3=Mamba3Config(rank=3, norm_eps=0.1))),
     "mamba3 of a small state, in halves": ("mamba3", dict(mamba3=Mamba3Config(4, rotate_halves=True, rope_fraction=0.75))),
     "mamba3 without output norm": ("mamba3", dict(mamba3=Mamba3Config(12, 2, out_norm=False, rope_fraction=1.0))),

@@ -131,12 +131,20 @@ def test_gka_options_keep_decoding_equal(options):
         dict(state_size=4, rope_fraction=1.0, rotate_halves=True),
         dict(rope_fraction=0.0),
         dict(rank=2, state_size=12),
+        dict(groups=2, norm_per_head=True),
     ],
 )
 def test_mamba3_options_keep_decoding_equal(options):
     from hybrid_jax.config import Mamba3Config
 
     check_decoding(tiny_model("M3-*", mamba3=Mamba3Config(**options)))
+
+
+@pytest.mark.parametrize("options", [dict(bias=True, conv_activation=True), dict(state_size=3, qk_heads=1, conv_bias=False)])
+def test_discrete_mamba2_options_keep_decoding_equal(options):
+    from hybrid_jax.config import DiscreteMamba2Config
+
+    check_decoding(tiny_model("DM2-*", discrete_mamba2=DiscreteMamba2Config(**options)))
 
 
 def test_untied_bmojo_and_its_mixers_keep_decoding_equal():

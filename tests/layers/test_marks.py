@@ -13,7 +13,7 @@ from hybrid_jax.model import abstract_decoder
 from hybrid_jax.parameters import abstract_parameters, marks
 from tests.conftest import tiny_config
 
-NOT_DECAYED = re.compile(r"(norm\w*\.weight|\.bias|\.A_log|\.dt_bias|\.D|\.[BC]_bias|\.mimo_[xzo])$")
+NOT_DECAYED = re.compile(r"(norm\w*\.weight|\.bias|\.A_log|\.dt_bias|\.D|\.[BCz]_bias|\.mimo_[xzo])$")
 MANY_VECTORS = re.compile(r"\.([BC]_bias|mimo_[xzo])$")  # of several axes, but no matrices
 MATRIX = re.compile(r"(\.kernel|\.experts\.\w+)$")
 NOT_MUON = re.compile(r"(embed_tokens|lm_head|conv1d|\.mlp\.gate\.)")

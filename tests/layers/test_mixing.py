@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hybrid_jax.config import GDNConfig, GKAConfig, HeadHybridConfig, Mamba2Config, Mamba3Config
+from hybrid_jax.config import DiscreteMamba2Config, GDNConfig, GKAConfig, HeadHybridConfig, Mamba2Config, Mamba3Config
 from hybrid_jax.layers import make_mixer
 from hybrid_jax.layers.linear import rms_norm
 from hybrid_jax.layers.mixing import over_blocks
@@ -27,6 +27,7 @@ CASES = {
     "gka": ("gka", dict(gka=GKAConfig(chunk_size=16))),
     "gka, no gates": ("gka", dict(gka=GKAConfig(use_beta_gate=False, use_alpha_connection=False), num_kv_heads=4)),
     "mamba2": ("mamba2", dict(mamba2=Mamba2Config(state_size=4))),
+    "discrete_mamba2": ("discrete_mamba2", dict(discrete_mamba2=DiscreteMamba2Config(state_size=4, qk_heads=2))),
     "mamba3": ("mamba3", dict(mamba3=Mamba3Config())),
     "mamba3 of rank 3": ("mamba3", dict(mamba3=Mamba3Config(rank=3, out_norm=False))),
 }
@@ -55,6 +56,8 @@ def finish(kind, m, o, x):
         return m.o_proj(o.reshape(flat))
     if kind in ("gdn", "gka"):
         return m.o_proj(m.o_norm(o).reshape(flat) * jax.nn.silu(m.g_proj(x)))
+    if kind == "discrete_mamba2":
+        return m.out_proj(o.reshape(flat) * jax.nn.silu(m.in_proj.parts(x, m.sizes)[3] + m.z_bias[...]))
     z = jax.nn.silu(m.in_proj(x)[..., : o.shape[2] * o.shape[3]].reshape(o.shape))
     if kind == "mamba2":
         return m.out_proj(rms_norm(o * z, m.norm.weight[...].reshape(o.shape[2:]), 1e-5).reshape(flat))
@@ -94,7 +97,7 @@ def steps(way, size):
     return jax.tree.map(lambda d: size * d, way), jax.tree.map(lambda d: -size * d, way)
 
 
-@pytest.mark.parametrize("case", ["gdn", "mamba3 of rank 3", "gka, no gates", "gka"])
+@pytest.mark.parametrize("case", ["gdn", "discrete_mamba2", "mamba3 of rank 3", "gka, no gates", "gka"])
 def test_a_distance_of_matrices_has_the_gradient_that_its_differences_say(case):
     """As in the matrix orientation of MOHAWK: the squared distance of a student's matrices to a teacher's, in blocks."""
     graph, parameters = nnx.split(mixer(case))

@@ -7,6 +7,7 @@ PARITY, GENERATE = "tests/convert/test_transformers_parity.py", "tests/test_gene
 ROPE, SAVE, WRITER = "hybrid_jax/families/rope.py", "hybrid_jax/convert/save.py", "hybrid_jax/convert/writer.py"
 STREAM, QUANTIZED = "tests/convert/test_stream.py", "tests/convert/test_quantized.py"
 SAMPLING, OPTIONS = "hybrid_jax/generation/sampling.py", "hybrid_jax/generation/defaults.py"
+RELEASED = "tests/convert/test_released.py"
 PRECEDENCE = f"{DEFAULTS}::test_rope_precedence_and_frequencies_are_transformers"
 ABSENT = f"{DEFAULTS}::test_absent_keys_mean_what_they_mean_to_transformers"
 SHARDED = f"{PARITY}::test_sharded_checkpoints_load_and_are_written"
@@ -177,6 +178,41 @@ MUTATIONS = [
         "NOT_APPLIED | NOT_APPLIED_SAMPLING if samples else {}",
         "greedy generation does not name the options that it ignores",
         (f"{GENERATE}::test_options_that_change_greedy_generation_too_are_named",),
+    ),
+    Mutation(
+        "hybrid_jax/families/mamba3.py",
+        '"rotate_halves": mimo',
+        '"rotate_halves": False',
+        "a released MIMO model rotates neighbouring channels",
+        (f"{RELEASED}::test_logits_equal_the_released_model_s",),
+    ),
+    Mutation(
+        "hybrid_jax/families/mamba3.py",
+        'for name in ("up", "gate")',
+        'for name in ("gate", "up")',
+        "the halves of Mamba-3's MLP are exchanged",
+        (f"{RELEASED}::test_logits_equal_the_released_model_s",),
+    ),
+    Mutation(
+        "hybrid_jax/families/phi_mamba.py",
+        "first.get(key) != core.get(key)",
+        "False",
+        "blocks of Phi-Mamba with other options are read as the last one",
+        (f"{RELEASED}::test_what_cannot_be_honoured_is_refused_by_name",),
+    ),
+    Mutation(
+        "hybrid_jax/families/released.py",
+        "check_known(name, given, keys)",
+        "pass",
+        "unknown options of a released mixer are ignored",
+        (f"{RELEASED}::test_what_cannot_be_honoured_is_refused_by_name",),
+    ),
+    Mutation(
+        "hybrid_jax/convert/load.py",
+        "name == _embedding(config)",
+        'name == "model.embed_tokens.weight"',
+        "the head of a tied model with other names is not taken for its embedding",
+        (f"{RELEASED}::test_a_tied_head_that_is_stored_beside_the_embedding_is_read_as_one",),
     ),
     Mutation(
         "hybrid_jax/schema.py",

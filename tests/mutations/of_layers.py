@@ -15,6 +15,7 @@ EXPERTS, OF_EXPERTS = "hybrid_jax/parallel/experts.py", "tests/parallel/test_exp
 PREFILL = f"{INVARIANCE}::test_prefill_in_parts_and_decoding_equal_the_whole"
 FORMULAS = "tests/layers/test_formulas.py"
 GKA, GDN, MAMBA2 = "hybrid_jax/layers/gka.py", "hybrid_jax/layers/gdn.py", "hybrid_jax/layers/mamba2.py"
+DISCRETE = "hybrid_jax/layers/discrete_mamba2.py"
 RECURRENT, MLP, BMOJO = "hybrid_jax/layers/recurrent.py", "hybrid_jax/layers/mlp.py", "hybrid_jax/layers/bmojo.py"
 
 HEADS, HYBRID = "tests/layers/test_head_hybrid.py", "hybrid_jax/layers/head_hybrid.py"
@@ -296,6 +297,34 @@ MUTATIONS = [
         'for ours, x in ("Cq", "Bq")',
         "B takes the norm of q",
         (f"{PRIMING}::test_mamba2_takes_q_k_v_o_and_the_norms_in_its_own_order",),
+    ),
+    Mutation(
+        DISCRETE,
+        "-jax.nn.softplus(a.astype(jnp.float32))",
+        "-jax.nn.softplus(-a.astype(jnp.float32))",
+        "the decay of Discrete Mamba-2 has the wrong sign of a",
+        (FORMULAS,),
+    ),
+    Mutation(
+        DISCRETE,
+        '"vkq" if sizes',
+        '"vqk" if sizes',
+        "Discrete Mamba-2 takes keys for queries",
+        (f"{PRIMING}::test_discrete_mamba2_takes_v_k_q_of_every_query_head_o_and_their_biases_and_its_gate_is_open",),
+    ),
+    Mutation(
+        DISCRETE,
+        "and o.qk_heads in (None, H) else",
+        "else",
+        "Discrete Mamba-2 takes keys of other heads that are as wide together",
+        (f"{PRIMING}::test_a_state_of_discrete_mamba2_that_is_not_attention_s_takes_only_v_and_o",),
+    ),
+    Mutation(
+        "hybrid_jax/priming/fresh.py",
+        'stated[f"{module}.kernel"].own_start',
+        "False",
+        "torch's draws take the place of a mixer's own start",
+        (f"{PRIMING}::test_a_new_discrete_mamba2_begins_as_mohawk_s_student_however_other_parameters_are_drawn",),
     ),
     Mutation(
         "hybrid_jax/layers/mamba3.py",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hybrid_jax.config import BMojoConfig, GDNConfig, Mamba3Config, SWAConfig
+from hybrid_jax.config import BMojoConfig, DiscreteMamba2Config, GDNConfig, Mamba3Config, SWAConfig
 from hybrid_jax.layers.recurrent import init_a_log, init_dt_bias
 from hybrid_jax.parameters import split_model
 from hybrid_jax.priming.fuse import fuse, unfuse
@@ -15,7 +15,7 @@ from hybrid_jax.priming.initialize import initialize_hybrid, new_model
 from hybrid_jax.selection import select
 from hybrid_jax.selection.scorers.contract import Scores
 from hybrid_jax.selection.select import Selection, pattern_from_scores
-from tests.conftest import relative_error, tiny_model
+from tests.conftest import relative_error, tiny_config, tiny_model
 
 IDS = np.random.default_rng(0).integers(0, 61, (2, 12))
 
@@ -64,7 +64,53 @@ def test_mamba3_takes_q_k_v_o_and_the_norms_and_neither_turns_nor_adds_a_bias_at
         assert not got[f"layers.0.mamba3.{name}_bias"].any() and (fresh[f"layers.0.mamba3.{name}_bias"] == 1).all()
 
 
-@pytest.mark.parametrize("options", [dict(state_size=4), dict(rank=2)])
+def test_discrete_mamba2_takes_v_k_q_of_every_query_head_o_and_their_biases_and_its_gate_is_open():
+    source = tiny_model("*", qkv_bias=True)
+    for name in "qkv":
+        bias = getattr(source.layers[0].self_attn, f"{name}_proj").bias
+        bias.set_value(jnp.arange(1.0, 1 + bias.shape[0]) / 7)
+    have, got = parameters(source), parameters(initialize_hybrid(source, "DM2"))
+    attention = {n.removeprefix("layers.0.self_attn."): v for n, v in have.items() if "self_attn" in n}
+    x, b, c, z, a = np.split(got["layers.0.discrete_mamba2.in_proj.kernel"], [32, 64, 96, 128], axis=1)
+    biases = np.split(got["layers.0.discrete_mamba2.conv1d.bias"], 3)
+    for part, bias, name in zip((x, b, c), biases, "vkq", strict=True):
+        copies = 1 if name == "q" else 2
+        for begun, theirs in ((part, attention[f"{name}_proj.kernel"]), (bias, attention[f"{name}_proj.bias"])):
+            heads = theirs.reshape(*theirs.shape[:-1], -1, 8)
+            assert np.array_equal(begun, np.repeat(heads, copies, axis=-2).reshape(begun.shape))
+    assert np.array_equal(got["layers.0.discrete_mamba2.out_proj.kernel"], attention["o_proj.kernel"])
+    assert not z.any() and a.std() > 0.1 and a.shape == (24, 4)
+    gate = got["layers.0.discrete_mamba2.z_bias"]
+    assert np.allclose(gate / (1 + np.exp(-gate)), 1, atol=1e-6)
+
+
+def test_a_state_of_discrete_mamba2_that_is_not_attention_s_takes_only_v_and_o():
+    for options in (dict(state_size=4), dict(qk_heads=2, state_size=16)):  # the second is as wide as attention's queries
+        source = tiny_model("*", discrete_mamba2=DiscreteMamba2Config(**options))
+        have = parameters(source)
+        got, new = (parameters(initialize_hybrid(source, "DM2", copy_attention=copied)) for copied in (True, False))
+        kernel, fresh = (x["layers.0.discrete_mamba2.in_proj.kernel"] for x in (got, new))
+        values = np.repeat(have["layers.0.self_attn.v_proj.kernel"].reshape(24, 2, 8), 2, axis=1).reshape(24, 32)
+        assert np.array_equal(kernel[:, :32], values) and np.array_equal(kernel[:, 32:], fresh[:, 32:])
+        assert np.array_equal(got["layers.0.discrete_mamba2.out_proj.kernel"], have["layers.0.self_attn.o_proj.kernel"])
+
+
+@pytest.mark.parametrize("how", ["transformers", "torch"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_new_discrete_mamba2_begins_as_mohawk_s_student_however_other_parameters_are_drawn(how, bias):
+    config = tiny_config("DM2-DM2", hidden_size=48, discrete_mamba2=DiscreteMamba2Config(bias=bias))
+    got = parameters(new_model(config, fresh_parameters=how))
+    prefix = "layers.1.discrete_mamba2."
+    mixer = {n.removeprefix(prefix): x for n, x in got.items() if n.startswith(prefix)}
+    drawn, z, a = np.split(mixer["in_proj.kernel"], [96, 128], axis=1)
+    for kernel, bound in ((drawn, 48**-0.5), (a, 48**-0.5), (mixer["out_proj.kernel"], 64**-0.5), *([(z, 48**-0.5)] * bias)):
+        assert np.abs(kernel).max() <= bound and abs(kernel.std() * 3**0.5 / bound - 1) < 0.1
+    assert z.any() == bias and ("z_bias" in mixer) != bias
+    assert np.array_equal(mixer["conv1d.kernel"], np.tile([0, 0, 0, 1], (96, 1)))
+    assert not any(x.any() for name, x in mixer.items() if name.endswith(".bias"))
+
+
+@pytest.mark.parametrize("options", [dict(state_size=4), dict(rank=2), dict(groups=4)])
 def test_a_state_of_mamba3_that_is_not_attention_s_takes_only_v_o_and_the_gate(options):
     source = tiny_model("*", mamba3=Mamba3Config(**options))
     have, got = parameters(source), parameters(initialize_hybrid(source, "M3"))
