@@ -86,7 +86,13 @@ KINDS = {
 }
 
 
+def chip_of(device_kind: str) -> str | None:
+    """Returns the name here of what `jax.Device.device_kind` names, e.g. `v5e`; None: it is unknown."""
+    found = [name for name in KINDS if device_kind.startswith(name)]
+    return KINDS[max(found, key=len)] if found else None
+
+
 def accelerator_of(device_kind: str) -> Accelerator | None:
     """What `jax.Device.device_kind` names, if it is known."""
-    found = [name for name in KINDS if device_kind.startswith(name)]
-    return (TPUS | GPUS)[KINDS[max(found, key=len)]] if found else None
+    chip = chip_of(device_kind)
+    return None if chip is None else (TPUS | GPUS)[chip]

@@ -50,6 +50,12 @@ class Command:
 
 
 COMMANDS = {
+    "check": Command(
+        "check",
+        "find out whether everything is right on this machine or pod, and how fast: the first command on new hardware",
+        "--out runs/check",
+        job=True,
+    ),
     "convert": Command(
         "convert",
         "convert a Transformer directory into a hybrid one (stage 0), copy it, or prove that it is read as it is",

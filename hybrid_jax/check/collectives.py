@@ -1,0 +1,51 @@
+"""The collectives that training uses, over all devices: right, and how fast."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from hybrid_jax.check.finding import Finding
+from hybrid_jax.check.measuring import seconds_of
+
+
+def check(workdir: pathlib.Path) -> Iterator[Finding]:
+    """Yields whether each collective is right, and the bytes that a device sends per second."""
+    del workdir
+    n = jax.device_count()
+    if n == 1:
+        yield Finding("collectives", "are not there", None, "one device")
+        return
+    mesh = Mesh(np.asarray(jax.devices()), ("all",))
+    floats = (1 << 18) if jax.default_backend() == "cpu" else (1 << 24)  # of a device: 1 or 64 MiB
+    onward = [(i, (i + 1) % n) for i in range(n)]
+    # name -> (function of a device's part, its value on device i in parts of i, share of the part that a device sends)
+    cases: dict[str, tuple[Callable, Callable, float]] = {
+        "all-reduce": (lambda x: jax.lax.psum(x, "all"), lambda i: n * (n - 1) / 2, 2 * (n - 1) / n),
+        "all-gather": (lambda x: jnp.sum(jax.lax.all_gather(x, "all"), axis=0), lambda i: n * (n - 1) / 2, n - 1),
+        "permute": (lambda x: jax.lax.ppermute(x, "all", onward), lambda i: (i - 1) % n, 1),
+        "all-to-all": (
+            lambda x: jax.lax.all_to_all(x.reshape(n, -1), "all", 0, 0).sum(0).repeat(n),
+            lambda i: n * (n - 1) / 2,
+            (n - 1) / n,
+        ),
+    }
+    size = floats // n * n
+    parts = jax.make_array_from_callback(
+        (n * size,), NamedSharding(mesh, P("all")), lambda index: np.full(size, (index[0].start or 0) // size, np.float32)
+    )
+    for name, (function, expected, share) in cases.items():
+        call = jax.jit(jax.shard_map(function, mesh=mesh, in_specs=P("all"), out_specs=P("all"), check_vma=False))
+        right = all(
+            bool(np.all(np.asarray(s.data) == expected((s.index[0].start or 0) // size))) for s in call(parts).addressable_shards
+        )
+        yield Finding(name, "is right", right, f"over {n} devices")
+        seconds = seconds_of(functools.partial(call, parts))
+        yield Finding(name, "sends", None, f"{share * size * 4 / seconds / 1e9:.2f} GB/s per device ({size * 4 / 2**20:.0f} MiB)")
