@@ -202,7 +202,7 @@ class Experiment:
                     f"phase {name!r}: seq_len {phase.seq_len:,} is more than the model's max_position_embeddings, {positions:,}; "
                     "lower it, or set the phase's max_position_embeddings"
                 )
-            form = {"fused": hybrid.fused, "unfused": hybrid.unfused, "as_is": lambda: hybrid}[phase.form]()
+            form = {"fused": lambda: hybrid.fused(source), "unfused": hybrid.unfused, "as_is": lambda: hybrid}[phase.form]()
             try:
                 if phase.form == "fused":
                     check_teacher(form, source)

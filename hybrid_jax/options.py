@@ -1,4 +1,4 @@
-"""Options that check themselves: the base of every options class, and the checks that their fields declare.
+"""Options that check themselves: the base of every options class and of a mixer's, and the checks that their fields declare.
 
 A check takes (name, value) and returns the value, or raises a ValueError that names the key, what was expected and what
 came. This module imports no array library, so that `--help` stays fast.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from hybrid_jax.checks import check_choice, check_integer, check_number
@@ -64,3 +64,46 @@ class Options:
     def checks(cls) -> dict[str, Check]:
         """Returns the check of every option, by name."""
         return {field.name: field.metadata["check"] for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+
+
+class MixerOptions(Options):
+    """Base class of the options of one mixer kind: what `KEY` (`gka_config`, ...) may hold in config.json."""
+
+    # Keys that repeat the model's sizes: written on export, rejected where they contradict the model.
+    REPEATED: ClassVar[frozenset[str]] = frozenset()
+    # Keys that hybrid-model-factory knows and that may have only this value here.
+    FIXED: ClassVar[Mapping[str, Any]] = {}
+    # Keys that change how a kernel of hybrid-model-factory computes, but not the result: any valid value, kept for the export.
+    FREE: ClassVar[Mapping[str, Check]] = {}
+    # Keys for which the vLLM plugin has other defaults elsewhere: always written on export, so that no default decides.
+    STATED: ClassVar[Mapping[str, Any]] = {}
+    # Options that are written only where they differ from the default.
+    ONLY_IF_CHANGED: ClassVar[frozenset[str]] = frozenset()
+    # Options that mean nothing, and are written as false, where the source model does not norm queries and keys.
+    ONLY_WITH_QK_NORM: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def inner(self) -> tuple[str, ...]:
+        """The kinds of the mixers inside this mixer, whose options count too."""
+        return ()
+
+    @property
+    def window(self) -> int | None:
+        """How many keys a query sees at most; None for a mixer that does not attend to keys."""
+        return None
+
+    @property
+    def own_heads(self) -> int | None:
+        """How many heads the mixer has where they are not attention's; None: they are."""
+        return None
+
+    def sharded_widths(self, num_heads: int, num_kv_heads: int, head_dim: int) -> Mapping[str, int]:
+        """Returns the sizes, by parameter, that `tensor` must divide and does not because it divides the numbers of heads."""
+        return {}
+
+    def check_heads(self, num_heads: int, num_kv_heads: int) -> None:
+        """Checks that the mixer can be in a model whose attention has these numbers of heads.
+
+        Raises:
+          ValueError: an option has nothing to act on there.
+        """

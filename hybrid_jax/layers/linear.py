@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,8 @@ class Linear(nnx.Module):
 
     Args:
       axes: logical names of the kernel's two axes, for sharding.
-      std: standard deviation of a new kernel, drawn from a normal distribution; a new bias is 0. Transformers
+      std: standard deviation of a new kernel, drawn from a normal distribution; a new bias is 0. A kernel with 0 begins at 0
+        however new parameters are drawn. Transformers
         initializes every linear map in this way, those of mixers too, with the config's `initializer_range`.
     """
 
@@ -38,7 +40,8 @@ class Linear(nnx.Module):
         dtype: DTypeLike = jnp.float32,
     ):
         kernel = std * jax.random.normal(rngs.params(), (din, dout), dtype)
-        self.kernel = parameter(kernel, axes, compute=True, frozen=True, decay=True, muon=muon, layout="transposed")
+        of_kernel: dict[str, Any] = dict(compute=True, frozen=True, decay=True, muon=muon, layout="transposed")
+        self.kernel = parameter(kernel, axes, zero=std == 0, **of_kernel)
         self.bias = parameter(jnp.zeros(dout, dtype), (axes[1],)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:

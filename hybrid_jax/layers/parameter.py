@@ -25,6 +25,7 @@ class Marks:
       frozen: while it does not train, it is kept in the phase's `frozen_dtype`.
       decay: it takes weight decay.
       muon: Muon updates it, as a matrix in its last two dimensions; otherwise AdamW does.
+      zero: it begins at 0, however new parameters are drawn.
       layout: how a Hugging Face checkpoint stores it: "same", "transposed" ([in, out] as [out, in]), "conv" ([D, W] as
         [D, 1, W]) or "experts" ([E, in, out] as one [out, in] per expert).
     """
@@ -34,6 +35,7 @@ class Marks:
     frozen: bool = False
     decay: bool = False
     muon: bool = False
+    zero: bool = False
     layout: Layout = "same"
 
 
@@ -45,12 +47,13 @@ def parameter(
     frozen: bool = False,
     decay: bool = False,
     muon: bool = False,
+    zero: bool = False,
     layout: Layout = "same",
 ) -> nnx.Param:
     """Returns a parameter with its `Marks`, which see. A matrix of a linear map has all four marks and is "transposed"."""
     if len(axes) != value.ndim:
         raise ValueError(f"a parameter of shape {value.shape} needs an axis for each dimension, got {axes}")
-    return nnx.Param(value, marks=Marks(tuple(axes), compute, frozen, decay, muon, layout))
+    return nnx.Param(value, marks=Marks(tuple(axes), compute, frozen, decay, muon, zero, layout))
 
 
 def marks_of(variable: nnx.Variable) -> Marks:

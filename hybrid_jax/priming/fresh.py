@@ -32,7 +32,7 @@ def _as_torch(fresh: Parameters, stated: Mapping[str, Marks], key: jax.Array, na
 
     def draw(name, value):
         module, _, leaf = name.rpartition(".")
-        if leaf not in ("kernel", "bias") or f"{module}.kernel" not in fresh:  # a norm may have a bias
+        if leaf not in ("kernel", "bias") or f"{module}.kernel" not in fresh or stated[name].zero:  # a norm may have a bias
             return value
         taps = stated[f"{module}.kernel"].layout == "conv"
         bound = 1 / math.sqrt(fresh[f"{module}.kernel"].shape[1 if taps else 0])
