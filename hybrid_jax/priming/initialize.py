@@ -55,8 +55,7 @@ def check_convertible(have: ModelConfig, wanted: ModelConfig) -> None:
         begins = {begins_from(old, kind) for kind in new.kinds if kind not in old.kinds}
         if None in begins or (new.attention_heads and begins - {ATTENTION}):
             raise ValueError(
-                f"layer {i} is {old.symbol!r}: only attention can become {new.symbol!r}; among mixers there is "
-                f"{copied_pairs()}"
+                f"layer {i} is {old.symbol!r}: only attention can become {new.symbol!r}; among mixers there is {copied_pairs()}"
             )
         if new.kind != ATTENTION and new.kind in old.kinds and new.attention_heads != old.attention_heads:
             raise ValueError(
