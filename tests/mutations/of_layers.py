@@ -32,7 +32,7 @@ MUTATIONS = [
         "the shared expert is not gated",
         (NEXT,),
     ),
-    Mutation(GDN, "(sizes.k, sizes.N) == (H, D)", "True", "queries of other heads are copied to a Gated DeltaNet", (OWN_HEADS,)),
+    Mutation(RECURRENT, "(sizes.k, sizes.N) == (H, D)", "True", "queries of other heads are copied to a mixer", (OWN_HEADS,)),
     Mutation(HYBRID, 'in ("q_proj", "g_proj")', 'in ("q_proj",)', "gates of other heads are kept", (QWEN3_NEXT,)),
     Mutation(
         "hybrid_jax/families/base.py",
