@@ -156,8 +156,8 @@ MUTATIONS = [
     ),
     Mutation(
         GKA,
-        "self.state_size**-0.5 if self.config.options(GKAConfig).gla_rescale else 1.0",
-        "self.state_size**-0.5",
+        "self.sizes.N**-0.5 if self.config.options(GKAConfig).gla_rescale else 1.0",
+        "self.sizes.N**-0.5",
         "gla_rescale is ignored",
         (FORMULAS,),
     ),
