@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from hybrid_jax.checks import check_boolean, check_choice, check_number
+from hybrid_jax.copies import COPIES, begins_from
 from hybrid_jax.mixers import (
     ATTENTION,
     KINDS,
@@ -27,7 +28,7 @@ from hybrid_jax.mixers import (
 )  # fmt: skip
 from hybrid_jax.options import Options, option, optional
 from hybrid_jax.pattern import MixerSpec, format_pattern, parse_pattern
-from hybrid_jax.schema import KEYS, MODEL_FIELDS, check_key, check_rope
+from hybrid_jax.schema import KEYS, MODEL_FIELDS, check_key, check_rope, mixer_config_from_dict
 
 __all__ = [
     "ATTENTION", "BMojoConfig", "DiscreteMamba2Config", "GDNConfig", "GKAConfig", "HeadHybridConfig", "Mamba2Config",
@@ -123,31 +124,6 @@ class MoEConfig(Options):
         super().__post_init__()
         if self.experts_per_token > self.num_experts:
             raise ValueError(f"num_experts_per_tok must be at most num_experts ({self.num_experts}), got {self.experts_per_token}")
-
-
-def mixer_config_from_dict(key: str, values: Mapping[str, Any]) -> MixerOptions:
-    """Reads one of config.json's mixer dicts (`gka_config`, ...).
-
-    Keys that repeat the model's sizes are not checked here: see `hybrid_jax.families.mixers`.
-
-    Raises:
-      ValueError: an unknown option, one of a wrong type or out of its range, or one that this project cannot honour.
-    """
-    cls = options_by_key()[key]
-    known, kept = cls.checks(), {}
-    for name, value in check_key(key, values).items():
-        where = f"{key}.{name}"
-        if name in known:
-            kept[name] = value
-        elif name in cls.FIXED:
-            expected = cls.FIXED[name]
-            if (type(value), value) != (type(expected), expected):
-                raise ValueError(f"{where} = {value!r} is not supported; only {expected!r} is")
-        elif name in cls.FREE:
-            cls.FREE[name](where, value)
-        elif name not in cls.REPEATED and value is not None:
-            raise ValueError(f"{key} has the unknown option {name!r}; known: {', '.join(sorted(known))}")
-    return cls(**kept)
 
 
 def _canonical(mixers: Sequence[MixerOptions]) -> tuple[MixerOptions, ...]:
@@ -287,8 +263,8 @@ class ModelConfig:
             if len(getattr(self, name)) != len(self.layers):
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries, the model has {len(self.layers)} layers")
         object.__setattr__(self, "mixers", _canonical(self.mixers))
-        for options in self.mixers:
-            options.check_heads(self.num_heads)
+        for cls in self.used_options():
+            self.options(cls).check_heads(self.num_heads, self.num_kv_heads)
         for i, layer in enumerate(self.layers):
             lacks = {"soft cap of attention scores": self.attention_soft_cap is not None, "output gate": self.attention_gate}
             for what in (name for name, has in lacks.items() if has and "bmojo" in layer.kinds):
@@ -376,20 +352,33 @@ class ModelConfig:
         return any(layer.fused for layer in self.layers)
 
     def with_pattern(self, pattern: str | Sequence[MixerSpec]) -> ModelConfig:
-        """The same model with other mixers.
+        """The same model with other mixers. One that begins from a layer's own mixer (`copies.COPIES`) takes over its options.
 
         Raises:
-          ValueError: the pattern is invalid or has a wrong length.
+          ValueError: the pattern is invalid or has a wrong length, or options cannot be taken over.
         """
         layers = parse_pattern(pattern, self.num_layers) if isinstance(pattern, str) else tuple(pattern)
         if len(layers) != self.num_layers:
             raise ValueError(f"the pattern has {len(layers)} layers, the model has {self.num_layers}")
-        return dataclasses.replace(self, layers=layers)
+        copied = {(begins_from(old, kind), kind) for old, new in zip(self.layers, layers, strict=True) for kind in new.kinds}
+        taken = [COPIES[x].options(self.options, fixed=x[1] in self.used_kinds()) for x in sorted(COPIES.keys() & copied)]
+        return dataclasses.replace(self.with_options(*taken), layers=layers)
 
-    def fused(self) -> ModelConfig:
-        """The two-stream form: mixers beside the attention they replace; attention and `source_kinds` on both streams."""
+    def fused(self, source: ModelConfig | None = None) -> ModelConfig:
+        """The two-stream form: mixers beside the mixer they replace; attention and `source_kinds` on both streams.
+
+        Args:
+          source: what was converted, where a mixer may have begun from another one (`copies.COPIES`), from which it then learns;
+            None: every mixer learns from attention.
+        """
         teachers = {kind: kind for kind in self.source_kinds}
-        return self.with_pattern([s if s.fused else s.fused_with(teachers.get(s.kind, ATTENTION)) for s in self.layers])
+        begun = {} if source is None else dict(enumerate(source.teacher().layers))
+
+        def taught(i: int, layer: MixerSpec) -> MixerSpec:
+            own = begun.get(i, layer).kind
+            return layer.fused_with(own if (own, layer.kind) in COPIES else teachers.get(layer.kind, ATTENTION))
+
+        return self.with_pattern([s if s.fused else taught(i, s) for i, s in enumerate(self.layers)])
 
     def unfused(self) -> ModelConfig:
         """The one-stream form: teachers dropped."""

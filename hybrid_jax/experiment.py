@@ -127,7 +127,7 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path, profile: tup
 
 
 def in_form(model: Decoder, form: str, source: pathlib.Path, mesh: Mesh | None) -> Decoder:
-    """Returns the model in a phase's form. A fused one gets the source's attention; the loop makes the source its teacher."""
+    """Returns the model in a phase's form. A fused one gets the source's mixers; the loop makes the source its teacher."""
     if form == "unfused":
         return unfuse(model)
     if form == "fused" and not model.config.is_fused:

@@ -42,7 +42,7 @@ class Experiment:
       select: how a pattern is chosen; None if there is a pattern or nothing to choose.
       mixers: options of mixers by their keys in config.json (`swa_config`, ...), each in place of the source's.
       fresh_parameters: how parameters start that attention does not give, see `initialize_hybrid`.
-      copy_attention: whether recurrent mixers begin with attention's weights, see `initialize_hybrid`.
+      copy_attention: whether recurrent mixers begin with the weights of the layer's mixer, see `initialize_hybrid`.
       phases: (name, phase) in order.
       data: `text`, `sources`, `tasks` (see `data.corpus`) and `mix` (source -> share of the rows).
       seed: of everything random; phase number n (from 1) takes seed + n.
@@ -202,7 +202,7 @@ class Experiment:
                     f"phase {name!r}: seq_len {phase.seq_len:,} is more than the model's max_position_embeddings, {positions:,}; "
                     "lower it, or set the phase's max_position_embeddings"
                 )
-            form = {"fused": hybrid.fused, "unfused": hybrid.unfused, "as_is": lambda: hybrid}[phase.form]()
+            form = {"fused": lambda: hybrid.fused(source), "unfused": hybrid.unfused, "as_is": lambda: hybrid}[phase.form]()
             try:
                 if phase.form == "fused":
                     check_teacher(form, source)

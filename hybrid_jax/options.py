@@ -1,4 +1,4 @@
-"""Options that check themselves: the base of every options class, and the checks that their fields declare.
+"""Options that check themselves: the base of every options class and of a mixer's, and the checks that their fields declare.
 
 A check takes (name, value) and returns the value, or raises a ValueError that names the key, what was expected and what
 came. This module imports no array library, so that `--help` stays fast.
@@ -103,11 +103,11 @@ class MixerOptions(Options):
         """Returns the sizes, by parameter, that `tensor` must divide and does not because it divides the numbers of heads."""
         return {}
 
-    def check_heads(self, num_heads: int) -> None:
-        """Checks that the options fit a model with so many query heads.
+    def check_heads(self, num_heads: int, num_kv_heads: int) -> None:
+        """Checks that the mixer can be in a model whose attention has these numbers of heads.
 
         Raises:
-          ValueError: one of `DIVIDE_HEADS` does not divide the number.
+          ValueError: one of `DIVIDE_HEADS` does not divide the query heads, or an option has nothing to act on there.
         """
         for name in sorted(self.DIVIDE_HEADS):
             value = getattr(self, name)

@@ -13,7 +13,7 @@ from typing import Any
 
 from hybrid_jax.checks import check_boolean, check_choice
 from hybrid_jax.mixers import options_by_key
-from hybrid_jax.options import EPSILON, Check, integer, number, optional
+from hybrid_jax.options import EPSILON, Check, MixerOptions, integer, number, optional
 
 MOST_LAYERS = 10_000
 
@@ -192,3 +192,28 @@ def check_finite(values: Any, name: str = "config.json") -> None:
             pending += [(f"{where}[{i}]", v) for i, v in enumerate(value)]
         elif isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{where} must be finite, got {value!r}")
+
+
+def mixer_config_from_dict(key: str, values: Mapping[str, Any]) -> MixerOptions:
+    """Reads one of config.json's mixer dicts (`gka_config`, ...).
+
+    Keys that repeat the model's sizes are not checked here: see `hybrid_jax.families.mixers`.
+
+    Raises:
+      ValueError: an unknown option, one of a wrong type or out of its range, or one that this project cannot honour.
+    """
+    cls = options_by_key()[key]
+    known, kept = cls.checks(), {}
+    for name, value in check_key(key, values).items():
+        where = f"{key}.{name}"
+        if name in known:
+            kept[name] = value
+        elif name in cls.FIXED:
+            expected = cls.FIXED[name]
+            if (type(value), value) != (type(expected), expected):
+                raise ValueError(f"{where} = {value!r} is not supported; only {expected!r} is")
+        elif name in cls.FREE:
+            cls.FREE[name](where, value)
+        elif name not in cls.REPEATED and value is not None:
+            raise ValueError(f"{key} has the unknown option {name!r}; known: {', '.join(sorted(known))}")
+    return cls(**kept)

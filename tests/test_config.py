@@ -82,8 +82,12 @@ def test_an_impossible_model_is_refused_by_name(changes, word):
 def test_unknown_and_unsupported_mixer_options_are_refused():
     with pytest.raises(ValueError, match="gka_config has the unknown option 'num_iters'"):
         mixer_config_from_dict("gka_config", {"num_iters": 3})
-    with pytest.raises(ValueError, match="kv_proj_rank"):
-        mixer_config_from_dict("gdn_config", {"kv_proj_rank": 8})
+    with pytest.raises(ValueError, match="gdn_config.kv_proj_rank must be an integer at least 1"):
+        mixer_config_from_dict("gdn_config", {"kv_proj_rank": 0})
+    with pytest.raises(ValueError, match="gka_config.num_sketches_per_head = 2 is not supported; only 1 is"):
+        mixer_config_from_dict("gka_config", {"num_sketches_per_head": 2})
+    with pytest.raises(ValueError, match="use_forgetting_gate_kk = false is supported only without the solve, with num_iter = 0"):
+        mixer_config_from_dict("gka_config", {"use_forgetting_gate_kk": False})
     assert mixer_config_from_dict("gka_config", {"hidden_size": 64, "num_iter": 3}).num_iter == 3
 
 

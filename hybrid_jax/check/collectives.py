@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import pathlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,14 +39,15 @@ def check(workdir: pathlib.Path) -> Iterator[Finding]:
         ),
     }
     size = floats // n * n
-    parts = jax.make_array_from_callback(
-        (n * size,), NamedSharding(mesh, P("all")), lambda index: np.full(size, (index[0].start or 0) // size, np.float32)
-    )
+
+    def part(index: Any) -> np.ndarray:
+        return np.full(size, (index[0].start or 0) // size, np.float32)
+
+    parts = jax.make_array_from_callback((n * size,), NamedSharding(mesh, P("all")), part)
     for name, (function, expected, share) in cases.items():
         call = jax.jit(jax.shard_map(function, mesh=mesh, in_specs=P("all"), out_specs=P("all"), check_vma=False))
-        right = all(
-            bool(np.all(np.asarray(s.data) == expected((s.index[0].start or 0) // size))) for s in call(parts).addressable_shards
-        )
+        shards: Any = call(parts).addressable_shards
+        right = all(bool(np.all(np.asarray(s.data) == expected((s.index[0].start or 0) // size))) for s in shards)
         yield Finding(name, "is right", right, f"over {n} devices")
         seconds = seconds_of(functools.partial(call, parts))
         yield Finding(name, "sends", None, f"{share * size * 4 / seconds / 1e9:.2f} GB/s per device ({size * 4 / 2**20:.0f} MiB)")

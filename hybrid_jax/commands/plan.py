@@ -64,9 +64,8 @@ def run(args: argparse.Namespace) -> None:
         config = read_model_config(args.source)
     else:
         raise ValueError(f"--source {args.source!r} is no directory and no name known here: {', '.join(PUBLIC)}")
-    if args.pattern:
-        config = config.with_pattern(spread_pattern(args.pattern, config))
-    job = Job(config.unfused(), args.program, args.seq_len, args.rows, tuple(args.trainable), args.remat)
+    hybrid = config.with_pattern(spread_pattern(args.pattern, config)) if args.pattern else config
+    job = Job(hybrid.unfused(), args.program, args.seq_len, args.rows, tuple(args.trainable), args.remat, config)
     if args.topology.partition(":")[0] in TPUS:
         with native_stderr_hidden(), contextlib.suppress(FileNotFoundError):
             topology_devices("v5e", "2x2")  # loads libtpu, which says at length that this machine has no TPU

@@ -10,8 +10,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from hybrid_jax.config import GDNConfig, Mamba2Config, ModelConfig, mixer_config_from_dict
+from hybrid_jax.config import Mamba2Config, ModelConfig, mixer_config_from_dict
 from hybrid_jax.mixers import MixerOptions, options_by_key
+from hybrid_jax.recurrent_options import HeadsOptions
 
 
 def repeated(options: type[MixerOptions], config: ModelConfig) -> dict[str, Any]:
@@ -35,13 +36,13 @@ def repeated(options: type[MixerOptions], config: ModelConfig) -> dict[str, Any]
         "ssm_cfg": {"expand": 1, "ngroups": heads, "d_state": config.options(Mamba2Config).state_size or dim},
         "use_qk_norm": config.qk_norm,
     }
-    gdn = config.options(GDNConfig)
-    if options is GDNConfig and gdn.own_heads is not None:
+    mixer = config.options(options)
+    if isinstance(mixer, HeadsOptions) and mixer.own_heads is not None:
         values |= {
-            "head_dim": gdn.value_size,
-            "num_q_heads": gdn.key_heads,
-            "num_k_heads": gdn.key_heads,
-            "num_v_heads": gdn.own_heads,
+            "head_dim": mixer.value_size,
+            "num_q_heads": mixer.key_heads,
+            "num_k_heads": mixer.key_heads,
+            "num_v_heads": mixer.own_heads,
         }
     return {name: values[name] for name in values if name in options.REPEATED}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -17,40 +16,22 @@ from hybrid_jax.layers.mixer import Arrays
 from hybrid_jax.layers.mixing import Mixing, of_operation
 from hybrid_jax.layers.recurrent import (
     STATE_AXES,
+    ExpandedHeads,
+    HeadSizes,
     ShortConv,
-    from_projections,
     init_a_log,
     init_dt_bias,
     l2_normalize,
     log_decay,
-    query_key_kernels,
+    projections_for_heads,
     repeat_heads,
 )
 from hybrid_jax.parallel.recurrence import recurrence
 from kernels_pallas import gated_delta_rule, gated_delta_rule_step, gated_delta_rule_summary
 
 
-class GDNSizes(NamedTuple):
-    """Heads of q, of k, of v, and of gates and states (H); channels of q and k (N), and of v (D)."""
-
-    q: int
-    k: int
-    v: int
-    H: int
-    N: int
-    D: int
-
-    @classmethod
-    def of(cls, config: ModelConfig) -> GDNSizes:
-        """Returns attention's sizes, with `state_size` in place of N if it is given, or the mixer's own (`GDNConfig.key_heads`)."""
-        gdn, H, Hkv, D = config.options(GDNConfig), config.num_heads, config.num_kv_heads, config.head_dim
-        if gdn.key_heads and gdn.value_heads and gdn.value_size:
-            return cls(gdn.key_heads, gdn.key_heads, gdn.value_heads, gdn.value_heads, gdn.state_size or D, gdn.value_size)
-        return cls(H, Hkv, Hkv, H, gdn.state_size or D, D)
-
-
 class GDNState(NamedTuple):
-    """S [B,H,N,D] float32 and the conv tails [B,W-1,heads*size] of q, k, v (see `GDNSizes`)."""
+    """S [B,H,N,D] float32 and the conv tails [B,W-1,heads*size] of q, k, v (see `HeadSizes`)."""
 
     S: jax.Array
     q_conv: jax.Array | None
@@ -58,7 +39,7 @@ class GDNState(NamedTuple):
     v_conv: jax.Array | None
 
 
-class GatedDeltaNet(nnx.Module):
+class GatedDeltaNet(ExpandedHeads):
     """q, k, v = SiLU(conv(proj x)); q, k L2-normalized; beta = sigmoid(b_proj x), twice that if
     `allow_neg_eigval`; the gated delta rule; o = RMSNorm(o) SiLU(g_proj x).
 
@@ -67,7 +48,7 @@ class GatedDeltaNet(nnx.Module):
 
     def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         del layer
-        hid, gdn, sizes = config.hidden_size, config.options(GDNConfig), GDNSizes.of(config)
+        hid, gdn, sizes = config.hidden_size, config.options(GDNConfig), HeadSizes.of(config, config.options(GDNConfig))
         H, N, D = sizes.H, sizes.N, sizes.D
         fresh: dict[str, Any] = dict(std=config.initializer_range, rngs=rngs, dtype=dtype)
         linear = functools.partial(Linear, **fresh)
@@ -89,7 +70,8 @@ class GatedDeltaNet(nnx.Module):
         self.g_proj = linear(hid, H * D, axes=("embed", "heads")) if gdn.use_gate else None
         self.o_norm = RMSNorm(D, eps=gdn.norm_eps, dtype=dtype)
         self.o_proj = linear(H * D, hid, axes=("heads", "embed"))
-        self.config, self.sizes = config, sizes
+        self.make_expansion(sizes, gdn, **fresh)
+        self.config = config
 
     def __call__(
         self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array, state: GDNState | None = None
@@ -114,7 +96,7 @@ class GatedDeltaNet(nnx.Module):
     def _inputs(self, x: jax.Array, segment_ids: jax.Array, s: GDNState) -> tuple[tuple[jax.Array, ...], list[jax.Array | None]]:
         """Returns q, k, v, g, beta [B, T, H, ...] of x [B, T, hidden], and the tails of the three convs after x."""
         B, T, _ = x.shape
-        H, N, D = self.sizes.H, self.sizes.N, self.sizes.D
+        H, N = self.sizes.H, self.sizes.N
 
         def mixed(proj, conv, tail):
             if conv is None:
@@ -124,7 +106,7 @@ class GatedDeltaNet(nnx.Module):
         q, q_conv = mixed(self.q_proj, self.q_conv1d, s.q_conv)
         k, k_conv = mixed(self.k_proj, self.k_conv1d, s.k_conv)
         v, v_conv = mixed(self.v_proj, self.v_conv1d, s.v_conv)
-        q, k, v = (repeat_heads(a.reshape(B, T, -1, n), H) for a, n in ((q, N), (k, N), (v, D)))
+        q, (k, v) = repeat_heads(q.reshape(B, T, -1, N), H), self.expanded(k, v)
         q, k = (l2_normalize(a, eps_outside=False) for a in (q, k))
         beta = jax.nn.sigmoid(self.b_proj(x).astype(jnp.float32))
         if self.config.options(GDNConfig).allow_neg_eigval:
@@ -134,22 +116,8 @@ class GatedDeltaNet(nnx.Module):
 
     @staticmethod
     def from_attention(source: Arrays, fresh: Arrays, config: ModelConfig, layer: int) -> dict[str, jax.Array]:
-        """Returns q, k, v, o of attention, and the output gate made from o and v.
-
-        A mixer with heads of its own (`GDNConfig.key_heads`) gets v, o and the gate where its value heads are together as wide as
-        attention's query heads, whose values it then has in one or several value heads each; q and k where its key heads are as
-        many and as wide as attention's query heads. The rest stays as drawn.
-        """
-        if config.options(GDNConfig).key_heads is None:
-            return from_projections(source, fresh, config)
-        sizes, H, D = GDNSizes.of(config), config.num_heads, config.head_dim
-        kernels = {**source, **query_key_kernels(source, config)}
-        for name in ("k_proj.kernel", "v_proj.kernel"):
-            kernels[name] = repeat_heads(kernels[name].reshape(-1, config.num_kv_heads, D), H).reshape(-1, H * D)
-        wide = dataclasses.replace(config, num_kv_heads=H, qk_norm_all_heads=False)
-        copied = from_projections(kernels, fresh, wide)
-        left = () if (sizes.k, sizes.N) == (H, D) else ("q_proj.kernel", "k_proj.kernel")
-        return {n: x for n, x in copied.items() if n not in left and x.shape == fresh[n].shape}
+        """Returns q, k, v, o of attention, and the output gate made from o and v (see `projections_for_heads`)."""
+        return projections_for_heads(source, fresh, config, config.options(GDNConfig))
 
     def init_state(self, batch: int, max_length: int, dtype: DTypeLike = jnp.float32) -> GDNState:
         del max_length

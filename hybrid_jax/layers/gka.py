@@ -16,12 +16,14 @@ from hybrid_jax.layers.mixer import Arrays
 from hybrid_jax.layers.mixing import Mixing, of_operation
 from hybrid_jax.layers.recurrent import (
     STATE_AXES,
+    ExpandedHeads,
+    HeadSizes,
     ShortConv,
-    from_projections,
     init_a_log,
     init_dt_bias,
     l2_normalize,
     log_decay,
+    projections_for_heads,
     repeat_heads,
 )
 from hybrid_jax.parallel.recurrence import linear_recurrence, recurrence
@@ -35,7 +37,7 @@ from kernels_pallas import (
 
 
 class GKAState(NamedTuple):
-    """h_kk [B,H,N,N], h_kv [B,H,N,D] float32 (N is `state_size`) and the conv tails [B,W-1,heads*D] of q, k, v."""
+    """h_kk [B,H,N,N], h_kv [B,H,N,D] float32 and the conv tails [B,W-1,heads*size] of q, k, v (see `HeadSizes`)."""
 
     h_kk: jax.Array
     h_kv: jax.Array
@@ -44,7 +46,7 @@ class GKAState(NamedTuple):
     v_conv: jax.Array | None
 
 
-class GatedKalmaNet(nnx.Module):
+class GatedKalmaNet(ExpandedHeads):
     """q, k, v = SiLU(conv(proj x)); q, k L2-normalized; k, v times (beta + 1e-6); the GKA recurrence with
     alpha = sigmoid(alpha_proj x) and g = -exp(A_log) softplus(a_proj x + dt_bias); o = RMSNorm(o) SiLU(g_proj x).
 
@@ -54,18 +56,17 @@ class GatedKalmaNet(nnx.Module):
 
     def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         del layer
-        hid, H, Hkv, D = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-        gka = config.options(GKAConfig)
-        N = gka.state_size or D
+        hid, gka, sizes = config.hidden_size, config.options(GKAConfig), HeadSizes.of(config, config.options(GKAConfig))
+        H, N, D = sizes.H, sizes.N, sizes.D
         fresh: dict[str, Any] = dict(std=config.initializer_range, rngs=rngs, dtype=dtype)
         linear = functools.partial(Linear, **fresh)
         conv = functools.partial(ShortConv, size=gka.conv_size, **fresh)
-        self.q_proj = linear(hid, H * N, axes=("embed", "heads"))
-        self.k_proj = linear(hid, Hkv * N, axes=("embed", "kv_heads"))
-        self.v_proj = linear(hid, Hkv * D, axes=("embed", "kv_heads"))
-        self.q_conv1d = conv(H * N, axes=("heads",))
-        self.k_conv1d = conv(Hkv * N, axes=("kv_heads",))
-        self.v_conv1d = conv(Hkv * D, axes=("kv_heads",)) if gka.use_v_conv else None
+        self.q_proj = linear(hid, sizes.q * N, axes=("embed", "heads"))
+        self.k_proj = linear(hid, sizes.k * N, axes=("embed", "kv_heads"))
+        self.v_proj = linear(hid, sizes.v * D, axes=("embed", "kv_heads"))
+        self.q_conv1d = conv(sizes.q * N, axes=("heads",))
+        self.k_conv1d = conv(sizes.k * N, axes=("kv_heads",))
+        self.v_conv1d = conv(sizes.v * D, axes=("kv_heads",)) if gka.use_v_conv else None
         self.a_proj = linear(hid, H, axes=("embed", "heads"))
         self.A_log = init_a_log(rngs, H, dtype)
         self.dt_bias = init_dt_bias(rngs, H, dtype)
@@ -74,7 +75,8 @@ class GatedKalmaNet(nnx.Module):
         self.g_proj = linear(hid, H * D, axes=("embed", "heads")) if gka.use_gate else None
         self.o_norm = RMSNorm(D, eps=gka.norm_eps, dtype=dtype)
         self.o_proj = linear(H * D, hid, axes=("heads", "embed"))
-        self.config, self.state_size = config, N
+        self.make_expansion(sizes, gka, **fresh)
+        self.config = config
 
     def __call__(
         self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array, state: GKAState | None = None
@@ -114,7 +116,7 @@ class GatedKalmaNet(nnx.Module):
         return of_operation(operation, v, weight=weight)
 
     def _scale(self) -> float:
-        return self.state_size**-0.5 if self.config.options(GKAConfig).gla_rescale else 1.0
+        return self.sizes.N**-0.5 if self.config.options(GKAConfig).gla_rescale else 1.0
 
     def _solve(self) -> dict[str, Any]:
         gka = self.config.options(GKAConfig)
@@ -129,13 +131,13 @@ class GatedKalmaNet(nnx.Module):
     ) -> tuple[tuple[jax.Array, ...], jax.Array | None, list[jax.Array | None]]:
         """Returns (q, k, v, alpha, g), beta [B, T, H, 1], which k has been multiplied by and v not, and the convs' tails."""
         B, T, _ = x.shape
-        H, D, N = self.config.num_heads, self.config.head_dim, self.state_size
+        H, N = self.sizes.H, self.sizes.N
         q, q_conv = self.q_conv1d(self.q_proj(x), segment_ids=segment_ids, state=s.q_conv)
         k, k_conv = self.k_conv1d(self.k_proj(x), segment_ids=segment_ids, state=s.k_conv)
         v, v_conv = self.v_proj(x), None
         if self.v_conv1d is not None:
             v, v_conv = self.v_conv1d(v, segment_ids=segment_ids, state=s.v_conv)
-        q, k, v = (repeat_heads(a.reshape(B, T, -1, n), H) for a, n in ((q, N), (k, N), (v, D)))
+        q, (k, v) = repeat_heads(q.reshape(B, T, -1, N), H), self.expanded(k, v)
         q, k = (l2_normalize(a, eps_outside=True) for a in (q, k))
         beta = None
         if self.b_proj is not None:
@@ -168,13 +170,13 @@ class GatedKalmaNet(nnx.Module):
 
     @staticmethod
     def from_attention(source: Arrays, fresh: Arrays, config: ModelConfig, layer: int) -> dict[str, jax.Array]:
-        """Returns q, k, v, o of attention, and the output gate made from o and v."""
-        return from_projections(source, fresh, config)
+        """Returns q, k, v, o of attention, and the output gate made from o and v (see `projections_for_heads`)."""
+        return projections_for_heads(source, fresh, config, config.options(GKAConfig))
 
     def init_state(self, batch: int, max_length: int, dtype: DTypeLike = jnp.float32) -> GKAState:
         del max_length
-        H, N = self.config.num_heads, self.state_size
-        states = (jnp.zeros((batch, H, N, n), jnp.float32) for n in (N, self.config.head_dim))
+        H, N, D = self.sizes.H, self.sizes.N, self.sizes.D
+        states = (jnp.zeros((batch, H, N, n), jnp.float32) for n in (N, D))
         convs = (c and c.init_state(batch, dtype) for c in (self.q_conv1d, self.k_conv1d, self.v_conv1d))
         return GKAState._make([*states, *convs])
 

@@ -60,7 +60,8 @@ class HeadHybrid(nnx.Module):
     def mixing(self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array) -> Mixing:
         """Returns the mixing matrices on x [B, T, hidden] of all heads of the recurrent mixer, then of the kept heads."""
         at = dict(positions=positions, segment_ids=segment_ids)
-        return side_by_side(self.recurrent.mixing(x, **at), self.attention.mixing(x, **at))
+        recurrent: Any = self.recurrent  # every recurrent mixer has the method
+        return side_by_side(recurrent.mixing(x, **at), self.attention.mixing(x, **at))
 
     @staticmethod
     def from_attention(source: Arrays, fresh: Arrays, config: ModelConfig, layer: int) -> dict[str, jax.Array]:

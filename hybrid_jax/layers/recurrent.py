@@ -1,10 +1,12 @@
-"""What the recurrent mixers share: heads, L2 norm, decay parameters, output gate and the conv of q, k, v."""
+"""What the recurrent mixers share: heads and their expansion, L2 norm, decay parameters, output gate, the conv of q, k, v."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +14,34 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from hybrid_jax.config import ModelConfig
+from hybrid_jax.layers.linear import Linear
 from hybrid_jax.layers.mixer import Arrays
 from hybrid_jax.layers.parameter import marks_of, parameter
 from hybrid_jax.parallel.recurrence import convolution
+from hybrid_jax.recurrent_options import HeadsOptions
 from kernels_pallas.numerics import safe_sqrt
 
 STATE_AXES = ("batch", "heads", None, None)  # logical axes of a state [B,H,K,V]
+
+
+class HeadSizes(NamedTuple):
+    """Heads of q, of k, of v, and of gates and states (H); channels of q and k (N), and of v (D)."""
+
+    q: int
+    k: int
+    v: int
+    H: int
+    N: int
+    D: int
+
+    @classmethod
+    def of(cls, config: ModelConfig, options: HeadsOptions) -> HeadSizes:
+        """Returns attention's sizes, with `state_size` in place of N if it is given, or the mixer's own (`key_heads`)."""
+        H, Hkv, D = config.num_heads, config.num_kv_heads, config.head_dim
+        if options.key_heads and options.value_heads and options.value_size:
+            own = (options.key_heads, options.key_heads, options.value_heads, options.value_heads)
+            return cls(*own, options.state_size or D, options.value_size)
+        return cls(H, Hkv, Hkv, H, options.state_size or D, D)
 
 
 def l2_normalize(x: jax.Array, *, eps: float = 1e-6, eps_outside: bool) -> jax.Array:
@@ -79,6 +103,81 @@ def from_projections(source: Arrays, fresh: Arrays, config: ModelConfig) -> dict
     if "g_proj.kernel" in fresh:
         copied["g_proj.kernel"] = gate_of_attention(source, config)
     return copied
+
+
+def projections_for_heads(source: Arrays, fresh: Arrays, config: ModelConfig, options: HeadsOptions) -> dict[str, jax.Array]:
+    """Returns `from_projections`, also for a mixer that may have heads of its own (`HeadsOptions.key_heads`).
+
+    Such a mixer gets v, o and the gate where its value heads are together as wide as attention's query heads, whose values it then
+    has in one or several value heads each; q and k where its key heads are as many and as wide as attention's query heads. The rest
+    stays as drawn.
+    """
+    if options.key_heads is None:
+        return from_projections(source, fresh, config)
+    sizes, H, D = HeadSizes.of(config, options), config.num_heads, config.head_dim
+    kernels = {**source, **query_key_kernels(source, config)}
+    for name in ("k_proj.kernel", "v_proj.kernel"):
+        kernels[name] = repeat_heads(kernels[name].reshape(-1, config.num_kv_heads, D), H).reshape(-1, H * D)
+    wide = dataclasses.replace(config, num_kv_heads=H, qk_norm_all_heads=False, mixers=())
+    copied = from_projections(kernels, fresh, wide)
+    left = () if (sizes.k, sizes.N) == (H, D) else ("q_proj.kernel", "k_proj.kernel")
+    return {n: x for n, x in copied.items() if n not in left and x.shape == fresh[n].shape}
+
+
+class LowRankLinear(nnx.Module):
+    """y = B SiLU(A x), with A: din -> rank and B: rank -> dout, which begins at 0, so that a sum with y begins without it.
+
+    Parameters are named as in hybrid-model-factory: `linearA`, `linearB`.
+    """
+
+    def __init__(self, din: int, dout: int, rank: int, *, std: float, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
+        self.linearA = Linear(din, rank, axes=("kv_heads", None), std=std, rngs=rngs, dtype=dtype)
+        self.linearB = Linear(rank, dout, axes=(None, "heads"), std=0.0, own_start=True, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x [..., din] to [..., dout]."""
+        return self.linearB(jax.nn.silu(self.linearA(x)))
+
+
+class ExpandedHeads(nnx.Module):
+    """Base of mixers that expand key and value heads to all heads (see `HeadsOptions`).
+
+    Parameters, where the options ask for them: `proj_k`, `proj_v` and the mixtures `k_rep`, `v_rep` [H, heads of k or v].
+    """
+
+    sizes: HeadSizes
+
+    def make_expansion(self, sizes: HeadSizes, options: HeadsOptions, *, std: float, rngs: nnx.Rngs, dtype: DTypeLike) -> None:
+        """Makes the parameters of the expansion."""
+        rank, H, N, D = options.kv_proj_rank, sizes.H, sizes.N, sizes.D
+        fresh: dict[str, Any] = dict(std=std, rngs=rngs, dtype=dtype)
+        self.proj_k = LowRankLinear(sizes.k * N, H * N, rank, **fresh) if rank else None
+        self.proj_v = LowRankLinear(sizes.v * D, H * D, rank, **fresh) if rank else None
+        learned = options.kv_learnable_residual
+        self.k_rep = _repetition(sizes.k, H, dtype) if learned else None
+        self.v_rep = _repetition(sizes.v, H, dtype) if learned else None
+        self.sizes = sizes
+
+    def expanded(self, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns k [B, T, H, N] and v [B, T, H, D] of all heads, of k [B, T, heads * N] and v [B, T, heads * D]."""
+        return (
+            _expanded(k, self.sizes.H, self.sizes.N, self.proj_k, self.k_rep),
+            _expanded(v, self.sizes.H, self.sizes.D, self.proj_v, self.v_rep),
+        )
+
+
+def _repetition(heads: int, num_heads: int, dtype: DTypeLike) -> nnx.Param:
+    """Returns a mixture of heads [num_heads, heads] that is the repetition of each (`repeat_heads`)."""
+    return parameter(jnp.repeat(jnp.eye(heads, dtype=dtype), num_heads // heads, axis=0), ("heads", None))
+
+
+def _expanded(x: jax.Array, num_heads: int, size: int, low_rank: LowRankLinear | None, mixture: nnx.Param | None) -> jax.Array:
+    heads = x.reshape(*x.shape[:2], -1, size)
+    if mixture is None:
+        repeated = repeat_heads(heads, num_heads)
+    else:
+        repeated = jnp.einsum("nh,bthd->btnd", mixture[...].astype(x.dtype), heads)
+    return repeated if low_rank is None else repeated + low_rank(x).reshape(repeated.shape)
 
 
 def init_a_log(rngs: nnx.Rngs, num_heads: int, dtype: DTypeLike = jnp.float32) -> nnx.Param:

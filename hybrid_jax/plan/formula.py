@@ -3,7 +3,8 @@
 All numbers are counted from shapes and shardings; none is fitted to measurements. Counted are: all-gathers of each parameter
 and reduce-scatters or all-reduces of its gradient, by its sharding; all-reduces of activations over `tensor`; keys and values
 sent around the ring; tokens sent to experts and to shards of the embedding table. Not counted are halos of windows, states
-passed between chunks, and scalars. Memory for temporaries is not a formula's to say: the compiler decides it.
+passed between chunks, all-reduces of low-rank expansions of keys and values, and scalars. Memory for temporaries is not a
+formula's to say: the compiler decides it.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def flops_by_formula(job: Job) -> float:
     gradient whatever is kept, so a frozen head has three products and one that trains four. Aligning has no logits, and a
     second stream that only goes forward. Only the experts that a token visits count.
 
-    Not counted is a recurrence's work on its state. Gradients are assumed to reach the first layer.
+    Not counted are a recurrence's work on its state and learned mixtures of key heads (`kv_learnable_residual`). Gradients are
+    assumed to reach the first layer.
     """
     c = job.config
     own, teaching = _streams(job)

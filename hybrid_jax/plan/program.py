@@ -42,6 +42,7 @@ class Job:
       rows: per step, on all devices together; 0: one for each shard of the batch (`planner.with_rows` fills it in).
       trainable: patterns of the names of parameters that train; empty: the mixers when aligning, else all.
       remat: what layers keep for the backward pass, see `model.REMAT`.
+      source: what is converted, whose mixers teach those that begin from them (`copies.COPIES`); None: attention teaches.
 
     Raises:
       ValueError: an unknown program, or `align` for a model without mixers.
@@ -53,6 +54,7 @@ class Job:
     rows: int
     trainable: tuple[str, ...] = ()
     remat: str = "full"
+    source: ModelConfig | None = None
 
     def __post_init__(self):
         if self.program not in PROGRAMS:
@@ -63,7 +65,7 @@ class Job:
     @property
     def model_config(self) -> ModelConfig:
         """The model that the step runs: with both streams when aligning."""
-        return self.config.fused() if self.program == "align" else self.config
+        return self.config.fused(self.source) if self.program == "align" else self.config
 
     @property
     def phase(self) -> Phase:

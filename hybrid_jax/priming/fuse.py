@@ -27,7 +27,8 @@ def unfuse(model: Decoder) -> Decoder:
 
 
 def fuse(model: Decoder, source: Decoder) -> Decoder:
-    """The two-stream form: every mixer beside the source's attention, shared attention on both streams.
+    """The two-stream form: every mixer beside the source's attention, or beside the mixer from which it began; shared attention on
+    both streams.
 
     Its teacher stream is the source only while the parameters that both streams read are the source's; training takes
     the source itself as the teacher.
@@ -35,7 +36,7 @@ def fuse(model: Decoder, source: Decoder) -> Decoder:
     Raises:
       ValueError: the source cannot be the teacher (see `check_teacher`).
     """
-    fused = model.config.fused()
+    fused = model.config.fused(source.config)
     check_teacher(fused, source.config)
     return _rebuild(fused, {**split_model(source)[1], **split_model(model)[1]}, model.compute_dtype)
 

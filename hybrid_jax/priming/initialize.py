@@ -1,4 +1,4 @@
-"""Stage 0: a hybrid from a Transformer's weights (arXiv 2605.08301, section 3)."""
+"""Stage 0: a hybrid from the weights of a Transformer, or of another hybrid (arXiv 2605.08301, section 3)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hybrid_jax.checks import check_choice
-from hybrid_jax.config import ATTENTION, ModelConfig
+from hybrid_jax.config import ATTENTION, MixerSpec, ModelConfig
+from hybrid_jax.copies import COPIES, begins_from, copied_pairs
 from hybrid_jax.layers import mixer_class
 from hybrid_jax.layers.mixer import Arrays
 from hybrid_jax.mixers import KINDS
@@ -41,14 +42,17 @@ def new_model(config: ModelConfig, *, seed: int = 0, fresh_parameters: str = "tr
 
 
 def check_convertible(have: ModelConfig, wanted: ModelConfig) -> None:
-    """Checks that every mixer of `wanted` that `have` lacks replaces attention, and that those it has keep their heads.
+    """Checks that every mixer of `wanted` that `have` lacks can begin from the layer's own, and that those it has keep their heads.
 
     Raises:
       ValueError: one does not; names the layer.
     """
     for i, (old, new) in enumerate(zip(have.layers, wanted.layers, strict=True)):
-        if ATTENTION not in old.kinds and not set(new.kinds) <= set(old.kinds):
-            raise ValueError(f"layer {i} is {old.symbol!r}: only attention can become {new.symbol!r}")
+        begins = {begins_from(old, kind) for kind in new.kinds if kind not in old.kinds}
+        if None in begins or (new.attention_heads and begins - {ATTENTION}):
+            raise ValueError(
+                f"layer {i} is {old.symbol!r}: only attention can become {new.symbol!r}; among mixers there is {copied_pairs()}"
+            )
         if new.kind != ATTENTION and new.kind in old.kinds and new.attention_heads != old.attention_heads:
             raise ValueError(
                 f"layer {i} is {old.symbol!r}: its mixer keeps its heads, and only attention can become {new.symbol!r}; convert "
@@ -65,9 +69,9 @@ def initialize_hybrid(
     fresh_parameters: str = "transformers",
     copy_attention: bool = True,
 ) -> Decoder:
-    """The hybrid that `pattern` describes, its mixers initialized from the model's attention.
+    """The hybrid that `pattern` describes, its mixers initialized from the model's attention, or from its mixers (`copies.COPIES`).
 
-    What attention does not give (decays, gates of the update, convolutions) is drawn from `seed`. Layers that the
+    What these do not give (of attention: decays, gates of the update, convolutions) is drawn from `seed`. Layers that the
     pattern does not convert keep their weights, whatever they are. With a mesh every new parameter is made in its
     place on it.
 
@@ -76,12 +80,13 @@ def initialize_hybrid(
         hybrid-model-factory's models start): kernels N(0, initializer_range^2), biases 0. "torch": both uniform in
         +-1/sqrt(fan_in). The same in both: A_log = log U(0, 16), dt_bias = softplus^-1(dt) with dt log-uniform in
         [1e-3, 0.1] (Mamba-3: its options `dt_min`, `dt_max`), norms and Mamba-2's D 1.
-      copy_attention: whether new recurrent mixers begin with attention's weights. False: they begin as in a new model, to learn
-        everything from alignment (as MOHAWK's mixers do, arXiv 2408.10189); windows and kept heads of attention are copied.
+      copy_attention: whether new recurrent mixers begin with the weights of the attention, or of the mixer, whose place they take.
+        False: they begin as in a new model, to learn everything from alignment (as MOHAWK's mixers do, arXiv 2408.10189); windows
+        and kept heads of attention are copied.
 
     Raises:
-      ValueError: the pattern is invalid, a layer that would be converted is not attention, or `fresh_parameters` is
-        neither.
+      ValueError: the pattern is invalid, a layer that would be converted has nothing from which the mixer can begin, or
+        `fresh_parameters` is neither.
     """
     config, (_, have) = model.config.with_pattern(pattern), split_model(model)
     dtype = have["embed_tokens.embedding"].dtype
@@ -106,7 +111,7 @@ def hybrid_parameters(
 
     Args:
       source: the config of the source.
-      have: its parameters; arrays, or anything of which `value[...]` is an array, that are asked for only where attention is
+      have: its parameters; arrays, or anything of which `value[...]` is an array, that are asked for only where a layer is
         converted. Those that the hybrid keeps are yielded as they are.
       config: of the hybrid, or of another form of the source.
       dtype: of what is made.
@@ -128,23 +133,36 @@ def hybrid_parameters(
             continue
         if name not in made:
             i = int(name.split(".")[1])
-            place = f"layers.{i}.self_attn."
-            attention = {n.removeprefix(place): have[n] for n in have if n.startswith(place)}
-            begun = fresh.of_layer(i, absent[i], attention, functools.partial(_given, config, i, copy_attention))
+            place = f"layers.{i}."
+            keys = tuple(f"{KINDS[kind].parameter_key}." for kind in source.layers[i].kinds)
+            own = {n.removeprefix(place): have[n] for n in have if n.startswith(place)}
+            own = {n: x for n, x in own.items() if n.startswith(keys)}
+            begun = fresh.of_layer(i, absent[i], own, functools.partial(_given, config, i, source.layers[i], copy_attention))
             made = {f"layers.{i}.{n}": x for n, x in begun.items()}
         yield name, made[name]
 
 
-def _given(config: ModelConfig, layer: int, copy_attention: bool, attention: Arrays, fresh: Arrays) -> dict[str, jax.Array]:
-    """Returns the parameters that attention gives to a layer of the hybrid, by their names in it."""
-    result: dict[str, jax.Array] = {}
-    spec = config.layers[layer]
+def _given(
+    config: ModelConfig, layer: int, old: MixerSpec, copy_attention: bool, own: Arrays, fresh: Arrays
+) -> dict[str, jax.Array]:
+    """Returns the new parameters that the layer's mixer, `old`, gives to a layer of the hybrid, by their names in it.
+
+    Args:
+      own: the parameters of the old mixer, by their names in the layer.
+      fresh: the new ones as drawn.
+    """
+    result, spec = dict[str, jax.Array](), config.layers[layer]
     for kind in spec.kinds:
-        prefix = f"{KINDS[kind].parameter_key}."
+        prefix, origin = f"{KINDS[kind].parameter_key}.", begins_from(old, kind)
         wanted = {n.removeprefix(prefix): v for n, v in fresh.items() if n.startswith(prefix)}
-        if not wanted:
+        if not wanted or origin is None:
             continue
-        copied = mixer_class(kind, config, layer).from_attention(attention, wanted, config, layer)
+        place = f"{KINDS[origin].parameter_key}."
+        given = {n.removeprefix(place): x for n, x in own.items() if n.startswith(place)}
+        if origin == ATTENTION:
+            copied = mixer_class(kind, config, layer).from_attention(given, wanted, config, layer)
+        else:
+            copied = COPIES[origin, kind].parameters(given, wanted)
         if KINDS[kind].recurrent and not copy_attention:
             kept = ("attention.", "merge.") if spec.attention_heads else ()
             copied = {n: v for n, v in copied.items() if n.startswith(kept)}

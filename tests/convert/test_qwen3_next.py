@@ -1,6 +1,7 @@
 """Qwen3-Next beside its logits: packed tensors, caches, packed rows, exports, conversion of its attention, and what is refused."""
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -13,13 +14,15 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from hybrid_jax import load_model, save_model
-from hybrid_jax.config import GDNConfig
+from hybrid_jax.commands.main import main
+from hybrid_jax.config import GDNConfig, GKAConfig
 from hybrid_jax.convert.load import read_model_config
 from hybrid_jax.convert.quantized import Groups
 from hybrid_jax.convert.save import quantized_tensors
 from hybrid_jax.evaluate.instruments.heads import Heads
 from hybrid_jax.families import config_from_hf, config_to_hf
 from hybrid_jax.families.public import PUBLIC
+from hybrid_jax.generation import generate
 from hybrid_jax.layers.gdn import GatedDeltaNet
 from hybrid_jax.layers.head_hybrid import HeadHybrid
 from hybrid_jax.parameters import split_model
@@ -174,10 +177,44 @@ def test_a_gated_deltanet_that_transformers_does_not_have_is_not_exported(source
         config_to_hf(other)
 
 
-def test_a_layer_that_is_gated_deltanet_already_becomes_nothing_else(source):
+def test_a_layer_that_is_gated_deltanet_already_becomes_gated_kalmanet_and_nothing_else(source):
     config = read_model_config(source[1])
-    with pytest.raises(ValueError, match="layer 0 is 'GDN': only attention can become 'GKA'"):
-        check_convertible(config, config.with_pattern("GKA-*"))
+    for pattern in ("M2-*", "*-*"):
+        with pytest.raises(ValueError, match="layer 0 is 'GDN': only attention can become '.*'; among mixers there is GDN to GKA"):
+            check_convertible(config, config.with_pattern(pattern))
+    with pytest.raises(ValueError, match=r"keeps some heads of attention, which has 6, and the mixer has 6 of its own"):
+        config.with_pattern("GKA[1]-*")
+
+
+@pytest.mark.parametrize("case", [NEXT, "qwen3.5 text"])
+def test_its_gated_deltanet_becomes_gated_kalmanet_from_file_to_file_and_generates(case, tmp_path):
+    """Packed and alternating tensors become one per projection, of the same numbers; heads, sizes and taps are the source's."""
+    make(case).save_pretrained(tmp_path / "hf")
+    source = load_model(tmp_path / "hf")
+    pattern, layer = source.config.pattern.replace("GDN", "GKA"), source.config.pattern.split("-").index("GDN")
+    assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "gka"), "--pattern", pattern]) == 0
+    hybrid = load_model(tmp_path / "gka")
+    have, got = source.layers[layer].gdn, hybrid.layers[layer].gka
+    for ours in (*"qkvbgo", "a"):
+        other = getattr(have, f"{'gk' if ours == 'a' else ours}_proj")
+        assert np.array_equal(getattr(got, f"{ours}_proj").kernel[...], other.kernel[...]), ours
+    for name in ("q_conv1d.kernel", "k_conv1d.kernel", "v_conv1d.kernel", "A_log", "dt_bias", "o_norm.weight"):
+        want, found = (functools.reduce(getattr, name.split("."), mixer)[...] for mixer in (have, got))
+        assert np.array_equal(found, want), name
+    sizes = ("key_heads", "value_heads", "value_size", "state_size", "conv_size", "norm_eps", "use_gate")
+    gdn, gka = (hybrid.config.options(cls) for cls in (GDNConfig, GKAConfig))
+    assert [getattr(gka, n) for n in sizes] == [getattr(gdn, n) for n in sizes] and gdn == source.config.options(GDNConfig)
+    want = logits(hybrid, IDS)
+    assert relative_error(decoded(hybrid, IDS, 11), want) < 5e-4  # the solve's condition number lifts float32's rounding
+    prompt = [int(x) for x in IDS[0, :9]]
+    (new,) = generate(hybrid, [prompt], max_new_tokens=3)
+    assert new[0] == int(np.argmax(logits(hybrid, IDS[:1, :9])[0, -1]))
+    loaded = load_model(tmp_path / "hf", pattern=pattern)
+    assert loaded.config == hybrid.config and np.array_equal(logits(loaded, IDS), want)
+
+
+def logits(model, ids):
+    return nnx.jit(lambda model, ids: model(ids))(model, ids)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +242,9 @@ def test_layers_of_the_source_s_own_mixer_run_on_both_streams_of_a_fused_model(s
     fused = config.with_pattern("GDN-GKA").fused()
     assert fused.pattern == "GDNDA-GKA*" and fused.with_pattern(fused.pattern) == fused and fused.unfused().pattern == "GDN-GKA"
     check_teacher(fused, config)
+    converted = config.with_pattern("GKA-GKA").fused(config)
+    assert converted.pattern == "GDN>GKA-GKA*" and converted.teacher() == config.with_options(*converted.mixers)
+    check_teacher(converted, config)
     with pytest.raises(ValueError, match="layer 1 of the fused model is 'GDNDA': it learns from 'GDN', the source has '\\*' there"):
         check_teacher(config.with_pattern("GDN-GDN").fused(), config)
 

@@ -5,13 +5,14 @@
 Prints `CASE: loss ERROR, gradients ERROR (worst NAME)` a case, from process 0.
 """
 
+import dataclasses
 import sys
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from hybrid_jax.config import DiscreteMamba2Config, GKAConfig, Mamba3Config, MoEConfig
+from hybrid_jax.config import DiscreteMamba2Config, GDNConfig, GKAConfig, Mamba3Config, MoEConfig
 from hybrid_jax.data.layout import training_batch
 from hybrid_jax.mixers import mixer_symbols
 from hybrid_jax.parallel.mesh import make_mesh, parse_mesh
@@ -31,6 +32,9 @@ MIXTURE = {"moe": MoEConfig(8, 2, 12), "family": "qwen3_moe"}
 MIMO = {"mamba3": Mamba3Config(state_size=4, rank=2, rope_fraction=1.0, rotate_halves=True)}
 BIASED = {"discrete_mamba2": DiscreteMamba2Config(bias=True, qk_heads=2, conv_activation=True)}
 GROUPED = {"mamba3": Mamba3Config(groups=1, norm_per_head=True)}
+RANK = dict(kv_proj_rank=3, kv_learnable_residual=True)
+OWN_HEADS = dict(key_heads=2, value_heads=6, value_size=4, state_size=5)
+EXPANDED = {"gka": dataclasses.replace(WELL_CONDITIONED, **OWN_HEADS, **RANK), "gdn": GDNConfig(**RANK), "moved": True}
 ALL = "*-GKA-GDN-M2-DM2-M3-SWA-BMF"
 MIXERS = mixer_symbols()
 
@@ -61,6 +65,7 @@ CASES = {
     "distilled": ("data=2,seq=2,tensor=2", "*DA-SWA*", 24, 2, "distill", {}),
     "cached": ("fsdp=2,seq=2,tensor=2", "*-SWA", 24, 2, "distill_cached", {}),
     "in parts": ("data=2,fsdp=2,seq=2", "*-SWA", 24, 8, "next_token", {"parts": 2}),
+    "expanded heads": ("fsdp=2,seq=2,tensor=2", "GKA-GDN", 24, 2, "next_token", EXPANDED),
     "several inputs per token": ("data=2,seq=2,tensor=2", "M3", 24, 2, "next_token", MIMO),
     "biases of parts of a map": ("fsdp=2,seq=2,tensor=2", "DM2", 24, 2, "next_token", BIASED),
     "one group of B and C": ("data=2,seq=2,tensor=2", "M3", 24, 2, "next_token", GROUPED),
@@ -71,11 +76,14 @@ CASES = {
 def run_case(name):
     mesh_text, pattern, length, rows, objective, changes = CASES[name]
     parts, own_teacher = changes.get("parts", 1), changes.get("teacher", False)
-    changes = {n: x for n, x in changes.items() if n not in ("parts", "teacher")}
+    moved = changes.get("moved", False)  # what begins at 0 does not, so that all of it counts
+    changes = {n: x for n, x in changes.items() if n not in ("parts", "teacher", "moved")}
     mesh = make_mesh(parse_mesh(mesh_text))
-    model = tiny_model(pattern, vocab_size=62, gka=WELL_CONDITIONED, initializer_range=SMALL, **changes)
+    model = tiny_model(pattern, vocab_size=62, initializer_range=SMALL, **{"gka": WELL_CONDITIONED, **changes})
     structure, parameters = split_model(model)
     rng = np.random.default_rng(0)
+    if moved:
+        parameters = {n: x if x.any() else x + SMALL * rng.normal(size=x.shape).astype(x.dtype) for n, x in parameters.items()}
     segments = packed(length, rows)
     raw = {"input_ids": rng.integers(0, 62, (rows, length)), "segment_ids": segments, "loss_weights": segments > 0}
     if objective == "distill_cached":

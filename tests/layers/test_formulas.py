@@ -41,10 +41,21 @@ def linear(p, name, x):
     return x @ p[f"{name}.kernel"] + p.get(f"{name}.bias", 0)
 
 
-def heads(x, size=D):
-    """[T, heads * size] -> [T, H, size], every key head repeated for its queries."""
+def heads(x, size=D, count=H):
+    """[T, heads * size] -> [T, count, size], every key head repeated for its queries."""
     x = x.reshape(T, -1, size)
-    return np.repeat(x, H // x.shape[1], axis=1)
+    return np.repeat(x, count // x.shape[1], axis=1)
+
+
+def expanded(p, name, x, size, count):
+    """Heads of keys or values: repeated or mixed, and what their low-rank map adds."""
+    if f"{name}_rep" in p:
+        repeated = np.einsum("nh,thd->tnd", p[f"{name}_rep"], x.reshape(T, -1, size))
+    else:
+        repeated = heads(x, size, count)
+    if f"proj_{name}.linearA.kernel" not in p:
+        return repeated
+    return repeated + linear(p, f"proj_{name}.linearB", silu(linear(p, f"proj_{name}.linearA", x))).reshape(repeated.shape)
 
 
 def log_decay(p, x):
@@ -52,25 +63,26 @@ def log_decay(p, x):
 
 
 def gated(p, o, x, eps, use_gate):
-    o = rms(o, p["o_norm.weight"], eps).reshape(T, H * D)
+    o = rms(o, p["o_norm.weight"], eps).reshape(T, -1)
     return linear(p, "o_proj", o * silu(linear(p, "g_proj", x)) if use_gate else o)
 
 
 def gka(p, x, c):
     c = c.options(GKAConfig)
-    N = c.state_size or D
-    q, k = (heads(conv(p, f"{n}_conv1d", linear(p, f"{n}_proj", x)), N) for n in "qk")
+    N, count, size = c.state_size or D, c.value_heads or H, c.value_size or D
+    q, k = (conv(p, f"{n}_conv1d", linear(p, f"{n}_proj", x)) for n in "qk")
     v = linear(p, "v_proj", x)
-    v = heads(conv(p, "v_conv1d", v) if c.use_v_conv else v)
+    v = conv(p, "v_conv1d", v) if c.use_v_conv else v
+    q, k, v = heads(q, N, count), expanded(p, "k", k, N, count), expanded(p, "v", v, size, count)
     q, k = (a / (np.linalg.norm(a, axis=-1, keepdims=True) + 1e-6) for a in (q, k))
     if c.use_beta_gate:
         beta = sigmoid(linear(p, "b_proj", x))[..., None] + 1e-6
         k, v = beta * k, beta * v
-    alpha = sigmoid(linear(p, "alpha_proj", x)) if c.use_alpha_connection else np.ones((T, H))
-    g = log_decay(p, linear(p, "a_proj", x)) if c.use_forgetting_gate else np.zeros((T, H))
-    o = np.zeros((T, H, D))
-    for h in range(H):
-        M, S = np.zeros((N, N)), np.zeros((N, D))
+    alpha = sigmoid(linear(p, "alpha_proj", x)) if c.use_alpha_connection else np.ones((T, count))
+    g = log_decay(p, linear(p, "a_proj", x)) if c.use_forgetting_gate else np.zeros((T, count))
+    o = np.zeros((T, count, size))
+    for h in range(count):
+        M, S = np.zeros((N, N)), np.zeros((N, size))
         for t in range(T):
             M = np.exp(g[t, h]) * M + np.outer(k[t, h], k[t, h])
             S = np.exp(g[t, h]) * S + np.outer(k[t, h], v[t, h])
@@ -84,16 +96,16 @@ def gka(p, x, c):
 
 def gdn(p, x, c):
     c = c.options(GDNConfig)
-    N = c.state_size or D
+    N, count, size = c.state_size or D, c.value_heads or H, c.value_size or D
     q, k, v = (linear(p, f"{n}_proj", x) for n in "qkv")
-    sizes = zip("qkv", (q, k, v), (N, N, D), strict=True)
-    q, k, v = (heads(conv(p, f"{n}_conv1d", a) if c.use_short_conv else silu(a), size) for n, a, size in sizes)
+    q, k, v = (conv(p, f"{n}_conv1d", a) if c.use_short_conv else silu(a) for n, a in zip("qkv", (q, k, v), strict=True))
+    q, k, v = heads(q, N, count), expanded(p, "k", k, N, count), expanded(p, "v", v, size, count)
     q, k = (a / np.sqrt((a * a).sum(-1, keepdims=True) + 1e-6) for a in (q, k))
     beta = sigmoid(linear(p, "b_proj", x)) * (2 if c.allow_neg_eigval else 1)
     g = log_decay(p, linear(p, "gk_proj", x))
-    o = np.zeros((T, H, D))
-    for h in range(H):
-        S = np.zeros((N, D))
+    o = np.zeros((T, count, size))
+    for h in range(count):
+        S = np.zeros((N, size))
         for t in range(T):
             S = np.exp(g[t, h]) * S
             S = S + beta[t, h] * np.outer(k[t, h], v[t, h] - S.T @ k[t, h])
@@ -210,6 +222,10 @@ def bmojo(p, x, c):
 FORMULAS = {"gka": gka, "gdn": gdn, "mamba2": mamba2, "discrete_mamba2": discrete_mamba2, "mamba3": mamba3, "bmojo": bmojo}
 SOLVED = dict(num_iter=150)  # so many iterations reach the exact solution
 
+OWN = dict(key_heads=2, value_heads=6, value_size=5, state_size=3)
+LOW_RANK = dict(kv_proj_rank=3)
+LEARNED = dict(kv_proj_rank=3, kv_learnable_residual=True)
+
 CASES = {
     "gka": ("gka", dict(gka=GKAConfig(**SOLVED))),
     "gka without v's convolution": ("gka", dict(gka=GKAConfig(use_v_conv=False, **SOLVED))),
@@ -221,7 +237,12 @@ CASES = {
     "gka without rescaling": ("gka", dict(gka=GKAConfig(gla_rescale=False, norm_eps=0.1, ridge_strength=0.3, **SOLVED))),
     "gka without the solve": ("gka", dict(gka=GKAConfig(num_iter=0))),
     "gka of a small state": ("gka", dict(gka=GKAConfig(state_size=3, ridge_strength=0.3, **SOLVED))),
+    "gka of heads of its own": ("gka", dict(gka=GKAConfig(ridge_strength=0.3, **OWN, **SOLVED))),
+    "gka of heads of its own, learned expansion": ("gka", dict(gka=GKAConfig(num_iter=0, **OWN, **LEARNED))),
+    "gka, low-rank expansion": ("gka", dict(gka=GKAConfig(use_v_conv=False, ridge_strength=0.3, **LOW_RANK, **SOLVED))),
     "gdn": ("gdn", dict(gdn=GDNConfig())),
+    "gdn of heads of its own, low-rank expansion": ("gdn", dict(gdn=GDNConfig(**OWN, **LOW_RANK))),
+    "gdn, learned expansion": ("gdn", dict(gdn=GDNConfig(state_size=3, **LEARNED))),
     "gdn of a small state": ("gdn", dict(gdn=GDNConfig(state_size=3))),
     "gdn without convolutions": ("gdn", dict(gdn=GDNConfig(use_short_conv=False))),
     "gdn of small inputs": ("gdn", dict(gdn=GDNConfig(use_short_conv=False))),

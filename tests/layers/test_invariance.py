@@ -13,6 +13,7 @@ from tests.conftest import relative_error, tiny_model
 
 MIXERS = [*mixer_symbols(), "GDN[1,2,3]"]  # of kept heads, those of unequal groups have the most to get wrong
 IDS = np.random.default_rng(0).integers(0, 61, (2, 21))
+LEARNED = dict(kv_proj_rank=3, kv_learnable_residual=True)
 
 
 @functools.cache
@@ -102,7 +103,9 @@ def test_bfloat16_activations_follow_float32(symbol):
     assert relative_error(got, want) < 0.05
 
 
-@pytest.mark.parametrize("options", [dict(use_short_conv=False), dict(allow_neg_eigval=True), dict(use_gate=False, conv_bias=True)])
+@pytest.mark.parametrize(
+    "options", [dict(use_short_conv=False), dict(allow_neg_eigval=True), dict(use_gate=False, conv_bias=True), LEARNED]
+)
 def test_gdn_options_keep_decoding_equal(options):
     from hybrid_jax.config import GDNConfig
 
@@ -116,6 +119,7 @@ def test_gdn_options_keep_decoding_equal(options):
         dict(use_alpha_connection=False, use_beta_gate=False),
         dict(use_forgetting_gate=False),
         dict(gla_rescale=False, num_iter=0),
+        dict(key_heads=2, value_heads=6, value_size=5, state_size=3, **LEARNED),
     ],
 )
 def test_gka_options_keep_decoding_equal(options):

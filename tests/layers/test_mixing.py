@@ -26,6 +26,7 @@ CASES = {
     "gdn": ("gdn", dict(gdn=GDNConfig(allow_neg_eigval=True, state_size=5))),
     "gka": ("gka", dict(gka=GKAConfig(chunk_size=16))),
     "gka, no gates": ("gka", dict(gka=GKAConfig(use_beta_gate=False, use_alpha_connection=False), num_kv_heads=4)),
+    "gka of heads of its own, expanded": ("gka", dict(gka=GKAConfig(key_heads=2, value_heads=4, value_size=5, kv_proj_rank=3))),
     "mamba2": ("mamba2", dict(mamba2=Mamba2Config(state_size=4))),
     "discrete_mamba2": ("discrete_mamba2", dict(discrete_mamba2=DiscreteMamba2Config(state_size=4, qk_heads=2))),
     "mamba3": ("mamba3", dict(mamba3=Mamba3Config())),

@@ -34,7 +34,7 @@ MUTATIONS = [
         "the shared expert is not gated",
         (NEXT,),
     ),
-    Mutation(GDN, "(sizes.k, sizes.N) == (H, D)", "True", "queries of other heads are copied to a Gated DeltaNet", (OWN_HEADS,)),
+    Mutation(RECURRENT, "(sizes.k, sizes.N) == (H, D)", "True", "queries of other heads are copied to a mixer", (OWN_HEADS,)),
     Mutation(HYBRID, 'in ("q_proj", "g_proj")', 'in ("q_proj",)', "gates of other heads are kept", (QWEN3_NEXT,)),
     Mutation(
         "hybrid_jax/families/base.py",
@@ -158,8 +158,8 @@ MUTATIONS = [
     ),
     Mutation(
         GKA,
-        "self.state_size**-0.5 if self.config.options(GKAConfig).gla_rescale else 1.0",
-        "self.state_size**-0.5",
+        "self.sizes.N**-0.5 if self.config.options(GKAConfig).gla_rescale else 1.0",
+        "self.sizes.N**-0.5",
         "gla_rescale is ignored",
         (FORMULAS,),
     ),

@@ -208,8 +208,9 @@ def test_stage_0_depends_on_its_seed_alone_and_keeps_other_layers():
 
 
 def test_only_attention_can_be_converted():
-    with pytest.raises(ValueError, match="layer 1 is 'GDN'.*'GKA'"):
-        initialize_hybrid(tiny_model("*-GDN"), "*-GKA")
+    """But for the pairs of `copies.COPIES`."""
+    with pytest.raises(ValueError, match="layer 1 is 'GDN'.*'M2'"):
+        initialize_hybrid(tiny_model("*-GDN"), "*-M2")
 
 
 def test_the_two_streams_are_the_source_and_the_hybrid():

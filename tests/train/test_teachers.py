@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from hybrid_jax import load_model, save_model
-from hybrid_jax.config import RopeConfig, SWAConfig
+from hybrid_jax.config import GDNConfig, GKAConfig, RopeConfig, SWAConfig
 from hybrid_jax.convert import write_model
 from hybrid_jax.data import read_corpus, training_batches
 from hybrid_jax.data.layout import training_batch
@@ -285,3 +285,15 @@ def test_alignment_does_not_see_padding():
     assert float(found) == float(other) and found.weight == 26
     empty, *_ = loss(model, training_batch({**rows, "segment_ids": np.zeros_like(ids)}))
     assert float(empty) == 0 and empty.weight == 0
+
+
+def test_a_gated_kalmanet_is_aligned_with_the_gated_deltanet_of_a_hybrid_source_that_it_began_from(source_and_text, tmp_path):
+    source, text = source_and_text
+    hybrid = initialize_hybrid(load_model(source), "*-GDN")
+    save_model(hybrid, tmp_path / "hybrid", tokenizer_from=source)
+    config = experiment(tmp_path / "hybrid", mixers={"gka_config": {"num_iter": 3}})
+    config.data.text = text
+    out = load_model(run_experiment(config, tmp_path / "run"))
+    assert load_model(tmp_path / "run" / "stages" / "01_align").config.pattern == "*DA-GDN>GKA"
+    assert out.config.pattern == "*-GKA" and out.config.options(GKAConfig).norm_eps == GDNConfig().norm_eps
+    assert [r["mixer_mse/01"] > 0 for r in read_metrics(tmp_path / "run") if "mixer_mse/01" in r] == [True, True]
