@@ -66,6 +66,12 @@ def _tied_as_stored(files: TensorFiles, config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, tie_embeddings=False)
 
 
+def _stacked_as_stored(files: TensorFiles, config: ModelConfig) -> ModelConfig:
+    """The config with the form that the files have the experts in: one tensor for each, or one for all of a layer."""
+    stacked = any(name.endswith(".experts.gate_up_proj") for name in files)
+    return dataclasses.replace(config, stacked_experts=stacked) if config.moe else config
+
+
 def _stored_name(files: TensorFiles, config: ModelConfig, name: str) -> str:
     """The tensor that holds `name`: of a tied model the head may be stored in place of the embedding."""
     return HEAD if name == EMBEDDING and config.tie_embeddings and EMBEDDING not in files and HEAD in files else name
@@ -75,13 +81,13 @@ def checked_table(files: TensorFiles, config: ModelConfig) -> tuple[ModelConfig,
     """Checks the files' tensors against the config by their headers.
 
     Returns:
-      The config with the tying of the files, and for every parameter the tensors that make it, each with the name it is stored by.
+      The config with the tying and the form of the experts of the files, and for every parameter the tensors that make it, each with the name it is stored by.
 
     Raises:
       ValueError: a name, shape or dtype that does not fit.
     """
     files.check_layers(config.num_layers)
-    config = _tied_as_stored(files, config)
+    config = _stacked_as_stored(files, _tied_as_stored(files, config))
     table, shapes, stated = {}, {}, marks(abstract_decoder(config))
     for name, parameter in abstract_parameters(config).items():
         table[name] = [(t, _stored_name(files, config, t.name)) for t in hf_tensors(name, stated[name].layout, config)]

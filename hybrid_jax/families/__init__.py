@@ -9,6 +9,7 @@ from hybrid_jax.config import ModelConfig
 from hybrid_jax.families.base import HYBRID_PREFIX, Family, read_config, write_config
 from hybrid_jax.families.gemma import GEMMA2, GEMMA3
 from hybrid_jax.families.llama import LLAMA
+from hybrid_jax.families.llama4 import LLAMA4
 from hybrid_jax.families.mistral import MINISTRAL, MINISTRAL3, MISTRAL
 from hybrid_jax.families.mixtral import MIXTRAL
 from hybrid_jax.families.olmo import OLMO2, OLMO3
@@ -17,15 +18,12 @@ from hybrid_jax.families.phi3 import PHI3
 from hybrid_jax.families.plugin import plugin_notes
 from hybrid_jax.families.qwen2 import QWEN2
 from hybrid_jax.families.qwen3 import QWEN3, QWEN3_MOE
-from hybrid_jax.families.qwen3_next import QWEN3_5, QWEN3_NEXT
+from hybrid_jax.families.qwen3_next import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 from hybrid_jax.families.smollm3 import SMOLLM3
 from hybrid_jax.schema import mapping
 
 __all__ = ["FAMILIES", "Family", "config_from_hf", "config_to_hf", "plugin_notes"]
 
-_ALL = (
-    QWEN3, QWEN3_MOE, QWEN2, LLAMA, MISTRAL, MINISTRAL, MINISTRAL3, SMOLLM3, PHI, PHI3, MIXTRAL, OLMO2, OLMO3, GEMMA2, GEMMA3,
-)  # fmt: skip
 FAMILIES = {
     f.model_type: f
     for f in (
@@ -33,8 +31,10 @@ FAMILIES = {
         QWEN3_MOE,
         QWEN3_NEXT,
         QWEN3_5,
+        QWEN3_5_MOE,
         QWEN2,
         LLAMA,
+        LLAMA4,
         MISTRAL,
         MINISTRAL,
         MINISTRAL3,

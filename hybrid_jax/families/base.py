@@ -21,7 +21,7 @@ _DEFAULTS: dict[str, Any] = {
     "num_key_value_heads": None,
     "head_dim": None,
 }
-_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 # Keys that ModelConfig carries, so that `extra` need not.
 _HANDLED = {
     *_REQUIRED, "num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "rope_parameters",
@@ -30,7 +30,6 @@ _HANDLED = {
     "torch_dtype", "dtype", "transformers_version",
 }  # fmt: skip
 HYBRID_PREFIX = "hybrid_"
-_WINDOWED = {"sliding_attention": True, "full_attention": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +41,8 @@ class Family:
       architecture: the class name transformers knows it by.
       read: config.json -> the ModelConfig fields in which this family differs from the defaults.
       write: ModelConfig -> the keys of config.json that `read` reads.
-      window_keys: the keys that set the source's sliding window: none, `sliding_window`, or also `use_sliding_window`.
+      window_keys: the keys that set the source's window: none, its number of keys, or that one and `use_sliding_window`.
+      window_type: the layers with the window in `layer_types`; the others are `full_attention`.
       layer_types: transformers takes from `layer_types` which layers have the window.
       windowed: (config.json, layer) -> whether a layer has the window where `layer_types` does not say.
       defaults: transformers' defaults of this family for keys that a config.json may leave out.
@@ -60,6 +60,10 @@ class Family:
       groups: ModelConfig -> `{theirs: number}` of those of `fused` that consist of so many groups (heads), each with its share of
         the outputs of every one of ours, in order.
       names: parts of our tensors' names -> what its checkpoints have there.
+      stacked_experts: its checkpoints keep the experts of a layer in two tensors, gate and up together [experts, in, 2 out] and
+        down [experts, in, out]. Of other families the files may hold one tensor for each expert and map, or two per layer,
+        [experts, 2 out, in] and [experts, out, in].
+      intermediate_key: the key of config.json that has the hidden width of the dense MLP.
       norm_eps_key: the key of config.json that has the epsilon of the norms.
       activation_key: the key of config.json that names the activation of the MLP.
       activations: the names that it may have there -> ours, the default first.
@@ -74,6 +78,7 @@ class Family:
     read: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda hf: {}
     write: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}
     window_keys: tuple[str, ...] = ()
+    window_type: str = "sliding_attention"
     layer_types: bool = False
     windowed: Callable[[Mapping[str, Any], int], bool] = lambda hf, layer: True
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -88,6 +93,8 @@ class Family:
     fused: Callable[[ModelConfig], dict[str, dict[str, int]]] = lambda config: {}
     groups: Callable[[ModelConfig], dict[str, int]] = lambda config: {}
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    stacked_experts: bool = False
+    intermediate_key: str = "intermediate_size"
     norm_eps_key: str = "rms_norm_eps"
     activation_key: str = "hidden_act"
     activations: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"silu": "silu", "swish": "silu"})
@@ -96,10 +103,10 @@ class Family:
     mixers: Callable[[Mapping[str, Any]], dict[str, dict[str, Any]]] = lambda hf: {}
 
 
-def _source_types(hf: Mapping[str, Any]) -> list[str] | None:
+def _source_types(family: Family, hf: Mapping[str, Any]) -> list[str] | None:
     """`layer_types` as transformers writes them; None if they are absent, or a hybrid's symbols."""
     types = hf.get("layer_types")
-    return types if types is not None and all(t in _WINDOWED for t in types) else None
+    return types if types is not None and all(t in (family.window_type, "full_attention") for t in types) else None
 
 
 def _read_windows(family: Family, hf: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
@@ -107,15 +114,15 @@ def _read_windows(family: Family, hf: Mapping[str, Any], num_layers: int) -> tup
         if len(hf["attention_windows"]) != num_layers:
             raise ValueError(f"attention_windows has {len(hf['attention_windows'])} entries, num_hidden_layers is {num_layers}")
         return tuple(hf["attention_windows"])
-    types = _source_types(hf)
+    types = _source_types(family, hf)
     if types is not None and len(types) != num_layers:
         raise ValueError(f"layer_types has {len(types)} entries, num_hidden_layers is {num_layers}")
-    used = "sliding_window" in family.window_keys and ("use_sliding_window" not in family.window_keys or hf["use_sliding_window"])
-    window = hf["sliding_window"] if used else None
+    used = family.window_keys and ("use_sliding_window" not in family.window_keys or hf["use_sliding_window"])
+    window = hf[family.window_keys[0]] if used else None
     if family.layer_types and types is not None:
-        windowed = [_WINDOWED[t] for t in types]
+        windowed = [t == family.window_type for t in types]
         if any(windowed) and window is None:
-            raise ValueError(f"a layer is 'sliding_attention' but {' and '.join(family.window_keys)} set no window")
+            raise ValueError(f"a layer is {family.window_type!r} but {' and '.join(family.window_keys)} set no window")
     else:
         windowed = [family.windowed(hf, i) for i in range(num_layers)]
     return tuple(window if w else None for w in windowed)
@@ -128,16 +135,17 @@ def _write_windows(family: Family, config: ModelConfig) -> dict[str, Any]:
     keys: dict[str, Any] = {}
     if "use_sliding_window" in family.window_keys:
         keys["use_sliding_window"] = window is not None
-    if "sliding_window" in family.window_keys and (window is not None or not keys):
-        keys["sliding_window"] = window
+    if family.window_keys and (window is not None or not keys):
+        # where `layer_types` gives it to no layer, the source's own stays: transformers' masks of Llama 4 need one
+        keys[family.window_keys[0]] = config.extra.get(family.window_keys[0]) if window is None and family.layer_types else window
     if family.layer_types:
-        keys["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in config.attention_windows]
+        keys["layer_types"] = ["full_attention" if w is None else family.window_type for w in config.attention_windows]
     return keys
 
 
 def _read_layers(family: Family, hf: Mapping[str, Any], num_layers: int):
     pattern, own = hf.get("hybrid_override_pattern"), family.layers(hf)
-    symbols = hf.get("layer_types") if own is None and _source_types(hf) is None else None
+    symbols = hf.get("layer_types") if own is None and _source_types(family, hf) is None else None
     layers = parse_pattern(pattern or symbols or own or ["*"] * num_layers, num_layers)
     if pattern and symbols and parse_pattern(symbols, num_layers) != layers:
         raise ValueError(f"hybrid_override_pattern {pattern!r} and layer_types {'-'.join(symbols)!r} contradict each other")
@@ -170,7 +178,7 @@ def read_config(family: Family, hf: Mapping[str, Any]) -> ModelConfig:
     Raises:
       ValueError: a key is missing, of a wrong type, out of its range, unsupported, or contradicts another.
     """
-    missing = [k for k in _REQUIRED if k not in hf]
+    missing = [k for k in (*_REQUIRED, family.intermediate_key) if k not in hf and k not in family.defaults]
     if missing:
         raise ValueError(f"config.json of a {family.model_type} lacks {', '.join(missing)}")
     check_finite(hf)
@@ -188,13 +196,13 @@ def read_config(family: Family, hf: Mapping[str, Any]) -> ModelConfig:
         window_rope = None
     else:
         rope, window_rope = read_ropes(hf, family.rope_theta, family.window_rope_theta, family.window_rope_key)
-    own, hf, handled = family.read(hf), _with_own_mixers(family, hf), _HANDLED | {family.norm_eps_key}
-    mixers, kept = read_mixers(hf, own.get("qk_norm", False))
+    own, hf, handled = family.read(hf), _with_own_mixers(family, hf), _HANDLED | {family.norm_eps_key, family.intermediate_key}
+    mixers, kept = read_mixers(hf, own.get("qk_norm", False) or own.get("qk_norm_rotated", False))
     config = ModelConfig(
         family=family.model_type,
         vocab_size=hf["vocab_size"],
         hidden_size=hf["hidden_size"],
-        intermediate_size=hf["intermediate_size"],
+        intermediate_size=hf[family.intermediate_key],
         num_heads=heads,
         num_kv_heads=heads if hf["num_key_value_heads"] is None else hf["num_key_value_heads"],
         head_dim=hf["hidden_size"] // heads if hf["head_dim"] is None else hf["head_dim"],
@@ -226,7 +234,7 @@ def write_config(family: Family, config: ModelConfig, dtype: str) -> dict[str, A
         **{k: v for k, v in config.extra.items() if k not in options_by_key()},
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
+        family.intermediate_key: config.intermediate_size,
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,

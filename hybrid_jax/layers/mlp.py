@@ -62,7 +62,7 @@ class Experts(nnx.Module):
         self.down_proj = stack(moe.intermediate_size, hid, ("mlp", "embed"))
 
 
-def _own_experts(rows, chosen, weights, gate, up, down, first):
+def _own_experts(rows, chosen, weights, gate, up, down, first, *, weighted_inputs: bool):
     """What experts first ... first + E - 1, those of the kernels [E, ...], add to every row [n, hidden]."""
     n, k = chosen.shape
     E = gate.shape[0]
@@ -71,10 +71,11 @@ def _own_experts(rows, chosen, weights, gate, up, down, first):
     expert = jnp.where(mine, expert, E)
     order = jnp.argsort(expert)  # rows of other experts come last, in no group
     sizes = jnp.bincount(expert, length=E + 1)[:E].astype(jnp.int32)
-    x = rows[order // k]
+    weights = weights.reshape(-1)[order, None].astype(rows.dtype)
+    x = rows[order // k] * weights if weighted_inputs else rows[order // k]
     hidden = jax.nn.silu(jax.lax.ragged_dot(x, gate, sizes)) * jax.lax.ragged_dot(x, up, sizes)
     out = jnp.where(mine[order, None], jax.lax.ragged_dot(hidden, down, sizes), 0)
-    return jnp.zeros_like(rows).at[order // k].add(out * weights.reshape(-1)[order, None].astype(rows.dtype))
+    return jnp.zeros_like(rows).at[order // k].add(out if weighted_inputs else out * weights)
 
 
 def _route(x, router, gate, up, down, *, moe, experts: int, tensor: bool):
@@ -83,19 +84,21 @@ def _route(x, router, gate, up, down, *, moe, experts: int, tensor: bool):
     Nothing is dropped, and no device holds more rows than its own tokens' choices.
     """
     rows = x.reshape(-1, x.shape[-1])
-    probs = jax.nn.softmax((rows @ router).astype(jnp.float32), axis=-1)
+    scores = (rows @ router).astype(jnp.float32)
+    probs = jax.nn.sigmoid(scores) if moe.sigmoid_router else jax.nn.softmax(scores, axis=-1)
     weights, chosen = jax.lax.top_k(probs, moe.experts_per_token)
     if moe.norm_topk_prob:
         weights = weights / weights.sum(-1, keepdims=True)
+    own_experts = functools.partial(_own_experts, weighted_inputs=moe.weighted_inputs)
     if experts == 1:
-        out = _own_experts(rows, chosen, weights, gate, up, down, 0)
+        out = own_experts(rows, chosen, weights, gate, up, down, 0)
     else:
         first = jax.lax.axis_index("expert") * gate.shape[0]
         onward = [(i, (i + 1) % experts) for i in range(experts)]
 
         def visit(guests, _):
             rows, chosen, weights, out = guests
-            out = out + _own_experts(rows, chosen, weights, gate, up, down, first)
+            out = out + own_experts(rows, chosen, weights, gate, up, down, first)
             return jax.lax.ppermute((rows, chosen, weights, out), "expert", onward), None
 
         (_, _, _, out), _ = jax.lax.scan(visit, (rows, chosen, weights, jnp.zeros_like(rows)), None, length=experts)
@@ -107,8 +110,9 @@ def _route(x, router, gate, up, down, *, moe, experts: int, tensor: bool):
 class MoE(nnx.Module):
     """Top-k mixture of experts without dropped tokens: rows sorted by expert, grouped matmuls.
 
-    Router probabilities are a float32 softmax over all experts; the chosen ones are rescaled to sum
-    to one if `norm_topk_prob`. A shared expert adds sigmoid(shared_expert_gate(x)) * shared_expert(x).
+    Router probabilities are a float32 softmax over all experts, or sigmoids; the chosen ones are rescaled to sum
+    to one if `norm_topk_prob`. A shared expert adds sigmoid(shared_expert_gate(x)) * shared_expert(x), or without a gate
+    shared_expert(x).
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
@@ -119,7 +123,7 @@ class MoE(nnx.Module):
         self.experts = Experts(config, **fresh)
         shared = self.moe.shared_intermediate_size
         self.shared_expert = MLP(config, inner=shared, **fresh) if shared else None
-        self.shared_expert_gate = of_tokens(config.hidden_size, 1) if shared else None
+        self.shared_expert_gate = of_tokens(config.hidden_size, 1) if shared and self.moe.shared_gate else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [B, T, hidden] to the same shape."""
@@ -128,6 +132,8 @@ class MoE(nnx.Module):
         wide = ("expert", None, "mlp")
         axes = (TOKENS, (None,), wide, wide, ("expert", "mlp"))
         out = shard_map_by_axes(local, (x, self.gate.kernel[...].astype(x.dtype), gate, up, down), axes, TOKENS)
-        if self.shared_expert is None or self.shared_expert_gate is None:
+        if self.shared_expert is None:
             return out
+        if self.shared_expert_gate is None:
+            return out + self.shared_expert(x)
         return out + jax.nn.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
