@@ -50,14 +50,28 @@ FAMILIES = {
 }
 
 
+# Keys beside `text_config` that are of the decoder too.
+_OF_BOTH = ("tie_word_embeddings", "quantization", "quantization_config")
+
+
+def _text_config(hf: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The decoder's keys of a config.json: of a class that reads images too (`Family.wrapper`) those in `text_config`."""
+    wrapped = next((f for f in FAMILIES.values() if f.wrapper and f.wrapper == hf.get("model_type")), None)
+    if wrapped is None:
+        return hf
+    keys = mapping("text_config", hf.get("text_config"))
+    return {**keys, **{name: hf[name] for name in _OF_BOTH if name in hf}, "model_type": wrapped.model_type}
+
+
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
-    """A config.json, of a source model or of a hybrid, as a ModelConfig.
+    """A config.json, of a source model, of one that reads images too (its decoder is taken), or of a hybrid, as a ModelConfig.
 
     Raises:
       ValueError: it is not an object, the family is unknown, a value breaks the schema (`hybrid_jax.schema`), or the config
         asks for something unsupported.
     """
-    model_type = mapping("config.json", hf).get("model_type")
+    hf = _text_config(mapping("config.json", hf))
+    model_type = hf.get("model_type")
     family = FAMILIES.get(str(model_type).removeprefix(HYBRID_PREFIX))
     if family is None:
         raise ValueError(f"config.json has model_type {model_type!r}; supported: {', '.join(FAMILIES)} and hybrid_ forms of them")

@@ -68,6 +68,9 @@ class Family:
       activation_key: the key of config.json that names the activation of the MLP.
       activations: the names that it may have there -> ours, the default first.
       ignored: what the names of tensors begin with that are no part of the decoder.
+      wrapper: the model type of transformers' class of the family that reads images too; config.json of its checkpoints has the
+        decoder's keys in `text_config`. Empty: there is none.
+      wrapped: what names of the decoder's tensors begin with -> what they begin with in such a checkpoint.
       layers: config.json of a source -> the symbol of every layer's mixer; None: all are attention, or `layer_types` are a
         hybrid's symbols.
       mixers: config.json -> options of mixers that the family's own keys state, `{"gdn_config": {name: value}}`.
@@ -99,6 +102,8 @@ class Family:
     activation_key: str = "hidden_act"
     activations: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"silu": "silu", "swish": "silu"})
     ignored: tuple[str, ...] = ()
+    wrapper: str = ""
+    wrapped: Mapping[str, str] = dataclasses.field(default_factory=dict)
     layers: Callable[[Mapping[str, Any]], list[str] | None] = lambda hf: None
     mixers: Callable[[Mapping[str, Any]], dict[str, dict[str, Any]]] = lambda hf: {}
 

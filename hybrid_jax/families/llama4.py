@@ -86,4 +86,7 @@ LLAMA4 = Family(
     names={".mlp.gate.": ".mlp.router.", ".mlp.": ".feed_forward."},
     stacked_experts=True,
     intermediate_key="intermediate_size_mlp",
+    ignored=("vision_model.", "multi_modal_projector."),
+    wrapper="llama4",
+    wrapped={"model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
 )

@@ -170,6 +170,8 @@ QWEN3_5 = Family(
     groups=_groups,
     names={**_PROJECTIONS, **_NAMES},
     ignored=("mtp.", "model.visual."),
+    wrapper="qwen3_5",
+    wrapped={"model.": "model.language_model."},
     layers=_layers,
     mixers=_mixers,
 )
@@ -177,6 +179,7 @@ QWEN3_5_MOE = dataclasses.replace(
     QWEN3_5,
     model_type="qwen3_5_moe_text",
     architecture="Qwen3_5MoeForCausalLM",
+    wrapper="qwen3_5_moe",
     read=lambda hf: _with_experts(hf, 256, norm_topk_prob=True),
     write=lambda config: {**_write(config), **expert_counts(config, "num_experts"), **_shared(config)},
     defaults={
