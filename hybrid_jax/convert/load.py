@@ -91,7 +91,8 @@ def checked_table(files: TensorFiles, config: ModelConfig) -> tuple[ModelConfig,
     """Checks the files' tensors against the config by their headers.
 
     Returns:
-      The config with the tying and the form of the experts of the files, and for every parameter the tensors that make it, each with the name it is stored by.
+      The config with the tying and the form of the experts of the files, and for every parameter the tensors that make it, each
+      with the name it is stored by.
 
     Raises:
       ValueError: a name, shape or dtype that does not fit.

@@ -90,13 +90,12 @@ def quantized_tensors(config: ModelConfig, quantization: Groups) -> set[str]:
         if stated[name].layout not in ("transposed", "experts") and name != "embed_tokens.embedding":
             continue
         for t in hf_tensors(name, stated[name].layout, config):
-            shape = t.stored_shape(parameter.shape)
-            if len(shape) > 2:
+            if stated[name].layout == "experts" and t.expert is None:
                 raise ValueError(
                     f"tensor {t.name} holds the experts of a layer together, and such tensors are not quantized; export a model of "
                     f"a {config.family} without quantization"
                 )
-            rows, columns = shape
+            rows, columns = t.stored_shape(parameter.shape)
             if rows > small and columns % quantization.group_size == 0:
                 found.add(t.name)
     if not found:

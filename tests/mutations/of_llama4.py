@@ -18,7 +18,9 @@ MUTATIONS = [
         "chunks of cached keys begin a token earlier",
         (CHUNKS,),
     ),
-    Mutation(ATTENTION, "q = _scaled(q, positions + 1,", "q = _scaled(q, positions,", "queries of chunked models count from 0", (PARITY,)),
+    Mutation(
+        ATTENTION, "q = _scaled(q, positions + 1,", "q = _scaled(q, positions,", "queries of chunked models count from 0", (PARITY,)
+    ),
     Mutation(
         ATTENTION,
         "elif c.unrotated_query_scaling is not None:",
@@ -26,7 +28,9 @@ MUTATIONS = [
         "queries of chunked models are scaled in layers with rotary embeddings too",
         (PARITY,),
     ),
-    Mutation(ATTENTION, "(rms_norm(x, None, c.rms_norm_eps) for", "(x for", "rotated queries of chunked models are not normed", (PARITY,)),
+    Mutation(
+        ATTENTION, "(rms_norm(x, None, c.rms_norm_eps) for", "(x for", "rotated queries of chunked models are not normed", (PARITY,)
+    ),
     Mutation(
         "hybrid_jax/layers/rope.py",
         "(x[..., :R:2], x[..., 1:R:2])",
@@ -41,9 +45,15 @@ MUTATIONS = [
         "the step of llama3's frequencies is reversed, which a chunked model has",
         ("tests/convert/test_family_defaults.py::test_rope_precedence_and_frequencies_are_transformers",),
     ),
-    Mutation(MLP, "out if weighted_inputs else out * weights", "out * weights", "experts of chunked models are weighted twice", (PARITY,)),
     Mutation(
-        MLP, "jax.nn.sigmoid(scores) if moe.sigmoid_router", "scores if moe.sigmoid_router", "routers of chunked models have no sigmoid", (PARITY,)
+        MLP, "out if weighted_inputs else out * weights", "out * weights", "experts of chunked models are weighted twice", (PARITY,)
+    ),
+    Mutation(
+        MLP,
+        "jax.nn.sigmoid(scores) if moe.sigmoid_router",
+        "scores if moe.sigmoid_router",
+        "routers of chunked models have no sigmoid",
+        (PARITY,),
     ),
     Mutation(
         "hybrid_jax/layers/mamba2.py",
@@ -66,7 +76,13 @@ MUTATIONS = [
         "an empty list of the layers of chunked models is one without entries",
         ("tests/convert/test_llama4.py::test_published_configs_are_read_and_written",),
     ),
-    Mutation(NAMES, '0 if leaf == "gate_proj" else width', '0 if leaf == "up_proj" else width', "stacked gates come second", (BOTH_FORMS,)),
+    Mutation(
+        NAMES,
+        '0 if leaf == "gate_proj" else width',
+        '0 if leaf == "up_proj" else width',
+        "stacked gates come second",
+        (BOTH_FORMS,),
+    ),
     Mutation(
         NAMES,
         "(_same, 2) if inputs_first else (_swapped, 1)",
