@@ -79,6 +79,10 @@ class Layer(nnx.Module):
         mixed, state = self.mixer(kind)(self.mixer_input(hidden), positions=positions, segment_ids=segment_ids, state=state)
         return self.behind_mixer(hidden, mixed), state
 
+    def mlp_input(self, hidden: jax.Array, mixed: jax.Array) -> jax.Array:
+        """Returns what the MLP of the layer reads, of the layer's input and its mixer's output [B, T, hidden]."""
+        return self.mixer_input(hidden) if self.parallel else self._normed(2, hidden + self._normed(1, mixed))
+
     def behind_mixer(self, hidden: jax.Array, mixed: jax.Array) -> LayerOutputs:
         """The rest of the layer, of its input and its mixer's output; `LayerOutputs` has what is added to the residual stream."""
         if self.parallel:

@@ -5,6 +5,7 @@ Names follow the module tree, which follows Hugging Face checkpoints: `layers.3.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -44,10 +45,21 @@ def with_config(model: Decoder, config: ModelConfig) -> Decoder:
     return join_model(nnx.split(abstract_decoder(config, compute_dtype=model.compute_dtype))[0], split_model(model)[1])
 
 
+@functools.lru_cache(maxsize=16)  # describing a decoder of 36 layers takes half a second
+def _described(config: ModelConfig, dtype: jnp.dtype) -> Mapping[str, tuple[jax.ShapeDtypeStruct, Marks]]:
+    _, state = nnx.split(abstract_decoder(config, dtype))
+    flat = ((".".join(map(str, path)), value) for path, value in nnx.to_flat_state(state))
+    return {name: (jax.ShapeDtypeStruct(value.shape, value.dtype), marks_of(value)) for name, value in flat}
+
+
 def abstract_parameters(config: ModelConfig, dtype: Any = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
     """The names, shapes and dtypes of a model's parameters, without making it."""
-    _, state = nnx.split(abstract_decoder(config, dtype))
-    return {".".join(map(str, path)): jax.ShapeDtypeStruct(v.shape, v.dtype) for path, v in nnx.to_flat_state(state)}
+    return {name: shape for name, (shape, _) in _described(config, jnp.dtype(dtype)).items()}
+
+
+def abstract_marks(config: ModelConfig) -> dict[str, Marks]:
+    """Returns the `marks` of a model of this config, without making it."""
+    return {name: mark for name, (_, mark) in _described(config, jnp.dtype(jnp.float32)).items()}
 
 
 def marks(model: Decoder) -> dict[str, Marks]:

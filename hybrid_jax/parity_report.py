@@ -23,9 +23,8 @@ from hybrid_jax.convert.save import hf_pieces
 from hybrid_jax.data.tokenizer import load_tokenizer
 from hybrid_jax.evaluate.report.document import Block, Heading, Picture, Table, Text, as_html, as_markdown
 from hybrid_jax.files import new_directory
-from hybrid_jax.model import abstract_decoder
 from hybrid_jax.parallel.sharding import load_sharded
-from hybrid_jax.parameters import logical_axes
+from hybrid_jax.parameters import abstract_marks
 
 TOKENS = 96
 TOLERANCE = 1e-4
@@ -144,7 +143,7 @@ def _round_trip(config: ModelConfig, parameters: StoredParameters) -> tuple[tupl
     Returns:
       Every tensor of the files, and the names that an export has and the files have not.
     """
-    axes = logical_axes(abstract_decoder(config))
+    stated = abstract_marks(config)
     stored_as = {t.name: stored for tensors in parameters.table.values() for t, stored in tensors}
     made_of: dict[str, list[str]] = {}
     for name, tensors in parameters.table.items():
@@ -152,7 +151,8 @@ def _round_trip(config: ModelConfig, parameters: StoredParameters) -> tuple[tupl
             made_of.setdefault(stored, []).append(name)
     returns: dict[str, bool] = {}
     missing = set()
-    for name, value, row, axis in hf_pieces(config, ((n, load_sharded(None, n, x, axes[n])) for n, x in parameters.items())):
+    again = ((n, load_sharded(None, n, x, stated[n].axes)) for n, x in parameters.items())
+    for name, value, row, axis in hf_pieces(config, again):
         if name not in stored_as:
             missing.add(name)
             continue

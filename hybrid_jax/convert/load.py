@@ -25,7 +25,7 @@ from hybrid_jax.files import read_json
 from hybrid_jax.model import Decoder, abstract_decoder
 from hybrid_jax.parallel.distributed import notice
 from hybrid_jax.parallel.sharding import load_sharded
-from hybrid_jax.parameters import abstract_parameters, join_model, logical_axes, marks
+from hybrid_jax.parameters import abstract_marks, abstract_parameters, join_model
 from hybrid_jax.priming.initialize import initialize_hybrid
 
 _IGNORED = ("rotary_emb.inv_freq",)
@@ -99,7 +99,7 @@ def checked_table(files: TensorFiles, config: ModelConfig) -> tuple[ModelConfig,
     """
     files.check_layers(config.num_layers, FAMILIES[config.family].ignored)
     config = _stacked_as_stored(files, _tied_as_stored(files, config))
-    table, shapes, stated = {}, {}, marks(abstract_decoder(config))
+    table, shapes, stated = {}, {}, abstract_marks(config)
     for name, parameter in abstract_parameters(config).items():
         table[name] = [(t, _stored_name(files, config, t.name)) for t in hf_tensors(name, stated[name].layout, config)]
         for tensor, stored in table[name]:
@@ -253,9 +253,9 @@ def open_parameters(path: str | pathlib.Path, dtype: Any = None) -> tuple[ModelC
 
 def load_parameters(config: ModelConfig, parameters: StoredParameters, mesh: Mesh | None) -> dict[str, jax.Array]:
     """Reads every parameter straight into its sharding on a mesh; no host holds more than one that is not in its place yet."""
-    axes, loaded = logical_axes(abstract_decoder(config)), {}
+    stated, loaded = abstract_marks(config), {}
     for name, value in parameters.items():
-        loaded[name] = jax.block_until_ready(load_sharded(mesh, name, value, axes[name]))
+        loaded[name] = jax.block_until_ready(load_sharded(mesh, name, value, stated[name].axes))
     return loaded
 
 

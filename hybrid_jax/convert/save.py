@@ -19,9 +19,9 @@ from hybrid_jax.convert.quantized import KEYS, Groups, QuantizationLoss
 from hybrid_jax.convert.writer import WeightWriter
 from hybrid_jax.families import config_to_hf
 from hybrid_jax.files import new_directory
-from hybrid_jax.model import Decoder, abstract_decoder
+from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.distributed import barrier, is_first, notice, whole_array
-from hybrid_jax.parameters import abstract_parameters, marks, split_model
+from hybrid_jax.parameters import abstract_marks, abstract_parameters, split_model
 
 MAX_SHARD_BYTES = 5_000_000_000
 TOKENIZER_FILES = (
@@ -46,7 +46,7 @@ def hf_pieces(config: ModelConfig, parameters: Iterable[tuple[str, Any]]) -> Ite
     Args:
       parameters: each an array, or a `StoredParameter`, of which nothing is copied that its files hold in the same form.
     """
-    stated = marks(abstract_decoder(config))
+    stated = abstract_marks(config)
     for name, parameter in parameters:
         part = parameter.part if isinstance(parameter, StoredParameter) else functools.partial(_part, whole_array(parameter))
         for t in hf_tensors(name, stated[name].layout, config):
@@ -65,7 +65,7 @@ def planned_tensors(config: ModelConfig, dtypes: Mapping[str, Any]) -> dict[str,
     Args:
       dtypes: of the parameters, by name.
     """
-    stated = marks(abstract_decoder(config))
+    stated = abstract_marks(config)
     planned: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
     for name, parameter in abstract_parameters(config).items():
         for t in hf_tensors(name, stated[name].layout, config):
@@ -83,7 +83,7 @@ def quantized_tensors(config: ModelConfig, quantization: Groups) -> set[str]:
     Raises:
       ValueError: there are none, or the experts of a layer are in one tensor.
     """
-    stated, found = marks(abstract_decoder(config)), set()
+    stated, found = abstract_marks(config), set()
     of_mixers = (2 * (options.own_heads or 0) for options in config.mixers)  # two such maps may be in one tensor
     small = max(config.num_heads, config.moe.num_experts if config.moe else 0, *of_mixers)
     for name, parameter in abstract_parameters(config).items():

@@ -15,6 +15,7 @@ from hybrid_jax.config import HeadHybridConfig, ModelConfig
 from hybrid_jax.layers.attention import Attention, KVCache, kv_heads_of
 from hybrid_jax.layers.linear import Linear
 from hybrid_jax.layers.mixer import Arrays
+from hybrid_jax.layers.mixing import Mixing, side_by_side
 from hybrid_jax.mixers import KINDS
 from kernels_pallas.numerics import safe_sqrt
 
@@ -38,7 +39,7 @@ class HeadHybrid(nnx.Module):
 
     def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         spec, hidden = config.layers[layer], config.hidden_size
-        self.recurrent = layers.MIXERS[spec.kind](config, layer, rngs=rngs, dtype=dtype)
+        self.recurrent: Any = layers.MIXERS[spec.kind](config, layer, rngs=rngs, dtype=dtype)
         self.attention = Attention(config, layer, heads=spec.attention_heads, rngs=rngs, dtype=dtype)
         standardized, std = config.options(HeadHybridConfig).merge == "standardized", config.initializer_range
         linear = functools.partial(Linear, bias=True, axes=("embed", None), std=std, rngs=rngs, dtype=dtype)
@@ -55,6 +56,11 @@ class HeadHybrid(nnx.Module):
         if self.merge is None:
             return y + kept, after
         return (y + self.merge(_with_moments_of(kept, y))) / 2, after
+
+    def mixing(self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array) -> Mixing:
+        """Returns the mixing matrices on x [B, T, hidden] of all heads of the recurrent mixer, then of the kept heads."""
+        at = dict(positions=positions, segment_ids=segment_ids)
+        return side_by_side(self.recurrent.mixing(x, **at), self.attention.mixing(x, **at))
 
     @staticmethod
     def from_attention(source: Arrays, fresh: Arrays, config: ModelConfig, layer: int) -> dict[str, jax.Array]:

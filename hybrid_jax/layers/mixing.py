@@ -66,6 +66,16 @@ def over_blocks(function: Callable[..., Any], *mixings: Mixing, rows: int = ROWS
     return jax.lax.map(jax.checkpoint(one), jnp.arange(0, T, min(rows, T)))
 
 
+def side_by_side(*mixings: Mixing) -> Mixing:
+    """Returns the matrices of mixers on the same tokens, the first one's heads first; their values are equally wide."""
+
+    def block(rows: int) -> Rows:
+        blocks = [mixing.rows(rows) for mixing in mixings]
+        return lambda begin: jnp.concatenate([block(begin) for block in blocks], axis=1)
+
+    return Mixing(jnp.concatenate([mixing.values for mixing in mixings], axis=2), block)
+
+
 def of_operation(
     operation: Callable[[jax.Array], jax.Array],
     values: jax.Array,

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from hybrid_jax.config import ModelConfig, MoEConfig
 from hybrid_jax.layers.linear import Linear
 from hybrid_jax.layers.parameter import parameter
+from hybrid_jax.parallel.experts import from_groups, group, grouped_matmul, to_groups
 from hybrid_jax.parallel.sharding import TOKENS, axis_size, shard_map_by_axes
 
 # ModelConfig.activation -> the function
@@ -65,17 +66,22 @@ class Experts(nnx.Module):
 def _own_experts(rows, chosen, weights, gate, up, down, first, *, weighted_inputs: bool):
     """What experts first ... first + E - 1, those of the kernels [E, ...], add to every row [n, hidden]."""
     n, k = chosen.shape
-    E = gate.shape[0]
-    expert = chosen.reshape(-1) - first
-    mine = (expert >= 0) & (expert < E)
-    expert = jnp.where(mine, expert, E)
-    order = jnp.argsort(expert)  # rows of other experts come last, in no group
-    sizes = jnp.bincount(expert, length=E + 1)[:E].astype(jnp.int32)
-    weights = weights.reshape(-1)[order, None].astype(rows.dtype)
-    x = rows[order // k] * weights if weighted_inputs else rows[order // k]
-    hidden = jax.nn.silu(jax.lax.ragged_dot(x, gate, sizes)) * jax.lax.ragged_dot(x, up, sizes)
-    out = jnp.where(mine[order, None], jax.lax.ragged_dot(hidden, down, sizes), 0)
-    return jnp.zeros_like(rows).at[order // k].add(out if weighted_inputs else out * weights)
+    if weighted_inputs:  # every choice has a row of its own, whose output counts as it is
+        rows, chosen = (rows[:, None] * weights[..., None].astype(rows.dtype)).reshape(n * k, -1), chosen.reshape(n * k, 1)
+        weights = jnp.ones_like(weights)
+    groups = group(chosen, len(gate), first)
+    x = to_groups(rows, groups)
+    hidden = jax.nn.silu(grouped_matmul(x, gate, groups.sizes)) * grouped_matmul(x, up, groups.sizes)
+    out = from_groups(grouped_matmul(hidden, down, groups.sizes), groups).reshape(n, k, -1)
+    return jnp.einsum("nk,nkh->nh", weights.astype(rows.dtype), out, preferred_element_type=jnp.float32).astype(rows.dtype)
+
+
+def _choices(x: jax.Array, router: jax.Array, moe: MoEConfig) -> tuple[jax.Array, jax.Array]:
+    """Returns the weights (float32) and the numbers of the experts that each token of x [..., hidden] chose, [..., k]."""
+    scores = (x @ router).astype(jnp.float32)
+    probs = jax.nn.sigmoid(scores) if moe.sigmoid_router else jax.nn.softmax(scores, axis=-1)
+    weights, chosen = jax.lax.top_k(probs, moe.experts_per_token)
+    return weights / weights.sum(-1, keepdims=True) if moe.norm_topk_prob else weights, chosen
 
 
 def _route(x, router, gate, up, down, *, moe, experts: int, tensor: bool):
@@ -84,11 +90,7 @@ def _route(x, router, gate, up, down, *, moe, experts: int, tensor: bool):
     Nothing is dropped, and no device holds more rows than its own tokens' choices.
     """
     rows = x.reshape(-1, x.shape[-1])
-    scores = (rows @ router).astype(jnp.float32)
-    probs = jax.nn.sigmoid(scores) if moe.sigmoid_router else jax.nn.softmax(scores, axis=-1)
-    weights, chosen = jax.lax.top_k(probs, moe.experts_per_token)
-    if moe.norm_topk_prob:
-        weights = weights / weights.sum(-1, keepdims=True)
+    weights, chosen = _choices(rows, router, moe)
     own_experts = functools.partial(_own_experts, weighted_inputs=moe.weighted_inputs)
     if experts == 1:
         out = own_experts(rows, chosen, weights, gate, up, down, 0)
@@ -124,6 +126,10 @@ class MoE(nnx.Module):
         shared = self.moe.shared_intermediate_size
         self.shared_expert = MLP(config, inner=shared, **fresh) if shared else None
         self.shared_expert_gate = of_tokens(config.hidden_size, 1) if shared and self.moe.shared_gate else None
+
+    def choices(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns the weights (float32) and the numbers of the experts that each token of x [B, T, hidden] chose, [B, T, k]."""
+        return _choices(x, self.gate.kernel[...].astype(x.dtype), self.moe)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [B, T, hidden] to the same shape."""

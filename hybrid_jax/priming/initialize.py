@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
 from hybrid_jax.checks import check_choice
 from hybrid_jax.config import ATTENTION, ModelConfig
 from hybrid_jax.layers import mixer_class
+from hybrid_jax.layers.mixer import Arrays
 from hybrid_jax.mixers import KINDS
 from hybrid_jax.model import Decoder, abstract_decoder
-from hybrid_jax.parameters import Parameters, abstract_parameters, join_model, marks, split_model
+from hybrid_jax.parameters import abstract_parameters, join_model, marks, split_model
 from hybrid_jax.priming.fresh import FRESH_PARAMETERS, FreshLayers, number_of
-
-
-def _like(value, fresh):
-    """Returns the value sharded as the parameter that it replaces: slices and transposes of sharded arrays end up elsewhere."""
-    return value if len(fresh.sharding.device_set) == 1 else jax.device_put(value, fresh.sharding)
 
 
 def new_model(config: ModelConfig, *, seed: int = 0, fresh_parameters: str = "transformers") -> Decoder:
@@ -134,27 +130,23 @@ def hybrid_parameters(
             i = int(name.split(".")[1])
             place = f"layers.{i}.self_attn."
             attention = {n.removeprefix(place): have[n] for n in have if n.startswith(place)}
-            begun = _begun(attention, fresh.of_layer(i, absent[i]), config, i, dtype, copy_attention)
+            begun = fresh.of_layer(i, absent[i], attention, functools.partial(_given, config, i, copy_attention))
             made = {f"layers.{i}.{n}": x for n, x in begun.items()}
         yield name, made[name]
 
 
-def _begun(
-    attention: Mapping[str, Any], fresh: Parameters, config: ModelConfig, layer: int, dtype: Any, copy_attention: bool
-) -> dict[str, Any]:
-    """Returns the new parameters of a layer, by their names in it: as attention gives them, and else as drawn."""
-    source = {name: jnp.asarray(value if isinstance(value, jax.Array) else value[...]) for name, value in attention.items()}
-    unread = {id(source[n]): x for n, x in attention.items() if not isinstance(x, jax.Array) and x.dtype == dtype}
-    result, spec = dict[str, Any](fresh), config.layers[layer]
+def _given(config: ModelConfig, layer: int, copy_attention: bool, attention: Arrays, fresh: Arrays) -> dict[str, jax.Array]:
+    """Returns the parameters that attention gives to a layer of the hybrid, by their names in it."""
+    result: dict[str, jax.Array] = {}
+    spec = config.layers[layer]
     for kind in spec.kinds:
         prefix = f"{KINDS[kind].parameter_key}."
         wanted = {n.removeprefix(prefix): v for n, v in fresh.items() if n.startswith(prefix)}
         if not wanted:
             continue
-        copied = mixer_class(kind, config, layer).from_attention(source, wanted, config, layer)
+        copied = mixer_class(kind, config, layer).from_attention(attention, wanted, config, layer)
         if KINDS[kind].recurrent and not copy_attention:
             kept = ("attention.", "merge.") if spec.attention_heads else ()
             copied = {n: v for n, v in copied.items() if n.startswith(kept)}
-        for name, value in copied.items():  # what attention gives as it is goes on as it was given, from file to file
-            result[prefix + name] = unread[id(value)] if id(value) in unread else _like(value.astype(dtype), wanted[name])
+        result |= {prefix + name: value for name, value in copied.items()}
     return result

@@ -37,7 +37,7 @@ def main(process, processes, port):
     roles = [add_roles({**row, "distances": d}, key_tokens=1) for row, d in zip(rows, distances, strict=True)]
     wanted, found = role_sums(model, roles, batch_size=4), role_sums(on_mesh, roles, mesh=mesh, batch_size=4)
     if process == "0":
-        print(f"roles {relative_error(found, wanted):.1e}", flush=True)
+        print(f"roles {relative_error(np.stack(found), np.stack(wanted)):.1e}", flush=True)
         print(f"losses {relative_error(got.losses[counted], want.losses[counted]):.1e}, right {same:.3f}", flush=True)
     continuations(process)
 

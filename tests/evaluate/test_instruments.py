@@ -166,7 +166,10 @@ def test_the_bytes_of_a_sequence_are_keys_and_values_and_states():
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"instrument": "telescope"}, "expected one of text, recall, heads, mixing, prompts, cost, speed, got 'telescope'"),
+        (
+            {"instrument": "telescope"},
+            "expected one of text, recall, heads, mixing, prompts, experts, cost, speed, got 'telescope'",
+        ),
         ({"instrument": "text", "sequence": 3}, "text has no option 'sequence'"),
         ({"instrument": "text", "rows": 0}, "rows"),
         ({"instrument": "recall", "grid": {"depth": ()}}, "no values for 'depth'"),

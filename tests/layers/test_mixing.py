@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hybrid_jax.config import GDNConfig, GKAConfig, Mamba2Config, Mamba3Config
+from hybrid_jax.config import GDNConfig, GKAConfig, HeadHybridConfig, Mamba2Config, Mamba3Config
 from hybrid_jax.layers import make_mixer
 from hybrid_jax.layers.linear import rms_norm
 from hybrid_jax.layers.mixing import over_blocks
@@ -79,6 +79,15 @@ def test_a_mixer_s_output_is_its_matrices_times_its_values(case):
     assert relative_error(finish(CASES[case][0], m, o, X)[inside], y[inside]) < 1e-4
     sees = (SEGMENTS[:, :, None] == SEGMENTS[:, None]) & np.tril(np.ones((T, T), bool))
     assert not np.any(np.where(sees[:, None], 0, M[:, :, :T])), "a token has a value of another segment, or a later one"
+
+
+def test_matrices_of_a_hybrid_of_heads_are_those_of_its_mixer_and_behind_them_those_of_the_kept_heads():
+    config = tiny_config("GDN[1,2]").with_options(HeadHybridConfig("sum"))
+    m: Any = make_mixer("gdn", config, 0, rngs=nnx.Rngs(3))
+    mixing = m.mixing(X, **AT)
+    o = jnp.einsum("bhts,bshd->bthd", over_blocks(lambda begin, rows: rows, mixing, rows=T)[0], mixing.values, precision="highest")
+    y = finish("gdn", m.recurrent, o[:, :, :4], X) + finish("attention", m.attention, o[:, :, 4:], X)
+    assert o.shape[2] == 6 and relative_error(y[SEGMENTS > 0], m(X, **AT)[0][SEGMENTS > 0]) < 1e-4
 
 
 def steps(way, size):

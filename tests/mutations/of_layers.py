@@ -11,6 +11,7 @@ PRIMING = "tests/priming/test_priming.py"
 ATTENTION, INITIALIZE = "hybrid_jax/layers/attention.py", "hybrid_jax/priming/initialize.py"
 MIXING, ROLES = "hybrid_jax/layers/mixing.py", "hybrid_jax/evaluate/instruments/mixing.py"
 MATRICES = "tests/layers/test_mixing.py"
+EXPERTS, OF_EXPERTS = "hybrid_jax/parallel/experts.py", "tests/parallel/test_experts.py"
 PREFILL = f"{INVARIANCE}::test_prefill_in_parts_and_decoding_equal_the_whole"
 FORMULAS = "tests/layers/test_formulas.py"
 GKA, GDN, MAMBA2 = "hybrid_jax/layers/gka.py", "hybrid_jax/layers/gdn.py", "hybrid_jax/layers/mamba2.py"
@@ -221,7 +222,7 @@ MUTATIONS = [
         "untied fading keys use the first projections",
         (FORMULAS,),
     ),
-    Mutation(MLP, "if moe.norm_topk_prob:", "if True:", "norm_topk_prob is ignored", (PARITY,)),
+    Mutation(MLP, "if moe.norm_topk_prob else weights", "if True else weights", "norm_topk_prob is ignored", (PARITY,)),
     Mutation(
         MLP,
         "jax.nn.softmax(scores, axis=-1)",
@@ -230,12 +231,20 @@ MUTATIONS = [
         (PARITY,),
     ),
     Mutation(
-        MLP,
-        "weights = weights.reshape(-1)[order, None]",
-        "weights = weights.reshape(-1)[:, None]",
-        "experts' weights are not sorted with their rows",
+        EXPERTS,
+        "return jnp.where(groups.own[..., None], rows[groups.places], 0)",
+        "return jnp.where(groups.own[..., None], rows[groups.order].reshape(*groups.own.shape, -1), 0)",
+        "experts' rows come back in the order of the experts",
         (PARITY, HMF),
     ),
+    Mutation(
+        EXPERTS,
+        "each = jnp.where(groups.own[..., None], d[groups.places], 0)",
+        "each = d[groups.places]",
+        "rows of other experts, which nobody computes, are part of the gradient",
+        (OF_EXPERTS,),
+    ),
+    Mutation(EXPERTS, "- counts + jnp.cumsum(sizes)", "+ jnp.cumsum(sizes)", "blocks of choices overlap", (OF_EXPERTS,)),
     Mutation(
         MLP,
         "(self.gate_proj(x)) * self.up_proj(x)",

@@ -46,7 +46,7 @@ MUTATIONS = [
         ("tests/convert/test_family_defaults.py::test_rope_precedence_and_frequencies_are_transformers",),
     ),
     Mutation(
-        MLP, "out if weighted_inputs else out * weights", "out * weights", "experts of chunked models are weighted twice", (PARITY,)
+        MLP, "weights = jnp.ones_like(weights)", "weights = 1 * weights", "experts of chunked models are weighted twice", (PARITY,)
     ),
     Mutation(
         MLP,

@@ -8,6 +8,7 @@ from typing import Any
 
 from hybrid_jax.evaluate.instruments.contract import Instrument, Subject
 from hybrid_jax.evaluate.instruments.cost import Cost
+from hybrid_jax.evaluate.instruments.experts import ExpertLoad
 from hybrid_jax.evaluate.instruments.heads import Heads
 from hybrid_jax.evaluate.instruments.mixing import Mixing
 from hybrid_jax.evaluate.instruments.prompts import Prompts
@@ -21,6 +22,7 @@ INSTRUMENTS: dict[str, type[Instrument]] = {
     "heads": Heads,
     "mixing": Mixing,
     "prompts": Prompts,
+    "experts": ExpertLoad,
     "cost": Cost,
     "speed": Speed,
 }

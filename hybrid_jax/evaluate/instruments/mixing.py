@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from hybrid_jax.config import ModelConfig
+from hybrid_jax.config import ATTENTION, ModelConfig
 from hybrid_jax.data import Corpus
 from hybrid_jax.data.packing import Row
 from hybrid_jax.evaluate.instruments.contract import Progress, Subject
@@ -50,7 +50,9 @@ class Mixing(OfHeads):
     `largest share`   of a row. Both are means over the rows of all tokens but the first one of a segment.
 
     Each is a share from 0 to 1 and a mean over the tokens that it is of; a row of M that is 0 counts as 0. They are measured at
-    {"layer": l, "head": h}, as means over the heads of all layers of a mixer at {"mixer": symbol}, and over all heads. The roles
+    {"layer": l, "head": h}, as means over the heads of all layers of a mixer at {"mixer": symbol}, and over all heads. Where a
+    hybrid of heads keeps head h, {"layer": l, "head": h} and the mean over all heads have the matrix of attention, and the mean of
+    the recurrent mixer has its own matrix of that head. The roles
     are those of Gather-and-Aggregate (arXiv 2504.18574, which finds them by removing heads, and says that heads of
     recurrent mixers have smoother rows); the formulas are ours. What a head does to the answer is what `heads` measures.
 
@@ -79,21 +81,29 @@ class Mixing(OfHeads):
         rows = self.rows_on(subject.corpus, self.rows)
         sums = role_sums(subject.model, rows, mesh=subject.mesh, batch_size=self.batch_size, progress=progress)
         counts = np.stack([_counts(row) for row in rows], axis=1)  # [measures, rows]
-        means = np.divide(sums, counts[..., None], out=np.zeros_like(sums), where=counts[..., None] > 0)
-        kinds = [spec.kind for spec in subject.model.config.layers]
+        means = [np.divide(x, counts[..., None], out=np.zeros_like(x), where=counts[..., None] > 0) for x in sums]
+        H = subject.model.config.num_heads
+        heads, mixers = [], dict[str, list[np.ndarray]]()  # [measures, rows, heads] of every layer, and by mixer
+        for spec, of_layer in zip(subject.model.config.layers, means, strict=True):
+            kept, shown = of_layer[:, :, H:], of_layer[:, :, :H].copy()
+            shown[:, :, list(spec.attention_heads)] = kept
+            heads.append(shown)
+            mixers.setdefault(KINDS[spec.kind].symbol, []).append(of_layer[:, :, :H])
+            if spec.attention_heads:
+                mixers.setdefault(KINDS[ATTENTION].symbol, []).append(kept)
 
-        def of(number: int, values: np.ndarray, **at: float | int | str) -> Measurement | None:
-            """Returns a measure, the mean of values [layers, rows, heads] over layers and heads."""
-            return weighted_mean(MEASURES[number], values.mean(axis=(0, 2)), counts[number], "share", share=True, **at)
+        def of(values: Sequence[np.ndarray], **at: float | int | str) -> list[Measurement | None]:
+            """Returns every measure, the mean of values [measures, rows, heads] over the heads."""
+            rows = np.concatenate(values, axis=2).mean(axis=2)
+            each = zip(MEASURES, rows, counts, strict=True)
+            return [weighted_mean(name, mean, count, "share", share=True, **at) for name, mean, count in each]
 
-        measured = [of(n, means[:, n]) for n in range(len(MEASURES))]
-        for kind in dict.fromkeys(kinds):
-            layers = [layer for layer, other in enumerate(kinds) if other == kind]
-            measured += [of(n, means[layers, n], mixer=KINDS[kind].symbol) for n in range(len(MEASURES))]
-        for layer in range(len(kinds)):
-            for head in range(sums.shape[-1]):
-                one = means[layer : layer + 1, :, :, head : head + 1]
-                measured += [of(n, one[:, n], layer=layer, head=head) for n in range(len(MEASURES))]
+        measured = of(heads)
+        for symbol, values in mixers.items():
+            measured += of(values, mixer=symbol)
+        for layer, values in enumerate(heads):
+            for head in range(H):
+                measured += of([values[:, :, head : head + 1]], layer=layer, head=head)
         return [m for m in measured if m is not None]
 
 
@@ -127,18 +137,18 @@ def role_sums(
     mesh: Mesh | None = None,
     batch_size: int = 8,
     progress: Progress = lambda done, total: None,
-) -> np.ndarray:
-    """Returns the sums of `MEASURES` over the tokens of every row, [layers, measures, rows, heads].
+) -> list[np.ndarray]:
+    """Returns the sums of `MEASURES` over the tokens of every row, [measures, rows, heads] of every layer.
 
     Args:
       rows: with the arrays of `ROLES`.
     """
-    (structure, parameters), found = split_model(model), []
+    (structure, parameters), found = split_model(model), list[list[np.ndarray]]()
     with in_mesh(mesh):
         for batch in mesh_batches(rows, range(len(rows)), batch_size, mesh, more=ROLES):
-            found.append(np.asarray(whole_array(_sums(structure, parameters, batch)), np.float64))
+            found.append([np.asarray(whole_array(x), np.float64) for x in _sums(structure, parameters, batch)])
             progress(min(len(found) * batch_size, len(rows)), len(rows))
-    return np.concatenate(found, axis=2)[:, :, : len(rows)]
+    return [np.concatenate(of_layer, axis=1)[:, : len(rows)] for of_layer in zip(*found, strict=True)]
 
 
 def _counts(row: Row) -> np.ndarray:
@@ -149,8 +159,8 @@ def _counts(row: Row) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sums(structure: Any, parameters: Parameters, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """Returns the sums of `MEASURES` over the tokens of every row, [layers, measures, B, H]."""
+def _sums(structure: Any, parameters: Parameters, batch: Mapping[str, jax.Array]) -> list[jax.Array]:
+    """Returns the sums of `MEASURES` over the tokens of every row, [measures, B, H] of every layer."""
     model = join_model(structure, parameters)
     hidden, at = model.inputs(batch["input_ids"], batch["segment_ids"], batch["positions"])
 
@@ -160,7 +170,7 @@ def _sums(structure: Any, parameters: Parameters, batch: Mapping[str, jax.Array]
         sums = jnp.sum(over_blocks(functools.partial(_sums_of_block, batch), mixing), axis=0)
         return layer.run(kind, x, **at)[0].hidden, sums
 
-    return jnp.stack(model.through_layers(run, hidden)[1])
+    return list(model.through_layers(run, hidden)[1])
 
 
 def _sums_of_block(batch: Mapping[str, jax.Array], begin: jax.Array, matrices: jax.Array) -> jax.Array:
