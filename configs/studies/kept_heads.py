@@ -6,7 +6,7 @@ Layers 2 to 7 of the small source become Mamba-2, beside no, 1, 2, 3 or 6 of the
 distillation (arXiv 2602.11374). The heads are those with the largest share of the evidence in their rows (analyze_heads.md), in
 that order. Merged by the sum; with 3 heads also as published. With 0, 3 and 6 heads also with states 8 times smaller. Primed and
 measured as in mixers.py; three seeds. `configs/studies/kept_heads.py:3` is one experiment, `small-3` has the small state.
-It has not been run yet.
+The outcome is in kept_heads.md.
 """
 
 from ml_collections import ConfigDict
