@@ -104,7 +104,7 @@ def test_a_config_without_a_width_of_dense_layers_is_read_and_written(qwen):
 def test_the_decoder_of_a_checkpoint_with_images_is_read_and_exported_alone(qwen, tmp_path):
     from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeVisionConfig
 
-    text = qwen[0].config.to_dict()
+    text = {**qwen[0].config.to_dict(), "tie_word_embeddings": False}  # the one beside `text_config` counts
     sizes = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=48, num_position_embeddings=16)
     images = dict(image_token_id=90, video_token_id=91, vision_start_token_id=92, vision_end_token_id=93)
     vision = Qwen3_5MoeVisionConfig(**sizes, patch_size=4).to_dict()
