@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
-from hybrid_jax.checks import check_boolean, check_choice, check_number
+from hybrid_jax.checks import check_boolean, check_choice, check_integer, check_number
+from hybrid_jax.config_parts import MoEConfig, RopeConfig
 from hybrid_jax.copies import COPIES, begins_from
 from hybrid_jax.mixers import (
     ATTENTION,
@@ -26,9 +27,8 @@ from hybrid_jax.mixers import (
     SWAConfig,
     options_by_key,
 )  # fmt: skip
-from hybrid_jax.options import Options, option, optional
 from hybrid_jax.pattern import MixerSpec, format_pattern, parse_pattern
-from hybrid_jax.schema import KEYS, MODEL_FIELDS, check_key, check_rope, mixer_config_from_dict
+from hybrid_jax.schema import MODEL_FIELDS, check_key, mixer_config_from_dict
 
 __all__ = [
     "ATTENTION", "BMojoConfig", "DiscreteMamba2Config", "GDNConfig", "GKAConfig", "HeadHybridConfig", "Mamba2Config",
@@ -45,85 +45,6 @@ NORMS: dict[str, tuple[str | None, str | None, str | None, str | None]] = {
 }
 
 AnyOptions = TypeVar("AnyOptions", bound=MixerOptions)
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding: transformers' `rope_parameters`.
-
-    Args:
-      theta: base of the frequencies.
-      kind: `default`, `linear`, `llama3`, `yarn` or `longrope`.
-      options: the other keys of `rope_parameters`, sorted pairs.
-    """
-
-    theta: float = 10_000.0
-    kind: str = "default"
-    options: tuple[tuple[str, Any], ...] = ()
-
-    def __post_init__(self):
-        check_key("rope_theta", self.theta)
-        check_rope(self.kind, dict(self.options))
-
-    def option(self, name: str, default: Any = None) -> Any:
-        """Returns the value of an option, or the default where it is absent."""
-        return dict(self.options).get(name, default)
-
-    def number(self, name: str) -> float:
-        """Returns the value of an option that this kind must have; `check_rope` has seen it."""
-        return dict(self.options)[name]
-
-    def channels(self, head_dim: int) -> int:
-        """Returns how many channels of a head are rotated, its first ones: all, or the share `partial_rotary_factor`."""
-        return int(head_dim * self.option("partial_rotary_factor", 1.0))
-
-    def check(self, head_dim: int) -> None:
-        """Checks that the embedding fits heads of `head_dim`.
-
-        Raises:
-          ValueError: it rotates an odd number of channels, or none, or a list of LongRoPE's factors is not half as long.
-        """
-        channels = self.channels(head_dim)
-        if channels % 2 or not channels:
-            raise ValueError(
-                f"partial_rotary_factor {self.option('partial_rotary_factor')!r} rotates {channels} of {head_dim} channels; choose "
-                "one that rotates an even number of them"
-            )
-        for name in ("short_factor", "long_factor"):
-            factors = self.option(name)
-            if self.kind == "longrope" and len(factors) != channels // 2:
-                raise ValueError(
-                    f"rope_parameters.{name} must have {channels // 2} entries, one for each pair of rotated channels, got "
-                    f"{len(factors)}"
-                )
-
-
-@dataclasses.dataclass(frozen=True)
-class MoEConfig(Options):
-    """Options of a mixture-of-experts MLP: softmax router, top-k experts, and a shared expert or none.
-
-    All of them belong to the source model, so a hybrid keeps them as they are.
-
-    Args:
-      num_experts: number of expert MLPs per layer.
-      experts_per_token: how many experts process each token: those with the largest router probabilities.
-      intermediate_size: hidden width of each expert.
-      norm_topk_prob: rescale the router probabilities of the chosen experts so that they sum to one.
-      shared_intermediate_size: hidden width of a shared expert, whose output counts sigmoid(w x) times (Qwen3-Next); None: no such.
-    """
-
-    KEY: ClassVar[str] = "moe"
-
-    num_experts: int = option(KEYS["num_experts"])
-    experts_per_token: int = option(KEYS["num_experts_per_tok"])
-    intermediate_size: int = option(KEYS["moe_intermediate_size"])
-    norm_topk_prob: bool = option(check_boolean, True)
-    shared_intermediate_size: int | None = option(optional(KEYS["shared_expert_intermediate_size"]), None)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.experts_per_token > self.num_experts:
-            raise ValueError(f"num_experts_per_tok must be at most num_experts ({self.num_experts}), got {self.experts_per_token}")
 
 
 def _canonical(mixers: Sequence[MixerOptions]) -> tuple[MixerOptions, ...]:
@@ -157,6 +78,8 @@ class ModelConfig:
       tie_embeddings: the output head is the embedding table.
       qk_norm: RMSNorm over each head of queries and keys (Qwen3).
       qk_norm_all_heads: with `qk_norm`, the norm is over the channels of all heads together (OLMo 2).
+      qk_norm_rotated: in layers that rotate queries and keys, each head of them is normed behind the rotation, by an RMSNorm
+        without weights (Llama 4); not together with `qk_norm`.
       norms: where a layer has its norms: `before` attention and MLP, `behind` them, in front of the residual sum (OLMo 2), or in
         `both` places (Gemma 2); or `parallel`: one norm, which attention and MLP both read (Phi).
       layer_norm: the source's norms are LayerNorms with weights and biases (Phi), not RMSNorms.
@@ -170,10 +93,15 @@ class ModelConfig:
       qkv_bias, o_bias, mlp_bias: biases of the projections to q, k, v (Qwen2), of attention's output projection, of the MLP.
       head_bias: the output head, which is not the embedding table, has a bias (Phi).
       attention_windows: per layer, the source's own sliding window, in keys that a query sees, or None for full attention.
+      chunked_windows: the windows do not slide: of a window W a query at position p of its document sees the keys from position
+        W * floor(p / W) on (Llama 4).
       rotary_layers: per layer, whether attention rotates queries and keys by their positions; empty: in every layer (SmolLM3 has
         some without).
+      rotate_halves: rotary embeddings turn channels i and i + R / 2 of R rotated ones together; False: 2 i and 2 i + 1 (Llama 4).
       query_scaling: Ministral-3's (beta, original_max_position_embeddings): queries are multiplied by
         1 + beta * log(1 + floor(position / original_max_position_embeddings)).
+      unrotated_query_scaling: Llama 4's (attn_scale, floor_scale): in layers without rotary embeddings queries are multiplied by
+        1 + attn_scale * log(1 + floor((position + 1) / floor_scale)).
       logits_scaling: the logits are divided by this number, above 0.
       logits_soft_cap: c > 0: the logits x, after scaling, become c * tanh(x / c) (Gemma 2); None: they stay as they are.
       initializer_range: standard deviation of new kernels.
@@ -184,6 +112,8 @@ class ModelConfig:
         ...`), for all layers of the kind; read them with `options`.
       extra: keys of the source's config.json that the decoder does not use (token ids and the like);
         they are written back on export and take no part in comparisons.
+      stacked_experts: the files that the model was loaded from keep the experts of a layer in one tensor, and so does its export;
+        it takes no part in comparisons and is not written. Families with such files only (`Family.stacked_experts`) need no mark.
       directory: where the model was loaded from, or empty; it takes no part in comparisons and is not written.
     """
 
@@ -202,6 +132,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     qk_norm: bool = False
     qk_norm_all_heads: bool = False
+    qk_norm_rotated: bool = False
     norms: str = "before"
     layer_norm: bool = False
     norm_offset: float = 0.0
@@ -216,8 +147,11 @@ class ModelConfig:
     mlp_bias: bool = False
     head_bias: bool = False
     attention_windows: tuple[int | None, ...] = ()
+    chunked_windows: bool = False
     rotary_layers: tuple[bool, ...] = ()
+    rotate_halves: bool = True
     query_scaling: tuple[float, int] | None = None
+    unrotated_query_scaling: tuple[float, int] | None = None
     logits_scaling: float = 1.0
     logits_soft_cap: float | None = None
     initializer_range: float = 0.02
@@ -226,6 +160,7 @@ class ModelConfig:
     source_kinds: tuple[str, ...] = ()
     mixers: tuple[MixerOptions, ...] = ()
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+    stacked_experts: bool = dataclasses.field(default=False, compare=False)
     directory: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self):
@@ -253,6 +188,12 @@ class ModelConfig:
         for name in ("query_pre_attn_scalar", "attention_soft_cap", "logits_soft_cap"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), above=0)
+        if self.unrotated_query_scaling is not None:
+            scale, floor = self.unrotated_query_scaling
+            check_number("unrotated_query_scaling[0]", scale, minimum=0)
+            check_integer("unrotated_query_scaling[1]", floor, minimum=1)
+        if self.qk_norm and self.qk_norm_rotated:
+            raise ValueError("qk_norm and qk_norm_rotated exclude each other: queries and keys are normed once; choose one of them")
         windows = self.attention_windows or (None,) * len(self.layers)
         object.__setattr__(self, "attention_windows", tuple(check_key("attention_windows", windows)))
         rotary = self.rotary_layers or (True,) * len(self.layers)
@@ -310,6 +251,14 @@ class ModelConfig:
         if not self.rotary_layers[layer]:
             return None
         return self.rope if self.window_rope is None or self.attention_windows[layer] is None else self.window_rope
+
+    def norms_queries(self, layer: int) -> bool:
+        """Returns whether the attention in layer number `layer` norms queries and keys, with weights or without."""
+        return self.qk_norm or (self.qk_norm_rotated and self.rotary_layers[layer])
+
+    def chunk_of(self, layer: int) -> int | None:
+        """Returns the tokens of the chunks of a document which attention in layer number `layer` stays within; None: no chunks."""
+        return self.attention_windows[layer] if self.chunked_windows else None
 
     def check_cache(self, length: int) -> None:
         """Checks that documents of `length` tokens can be decoded with caches.

@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.convert import load_model
 from hybrid_jax.convert.load import StoredParameters, open_parameters
+from hybrid_jax.convert.names import along
 from hybrid_jax.convert.quantized import QuantizedTensor
 from hybrid_jax.convert.save import hf_pieces
 from hybrid_jax.data.tokenizer import load_tokenizer
@@ -151,12 +152,13 @@ def _round_trip(config: ModelConfig, parameters: StoredParameters) -> tuple[tupl
             made_of.setdefault(stored, []).append(name)
     returns: dict[str, bool] = {}
     missing = set()
-    for name, value, row in hf_pieces(config, ((n, load_sharded(None, n, x, stated[n].axes)) for n, x in parameters.items())):
+    again = ((n, load_sharded(None, n, x, stated[n].axes)) for n, x in parameters.items())
+    for name, value, row, axis in hf_pieces(config, again):
         if name not in stored_as:
             missing.add(name)
             continue
         stored = stored_as[name]
-        wanted = parameters.files[stored].view()[row : row + len(value)]
+        wanted = parameters.files[stored].view()[along(axis, row, row + value.shape[axis])]
         returns[stored] = returns.get(stored, True) and _same_bytes(value, wanted)
     found = [
         StoredTensor(

@@ -61,6 +61,7 @@ KEYS: dict[str, Check] = {
     "vocab_size": integer(),
     "hidden_size": SIZE,
     "intermediate_size": SIZE,
+    "intermediate_size_mlp": SIZE,
     "num_hidden_layers": integer(1, MOST_LAYERS),
     "num_attention_heads": integer(1, 2**16),
     "num_key_value_heads": optional(integer(1, 2**16)),
@@ -81,6 +82,11 @@ KEYS: dict[str, Check] = {
     "use_sliding_window": check_boolean,
     "sliding_window": optional(integer()),
     "max_window_layers": integer(0),
+    "attention_chunk_size": optional(integer()),
+    "attn_temperature_tuning": check_boolean,
+    "attn_scale": number(minimum=0),
+    "floor_scale": integer(),
+    "use_qk_norm": check_boolean,
     "layer_types": optional(list_of(text)),
     "attention_windows": list_of(optional(integer())),
     "full_attention_interval": integer(),
@@ -100,6 +106,8 @@ KEYS: dict[str, Check] = {
     "shared_expert_intermediate_size": SIZE,
     "decoder_sparse_step": integer(0),
     "mlp_only_layers": optional(list_of(integer(0))),
+    "interleave_moe_layer_step": integer(),
+    "moe_layers": optional(list_of(integer(0))),
     "eos_token_id": token_ids,
     "bos_token_id": token_ids,
     "pad_token_id": token_ids,
@@ -174,9 +182,9 @@ def check_rope(kind: str, options: Mapping[str, Any]) -> None:
     missing = [name for name in ROPE_REQUIRED[kind] if name not in options]
     if missing:
         raise ValueError(f"rope_parameters of rope_type {kind!r} lack {', '.join(missing)}")
-    if kind == "llama3" and options["high_freq_factor"] <= options["low_freq_factor"]:
+    if kind == "llama3" and options["high_freq_factor"] < options["low_freq_factor"]:
         raise ValueError(
-            "rope_parameters.high_freq_factor must be above low_freq_factor, "
+            "rope_parameters.high_freq_factor must be at least low_freq_factor, "
             f"got {options['high_freq_factor']!r} and {options['low_freq_factor']!r}"
         )
 

@@ -55,46 +55,63 @@ def read_model_config(path: str | pathlib.Path) -> ModelConfig:
     return config_from_hf(values)
 
 
-def _embedding(config: ModelConfig) -> str:
-    """The tensor that holds the embedding."""
-    return hf_tensors("embed_tokens.embedding", "same", config)[0].name
+def _in_files(files: TensorFiles, config: ModelConfig, name: str) -> str:
+    """The name that a tensor has in the files: another one in those of a class that reads images too (`Family.wrapped`)."""
+    names = (theirs + name.removeprefix(ours) for ours, theirs in FAMILIES[config.family].wrapped.items() if name.startswith(ours))
+    return name if name in files else next((other for other in names if other in files), name)
+
+
+def _embedding_and_head(files: TensorFiles, config: ModelConfig) -> tuple[str, str]:
+    """The tensors that hold the embedding and the output head, as the files name them."""
+    embedding = hf_tensors("embed_tokens.embedding", "same", config)[0].name
+    return _in_files(files, config, embedding), _in_files(files, config, HEAD)
 
 
 def _tied_as_stored(files: TensorFiles, config: ModelConfig) -> ModelConfig:
     """The config with the tying that the files have: as in transformers, a head that differs from the embedding is kept."""
-    embedding = _embedding(config)
-    if not config.tie_embeddings or not {embedding, HEAD} <= set(files) or files.equal(embedding, HEAD):
+    embedding, head = _embedding_and_head(files, config)
+    if not config.tie_embeddings or not {embedding, head} <= set(files) or files.equal(embedding, head):
         return config
     notice(
-        f"{files.path}: config.json has tie_word_embeddings = true, but {HEAD} differs from {embedding}; both are kept, "
+        f"{files.path}: config.json has tie_word_embeddings = true, but {head} differs from {embedding}; both are kept, "
         "as transformers does (set tie_word_embeddings to false in config.json)"
     )
     return dataclasses.replace(config, tie_embeddings=False)
 
 
+def _stacked_as_stored(files: TensorFiles, config: ModelConfig) -> ModelConfig:
+    """The config with the form that the files have the experts in: one tensor for each, or one for all of a layer."""
+    ignored = FAMILIES[config.family].ignored
+    stacked = any(name.endswith(".experts.gate_up_proj") and not name.startswith(ignored) for name in files)
+    return dataclasses.replace(config, stacked_experts=stacked) if config.moe else config
+
+
 def _stored_name(files: TensorFiles, config: ModelConfig, name: str) -> str:
     """The tensor that holds `name`: of a tied model the head may be stored in place of the embedding."""
-    return HEAD if name == _embedding(config) and config.tie_embeddings and name not in files and HEAD in files else name
+    embedding, head = _embedding_and_head(files, config)
+    name = _in_files(files, config, name)
+    return head if name == embedding and config.tie_embeddings and embedding not in files and head in files else name
 
 
 def checked_table(files: TensorFiles, config: ModelConfig) -> tuple[ModelConfig, dict[str, list[tuple[Tensor, str]]]]:
     """Checks the files' tensors against the config by their headers.
 
     Returns:
-      The config with the tying of the files, and for every parameter the tensors that make it, each with the name it is stored by.
+      The config with the tying and the form of the experts of the files, and for every parameter the tensors that make it, each
+      with the name it is stored by.
 
     Raises:
       ValueError: a name, shape or dtype that does not fit.
     """
-    files.check_layers(config.num_layers)
-    config = _tied_as_stored(files, config)
+    files.check_layers(config.num_layers, FAMILIES[config.family].ignored)
+    config = _stacked_as_stored(files, _tied_as_stored(files, config))
     table, shapes, stated = {}, {}, abstract_marks(config)
     for name, parameter in abstract_parameters(config).items():
         table[name] = [(t, _stored_name(files, config, t.name)) for t in hf_tensors(name, stated[name].layout, config)]
         for tensor, stored in table[name]:
             shapes[stored] = tensor.stored_shape(parameter.shape)
     files.check_dtypes([n for n in shapes if n in files])  # first: quantized checkpoints have other names too
-    unused = {n for n in files if n.endswith(_IGNORED)} | ({HEAD} if config.tie_embeddings else set())
+    unused = {n for n in files if n.endswith(_IGNORED)} | ({_in_files(files, config, HEAD)} if config.tie_embeddings else set())
     if others := {n for n in files if n.startswith(FAMILIES[config.family].ignored)}:
         notice(f"{files.path}: {len(others)} tensors are no part of the decoder and are not read, the first {min(others)}")
         unused |= others

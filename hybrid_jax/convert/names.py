@@ -3,7 +3,8 @@
     ours                                   theirs                               layout
     embed_tokens.embedding                 model.embed_tokens.weight            same
     layers.N.MIXER.q_conv1d.kernel [D,W]   ....q_conv1d.weight [D,1,W]          conv
-    layers.N.mlp.experts.gate_proj [E,i,o] ....experts.e.gate_proj.weight       experts: one per expert, transposed
+    layers.N.mlp.experts.gate_proj [E,i,o] ....experts.e.gate_proj.weight       experts: one per expert, transposed, or
+                                           ....experts.gate_up_proj [E,2o,i]    one for all of them (`ModelConfig.stacked_experts`)
     X.kernel [in,out]                      X.weight [out,in]                    transposed
     norms, biases, A_log, D, dt_bias       the same                             same
 
@@ -28,22 +29,28 @@ Convert = Callable[[np.ndarray], np.ndarray]
 
 
 class Rows(NamedTuple):
-    """Rows of a tensor that has `total`: start ... stop - 1 of every range (start, stop), in order."""
+    """Rows of a tensor that has `total`, along `axis`: start ... stop - 1 of every range (start, stop), in order."""
 
     ranges: tuple[tuple[int, int], ...]
     total: int
+    axis: int = 0
 
     def of(self, tensor: np.ndarray) -> np.ndarray:
         """Returns these rows of a tensor; one range is a view of it."""
-        parts = [tensor[start:stop] for start, stop in self.ranges]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        parts = [tensor[along(self.axis, start, stop)] for start, stop in self.ranges]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, self.axis)
 
     def pieces(self, value: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Yields each range's part of a value that has these rows, with the number of its first row in the tensor."""
         begin = 0
         for start, stop in self.ranges:
-            yield start, value[begin : begin + stop - start]
+            yield start, value[along(self.axis, begin, begin + stop - start)]
             begin += stop - start
+
+
+def along(axis: int, start: int, stop: int) -> tuple[slice, ...]:
+    """Returns the index of rows start ... stop - 1 along an axis."""
+    return (*(slice(None),) * axis, slice(start, stop))
 
 
 class Tensor(NamedTuple):
@@ -59,7 +66,7 @@ class Tensor(NamedTuple):
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the shape of the complete tensor, of that of our parameter."""
         alone = self.to_hf(np.broadcast_to(np.int8(0), shape if self.expert is None else shape[1:])).shape
-        return alone if self.rows is None else (self.rows.total, *alone[1:])
+        return alone if self.rows is None else (*alone[: self.rows.axis], self.rows.total, *alone[self.rows.axis + 1 :])
 
 
 def _same(x):
@@ -88,6 +95,22 @@ def _in_fused(name: str, config: ModelConfig) -> tuple[str, Rows | None]:
     return name, None
 
 
+def _swapped(x: np.ndarray) -> np.ndarray:
+    return np.swapaxes(x, 1, 2)
+
+
+def _in_stack(name: str, config: ModelConfig) -> Tensor:
+    """Returns the tensor that holds one of the maps of all experts of a layer, under our name for it: gate and up share one."""
+    module, _, leaf = name.rpartition(".")
+    inputs_first = FAMILIES[config.family].stacked_experts
+    convert, axis = (_same, 2) if inputs_first else (_swapped, 1)
+    if leaf == "down_proj":
+        return Tensor(name, convert, convert)
+    width = config.moe.intermediate_size if config.moe else 0
+    start = 0 if leaf == "gate_proj" else width
+    return Tensor(f"{module}.gate_up_proj", convert, convert, rows=Rows(((start, start + width),), 2 * width, axis))
+
+
 def hf_tensors(name: str, layout: Layout, config: ModelConfig) -> list[Tensor]:
     """Returns the checkpoint tensors that make our parameter `name`, in order.
 
@@ -103,6 +126,9 @@ def hf_tensors(name: str, layout: Layout, config: ModelConfig) -> list[Tensor]:
             name = name.replace(ours, other)
         return name
 
+    if layout == "experts" and (config.stacked_experts or FAMILIES[config.family].stacked_experts):
+        tensor = _in_stack(name, config)
+        return [tensor._replace(name=theirs(tensor.name))]
     if layout == "experts":
         module, _, leaf = name.rpartition(".")
         count = config.moe.num_experts if config.moe else 0

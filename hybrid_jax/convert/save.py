@@ -32,11 +32,12 @@ MORE_TEMPLATES = "additional_chat_templates"  # a folder of chat templates by na
 
 
 class Piece(NamedTuple):
-    """Rows of a checkpoint's tensor, from number `row` on; most often all of them."""
+    """Rows of a checkpoint's tensor along `axis`, from number `row` on; most often all of them."""
 
     name: str
     value: np.ndarray
     row: int = 0
+    axis: int = 0
 
 
 def hf_pieces(config: ModelConfig, parameters: Iterable[tuple[str, Any]]) -> Iterator[Piece]:
@@ -51,7 +52,7 @@ def hf_pieces(config: ModelConfig, parameters: Iterable[tuple[str, Any]]) -> Ite
         for t in hf_tensors(name, stated[name].layout, config):
             value = t.to_hf(part(t.expert))
             for row, rows in [(0, value)] if t.rows is None else t.rows.pieces(value):
-                yield Piece(t.name, rows, row)
+                yield Piece(t.name, rows, row, 0 if t.rows is None else t.rows.axis)
 
 
 def _part(value: np.ndarray, expert: int | None) -> np.ndarray:
@@ -80,7 +81,7 @@ def quantized_tensors(config: ModelConfig, quantization: Groups) -> set[str]:
     their errors over its tokens. So do weights whose inputs are no multiple of the group.
 
     Raises:
-      ValueError: there are none.
+      ValueError: there are none, or the experts of a layer are in one tensor.
     """
     stated, found = abstract_marks(config), set()
     of_mixers = (2 * (options.own_heads or 0) for options in config.mixers)  # two such maps may be in one tensor
@@ -89,6 +90,11 @@ def quantized_tensors(config: ModelConfig, quantization: Groups) -> set[str]:
         if stated[name].layout not in ("transposed", "experts") and name != "embed_tokens.embedding":
             continue
         for t in hf_tensors(name, stated[name].layout, config):
+            if stated[name].layout == "experts" and t.expert is None:
+                raise ValueError(
+                    f"tensor {t.name} holds the experts of a layer together, and such tensors are not quantized; export a model of "
+                    f"a {config.family} without quantization"
+                )
             rows, columns = t.stored_shape(parameter.shape)
             if rows > small and columns % quantization.group_size == 0:
                 found.add(t.name)

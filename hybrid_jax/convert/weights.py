@@ -94,13 +94,17 @@ class TensorFiles(Mapping[str, StoredTensor]):
     def __len__(self) -> int:
         return len(self._tensors)
 
-    def check_layers(self, layers: int) -> None:
+    def check_layers(self, layers: int, ignored: tuple[str, ...] = ()) -> None:
         """Checks by the tensors' names that there are as many layers, before a model of so many is described.
+
+        Args:
+          ignored: what the names of tensors begin with that do not count.
 
         Raises:
           ValueError: there are not.
         """
-        found = {int(match[1]) for name in self if (match := re.search(r"\.layers\.(\d{1,9})\.", name))}
+        names = (name for name in self if not name.startswith(ignored))
+        found = {int(match[1]) for name in names if (match := re.search(r"\.layers\.(\d{1,9})\.", name))}
         if found and len(found) != layers:
             raise ValueError(
                 f"{self.path}: the tensors do not fit config.json: it has num_hidden_layers {layers:,}, the files hold tensors of "

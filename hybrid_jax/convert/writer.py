@@ -60,17 +60,22 @@ class WeightWriter:
         for name in names:
             self.place[name] = path, self.place[name][1] + 8 + len(text)
 
-    def write(self, name: str, value: np.ndarray, row: int = 0) -> None:
-        """Writes a tensor, or rows of it from number `row` on, in the planned dtype."""
+    def write(self, name: str, value: np.ndarray, row: int = 0, axis: int = 0) -> None:
+        """Writes a tensor, or rows of it along `axis` from number `row` on, in the planned dtype."""
         dtype, shape = self.planned[name]
-        if value.shape[1:] != shape[1:] or row + len(np.atleast_1d(value)) > (shape[0] if shape else 1):
+        value, full = np.atleast_1d(value), shape or (1,)
+        fits = value.ndim == len(full) and value.shape[:axis] == full[:axis] and value.shape[axis + 1 :] == full[axis + 1 :]
+        if not fits or row + value.shape[axis] > full[axis]:
             raise ValueError(f"tensor {name}: rows {row} ... of shape {value.shape} do not fit into {shape}")
         path, begin = self.place[name]
-        data = np.ascontiguousarray(value.astype(dtype, copy=False)).reshape(-1).view(np.uint8)
+        blocks = value.reshape(math.prod(value.shape[:axis]), *value.shape[axis:])  # each is a run of bytes in the file
+        size = dtype.itemsize * math.prod(full[axis + 1 :])  # of a row
         with open(path, "r+b") as file:
-            file.seek(begin + row * dtype.itemsize * math.prod(shape[1:]))
-            file.write(data.data)
-        self.missing[name] -= data.nbytes
+            for n, block in enumerate(blocks):
+                data = np.ascontiguousarray(block.astype(dtype, copy=False)).reshape(-1).view(np.uint8)
+                file.seek(begin + (n * full[axis] + row) * size)
+                file.write(data.data)
+        self.missing[name] -= dtype.itemsize * value.size
 
     def check_complete(self) -> None:
         """Checks that every byte was written.

@@ -21,7 +21,7 @@ _DEFAULTS: dict[str, Any] = {
     "num_key_value_heads": None,
     "head_dim": None,
 }
-_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 # Keys that ModelConfig carries, so that `extra` need not.
 _HANDLED = {
     *_REQUIRED, "num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "rope_parameters",
@@ -30,7 +30,6 @@ _HANDLED = {
     "torch_dtype", "dtype", "transformers_version",
 }  # fmt: skip
 HYBRID_PREFIX = "hybrid_"
-_WINDOWED = {"sliding_attention": True, "full_attention": False}
 
 
 class OwnLayout(NamedTuple):
@@ -58,7 +57,8 @@ class Family:
       architecture: the class name transformers knows it by.
       read: config.json -> the ModelConfig fields in which this family differs from the defaults.
       write: ModelConfig -> the keys of config.json that `read` reads.
-      window_keys: the keys that set the source's sliding window: none, `sliding_window`, or also `use_sliding_window`.
+      window_keys: the keys that set the source's window: none, its number of keys, or that one and `use_sliding_window`.
+      window_type: the layers with the window in `layer_types`; the others are `full_attention`.
       layer_types: transformers takes from `layer_types` which layers have the window.
       windowed: (config.json, layer) -> whether a layer has the window where `layer_types` does not say.
       defaults: transformers' defaults of this family for keys that a config.json may leave out.
@@ -76,10 +76,17 @@ class Family:
       groups: ModelConfig -> `{theirs: number}` of those of `fused` that consist of so many groups (heads), each with its share of
         the outputs of every one of ours, in order.
       names: parts of our tensors' names -> what its checkpoints have there.
+      stacked_experts: its checkpoints keep the experts of a layer in two tensors, gate and up together [experts, in, 2 out] and
+        down [experts, in, out]. Of other families the files may hold one tensor for each expert and map, or two per layer,
+        [experts, 2 out, in] and [experts, out, in].
+      intermediate_key: the key of config.json that has the hidden width of the dense MLP.
       norm_eps_key: the key of config.json that has the epsilon of the norms.
       activation_key: the key of config.json that names the activation of the MLP.
       activations: the names that it may have there -> ours, the default first.
       ignored: what the names of tensors begin with that are no part of the decoder.
+      wrapper: the model type of transformers' class of the family that reads images too; config.json of its checkpoints has the
+        decoder's keys in `text_config`. Empty: there is none.
+      wrapped: what names of the decoder's tensors begin with -> what they begin with in such a checkpoint.
       layers: config.json of a source -> the symbol of every layer's mixer; None: all are attention, or `layer_types` are a
         hybrid's symbols.
       mixers: config.json -> options of mixers that the family's own keys state, `{"gdn_config": {name: value}}`.
@@ -91,6 +98,7 @@ class Family:
     read: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda hf: {}
     write: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}
     window_keys: tuple[str, ...] = ()
+    window_type: str = "sliding_attention"
     layer_types: bool = False
     windowed: Callable[[Mapping[str, Any], int], bool] = lambda hf, layer: True
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -105,19 +113,23 @@ class Family:
     fused: Callable[[ModelConfig], dict[str, dict[str, int]]] = lambda config: {}
     groups: Callable[[ModelConfig], dict[str, int]] = lambda config: {}
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    stacked_experts: bool = False
+    intermediate_key: str = "intermediate_size"
     norm_eps_key: str = "rms_norm_eps"
     activation_key: str = "hidden_act"
     activations: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"silu": "silu", "swish": "silu"})
     ignored: tuple[str, ...] = ()
+    wrapper: str = ""
+    wrapped: Mapping[str, str] = dataclasses.field(default_factory=dict)
     layers: Callable[[Mapping[str, Any]], list[str] | None] = lambda hf: None
     mixers: Callable[[Mapping[str, Any]], dict[str, dict[str, Any]]] = lambda hf: {}
     own_layout: OwnLayout | None = None
 
 
-def _source_types(hf: Mapping[str, Any]) -> list[str] | None:
+def _source_types(family: Family, hf: Mapping[str, Any]) -> list[str] | None:
     """`layer_types` as transformers writes them; None if they are absent, or a hybrid's symbols."""
     types = hf.get("layer_types")
-    return types if types is not None and all(t in _WINDOWED for t in types) else None
+    return types if types is not None and all(t in (family.window_type, "full_attention") for t in types) else None
 
 
 def _read_windows(family: Family, hf: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
@@ -125,15 +137,15 @@ def _read_windows(family: Family, hf: Mapping[str, Any], num_layers: int) -> tup
         if len(hf["attention_windows"]) != num_layers:
             raise ValueError(f"attention_windows has {len(hf['attention_windows'])} entries, num_hidden_layers is {num_layers}")
         return tuple(hf["attention_windows"])
-    types = _source_types(hf)
+    types = _source_types(family, hf)
     if types is not None and len(types) != num_layers:
         raise ValueError(f"layer_types has {len(types)} entries, num_hidden_layers is {num_layers}")
-    used = "sliding_window" in family.window_keys and ("use_sliding_window" not in family.window_keys or hf["use_sliding_window"])
-    window = hf["sliding_window"] if used else None
+    used = family.window_keys and ("use_sliding_window" not in family.window_keys or hf["use_sliding_window"])
+    window = hf[family.window_keys[0]] if used else None
     if family.layer_types and types is not None:
-        windowed = [_WINDOWED[t] for t in types]
+        windowed = [t == family.window_type for t in types]
         if any(windowed) and window is None:
-            raise ValueError(f"a layer is 'sliding_attention' but {' and '.join(family.window_keys)} set no window")
+            raise ValueError(f"a layer is {family.window_type!r} but {' and '.join(family.window_keys)} set no window")
     else:
         windowed = [family.windowed(hf, i) for i in range(num_layers)]
     return tuple(window if w else None for w in windowed)
@@ -146,16 +158,17 @@ def _write_windows(family: Family, config: ModelConfig) -> dict[str, Any]:
     keys: dict[str, Any] = {}
     if "use_sliding_window" in family.window_keys:
         keys["use_sliding_window"] = window is not None
-    if "sliding_window" in family.window_keys and (window is not None or not keys):
-        keys["sliding_window"] = window
+    if family.window_keys and (window is not None or not keys):
+        # where `layer_types` gives it to no layer, the source's own stays: transformers' masks of Llama 4 need one
+        keys[family.window_keys[0]] = config.extra.get(family.window_keys[0]) if window is None and family.layer_types else window
     if family.layer_types:
-        keys["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in config.attention_windows]
+        keys["layer_types"] = ["full_attention" if w is None else family.window_type for w in config.attention_windows]
     return keys
 
 
 def _read_layers(family: Family, hf: Mapping[str, Any], num_layers: int):
     pattern, own = hf.get("hybrid_override_pattern"), family.layers(hf)
-    symbols = hf.get("layer_types") if own is None and _source_types(hf) is None else None
+    symbols = hf.get("layer_types") if own is None and _source_types(family, hf) is None else None
     layers = parse_pattern(pattern or symbols or own or ["*"] * num_layers, num_layers)
     if pattern and symbols and parse_pattern(symbols, num_layers) != layers:
         raise ValueError(f"hybrid_override_pattern {pattern!r} and layer_types {'-'.join(symbols)!r} contradict each other")
@@ -192,7 +205,7 @@ def read_config(family: Family, hf: Mapping[str, Any]) -> ModelConfig:
     extra = None
     if family.own_layout is not None and hf.get("model_type") != HYBRID_PREFIX + family.model_type:
         hf, extra = family.own_layout.read(hf)
-    missing = [k for k in _REQUIRED if k not in hf]
+    missing = [k for k in (*_REQUIRED, family.intermediate_key) if k not in hf and k not in family.defaults]
     if missing:
         raise ValueError(f"config.json of a {family.model_type} lacks {', '.join(missing)}")
     absent = {**_DEFAULTS, family.norm_eps_key: 1e-6, family.activation_key: next(iter(family.activations)), **family.defaults}
@@ -209,15 +222,15 @@ def read_config(family: Family, hf: Mapping[str, Any]) -> ModelConfig:
         window_rope = None
     else:
         rope, window_rope = read_ropes(hf, family.rope_theta, family.window_rope_theta, family.window_rope_key)
-    own, hf, handled = family.read(hf), _with_own_mixers(family, hf), _HANDLED | {family.norm_eps_key}
-    mixers, kept = read_mixers(hf, own.get("qk_norm", False))
+    own, hf, handled = family.read(hf), _with_own_mixers(family, hf), _HANDLED | {family.norm_eps_key, family.intermediate_key}
+    mixers, kept = read_mixers(hf, own.get("qk_norm", False) or own.get("qk_norm_rotated", False))
     if extra is None:
         extra = {**{k: v for k, v in hf.items() if k not in handled and k not in options_by_key()}, **kept}
     config = ModelConfig(
         family=family.model_type,
         vocab_size=hf["vocab_size"],
         hidden_size=hf["hidden_size"],
-        intermediate_size=hf["intermediate_size"],
+        intermediate_size=hf[family.intermediate_key],
         num_heads=heads,
         num_kv_heads=heads if hf["num_key_value_heads"] is None else hf["num_key_value_heads"],
         head_dim=hf["hidden_size"] // heads if hf["head_dim"] is None else hf["head_dim"],
@@ -249,7 +262,7 @@ def write_config(family: Family, config: ModelConfig, dtype: str) -> dict[str, A
         **{k: v for k, v in config.extra.items() if k not in options_by_key()},
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
+        family.intermediate_key: config.intermediate_size,
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,

@@ -101,7 +101,7 @@ def write_mixers(config: ModelConfig) -> dict[str, dict[str, Any]]:
         if cls not in used and mixer == default and not kept:
             continue
         options = {
-            name: value and config.qk_norm if name in cls.ONLY_WITH_QK_NORM else value
+            name: value and (config.qk_norm or config.qk_norm_rotated) if name in cls.ONLY_WITH_QK_NORM else value
             for name, value in dataclasses.asdict(mixer).items()  # pyright: ignore[reportArgumentType]
             if name not in cls.ONLY_IF_CHANGED or value != getattr(default, name)
         }

@@ -95,6 +95,32 @@ _NEXT = {
 }
 
 
+def _llama4(experts, context, step, **more) -> dict[str, Any]:
+    return {
+        "model_type": "llama4_text",
+        "vocab_size": 202048,
+        "hidden_size": 5120,
+        "intermediate_size": 8192,
+        "intermediate_size_mlp": 16384,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 40,
+        "num_local_experts": experts,
+        "interleave_moe_layer_step": step,
+        "no_rope_layers": [],
+        "max_position_embeddings": context,
+        **more,
+    }
+
+
+_SCOUT_ROPE = {
+    "rope_type": "llama3",
+    "factor": 16.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
 def _phi3(hidden, inner, layers, heads, kv_heads, vocab, context, **more) -> dict[str, Any]:
     return {
         "model_type": "phi3",
@@ -126,6 +152,8 @@ PUBLIC: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-3.1-70B": _llama3(8192, 28672, 80, 64, 8.0),
     "meta-llama/Llama-3.2-1B": _llama3(2048, 8192, 16, 32, 32.0, tied=True),
     "meta-llama/Llama-3.2-3B": _llama3(3072, 8192, 28, 24, 32.0, tied=True),
+    "meta-llama/Llama-4-Scout-17B-16E": _llama4(16, 262144, 1, rope_scaling=_SCOUT_ROPE),
+    "meta-llama/Llama-4-Maverick-17B-128E": _llama4(128, 1048576, 2, use_qk_norm=False),
     "mistralai/Mistral-7B-v0.1": _mistral(4096, 14336, 32, 32000, 10_000.0, 32768, sliding_window=4096),
     "mistralai/Mistral-7B-v0.3": _mistral(4096, 14336, 32, 32768, 1_000_000.0, 32768),
     "mistralai/Mistral-Nemo-Base-2407": _mistral(5120, 14336, 40, 131072, 1_000_000.0, 131072),

@@ -1,7 +1,7 @@
 """Qwen3-Next and Qwen3.5 text: Gated DeltaNet in most layers, attention with an output gate in the others.
 
 Qwen3-Next has experts beside a shared one, and tensors in which queries, keys, values and gates alternate by heads; Qwen3.5 is
-dense, and its tensors hold them one after the other.
+dense or has such experts in every layer, and its tensors hold them one after the other.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any
 
 from hybrid_jax.config import GDNConfig, ModelConfig
-from hybrid_jax.families.base import Family, dense_layers, read_moe, write_moe
+from hybrid_jax.families.base import Family, dense_layers, expert_counts, read_moe, write_moe
 from hybrid_jax.schema import integer
 
 _SYMBOLS = {"linear_attention": "GDN", "full_attention": "*"}
@@ -59,10 +59,9 @@ def _read(hf):
     }
 
 
-def _read_experts(hf):
-    moe = read_moe({**hf, "mlp_only_layers": [], "decoder_sparse_step": 1}, num_experts=512)
-    moe = dataclasses.replace(moe, shared_intermediate_size=hf["shared_expert_intermediate_size"])
-    return {**_read(hf), "moe": moe, "dense_layers": dense_layers(hf)}
+def _with_experts(hf, num_experts: int, **fixed: Any):
+    moe = read_moe({**hf, "mlp_only_layers": [], "decoder_sparse_step": 1, **fixed}, num_experts)
+    return {**_read(hf), "moe": dataclasses.replace(moe, shared_intermediate_size=hf["shared_expert_intermediate_size"])}
 
 
 def _write(config: ModelConfig):
@@ -75,11 +74,14 @@ def _write(config: ModelConfig):
     }
 
 
+def _shared(config: ModelConfig) -> dict[str, int | None]:
+    return {"shared_expert_intermediate_size": config.moe.shared_intermediate_size if config.moe else None}
+
+
 def _write_experts(config: ModelConfig):
     step, listed = config.extra.get("decoder_sparse_step", 1), config.extra.get("mlp_only_layers") or ()
     dense = [i for i, is_dense in enumerate(config.dense_layers) if is_dense and (i in listed or (i + 1) % step == 0)]
-    shared = {"shared_expert_intermediate_size": config.moe.shared_intermediate_size if config.moe else None}
-    return {**_write(config), **write_moe(config), **shared, "decoder_sparse_step": step, "mlp_only_layers": dense}
+    return {**_write(config), **write_moe(config), **_shared(config), "decoder_sparse_step": step, "mlp_only_layers": dense}
 
 
 def _of_attention(config: ModelConfig) -> dict[str, dict[str, int]]:
@@ -90,15 +92,24 @@ def _of_attention(config: ModelConfig) -> dict[str, dict[str, int]]:
 
 def _fused(config: ModelConfig) -> dict[str, dict[str, int]]:
     gdn = config.options(GDNConfig)
-    H = gdn.value_heads or 0
-    keys, values = (gdn.key_heads or 0) * (gdn.state_size or 0), H * (gdn.value_size or 0)
+    keys, values = ((n or 0) * (size or 0) for n, size in ((gdn.key_heads, gdn.state_size), (gdn.value_heads, gdn.value_size)))
     widths = {"q": keys, "k": keys, "v": values}
-    projections = {f"gdn.{x}_proj": width for x, width in widths.items()}
-    fused = {**_of_attention(config), "linear_attn.conv1d": {f"gdn.{x}_conv1d": width for x, width in widths.items()}}
-    if config.moe is None:
-        return {**fused, "linear_attn.in_proj_qkv": projections}
-    of_gates = {"gdn.b_proj": H, "gdn.gk_proj": H}
-    return {**fused, "linear_attn.in_proj_qkvz": {**projections, "gdn.g_proj": values}, "linear_attn.in_proj_ba": of_gates}
+    return {
+        **_of_attention(config),
+        "linear_attn.conv1d": {f"gdn.{x}_conv1d": width for x, width in widths.items()},
+        "linear_attn.in_proj_qkv": {f"gdn.{x}_proj": width for x, width in widths.items()},
+    }
+
+
+def _fused_by_heads(config: ModelConfig) -> dict[str, dict[str, int]]:
+    """Those of Qwen3-Next, whose groups are the key heads."""
+    fused, H = _fused(config), config.options(GDNConfig).value_heads or 0
+    projections = fused.pop("linear_attn.in_proj_qkv")
+    return {
+        **fused,
+        "linear_attn.in_proj_qkvz": {**projections, "gdn.g_proj": projections["gdn.v_proj"]},
+        "linear_attn.in_proj_ba": {"gdn.b_proj": H, "gdn.gk_proj": H},
+    }
 
 
 def _groups(config: ModelConfig) -> dict[str, int]:
@@ -126,7 +137,7 @@ _DEFAULTS = {
 QWEN3_NEXT = Family(
     "qwen3_next",
     "Qwen3NextForCausalLM",
-    _read_experts,
+    lambda hf: {**_with_experts(hf, 512), "dense_layers": dense_layers(hf)},
     _write_experts,
     defaults={
         **_DEFAULTS,
@@ -139,7 +150,7 @@ QWEN3_NEXT = Family(
     },
     keys={"head_dim": integer(), "decoder_sparse_step": integer()},
     partial_rotary=True,
-    fused=_fused,
+    fused=_fused_by_heads,
     groups=_groups,
     names=_NAMES,
     ignored=("mtp.",),
@@ -159,6 +170,24 @@ QWEN3_5 = Family(
     groups=_groups,
     names={**_PROJECTIONS, **_NAMES},
     ignored=("mtp.", "model.visual."),
+    wrapper="qwen3_5",
+    wrapped={"model.": "model.language_model."},
     layers=_layers,
     mixers=_mixers,
+)
+QWEN3_5_MOE = dataclasses.replace(
+    QWEN3_5,
+    model_type="qwen3_5_moe_text",
+    architecture="Qwen3_5MoeForCausalLM",
+    wrapper="qwen3_5_moe",
+    read=lambda hf: _with_experts(hf, 256, norm_topk_prob=True),
+    write=lambda config: {**_write(config), **expert_counts(config, "num_experts"), **_shared(config)},
+    defaults={
+        **_DEFAULTS,
+        "num_key_value_heads": 2,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+    },
+    intermediate_key="moe_intermediate_size",  # no layer is dense
 )

@@ -4,7 +4,7 @@ from hybrid_jax.families.base import Family
 from hybrid_jax.families.llama import LLAMA
 
 
-def _rotary_layers(hf) -> tuple[bool, ...]:
+def rotary_layers(hf) -> tuple[bool, ...]:
     """`no_rope_layers`, whose 1 says that a layer has rotary embeddings; absent: all but every `no_rope_layer_interval`th."""
     layers, given = hf["num_hidden_layers"], hf["no_rope_layers"]
     if given is None:
@@ -17,11 +17,11 @@ def _rotary_layers(hf) -> tuple[bool, ...]:
 SMOLLM3 = Family(
     "smollm3",
     "SmolLM3ForCausalLM",
-    lambda hf: {**LLAMA.read(hf), "rotary_layers": _rotary_layers(hf)},
+    lambda hf: {**LLAMA.read(hf), "rotary_layers": rotary_layers(hf)},
     lambda config: {**LLAMA.write(config), "no_rope_layers": [int(rotary) for rotary in config.rotary_layers]},
     window_keys=("sliding_window", "use_sliding_window"),
     layer_types=True,
-    windowed=lambda hf, layer: not _rotary_layers(hf)[layer],
+    windowed=lambda hf, layer: not rotary_layers(hf)[layer],
     defaults={
         "num_key_value_heads": 4,
         "use_sliding_window": False,

@@ -1,6 +1,6 @@
 """Causal attention with grouped keys, rotary positions, optional qk-norm and sliding window.
 
-    o_i = sum_j softmax_j(q_i . k_j / sqrt(D)) v_j,   j <= i, same segment, i - j < window
+    o_i = sum_j softmax_j(q_i . k_j / sqrt(D)) v_j,   j <= i, same segment (or chunk of it), i - j < window
     y = o_proj(o), or o_proj(o * sigmoid(g_proj x)) with an output gate
 
 The cache of a full layer holds `max_length` tokens, that of a windowed layer window - 1 at most.
@@ -18,7 +18,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from hybrid_jax.config import ModelConfig, SWAConfig
-from hybrid_jax.layers.linear import LayerNorm, Linear, RMSNorm, norm_heads, source_norm
+from hybrid_jax.layers.linear import LayerNorm, Linear, RMSNorm, norm_heads, rms_norm, source_norm
 from hybrid_jax.layers.mixer import Arrays
 from hybrid_jax.layers.mixing import Mixing, of_softmax
 from hybrid_jax.layers.rope import document_frequencies, rotate
@@ -55,6 +55,18 @@ def attention_mask(
     distance = q_positions[:, :, None] - k_positions[:, None, :] - nearest
     mask = (distance >= 0) & (q_segments[:, :, None] == k_segments[:, None, :])
     return mask if window is None else mask & (distance < window)
+
+
+def chunk_ids(segment_ids: jax.Array, positions: jax.Array, chunk: int | None) -> jax.Array:
+    """Returns ids [B, T] in place of those of segments, by which a window of at most `chunk` keys ends where its chunk begins.
+
+    Chunks that follow each other in a document get different ids; a window meets no others. Padding and empty slots keep theirs.
+
+    Args:
+      segment_ids, positions: [B, T]; a chunk has the positions p of equal floor(p / chunk) in a document.
+      chunk: tokens of a chunk; None: the ids stay as they are.
+    """
+    return segment_ids if chunk is None else jnp.where(segment_ids > 0, 2 * segment_ids + positions // chunk % 2, segment_ids)
 
 
 def empty_cache(batch: int, length: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> KVCache:
@@ -112,6 +124,12 @@ def query_key_norms(config: ModelConfig, dtype: DTypeLike) -> tuple[RMSNorm | La
     return q_norm, k_norm
 
 
+def _scaled(q: jax.Array, positions: jax.Array, strength: float, context: int) -> jax.Array:
+    """Returns queries [B, T, H, D] times 1 + strength * log(1 + floor(position / context)), for positions [B, T]."""
+    scale = 1 + strength * jnp.log1p(jnp.floor(positions / context))
+    return q * scale[..., None, None].astype(q.dtype)
+
+
 class Attention(nnx.Module):
     """Multi-head attention with the source family's options; `window` is how many keys a query sees, itself included.
 
@@ -148,6 +166,7 @@ class Attention(nnx.Module):
         self.g_proj = gate_proj() if config.attention_gate else None
         self.q_norm, self.k_norm = query_key_norms(config, dtype)
         self.config, self.window, self.rope = config, self.window_of(config, layer), config.rope_of(layer)
+        self.chunk = config.chunk_of(layer)
 
     @staticmethod
     def window_of(config: ModelConfig, layer: int) -> int | None:
@@ -177,13 +196,15 @@ class Attention(nnx.Module):
         q, k = norm_heads(q_norm, q), norm_heads(k_norm, k)
         if self.rope is not None:
             inv_freq, factor = document_frequencies(self.rope, c.head_dim, c.max_position_embeddings, positions, segment_ids)
-            q, k = rotate(q, positions, inv_freq, factor), rotate(k, positions, inv_freq, factor)
+            q, k = (rotate(x, positions, inv_freq, factor, halves=c.rotate_halves) for x in (q, k))
+            if c.qk_norm_rotated:
+                q, k = (rms_norm(x, None, c.rms_norm_eps) for x in (q, k))
+        elif c.unrotated_query_scaling is not None:
+            q = _scaled(q, positions + 1, *c.unrotated_query_scaling)
         if c.query_pre_attn_scalar is not None:
             q = q * jnp.asarray((c.head_dim / c.query_pre_attn_scalar) ** 0.5, q.dtype)
         if c.query_scaling is not None:
-            beta, context = c.query_scaling
-            scale = 1 + beta * jnp.log1p(jnp.floor(positions / context))
-            q = q * scale[..., None, None].astype(q.dtype)
+            q = _scaled(q, positions, *c.query_scaling)
         return q, k, v
 
     def __call__(
@@ -191,16 +212,18 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """Returns (y [B, T, hidden], the state after x) of x [B, T, hidden]. With a state, its tokens come before x."""
         q, k, v = self.project(x, positions, segment_ids=segment_ids)
+        ids = chunk_ids(segment_ids, positions, self.chunk)
         if state is None:
             k, v = self._for_heads(k), self._for_heads(v)
-            o = attend(q, k, v, segment_ids, self.window, soft_cap=self.config.attention_soft_cap, head_axis=self.head_axis)
+            o = attend(q, k, v, ids, self.window, soft_cap=self.config.attention_soft_cap, head_axis=self.head_axis)
             return self.output(o, x), None
         seen = KVCache(k, v, positions, segment_ids, jnp.zeros((), jnp.int32))
         if self.window is not None:
             seen, state = extend_window(state, seen)
         else:
             seen = state = extend_full(state, seen)
-        mask = attention_mask(positions, segment_ids, seen.positions, seen.segment_ids, self.window)
+        seen_ids = chunk_ids(seen.segment_ids, seen.positions, self.chunk)
+        mask = attention_mask(positions, ids, seen.positions, seen_ids, self.window)
         k, v = (self._for_heads(x).astype(q.dtype) for x in (seen.k, seen.v))
         o = cached_attention(q, k, v, mask, self.config.attention_soft_cap)
         return self.output(o, x), state
@@ -217,8 +240,9 @@ class Attention(nnx.Module):
     def mixing(self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array) -> Mixing:
         """Returns the softmax of every query head on x [B, T, hidden]."""
         q, k, v = self.project(x, positions, segment_ids=segment_ids)
-        mask = functools.partial(attention_mask, k_positions=positions, k_segments=segment_ids, window=self.window)
-        return of_softmax(q, self._for_heads(k), self._for_heads(v), positions, segment_ids, mask, self.config.attention_soft_cap)
+        ids = chunk_ids(segment_ids, positions, self.chunk)
+        mask = functools.partial(attention_mask, k_positions=positions, k_segments=ids, window=self.window)
+        return of_softmax(q, self._for_heads(k), self._for_heads(v), positions, ids, mask, self.config.attention_soft_cap)
 
     def init_state(self, batch: int, max_length: int, dtype: DTypeLike = jnp.float32) -> KVCache:
         length = max_length if self.window is None else min(self.window - 1, max_length)

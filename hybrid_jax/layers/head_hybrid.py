@@ -39,7 +39,7 @@ class HeadHybrid(nnx.Module):
 
     def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         spec, hidden = config.layers[layer], config.hidden_size
-        self.recurrent = layers.MIXERS[spec.kind](config, layer, rngs=rngs, dtype=dtype)
+        self.recurrent: Any = layers.MIXERS[spec.kind](config, layer, rngs=rngs, dtype=dtype)
         self.attention = Attention(config, layer, heads=spec.attention_heads, rngs=rngs, dtype=dtype)
         standardized, std = config.options(HeadHybridConfig).merge == "standardized", config.initializer_range
         linear = functools.partial(Linear, bias=True, axes=("embed", None), std=std, rngs=rngs, dtype=dtype)

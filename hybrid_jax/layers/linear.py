@@ -79,11 +79,11 @@ class Embedding(nnx.Module):
         return lookup(self.embedding[...], ids, dtype)
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Returns x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32; returned in x's dtype."""
+def rms_norm(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:
+    """Returns x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32; returned in x's dtype. None: no weight."""
     f = x.astype(jnp.float32)
     f = f * jax.lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True) + eps)
-    return (f * weight.astype(jnp.float32)).astype(x.dtype)
+    return (f if weight is None else f * weight.astype(jnp.float32)).astype(x.dtype)
 
 
 def norm_heads(norm: RMSNorm | LayerNorm | None, x: jax.Array) -> jax.Array:

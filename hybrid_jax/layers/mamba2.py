@@ -41,10 +41,9 @@ class Mamba2(nnx.Module):
     SSD with D skip; out_proj(RMSNorm per head of y SiLU(z))."""
 
     def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
-        del layer
         hid, H, Hkv, D = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         options = config.options(Mamba2Config)
-        normed, N = config.qk_norm and options.use_qk_norm, options.state_size or D
+        normed, N = config.norms_queries(layer) and options.use_qk_norm, options.state_size or D
         fresh: dict[str, Any] = dict(std=config.initializer_range, rngs=rngs, dtype=dtype)
         self.in_proj = Linear(hid, (H + Hkv) * (D + N) + H, axes=("embed", "heads"), **fresh)
         self.conv1d = ShortConv(Hkv * D + (H + Hkv) * N, CONV_SIZE, bias=True, **fresh)
@@ -101,7 +100,8 @@ class Mamba2(nnx.Module):
     @staticmethod
     def from_attention(source: Arrays, fresh: Arrays, config: ModelConfig, layer: int) -> dict[str, jax.Array]:
         """Returns in_proj with columns z, x = v, B = k, C = q of attention (dt's stay as drawn), out_proj = o, and the norms of
-        C and B, which are those of q and k. B, C and their norms stay as drawn where a state is not as large as a head."""
+        C and B, which are those of q and k, or begin at 1 where those have no weights. B, C and their norms stay as drawn where a
+        state is not as large as a head."""
         copies = (config.options(Mamba2Config).state_size or config.head_dim) == config.head_dim
         kernels = {**source, **query_key_kernels(source, config, weights=False)}
         parts = [gate_of_attention(source, config), *(kernels[f"{p}_proj.kernel"] for p in ("vkq" if copies else "v"))]
@@ -110,7 +110,7 @@ class Mamba2(nnx.Module):
             "in_proj.kernel": jnp.concatenate([*parts, fresh["in_proj.kernel"][:, width:]], axis=1),
             "out_proj.kernel": source["o_proj.kernel"],
         }
-        if copies and "C_norm.weight" in fresh:
+        if copies and config.qk_norm and "C_norm.weight" in fresh:
             copied |= {f"{ours}_norm.weight": source[f"{x}_norm.weight"] + config.norm_offset for ours, x in ("Cq", "Bk")}
         return copied
 

@@ -63,18 +63,23 @@ class Experts(nnx.Module):
         self.down_proj = stack(moe.intermediate_size, hid, ("mlp", "embed"))
 
 
-def _own_experts(rows, chosen, weights, gate, up, down, first):
+def _own_experts(rows, chosen, weights, gate, up, down, first, *, weighted_inputs: bool):
     """What experts first ... first + E - 1, those of the kernels [E, ...], add to every row [n, hidden]."""
+    n, k = chosen.shape
+    if weighted_inputs:  # every choice has a row of its own, whose output counts as it is
+        rows, chosen = (rows[:, None] * weights[..., None].astype(rows.dtype)).reshape(n * k, -1), chosen.reshape(n * k, 1)
+        weights = jnp.ones_like(weights)
     groups = group(chosen, len(gate), first)
     x = to_groups(rows, groups)
     hidden = jax.nn.silu(grouped_matmul(x, gate, groups.sizes)) * grouped_matmul(x, up, groups.sizes)
-    out = from_groups(grouped_matmul(hidden, down, groups.sizes), groups)
+    out = from_groups(grouped_matmul(hidden, down, groups.sizes), groups).reshape(n, k, -1)
     return jnp.einsum("nk,nkh->nh", weights.astype(rows.dtype), out, preferred_element_type=jnp.float32).astype(rows.dtype)
 
 
 def _choices(x: jax.Array, router: jax.Array, moe: MoEConfig) -> tuple[jax.Array, jax.Array]:
     """Returns the weights (float32) and the numbers of the experts that each token of x [..., hidden] chose, [..., k]."""
-    probs = jax.nn.softmax((x @ router).astype(jnp.float32), axis=-1)
+    scores = (x @ router).astype(jnp.float32)
+    probs = jax.nn.sigmoid(scores) if moe.sigmoid_router else jax.nn.softmax(scores, axis=-1)
     weights, chosen = jax.lax.top_k(probs, moe.experts_per_token)
     return weights / weights.sum(-1, keepdims=True) if moe.norm_topk_prob else weights, chosen
 
@@ -86,15 +91,16 @@ def _route(x, router, gate, up, down, *, moe, experts: int, tensor: bool):
     """
     rows = x.reshape(-1, x.shape[-1])
     weights, chosen = _choices(rows, router, moe)
+    own_experts = functools.partial(_own_experts, weighted_inputs=moe.weighted_inputs)
     if experts == 1:
-        out = _own_experts(rows, chosen, weights, gate, up, down, 0)
+        out = own_experts(rows, chosen, weights, gate, up, down, 0)
     else:
         first = jax.lax.axis_index("expert") * gate.shape[0]
         onward = [(i, (i + 1) % experts) for i in range(experts)]
 
         def visit(guests, _):
             rows, chosen, weights, out = guests
-            out = out + _own_experts(rows, chosen, weights, gate, up, down, first)
+            out = out + own_experts(rows, chosen, weights, gate, up, down, first)
             return jax.lax.ppermute((rows, chosen, weights, out), "expert", onward), None
 
         (_, _, _, out), _ = jax.lax.scan(visit, (rows, chosen, weights, jnp.zeros_like(rows)), None, length=experts)
@@ -106,8 +112,9 @@ def _route(x, router, gate, up, down, *, moe, experts: int, tensor: bool):
 class MoE(nnx.Module):
     """Top-k mixture of experts without dropped tokens: rows sorted by expert, grouped matmuls.
 
-    Router probabilities are a float32 softmax over all experts; the chosen ones are rescaled to sum
-    to one if `norm_topk_prob`. A shared expert adds sigmoid(shared_expert_gate(x)) * shared_expert(x).
+    Router probabilities are a float32 softmax over all experts, or sigmoids; the chosen ones are rescaled to sum
+    to one if `norm_topk_prob`. A shared expert adds sigmoid(shared_expert_gate(x)) * shared_expert(x), or without a gate
+    shared_expert(x).
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
@@ -118,7 +125,7 @@ class MoE(nnx.Module):
         self.experts = Experts(config, **fresh)
         shared = self.moe.shared_intermediate_size
         self.shared_expert = MLP(config, inner=shared, **fresh) if shared else None
-        self.shared_expert_gate = of_tokens(config.hidden_size, 1) if shared else None
+        self.shared_expert_gate = of_tokens(config.hidden_size, 1) if shared and self.moe.shared_gate else None
 
     def choices(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns the weights (float32) and the numbers of the experts that each token of x [B, T, hidden] chose, [B, T, k]."""
@@ -131,6 +138,8 @@ class MoE(nnx.Module):
         wide = ("expert", None, "mlp")
         axes = (TOKENS, (None,), wide, wide, ("expert", "mlp"))
         out = shard_map_by_axes(local, (x, self.gate.kernel[...].astype(x.dtype), gate, up, down), axes, TOKENS)
-        if self.shared_expert is None or self.shared_expert_gate is None:
+        if self.shared_expert is None:
             return out
+        if self.shared_expert_gate is None:
+            return out + self.shared_expert(x)
         return out + jax.nn.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)

@@ -78,8 +78,8 @@ def query_key_kernels(source: Arrays, config: ModelConfig, *, weights: bool = Tr
 
     A norm over all heads together gives its weights to their columns: a norm of each head, which a mixer has, then leaves the
     direction of every query and key that attention has. Its rescaling of a token is lost. Weights of a norm of each head are not
-    the kernels' (as in hybrid-model-factory). A LayerNorm of each head takes off the mean of its channels, and so do the kernels
-    here; its bias is lost.
+    the kernels' (as in hybrid-model-factory). A norm without weights (`ModelConfig.qk_norm_rotated`) changes no direction, and
+    so no kernel. A LayerNorm of each head takes off the mean of its channels, and so do the kernels here; its bias is lost.
 
     Args:
       weights: whether those of a norm over all heads go to the kernels.

@@ -15,7 +15,7 @@ def _llama3(inv_freq: np.ndarray, rope: RopeConfig) -> tuple[np.ndarray, float]:
     factor, low, high = (rope.number(n) for n in ("factor", "low_freq_factor", "high_freq_factor"))
     context = rope.number("original_max_position_embeddings")
     turns = context * inv_freq / (2 * math.pi)  # rotations within the original context
-    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0) if high > low else turns >= low  # equal in Llama 4 Scout: a step
     return (1 - smooth) * inv_freq / factor + smooth * inv_freq, 1.0
 
 
@@ -108,7 +108,9 @@ def document_frequencies(
     return jnp.where(longer[..., None], jnp.asarray(long, jnp.float32), jnp.asarray(short, jnp.float32)), factor
 
 
-def rotate(x: jax.Array, positions: jax.Array, inv_freq: np.ndarray | jax.Array, factor: float = 1.0) -> jax.Array:
+def rotate(
+    x: jax.Array, positions: jax.Array, inv_freq: np.ndarray | jax.Array, factor: float = 1.0, *, halves: bool = True
+) -> jax.Array:
     """Rotates the two halves of the first R channels by position * inv_freq; the others stay as they are.
 
     Args:
@@ -116,6 +118,7 @@ def rotate(x: jax.Array, positions: jax.Array, inv_freq: np.ndarray | jax.Array,
       positions: [B, T] int.
       inv_freq: [R / 2] or [B, T, R / 2], in radians per position; R is at most D.
       factor: what cos and sin are multiplied by (YaRN, LongRoPE).
+      halves: channels i and i + R / 2 turn together; False: 2 i and 2 i + 1.
 
     Returns:
       [B, T, H, D] in x's dtype.
@@ -123,6 +126,9 @@ def rotate(x: jax.Array, positions: jax.Array, inv_freq: np.ndarray | jax.Array,
     angle = positions[..., None].astype(jnp.float32) * jnp.asarray(inv_freq, jnp.float32)
     cos = (jnp.cos(angle) * factor)[:, :, None].astype(x.dtype)
     sin = (jnp.sin(angle) * factor)[:, :, None].astype(x.dtype)
-    a, b, *rest = jnp.split(x, [cos.shape[-1], 2 * cos.shape[-1]], axis=-1)
-    rest = rest if rest[0].shape[-1] else []
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, *rest], axis=-1)
+    R = 2 * cos.shape[-1]
+    a, b = (x[..., : R // 2], x[..., R // 2 : R]) if halves else (x[..., :R:2], x[..., 1:R:2])
+    turned = [a * cos - b * sin, b * cos + a * sin]
+    if not halves:
+        turned = [jnp.stack(turned, axis=-1).reshape(*x.shape[:-1], R)]
+    return jnp.concatenate([*turned, x[..., R:]], axis=-1)

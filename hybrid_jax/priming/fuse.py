@@ -57,7 +57,7 @@ def check_teacher(fused: ModelConfig, source: ModelConfig) -> None:
                 f"{found.symbol!r} there. The teacher must be the source itself; take a Transformer as source, or another form"
             )
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
-    for name in (*sizes, "attention_windows", "rotary_layers", "norms", "qk_norm_all_heads"):
+    for name in (*sizes, "attention_windows", "chunked_windows", "rotary_layers", "norms", "qk_norm_all_heads"):
         wanted, found = getattr(taught, name), getattr(teacher, name)
         if wanted != found:
             raise ValueError(f"the teacher's {name} is {found!r}, the model's is {wanted!r}")

@@ -28,6 +28,7 @@ FAMILIES = [
     "phi3 windowed, part of the head rotated",
     "mixtral windowed, tied, one key head",
     "olmo3 windowed, tied, two ropes",
+    "llama4 chunks, a dense layer, a layer without rope, biased",
     "gemma2 windowed, soft-capped",
     "gemma3 untied, windowed, biased, soft-capped, two ropes",
 ]

@@ -28,6 +28,7 @@ ALLOWED = {  # ... but these
     "high_freq_factor": [1.5, 10**12],
     **dict.fromkeys(("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"), [1.5, 10**12]),
     "llama_4_scaling_beta": [1.5, 10**12],
+    "attn_scale": [1.5, 10**12],
 }
 
 

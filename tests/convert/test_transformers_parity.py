@@ -46,6 +46,7 @@ LONGROPE = dict(
 )
 PHI_ROPE = dict(rope_type="linear", rope_theta=777.0, factor=4.0, partial_rotary_factor=0.4)
 QWEN3_NEXT = dict(head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, shared_expert_intermediate_size=12)
+LLAMA4 = dict(head_dim=10, attention_chunk_size=7, intermediate_size=40, num_local_experts=5, floor_scale=5, attn_scale=0.3)
 TOKENS = dict(pad_token_id=1, bos_token_id=2, eos_token_id=3)  # where the defaults are beyond our vocabulary
 CASES = {
     "qwen3": ("Qwen3", dict(head_dim=16)),
@@ -210,6 +211,53 @@ CASES = {
             ),
         ),
     ),
+    "qwen3.5 moe text": (
+        "Qwen3_5Moe",
+        dict(
+            num_hidden_layers=2,
+            head_dim=24,
+            layer_types=["linear_attention", "full_attention"],
+            linear_num_key_heads=1,
+            linear_num_value_heads=3,
+            linear_key_head_dim=6,
+            linear_value_head_dim=10,
+            num_experts=5,
+            num_experts_per_tok=2,
+            moe_intermediate_size=8,
+            shared_expert_intermediate_size=12,
+            tie_word_embeddings=True,
+            attention_bias=True,
+        ),
+    ),
+    "llama4 chunks, a dense layer, a layer without rope, biased": (
+        "Llama4",
+        dict(
+            **LLAMA4,
+            **TOKENS,
+            intermediate_size_mlp=80,
+            moe_layers=[0, 2],
+            no_rope_layers=[1, 0, 1],
+            attention_bias=True,
+            rope_parameters={**LLAMA3_ROPE, "high_freq_factor": 1.0},
+        ),
+    ),
+    "llama4 two experts per token, no norms, chunks in other layers, tied": (
+        "Llama4",
+        dict(
+            **{**LLAMA4, "head_dim": 8, "attention_chunk_size": 16},
+            **TOKENS,
+            intermediate_size_mlp=24,
+            interleave_moe_layer_step=2,
+            num_experts_per_tok=2,
+            num_key_value_heads=1,
+            no_rope_layer_interval=2,
+            layer_types=["full_attention", "chunked_attention", "chunked_attention"],
+            use_qk_norm=False,
+            attn_temperature_tuning=False,
+            tie_word_embeddings=True,
+            rope_parameters=YARN,
+        ),
+    ),
     "qwen3 moe windowed": (  # its window is every layer's: max_window_layers and layer_types mean nothing here
         "Qwen3Moe",
         dict(head_dim=16, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=8, use_sliding_window=True, sliding_window=7),
@@ -221,7 +269,7 @@ CASES = {
 }
 
 
-CONFIGS = {"Gemma3": "Gemma3TextConfig", "Qwen3_5": "Qwen3_5TextConfig"}
+CONFIGS = {name: f"{name}TextConfig" for name in ("Gemma3", "Llama4", "Qwen3_5", "Qwen3_5Moe")}
 
 
 def make(case, **more):

@@ -29,6 +29,19 @@ from tests.conftest import relative_error, tiny_model
 SMALL = 0.08
 WELL_CONDITIONED = GKAConfig(ridge_strength=1.0, chunk_size=16)
 MIXTURE = {"moe": MoEConfig(8, 2, 12), "family": "qwen3_moe"}
+LLAMA4 = {
+    "moe": MoEConfig(
+        8, 2, 12, norm_topk_prob=False, shared_intermediate_size=12, shared_gate=False, sigmoid_router=True, weighted_inputs=True
+    ),
+    "family": "llama4_text",
+    "attention_windows": (5, 11, None),
+    "chunked_windows": True,
+    "rotary_layers": (True, True, False),
+    "qk_norm": False,
+    "qk_norm_rotated": True,
+    "rotate_halves": False,
+    "unrotated_query_scaling": (0.3, 5),
+}
 MIMO = {"mamba3": Mamba3Config(state_size=4, rank=2, rope_fraction=1.0, rotate_halves=True)}
 BIASED = {"discrete_mamba2": DiscreteMamba2Config(bias=True, qk_heads=2, conv_activation=True)}
 GROUPED = {"mamba3": Mamba3Config(groups=1, norm_per_head=True)}
@@ -58,6 +71,7 @@ CASES = {
     "both streams": ("data=2,seq=2,tensor=2", "*DA-GKA*-GDN*-M2*-M3*", 24, 2, "align_all", {}),
     "kept heads": ("data=2,seq=2,tensor=2", "GDN[1,2,3]-M2[0]", 24, 2, "next_token", {}),
     "experts": ("expert=4,seq=2", "*-GKA", 24, 4, "next_token", MIXTURE),
+    "experts of weighted inputs, chunks": ("expert=2,seq=2,tensor=2", "*-*-*", 24, 4, "next_token", LLAMA4),
     "experts tensor": ("expert=2,fsdp=2,tensor=2", "*-GDN", 16, 4, "next_token", MIXTURE),
     "data2 seq4 of two processes": ("data=2,seq=4", "*-GKA-GDN", 40, 2, "next_token", {}),
     "fsdp2 seq2 tensor2 of two processes": ("fsdp=2,seq=2,tensor=2", "SWA-GKA-M2", 24, 2, "next_token", {}),

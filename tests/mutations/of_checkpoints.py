@@ -216,9 +216,9 @@ MUTATIONS = [
     ),
     Mutation(
         "hybrid_jax/schema.py",
-        'options["high_freq_factor"] <= options["low_freq_factor"]',
         'options["high_freq_factor"] < options["low_freq_factor"]',
-        "a division by zero in the rotary embedding",
+        'options["high_freq_factor"] < 0 * options["low_freq_factor"]',
+        "a ramp of the rotary embedding that falls",
         (f"{DEFAULTS}::test_rope_parameters_that_cannot_be_honoured_are_refused",),
     ),
     Mutation(

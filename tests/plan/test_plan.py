@@ -151,6 +151,7 @@ def test_every_array_of_a_collective_is_counted_once(groups):
         ("Qwen/Qwen3-Next-80B-A3B-Instruct", 80.0),
         ("meta-llama/Llama-3.1-8B", 8.03),
         ("meta-llama/Llama-3.2-1B", 1.24),
+        ("meta-llama/Llama-4-Maverick-17B-128E", 400),
         ("mistralai/Mistral-7B-v0.3", 7.25),
         ("mistralai/Mistral-Nemo-Base-2407", 12.25),
         ("HuggingFaceTB/SmolLM3-3B", 3.08),
