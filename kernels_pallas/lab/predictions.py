@@ -21,6 +21,10 @@ PREDICTIONS: dict[str, dict[str, tuple[float, float]]] = {
         "linear_attention_step": (80.38, 241.65),
         "gated_delta_rule_step": (83.88, 241.65),
         "gated_kalmanet_step": (602.81, 481.42),
+        "mamba3": (2.87, 1.92),
+        "mamba3.backward": (8.25, 6.18),
+        "mamba3_mimo": (11.21, 7.58),
+        "mamba3_mimo.backward": (32.79, 24.56),
     },
     "v5p": {
         "linear_attention": (1.44, 0.75),
@@ -36,6 +40,10 @@ PREDICTIONS: dict[str, dict[str, tuple[float, float]]] = {
         "linear_attention_step": (42.56, 93.97),
         "gated_delta_rule_step": (45.00, 93.98),
         "gated_kalmanet_step": (301.44, 187.22),
+        "mamba3": (1.43, 0.75),
+        "mamba3.backward": (4.24, 2.4),
+        "mamba3_mimo": (5.71, 2.95),
+        "mamba3_mimo.backward": (16.92, 9.55),
     },
     "v6e": {
         "linear_attention": (2.42, 1.12),
@@ -51,6 +59,10 @@ PREDICTIONS: dict[str, dict[str, tuple[float, float]]] = {
         "linear_attention_step": (71.12, 140.96),
         "gated_delta_rule_step": (81.00, 140.96),
         "gated_kalmanet_step": (566.88, 280.83),
+        "mamba3": (2.43, 1.12),
+        "mamba3.backward": (6.45, 3.61),
+        "mamba3_mimo": (9.62, 4.42),
+        "mamba3_mimo.backward": (25.65, 14.32),
     },
     "tpu7x": {
         "linear_attention": (2.46, 0.62),
@@ -66,5 +78,9 @@ PREDICTIONS: dict[str, dict[str, tuple[float, float]]] = {
         "linear_attention_step": (71.00, 78.55),
         "gated_delta_rule_step": (82.12, 78.55),
         "gated_kalmanet_step": (597.88, 156.48),
+        "mamba3": (2.45, 0.62),
+        "mamba3.backward": (6.44, 2.01),
+        "mamba3_mimo": (9.89, 2.46),
+        "mamba3_mimo.backward": (25.91, 7.98),
     },
 }
