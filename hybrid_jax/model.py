@@ -271,6 +271,33 @@ class Decoder(nnx.Module):
         (taught, student), layers = self.through_layers(both, (start, hidden), *others)
         return TwoStreams(tuple(layers), (teacher or self).norm(taught), self.norm(student))
 
+    def mixers_of_layers(
+        self,
+        input_ids: jax.Array,
+        segment_ids: jax.Array,
+        positions: jax.Array,
+        compare: Callable,
+        teacher: Decoder | None = None,
+    ) -> list[Any]:
+        """Runs the teacher stream of a fused model and shows the mixers of every layer what the teacher's layer reads.
+
+        Args:
+          compare: ((the teacher's mixer, its input), (the student's, its input), whether they are one, {positions, segment_ids}) ->
+            what is kept of a layer; the inputs are [B, T, hidden] and take no gradient.
+          teacher: as in `two_streams`.
+        """
+        others = () if teacher is None else (teacher,)
+        start, at = (teacher or self).inputs(input_ids, segment_ids, positions)
+
+        def run(layer, *rest):
+            hidden, other = rest[-1], rest[0] if others else layer
+            hidden, kinds = jax.lax.stop_gradient(hidden), (other.spec.teaching, layer.spec.kind)
+            taught, student = ((x.mixer(kind), x.mixer_input(hidden)) for x, kind in zip((other, layer), kinds, strict=True))
+            kept = compare(taught, student, layer.spec.shared, at)
+            return other.run(kinds[0], hidden, **at)[0].hidden, kept
+
+        return self.through_layers(run, start, *others)[1]
+
     @property
     def head(self) -> Head:
         """The output head, a function of the final normed states [..., hidden] that returns the logits [..., vocab] in float32."""

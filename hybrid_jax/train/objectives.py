@@ -12,12 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hybrid_jax.checks import check_boolean, check_choice, check_number
+from hybrid_jax.checks import check_boolean, check_choice, check_integer, check_number
 from hybrid_jax.data.layout import TEACHER
+from hybrid_jax.layers.head_hybrid import HeadHybrid
+from hybrid_jax.layers.mixing import ROWS, over_blocks
 from hybrid_jax.model import Decoder, LayerOutputs
 from hybrid_jax.parallel.cross_entropy import cross_entropy
 from hybrid_jax.parallel.divergence import KINDS, divergence, top_k_divergence
 from hybrid_jax.train.objective import INPUTS, LABELS, Batch, Mean, Objective, Outcome, mean_over_tokens
+from kernels_pallas.numerics import safe_sqrt
 
 
 def next_token(model: Decoder, batch: Batch, teacher: Decoder | None = None) -> Outcome:
@@ -157,6 +160,54 @@ def align(
     return mean_over_tokens(losses, weights, metrics)
 
 
+def align_matrices(model: Decoder, batch: Batch, teacher: Decoder | None = None, *, rows: int = ROWS) -> Outcome:
+    """Makes the mixing matrices of the student's heads those of attention: the first stage of MOHAWK (arXiv 2408.10189).
+
+    loss = sum over layers of the mean over rows of the batch and heads of |M - A|_F, where M and A are the matrices (see
+    `layers.mixing`) of the student's mixer and of the teacher's on the teacher's states. Only what makes the matrices learns:
+    queries, keys, gates, convolutions in front of them, skips; not the values and the output projection. Metrics hold every
+    layer's mean, `matrix_error/N`. Heads of attention that a hybrid of heads keeps are left out.
+
+    Memory is bounded by blocks of rows, each computed once more in the gradient; a step costs T / rows transposed passes of every
+    mixer, so rows of the batch are best short (the paper's have 2,048 tokens).
+
+    Args:
+      model: a fused model whose mixers have matrices (`layers.mixer.Mixer`) of as many heads as the teacher's.
+      teacher: as of `align`.
+      rows: of a block.
+
+    Raises:
+      ValueError: a mixer has no matrices, or of another number of heads.
+    """
+    real = batch["segment_ids"] > 0
+    counted = jnp.any(real, axis=1).astype(jnp.float32)
+
+    def compare(taught, student, same, at):
+        if same:
+            return jnp.zeros(len(real))
+        for mixer, _ in (taught, student):
+            if not hasattr(mixer, "mixing"):
+                raise ValueError(
+                    f"align_matrices: {type(mixer).__name__} has no mixing matrices; take another objective for its layer"
+                )
+        a, m = (mixer.mixing(x, **at) for mixer, x in (taught, student))
+        heads, own = a.values.shape[2], m.values.shape[2]
+        if own < heads or (own > heads and not isinstance(student[0], HeadHybrid)):
+            raise ValueError(f"align_matrices: the student's mixer has {own} heads, the teacher's {heads}; they must be as many")
+
+        def square(begin, a, m):
+            inside = jnp.take(real, begin + jnp.arange(a.shape[2]), axis=1, mode="fill", fill_value=False)
+            error = jnp.square(m[:, :heads] - jax.lax.stop_gradient(a))
+            return jnp.sum(jnp.where(inside[:, None, :, None], error, 0), axis=(2, 3))
+
+        return jnp.mean(safe_sqrt(jnp.sum(over_blocks(square, a, m, rows=rows), axis=0)), axis=1)
+
+    at = (batch["input_ids"], batch["segment_ids"], batch["positions"])
+    errors = [Mean.of(x, counted) for x in model.mixers_of_layers(*at, compare, teacher)]
+    metrics = {f"matrix_error/{i:02d}": x for i, x in enumerate(errors) if not model.config.layers[i].shared}
+    return Outcome(Mean(sum((x.total for x in errors), jnp.zeros(())), jnp.sum(counted)), metrics)
+
+
 def _conflict_of_align(options: Mapping[str, Any]) -> str:
     if options["inputs"] == "teacher" and options["pre_lm_head"]:
         return "with inputs = 'teacher' has no final states of the student to compare; set pre_lm_head = False"
@@ -188,6 +239,9 @@ OBJECTIVES: dict[str, Objective] = {
         )
         for target in ALIGN_TARGETS
     },
+    "align_matrices": Objective(
+        align_matrices, reads=INPUTS, two_streams=True, checks={"rows": functools.partial(check_integer, minimum=1)}
+    ),
 }
 
 

@@ -295,4 +295,18 @@ MUTATIONS = [
         "a new model's mixers have their defaults, whatever the config says",
         ("tests/train/test_new_model.py",),
     ),
+    Mutation(
+        "hybrid_jax/train/objectives.py",
+        "error = jnp.square(m[:, :heads] - jax.lax.stop_gradient(a))",
+        "error = jnp.square(m[:, -heads:] - jax.lax.stop_gradient(a))",
+        "matrices of kept heads of attention are compared with the teacher's",
+        ("tests/train/test_matrices.py",),
+    ),
+    Mutation(
+        "hybrid_jax/train/objectives.py",
+        "jnp.sum(jnp.where(inside[:, None, :, None], error, 0), axis=(2, 3))",
+        "jnp.sum(error, axis=(2, 3))",
+        "matrices of padding are compared",
+        ("tests/train/test_matrices.py",),
+    ),
 ]
