@@ -89,15 +89,22 @@ def _mixed(
     return mean_over_tokens(losses, weights, metrics)
 
 
-def _mse(student: jax.Array, teacher: jax.Array, real: jax.Array) -> jax.Array:
-    """Returns every real token's mean square error over its elements, [B, T] float32, 0 at padding.
+def _error(student: jax.Array, teacher: jax.Array, real: jax.Array, kind: str = "mse") -> jax.Array:
+    """Returns every real token's error, a key of `ERRORS`, [B, T] float32, 0 at padding.
 
     Args:
       student, teacher: [B, T, hidden]; the teacher takes no gradient.
       real: [B, T] bool, False at padding.
     """
-    error = jnp.square(student.astype(jnp.float32) - jax.lax.stop_gradient(teacher).astype(jnp.float32))
-    return jnp.mean(jnp.where(real[..., None], error, 0), axis=-1)
+    square = jnp.square(student.astype(jnp.float32) - jax.lax.stop_gradient(teacher).astype(jnp.float32))
+    return ERRORS[kind](jnp.where(real[..., None], square, 0))
+
+
+# The squares of a token's differences [B, T, hidden] -> its error [B, T]: mean square error, or Euclidean norm.
+ERRORS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "mse": lambda square: jnp.mean(square, axis=-1),
+    "norm": lambda square: safe_sqrt(jnp.sum(square, axis=-1)),
+}
 
 
 # hybrid-model-factory's `hybrid_lw_distill_target`: the parts of `LayerOutputs` whose errors are added to a layer's loss.
@@ -119,11 +126,12 @@ def align(
     target: str,
     pre_lm_head: bool = True,
     inputs: str = "student",
+    error: str = "mse",
 ) -> Outcome:
     """Makes the student stream imitate the teacher's: stage 1 of Priming (arXiv 2605.08301).
 
-    loss = sum over layers of target(layer) / number of layers + MSE(final normed states) if `pre_lm_head`. Every mean is over
-    the elements of real tokens: padding (segment 0) counts for nothing.
+    loss = sum over layers of target(layer) / number of layers + error(final normed states) if `pre_lm_head`. Every mean is over
+    real tokens: padding (segment 0) counts for nothing.
     Metrics hold every layer's mixer error, `mixer_mse/N`, whatever the target.
 
     With `inputs = "teacher"` every layer of the student reads the teacher's states, as in the second stage of MOHAWK (arXiv
@@ -136,24 +144,25 @@ def align(
       target: a key of `ALIGN_TARGETS`.
       pre_lm_head: whether the final normed states are compared too. With `inputs = "teacher"` there are none to compare.
       inputs: what a layer of the student reads: the `student`'s own states or the `teacher`'s.
+      error: of a token: `mse`, over the channels (Priming), or `norm`, the Euclidean norm of the difference (MOHAWK). The metrics
+        are mean square errors in both cases.
     """
     real = batch["segment_ids"] > 0
     weights = real.astype(jnp.float32)
 
     def compare(taught: LayerOutputs, student: LayerOutputs):
-        parts = dict.fromkeys(("mixer", *ALIGN_TARGETS[target]))  # in an order that every process has
-        errors = {part: _mse(getattr(student, part), getattr(taught, part), real) for part in parts}
-        of_layer = sum((errors[part] for part in ALIGN_TARGETS[target]), jnp.zeros(real.shape))
-        return of_layer, Mean.of(errors["mixer"], weights)
+        parts = ALIGN_TARGETS[target]
+        errors = {part: _error(getattr(student, part), getattr(taught, part), real, error) for part in parts}
+        of_layer = sum(errors.values(), jnp.zeros(real.shape))
+        return of_layer, Mean.of(_error(student.mixer, taught.mixer, real), weights)
 
     at = (batch["input_ids"], batch["segment_ids"], batch["positions"])
     streams = model.two_streams(*at, compare, teacher, layerwise=inputs == "teacher")
     losses = sum((of_layer for of_layer, _ in streams.layers), jnp.zeros(real.shape)) / len(streams.layers)
     metrics = {}
     if inputs == "student":
-        final = _mse(streams.student, streams.teacher, real)
-        metrics["pre_lm_head_mse"] = Mean.of(final, weights)
-        losses = losses + final if pre_lm_head else losses
+        metrics["pre_lm_head_mse"] = Mean.of(_error(streams.student, streams.teacher, real), weights)
+        losses = losses + _error(streams.student, streams.teacher, real, error) if pre_lm_head else losses
     for i, (_, mixer) in enumerate(streams.layers):
         if not model.config.layers[i].shared:
             metrics[f"mixer_mse/{i:02d}"] = mixer
@@ -233,7 +242,11 @@ OBJECTIVES: dict[str, Objective] = {
             functools.partial(align, target=target),
             reads=INPUTS,
             two_streams=True,
-            checks={"pre_lm_head": check_boolean, "inputs": functools.partial(check_choice, choices=INPUTS_OF_LAYERS)},
+            checks={
+                "pre_lm_head": check_boolean,
+                "inputs": functools.partial(check_choice, choices=INPUTS_OF_LAYERS),
+                "error": functools.partial(check_choice, choices=ERRORS),
+            },
             nothing={} if ALIGN_TARGETS[target] else {"pre_lm_head": False},
             conflict=_conflict_of_align,
         )

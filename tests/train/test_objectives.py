@@ -124,6 +124,19 @@ def test_a_loss_does_not_depend_on_the_scale_of_its_weights(scale):
     assert float(loss.weight) == pytest.approx(given[:, 1:].sum(), rel=1e-6)
 
 
+def test_an_alignment_s_error_may_be_the_norm_of_the_difference_and_its_metrics_stay_mean_squares():
+    model, batch = tiny_model("*DA-SWA*"), batch_of(rows=2)
+    streams = model.two_streams(batch["input_ids"], batch["segment_ids"], batch["positions"])
+    real = np.asarray(batch["segment_ids"] > 0)
+    (_, (taught, student)), final = streams.layers, (streams.teacher, streams.student)
+    differences = [np.asarray(a - b, np.float64)[real] for a, b in ((taught.hidden, student.hidden), final)]
+    half, last = (np.sqrt((d**2).sum(-1)).mean() for d in differences)
+    loss, metrics, _ = make_objective("align_decoder", {"error": "norm"})(model, batch)
+    assert float(loss) == pytest.approx(half / 2 + last, rel=1e-4)
+    assert float(metrics["pre_lm_head_mse"]) == pytest.approx((differences[1] ** 2).mean(), rel=1e-4)
+    assert float(metrics["mixer_mse/01"]) == pytest.approx(np.square(taught.mixer - student.mixer)[real].mean(), rel=1e-4)
+
+
 def test_layers_that_read_the_teacher_s_states_are_aligned_one_by_one():
     batch = batch_of(rows=2)
     model = tiny_model("SWA*-SWA*-*DA")
