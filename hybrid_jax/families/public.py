@@ -121,6 +121,19 @@ _SCOUT_ROPE = {
 }
 
 
+def _phi(hidden, layers, **more) -> dict[str, Any]:
+    return {
+        "model_type": "phi",
+        "vocab_size": 51200,
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "partial_rotary_factor": 0.5,
+        **more,
+    }
+
+
 def _phi3(hidden, inner, layers, heads, kv_heads, vocab, context, **more) -> dict[str, Any]:
     return {
         "model_type": "phi3",
@@ -199,6 +212,8 @@ PUBLIC: dict[str, dict[str, Any]] = {
         "sliding_window": 512,
         "max_position_embeddings": 32768,
     },
+    "microsoft/phi-1_5": _phi(2048, 24),
+    "microsoft/phi-2": _phi(2560, 32, partial_rotary_factor=0.4),
     "microsoft/Phi-3-mini-4k-instruct": _phi3(3072, 8192, 32, 32, 32, 32064, 4096, rope_theta=10_000.0, sliding_window=2047),
     "microsoft/phi-4": _phi3(5120, 17920, 40, 40, 10, 100352, 16384, rope_theta=250_000.0),
     "mistralai/Mistral-Small-24B-Base-2501": _mistral(5120, 32768, 40, 131072, 100_000_000.0, 32768),

@@ -109,3 +109,27 @@ def test_every_phase_of_every_recipe_compiles_and_fits_its_slice(size, mixer, ha
         compiled = compile_program(training_program(model_of(config, phase), phase, make_mesh(dict(phase.mesh), devices)))
         print(f"{size} {mixer} {name}: {compiled.total / 1e9:.1f} GB per device, compiled in {compiled.seconds:.0f} s")
         assert compiled.total < 102.8e9, name
+
+
+MOHAWK = {"Phi-Mamba": 3e9, "Hybrid-Phi-Mamba": 5e9, "Llamba-1B": 8e9, "Llamba-3B": 10e9, "Llamba-8B": 12e9}  # tokens in all
+
+
+@pytest.mark.parametrize("name", MOHAWK)
+def test_a_recipe_of_mohawk_has_its_budget_and_trains_the_mixers_first(name):
+    config = with_sources(load_config([f"--config=configs/mohawk.py:{name}"]))
+    phases = dict(Experiment.from_config(config).phases)
+    assert sum(p.steps * p.tokens_per_step for p in phases.values()) == pytest.approx(MOHAWK[name], rel=1e-3)
+    assert config.copy_attention is False and list(phases) == ["matrices", "layers", "distill"]
+    for phase in phases.values():
+        assert phase.decay_steps == phase.steps // 10 and select_names(
+            abstract_parameters(model_of(config, phase)), phase.trainable
+        )
+    kept = [i for i, symbol in enumerate(config.pattern.split("-")) if symbol == "*"]
+    assert kept == ([4, 10, 16, 22] if name.startswith("Hybrid") else [])
+
+
+def test_mohawk_s_recipes_take_other_mixers_and_refuse_what_is_none():
+    assert set(load_config(["--config=configs/mohawk.py:Llamba-1B-GDN"]).pattern.split("-")) == {"GDN"}
+    for wrong in ("Llamba", "Llamba-1B-XYZ", "Llamba-1B-SWA"):
+        with pytest.raises(ValueError, match="expected RECIPE or RECIPE-MIXER of Phi-Mamba.*Llamba-8B and .*DM2"):
+            load_config([f"--config=configs/mohawk.py:{wrong}"])

@@ -159,6 +159,8 @@ def test_every_array_of_a_collective_is_counted_once(groups):
         ("google/gemma-2-2b", 2.61),
         ("google/gemma-3-1b-pt", 1.00),
         ("mistralai/Mixtral-8x7B-v0.1", 46.7),
+        ("microsoft/phi-1_5", 1.42),
+        ("microsoft/phi-2", 2.78),
         ("microsoft/Phi-3-mini-4k-instruct", 3.82),
         ("microsoft/phi-4", 14.66),
     ],
