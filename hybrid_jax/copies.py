@@ -25,6 +25,7 @@ class MixerCopy:
       renamed: names of parameters of the one that begins -> those of the other.
       taken: options that both have and that begin as the other's.
       only: options of the other that the one that begins does not have -> the only value with which it can begin.
+      needed: options of the one that begins that the other does not have -> the only value with which nothing of it is lost.
     """
 
     source: type[MixerOptions]
@@ -32,6 +33,7 @@ class MixerCopy:
     renamed: Mapping[str, str]
     taken: tuple[str, ...]
     only: Mapping[str, Any]
+    needed: Mapping[str, Any]
 
     def options(self, of: Callable[[type[Any]], Any], *, fixed: bool) -> MixerOptions:
         """Returns the options of the mixer that begins.
@@ -49,6 +51,12 @@ class MixerCopy:
                 raise ValueError(
                     f"{source.KEY}.{name} = {getattr(source, name)!r}: {wanted.KEY} has no such option, so only a mixer with "
                     f"{value!r} can be copied to it; convert other layers"
+                )
+        for name, value in self.needed.items():
+            if getattr(wanted, name) != value:
+                raise ValueError(
+                    f"{wanted.KEY}.{name} = {getattr(wanted, name)!r} would leave out a part of the layers that are copied to this "
+                    f"mixer, which begin with {value!r}; leave it out, or convert other layers"
                 )
         taken = {name: getattr(source, name) for name in self.taken}
         for name, value in taken.items():
@@ -79,6 +87,7 @@ COPIES: dict[tuple[str, str], MixerCopy] = {
         renamed={"a_proj.kernel": "gk_proj.kernel"},
         taken=("conv_size", "norm_eps", "use_gate", *_HEADS),
         only={"conv_bias": False, "use_short_conv": True, "allow_neg_eigval": False},
+        needed={"use_v_conv": True, "use_beta_gate": True, "use_forgetting_gate": True},
     ),
 }
 

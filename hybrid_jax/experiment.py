@@ -27,6 +27,9 @@ from hybrid_jax.priming.initialize import initialize_hybrid, new_model
 from hybrid_jax.selection.select import choose_pattern
 from hybrid_jax.train import MetricWriter, NoMetrics, train_phase
 
+# Keys of a source's config.json that only its own training used.
+NOT_APPLIED = ("attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout", "router_jitter_noise")
+
 
 def _make_source(experiment: Experiment, directory: pathlib.Path) -> None:
     """Writes a randomly initialized model of the experiment's pattern, with a tokenizer of its own, trained on the text.
@@ -84,7 +87,10 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path, profile: tup
         _make_source(experiment, initial)
     barrier("made the source")
     source = pathlib.Path(experiment.source) if experiment.source else initial
-    corpus = read_corpus(experiment.data, source, read_model_config(source).extra.get("eos_token_id"))
+    extra = read_model_config(source).extra
+    if ignored := [f"{key} = {extra[key]}" for key in NOT_APPLIED if extra.get(key)]:
+        say(f"not applied in training, though config.json has them: {', '.join(ignored)}")
+    corpus = read_corpus(experiment.data, source, extra.get("eos_token_id"))
     if not initial.exists():
         model = load_model(source, dtype=jnp.float32, mesh=meshes[0])
         model.config = experiment.with_mixer_options(model.config)

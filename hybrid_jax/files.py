@@ -4,6 +4,7 @@ come with the package."""
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import hashlib
 import json
 import os
@@ -17,8 +18,13 @@ from typing import Any
 _PACKAGE = pathlib.Path(__file__).parent
 SHIPPED = _PACKAGE / "shipped"  # in an installed package; in a checkout the same folders are beside the package
 SHIPPED_FOLDERS = ("configs", "launch/tiny_qwen3")
-# What a model directory that is replaced may hold: files that end so, and folders of these names.
-MODEL_FILES, MODEL_FOLDERS = (".json", ".safetensors", ".jinja", ".model", ".txt"), ("additional_chat_templates",)
+# What a model directory that is replaced may hold: files and folders whose names are such.
+MODEL_FILES = (
+    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.json", "*.jinja", "*.model", "vocab.json", "vocab.txt",
+    "merges.txt", "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+MODEL_FOLDERS = ("additional_chat_templates",)
 
 
 def shipped_root() -> pathlib.Path:
@@ -84,7 +90,8 @@ def _check_replaceable(path: pathlib.Path, source: str | pathlib.Path) -> None:
         )
     if source and path.resolve().is_relative_to(pathlib.Path(source).resolve()):
         raise FileExistsError(f"{path} is not replaced: it is, or is in, the source {source}; choose another output directory")
-    other = [p.name for p in path.iterdir() if not (p.name in MODEL_FOLDERS if p.is_dir() else p.suffix in MODEL_FILES)]
+    names = {p.name: MODEL_FOLDERS if p.is_dir() else MODEL_FILES for p in path.iterdir()}
+    other = [name for name, known in names.items() if not any(fnmatch.fnmatchcase(name, pattern) for pattern in known)]
     if other:
         raise FileExistsError(
             f"{path} is not replaced: it also holds {min(other)}, which belongs to no model and would be lost; move it elsewhere, "

@@ -18,11 +18,12 @@ def count_flops(jaxpr) -> float:
     return _count(jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr)
 
 
-def _count(jaxpr) -> float:
-    return sum(_equation(e) for e in jaxpr.eqns)
+def _count(jaxpr, experts: int = 1) -> float:
+    """Counts a jaxpr's FLOPs; the rows of a grouped product are spread over `experts` devices, each with its own groups."""
+    return sum(_equation(e, experts) for e in jaxpr.eqns)
 
 
-def _equation(e) -> float:
+def _equation(e, experts: int) -> float:
     name, params = e.primitive.name, e.params
     if name == "dot_general":
         ((contracted, _), _) = params["dimension_numbers"]
@@ -30,12 +31,14 @@ def _equation(e) -> float:
     if name in ("ragged_dot", "ragged_dot_general"):
         lhs, rhs = (v.aval.shape for v in e.invars[:2])
         # rows [n, k] each through one group's matrix [g, k, m]; of the matrices' gradient rows [n, m] come second
-        return 2.0 * math.prod(lhs) * (e.outvars[0].aval.shape[-1] if len(rhs) == 3 else rhs[-1])
+        return 2.0 * math.prod(lhs) * (e.outvars[0].aval.shape[-1] if len(rhs) == 3 else rhs[-1]) / experts
     if name == "pallas_call":
-        return _pallas(e)
-    inner = sum(_count(j) for j in _jaxprs({k: v for k, v in params.items() if k != "branches"}))
+        return _pallas(e, experts)
+    if name == "shard_map":  # rows visit every device of the axis `expert`, and are in its groups on one
+        experts = dict(params["mesh"].shape).get("expert", 1)
+    inner = sum(_count(j, experts) for j in _jaxprs({k: v for k, v in params.items() if k != "branches"}))
     if name == "cond":
-        return max(_count(b.jaxpr) for b in params["branches"])
+        return max(_count(b.jaxpr, experts) for b in params["branches"])
     if name == "scan":
         return params["length"] * inner
     if name == "shard_map":
@@ -43,8 +46,10 @@ def _equation(e) -> float:
     return inner
 
 
-def _pallas(e) -> float:
+def _pallas(e, experts: int) -> float:
     grid = e.params["grid_mapping"].grid
+    if not all(isinstance(n, int) for n in grid):  # as many steps as its groups need: Megablox says what all rows cost
+        return e.params["cost_estimate"].flops / experts
     inner = math.prod(grid) * _count(e.params["jaxpr"])
     name = str(e.params.get("name") or e.params.get("name_and_src_info") or "")
     if "splash" in name and len(grid) == 3:

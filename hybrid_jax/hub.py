@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import pathlib
 import re
+from typing import Any
 
+from hybrid_jax.convert.weights import INDEX, SINGLE, named_shards
 from hybrid_jax.parallel.distributed import say
 
-# What a conversion reads: weights in safetensors, their index, configs and tokenizers; no pickles, no code, and no second copy of
-# the weights (`consolidated.safetensors`, folders of other formats).
-FILES = ("model*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt")
-NOT = ("*/*.safetensors", "*/*.json")
+# What a conversion reads beside the weights: configs, tokenizers and the index; no pickles, no code.
+FILES = ("*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt")
+NOT = ("*/*",)  # folders hold other formats
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def _weights(directory: pathlib.Path) -> list[str]:
+    """Returns the names of the files that hold the weights: those of the index, or one; no second copy in another precision."""
+    return named_shards(directory) if (directory / INDEX).is_file() else [SINGLE]
 
 
 def local_model(name: str) -> str:
@@ -38,7 +44,9 @@ def local_model(name: str) -> str:
         ) from None
     say(f"{name}: no such directory, asking the hub for it")
     try:
-        directory = snapshot_download(repository, revision=revision or None, allow_patterns=list(FILES), ignore_patterns=list(NOT))
+        options: dict[str, Any] = dict(revision=revision or None, ignore_patterns=list(NOT))
+        directory = snapshot_download(repository, allow_patterns=list(FILES), **options)
+        directory = snapshot_download(repository, allow_patterns=_weights(pathlib.Path(directory)), **options)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
         reason = str(e).strip().partition("\n")[0]
         raise FileNotFoundError(f"there is no directory {name}, and the hub did not give {repository}: {reason}") from None

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import pathlib
+from typing import Any
 
 import jax.numpy as jnp
 import matplotlib
@@ -176,6 +178,15 @@ def _round_trip(config: ModelConfig, parameters: StoredParameters) -> tuple[tupl
     return tuple(found), tuple(sorted(missing))
 
 
+def _finite(value: Any) -> Any:
+    """Returns a tree of JSON's types with None in place of numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _same_bytes(one: np.ndarray, other: np.ndarray) -> bool:
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
@@ -262,7 +273,7 @@ def write_parity(parity: Parity, out: str | pathlib.Path, title: str, tolerance:
         blocks += [Heading("Tensors"), _tensor_table(parity)]
         (directory / "report.md").write_text(as_markdown(blocks))
         (directory / "report.html").write_text(as_html(blocks))
-        (directory / "parity.json").write_text(json.dumps({**dataclasses.asdict(parity), "off": wrong}, indent=1) + "\n")
+        (directory / "parity.json").write_text(json.dumps(_finite({**dataclasses.asdict(parity), "off": wrong}), indent=1) + "\n")
     return pathlib.Path(out) / "report.md"
 
 

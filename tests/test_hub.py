@@ -12,6 +12,7 @@ import threading
 import pytest
 
 from hybrid_jax import save_model
+from hybrid_jax.convert.weights import TensorFiles
 from hybrid_jax.hub import local_model
 from tests.conftest import cpu_devices, tiny_model
 
@@ -24,7 +25,12 @@ def hub(tmp_path):
     """A hub with the model `some/model`, a pickle and a second copy; yields (its address, the paths that were asked for)."""
     folder = tmp_path / "hub"
     save_model(tiny_model("*"), folder)
-    for name in ("pytorch_model.bin", "consolidated.safetensors"):
+    (folder / "model.safetensors").rename(folder / "pytorch_model-00001-of-00001.safetensors")  # as some conversions name them
+    save_model(tiny_model("*"), tmp_path / "same")
+    names = list(TensorFiles(tmp_path / "same"))
+    table = {"weight_map": dict.fromkeys(names, "pytorch_model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(table))
+    for name in ("pytorch_model.bin", "consolidated.safetensors", "model.fp16.safetensors"):
         (folder / name).write_bytes(b"never to be read")
     asked = []
 
@@ -74,8 +80,8 @@ def test_a_name_is_downloaded_without_pickles_and_only_once(hub, tmp_path):
     done = convert(address, tmp_path, "some/model", "out")
     assert done.returncode == 0 and "asking the hub" in done.stdout, done.stderr[-2000:]
     assert (tmp_path / "out/config.json").exists()
-    assert [p for c, p in asked if c == "GET" and p.endswith("model.safetensors")]
-    assert not any(name in p for _, p in asked for name in ("pytorch_model", "consolidated"))
+    assert [p for c, p in asked if c == "GET" and p.endswith("pytorch_model-00001-of-00001.safetensors")]
+    assert not any(name in p for _, p in asked for name in ("pytorch_model.bin", "consolidated", "fp16"))
     asked.clear()
     again = convert(address, tmp_path, "some/model", "again")
     assert again.returncode == 0 and not [p for c, p in asked if c == "GET" and "resolve" in p]

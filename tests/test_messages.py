@@ -46,8 +46,8 @@ def refused(capsys, *arguments):
         (("generate", "m", "p", "--top-k", "-2"), "--top-k: must be an integer at least 0, got -2"),
         (("generate", "m", "p", "--max-new-tokens", "-3"), "--max-new-tokens: must be an integer at least 1, got -3"),
         (("generate", "m", "p", "--max-new-tokens", "x"), "--max-new-tokens: must be an integer at least 1, got 'x'"),
-        (("generate", "m", "p", "--seed", "-1"), "--seed: must be an integer at least 0, got -1"),
-        (("convert", "a", "b", "--seed", "-1"), "--seed: must be an integer at least 0, got -1"),
+        (("generate", "m", "p", "--seed", "-1"), "--seed: must be an integer at least 0 and at most 4294967295, got -1"),
+        (("convert", "a", "b", "--seed", "-1"), "--seed: must be an integer at least 0 and at most 4294967295, got -1"),
         (("export", "a", "b", "--max-shard-gb", "0"), "--max-shard-gb: must be a number above 0, got 0.0"),
         (("export", "a", "b", "--phase", "p", "--step", "-2"), "--step: must be an integer at least 0, got -2"),
         (("cache-teacher", "--config=c", "--phase", "p", "--k", "0"), "--k: must be an integer at least 1, got 0"),
@@ -127,7 +127,7 @@ def test_every_field_can_be_set_whether_or_not_the_config_names_it():
 def test_the_options_of_a_phase_s_objective_can_be_set_and_no_others():
     config = overridden("--config.phases.train.objective=distill", "--config.phases.train.options.temperature=2.5")
     assert config.phases.train.options.to_dict() == {"temperature": 2.5}
-    with pytest.raises(ValueError, match=r"options has the unknown key 'temperature'; known: inputs, pre_lm_head"):
+    with pytest.raises(ValueError, match=r"options has the unknown key 'temperature'; known: error, inputs, pre_lm_head"):
         overridden("--config.phases.align.options.temperature=2.5")
 
 

@@ -23,8 +23,10 @@ def test_overwrite_keeps_the_source_and_everything_that_belongs_to_no_model(sour
         holds = "also holds inner" if out == outer else "is, or is in, the source"
         for command in ("convert", "export"):
             assert holds in fails(capsys, command, start, out, "--overwrite")
-    (outer / "inner" / "README.md").write_text("x")
-    assert "also holds README.md" in fails(capsys, "convert", source, outer / "inner", "--overwrite")
+    for name in ("README.md", "my_notes.txt", "results.json"):
+        (outer / "inner" / name).write_text("x")
+        assert f"also holds {name}" in fails(capsys, "convert", source, outer / "inner", "--overwrite")
+        (outer / "inner" / name).unlink()
     assert all((folder / "config.json").exists() for folder in (source, outer, outer / "inner"))
 
 

@@ -12,12 +12,13 @@ import numpy as np
 
 
 def largest_error(got: Any, want: Any) -> float:
-    """Returns the largest |got - want| / |want| (norms) of two trees' arrays; infinite where a number is not finite."""
+    """Returns the largest |got - want| / |want| (norms) of two trees' arrays; infinite where a number of either is not finite, or
+    where the shapes differ."""
     errors = [0.0]
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        error = float(np.linalg.norm(a - b) / (np.linalg.norm(b) or 1.0))
-        errors.append(error if np.isfinite(a).all() else np.inf)
+        comparable = a.shape == b.shape and np.isfinite(a).all() and np.isfinite(b).all()
+        errors.append(float(np.linalg.norm(a - b) / (np.linalg.norm(b) or 1.0)) if comparable else np.inf)
     return max(errors)
 
 

@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", nargs="?", help="the directory to make; may be left out with --verify")
     parser.add_argument("--pattern", help="one symbol per layer, e.g. '*-GKA-*-GKA'; without it the model is copied")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the parameters; default: the source's")
-    parser.add_argument("--seed", type=integer(minimum=0), default=0, help="of what the pattern initializes afresh")
+    parser.add_argument(
+        "--seed", type=integer(minimum=0, maximum=2**32 - 1), default=0, help="of what the pattern initializes afresh"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the model directory OUT, when the new one is complete")
     parser.add_argument(
         "--verify",

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--top-p", type=number(above=0, maximum=1), help=f"keep the top tokens up to this probability ({said} 1, all)"
     )
     parser.add_argument("--top-k", type=integer(minimum=0), help=f"keep this many of the most likely tokens ({said} 0, all)")
-    parser.add_argument("--seed", type=integer(minimum=0), default=0, help="of sampling")
+    parser.add_argument("--seed", type=integer(minimum=0, maximum=2**32 - 1), default=0, help="of sampling")
 
 
 def _prompt(args: argparse.Namespace) -> str:

@@ -116,6 +116,16 @@ def _bands(shape: tuple[int, ...]) -> list[slice]:
     return [slice(i, i + size) for i in range(0, shape[0], size)]
 
 
+def check_quantizable(name: str, weight: np.ndarray) -> None:
+    """Checks that the numbers of a weight, or of rows of it, are finite; one that is not would spoil its group.
+
+    Raises:
+      ValueError: names the tensor.
+    """
+    if not all(np.isfinite(weight[rows].astype(np.float32)).all() for rows in _bands(weight.shape)):
+        raise ValueError(f"tensor {name} has numbers that are not finite, and cannot be quantized; repair the model first")
+
+
 class QuantizationLoss:
     """What quantization costs: the bytes of the weights before and after, and the relative error (root mean square) of each."""
 

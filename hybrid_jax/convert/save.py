@@ -15,7 +15,7 @@ import numpy as np
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.convert.load import StoredParameter
 from hybrid_jax.convert.names import hf_tensors
-from hybrid_jax.convert.quantized import KEYS, Groups, QuantizationLoss
+from hybrid_jax.convert.quantized import KEYS, Groups, QuantizationLoss, check_quantizable
 from hybrid_jax.convert.writer import WeightWriter
 from hybrid_jax.families import config_to_hf
 from hybrid_jax.files import new_directory
@@ -74,16 +74,17 @@ def planned_tensors(config: ModelConfig, dtypes: Mapping[str, Any]) -> dict[str,
     return planned
 
 
-def quantized_tensors(config: ModelConfig, quantization: Groups) -> set[str]:
-    """Returns the names of the weights that are quantized: of linear maps, experts and the embedding.
+def quantized_tensors(config: ModelConfig, quantization: Groups) -> tuple[set[str], set[str]]:
+    """Returns the names of the weights that are quantized, of linear maps, experts and the embedding, and of those that would be if
+    their inputs were a multiple of the group.
 
     Maps to one number per head or expert (decays, gates, routers) stay as they are: they are small, and a recurrence multiplies
-    their errors over its tokens. So do weights whose inputs are no multiple of the group.
+    their errors over its tokens.
 
     Raises:
       ValueError: there are none, or the experts of a layer are in one tensor.
     """
-    stated, found = abstract_marks(config), set()
+    stated, found, left = abstract_marks(config), set(), set()
     of_mixers = (2 * (options.own_heads or 0) for options in config.mixers)  # two such maps may be in one tensor
     small = max(config.num_heads, config.moe.num_experts if config.moe else 0, *of_mixers)
     for name, parameter in abstract_parameters(config).items():
@@ -96,11 +97,11 @@ def quantized_tensors(config: ModelConfig, quantization: Groups) -> set[str]:
                     f"a {config.family} without quantization"
                 )
             rows, columns = t.stored_shape(parameter.shape)
-            if rows > small and columns % quantization.group_size == 0:
-                found.add(t.name)
+            if rows > small:
+                (left if columns % quantization.group_size else found).add(t.name)
     if not found:
         raise ValueError(f"no weight has inputs that are a multiple of {quantization.group_size}; choose smaller groups")
-    return found
+    return found, left
 
 
 def write_parameters(
@@ -119,10 +120,10 @@ def write_parameters(
       quantization: how the weights of `quantized_tensors` are stored; size and error are said on stderr.
     """
     values = config_to_hf(config, jnp.dtype(dtypes["embed_tokens.embedding"]).name)
-    planned, chosen, loss = planned_tensors(config, dtypes), set(), QuantizationLoss()
+    planned, chosen, left, loss = planned_tensors(config, dtypes), set(), set(), QuantizationLoss()
     if quantization is not None:
         values[KEYS[0]] = {"group_size": quantization.group_size, "bits": quantization.bits}
-        chosen = quantized_tensors(config, quantization)
+        chosen, left = quantized_tensors(config, quantization)
         for name in sorted(chosen):
             dtype, shape = planned.pop(name)
             planned |= {name.removesuffix("weight") + end: x for end, x in quantization.planned(shape, dtype).items()}
@@ -132,6 +133,7 @@ def write_parameters(
             writer.write(*piece)
             continue
         module = piece.name.removesuffix("weight")
+        check_quantizable(piece.name, piece.value)
         parts = quantization.quantize(piece.value, planned[f"{module}scales"][0])
         loss.add(piece.name, piece.value, parts, quantization)
         for end, value in parts.items():
@@ -139,6 +141,11 @@ def write_parameters(
     writer.check_complete()
     if quantization is not None:
         notice(str(loss))
+        if left:
+            notice(
+                f"{len(left)} more weights stay as they are, the first {min(left)}: their inputs are no multiple of "
+                f"{quantization.group_size}"
+            )
     (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
 

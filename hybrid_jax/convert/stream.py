@@ -15,7 +15,7 @@ from hybrid_jax.convert.save import MAX_SHARD_BYTES, copy_tokenizer, write_param
 from hybrid_jax.files import check_new_directory, new_directory
 from hybrid_jax.parallel.distributed import barrier, is_first
 from hybrid_jax.parameters import abstract_parameters
-from hybrid_jax.priming.initialize import check_convertible, hybrid_parameters
+from hybrid_jax.priming.initialize import check_convertible, dtype_from, hybrid_parameters
 from hybrid_jax.progress import progress_bar
 
 
@@ -53,12 +53,14 @@ def convert_directory(
       FileExistsError, PermissionError, NotADirectoryError: `out` cannot be made; nothing is left behind.
       FileNotFoundError, ValueError: as `load_model` and `initialize_hybrid`, before anything is written.
     """
-    check_new_directory(out, overwrite)
+    check_new_directory(out, overwrite, source)
     form(read_model_config(source))  # refuse before the headers of all files are read
     have, stored = open_parameters(source, dtype)
     config = form(have)
     check_convertible(have, config)
-    new = jnp.dtype(stored["embed_tokens.embedding"].dtype)
+    if config.tie_embeddings != have.tie_embeddings:
+        raise ValueError(f"{source}: tie_word_embeddings is {have.tie_embeddings} there, and a conversion cannot change it")
+    new = jnp.dtype(stored[dtype_from(stored, have, config)].dtype)
     dtypes = {name: stored[name].dtype if name in stored else new for name in abstract_parameters(config)}
 
     def shown() -> Iterator[tuple[str, Any]]:

@@ -17,7 +17,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 ROWS = 4096  # rows of two tensors that are compared at a time
 
 
-def _shards(path: pathlib.Path) -> list[str]:
+def named_shards(path: pathlib.Path) -> list[str]:
     """The file names in an index, each the name of a file in the same directory.
 
     Raises:
@@ -41,7 +41,7 @@ def weight_files(path: pathlib.Path) -> list[str]:
 
     Raises:
       FileNotFoundError: no weights, or a shard that the index names is missing.
-      ValueError: as `_shards`.
+      ValueError: as `named_shards`.
     """
     if (path / SINGLE).is_file():
         if (path / INDEX).is_file():
@@ -52,7 +52,7 @@ def weight_files(path: pathlib.Path) -> list[str]:
         raise FileNotFoundError(
             f"{path} has neither {SINGLE} nor {INDEX} (file endings there: {', '.join(kinds)}); only safetensors weights are read"
         )
-    shards = _shards(path)
+    shards = named_shards(path)
     missing = [s for s in shards if not (path / s).is_file()]
     if missing:
         raise FileNotFoundError(

@@ -10,7 +10,7 @@ from hybrid_jax.checks import check_choice
 from hybrid_jax.config import ModelConfig, MoEConfig, parse_pattern
 from hybrid_jax.families.mixers import check_repeated, read_mixers, write_mixers
 from hybrid_jax.families.rope import DEFAULT_THETA, read_query_scaling, read_rope, read_ropes, write_rope
-from hybrid_jax.mixers import options_by_key
+from hybrid_jax.mixers import KINDS, options_by_key
 from hybrid_jax.schema import Check, check_finite, check_key
 
 # transformers' defaults for keys that a config.json may leave out; a family's own come before these.
@@ -30,6 +30,7 @@ _HANDLED = {
     "torch_dtype", "dtype", "transformers_version",
 }  # fmt: skip
 HYBRID_PREFIX = "hybrid_"
+_OF_ATTENTION = {"rope", "max_position_embeddings"}  # layouts of their own state them beside attention
 
 
 class OwnLayout(NamedTuple):
@@ -298,7 +299,9 @@ def write_config(family: Family, config: ModelConfig, dtype: str) -> dict[str, A
     if not config.is_hybrid:  # options of mixers that it does not have are not written
         used = config.used_options()
         again, wanted = (dataclasses.replace(x, mixers=tuple(m for m in x.mixers if type(m) in used)) for x in (again, wanted))
-    wrong = [f.name for f in dataclasses.fields(config) if f.compare and getattr(again, f.name) != getattr(wanted, f.name)]
+    unread = set() if any(KINDS[kind].attends for layer in config.layers for kind in layer.kinds) else _OF_ATTENTION
+    fields = [f.name for f in dataclasses.fields(config) if f.compare and not (family.own_layout and f.name in unread)]
+    wrong = [name for name in fields if getattr(again, name) != getattr(wanted, name)]
     if wrong:
         raise ValueError(
             f"config.json of a {family.model_type} cannot describe this model: {wrong[0]} is {getattr(config, wrong[0])!r}, "

@@ -127,7 +127,7 @@ def query_key_norms(config: ModelConfig, dtype: DTypeLike) -> tuple[RMSNorm | La
 def _scaled(q: jax.Array, positions: jax.Array, strength: float, context: int) -> jax.Array:
     """Returns queries [B, T, H, D] times 1 + strength * log(1 + floor(position / context)), for positions [B, T]."""
     scale = 1 + strength * jnp.log1p(jnp.floor(positions / context))
-    return q * scale[..., None, None].astype(q.dtype)
+    return (q.astype(jnp.float32) * scale[..., None, None]).astype(q.dtype)
 
 
 class Attention(nnx.Module):

@@ -15,7 +15,7 @@ from hybrid_jax.layers.linear import Linear
 from hybrid_jax.layers.mixer import Arrays
 from hybrid_jax.layers.mixing import Mixing, of_operation
 from hybrid_jax.layers.parameter import parameter
-from hybrid_jax.layers.recurrent import STATE_AXES, ShortConv, query_key_kernels, repeat_heads
+from hybrid_jax.layers.recurrent import STATE_AXES, ShortConv, query_key_maps, repeat_heads
 from hybrid_jax.parallel.recurrence import linear_recurrence
 
 OPEN_GATE = 1.278464542761  # SiLU of it is 1
@@ -95,12 +95,13 @@ class DiscreteMamba2(nnx.Module):
         out_proj = o; a, and the gate, stay as drawn.
 
         MOHAWK draws all of them anew (`copy_attention = False`); one of its configs copies. Biases of q, k and v go to the
-        convolution's, which adds them as attention does; that of o goes to out_proj if it has one (`bias`). Norms of queries and
-        keys have no place here (`query_key_kernels`). B and C stay as drawn where they have not as many heads as queries, or a
+        convolution's, which adds them as attention does, or, if it has none, to in_proj's; where neither has any (`conv_bias` and
+        `bias` False) they are lost. That of o goes to out_proj if it has one (`bias`). Norms of queries and
+        keys have no place here (`query_key_maps`). B and C stay as drawn where they have not as many heads as queries, or a
         state is not as large as a head.
         """
         o, H, D = config.options(DiscreteMamba2Config), config.num_heads, config.head_dim
-        sizes, kernels = o.sizes(H, D), {**source, **query_key_kernels(source, config)}
+        sizes, kernels = o.sizes(H, D), {**source, **query_key_maps(source, config)}
         names = "vkq" if sizes[1] == sizes[0] and o.qk_heads in (None, H) else "v"
 
         def repeated(x: jax.Array) -> jax.Array:
@@ -112,9 +113,10 @@ class DiscreteMamba2(nnx.Module):
             "in_proj.kernel": jnp.concatenate([*parts, drawn], axis=1),
             "out_proj.kernel": source["o_proj.kernel"],
         }
-        if "conv1d.bias" in fresh and "v_proj.bias" in source:
-            biases = [repeated(source[f"{x}_proj.bias"]) for x in names]
-            copied["conv1d.bias"] = jnp.concatenate([*biases, fresh["conv1d.bias"][len(parts) * H * D :]])
+        place = next((name for name in ("conv1d.bias", "in_proj.bias") if name in fresh), None)
+        if place is not None and "v_proj.bias" in source:
+            biases = [repeated(kernels[f"{x}_proj.bias"]) for x in names]
+            copied[place] = jnp.concatenate([*biases, fresh[place][len(parts) * H * D :]])
         if "out_proj.bias" in fresh and "o_proj.bias" in source:
             copied["out_proj.bias"] = source["o_proj.bias"]
         return copied

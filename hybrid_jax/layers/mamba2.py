@@ -20,7 +20,7 @@ from hybrid_jax.layers.recurrent import (
     gate_of_attention,
     init_a_log,
     init_dt_bias,
-    query_key_kernels,
+    query_key_maps,
     repeat_heads,
 )
 from hybrid_jax.parallel.recurrence import linear_recurrence
@@ -103,7 +103,7 @@ class Mamba2(nnx.Module):
         C and B, which are those of q and k, or begin at 1 where those have no weights. B, C and their norms stay as drawn where a
         state is not as large as a head."""
         copies = (config.options(Mamba2Config).state_size or config.head_dim) == config.head_dim
-        kernels = {**source, **query_key_kernels(source, config, weights=False)}
+        kernels = {**source, **query_key_maps(source, config, weights=False)}
         parts = [gate_of_attention(source, config), *(kernels[f"{p}_proj.kernel"] for p in ("vkq" if copies else "v"))]
         width = sum(p.shape[1] for p in parts)
         copied = {

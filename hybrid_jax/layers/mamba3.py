@@ -14,7 +14,7 @@ from hybrid_jax.layers.linear import Linear, RMSNorm, rms_norm
 from hybrid_jax.layers.mixer import Arrays
 from hybrid_jax.layers.mixing import Mixing, of_operation
 from hybrid_jax.layers.parameter import parameter
-from hybrid_jax.layers.recurrent import STATE_AXES, gate_of_attention, init_dt_bias, query_key_kernels, repeat_heads
+from hybrid_jax.layers.recurrent import STATE_AXES, gate_of_attention, init_dt_bias, query_key_maps, repeat_heads
 from hybrid_jax.parallel.mamba3 import mamba3_recurrence
 from kernels_pallas.mamba3 import Mamba3State
 
@@ -117,7 +117,7 @@ class Mamba3(nnx.Module):
         No paper converts attention to Mamba-3; this recipe is ours, after that of Mamba-2. Columns of the angles are 0, so that
         the rotation begins at none; the biases, which are 1 in a new model, are 0, so that C B is the query times the key. The
         norms of B and C are those of k and q where the source has them for each head; the weights of norms over all heads go to
-        the columns of B and C (`query_key_kernels`). B and C are copied if the state is as large as the head, the rank is 1 and
+        the columns of B and C (`query_key_maps`). B and C are copied if the state is as large as the head, the rank is 1 and
         there are no `groups`; otherwise they, the biases and the angles stay as drawn. Decay, step size and trap stay as drawn.
         """
         o, drawn = config.options(Mamba3Config), fresh["in_proj.kernel"]
@@ -128,7 +128,7 @@ class Mamba3(nnx.Module):
             return outer | {"in_proj.kernel": jnp.concatenate([*parts, drawn[:, (H + Hkv) * D :]], axis=1)}
         rest = drawn[:, 2 * (H + Hkv) * D :]
         rest = rest.at[:, rest.shape[1] - o.angles(D) :].set(0)
-        kernels = query_key_kernels(source, config)
+        kernels = query_key_maps(source, config)
         copied = {"in_proj.kernel": jnp.concatenate([*parts, kernels["k_proj.kernel"], kernels["q_proj.kernel"], rest], axis=1)}
         if config.qk_norm and not config.qk_norm_all_heads:
             copied |= {f"{ours}_norm.weight": source[f"{x}_norm.weight"] + config.norm_offset for ours, x in ("Bk", "Cq")}

@@ -79,8 +79,11 @@ def _own_experts(rows, chosen, weights, gate, up, down, first, *, weighted_input
 def _choices(x: jax.Array, router: jax.Array, moe: MoEConfig) -> tuple[jax.Array, jax.Array]:
     """Returns the weights (float32) and the numbers of the experts that each token of x [..., hidden] chose, [..., k]."""
     scores = (x @ router).astype(jnp.float32)
-    probs = jax.nn.sigmoid(scores) if moe.sigmoid_router else jax.nn.softmax(scores, axis=-1)
-    weights, chosen = jax.lax.top_k(probs, moe.experts_per_token)
+    if moe.sigmoid_router:  # of the scores: sigmoids of large ones are all 1
+        weights, chosen = jax.lax.top_k(scores, moe.experts_per_token)
+        weights = jax.nn.sigmoid(weights)
+    else:
+        weights, chosen = jax.lax.top_k(jax.nn.softmax(scores, axis=-1), moe.experts_per_token)
     return weights / weights.sum(-1, keepdims=True) if moe.norm_topk_prob else weights, chosen
 
 

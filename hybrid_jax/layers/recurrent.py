@@ -73,31 +73,31 @@ def gate_of_attention(source: Arrays, config: ModelConfig) -> jax.Array:
     return 0.5 * (source["o_proj.kernel"].T + jnp.repeat(source["v_proj.kernel"], groups, axis=1))
 
 
-def query_key_kernels(source: Arrays, config: ModelConfig, *, weights: bool = True) -> dict[str, jax.Array]:
-    """Returns attention's kernels of q and k, by name.
+def query_key_maps(source: Arrays, config: ModelConfig, *, weights: bool = True) -> dict[str, jax.Array]:
+    """Returns attention's kernels of q and k, and their biases if it has them, by name.
 
     A norm over all heads together gives its weights to their columns: a norm of each head, which a mixer has, then leaves the
     direction of every query and key that attention has. Its rescaling of a token is lost. Weights of a norm of each head are not
-    the kernels' (as in hybrid-model-factory). A norm without weights (`ModelConfig.qk_norm_rotated`) changes no direction, and
-    so no kernel. A LayerNorm of each head takes off the mean of its channels, and so do the kernels here; its bias is lost.
+    the kernels' (as in hybrid-model-factory). A LayerNorm of each head takes off the mean of its channels, and so do the kernels
+    here; its bias is lost.
 
     Args:
-      weights: whether those of a norm over all heads go to the kernels.
+      weights: whether those of a norm over all heads go to the kernels and biases.
     """
-    kernels = {f"{x}_proj.kernel": source[f"{x}_proj.kernel"] for x in "qk"}
+    maps = {name: x for name, x in source.items() if name in {f"{x}_proj.{leaf}" for x in "qk" for leaf in ("kernel", "bias")}}
     if config.qk_norm and config.layer_norm:
-        heads = {name: kernel.reshape(len(kernel), -1, config.head_dim) for name, kernel in kernels.items()}
-        kernels = {name: (x - jnp.mean(x, axis=-1, keepdims=True)).reshape(len(x), -1) for name, x in heads.items()}
+        heads = {name: x.reshape(*x.shape[:-1], -1, config.head_dim) for name, x in maps.items()}
+        maps = {name: (x - jnp.mean(x, axis=-1, keepdims=True)).reshape(maps[name].shape) for name, x in heads.items()}
     if not (weights and config.qk_norm_all_heads):
-        return kernels
-    return {name: kernel * (source[f"{name[0]}_norm.weight"] + config.norm_offset) for name, kernel in kernels.items()}
+        return maps
+    return {name: x * (source[f"{name[0]}_norm.weight"] + config.norm_offset) for name, x in maps.items()}
 
 
 def from_projections(source: Arrays, fresh: Arrays, config: ModelConfig) -> dict[str, jax.Array]:
-    """Returns q, k (see `query_key_kernels`), v, o of attention (biases where both have them), and `g_proj` made from o and v.
+    """Returns q, k (see `query_key_maps`), v, o of attention (biases where both have them), and `g_proj` made from o and v.
 
     q and k stay as drawn where the mixer's `state_size` gives them another size than attention's."""
-    source = {**source, **query_key_kernels(source, config)}
+    source = {**source, **query_key_maps(source, config)}
     copied = {n: source[n] for n in fresh if n in source and n.split(".")[0] in ("q_proj", "k_proj", "v_proj", "o_proj")}
     copied = {n: x for n, x in copied.items() if x.shape == fresh[n].shape}
     if "g_proj.kernel" in fresh:
@@ -115,7 +115,7 @@ def projections_for_heads(source: Arrays, fresh: Arrays, config: ModelConfig, op
     if options.key_heads is None:
         return from_projections(source, fresh, config)
     sizes, H, D = HeadSizes.of(config, options), config.num_heads, config.head_dim
-    kernels = {**source, **query_key_kernels(source, config)}
+    kernels = {**source, **query_key_maps(source, config)}
     for name in ("k_proj.kernel", "v_proj.kernel"):
         kernels[name] = repeat_heads(kernels[name].reshape(-1, config.num_kv_heads, D), H).reshape(-1, H * D)
     wide = dataclasses.replace(config, num_kv_heads=H, qk_norm_all_heads=False, mixers=())

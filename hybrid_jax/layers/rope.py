@@ -121,14 +121,14 @@ def rotate(
       halves: channels i and i + R / 2 turn together; False: 2 i and 2 i + 1.
 
     Returns:
-      [B, T, H, D] in x's dtype.
+      [B, T, H, D] in x's dtype, rounded to it once.
     """
     angle = positions[..., None].astype(jnp.float32) * jnp.asarray(inv_freq, jnp.float32)
-    cos = (jnp.cos(angle) * factor)[:, :, None].astype(x.dtype)
-    sin = (jnp.sin(angle) * factor)[:, :, None].astype(x.dtype)
+    cos, sin = ((f(angle) * factor)[:, :, None] for f in (jnp.cos, jnp.sin))
     R = 2 * cos.shape[-1]
-    a, b = (x[..., : R // 2], x[..., R // 2 : R]) if halves else (x[..., :R:2], x[..., 1:R:2])
+    rotated, dtype = x[..., :R].astype(jnp.promote_types(x.dtype, jnp.float32)), x.dtype
+    a, b = (rotated[..., : R // 2], rotated[..., R // 2 :]) if halves else (rotated[..., ::2], rotated[..., 1::2])
     turned = [a * cos - b * sin, b * cos + a * sin]
     if not halves:
         turned = [jnp.stack(turned, axis=-1).reshape(*x.shape[:-1], R)]
-    return jnp.concatenate([*turned, x[..., R:]], axis=-1)
+    return jnp.concatenate([*(part.astype(dtype) for part in turned), x[..., R:]], axis=-1)

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from hybrid_jax.checks import check_integer
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.layers import Embedding
 from hybrid_jax.layers.parameter import Marks
@@ -59,10 +60,15 @@ def number_of(name: str) -> np.uint32:
 
 
 class _Draws:
-    """Gives the keys that `nnx.Rngs(seed)` gives to a new decoder, from number `count` on."""
+    """Gives the keys that `nnx.Rngs(seed)` gives to a new decoder, from number `count` on.
 
-    def __init__(self, seed: int, count: Any = 0):
-        self.key, self.count = jax.random.key(seed), count
+    Args:
+      stream: not 0: other keys, of a stream of so many.
+    """
+
+    def __init__(self, seed: int, count: Any = 0, stream: int | np.uint32 = 0):
+        key = jax.random.key(seed)
+        self.key, self.count = jax.random.fold_in(key, stream) if stream else key, count
 
     def params(self) -> jax.Array:
         key = jax.random.fold_in(self.key, self.count)
@@ -108,10 +114,17 @@ class FreshLayers:
     Args:
       config: of the hybrid.
       seed, dtype, mesh, how: see `initialize_hybrid`; `how` is `fresh_parameters`.
+      stream: not 0: other draws than a new decoder's. A hybrid whose next layers are converted needs them: with the same seed the
+        keys of its first conversion would come again.
+
+    Raises:
+      ValueError: the seed is no integer from 0 to 2^32 - 1; JAX has no other ones.
     """
 
-    def __init__(self, config: ModelConfig, *, seed: int, dtype: Any, mesh: Mesh | None, how: str):
+    def __init__(self, config: ModelConfig, *, seed: int, dtype: Any, mesh: Mesh | None, how: str, stream: int | np.uint32 = 0):
+        check_integer("seed", seed, minimum=0, maximum=2**32 - 1)
         self.config, self.seed, self.dtype, self.mesh, self.how = config, seed, dtype, mesh, how
+        self.stream = stream
         self.marks = abstract_marks(config)
         self._programs: dict[Any, _Program] = {}
         counted: dict[Any, int] = {}
@@ -157,7 +170,7 @@ class FreshLayers:
         as_it_is: dict[str, str] = {}
 
         def make(source, drawn, numbers):
-            new = Layer(self.config, layer, rngs=_Draws(self.seed, drawn), dtype=self.dtype)  # pyright: ignore[reportArgumentType]
+            new = Layer(self.config, layer, rngs=_Draws(self.seed, drawn, self.stream), dtype=self.dtype)  # pyright: ignore[reportArgumentType]
             state = named_state(nnx.split(new)[1])
             fresh = FRESH_PARAMETERS[self.how]({name: state[name] for name in names}, stated, jax.random.key(self.seed), numbers)
             copied, given = copy(source, fresh), {id(x): name for name, x in source.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -60,6 +60,20 @@ def check_convertible(have: ModelConfig, wanted: ModelConfig) -> None:
             )
 
 
+def dtype_from(names: Iterable[str], source: ModelConfig, config: ModelConfig) -> str:
+    """Returns the name of the parameter whose dtype new parameters of the hybrid have: of the first mixer that is replaced.
+
+    In a checkpoint of several dtypes the copies then keep theirs. If no mixer is replaced, it is the embedding's.
+
+    Args:
+      names: of the source's parameters, in the decoder's order.
+    """
+    for i, (old, new) in enumerate(zip(source.layers, config.layers, strict=True)):
+        if old.kinds != new.kinds:
+            return next(n for n in names if n.startswith(f"layers.{i}.") and n.endswith(".kernel") and ".mlp." not in n)
+    return "embed_tokens.embedding"
+
+
 def initialize_hybrid(
     model: Decoder,
     pattern: str,
@@ -89,7 +103,7 @@ def initialize_hybrid(
         `fresh_parameters` is neither.
     """
     config, (_, have) = model.config.with_pattern(pattern), split_model(model)
-    dtype = have["embed_tokens.embedding"].dtype
+    dtype = have[dtype_from(have, model.config, config)].dtype
     options: dict[str, Any] = dict(seed=seed, mesh=mesh, fresh_parameters=fresh_parameters, copy_attention=copy_attention)
     parameters = dict(hybrid_parameters(model.config, have, config, dtype=dtype, **options))
     structure, _ = nnx.split(abstract_decoder(config, dtype=dtype, compute_dtype=model.compute_dtype))
@@ -125,7 +139,8 @@ def hybrid_parameters(
         if name not in have:
             _, layer, inside = name.split(".", 2)
             absent.setdefault(int(layer), []).append(inside)
-    fresh = FreshLayers(config, seed=seed, dtype=dtype, mesh=mesh, how=fresh_parameters) if absent else None
+    stream = number_of(source.pattern) if source.is_hybrid else 0
+    fresh = FreshLayers(config, seed=seed, dtype=dtype, mesh=mesh, how=fresh_parameters, stream=stream) if absent else None
     made: dict[str, Any] = {}
     for name in names:
         if fresh is None or name in have:

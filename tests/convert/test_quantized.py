@@ -158,3 +158,14 @@ def test_one_of_two_descriptions_that_differ_is_refused():
     assert read_quantization({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 64]}}) == Blocks(128, 64)
     with pytest.raises(ValueError, match="contradict each other"):
         read_quantization({"quantization": one, "quantization_config": other})
+
+
+def test_weights_that_stay_dense_are_counted_and_one_that_is_not_finite_is_named(tmp_path, capsys):
+    model = tiny_model("*", hidden_size=32, intermediate_size=40)
+    save_model(model, tmp_path / "out", quantization=Groups(bits=4, group_size=32))
+    assert "1 more weights stay as they are, the first model.layers.0.mlp.down_proj.weight" in capsys.readouterr().err
+    kernel = model.layers[0].self_attn.k_proj.kernel
+    kernel.set_value(kernel[...].at[3, 2].set(jnp.inf))
+    with pytest.raises(ValueError, match="tensor model.layers.0.self_attn.k_proj.weight has numbers that are not finite"):
+        save_model(model, tmp_path / "none", quantization=Groups(bits=4, group_size=32))
+    assert not (tmp_path / "none").exists()

@@ -12,9 +12,10 @@ from hybrid_jax.config import Mamba3Config
 from hybrid_jax.convert.load import read_model_config
 from hybrid_jax.convert.save import planned_tensors
 from hybrid_jax.families import config_from_hf, config_to_hf
+from hybrid_jax.model import Decoder
 from hybrid_jax.parameters import abstract_parameters, split_model
 from hybrid_jax.parity_report import verify
-from hybrid_jax.priming.initialize import check_convertible
+from hybrid_jax.priming.initialize import check_convertible, initialize_hybrid
 from tests.conftest import relative_error
 from tests.convert.released_models import CASES, CORE, HYBRID, LLAMBA, MAMBA3, MIMO, PHI_ATTENTION, PHI_MAMBA, Model, block, torch
 from tests.convert.test_family_contract import decoded
@@ -214,3 +215,10 @@ def test_a_config_without_a_model_type_that_is_of_no_released_layout_is_refused(
     with pytest.raises(ValueError, match="config.json has model_type None; supported: "):
         config_from_hf({"d_model": 32, "n_layer": 2})
     assert config_from_hf(PHI_MAMBA).family == "phi_mamba"
+
+
+def test_a_model_whose_last_attention_is_converted_is_written(tmp_path):
+    model = Decoder(config_from_hf(HYBRID), rngs=nnx.Rngs(0))
+    hybrid = initialize_hybrid(model, "-".join(["DM2"] * model.config.num_layers))
+    save_model(hybrid, tmp_path / "out")
+    assert load_model(tmp_path / "out").config.pattern == hybrid.config.pattern

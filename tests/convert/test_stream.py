@@ -1,5 +1,6 @@
 """Conversion from directory to directory, parameter by parameter: the same files as through a model, in bounded memory."""
 
+import dataclasses
 import json
 import tracemalloc
 
@@ -10,10 +11,10 @@ from safetensors import safe_open
 
 from hybrid_jax import load_model, save_model
 from hybrid_jax.config import ModelConfig, MoEConfig
-from hybrid_jax.convert import convert_directory
+from hybrid_jax.convert import convert_directory, read_model_config
 from hybrid_jax.convert.weights import SINGLE, TensorFiles
 from hybrid_jax.convert.writer import WeightWriter
-from hybrid_jax.parameters import split_model
+from hybrid_jax.parameters import join_model, split_model
 from hybrid_jax.priming.fresh import FreshLayers
 from hybrid_jax.priming.fuse import fuse
 from hybrid_jax.priming.initialize import new_model
@@ -96,3 +97,37 @@ def test_a_writer_makes_files_that_safetensors_reads_and_knows_what_is_missing(t
         assert file.get_tensor("a").dtype == np.float16 and file.get_tensor("a").tolist() == [1, 2, 3]
         assert file.metadata() == {"format": "pt"}
     assert all(t.offset % planned[name][0].itemsize == 0 for name, t in TensorFiles(tmp_path).items())
+
+
+def test_layers_that_are_converted_later_are_drawn_anew(tmp_path):
+    """With the same seed and in any order: no two parameters of a hybrid are equal by their draws."""
+    save_model(tiny_model("*-*-*", num_kv_heads=4), tmp_path / "0")
+    for number, pattern in enumerate(("*-*-GDN", "GDN-*-GDN", "GDN-GDN-GDN"), start=1):
+        convert_directory(tmp_path / str(number - 1), tmp_path / str(number), lambda c, p=pattern: c.with_pattern(p))
+    drawn = {n: t.hash() for n, t in TensorFiles(tmp_path / "3").items() if "_conv1d" in n or ".b_proj" in n or ".gk_proj" in n}
+    assert len(drawn) == 15 == len(set(drawn.values())), "two tensors have the same bytes"
+
+
+def test_copies_of_attention_keep_its_dtype_where_the_embedding_has_another(tmp_path):
+    model = tiny_model("*-*")
+    structure, parameters = split_model(model)
+    table = parameters["embed_tokens.embedding"].astype(jnp.bfloat16)
+    save_model(join_model(structure, {**parameters, "embed_tokens.embedding": table}), tmp_path / "source")
+    convert_directory(tmp_path / "source", tmp_path / "out", lambda c: c.with_pattern("GKA-*"))
+    found, source = TensorFiles(tmp_path / "out"), TensorFiles(tmp_path / "source")
+    q = "model.layers.0.gka.q_proj.weight"
+    assert found[q].dtype == "F32" and found[q].hash() == source[q.replace("gka", "self_attn")].hash()
+    loaded = split_model(load_model(tmp_path / "source", "GKA-*"))[1]
+    assert loaded["layers.0.gka.q_proj.kernel"].dtype == jnp.float32
+
+
+def test_a_conversion_neither_replaces_its_source_nor_ties_its_head(tmp_path):
+    save_model(tiny_model("*-*"), tmp_path / "source")
+    with pytest.raises(FileExistsError, match="is, or is in, the source"):
+        convert_directory(tmp_path / "source", tmp_path / "source", lambda c: c.with_pattern("GKA-*"), overwrite=True)
+    tied = read_model_config(tmp_path / "source").tie_embeddings
+    with pytest.raises(ValueError, match=f"tie_word_embeddings is {tied} there, and a conversion cannot change it"):
+        convert_directory(tmp_path / "source", tmp_path / "out", lambda c: dataclasses.replace(c, tie_embeddings=not tied))
+    with pytest.raises(ValueError, match="seed must be an integer .*4,?294,?967,?295"):
+        convert_directory(tmp_path / "source", tmp_path / "out", lambda c: c.with_pattern("GKA-*"), seed=2**32)
+    assert not (tmp_path / "out").exists()

@@ -118,8 +118,8 @@ MUTATIONS = [
     ),
     Mutation(
         SAVE,
-        "if rows > small and",
-        "if",
+        "if rows > small:",
+        "if True:",
         "decays and gates of heads are quantized",
         (f"{QUANTIZED}::test_an_export_in_integers_is_generated_with_and_says_what_it_costs",),
     ),

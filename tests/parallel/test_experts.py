@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hybrid_jax.config import MoEConfig
+from hybrid_jax.layers.mlp import _choices
 from hybrid_jax.parallel.experts import BLOCK, from_groups, gradient_of_kernels, group, grouped_matmul, to_groups
 from tests.conftest import relative_error
 
@@ -71,3 +73,9 @@ def test_a_grouped_product_has_the_gradients_of_its_groups_products():
     got, pull_got = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes), x, kernels)
     for a, b in zip((got, *pull_got(d)), (want, *pull(d)), strict=True):
         assert relative_error(a, b) < 1e-5
+
+
+def test_a_router_of_sigmoids_chooses_the_largest_scores_also_where_sigmoids_are_1():
+    moe = MoEConfig(4, 1, 8, sigmoid_router=True, norm_topk_prob=False)
+    weights, chosen = _choices(jnp.ones((1, 1)), jnp.array([[17.0, 18.0, 30.0, 25.0]]), moe)
+    assert chosen.tolist() == [[2]] and weights.tolist() == [[1.0]]

@@ -22,13 +22,24 @@ from hybrid_jax.layers.mamba2 import Mamba2, Mamba2State
 from hybrid_jax.memory import state_bytes
 from hybrid_jax.parallel import attention_block
 from hybrid_jax.parallel.attention_block import FULL, Mask
+from hybrid_jax.parallel.experts import gradient_of_kernels
 from hybrid_jax.parallel.mesh import abstract_mesh, make_mesh
 from hybrid_jax.plan import planner
 from hybrid_jax.plan.formula import flops_by_formula, link_speed, traffic
 from hybrid_jax.plan.plan_report import plan_json, plan_rows
 from hybrid_jax.plan.planner import make_plan, meshes, spread_pattern
-from hybrid_jax.plan.program import Compiled, Job, abstract_parameters, decoding_program, make_program
+from hybrid_jax.plan.program import (
+    Compiled,
+    Job,
+    abstract_parameters,
+    decoding_program,
+    make_program,
+    program_flops,
+    topology_devices,
+    training_program,
+)
 from hybrid_jax.plan.wire import wire_bytes
+from hybrid_jax.train.phase import Phase
 from tests.conftest import run_processes, tiny_config
 
 
@@ -61,6 +72,17 @@ def test_flops_of_a_pallas_kernel_are_those_of_every_step_of_its_grid():
         out_shape=jax.ShapeDtypeStruct((24, 256), jnp.float32),
     )
     assert traced_flops(tiled, jnp.zeros((24, 16)), jnp.zeros((16, 256))) == 2 * 24 * 16 * 256
+
+
+def test_flops_of_experts_are_the_same_on_every_mesh_and_in_the_kernel_of_the_tpu():
+    pytest.importorskip("libtpu")
+    config, devices = tiny_config("*", family="qwen3_moe", moe=MoEConfig(4, 2, 64), **DENSE), topology_devices("v5e", "2x2")
+    phase = Phase(objective="next_token", steps=1, batch_size=4, seq_len=64)
+    made = [make_mesh(sizes, devices) for sizes in ({"fsdp": 4}, {"expert": 4}, {"fsdp": 2, "expert": 2})]
+    counted = [program_flops(training_program(config, phase, mesh)) for mesh in made]
+    assert counted[1:] == pytest.approx(counted[:1] * 2, rel=0.03)
+    x, d, sizes = jnp.zeros((256, 128)), jnp.zeros((256, 64)), jnp.zeros(4, jnp.int32)
+    assert traced_flops(gradient_of_kernels, x, d, sizes) == 2 * 256 * 128 * 64
 
 
 def test_flops_are_those_of_every_device_of_a_mesh():

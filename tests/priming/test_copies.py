@@ -115,6 +115,12 @@ def test_options_that_cannot_be_taken_over_are_refused_by_name(gdn, gka, words):
         tiny_config("GDN-*", gdn=gdn, gka=GKAConfig(**gka)).with_pattern("GKA-*")
 
 
+@pytest.mark.parametrize("name", ["use_v_conv", "use_beta_gate", "use_forgetting_gate"])
+def test_an_option_that_would_leave_out_a_part_of_the_deltanet_is_refused(name):
+    with pytest.raises(ValueError, match=f"gka_config.{name} = False would leave out a part"):
+        tiny_config("GDN-*", gka=GKAConfig(**{name: False})).with_pattern("GKA-*")
+
+
 def test_options_of_layers_that_are_gated_kalmanet_already_do_not_change():
     with pytest.raises(ValueError, match="gka_config.conv_size = 4 contradicts gdn_config.conv_size = 3"):
         tiny_config("GKA-GDN", gdn=GDNConfig(conv_size=3, norm_eps=1e-6)).with_pattern("GKA-GKA")

@@ -9,7 +9,7 @@ from flax import nnx
 
 from hybrid_jax.config import BMojoConfig, DiscreteMamba2Config, GDNConfig, Mamba3Config, SWAConfig
 from hybrid_jax.layers.recurrent import init_a_log, init_dt_bias
-from hybrid_jax.parameters import split_model
+from hybrid_jax.parameters import join_model, split_model
 from hybrid_jax.priming.fuse import fuse, unfuse
 from hybrid_jax.priming.initialize import initialize_hybrid, new_model
 from hybrid_jax.selection import select
@@ -254,3 +254,19 @@ def test_selection_converts_the_cheapest_layers():
         pattern_from_scores([2.0, float("nan"), 1.0, 0.5], "GKA", 0.5)
     with pytest.raises(ValueError, match="mixer"):
         Selection(mixer="*")
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": True, "conv_bias": False}], ids=["the convolution's", "in_proj's"])
+def test_biases_of_attention_reach_discrete_mamba_2_as_its_kernels_do(options):
+    """A norm over all heads gives its weights to both."""
+    changes = dict(family="olmo2", qkv_bias=True, qk_norm_all_heads=True, norms="behind", num_kv_heads=4)
+    model = tiny_model("*", discrete_mamba2=DiscreteMamba2Config(**options), **changes)
+    structure, parameters = split_model(model)
+    rng = np.random.default_rng(0)
+    parameters = {n: x + rng.normal(size=x.shape).astype(np.float32) if x.ndim == 1 else x for n, x in parameters.items()}
+    hybrid = split_model(initialize_hybrid(join_model(structure, parameters), "DM2"))[1]
+    own, attention = "layers.0.discrete_mamba2.", "layers.0.self_attn."
+    got = hybrid[own + ("conv1d.bias" if not options else "in_proj.bias")][:96].reshape(3, 32)
+    for part, name in zip(got, "vkq", strict=True):
+        weight = 1 if name == "v" else parameters[f"{attention}{name}_norm.weight"]
+        np.testing.assert_allclose(part, weight * parameters[f"{attention}{name}_proj.bias"], rtol=1e-6)
