@@ -156,8 +156,8 @@ MUTATIONS = [
     ),
     Mutation(
         "hybrid_jax/files.py",
-        "not (p.name in MODEL_FOLDERS if p.is_dir() else p.suffix in MODEL_FILES)",
-        "not p.suffix",
+        "if not any(fnmatch.fnmatchcase(name, pattern) for pattern in known)",
+        "if False",
         "--overwrite removes files that belong to no model",
         ("tests/test_output_directories.py::test_overwrite_keeps_the_source_and_everything_that_belongs_to_no_model",),
     ),

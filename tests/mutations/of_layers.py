@@ -66,8 +66,8 @@ MUTATIONS = [
     ),
     Mutation(
         "hybrid_jax/layers/recurrent.py",
-        "(x - jnp.mean(x, axis=-1, keepdims=True)).reshape(len(x), -1)",
-        "x.reshape(len(x), -1)",
+        "(x - jnp.mean(x, axis=-1, keepdims=True)).reshape(maps[name].shape)",
+        "x.reshape(maps[name].shape)",
         "mixers begin with queries whose mean a LayerNorm would take off",
         (f"{CONTRACT}::test_mixers_begin_with_what_a_layer_norm_of_each_head_makes_of_queries_but_for_its_bias",),
     ),
@@ -101,8 +101,8 @@ MUTATIONS = [
     ),
     Mutation(
         "hybrid_jax/layers/recurrent.py",
-        'kernel * (source[f"{name[0]}_norm.weight"] + config.norm_offset)',
-        "kernel",
+        'x * (source[f"{name[0]}_norm.weight"] + config.norm_offset)',
+        "x",
         "mixers ignore the weights of a norm over all heads",
         (
             "tests/convert/test_family_contract.py::"

@@ -33,8 +33,8 @@ MUTATIONS = [
     ),
     Mutation(
         "hybrid_jax/layers/rope.py",
-        "(x[..., :R:2], x[..., 1:R:2])",
-        "(x[..., 1:R:2], x[..., :R:2])",
+        "(rotated[..., ::2], rotated[..., 1::2])",
+        "(rotated[..., 1::2], rotated[..., ::2])",
         "pairs of channels turn the other way in chunked models",
         (PARITY,),
     ),
@@ -50,8 +50,8 @@ MUTATIONS = [
     ),
     Mutation(
         MLP,
-        "jax.nn.sigmoid(scores) if moe.sigmoid_router",
-        "scores if moe.sigmoid_router",
+        "weights = jax.nn.sigmoid(weights)",
+        "weights = weights",
         "routers of chunked models have no sigmoid",
         (PARITY,),
     ),
