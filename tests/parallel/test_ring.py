@@ -137,7 +137,7 @@ def test_a_conv_wider_than_a_chunk_sees_the_tokens_of_its_segment(any_pairs):
     """Chunks of two tokens and a width of four; segments begin at a border and inside a chunk."""
     x, weight = random(2, 12, 3), random(3, 4, seed=1)
     ids = jnp.asarray([[1] * 4 + [2] * 5 + [3] * 3, [1] * 12], jnp.int32)
-    got = on_devices(lambda x, ids: _conv_over_chunks(ids, x, weight, None), 3, x, ids)
+    got = on_devices(lambda x, ids: _conv_over_chunks(ids, x, weight, None, activation="silu"), 3, x, ids)
     seen = np.asarray(ids)[:, :, None] == np.asarray(ids)[:, None, :]
     before = np.zeros((2, 12, 3))
     for t in range(12):
