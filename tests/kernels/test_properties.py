@@ -66,15 +66,19 @@ def test_a_weak_decay_after_a_strong_one_keeps_its_precision():
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("op", STATEFUL)
 def test_packed_segments_equal_separate_sequences(op, implementation):
-    """Also segments of one token, and ids that need not rise; the initial state is the first segment's."""
+    """Also segments of one token, and ids that need not rise; the initial state is the first segment's. In float64, because the
+    rounding of float32 in Gated KalmaNet's solve depends on the processor."""
     bounds, ids = [0, 5, 6, 17, 23], [7, 3, 9, 3]
-    inputs, state = make_inputs(op, 23), make_state(op)
     segments = jnp.asarray(np.tile(np.repeat(ids, np.diff(bounds)), (B, 1)))
-    packed, packed_state = run(op, inputs, implementation, initial_state=state, segment_ids=segments)
-    for i, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        alone, last = run(op, cut(inputs, slice(a, b)), implementation, initial_state=state if i == 0 else None)
-        assert_close(packed[:, a:b], alone, 2e-5)
-    assert_close(packed_state, last, 2e-5)
+    with jax.enable_x64(True):
+        inputs, state = (
+            jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), x) for x in (make_inputs(op, 23), make_state(op))
+        )
+        packed, packed_state = run(op, inputs, implementation, initial_state=state, segment_ids=segments)
+        for i, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+            alone, last = run(op, cut(inputs, slice(a, b)), implementation, initial_state=state if i == 0 else None)
+            assert_close(packed[:, a:b], alone, 1e-9)
+        assert_close(packed_state, last, 1e-9)
 
 
 @pytest.mark.parametrize("op", STATEFUL)
