@@ -117,14 +117,14 @@ def test_a_pattern_of_the_wrong_length_or_symbol_is_refused(source, tmp_path, ca
 def test_overwrite_replaces_a_model_directory_when_the_new_one_is_complete_and_nothing_else(source, tmp_path, capsys, monkeypatch):
     out, other = tmp_path / "out", tmp_path / "other"
     assert main(["convert", str(source), str(out)]) == 0
-    (out / "mine.txt").write_text("x")
+    (out / "merges.txt").write_text("x")
     with monkeypatch.context() as patch:
         patch.setattr("hybrid_jax.convert.writer.WeightWriter.write", lambda *args: pytest.fail("a full disk"))
         with pytest.raises(BaseException, match="a full disk"):
             main(["export", str(source), str(out), "--overwrite"])
-    assert (out / "mine.txt").exists() and (out / "config.json").exists()
+    assert (out / "merges.txt").exists() and (out / "config.json").exists()
     assert main(["convert", str(source), str(out), "--overwrite", "--pattern", "*-GKA"]) == 0
-    assert json.loads((out / "config.json").read_text())["hybrid_override_pattern"] == "*-GKA" and not (out / "mine.txt").exists()
+    assert json.loads((out / "config.json").read_text())["hybrid_override_pattern"] == "*-GKA" and not (out / "merges.txt").exists()
     other.mkdir()
     capsys.readouterr()
     (other / "precious.txt").write_text("x")
