@@ -155,7 +155,7 @@ def _round_trip(config: ModelConfig, parameters: StoredParameters) -> tuple[tupl
     returns: dict[str, bool] = {}
     missing = set()
     again = ((n, load_sharded(None, n, x, stated[n].axes)) for n, x in parameters.items())
-    for name, value, row, axis in hf_pieces(config, again):
+    for name, value, row, axis, _ in hf_pieces(config, again):
         if name not in stored_as:
             missing.add(name)
             continue

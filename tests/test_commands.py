@@ -119,7 +119,7 @@ def test_overwrite_replaces_a_model_directory_when_the_new_one_is_complete_and_n
     assert main(["convert", str(source), str(out)]) == 0
     (out / "merges.txt").write_text("x")
     with monkeypatch.context() as patch:
-        patch.setattr("hybrid_jax.convert.writer.WeightWriter.write", lambda *args: pytest.fail("a full disk"))
+        patch.setattr("hybrid_jax.convert.writer.WeightWriter.check_complete", lambda *args: pytest.fail("a full disk"))
         with pytest.raises(BaseException, match="a full disk"):
             main(["export", str(source), str(out), "--overwrite"])
     assert (out / "merges.txt").exists() and (out / "config.json").exists()

@@ -85,6 +85,7 @@ def measure(directory: pathlib.Path, model: str, layers: int | None) -> None:
     for name, command in steps.items():
         shutil.rmtree(out, ignore_errors=True)
         drop_pages(source)
+        os.sync()  # removing the last output is not counted
         begin = time.perf_counter()
         peak = peak_memory(command)
         drop_pages(out)  # writing is over when everything is on the disk

@@ -18,7 +18,7 @@ from hybrid_jax.checks import check_choice
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.convert.names import Tensor, hf_tensors
 from hybrid_jax.convert.quantized import KEYS, read_quantization
-from hybrid_jax.convert.tensor_file import DTYPES
+from hybrid_jax.convert.tensor_file import DTYPES, FileTensor
 from hybrid_jax.convert.weights import TensorFiles
 from hybrid_jax.families import FAMILIES, config_from_hf
 from hybrid_jax.files import read_json
@@ -196,6 +196,13 @@ class StoredParameter:
     def part(self, expert: int | None) -> np.ndarray:
         """Returns the parameter (or an expert's slice of it), without a copy where the files have its dtype."""
         return self._cast(expert or 0, self._view(expert or 0))
+
+    def as_stored(self, wanted: Tensor) -> FileTensor | None:
+        """Returns the files' tensor that has the bytes of `wanted`, a tensor of this parameter in a checkpoint; None: none has."""
+        have, name = self._tensors[wanted.expert or 0]
+        stored = self._files[name]
+        same = (have.from_hf, have.expert, have.rows) == (wanted.from_hf, wanted.expert, None)
+        return stored if same and isinstance(stored, FileTensor) and DTYPES.get(stored.dtype) == self.dtype.name else None
 
     def __getitem__(self, index: Any) -> np.ndarray:
         """Returns a copy of the part that a tuple of slices (or `...`) describes."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import functools
 import json
 import pathlib
@@ -16,6 +18,7 @@ from hybrid_jax.config import ModelConfig
 from hybrid_jax.convert.load import StoredParameter
 from hybrid_jax.convert.names import hf_tensors
 from hybrid_jax.convert.quantized import KEYS, Groups, QuantizationLoss, check_quantizable
+from hybrid_jax.convert.tensor_file import DTYPES, FileTensor
 from hybrid_jax.convert.writer import WeightWriter
 from hybrid_jax.families import config_to_hf
 from hybrid_jax.files import new_directory
@@ -24,6 +27,7 @@ from hybrid_jax.parallel.distributed import barrier, is_first, notice, whole_arr
 from hybrid_jax.parameters import abstract_marks, abstract_parameters, split_model
 
 MAX_SHARD_BYTES = 5_000_000_000
+MOST_WAITING, MOST_WAITING_BYTES = 64, 1 << 28  # tensors, and their bytes in memory, that wait until they are written
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "tokenizer.model", "tekken.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
@@ -32,12 +36,16 @@ MORE_TEMPLATES = "additional_chat_templates"  # a folder of chat templates by na
 
 
 class Piece(NamedTuple):
-    """Rows of a checkpoint's tensor along `axis`, from number `row` on; most often all of them."""
+    """Rows of a checkpoint's tensor along `axis`, from number `row` on; most often all of them.
+
+    `stored` is a tensor of a file that has the bytes of all rows, if there is one.
+    """
 
     name: str
     value: np.ndarray
     row: int = 0
     axis: int = 0
+    stored: FileTensor | None = None
 
 
 def hf_pieces(config: ModelConfig, parameters: Iterable[tuple[str, Any]]) -> Iterator[Piece]:
@@ -51,8 +59,11 @@ def hf_pieces(config: ModelConfig, parameters: Iterable[tuple[str, Any]]) -> Ite
         part = parameter.part if isinstance(parameter, StoredParameter) else functools.partial(_part, whole_array(parameter))
         for t in hf_tensors(name, stated[name].layout, config):
             value = t.to_hf(part(t.expert))
-            for row, rows in [(0, value)] if t.rows is None else t.rows.pieces(value):
-                yield Piece(t.name, rows, row, 0 if t.rows is None else t.rows.axis)
+            if t.rows is None:
+                yield Piece(t.name, value, stored=parameter.as_stored(t) if isinstance(parameter, StoredParameter) else None)
+                continue
+            for row, rows in t.rows.pieces(value):
+                yield Piece(t.name, rows, row, t.rows.axis)
 
 
 def _part(value: np.ndarray, expert: int | None) -> np.ndarray:
@@ -115,7 +126,7 @@ def write_parameters(
     """Writes weights and config.json into a directory that exists, one parameter after the other.
 
     Args:
-      parameters: see `hf_pieces`; no two are held at a time.
+      parameters: see `hf_pieces`; `MOST_WAITING_BYTES` of them are held, or one that is larger.
       dtypes: of all parameters, by name.
       quantization: how the weights of `quantized_tensors` are stored; size and error are said on stderr.
     """
@@ -128,16 +139,30 @@ def write_parameters(
             dtype, shape = planned.pop(name)
             planned |= {name.removesuffix("weight") + end: x for end, x in quantization.planned(shape, dtype).items()}
     writer = WeightWriter(directory, planned, max_shard_bytes)
-    for piece in hf_pieces(config, parameters):
+
+    def write(piece: Piece) -> None:
         if quantization is None or piece.name not in chosen:
-            writer.write(*piece)
-            continue
+            if piece.stored is not None and jnp.dtype(DTYPES[piece.stored.dtype]) == planned[piece.name][0]:
+                writer.copy(piece.name, piece.stored)
+            else:
+                writer.write(piece.name, piece.value, piece.row, piece.axis)
+            return
         module = piece.name.removesuffix("weight")
         check_quantizable(piece.name, piece.value)
         parts = quantization.quantize(piece.value, planned[f"{module}scales"][0])
         loss.add(piece.name, piece.value, parts, quantization)
         for end, value in parts.items():
             writer.write(module + end, value, piece.row)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:  # pieces are written while the next ones are made
+        waiting: collections.deque[tuple[concurrent.futures.Future, int]] = collections.deque()
+        for piece in hf_pieces(config, parameters):
+            size = piece.value.nbytes if piece.stored is None else 0  # what is in a file needs no memory
+            while waiting and (len(waiting) == MOST_WAITING or sum(n for _, n in waiting) + size > MOST_WAITING_BYTES):
+                waiting.popleft()[0].result()
+            waiting.append((thread.submit(write, piece), size))
+        for written, _ in waiting:
+            written.result()
     writer.check_complete()
     if quantization is not None:
         notice(str(loss))

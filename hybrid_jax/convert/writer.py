@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import pathlib
 from collections.abc import Mapping
+from typing import BinaryIO
 
 import numpy as np
 
-from hybrid_jax.convert.tensor_file import STORED_DTYPES
+from hybrid_jax.convert.tensor_file import STORED_DTYPES, FileTensor
 from hybrid_jax.convert.weights import INDEX, SINGLE
 
 _NAMES = {name: stored for stored, name in STORED_DTYPES.items()}  # of dtypes
+_CHUNK = 1 << 26  # bytes that are copied at a time
+
+
+def _copy_bytes(source: BinaryIO, start: int, file: BinaryIO, begin: int, size: int) -> int:
+    """Copies up to `size` bytes from `start` of one file to `begin` of another, in the kernel where it can; returns how many."""
+    if hasattr(os, "copy_file_range"):
+        try:
+            return os.copy_file_range(source.fileno(), file.fileno(), size, start, begin)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+    source.seek(start)
+    file.seek(begin)
+    return file.write(source.read(size))
 
 
 class WeightWriter:
@@ -76,6 +93,25 @@ class WeightWriter:
                 file.seek(begin + (n * full[axis] + row) * size)
                 file.write(data.data)
         self.missing[name] -= dtype.itemsize * value.size
+
+    def copy(self, name: str, stored: FileTensor) -> None:
+        """Writes a tensor that has the planned dtype and shape in another file; its bytes pass through the system alone.
+
+        Raises:
+          ValueError: it has another dtype or shape, or its file has become shorter.
+        """
+        dtype, shape = self.planned[name]
+        if (STORED_DTYPES[stored.dtype], stored.shape) != (dtype.name, shape):
+            raise ValueError(f"tensor {name}: {stored.dtype} {stored.shape} is not the planned {dtype.name} {shape}")
+        path, begin = self.place[name]
+        with open(stored.path, "rb", buffering=0) as source, open(path, "r+b", buffering=0) as file:
+            copied = 0
+            while copied < stored.size:
+                size = _copy_bytes(source, stored.offset + copied, file, begin + copied, min(stored.size - copied, _CHUNK))
+                if not size:
+                    raise ValueError(f"{stored.path} ends in the middle of a tensor; something has changed it")
+                copied += size
+        self.missing[name] -= copied
 
     def check_complete(self) -> None:
         """Checks that every byte was written.

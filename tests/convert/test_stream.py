@@ -1,6 +1,7 @@
 """Conversion from directory to directory, parameter by parameter: the same files as through a model, in bounded memory."""
 
 import dataclasses
+import errno
 import json
 import tracemalloc
 
@@ -97,6 +98,45 @@ def test_a_writer_makes_files_that_safetensors_reads_and_knows_what_is_missing(t
         assert file.get_tensor("a").dtype == np.float16 and file.get_tensor("a").tolist() == [1, 2, 3]
         assert file.metadata() == {"format": "pt"}
     assert all(t.offset % planned[name][0].itemsize == 0 for name, t in TensorFiles(tmp_path).items())
+
+
+def test_what_a_hybrid_keeps_is_copied_and_the_rest_is_written(tmp_path, monkeypatch):
+    save_model(tiny_model("*-*"), tmp_path / "source")
+    written, write = set(), WeightWriter.write
+    monkeypatch.setattr(WeightWriter, "write", lambda self, name, *args: (written.add(name), write(self, name, *args)))
+    convert_directory(tmp_path / "source", tmp_path / "out", lambda c: c.with_pattern("*-GDN"))
+    source, out = stored(tmp_path / "source"), stored(tmp_path / "out")
+    same = {f"model.layers.1.gdn.{x}_proj.weight": source[f"model.layers.1.self_attn.{x}_proj.weight"] for x in "qkvo"}
+    kept = {name: source[name] for name in out.keys() & source.keys()} | same
+    assert written == out.keys() - kept.keys() and "model.layers.1.gdn.g_proj.weight" in written
+    assert "model.layers.0.mlp.up_proj.weight" in kept and all(out[name] == tensor for name, tensor in kept.items())
+
+
+@pytest.mark.parametrize("kernel_copies", [True, False])
+def test_a_tensor_is_copied_from_another_file_whether_the_kernel_can_or_not(kernel_copies, tmp_path, monkeypatch):
+    def refuses(*args):
+        raise OSError(errno.EXDEV, "another disk")
+
+    if not kernel_copies:
+        monkeypatch.setattr("os.copy_file_range", refuses)
+    monkeypatch.setattr("hybrid_jax.convert.writer._CHUNK", 7)
+    values = {"a": np.arange(3, dtype=np.float16), "b": np.arange(10, dtype=np.float32).reshape(2, 5)}
+    planned = {name: (x.dtype, x.shape) for name, x in values.items()}
+    (tmp_path / "out").mkdir()
+    first, second = WeightWriter(tmp_path, planned, 10**9), WeightWriter(tmp_path / "out", planned, 10**9)
+    for name, value in values.items():
+        first.write(name, value)
+    have = TensorFiles(tmp_path)
+    for name in values:
+        second.copy(name, have[name])
+    second.check_complete()
+    assert stored(tmp_path / "out") == stored(tmp_path)
+    with pytest.raises(ValueError, match=r"tensor a: F32 \(2, 5\) is not the planned float16 \(3,\)"):
+        second.copy("a", have["b"])
+    with open(tmp_path / SINGLE, "r+b") as file:
+        file.truncate(have["b"].offset + 20)
+    with pytest.raises(ValueError, match="ends in the middle of a tensor"):
+        second.copy("b", have["b"])
 
 
 def test_layers_that_are_converted_later_are_drawn_anew(tmp_path):
