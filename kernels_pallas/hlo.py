@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
-TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+TRIPS = re.compile(r'"knowntrip_count":\{"n":"(\d+)"\}')
 LIMIT = re.compile(r" s32\[\]\S* constant\((\d+)\)")
 BRANCHES = re.compile(r"(?:branch_computations=\{([^}]*)\}|true_computation=(\S+), false_computation=(\S+))")
 CALLS = re.compile(r"(?:calls|to_apply|called_computations)=\{?([^,}\s]+(?:, ?%[\w.\-]+)*)")
@@ -34,6 +34,20 @@ def _add(total: dict[str, float], more: dict[str, float]) -> None:
         total[name] = total.get(name, 0) + amount
 
 
+def computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+    """Returns the lines of every computation of a program's text, by name, and the name of the one that is run."""
+    bodies: dict[str, list[str]] = {}
+    entry, current = "", None
+    for line in hlo.splitlines():
+        if match := COMPUTATION.match(line):
+            current = match.group(1)
+            bodies[current] = []
+            entry = current if line.startswith("ENTRY") else entry
+        elif current is not None:
+            bodies[current].append(line)
+    return bodies, entry
+
+
 def program_sum(hlo: str, of_line: Callable[[str], dict[str, float]]) -> dict[str, float]:
     """Returns the amounts that one run of a program adds up to, by name.
 
@@ -42,15 +56,7 @@ def program_sum(hlo: str, of_line: Callable[[str], dict[str, float]]) -> dict[st
       of_line: returns the amounts of an instruction by name; if empty, those of the computations that it calls are added.
         Of a conditional the branch with the largest sum counts.
     """
-    bodies: dict[str, list[str]] = {}
-    entry = current = None
-    for line in hlo.splitlines():
-        if match := COMPUTATION.match(line):
-            current = match.group(1)
-            bodies[current] = []
-            entry = current if line.startswith("ENTRY") else entry
-        elif current is not None:
-            bodies[current].append(line)
+    bodies, entry = computations(hlo)
 
     @functools.cache
     def total(name: str) -> dict[str, float]:
@@ -62,7 +68,7 @@ def program_sum(hlo: str, of_line: Callable[[str], dict[str, float]]) -> dict[st
     def amounts(line: str) -> dict[str, float]:
         if " while(" in line:
             body, condition = (group_of(rf"{part}=%?([\w.\-]+)", line) for part in ("body", "condition"))
-            trips = _trip_count(line, bodies.get(condition, []))
+            trips = trip_count(line, bodies.get(condition, []))
             return {kind: trips * n for kind, n in total(body).items()}
         if own := of_line(line):
             return own
@@ -78,7 +84,7 @@ def program_sum(hlo: str, of_line: Callable[[str], dict[str, float]]) -> dict[st
     return dict(total(entry))
 
 
-def _trip_count(line: str, condition: list[str]) -> int:
+def trip_count(line: str, condition: list[str]) -> int:
     """Returns the trip count of the loop at `line`, which counts from 0; 1 if its condition does not show it."""
     if known := TRIPS.search(line):
         return int(known.group(1))

@@ -35,18 +35,33 @@ def compile_cases(chip: str, cases: Sequence[str], shape: dict | None = None, xl
     with contextlib.ExitStack() as stack:
         dump = stack.enter_context(tempfile.TemporaryDirectory())
         request = dict(chip=chip, cases=list(cases), shape=shape or {})
-        forms = [_worker(stack, request | dict(dump=dump), f"--xla_jf_dump_to={dump} {DUMPED}")]
+        forms = [_compiled(stack, request | dict(dump=dump), f"--xla_jf_dump_to={dump} {DUMPED}")]
         if xla:
-            forms.append(_worker(stack, request | dict(dump=None), ""))
+            forms.append(_compiled(stack, request | dict(dump=None), ""))
         for results in zip(*forms, strict=True):
             yield {k: v for result in reversed(results) for k, v in result.items()}
 
 
-def _worker(stack: contextlib.ExitStack, request: dict, options: str) -> Iterator[dict]:
-    """Starts a process that compiles, and returns an iterator over its results."""
+def _compiled(stack: contextlib.ExitStack, request: dict, options: str) -> Iterator[dict]:
+    return worker(stack, "kernels_pallas.lab.worker", request, options, len(request["cases"]))
+
+
+def worker(stack: contextlib.ExitStack, module: str, request: dict, options: str, count: int) -> Iterator[dict]:
+    """Starts a process that compiles, and returns an iterator over its results.
+
+    Args:
+      stack: ends the process.
+      module: what runs; it takes the request as JSON and prints lines that begin with `MARK`, a result as JSON in each.
+      request: has the `chip`.
+      options: of libtpu.
+      count: how many results must come.
+
+    Raises:
+      RuntimeError: by the iterator: the process ended before; the message has the end of its standard error.
+    """
     env = dict(os.environ, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", LIBTPU_INIT_ARGS=options)
     errors = stack.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115
-    command = [sys.executable, "-m", "kernels_pallas.lab.worker", json.dumps(request)]
+    command = [sys.executable, "-m", module, json.dumps(request)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env)
     stack.callback(process.wait)
     stack.callback(process.kill)
@@ -57,9 +72,9 @@ def _worker(stack: contextlib.ExitStack, request: dict, options: str) -> Iterato
             if line.startswith(MARK):
                 done += 1
                 yield json.loads(line[len(MARK) :])
-        if process.wait() or done < len(request["cases"]):
+        if process.wait() or done < count:
             errors.seek(0)
             text = errors.read()[-3000:]
-            raise RuntimeError(f"compiling for {request['chip']} ended after {done} of {len(request['cases'])} cases:\n{text}")
+            raise RuntimeError(f"compiling for {request['chip']} ended after {done} of {count} cases:\n{text}")
 
     return results()

@@ -17,9 +17,13 @@ EXIT_TEST = re.compile(r"scmp\.ge\.s32\.totalorder[^,]*, (\d+) /\* loop exit tes
 
 
 class Schedule(NamedTuple):
-    """One kernel's bundles per grid step (inner loops multiplied out), slots {unit: (used, capacity per bundle)}, and spills."""
+    """One kernel's bundles per grid step (inner loops multiplied out), slots {unit: (used, capacity per bundle)}, and spills.
+
+    `instruction` is the name of its call in the program, `kernel` the same without its number.
+    """
 
     kernel: str
+    instruction: str
     bundles: int
     slots: dict[str, tuple[int, int]]
     spill_stores: int
@@ -68,9 +72,11 @@ def read_schedules(folder: Path, prefix: str) -> list[Schedule]:
         table = [[int(n) for n in row.split()] for row in rows[4:] if row.strip()]
         weights = _weights(lines)
         used = {u: sum(w * row[i] for w, row in zip(weights, table, strict=False)) for i, u in enumerate(units)}
+        instruction = re.sub(r"^\d+-", "", Path(stem).name)
         found.append(
             Schedule(
-                kernel=re.sub(r"^\d+-", "", Path(stem).name).split(".")[0],
+                kernel=instruction.split(".")[0],
+                instruction=instruction,
                 bundles=sum(weights),
                 slots={u: (used[u], c) for u, c in zip(units, capacity, strict=True) if ":" not in u},
                 spill_stores=used.get("VSTORE:SPILL", 0),
