@@ -37,6 +37,7 @@ class Case(NamedTuple):
     backward: whether the gradient of every array is computed too.
     decode: one token per sequence: `seq_len` is not used, and the last arguments are the state.
     kernel: what the names of its kernels begin with; empty: the operation's name.
+    options: from a Shape, further keywords of `run`.
     """
 
     run: Callable
@@ -44,6 +45,7 @@ class Case(NamedTuple):
     backward: bool = False
     decode: bool = False
     kernel: str = ""
+    options: Callable[[Shape], dict] = lambda shape: {}
 
 
 def _tokens(n_scalars: int):
@@ -71,6 +73,40 @@ def _token(n_scalars: int, *states: str):
 def _conv(s: Shape):
     D = s.heads * s.key_dim
     return [((s.batch, s.seq_len, D), s.dtype), ((D, 4), s.dtype)]
+
+
+def _normed(kind: str):
+    """Returns the options of a convolution that norms every head, as `Case.options`."""
+    return lambda s: dict(norm=ops.HeadNorm(kind, s.key_dim))
+
+
+def _conv_rms(s: Shape):
+    return [*_conv(s), ((s.key_dim,), s.dtype)]
+
+
+def _short_conv_rms(x, weight, norm_weight, **options):
+    return ops.short_conv(x, weight, norm_weight=norm_weight, **options)
+
+
+def _gated(s: Shape):
+    o = ((s.batch, s.seq_len, s.heads, s.value_dim), s.dtype)
+    return [o, o, ((s.value_dim,), s.dtype)]
+
+
+def _gated_rms_norm(*args, segment_ids, **options):
+    del segment_ids  # every token by itself
+    return ops.gated_rms_norm(*args, **options), None
+
+
+def _hidden(s: Shape):
+    D = s.heads * s.key_dim
+    x = ((s.batch, s.seq_len, D), s.dtype)
+    return [x, x, ((D,), s.dtype)]
+
+
+def _rms_norm(x, residual, weight, *, segment_ids, **options):
+    del segment_ids
+    return ops.rms_norm(x, weight, 1e-6, residual, **options), None
 
 
 def _rotated(rank: int):
@@ -109,6 +145,14 @@ CASES = {
     "mamba3_mimo.backward": Case(ops.mamba3, _rotated(4), backward=True, kernel="linear_attention"),
     "short_conv": Case(ops.short_conv, _conv),
     "short_conv.backward": Case(ops.short_conv, _conv, backward=True),
+    "short_conv_l2": Case(ops.short_conv, _conv, kernel="short_conv", options=_normed("l2")),
+    "short_conv_l2.backward": Case(ops.short_conv, _conv, backward=True, kernel="short_conv", options=_normed("l2")),
+    "short_conv_rms": Case(_short_conv_rms, _conv_rms, kernel="short_conv", options=_normed("rms")),
+    "short_conv_rms.backward": Case(_short_conv_rms, _conv_rms, backward=True, kernel="short_conv", options=_normed("rms")),
+    "gated_rms_norm": Case(_gated_rms_norm, _gated),
+    "gated_rms_norm.backward": Case(_gated_rms_norm, _gated, backward=True),
+    "rms_norm": Case(_rms_norm, _hidden),
+    "rms_norm.backward": Case(_rms_norm, _hidden, backward=True),
     "linear_attention_step": Case(_with_state(ops.linear_attention_step), _token(1, "KV"), decode=True),
     "gated_delta_rule_step": Case(_with_state(ops.gated_delta_rule_step), _token(2, "KV"), decode=True),
     "gated_kalmanet_step": Case(_kalmanet_step, _token(2, "KK", "KV"), decode=True),
@@ -124,7 +168,7 @@ def program(case: Case, shape: Shape, implementation: str | None) -> tuple[Calla
 
     def forward(*args):
         *args, segment_ids = args if packed else (*args, None)
-        options = {} if case.decode else dict(segment_ids=segment_ids)
+        options = case.options(shape) | ({} if case.decode else dict(segment_ids=segment_ids))
         return case.run(*args, implementation=implementation, **options)
 
     if not case.backward:
