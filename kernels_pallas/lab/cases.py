@@ -93,9 +93,14 @@ def _gated(s: Shape):
     return [o, o, ((s.value_dim,), s.dtype)]
 
 
-def _gated_rms_norm(*args, segment_ids, **options):
-    del segment_ids  # every token by itself
-    return ops.gated_rms_norm(*args, **options), None
+def _without_segments(op):
+    """Returns an operation that norms every token by itself, with the keywords and the results of the others."""
+
+    def run(*args, segment_ids, **options):
+        del segment_ids
+        return op(*args, **options), None
+
+    return run
 
 
 def _hidden(s: Shape):
@@ -104,9 +109,8 @@ def _hidden(s: Shape):
     return [x, x, ((D,), s.dtype)]
 
 
-def _rms_norm(x, residual, weight, *, segment_ids, **options):
-    del segment_ids
-    return ops.rms_norm(x, weight, 1e-6, residual, **options), None
+def _rms_norm(x, residual, weight, **options):
+    return ops.rms_norm(x, weight, 1e-6, residual, **options)
 
 
 def _rotated(rank: int):
@@ -149,10 +153,10 @@ CASES = {
     "short_conv_l2.backward": Case(ops.short_conv, _conv, backward=True, kernel="short_conv", options=_normed("l2")),
     "short_conv_rms": Case(_short_conv_rms, _conv_rms, kernel="short_conv", options=_normed("rms")),
     "short_conv_rms.backward": Case(_short_conv_rms, _conv_rms, backward=True, kernel="short_conv", options=_normed("rms")),
-    "gated_rms_norm": Case(_gated_rms_norm, _gated),
-    "gated_rms_norm.backward": Case(_gated_rms_norm, _gated, backward=True),
-    "rms_norm": Case(_rms_norm, _hidden),
-    "rms_norm.backward": Case(_rms_norm, _hidden, backward=True),
+    "gated_rms_norm": Case(_without_segments(ops.gated_rms_norm), _gated),
+    "gated_rms_norm.backward": Case(_without_segments(ops.gated_rms_norm), _gated, backward=True),
+    "rms_norm": Case(_without_segments(_rms_norm), _hidden),
+    "rms_norm.backward": Case(_without_segments(_rms_norm), _hidden, backward=True),
     "linear_attention_step": Case(_with_state(ops.linear_attention_step), _token(1, "KV"), decode=True),
     "gated_delta_rule_step": Case(_with_state(ops.gated_delta_rule_step), _token(2, "KV"), decode=True),
     "gated_kalmanet_step": Case(_kalmanet_step, _token(2, "KK", "KV"), decode=True),
@@ -160,7 +164,7 @@ CASES = {
 
 
 def program(case: Case, shape: Shape, implementation: str | None) -> tuple[Callable, list]:
-    """Returns the function to compile, and (dims, dtype) of its arguments; with `backward` the last is the output's cotangent."""
+    """Returns the function to compile, and (dims, dtype) of its arguments; with `backward` the last are the outputs' cotangents."""
     arrays = case.arrays(shape)
     if shape.packed and not case.decode:
         arrays = [*arrays, ((shape.batch, shape.seq_len), "int32")]
@@ -176,12 +180,11 @@ def program(case: Case, shape: Shape, implementation: str | None) -> tuple[Calla
     n = len(arrays) - packed
 
     def forward_backward(*args):
-        *args, cotangent = args
-        o, pull = jax.vjp(lambda *x: forward(*x, *args[n:])[0], *args[:n])
-        return o, pull(cotangent)
+        o, pull = jax.vjp(lambda *x: forward(*x, *args[n : len(arrays)])[0], *args[:n])
+        return o, pull(jax.tree.unflatten(jax.tree.structure(o), args[len(arrays) :]))
 
-    out = jax.eval_shape(forward, *(jax.ShapeDtypeStruct(*a) for a in arrays))[0]
-    return forward_backward, [*arrays, (out.shape, out.dtype.name)]
+    outputs = jax.tree.leaves(jax.eval_shape(forward, *(jax.ShapeDtypeStruct(*a) for a in arrays))[0])
+    return forward_backward, [*arrays, *((out.shape, out.dtype.name) for out in outputs)]
 
 
 def random_arrays(case: Case, shape: Shape, seed: int = 0) -> list[jax.Array]:
