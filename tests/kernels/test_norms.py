@@ -121,7 +121,7 @@ def test_the_formulas_are_bit_for_bit_those_of_the_layers(implementation):
 
     y, end = plain(x)
     for kind in ("l2", "l2_eps_outside"):
-        want = heads(lambda y: layer_l2(y, eps_outside=NORMS[kind].eps_outside), y)
+        want = heads(functools.partial(layer_l2, eps_outside=NORMS[kind].eps_outside), y)
         got, kept = conv(kind, 8)(x, weight, bias, state, implementation=implementation)
         assert jnp.array_equal(got, want) and jnp.array_equal(kept, end)
     got, kept = conv("rms", 8)(x, weight, bias, state, norm_weight, implementation=implementation)
