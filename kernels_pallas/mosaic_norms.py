@@ -119,6 +119,6 @@ def add_rows(ref: jax.Ref, x: jax.Array) -> None:
 
     @pl.when(pl.program_id(2) == 0)
     def _():
-        ref[...] = jnp.zeros_like(ref)
+        ref[...] = jnp.zeros(ref.shape, ref.dtype)
 
     ref[0] += jnp.sum(x.reshape(-1, 8, x.shape[1]), axis=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +75,7 @@ def _conv(s: Shape):
     return [((s.batch, s.seq_len, D), s.dtype), ((D, 4), s.dtype)]
 
 
-def _normed(kind: str):
+def _normed(kind: Literal["l2", "rms"]):
     """Returns the options of a convolution that norms every head, as `Case.options`."""
     return lambda s: dict(norm=ops.HeadNorm(kind, s.key_dim))
 

@@ -64,7 +64,8 @@ def rms_norm(
         dtype = jnp.promote_types(x.dtype, residual.dtype)
         x, residual = x.astype(dtype), residual.astype(dtype)
     run = pick_implementation(op, implementation, IMPLEMENTATIONS, x)
-    y, total = run(*alike(op, x, weight, residual), eps)
+    x, weight, residual = alike(op, x, weight, residual)
+    y, total = run(x, weight, residual, eps)
     return y if residual is None else (y, total)
 
 

@@ -62,7 +62,7 @@ def _forward_kernel(*refs, W, silu, packed, norm):
     def _():
         tail[...] = initial[0]
 
-    inputs, _ = _inputs(x[0], added, norm)
+    inputs = _inputs(x[0], added, norm)[0]
     p = _preactivation(_taps(inputs, tail[...], seen, W), weight[...], added[:1])
     a = p * jax.nn.sigmoid(p) if silu else p
     y[0] = (norm_heads(a, norm)[0] if _kind(norm) == "l2" else a).astype(y.dtype)
