@@ -53,11 +53,11 @@ def everything(function, arrays):
 
 
 def assert_exact(function, arrays):
-    """`function(*arrays, implementation=...)` on TPU equals its reference of the same arrays in float64, gradients too."""
+    """`function(*arrays, implementation=...)` on TPU equals the formulas of the same arrays in float64, gradients too."""
     got = everything(functools.partial(function, implementation="pallas_tpu"), arrays)
     with jax.enable_x64(True):
         double = [jnp.asarray(np.asarray(x, np.float64)) for x in arrays]
-        want = jax.tree.map(np.asarray, everything(functools.partial(function, implementation="reference"), double))
+        want = jax.tree.map(np.asarray, everything(functools.partial(function, implementation="xla"), double))
     for tolerance, a, b in zip(TOLERANCES[arrays[0].dtype.name], got, want, strict=True):
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
             assert np.isfinite(np.asarray(x, np.float32)).all()
@@ -138,8 +138,8 @@ def test_the_formulas_are_bit_for_bit_those_of_the_layers(implementation):
     assert jnp.array_equal(kp.rms_norm(x, None, implementation=implementation), layer_norm(x, None, 1e-6))
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_tpu"])
-@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
+@pytest.mark.parametrize("kind", ["l2", "rms"])
 def test_a_split_sequence_and_a_token_at_a_time_continue_the_state(kind, implementation):
     """Of an RMS norm the state holds normed inputs."""
     x, weight, bias, state, *rest = conv_arrays(kind, 64, 2)
