@@ -221,7 +221,7 @@ MUTATIONS = [
     ),
     Mutation(
         "kernels_pallas/short_conv/chunked.py",
-        "jnp.where((_owner(segments, W)[:, T:] == segments[:, -1:])[..., None], tail, 0)",
+        "jnp.where((_owner(segments, W)[:, segments.shape[1] :] == segments[:, -1:])[..., None], tail, 0)",
         "tail",
         "the convolution's state has inputs of earlier segments",
         (f"{PROPERTIES}::test_a_convolution_carries_on_inputs_of_the_last_segment_only",),
