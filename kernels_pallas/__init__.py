@@ -1,4 +1,4 @@
-"""Recurrent sequence-mixing operations for JAX, one public function each.
+"""Recurrent sequence-mixing operations for JAX and the norms around them, one public function each.
 
 Layout everywhere: q, k [B,T,H,K]; v, o [B,T,H,V]; per-head scalars [B,T,H]; states [B,H,K,V] float32.
 Decays are logs (<= 0). `segment_ids` [B,T] packs several sequences in a row: a state is reset where the
@@ -15,12 +15,15 @@ from kernels_pallas.gated_kalmanet import (
     gated_kalmanet_step,
     gated_kalmanet_summary,
 )
+from kernels_pallas.gated_rms_norm import gated_rms_norm
 from kernels_pallas.linear_attention import linear_attention, linear_attention_step, linear_attention_summary
 from kernels_pallas.mamba3 import mamba3, mamba3_step
-from kernels_pallas.short_conv import short_conv, short_conv_step
+from kernels_pallas.rms_norm import rms_norm
+from kernels_pallas.short_conv import HeadNorm, short_conv, short_conv_step
 from kernels_pallas.ssd import ssd, ssd_inputs, ssd_step
 
 __all__ = [
+    "HeadNorm",
     "gated_delta_rule",
     "gated_delta_rule_step",
     "gated_delta_rule_summary",
@@ -28,11 +31,13 @@ __all__ = [
     "gated_kalmanet_queries",
     "gated_kalmanet_step",
     "gated_kalmanet_summary",
+    "gated_rms_norm",
     "linear_attention",
     "linear_attention_step",
     "linear_attention_summary",
     "mamba3",
     "mamba3_step",
+    "rms_norm",
     "short_conv",
     "short_conv_step",
     "ssd",

@@ -136,7 +136,13 @@ def scale_or_default(scale: float | None, K: int) -> float:
 
 
 def check_options(
-    op: str, *, scale: float = 1.0, chunk_size: int | None = None, num_iter: int = 0, ridge_strength: float = 1.0
+    op: str,
+    *,
+    scale: float = 1.0,
+    chunk_size: int | None = None,
+    num_iter: int = 0,
+    ridge_strength: float = 1.0,
+    eps: float = 1.0,
 ) -> None:
     """Checks the numbers that an operation is built with.
 
@@ -148,6 +154,7 @@ def check_options(
         ("chunk_size", chunk_size, chunk_size is None or chunk_size > 0, "1 or more tokens (None: the default)"),
         ("num_iter", num_iter, num_iter >= 0 and num_iter == int(num_iter), "an integer, 0 or more"),
         ("ridge_strength", ridge_strength, math.isfinite(ridge_strength) and ridge_strength > 0, "a finite number above 0"),
+        ("eps", eps, math.isfinite(eps) and eps > 0, "a finite number above 0"),
     ):
         if not right:
             raise ValueError(f"{op}: {name} must be {want}, got {value!r}")

@@ -26,7 +26,7 @@ values, known when the program is traced, and are passed by position.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import jax
 
@@ -191,6 +191,23 @@ class Mamba3(Protocol):
         ...
 
 
+class HeadNorm(NamedTuple):
+    """A norm of each head, `dim` channels side by side, that `short_conv` also computes.
+
+    Attributes:
+      kind: "l2": the outputs, behind the activation, become y / sqrt(|y|^2 + eps); "rms": the inputs, before the convolution,
+        become x / sqrt(mean(x^2) + eps), times a weight; the convolution's state then has normed inputs.
+      dim: channels per head.
+      eps: above 0.
+      eps_outside: of "l2" only: y / (|y| + eps) instead.
+    """
+
+    kind: Literal["l2", "rms"]
+    dim: int
+    eps: float = 1e-6
+    eps_outside: bool = False
+
+
 class ShortConv(Protocol):
     """An implementation of `short_conv`, with the activation. It computes in x's dtype; the sum of the taps is float32."""
 
@@ -202,7 +219,40 @@ class ShortConv(Protocol):
         state: jax.Array,  # [B, W - 1, D], in x's dtype
         segments: jax.Array | None,  # [B, T]
         activation: str | None,  # "silu" or None
+        norm: HeadNorm | None,
+        norm_weight: jax.Array | None,  # [dim of the norm], only where its kind is "rms", and then never None
         /,
     ) -> tuple[jax.Array, jax.Array]:
         """Returns (y [B, T, D], the state after the tokens: the last W - 1 inputs, those of earlier segments as 0)."""
+        ...
+
+
+class GatedRMSNorm(Protocol):
+    """An implementation of `gated_rms_norm`. Its sums are float32, and float64 where o is."""
+
+    def __call__(
+        self,
+        o: jax.Array,  # [B, T, H, D]
+        gate: jax.Array,  # [B, T, H, D]
+        weight: jax.Array,  # [D] or [H, D]
+        eps: float,
+        gate_first: bool,
+        /,
+    ) -> jax.Array:
+        """Returns y [B, T, H, D] in o's dtype."""
+        ...
+
+
+class RMSNorm(Protocol):
+    """An implementation of `rms_norm`. Its sums are float32, and float64 where x is."""
+
+    def __call__(
+        self,
+        x: jax.Array,  # [..., D]
+        weight: jax.Array | None,  # [D]
+        residual: jax.Array | None,  # as x, also in dtype
+        eps: float,
+        /,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns (y [..., D], x + residual, or x without a residual), both in x's dtype."""
         ...

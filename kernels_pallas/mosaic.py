@@ -150,6 +150,11 @@ def lanes_of(D: int, H: int) -> int:
     return D if D == LANES // 2 and H % 2 == 0 else -(-D // LANES) * LANES
 
 
+def lanes_per_step(D: int, limit: int, multiple: int = LANES) -> int:
+    """Returns how many of D channels a grid step has: the largest divisor of D up to `limit` that is a multiple of `multiple`."""
+    return next(n for n in range(min(limit, D), 0, -multiple) if D % n == 0)
+
+
 def grid_of(q: jax.Array, v: jax.Array, heads: int, reverse: bool = False) -> Grid:
     """Returns the grid of q [B,T,H,K] and v [B,T,H,V], with at most `heads` heads per step and chunks of 128 tokens."""
     B, T, H, K = q.shape

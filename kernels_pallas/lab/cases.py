@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ class Case(NamedTuple):
     backward: whether the gradient of every array is computed too.
     decode: one token per sequence: `seq_len` is not used, and the last arguments are the state.
     kernel: what the names of its kernels begin with; empty: the operation's name.
+    options: from a Shape, further keywords of `run`.
     """
 
     run: Callable
@@ -44,6 +45,7 @@ class Case(NamedTuple):
     backward: bool = False
     decode: bool = False
     kernel: str = ""
+    options: Callable[[Shape], dict] = lambda shape: {}
 
 
 def _tokens(n_scalars: int):
@@ -71,6 +73,44 @@ def _token(n_scalars: int, *states: str):
 def _conv(s: Shape):
     D = s.heads * s.key_dim
     return [((s.batch, s.seq_len, D), s.dtype), ((D, 4), s.dtype)]
+
+
+def _normed(kind: Literal["l2", "rms"]):
+    """Returns the options of a convolution that norms every head, as `Case.options`."""
+    return lambda s: dict(norm=ops.HeadNorm(kind, s.key_dim))
+
+
+def _conv_rms(s: Shape):
+    return [*_conv(s), ((s.key_dim,), s.dtype)]
+
+
+def _short_conv_rms(x, weight, norm_weight, **options):
+    return ops.short_conv(x, weight, norm_weight=norm_weight, **options)
+
+
+def _gated(s: Shape):
+    o = ((s.batch, s.seq_len, s.heads, s.value_dim), s.dtype)
+    return [o, o, ((s.value_dim,), s.dtype)]
+
+
+def _without_segments(op):
+    """Returns an operation that norms every token by itself, with the keywords and the results of the others."""
+
+    def run(*args, segment_ids, **options):
+        del segment_ids
+        return op(*args, **options), None
+
+    return run
+
+
+def _hidden(s: Shape):
+    D = s.heads * s.key_dim
+    x = ((s.batch, s.seq_len, D), s.dtype)
+    return [x, x, ((D,), s.dtype)]
+
+
+def _rms_norm(x, residual, weight, **options):
+    return ops.rms_norm(x, weight, 1e-6, residual, **options)
 
 
 def _rotated(rank: int):
@@ -109,6 +149,14 @@ CASES = {
     "mamba3_mimo.backward": Case(ops.mamba3, _rotated(4), backward=True, kernel="linear_attention"),
     "short_conv": Case(ops.short_conv, _conv),
     "short_conv.backward": Case(ops.short_conv, _conv, backward=True),
+    "short_conv_l2": Case(ops.short_conv, _conv, kernel="short_conv", options=_normed("l2")),
+    "short_conv_l2.backward": Case(ops.short_conv, _conv, backward=True, kernel="short_conv", options=_normed("l2")),
+    "short_conv_rms": Case(_short_conv_rms, _conv_rms, kernel="short_conv", options=_normed("rms")),
+    "short_conv_rms.backward": Case(_short_conv_rms, _conv_rms, backward=True, kernel="short_conv", options=_normed("rms")),
+    "gated_rms_norm": Case(_without_segments(ops.gated_rms_norm), _gated),
+    "gated_rms_norm.backward": Case(_without_segments(ops.gated_rms_norm), _gated, backward=True),
+    "rms_norm": Case(_without_segments(_rms_norm), _hidden),
+    "rms_norm.backward": Case(_without_segments(_rms_norm), _hidden, backward=True),
     "linear_attention_step": Case(_with_state(ops.linear_attention_step), _token(1, "KV"), decode=True),
     "gated_delta_rule_step": Case(_with_state(ops.gated_delta_rule_step), _token(2, "KV"), decode=True),
     "gated_kalmanet_step": Case(_kalmanet_step, _token(2, "KK", "KV"), decode=True),
@@ -116,7 +164,7 @@ CASES = {
 
 
 def program(case: Case, shape: Shape, implementation: str | None) -> tuple[Callable, list]:
-    """Returns the function to compile, and (dims, dtype) of its arguments; with `backward` the last is the output's cotangent."""
+    """Returns the function to compile, and (dims, dtype) of its arguments; with `backward` the last are the outputs' cotangents."""
     arrays = case.arrays(shape)
     if shape.packed and not case.decode:
         arrays = [*arrays, ((shape.batch, shape.seq_len), "int32")]
@@ -124,7 +172,7 @@ def program(case: Case, shape: Shape, implementation: str | None) -> tuple[Calla
 
     def forward(*args):
         *args, segment_ids = args if packed else (*args, None)
-        options = {} if case.decode else dict(segment_ids=segment_ids)
+        options = case.options(shape) | ({} if case.decode else dict(segment_ids=segment_ids))
         return case.run(*args, implementation=implementation, **options)
 
     if not case.backward:
@@ -132,12 +180,11 @@ def program(case: Case, shape: Shape, implementation: str | None) -> tuple[Calla
     n = len(arrays) - packed
 
     def forward_backward(*args):
-        *args, cotangent = args
-        o, pull = jax.vjp(lambda *x: forward(*x, *args[n:])[0], *args[:n])
-        return o, pull(cotangent)
+        o, pull = jax.vjp(lambda *x: forward(*x, *args[n : len(arrays)])[0], *args[:n])
+        return o, pull(jax.tree.unflatten(jax.tree.structure(o), args[len(arrays) :]))
 
-    out = jax.eval_shape(forward, *(jax.ShapeDtypeStruct(*a) for a in arrays))[0]
-    return forward_backward, [*arrays, (out.shape, out.dtype.name)]
+    outputs = jax.tree.leaves(jax.eval_shape(forward, *(jax.ShapeDtypeStruct(*a) for a in arrays))[0])
+    return forward_backward, [*arrays, *((out.shape, out.dtype.name) for out in outputs)]
 
 
 def random_arrays(case: Case, shape: Shape, seed: int = 0) -> list[jax.Array]:

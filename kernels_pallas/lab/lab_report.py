@@ -32,6 +32,8 @@ def cells(result: dict) -> tuple[str, ...]:
     """Returns one row of the table."""
     if "error" in result:
         return (result["case"], result["chip"], "does not compile", *[""] * 9)
+    if not result["kernels"]:
+        return (result["case"], result["chip"], "no kernel for these sizes", *[""] * 9)
     kernels = result["kernels"]
     busiest = max(kernels, key=lambda k: k["bundles_token_head"])
     xla = result.get("xla_token_head")

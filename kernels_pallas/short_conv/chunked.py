@@ -28,12 +28,12 @@ def short_conv_shifted(
 
 
 def last_inputs(x: jax.Array, state: jax.Array, segments: jax.Array | None) -> jax.Array:
-    """Returns the state after x: its last W - 1 inputs, zeros for those of earlier segments."""
-    T, W = x.shape[1], state.shape[1] + 1
+    """Returns the state after x, or after tokens of which x is the end: the last W - 1 inputs, zeros for earlier segments' ones."""
+    W = state.shape[1] + 1
     tail = jnp.concatenate([state, x[:, -(W - 1) :]], axis=1)[:, -(W - 1) :] if W > 1 else state
     if segments is None:
         return tail
-    return jnp.where((_owner(segments, W)[:, T:] == segments[:, -1:])[..., None], tail, 0)
+    return jnp.where((_owner(segments, W)[:, segments.shape[1] :] == segments[:, -1:])[..., None], tail, 0)
 
 
 def _owner(segments: jax.Array, W: int) -> jax.Array:

@@ -8,6 +8,7 @@ CHUNKS, LINEAR = "kernels_pallas/chunks.py", "kernels_pallas/linear_attention/ch
 EXTREMES, MESHES = "tests/kernels/test_extremes.py", "tests/kernels/test_meshes.py"
 WEAK_KEY = f"{EXTREMES}::test_a_zero_key_after_a_strong_decay_still_solves_for_what_is_left"
 NORMS, STEP = "kernels_pallas/gated_kalmanet/tpu_norms.py", "kernels_pallas/gated_kalmanet/tpu_step.py"
+HEADS, OF_NORMS = "kernels_pallas/mosaic_norms.py", "tests/kernels/test_norms.py"
 KALMANET, CHEBYSHEV = "kernels_pallas/gated_kalmanet/chunked.py", "kernels_pallas/gated_kalmanet/chebyshev.py"
 
 MUTATIONS = [
@@ -126,6 +127,43 @@ MUTATIONS = [
         (PROPERTIES,),
     ),
     Mutation(
+        HEADS,
+        "jnp.where(positive, 1.0 + norm.eps * inverse, 0.0)",
+        "1.0",
+        "eps outside the root has the gradient of eps inside",
+        (
+            f"{OF_NORMS}::test_the_convolution_and_its_norm_in_one_kernel_equal_float64_in_packed_rows[l2_eps_outside-128-2-float32]",
+        ),
+    ),
+    Mutation(
+        HEADS,
+        "jnp.where(first, row_sum(jnp.where(first, x, 0.0)), row_sum(jnp.where(first, 0.0, x)))",
+        "row_sum(x)",
+        "two heads of 64 channels are normed together",
+        (f"{OF_NORMS}::test_the_gated_norm_equals_float64",),
+    ),
+    Mutation(
+        "kernels_pallas/rms_norm/tpu.py",
+        "drows + dtotal[0][0].astype(jnp.float32) if dtotal else drows",
+        "drows",
+        "the sum before a norm passes no gradient on",
+        (f"{OF_NORMS}::test_the_hidden_norm_and_the_sum_before_it_equal_float64[128-float32]",),
+    ),
+    Mutation(
+        "kernels_pallas/short_conv/tpu.py",
+        "initial[0], _inputs(before[0], added, norm)[0])",
+        "initial[0], _inputs(before[0], added, None)[0])",
+        "the backward pass takes inputs before a block that are not normed",
+        (f"{OF_NORMS}::test_the_convolution_and_its_norm_in_one_kernel_equal_float64_in_packed_rows[rms-128-2-float32]",),
+    ),
+    Mutation(
+        "kernels_pallas/gated_rms_norm/tpu.py",
+        "(dx * x * slope)",
+        "(dx * g * slope)",
+        "a gate before the norm gets another gradient",
+        (f"{OF_NORMS}::test_the_gated_norm_equals_float64",),
+    ),
+    Mutation(
         NORMS,
         "jnp.where(s > 0, w.beta, 0.0)",
         "jnp.where(s >= 0, w.beta, 0.0)",
@@ -183,7 +221,7 @@ MUTATIONS = [
     ),
     Mutation(
         "kernels_pallas/short_conv/chunked.py",
-        "jnp.where((_owner(segments, W)[:, T:] == segments[:, -1:])[..., None], tail, 0)",
+        "jnp.where((_owner(segments, W)[:, segments.shape[1] :] == segments[:, -1:])[..., None], tail, 0)",
         "tail",
         "the convolution's state has inputs of earlier segments",
         (f"{PROPERTIES}::test_a_convolution_carries_on_inputs_of_the_last_segment_only",),
