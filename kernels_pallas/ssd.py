@@ -40,11 +40,11 @@ def ssd_inputs(x: jax.Array, dt: jax.Array, a: jax.Array, b: jax.Array, c: jax.A
       x, dt, a, b, c: as in `ssd`, or without T as in `ssd_step`.
 
     Raises:
-      ValueError: dt or a does not fit x, or the heads of x or the groups of b and c do not divide its heads.
+      ValueError: dt or a does not fit x, or the heads of x or the groups of b or c are no divisor of dt's heads.
     """
     rows = " ".join("BT"[: x.ndim - 2])
     dims = dict(zip(f"{rows} H".split(), x.shape, strict=False))
-    if dt.ndim == x.ndim - 1:
+    if dt.ndim == x.ndim - 1 and dt.shape[-1] % x.shape[-2] == 0:
         dims["H"] = dt.shape[-1]
     check_shapes("ssd", dims, dt=(dt, f"{rows} H"), a=(a, "H"))
     grouped("ssd", dims, "dt", x=x, b=b, c=c)
