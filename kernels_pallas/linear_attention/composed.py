@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from kernels_pallas.contract import LinearAttention, PlainLinearAttention

@@ -13,11 +13,11 @@ and the gradient of the cumulative decays a: what each term multiplies, e^{a_t -
 taking from row i. The diagonal, where the two cancel, is left out, so strong decays lose nothing.
 dO is not multiplied by the scale, which would round it: all gradients are, and dH at the end is divided.
 
-`value_scale` w and `skip` d go into both sweeps: V is w v above, and d v is added to O; from the dV above come
+`value_scale` w multiplies the columns of M and `keep`, so that V stays v above; d v, d of `skip`, is added to O and d dO to dV:
 
-    dv = w dV + d dO          dw = rows of dV v          dd = sum of dO v
+    dw = columns of (Q K') (dO V') M + rows of keep (V dH') K          dd = sum of the diagonal of dO V'
 
-and k, v of fewer heads are read once per group, their gradients added up in float32 before they are rounded.
+k, v of fewer heads are read once per group, their gradients added up in float32 before they are rounded.
 """
 
 from __future__ import annotations
@@ -47,15 +47,14 @@ def _forward_kernel(q, k, v, rows, initial, *rest, heads, groups, scale, packed,
     def _():
         state[...] = initial[0]
 
-    Q, K, v = (head_slices(x, heads, n) for x, n in zip((q, k, v), (1, *groups), strict=True))
-    decay, w = mosaic.chunk_scalars(rows, heads, packed, further=int(scaled))
-    V = _scaled(v, w)
+    Q, K, V = (head_slices(x, heads, n) for x, n in zip((q, k, v), (1, *groups), strict=True))
+    decay = _decays(rows, heads, packed, scaled)[0]
     H0 = [state[h] for h in range(heads)]
     low = each(lambda h: h.astype(k.dtype), H0)
     if saved:
         for h in range(heads):
             saved[0][0, 0, h] = low[h]
-    store_heads(o, _add_skip(read(Q, K, V, low, decay), skip, v), scale)
+    store_heads(o, _add_skip(read(Q, K, V, low, decay), skip, V), scale)
     for h, H1 in enumerate(write(K, V, H0, decay)):
         state[h] = H1
 
@@ -64,9 +63,13 @@ def _forward_kernel(q, k, v, rows, initial, *rest, heads, groups, scale, packed,
         final[0] = state[...]
 
 
-def _scaled(v: Sequence[jax.Array], w: Sequence[jax.Array]) -> Sequence[jax.Array]:
-    """Returns w v of every head, in v's dtype; v if there is no w."""
-    return each(lambda w, v: (w * v).astype(v.dtype), w, v) if w else v
+def _decays(rows, heads, packed, scaled) -> tuple[list[Decay], list[Decay]]:
+    """Returns every head's decays with `value_scale` in `mask` and `keep`, if there is one, and without it."""
+    decay, scales = mosaic.chunk_scalars(rows, heads, packed, further=int(scaled))
+    if not scaled:
+        return decay, decay
+    as_row = [rows[0, 0, 0, 2 * heads + h : 2 * heads + h + 1, :] for h in range(heads)]
+    return each(lambda d, r, w: d._replace(mask=d.mask * r, keep=d.keep * w), decay, as_row, scales), decay
 
 
 def _add_skip(x: Sequence[jax.Array], skip: jax.Ref | None, v: Sequence[jax.Array]) -> Sequence[jax.Array]:
@@ -114,12 +117,37 @@ def read_write_backward(
     Returns:
       dQ, dK, dV, dH0 in float32, and da as a column [C,1] and a row [1,C] to be added.
     """
+    return scaled_backward(Q, K, V, H0, dO, dH, decay, decay, low, n)[:6]
+
+
+def scaled_backward(
+    Q: Sequence[jax.Array],
+    K: Sequence[jax.Array],
+    V: Sequence[jax.Array],
+    H0: Sequence[jax.Array],
+    dO: Sequence[jax.Array],
+    dH: Sequence[jax.Array],
+    decay: Sequence[Decay],
+    unscaled: Sequence[Decay],
+    low: DTypeLike,
+    n: int = 1,
+) -> tuple[list[jax.Array], ...]:
+    """Returns what `read_write_backward` does, the gradient of the values' scales as a column and a row, and dO V' on its diagonal.
+
+    Args:
+      decay: with the scales in `mask` and `keep`.
+      unscaled: without them.
+    """
     C = Q[0].shape[0]
     Q2, K2, V2, H2, O2 = (each(lambda x: parts(x, low), xs) for xs in (Q, K, V, H0, dO))
     scores = each(lambda q, k, d: dot_parts(q, k, NT) * d.mask, Q2, K2, decay)
     dscores = each(lambda o, v: dot_parts(o, v, NT), O2, V2)
-    strict = iota((C, C), 0) > iota((C, C), 1)
+    strict, diagonal = iota((C, C), 0) > iota((C, C), 1), iota((C, C), 0) == iota((C, C), 1)
     E = each(lambda s, ds: jnp.where(strict, s * ds, 0.0), scores, dscores)
+    of_scale = each(
+        lambda q, k, d, ds: jnp.sum(dot_parts(q, k, NT) * d.mask * ds, axis=0, keepdims=True), Q2, K2, unscaled, dscores
+    )
+    own = each(lambda ds: jnp.sum(jnp.where(diagonal, ds, 0.0), axis=0, keepdims=True), dscores)
     dscores = each(lambda ds, d: parts(ds * d.mask, low, n), dscores, decay)
     scores = each(lambda s: parts(s, low, n), scores)
     dH2 = each(lambda h: parts(h, low, n), dH)
@@ -138,7 +166,8 @@ def read_write_backward(
         at_end = jnp.sum(b, axis=0, keepdims=True) + d.total * jnp.sum(row_sum(h * h0), axis=0, keepdims=True)
         return jnp.where(end, at_end, 0.0) - jnp.sum(e, axis=0, keepdims=True)
 
-    return dQ, dK, dV, dH0, column, each(row, E, kept, dH, H0, decay)
+    of_keep = each(lambda v, h, k, d: d.keep * row_sum(dot_parts(v, h, NT) * k), V2, dH2, K, unscaled)
+    return dQ, dK, dV, dH0, column, each(row, E, kept, dH, H0, decay), of_keep, of_scale, own
 
 
 def _backward_kernel(q, k, v, rows, before, do, dfinal, *rest, heads, groups, scale, packed, scaled, skips):
@@ -149,18 +178,13 @@ def _backward_kernel(q, k, v, rows, before, do, dfinal, *rest, heads, groups, sc
     def _():
         state[...] = dfinal[0] / scale
 
-    Q, K, v, dO = (head_slices(x, heads, n) for x, n in zip((q, k, v, do), (1, *groups, 1), strict=True))
-    decay, w = mosaic.chunk_scalars(rows, heads, packed, further=int(scaled))
+    Q, K, V, dO = (head_slices(x, heads, n) for x, n in zip((q, k, v, do), (1, *groups, 1), strict=True))
     H0, dH = [before[0, 0, h] for h in range(heads)], [state[h] for h in range(heads)]
-    dQ, dK, dV, dH0, column, row = read_write_backward(Q, K, _scaled(v, w), H0, dO, dH, decay, k.dtype)
-    if w:
-        column += each(lambda d, v: row_sum(d * v), dV, v)
-        dV = each(jnp.multiply, w, dV)
-    if skips:
-        column += each(lambda o, v: row_sum(o.astype(jnp.float32) * v), dO, v)
+    of_all = scaled_backward(Q, K, V, H0, dO, dH, *_decays(rows, heads, packed, scaled), k.dtype)
+    dQ, dK, dV, dH0, column, row, of_keep, of_scale, own = of_all
     for ref, values, n in ((dq, dQ, 1), (dk, dK, groups[0]), (dv, _add_skip(dV, skip, dO), groups[1])):
         store_heads(ref, values, scale, n)
-    mosaic.store_rows(dscalars, column, row, scale)
+    mosaic.store_rows(dscalars, column + of_keep * scaled, row + of_scale * scaled + own * skips, scale)
     for h in range(heads):
         state[h] = dH0[h]
 
@@ -203,8 +227,8 @@ def _prepare(q, k, v, log_decay, value_scale, skip, segments, scale, reverse=Fal
     skips = []
     if skip is not None:  # divided, because the scale multiplies the sum
         skips.append((skip.astype(jnp.float32) / scale, pl.BlockSpec(memory_space=pltpu.SMEM)))
-    packed = segments is not None
-    return grid, inputs, skips, dict(heads=grid.heads, groups=groups, scale=scale, packed=packed, scaled=bool(given), skips=bool(skips))
+    static = dict(heads=grid.heads, groups=groups, scale=scale, packed=segments is not None)
+    return grid, inputs, skips, static | dict(scaled=bool(given), skips=bool(skips))
 
 
 def _run_forward(q, k, v, log_decay, value_scale, skip, state, segments, scale, save):

@@ -70,7 +70,8 @@ def cotangents(out, op):
     found = [rng.standard_normal(x.shape) for x in jax.tree.leaves(out)]
     if op == "gated_kalmanet":
         found[1] = found[1] + found[1].swapaxes(-1, -2)  # H is symmetric
-    return jax.tree.unflatten(jax.tree.structure(out), [jnp.asarray(x, y.dtype) for x, y in zip(found, jax.tree.leaves(out))])  # noqa: B905
+    arrays = [jnp.asarray(x, y.dtype) for x, y in zip(found, jax.tree.leaves(out), strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(out), arrays)
 
 
 @functools.cache
@@ -171,10 +172,19 @@ def test_mamba2_takes_fewer_heads_of_x_than_of_dt():
 
 @pytest.mark.parametrize(
     "H, Hk, D, kept",
-    [(32, 8, 128, 8), (32, 8, 80, 8), (32, 8, 64, 8), (28, 4, 128, 4), (40, 8, 128, 8), (32, 1, 128, 32), (2, 1, 64, 2), (26, 2, 128, 26)],
+    [
+        (32, 8, 128, 8),
+        (32, 8, 80, 8),
+        (32, 8, 64, 8),
+        (28, 4, 128, 4),
+        (40, 8, 128, 8),
+        (32, 1, 128, 32),
+        (2, 1, 64, 2),
+        (26, 2, 128, 26),
+    ],
 )
 def test_the_tpu_kernels_read_complete_groups_or_repeated_heads(H, Hk, D, kept):
-    """40 heads in groups of 5 go five to a step instead of eight; groups larger than a step, or of half a register, are repeated."""
+    """40 heads in groups of 5 go five to a step, not eight; groups larger than a step, or of half a register, are repeated."""
     q, k = (jax.ShapeDtypeStruct((1, 128, n, D), jnp.bfloat16) for n in (H, Hk))
     read, _ = jax.eval_shape(lambda q, k: mosaic.complete_groups(q, k, k, 8), q, k)
     assert read.shape == (1, 128, kept, D)
@@ -198,7 +208,10 @@ def test_heads_that_do_not_divide_are_refused(op):
 def test_scalars_of_the_wrong_shape_are_refused():
     inputs, state, _ = draw("linear_attention", 5, (4, 2, 2, 4, 4))
     inputs = cast(inputs, "float32")
-    for name, wrong, want in (("value_scale", jnp.ones((1, 5, 1)), r"\[B, T, H\] = \(1, 5, 4\)"), ("skip", jnp.ones(1), r"\[H\] = \(4,\)")):
+    for name, wrong, want in (
+        ("value_scale", jnp.ones((1, 5, 1)), r"\[B, T, H\] = \(1, 5, 4\)"),
+        ("skip", jnp.ones(1), r"\[H\] = \(4,\)"),
+    ):
         with pytest.raises(ValueError, match=f"linear_attention: {name} must be {want}"):
             kp.linear_attention(**(inputs | {name: wrong}))
     kalmanet, _, _ = draw("gated_kalmanet", 5, (4, 2, 2, 4, 4))
