@@ -5,7 +5,6 @@
 prints one line of JSON: {"CASE ON MESH": [largest relative error of outputs and gradients, heads of k, heads of v on a device]}.
 """
 
-import functools
 import json
 import sys
 
@@ -18,6 +17,7 @@ from hybrid_jax.layers.gdn import _rule
 from hybrid_jax.parallel import recurrence
 from hybrid_jax.parallel.mesh import make_mesh
 from hybrid_jax.parallel.recurrence import linear_recurrence
+from hybrid_jax.parallel.sequence import from_zigzag, to_zigzag
 from hybrid_jax.parallel.sharding import TOKENS, partition_spec
 from kernels_pallas import gated_kalmanet, gated_kalmanet_summary
 from tests.conftest import relative_error
@@ -83,11 +83,12 @@ def main(process, processes, port):
     programs.append((MESHES[2], "linear attention", draw(1), ids[:, :1], start))
     for sizes, name, arrays, segment_ids, state in programs:
         want = results(CASES[name], arrays, segment_ids, state)
-        mesh = make_mesh(sizes)
-        where = functools.partial(NamedSharding, mesh)
+        mesh, n = make_mesh(sizes), sizes.get("seq", 1)
+        where = NamedSharding(mesh, partition_spec(mesh, TOKENS))
         with jax.set_mesh(mesh):
-            put = [jax.device_put(x, where(partition_spec(mesh, TOKENS if x.ndim > 1 else ()))) for x in arrays]
-            got = results(CASES[name], tuple(put), segment_ids, state)
+            put = [jax.device_put(to_zigzag(x, n), where) if x.ndim > 1 else x for x in (*arrays, segment_ids)]
+            got = results(CASES[name], tuple(put[:-1]), put[-1], state)
+        got = jax.tree.map(lambda x: from_zigzag(x, n) if x.shape[1:2] == (T,) else x, got)
         error = max(relative_error(a, b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
         found[f"{name} on {sizes}"] = [error, *seen[-1]]
     print(json.dumps(found), flush=True)
