@@ -1,6 +1,7 @@
 """Recurrent sequence-mixing operations for JAX and the norms around them, one public function each.
 
-Layout everywhere: q, k [B,T,H,K]; v, o [B,T,H,V]; per-head scalars [B,T,H]; states [B,H,K,V] float32.
+Layout everywhere: q [B,T,H,K]; k [B,T,Hk,K] and v [B,T,Hv,V], Hk and Hv divisors of H, whose heads are read as if each were
+repeated in place; o [B,T,H,V]; per-head scalars [B,T,H]; states [B,H,K,V] float32.
 Decays are logs (<= 0). `segment_ids` [B,T] packs several sequences in a row: a state is reset where the
 id changes, and `initial_state` belongs to the first segment of a row.
 

@@ -160,9 +160,9 @@ def check_options(
             raise ValueError(f"{op}: {name} must be {want}, got {value!r}")
 
 
-def accumulator(*arrays: jax.Array) -> jnp.dtype:
+def accumulator(*arrays: jax.Array | None) -> jnp.dtype:
     """Returns float32, or float64 if an input is float64: the dtype of states and sums."""
-    return jnp.result_type(jnp.float32, *(a.dtype for a in arrays))
+    return jnp.result_type(jnp.float32, *(a.dtype for a in arrays if a is not None))
 
 
 def differentiable(*static: int) -> Callable[[Callable[..., Returned]], jax.custom_vjp[Returned]]:

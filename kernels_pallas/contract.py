@@ -7,8 +7,10 @@ function that checks its arguments, fills in the defaults and calls an entry of 
 runs everywhere and takes float64; `pallas_tpu` and `pallas_gpu` are kernels, are never called with float64, and run
 interpreted where the backend is another one. `arguments.pick_implementation` chooses by these names.
 
-*Shapes.* q, k are [B, T, H, K], v [B, T, H, V], numbers per head [B, T, H], with T >= 1; all have been checked against
-each other. Nothing is padded: an entry pads to its chunk or block itself, and returns what it was given room for.
+*Shapes.* q is [B, T, H, K], k [B, T, Hk, K], v [B, T, Hv, V], numbers per head [B, T, H], with T >= 1; all have been checked
+against each other. Hk and Hv are divisors of H, and head h reads head h // (H / Hk) of k; `heads.with_groups` makes such an
+implementation from one for Hk = Hv = H, as those of Gated KalmaNet and of one token are. Nothing is padded: an entry pads to
+its chunk or block itself, and returns what it was given room for.
 
 *Dtypes.* Inputs come as the caller gave them (bfloat16, float32 or float64, also mixed). `state` is never None; it is in
 the dtype of sums (`arguments.accumulator`: float32, or float64 if an input is). The output has the dtype of v, unless the
@@ -51,7 +53,28 @@ class Mamba3State(NamedTuple):
 
 
 class LinearAttention(Protocol):
-    """An implementation of `linear_attention`."""
+    """An implementation of `linear_attention`; `linear_attention.composed` makes one from a `PlainLinearAttention`."""
+
+    def __call__(
+        self,
+        q: jax.Array,  # [B, T, H, K]
+        k: jax.Array,  # [B, T, Hk, K]
+        v: jax.Array,  # [B, T, Hv, V]
+        log_decay: jax.Array,  # [B, T, H], at most 0
+        value_scale: jax.Array | None,  # [B, T, H]; None: 1
+        skip: jax.Array | None,  # [H]; None: 0
+        state: State,
+        segments: jax.Array | None,  # [B, T]
+        scale: float,
+        chunk_size: int | None,  # None: the implementation's own
+        /,
+    ) -> tuple[jax.Array, State]:
+        """Returns (o [B, T, H, V], the final state)."""
+        ...
+
+
+class PlainLinearAttention(Protocol):
+    """A `LinearAttention` for Hk = Hv = H, without `value_scale` and `skip`."""
 
     def __call__(
         self,
@@ -92,8 +115,8 @@ class GatedDeltaRule(Protocol):
     def __call__(
         self,
         q: jax.Array,  # [B, T, H, K]
-        k: jax.Array,  # [B, T, H, K]
-        v: jax.Array,  # [B, T, H, V]
+        k: jax.Array,  # [B, T, Hk, K]
+        v: jax.Array,  # [B, T, Hv, V]
         log_decay: jax.Array,  # [B, T, H], at most 0
         beta: jax.Array,  # [B, T, H], in [0, 2]
         state: State,

@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 from kernels_pallas import operands
 from kernels_pallas.arguments import backend
 from kernels_pallas.chunks import chunk_segments, cumulative
+from kernels_pallas.heads import repeat_heads
 from kernels_pallas.operands import pad_axis
 
 LANES = 128
@@ -56,9 +57,9 @@ class Grid(NamedTuple):
     def _chunk(self, n: Any) -> Any:
         return self.N - 1 - n if self.reverse else n
 
-    def tokens(self, D: int) -> pl.BlockSpec:
-        """Returns the blocks [1, C, heads*D] of [B, T, H*D]."""
-        return pl.BlockSpec((1, self.C, self.heads * D), lambda b, h, n: (b, self._chunk(n), h))
+    def tokens(self, D: int, group: int = 1) -> pl.BlockSpec:
+        """Returns the blocks [1, C, heads/group*D] of [B, T, H/group*D], where `group` heads share one."""
+        return pl.BlockSpec((1, self.C, self.heads // group * D), lambda b, h, n: (b, self._chunk(n), h))
 
     def rows(self, R: int) -> pl.BlockSpec:
         """Returns the blocks [1, 1, 1, R, C] of [B, H/heads, N, R, C]."""
@@ -72,9 +73,9 @@ class Grid(NamedTuple):
         """Returns the blocks [1, 1, heads, K, V] of [B, N, H, K, V]: one state per chunk."""
         return pl.BlockSpec((1, 1, self.heads, K, V), lambda b, h, n: (b, self._chunk(n), h, 0, 0))
 
-    def tokens_shape(self, D: int, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+    def tokens_shape(self, D: int, dtype: DTypeLike, group: int = 1) -> jax.ShapeDtypeStruct:
         """Returns the array of the blocks `tokens`."""
-        return jax.ShapeDtypeStruct((self.B, self.T, self.H * D), dtype)
+        return jax.ShapeDtypeStruct((self.B, self.T, self.H // group * D), dtype)
 
     def rows_shape(self, R: int) -> jax.ShapeDtypeStruct:
         """Returns the array of the blocks `rows`."""
@@ -89,6 +90,7 @@ class Grid(NamedTuple):
         return jax.ShapeDtypeStruct((self.B, self.N, self.H, K, V), dtype)
 
 
+Groups = tuple[int, int]  # how many heads share a head of k, and one of v
 Input = tuple[jax.Array, pl.BlockSpec]
 Output = tuple[jax.ShapeDtypeStruct, pl.BlockSpec]
 
@@ -138,11 +140,18 @@ def run(
     )(*arrays)
 
 
-def heads_per_step(H: int, limit: int, K: int, V: int, dtype: DTypeLike) -> int:
-    """Returns the largest divisor of H that fills its registers, up to `limit` heads of 128 dims in bf16 or fewer larger ones."""
+def heads_per_step(H: int, limit: int, K: int, V: int, dtype: DTypeLike, groups: Groups = (1, 1)) -> int:
+    """Returns the largest divisor of H that fills its registers, up to `limit` heads of 128 dims in bf16 or fewer larger ones.
+
+    With groups, the keys and values of a step fill registers too; 0: no divisor has complete groups.
+    """
     limit = max(2, limit * LANES * 2 // (max(K, V, LANES) * jnp.dtype(dtype).itemsize))
-    fits = [n for n in range(1, min(H, limit) + 1) if H % n == 0 and n * K % LANES == n * V % LANES == 0]
-    return max(fits)
+    fits = [
+        n
+        for n in range(1, min(H, limit) + 1)
+        if H % n == 0 and all(n % g == 0 and n // g * D % LANES == 0 for g, D in zip(groups, (K, V), strict=True))
+    ]
+    return max(fits, default=0)
 
 
 def lanes_of(D: int, H: int) -> int:
@@ -155,11 +164,28 @@ def lanes_per_step(D: int, limit: int, multiple: int = LANES) -> int:
     return next(n for n in range(min(limit, D), 0, -multiple) if D % n == 0)
 
 
-def grid_of(q: jax.Array, v: jax.Array, heads: int, reverse: bool = False) -> Grid:
-    """Returns the grid of q [B,T,H,K] and v [B,T,H,V], with at most `heads` heads per step and chunks of 128 tokens."""
+def grid_of(q: jax.Array, v: jax.Array, heads: int, reverse: bool = False, groups: Groups = (1, 1)) -> Grid:
+    """Returns the grid of q [B,T,H,K] and v [B,T,Hv,V], with at most `heads` heads per step and chunks of 128 tokens."""
     B, T, H, K = q.shape
     K, V = lanes_of(K, H), lanes_of(v.shape[-1], H)
-    return Grid(B, -(-T // LANES) * LANES, H, K, V, LANES, heads_per_step(H, heads, K, V, q.dtype), reverse)
+    return Grid(B, -(-T // LANES) * LANES, H, K, V, LANES, heads_per_step(H, heads, K, V, q.dtype, groups), reverse)
+
+
+def groups_of(q: jax.Array, k: jax.Array, v: jax.Array) -> Groups:
+    """Returns how many heads of q share a head of k [B,T,Hk,K], and one of v [B,T,Hv,V]."""
+    return q.shape[2] // k.shape[2], q.shape[2] // v.shape[2]
+
+
+def complete_groups(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> tuple[jax.Array, jax.Array]:
+    """Returns k and v, repeated to q's heads where a grid step of at most `heads` heads would not have complete groups.
+
+    A step of fewer heads overlaps less, so half as many as without groups are the least.
+    """
+    groups = groups_of(q, k, v)
+    with_groups, without = (grid_of(q, v, heads, groups=g).heads for g in (groups, (1, 1)))
+    if 2 * with_groups > without:
+        return k, v
+    return repeat_heads(k, q.shape[2]), repeat_heads(v, q.shape[2])
 
 
 def row_count(n: int) -> int:
@@ -185,30 +211,32 @@ def pad_state(state: jax.Array) -> jax.Array:
 
 
 def token_inputs(grid: Grid, q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array) -> list[Input]:
-    """Returns q, k, v [B,T,H,*] and `chunk_rows` as inputs of `run`."""
+    """Returns q, k, v [B,T,H,*], k and v also of fewer heads, and `chunk_rows` as inputs of `run`."""
+    of_k, of_v = groups_of(q, k, v)
     return [
         (flat_tokens(q, grid.C), grid.tokens(grid.K)),
-        (flat_tokens(k, grid.C), grid.tokens(grid.K)),
-        (flat_tokens(v, grid.C), grid.tokens(grid.V)),
+        (flat_tokens(k, grid.C), grid.tokens(grid.K, of_k)),
+        (flat_tokens(v, grid.C), grid.tokens(grid.V, of_v)),
         (rows, grid.rows(rows.shape[3])),
     ]
 
 
 def gradient_outputs(grid: Grid, q: jax.Array, k: jax.Array, v: jax.Array, scalars: int) -> list[Output]:
     """Returns the gradients of q, k, v and of `scalars` numbers per head and token, as outputs of `run`."""
-    R = row_count(scalars * grid.heads)
+    R, (of_k, of_v) = row_count(scalars * grid.heads), groups_of(q, k, v)
     return [
         (grid.tokens_shape(grid.K, q.dtype), grid.tokens(grid.K)),
-        (grid.tokens_shape(grid.K, k.dtype), grid.tokens(grid.K)),
-        (grid.tokens_shape(grid.V, v.dtype), grid.tokens(grid.V)),
+        (grid.tokens_shape(grid.K, k.dtype, of_k), grid.tokens(grid.K, of_k)),
+        (grid.tokens_shape(grid.V, v.dtype, of_v), grid.tokens(grid.V, of_v)),
         (grid.rows_shape(R), grid.rows(R)),
     ]
 
 
 def token_gradients(dq: jax.Array, dk: jax.Array, dv: jax.Array, q: jax.Array, v: jax.Array) -> list[jax.Array]:
-    """Returns dq, dk, dv, outputs of `run`, in the shapes of q, k (which is q's) and v."""
+    """Returns dq, dk, dv, outputs of `run`, in the shapes of q, k (q's, perhaps with fewer heads) and v."""
     _, T, H, _ = q.shape
-    return [head_tokens(d, T, H, x.shape[-1]) for d, x in ((dq, q), (dk, q), (dv, v))]
+    heads = H, H * dk.shape[2] // dq.shape[2], v.shape[2]
+    return [head_tokens(d, T, n, x.shape[-1]) for d, n, x in zip((dq, dk, dv), heads, (q, q, v), strict=True)]
 
 
 def chunk_rows(log_decay: jax.Array, segments: jax.Array | None, C: int, heads: int, *scalars: jax.Array) -> jax.Array:
@@ -251,16 +279,18 @@ def each(f: Callable[..., Any], *heads: Sequence) -> list:
     return [f(*args) for args in zip(*heads, strict=True)]
 
 
-def head_slices(ref: jax.Ref, heads: int) -> list[jax.Array]:
-    """Reads a block [1, C, heads*D] as `heads` arrays [C, D]."""
-    D = ref.shape[2] // heads
-    return [ref[0, :, h * D : (h + 1) * D] for h in range(heads)]
+def head_slices(ref: jax.Ref, heads: int, group: int = 1) -> list[jax.Array]:
+    """Reads a block [1, C, heads/group*D] as `heads` arrays [C, D], of which `group` neighbours are the same."""
+    D = ref.shape[2] * group // heads
+    slices = [ref[0, :, h * D : (h + 1) * D] for h in range(heads // group)]
+    return [slices[h // group] for h in range(heads)]
 
 
-def store_heads(ref: jax.Ref, values: Sequence[jax.Array], scale: float = 1.0) -> None:
-    """Writes scale times one array [C, D] per head into a block [1, C, heads*D]."""
-    D = ref.shape[2] // len(values)
-    for h, value in enumerate(values):
+def store_heads(ref: jax.Ref, values: Sequence[jax.Array], scale: float = 1.0, group: int = 1) -> None:
+    """Writes scale times the sums of `group` neighbours of one array [C, D] per head into a block [1, C, heads/group*D]."""
+    D = ref.shape[2] * group // len(values)
+    for h in range(len(values) // group):
+        value = functools.reduce(jnp.add, values[h * group : (h + 1) * group])
         ref[0, :, h * D : (h + 1) * D] = (value if scale == 1.0 else scale * value).astype(ref.dtype)
 
 

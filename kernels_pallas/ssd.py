@@ -5,38 +5,51 @@ h_t = e^{a dt_t} h_{t-1} + dt_t b_t x_t',     y_t = c_t' h_t + d x_t
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas.arguments import check_shapes
+from kernels_pallas.heads import grouped, repeat_heads
 from kernels_pallas.linear_attention import linear_attention, linear_attention_step
 
 
-def _repeat_groups(op: str, x: jax.Array, num_heads: int) -> jax.Array:
-    """Returns x [..., G, N] as [..., num_heads, N]: each group serves as many heads as its neighbours."""
-    groups = x.shape[-2]
-    if num_heads % groups:
-        raise ValueError(f"{op}: b and c have {groups} groups, which do not divide {num_heads} heads")
-    return jnp.repeat(x, num_heads // groups, axis=-2)
+class LinearAttentionInputs(NamedTuple):
+    """The arguments of the linear attention with scale 1 that equals Mamba-2's transformation without `d x`; axes as in `ssd`.
+
+    Attributes:
+      q: [B, T, H, N], c of all heads.
+      k: [B, T, G, N], b.
+      v: [B, T, Hx, P], x.
+      log_decay: [B, T, H], a dt.
+      value_scale: [B, T, H], dt in float32.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    log_decay: jax.Array
+    value_scale: jax.Array
 
 
-def ssd_inputs(
-    x: jax.Array, dt: jax.Array, a: jax.Array, b: jax.Array, c: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Returns (q, k, v, log_decay) of the linear attention with scale 1 that equals Mamba-2's transformation without `d x`.
+def ssd_inputs(x: jax.Array, dt: jax.Array, a: jax.Array, b: jax.Array, c: jax.Array) -> LinearAttentionInputs:
+    """Returns the linear attention with scale 1 that equals Mamba-2's transformation without `d x`.
 
     Args:
       x, dt, a, b, c: as in `ssd`, or without T as in `ssd_step`.
 
     Raises:
-      ValueError: dt or a does not fit x, or the groups of b and c do not divide its heads.
+      ValueError: dt or a does not fit x, or the heads of x or the groups of b or c are no divisor of dt's heads.
     """
-    H, rows = x.shape[-2], " ".join("BT"[: x.ndim - 2])
+    rows = " ".join("BT"[: x.ndim - 2])
     dims = dict(zip(f"{rows} H".split(), x.shape, strict=False))
+    if dt.ndim == x.ndim - 1 and dt.shape[-1] % x.shape[-2] == 0:
+        dims["H"] = dt.shape[-1]
     check_shapes("ssd", dims, dt=(dt, f"{rows} H"), a=(a, "H"))
-    b, c = (_repeat_groups("ssd", m, H) for m in (b, c))
+    grouped("ssd", dims, "dt", x=x, b=b, c=c)
     dt = dt.astype(jnp.promote_types(dt.dtype, jnp.float32))
-    return c, b, (x * dt[..., None]).astype(x.dtype), dt * a
+    return LinearAttentionInputs(repeat_heads(c, dims["H"]), b, x, dt * a, dt)
 
 
 def ssd(
@@ -55,10 +68,10 @@ def ssd(
     """Mamba-2's sequence transformation.
 
     Args:
-      x: [B, T, H, P] inputs.
+      x: [B, T, Hx, P] inputs, Hx a divisor of H: head h reads head h // (H / Hx), as if each head were repeated in place.
       dt: [B, T, H] step sizes, after softplus.
       a: [H], negative.
-      b, c: [B, T, G, N] with G dividing H: input and output matrices.
+      b, c: [B, T, G, N] with G dividing H, not necessarily the same: input and output matrices.
       d: [H] skip weights, or None.
       initial_state, segment_ids, chunk_size, implementation: as in `linear_attention`.
 
@@ -68,23 +81,22 @@ def ssd(
     Raises:
       ValueError: a shape does not fit the others.
     """
-    q, k, v, log_decay = ssd_inputs(x, dt, a, b, c)
-    y, state = linear_attention(
-        q,
-        k,
-        v,
-        log_decay,
+    *arrays, value_scale = ssd_inputs(x, dt, a, b, c)
+    check_shapes("ssd", dict(H=dt.shape[-1]), d=(d, "H"))
+    return linear_attention(
+        *arrays,
+        value_scale=value_scale,
+        skip=d,
         scale=1.0,
         initial_state=initial_state,
         segment_ids=segment_ids,
         chunk_size=chunk_size,
         implementation=implementation,
     )
-    return _skip(y, d, x), state
 
 
 def ssd_step(
-    x: jax.Array,  # [B, H, P]
+    x: jax.Array,  # [B, Hx, P]
     dt: jax.Array,  # [B, H]
     a: jax.Array,  # [H]
     b: jax.Array,  # [B, G, N]
@@ -98,12 +110,6 @@ def ssd_step(
     Raises:
       ValueError: a shape does not fit the others.
     """
-    q, k, v, log_decay = ssd_inputs(x, dt, a, b, c)
-    y, state = linear_attention_step(q, k, v, log_decay, state=state, scale=1.0)
-    return _skip(y, d, x), state
-
-
-def _skip(y: jax.Array, d: jax.Array | None, x: jax.Array) -> jax.Array:
-    """Returns y + d x in y's dtype, of y and x [..., H, P]; d is [H] or None."""
-    check_shapes("ssd", dict(H=x.shape[-2]), d=(d, "H"))
-    return y if d is None else y + (d[:, None] * x).astype(y.dtype)
+    *arrays, value_scale = ssd_inputs(x, dt, a, b, c)
+    check_shapes("ssd", dict(H=dt.shape[-1]), d=(d, "H"))
+    return linear_attention_step(*arrays, value_scale=value_scale, skip=d, state=state, scale=1.0)

@@ -64,8 +64,9 @@ class Mamba2(nnx.Module):
         del positions
         (batch, T, _), H, D = x.shape, self.config.num_heads, self.config.head_dim
         z, (v, dt, a, B, C), conv = self._inputs(x, segment_ids, state and state.conv)
-        y, S = linear_recurrence(ssd_inputs(v, dt, a, B, C), state=state and state.S, segment_ids=segment_ids)
-        y = y + (self.D[...][:, None] * v).astype(y.dtype)
+        *arrays, dt = ssd_inputs(v, dt, a, B, C)
+        skip = self.D[...]
+        y, S = linear_recurrence(arrays, value_scale=dt, skip=skip, state=state and state.S, segment_ids=segment_ids)
         y = y * jax.nn.silu(z).reshape(y.shape)
         y = rms_norm(y, self.norm.weight[...].reshape(H, D), NORM_EPS)
         return self.out_proj(y.reshape(batch, T, H * D)), Mamba2State._make([S, conv])
@@ -74,7 +75,7 @@ class Mamba2(nnx.Module):
         """Returns the mixing matrices on x [B, T, hidden]; the steps dt and the skip D are part of them."""
         del positions
         _, (v, dt, a, B, C), _ = self._inputs(x, segment_ids, None)
-        q, k, _, g = ssd_inputs(v, dt, a, B.astype(jnp.float32), C.astype(jnp.float32))
+        q, k, _, g, dt = ssd_inputs(v, dt, a, B.astype(jnp.float32), C.astype(jnp.float32))
 
         def operation(v):
             return linear_recurrence((q, k, v, g), state=None, segment_ids=segment_ids, implementation="xla")[0]

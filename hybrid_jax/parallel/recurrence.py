@@ -9,6 +9,7 @@ A is one number per head for scalar decays and K x K for the delta rule.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,10 +17,22 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_jax.parallel.sequence import as_chunks, as_rows, continued, exclusive_scan, from_pair, halo, halo_segments, to_pair
-from hybrid_jax.parallel.sharding import TOKENS, axis_size, shard_map_by_axes
+from hybrid_jax.parallel.sharding import TOKENS, axis_size, mesh_axes_of, shard_map_by_axes
 from kernels_pallas import linear_attention, linear_attention_step, linear_attention_summary, short_conv, short_conv_step
+from kernels_pallas.heads import repeat_heads
 
 HEADS, STATE, CHANNELS = (*TOKENS, "heads"), ("batch", "heads"), ("heads",)
+
+
+def _divisible(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """Returns the arrays, those of keys and values [B, T, heads, D] repeated to q's heads, the first array's, where the mesh axes
+    of `heads` do not divide their own: a device needs complete groups."""
+    devices, H = math.prod(map(axis_size, mesh_axes_of("heads"))), arrays[0].shape[2]
+    return [repeat_heads(x, H) if x.ndim == 4 and x.shape[2] % devices else x for x in arrays]
+
+
+def _axes_of(arrays: Sequence[jax.Array]) -> list[tuple[str | None, ...]]:
+    return [CHANNELS if x.ndim == 1 else HEADS for x in arrays]
 
 
 def _act(transition, state):
@@ -55,7 +68,7 @@ def incoming_states(summary: tuple, segment_ids: jax.Array) -> Any:
 
 def _over_chunks(op, summary, segment_ids, *arrays):
     segments = to_pair(segment_ids)
-    chunks = [as_rows(to_pair(x)) for x in arrays]
+    chunks = [x if x.ndim == 1 else as_rows(to_pair(x)) for x in arrays]
     ids = as_rows(segments)
     maps = jax.tree.map(as_chunks, summary(*chunks, segment_ids=ids))
     before = jax.tree.map(as_rows, incoming_states(maps, segments))
@@ -74,6 +87,8 @@ def recurrence(
     """Runs a recurrence over [B, T, H, ...] arrays, however they are sharded.
 
     Args:
+      arrays: q [B, T, H, K] first; k and v may have fewer heads (see `kernels_pallas.heads`) and are sharded by them if the mesh
+        divides them, else repeated before; numbers per head are [B, T, H], or [H] for all tokens.
       op: (*arrays, initial_state=, segment_ids=) -> (o, state).
       step: one token, (*arrays without T, state=) -> (o, state); None: there is never a state.
       summary: (*arrays, segment_ids=) -> (A [B,H] or [B,H,K,K], b): what the tokens make of a state; None: tokens are not sharded.
@@ -82,45 +97,60 @@ def recurrence(
     Raises:
       NotImplementedError: a state where tokens are sharded over the mesh.
     """
+    arrays = _divisible(arrays)
     if axis_size("seq") > 1:
         if state is not None:
             raise NotImplementedError("generation does not shard tokens over the mesh: give a mesh whose 'seq' is 1")
         assert summary is not None
         local = functools.partial(_over_chunks, op, summary)
-        return shard_map_by_axes(local, (segment_ids, *arrays), (TOKENS, *[HEADS] * len(arrays)), HEADS), None
+        return shard_map_by_axes(local, (segment_ids, *arrays), (TOKENS, *_axes_of(arrays)), HEADS), None
     if state is not None and step is not None and arrays[0].shape[1] == 1:
-        arrays = [x[:, 0] for x in arrays]
+        axes = [CHANNELS if x.ndim == 1 else STATE for x in arrays]
+        arrays = [x if x.ndim == 1 else x[:, 0] for x in arrays]
 
         def one(state, *arrays):
             return step(*arrays, state=state)
 
-        o, state = shard_map_by_axes(one, (state, *arrays), [STATE] * (1 + len(arrays)), (STATE, STATE))
+        o, state = shard_map_by_axes(one, (state, *arrays), (STATE, *axes), (STATE, STATE))
         return o[:, None], state
 
     def all_tokens(state, segment_ids, *arrays):
         return op(*arrays, initial_state=state, segment_ids=segment_ids)
 
-    return shard_map_by_axes(all_tokens, (state, segment_ids, *arrays), (STATE, TOKENS, *[HEADS] * len(arrays)), (HEADS, STATE))
+    return shard_map_by_axes(all_tokens, (state, segment_ids, *arrays), (STATE, TOKENS, *_axes_of(arrays)), (HEADS, STATE))
 
 
 def linear_recurrence(
-    arrays: Sequence[jax.Array], *, state: Any, segment_ids: jax.Array, implementation: str | None = None
+    arrays: Sequence[jax.Array],
+    *,
+    value_scale: jax.Array | None = None,
+    skip: jax.Array | None = None,
+    state: Any,
+    segment_ids: jax.Array,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, Any]:
     """Runs `recurrence` for linear attention of scale 1, S <- e^g S + k v', o = S' q.
 
     Args:
-      arrays: q, k, v [B, T, H, ...] and log decays g [B, T, H].
+      arrays: q, k, v [B, T, heads, ...] and log decays g [B, T, H].
+      value_scale, skip: [B, T, H] and [H], or None, as in `linear_attention`.
       state: S [B, H, K, V], or None, as in `recurrence`.
       implementation: of `linear_attention`.
     """
-    op = functools.partial(linear_attention, scale=1.0, implementation=implementation)
-    step = functools.partial(linear_attention_step, scale=1.0)
+    scalars = {name: x for name, x in dict(value_scale=value_scale, skip=skip).items() if x is not None}
 
-    def summary(q, k, v, g, *, segment_ids):
+    def named(function, q, k, v, g, *given, **options):
+        return function(q, k, v, g, scale=1.0, **dict(zip(scalars, given, strict=True)), **options)
+
+    def summary(q, k, v, g, *given, segment_ids):
         del q
-        return linear_attention_summary(k, v, g, segment_ids=segment_ids)
+        of_values = dict(zip(scalars, given, strict=True))
+        of_values.pop("skip", None)
+        return linear_attention_summary(k, v, g, segment_ids=segment_ids, **of_values)
 
-    return recurrence(op, step, summary, arrays, state=state, segment_ids=segment_ids)
+    op = functools.partial(named, functools.partial(linear_attention, implementation=implementation))
+    step = functools.partial(named, linear_attention_step)
+    return recurrence(op, step, summary, (*arrays, *scalars.values()), state=state, segment_ids=segment_ids)
 
 
 def _conv_over_chunks(segment_ids, x, weight, bias, *, activation):

@@ -26,14 +26,15 @@ from kernels_pallas.gated_delta_rule.gpu import gated_delta_rule_gpu
 from kernels_pallas.gated_delta_rule.reference import gated_delta_rule_reference, gated_delta_rule_update
 from kernels_pallas.gated_delta_rule.tpu import gated_delta_rule_tpu
 from kernels_pallas.gated_delta_rule.tpu_step import gated_delta_rule_step_tpu
+from kernels_pallas.heads import dims_of_summary, grouped, repeat_heads, with_groups
 
 __all__ = ["gated_delta_rule", "gated_delta_rule_step", "gated_delta_rule_summary"]
 
 IMPLEMENTATIONS: dict[str, GatedDeltaRule] = {
-    "reference": gated_delta_rule_reference,
-    "xla": gated_delta_rule_chunked,
+    "reference": with_groups(gated_delta_rule_reference),
+    "xla": with_groups(gated_delta_rule_chunked),
     "pallas_tpu": gated_delta_rule_tpu,
-    "pallas_gpu": gated_delta_rule_gpu,
+    "pallas_gpu": with_groups(gated_delta_rule_gpu),
 }
 
 
@@ -55,8 +56,9 @@ def gated_delta_rule(
     The keys should be L2-normalized; with beta in [0, 2] the update is then a contraction.
 
     Args:
-      q, k: [B, T, H, K].
-      v: [B, T, H, V].
+      q: [B, T, H, K].
+      k: [B, T, Hk, K], Hk a divisor of H: head h reads head h // (H / Hk), as if each head were repeated in place.
+      v: [B, T, Hv, V], Hv a divisor of H, likewise.
       log_decay: [B, T, H], <= 0.
       beta: [B, T, H], in [0, 2].
       scale: multiplies q; default K^-0.5.
@@ -71,12 +73,12 @@ def gated_delta_rule(
     Raises:
       ValueError: a shape does not fit the others, the scale is 0, or the chunk is not a power of two.
     """
-    d = dims_of("gated_delta_rule", q, v)
+    d = grouped("gated_delta_rule", dims_of("gated_delta_rule", q, v), k=k, v=v)
     check_shapes(
         "gated_delta_rule",
         d,
-        k=(k, "B T H K"),
-        v=(v, "B T H V"),
+        k=(k, "B T Hk K"),
+        v=(v, "B T Hv V"),
         log_decay=(log_decay, "B T H"),
         beta=(beta, "B T H"),
         initial_state=(initial_state, "B H K V"),
@@ -106,18 +108,21 @@ def gated_delta_rule_summary(
     The transition, a product of e^g (I - beta k k'), is the state that grows from the identity and values of zero.
 
     Args:
-      k, v, log_decay, beta, segment_ids, implementation: as in `gated_delta_rule`.
+      k, v, log_decay, beta, segment_ids, implementation: as in `gated_delta_rule`; H is the number of decays.
 
     Returns:
       transition [B, H, K, K], 0 where a segment begins after the first token, and state [B, H, K, V]; both float32.
+
+    Raises:
+      ValueError: as `gated_delta_rule`.
     """
-    B, _, H, K = k.shape
-    V = v.shape[-1]
+    dims = dims_of_summary("gated_delta_rule_summary", k, v, log_decay)
+    B, H, K, V = (dims[n] for n in "BHKV")
     dtype = accumulator(k, v, log_decay, beta)
 
     def final(v, start, k, log_decay, beta, segment_ids):
         own = functools.partial(gated_delta_rule, initial_state=start, segment_ids=segment_ids, implementation=implementation)
-        return own(k, k, v, log_decay, beta)[1]
+        return own(repeat_heads(k, H), k, v, log_decay, beta)[1]
 
     nothing = jnp.zeros((B, H, K, V), dtype)
     identity = jnp.broadcast_to(jnp.eye(K, dtype=dtype), (B, H, K, K))
@@ -135,8 +140,8 @@ def gated_delta_rule_summary(
 
 def gated_delta_rule_step(
     q: jax.Array,  # [B, H, K]
-    k: jax.Array,  # [B, H, K]
-    v: jax.Array,  # [B, H, V]
+    k: jax.Array,  # [B, Hk, K]
+    v: jax.Array,  # [B, Hv, V]
     log_decay: jax.Array,  # [B, H]
     beta: jax.Array,  # [B, H]
     *,
@@ -150,14 +155,15 @@ def gated_delta_rule_step(
       ValueError: a shape does not fit the others, or the scale is 0.
     """
     op = "gated_delta_rule_step"
+    d = grouped(op, dims_of(op, q, v, axes="B H"), k=k, v=v)
     scalars = dict(log_decay=(log_decay, "B H"), beta=(beta, "B H"))
-    check_shapes(op, dims_of(op, q, v, axes="B H"), k=(k, "B H K"), v=(v, "B H V"), **scalars, state=(state, "B H K V"))
+    check_shapes(op, d, k=(k, "B Hk K"), v=(v, "B Hv V"), **scalars, state=(state, "B H K V"))
     scale = scale_or_default(scale, q.shape[-1])
     check_options(op, scale=scale)
     run = pick_implementation(op, implementation, STEPS, q, k, v)
     state = state.astype(accumulator(q, k, v, log_decay, beta))
     q, k, v, log_decay, beta, state = alike(op, q, k, v, log_decay, beta, state)
-    return run(q, k, v, log_decay, beta, state, scale)
+    return with_groups(run)(q, k, v, log_decay, beta, state, scale)
 
 
 def _step(

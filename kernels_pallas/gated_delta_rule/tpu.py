@@ -10,6 +10,8 @@ the backward sweep, which is linear attention's for Q, K, U, and from its dU:
     dR = A' dU       dL = -tril(dR U', -1)       (because U = A R: no further products with A)
     dV = beta dR     dK += dG K + dG' K - beta reach (dR H0'),   dG = beta dL M
     dbeta = rows of dR (V - reach K H0) + dL K K' M              dH -= (beta reach K)' dR
+
+k, v of fewer heads are read once per group, their gradients added up in float32 before they are rounded.
 """
 
 from __future__ import annotations
@@ -97,7 +99,7 @@ def unit_lower_inverse(L: list[jax.Array], low: DTypeLike) -> list[jax.Array]:
     return each(lambda x, r: x.astype(jnp.float32) + dot(x, r), X, correction)
 
 
-def _forward_kernel(q, k, v, rows, initial, o, final, *rest, heads, scale, packed):
+def _forward_kernel(q, k, v, rows, initial, o, final, *rest, heads, groups, scale, packed):
     *saved, state = rest
     first, last = pl.program_id(2) == 0, pl.program_id(2) == pl.num_programs(2) - 1
 
@@ -106,7 +108,7 @@ def _forward_kernel(q, k, v, rows, initial, o, final, *rest, heads, scale, packe
         state[...] = initial[0]
 
     low = k.dtype
-    Q, K, V = (head_slices(x, heads) for x in (q, k, v))
+    Q, K, V = (head_slices(x, heads, n) for x, n in zip((q, k, v), (1, *groups), strict=True))
     decay, beta = mosaic.chunk_scalars(rows, heads, packed, further=1)
     H0 = [state[h] for h in range(heads)]
     H0_low = each(lambda h: h.astype(low), H0)
@@ -132,7 +134,7 @@ def _forward_kernel(q, k, v, rows, initial, o, final, *rest, heads, scale, packe
 
 
 def _backward_kernel(
-    q, k, v, rows, before, inverse, update, do, dfinal, dq, dk, dv, dscalars, dinitial, state, *, heads, scale, packed
+    q, k, v, rows, before, inverse, update, do, dfinal, dq, dk, dv, dscalars, dinitial, state, *, heads, groups, scale, packed
 ):
     first, last = pl.program_id(2) == 0, pl.program_id(2) == pl.num_programs(2) - 1
 
@@ -141,14 +143,15 @@ def _backward_kernel(
         state[...] = dfinal[0] / scale
 
     low = k.dtype
-    Q, K, V, A, U, dO = (head_slices(x, heads) for x in (q, k, v, inverse, update, do))
+    Q, K, V = (head_slices(x, heads, n) for x, n in zip((q, k, v), (1, *groups), strict=True))
+    A, U, dO = (head_slices(x, heads) for x in (inverse, update, do))
     decay, beta = mosaic.chunk_scalars(rows, heads, packed, further=1)
     H0, dH = [before[0, 0, h] for h in range(heads)], [state[h] for h in range(heads)]
     dQ, dK, dU, dH0, column, row = read_write_backward(Q, K, U, H0, dO, dH, decay, low)
     store_heads(dq, dQ, scale)
 
     dR = each(lambda a, u: dot(a, u.astype(low), TN), A, dU)
-    store_heads(dv, each(lambda b, r: b * r, beta, dR), scale)
+    store_heads(dv, each(lambda b, r: b * r, beta, dR), scale, groups[1])
     dR_low = each(lambda r: r.astype(low), dR)
     C = K[0].shape[0]
     strict = iota((C, C), 0) > iota((C, C), 1)
@@ -158,7 +161,7 @@ def _backward_kernel(
     E = each(jnp.multiply, dL, G)
     dG = each(lambda l, b, d: (b * l * d.mask).astype(low), dL, beta, decay)
     dK = each(lambda a, g, k, x, b: a + dot(g, k) + dot(g, k, TN) - b * x, dK, dG, K, across, beta)
-    store_heads(dk, dK, scale)
+    store_heads(dk, dK, scale, groups[0])
     across = each(lambda x, k: row_sum(x * k), across, K)
     erow = each(row_sum, E)
     dbeta = each(lambda r, v, x, e: row_sum(r * v) - x + e, dR, V, across, erow)
@@ -187,7 +190,7 @@ def gated_delta_rule_tpu(
     """The `pallas_tpu` implementation of `gated_delta_rule`; see `kernels_pallas.contract`."""
     del chunk_size
     low = operand_dtype(q, k, v)
-    arrays = (x.astype(low) for x in (q, k, v))
+    arrays = (x.astype(low) for x in (q, *mosaic.complete_groups(q, k, v, HEADS)))
     o, final = _gated_delta_rule(*arrays, log_decay, beta, state, segments, scale)
     return o.astype(v.dtype), final
 
@@ -199,7 +202,8 @@ def _gated_delta_rule(q, k, v, log_decay, beta, state, segments, scale) -> tuple
 
 def _run_forward(q, k, v, log_decay, beta, state, segments, scale, save):
     (_, T, H, _), (K, V) = q.shape, state.shape[2:]
-    grid = mosaic.grid_of(q, v, HEADS)
+    groups = mosaic.groups_of(q, k, v)
+    grid = mosaic.grid_of(q, v, HEADS, groups=groups)
     rows = mosaic.chunk_rows(log_decay, segments, grid.C, grid.heads, beta)
     values, carried = grid.tokens(grid.V), grid.state(grid.K, grid.V)
     outputs = [(grid.tokens_shape(grid.V, v.dtype), values), (grid.state_shape(grid.K, grid.V), carried)]
@@ -210,7 +214,7 @@ def _run_forward(q, k, v, log_decay, beta, state, segments, scale, save):
             (grid.tokens_shape(grid.V, k.dtype), values),
         ]
     o, final, *saved = mosaic.run(
-        functools.partial(_forward_kernel, heads=grid.heads, scale=scale, packed=segments is not None),
+        functools.partial(_forward_kernel, heads=grid.heads, groups=groups, scale=scale, packed=segments is not None),
         grid,
         "gated_delta_rule_forward",
         [
@@ -232,11 +236,12 @@ def _vjp_backward(scale, residuals, cotangents):
     q, k, v, log_decay, beta, segments, (before, inverse, update) = residuals
     do, dfinal = cotangents
     T, K, V = q.shape[1], q.shape[3], v.shape[3]
-    grid = mosaic.grid_of(q, v, HEADS, reverse=True)
+    groups = mosaic.groups_of(q, k, v)
+    grid = mosaic.grid_of(q, v, HEADS, reverse=True, groups=groups)
     rows = mosaic.chunk_rows(log_decay, segments, grid.C, grid.heads, beta)
     values, carried = grid.tokens(grid.V), grid.state(grid.K, grid.V)
     dq, dk, dv, dscalars, dinitial = mosaic.run(
-        functools.partial(_backward_kernel, heads=grid.heads, scale=scale, packed=segments is not None),
+        functools.partial(_backward_kernel, heads=grid.heads, groups=groups, scale=scale, packed=segments is not None),
         grid,
         "gated_delta_rule_backward",
         [

@@ -34,6 +34,7 @@ from kernels_pallas.gated_kalmanet.gpu import gated_kalmanet_gpu
 from kernels_pallas.gated_kalmanet.reference import gated_kalmanet_reference, gated_kalmanet_update
 from kernels_pallas.gated_kalmanet.tpu import gated_kalmanet_tpu
 from kernels_pallas.gated_kalmanet.tpu_step import gated_kalmanet_step_tpu
+from kernels_pallas.heads import dims_of_summary, grouped, repeat_heads
 from kernels_pallas.linear_attention import linear_attention_summary
 
 __all__ = ["gated_kalmanet", "gated_kalmanet_queries", "gated_kalmanet_step", "gated_kalmanet_summary"]
@@ -56,6 +57,7 @@ def gated_kalmanet(
     ridge_strength: float = 0.02,
     num_iter: int = 30,
     *,
+    beta: jax.Array | None = None,
     bp_lambda: bool = True,
     precision: str = "fast",
     scale: float | None = None,
@@ -67,13 +69,15 @@ def gated_kalmanet(
     """The Gated KalmaNet recurrence (arXiv 2511.21016, section 4), solved by Chebyshev iteration.
 
     Args:
-      q, k: [B, T, H, K], L2-normalized (k already times its beta gate).
-      v: [B, T, H, V] (already times beta).
+      q: [B, T, H, K], L2-normalized.
+      k: [B, T, Hk, K], L2-normalized, Hk a divisor of H: head h reads head h // (H / Hk), as if each head were repeated in place.
+      v: [B, T, Hv, V], Hv a divisor of H, likewise.
       alpha: [B, T, H], in [0, 1]: 1 uses the solution, 0 the query itself.
       log_decay: [B, T, H], <= 0, of both states.
       ridge_strength: lambda / |H|_F, above 0; the condition number of the solve is at most 1 + 1 / ridge_strength.
       num_iter: Chebyshev iterations; 0 skips the solve (x = q). The relative error of x is at most
         1 / T_{num_iter + 1}(1 + 2 ridge_strength), T the Chebyshev polynomials: 3.2e-4 with the defaults.
+      beta: [B, T, H], multiplies every head's k and v, or None.
       bp_lambda: whether lambda is differentiated through H.
       precision: "fast" (an output in v's dtype; the TPU kernel solves to 2e-3 of float64 from bf16 inputs) or
         "accurate" (an output in float32, to 2e-5). The other implementations solve in float32 in both.
@@ -89,31 +93,39 @@ def gated_kalmanet(
     Raises:
       ValueError: a shape does not fit the others, or an option is out of its range.
     """
-    d = dims_of("gated_kalmanet", q, v)
+    d = grouped("gated_kalmanet", dims_of("gated_kalmanet", q, v), k=k, v=v)
     h_kk, h_kv = (None, None) if initial_state is None else initial_state
     check_shapes(
         "gated_kalmanet",
         d,
-        k=(k, "B T H K"),
-        v=(v, "B T H V"),
+        k=(k, "B T Hk K"),
+        v=(v, "B T Hv V"),
         alpha=(alpha, "B T H"),
         log_decay=(log_decay, "B T H"),
+        beta=(beta, "B T H"),
         h_kk=(h_kk, "B H K K"),
         h_kv=(h_kv, "B H K V"),
         segment_ids=(segment_ids, "B T"),
     )
     if precision not in PRECISIONS:
         raise ValueError(f"gated_kalmanet: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    dtype = accumulator(q, k, v, alpha, log_decay)
+    dtype = accumulator(q, k, v, alpha, log_decay, beta)
     h_kk = jnp.zeros((d["B"], d["H"], d["K"], d["K"]), dtype) if h_kk is None else h_kk.astype(dtype)
     h_kv = jnp.zeros((d["B"], d["H"], d["K"], d["V"]), dtype) if h_kv is None else h_kv.astype(dtype)
     scale = scale_or_default(scale, d["K"])
     check_options("gated_kalmanet", scale=scale, chunk_size=chunk_size, num_iter=num_iter, ridge_strength=ridge_strength)
     run = pick_implementation("gated_kalmanet", implementation, IMPLEMENTATIONS, q, k, v)
-    arrays = alike("gated_kalmanet", q, k, v, alpha, log_decay, (h_kk, h_kv), segment_index(segment_ids))
-    q, k, v, alpha, log_decay, state, segments = arrays
+    arrays = alike("gated_kalmanet", q, k, v, alpha, log_decay, beta, (h_kk, h_kv), segment_index(segment_ids))
+    q, k, v, alpha, log_decay, beta, state, segments = arrays
+    k, v = (_gated(x, beta, d["H"]) for x in (k, v))
     options = (scale, chunk_size, ridge_strength, num_iter, bp_lambda, precision)
     return run(q, k, v, alpha, log_decay, state, segments, *options)
+
+
+def _gated(x: jax.Array, beta: jax.Array | None, H: int) -> jax.Array:
+    """Returns x [..., heads, D] of H heads, each times beta [..., H], multiplied in float32, in x's dtype."""
+    x = repeat_heads(x, H)
+    return x if beta is None else (x.astype(accumulator(x, beta)) * beta[..., None]).astype(x.dtype)
 
 
 def gated_kalmanet_queries(
@@ -153,31 +165,47 @@ def gated_kalmanet_queries(
 
 
 def gated_kalmanet_summary(
-    k: jax.Array, v: jax.Array, log_decay: jax.Array, *, segment_ids: jax.Array | None = None
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array,
+    *,
+    beta: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
 ) -> tuple[jax.Array, States]:
     """Returns what tokens make of the states before them, (H, S) -> decay (H, S) + states: what a sequence over devices passes on.
 
     In float32 throughout: in bf16 H would lose what the solve needs.
 
+    Args:
+      k, v, log_decay, beta, segment_ids: as in `gated_kalmanet`; H is the number of decays.
+
     Returns:
       decay [B, H], 0 where a segment begins after the first token, and (h_kk [B, H, K, K], h_kv [B, H, K, V]).
+
+    Raises:
+      ValueError: a shape does not fit the others.
     """
-    dtype = accumulator(k, v, log_decay)
-    k, v = k.astype(dtype), v.astype(dtype)
+    op = "gated_kalmanet_summary"
+    dims = dims_of_summary(op, k, v, log_decay)
+    check_shapes(op, dims, k=(k, "B T Hk K"), v=(v, "B T Hv V"), beta=(beta, "B T H"))
+    k, v, log_decay, beta, segment_ids = alike(op, k, v, log_decay, beta, segment_ids)
+    dtype = accumulator(k, v, log_decay, beta)
+    k, v = (_gated(x, beta, dims["H"]).astype(dtype) for x in (k, v))
     decay, both = linear_attention_summary(k, jnp.concatenate([k, v], axis=-1), log_decay, segment_ids=segment_ids)
     return decay, (both[..., : k.shape[-1]], both[..., k.shape[-1] :])
 
 
 def gated_kalmanet_step(
     q: jax.Array,  # [B, H, K]
-    k: jax.Array,  # [B, H, K]
-    v: jax.Array,  # [B, H, V]
+    k: jax.Array,  # [B, Hk, K]
+    v: jax.Array,  # [B, Hv, V]
     alpha: jax.Array,  # [B, H]
     log_decay: jax.Array,  # [B, H]
     ridge_strength: float = 0.02,
     num_iter: int = 30,
     *,
     state: States,
+    beta: jax.Array | None = None,  # [B, H]
     bp_lambda: bool = True,
     scale: float | None = None,
     implementation: str | None = None,
@@ -188,15 +216,17 @@ def gated_kalmanet_step(
       ValueError: a shape does not fit the others, or an option is out of its range.
     """
     op = "gated_kalmanet_step"
-    scalars = dict(alpha=(alpha, "B H"), log_decay=(log_decay, "B H"))
+    d = grouped(op, dims_of(op, q, v, axes="B H"), k=k, v=v)
+    scalars = dict(alpha=(alpha, "B H"), log_decay=(log_decay, "B H"), beta=(beta, "B H"))
     states = dict(h_kk=(state[0], "B H K K"), h_kv=(state[1], "B H K V"))
-    check_shapes(op, dims_of(op, q, v, axes="B H"), k=(k, "B H K"), v=(v, "B H V"), **scalars, **states)
+    check_shapes(op, d, k=(k, "B Hk K"), v=(v, "B Hv V"), **scalars, **states)
     scale = scale_or_default(scale, q.shape[-1])
     check_options(op, scale=scale, num_iter=num_iter, ridge_strength=ridge_strength)
     run = pick_implementation(op, implementation, STEPS, q, k, v)
-    dtype = accumulator(q, k, v, alpha, log_decay)
+    dtype = accumulator(q, k, v, alpha, log_decay, beta)
     state = state[0].astype(dtype), state[1].astype(dtype)
-    q, k, v, alpha, log_decay, state = alike(op, q, k, v, alpha, log_decay, state)
+    q, k, v, alpha, log_decay, beta, state = alike(op, q, k, v, alpha, log_decay, beta, state)
+    k, v = (_gated(x, beta, d["H"]) for x in (k, v))
     return run(q, k, v, alpha, log_decay, state, scale, ridge_strength, num_iter, bp_lambda)
 
 

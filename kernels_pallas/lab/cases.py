@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -57,6 +58,26 @@ def _tokens(n_scalars: int):
         return heads + [((B, T, H), "float32")] * n_scalars
 
     return arrays
+
+
+def _grouped(n_scalars: int):
+    """Returns the arrays of `_tokens`, four heads (or the most that divide the heads) sharing one of k and v, as `Case.arrays`."""
+
+    def arrays(s: Shape):
+        q, *kv = _tokens(n_scalars)(s)
+        Hkv = s.heads // math.gcd(s.heads, 4)
+        return [q, *(((B, T, Hkv, D), dtype) for (B, T, _, D), dtype in kv[:2]), *kv[2:]]
+
+    return arrays
+
+
+def _mamba2(s: Shape):
+    """Returns q, k, v as `_grouped`, log decays, dt and the skip D."""
+    return [*_grouped(2)(s), ((s.heads,), "float32")]
+
+
+def _linear_attention_of_mamba2(q, k, v, log_decay, dt, skip, **options):
+    return ops.linear_attention(q, k, v, log_decay, value_scale=dt, skip=skip, **options)
 
 
 def _token(n_scalars: int, *states: str):
@@ -139,6 +160,12 @@ CASES = {
     "linear_attention.backward": Case(ops.linear_attention, _tokens(1), backward=True),
     "gated_delta_rule": Case(ops.gated_delta_rule, _tokens(2)),
     "gated_delta_rule.backward": Case(ops.gated_delta_rule, _tokens(2), backward=True),
+    "linear_attention_grouped": Case(ops.linear_attention, _grouped(1), kernel="linear_attention"),
+    "linear_attention_grouped.backward": Case(ops.linear_attention, _grouped(1), backward=True, kernel="linear_attention"),
+    "gated_delta_rule_grouped": Case(ops.gated_delta_rule, _grouped(2), kernel="gated_delta_rule"),
+    "gated_delta_rule_grouped.backward": Case(ops.gated_delta_rule, _grouped(2), backward=True, kernel="gated_delta_rule"),
+    "mamba2": Case(_linear_attention_of_mamba2, _mamba2, kernel="linear_attention"),
+    "mamba2.backward": Case(_linear_attention_of_mamba2, _mamba2, backward=True, kernel="linear_attention"),
     "gated_kalmanet": Case(ops.gated_kalmanet, _tokens(2)),
     "gated_kalmanet.backward": Case(ops.gated_kalmanet, _tokens(2), backward=True),
     "gated_kalmanet_accurate": Case(accurate, _tokens(2), kernel="gated_kalmanet"),

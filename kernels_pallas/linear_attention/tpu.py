@@ -12,6 +12,12 @@ Backward, from the last chunk to the first, with dH the gradient of the state at
 and the gradient of the cumulative decays a: what each term multiplies, e^{a_t - a_i} adding to row t and
 taking from row i. The diagonal, where the two cancel, is left out, so strong decays lose nothing.
 dO is not multiplied by the scale, which would round it: all gradients are, and dH at the end is divided.
+
+`value_scale` w multiplies the columns of M and `keep`, so that V stays v above; d v, d of `skip`, is added to O and d dO to dV:
+
+    dw = columns of (Q K') (dO V') M + rows of keep (V dH') K          dd = sum of the diagonal of dO V'
+
+k, v of fewer heads are read once per group, their gradients added up in float32 before they are rounded.
 """
 
 from __future__ import annotations
@@ -33,28 +39,45 @@ from kernels_pallas.operands import operand_dtype, parts
 HEADS = 8  # at most this many heads per grid step
 
 
-def _forward_kernel(q, k, v, rows, initial, o, final, *rest, heads, scale, packed):
-    state = rest[-1]
+def _forward_kernel(q, k, v, rows, initial, *rest, heads, groups, scale, packed, scaled, skips):
+    skip, o, final, *saved, state = rest if skips else (None, *rest)
     first, last = pl.program_id(2) == 0, pl.program_id(2) == pl.num_programs(2) - 1
 
     @pl.when(first)
     def _():
         state[...] = initial[0]
 
-    Q, K, V = (head_slices(x, heads) for x in (q, k, v))
-    decay = mosaic.chunk_scalars(rows, heads, packed)[0]
+    Q, K, V = (head_slices(x, heads, n) for x, n in zip((q, k, v), (1, *groups), strict=True))
+    decay = _decays(rows, heads, packed, scaled)[0]
     H0 = [state[h] for h in range(heads)]
     low = each(lambda h: h.astype(k.dtype), H0)
-    if len(rest) > 1:
+    if saved:
         for h in range(heads):
-            rest[0][0, 0, h] = low[h]
-    store_heads(o, read(Q, K, V, low, decay), scale)
+            saved[0][0, 0, h] = low[h]
+    store_heads(o, _add_skip(read(Q, K, V, low, decay), skip, V), scale)
     for h, H1 in enumerate(write(K, V, H0, decay)):
         state[h] = H1
 
     @pl.when(last)
     def _():
         final[0] = state[...]
+
+
+def _decays(rows, heads, packed, scaled) -> tuple[list[Decay], list[Decay]]:
+    """Returns every head's decays with `value_scale` in `mask` and `keep`, if there is one, and without it."""
+    decay, scales = mosaic.chunk_scalars(rows, heads, packed, further=int(scaled))
+    if not scaled:
+        return decay, decay
+    as_row = [rows[0, 0, 0, 2 * heads + h : 2 * heads + h + 1, :] for h in range(heads)]
+    return each(lambda d, r, w: d._replace(mask=d.mask * r, keep=d.keep * w), decay, as_row, scales), decay
+
+
+def _add_skip(x: Sequence[jax.Array], skip: jax.Ref | None, v: Sequence[jax.Array]) -> Sequence[jax.Array]:
+    """Returns x + d v of every head, d those of the grid step's heads in `skip` [H]; x if there is no skip."""
+    if skip is None:
+        return x
+    d = [skip[pl.program_id(1) * len(x) + h] for h in range(len(x))]
+    return each(lambda x, d, v: x + d * v.astype(jnp.float32), x, d, v)
 
 
 def read(
@@ -94,12 +117,37 @@ def read_write_backward(
     Returns:
       dQ, dK, dV, dH0 in float32, and da as a column [C,1] and a row [1,C] to be added.
     """
+    return scaled_backward(Q, K, V, H0, dO, dH, decay, decay, low, n)[:6]
+
+
+def scaled_backward(
+    Q: Sequence[jax.Array],
+    K: Sequence[jax.Array],
+    V: Sequence[jax.Array],
+    H0: Sequence[jax.Array],
+    dO: Sequence[jax.Array],
+    dH: Sequence[jax.Array],
+    decay: Sequence[Decay],
+    unscaled: Sequence[Decay],
+    low: DTypeLike,
+    n: int = 1,
+) -> tuple[list[jax.Array], ...]:
+    """Returns what `read_write_backward` does, the gradient of the values' scales as a column and a row, and dO V' on its diagonal.
+
+    Args:
+      decay: with the scales in `mask` and `keep`.
+      unscaled: without them.
+    """
     C = Q[0].shape[0]
     Q2, K2, V2, H2, O2 = (each(lambda x: parts(x, low), xs) for xs in (Q, K, V, H0, dO))
     scores = each(lambda q, k, d: dot_parts(q, k, NT) * d.mask, Q2, K2, decay)
     dscores = each(lambda o, v: dot_parts(o, v, NT), O2, V2)
-    strict = iota((C, C), 0) > iota((C, C), 1)
+    strict, diagonal = iota((C, C), 0) > iota((C, C), 1), iota((C, C), 0) == iota((C, C), 1)
     E = each(lambda s, ds: jnp.where(strict, s * ds, 0.0), scores, dscores)
+    of_scale = each(
+        lambda q, k, d, ds: jnp.sum(dot_parts(q, k, NT) * d.mask * ds, axis=0, keepdims=True), Q2, K2, unscaled, dscores
+    )
+    own = each(lambda ds: jnp.sum(jnp.where(diagonal, ds, 0.0), axis=0, keepdims=True), dscores)
     dscores = each(lambda ds, d: parts(ds * d.mask, low, n), dscores, decay)
     scores = each(lambda s: parts(s, low, n), scores)
     dH2 = each(lambda h: parts(h, low, n), dH)
@@ -118,23 +166,25 @@ def read_write_backward(
         at_end = jnp.sum(b, axis=0, keepdims=True) + d.total * jnp.sum(row_sum(h * h0), axis=0, keepdims=True)
         return jnp.where(end, at_end, 0.0) - jnp.sum(e, axis=0, keepdims=True)
 
-    return dQ, dK, dV, dH0, column, each(row, E, kept, dH, H0, decay)
+    of_keep = each(lambda v, h, k, d: d.keep * row_sum(dot_parts(v, h, NT) * k), V2, dH2, K, unscaled)
+    return dQ, dK, dV, dH0, column, each(row, E, kept, dH, H0, decay), of_keep, of_scale, own
 
 
-def _backward_kernel(q, k, v, rows, before, do, dfinal, dq, dk, dv, da, dinitial, state, *, heads, scale, packed):
+def _backward_kernel(q, k, v, rows, before, do, dfinal, *rest, heads, groups, scale, packed, scaled, skips):
+    skip, dq, dk, dv, dscalars, dinitial, state = rest if skips else (None, *rest)
     first, last = pl.program_id(2) == 0, pl.program_id(2) == pl.num_programs(2) - 1
 
     @pl.when(first)
     def _():
         state[...] = dfinal[0] / scale
 
-    Q, K, V, dO = (head_slices(x, heads) for x in (q, k, v, do))
-    decay = mosaic.chunk_scalars(rows, heads, packed)[0]
+    Q, K, V, dO = (head_slices(x, heads, n) for x, n in zip((q, k, v, do), (1, *groups, 1), strict=True))
     H0, dH = [before[0, 0, h] for h in range(heads)], [state[h] for h in range(heads)]
-    dQ, dK, dV, dH0, column, row = read_write_backward(Q, K, V, H0, dO, dH, decay, k.dtype)
-    for ref, values in ((dq, dQ), (dk, dK), (dv, dV)):
-        store_heads(ref, values, scale)
-    mosaic.store_rows(da, column, row, scale)
+    of_all = scaled_backward(Q, K, V, H0, dO, dH, *_decays(rows, heads, packed, scaled), k.dtype)
+    dQ, dK, dV, dH0, column, row, of_keep, of_scale, own = of_all
+    for ref, values, n in ((dq, dQ, 1), (dk, dK, groups[0]), (dv, _add_skip(dV, skip, dO), groups[1])):
+        store_heads(ref, values, scale, n)
+    mosaic.store_rows(dscalars, column + of_keep * scaled, row + of_scale * scaled + own * skips, scale)
     for h in range(heads):
         state[h] = dH0[h]
 
@@ -148,6 +198,8 @@ def linear_attention_tpu(
     k: jax.Array,
     v: jax.Array,
     log_decay: jax.Array,
+    value_scale: jax.Array | None,
+    skip: jax.Array | None,
     state: jax.Array,
     segments: jax.Array | None,
     scale: float,
@@ -156,19 +208,32 @@ def linear_attention_tpu(
     """The `pallas_tpu` implementation of `linear_attention`; see `kernels_pallas.contract`."""
     del chunk_size
     low = operand_dtype(q, k, v)
-    o, final = _linear_attention(*(x.astype(low) for x in (q, k, v)), log_decay, state, segments, scale)
+    arrays = (x.astype(low) for x in (q, *mosaic.complete_groups(q, k, v, HEADS)))
+    o, final = _linear_attention(*arrays, log_decay, value_scale, skip, state, segments, scale)
     return o.astype(v.dtype), final
 
 
-@differentiable(6)
-def _linear_attention(q, k, v, log_decay, state, segments, scale) -> tuple[jax.Array, jax.Array]:
-    return _run_forward(q, k, v, log_decay, state, segments, scale, save=False)[0]
+@differentiable(8)
+def _linear_attention(q, k, v, log_decay, value_scale, skip, state, segments, scale) -> tuple[jax.Array, jax.Array]:
+    return _run_forward(q, k, v, log_decay, value_scale, skip, state, segments, scale, save=False)[0]
 
 
-def _run_forward(q, k, v, log_decay, state, segments, scale, save):
+def _prepare(q, k, v, log_decay, value_scale, skip, segments, scale, reverse=False):
+    """Returns the grid, the first inputs of both kernels, their last one if there is a skip, and their static arguments."""
+    groups = mosaic.groups_of(q, k, v)
+    grid = mosaic.grid_of(q, v, HEADS, reverse, groups)
+    given = () if value_scale is None else (value_scale,)
+    inputs = mosaic.token_inputs(grid, q, k, v, mosaic.chunk_rows(log_decay, segments, grid.C, grid.heads, *given))
+    skips = []
+    if skip is not None:  # divided, because the scale multiplies the sum
+        skips.append((skip.astype(jnp.float32) / scale, pl.BlockSpec(memory_space=pltpu.SMEM)))
+    static = dict(heads=grid.heads, groups=groups, scale=scale, packed=segments is not None)
+    return grid, inputs, skips, static | dict(scaled=bool(given), skips=bool(skips))
+
+
+def _run_forward(q, k, v, log_decay, value_scale, skip, state, segments, scale, save):
     (_, T, H, _), (K, V) = q.shape, state.shape[2:]
-    grid = mosaic.grid_of(q, v, HEADS)
-    rows = mosaic.chunk_rows(log_decay, segments, grid.C, grid.heads)
+    grid, inputs, skips, static = _prepare(q, k, v, log_decay, value_scale, skip, segments, scale)
     outputs = [
         (grid.tokens_shape(grid.V, v.dtype), grid.tokens(grid.V)),
         (grid.state_shape(grid.K, grid.V), grid.state(grid.K, grid.V)),
@@ -176,50 +241,52 @@ def _run_forward(q, k, v, log_decay, state, segments, scale, save):
     if save:
         outputs.append((grid.states_shape(grid.K, grid.V, k.dtype), grid.states(grid.K, grid.V)))
     o, final, *saved = mosaic.run(
-        functools.partial(_forward_kernel, heads=grid.heads, scale=scale, packed=segments is not None),
+        functools.partial(_forward_kernel, **static),
         grid,
         "linear_attention_forward",
-        [
-            *mosaic.token_inputs(grid, q, k, v, rows),
-            (mosaic.pad_state(state), grid.state(grid.K, grid.V)),
-        ],
+        [*inputs, (mosaic.pad_state(state), grid.state(grid.K, grid.V)), *skips],
         outputs,
         [pltpu.VMEM((grid.heads, grid.K, grid.V), jnp.float32)],
     )
     return (mosaic.head_tokens(o, T, H, V), final[:, :, :K, :V]), saved
 
 
-def _vjp_forward(q, k, v, log_decay, state, segments, scale):
-    out, (before,) = _run_forward(q, k, v, log_decay, state, segments, scale, save=True)
-    return out, (q, k, v, log_decay, segments, before)
+def _vjp_forward(q, k, v, log_decay, value_scale, skip, state, segments, scale):
+    out, (before,) = _run_forward(q, k, v, log_decay, value_scale, skip, state, segments, scale, save=True)
+    return out, (q, k, v, log_decay, value_scale, skip, segments, before)
 
 
 def _vjp_backward(scale, saved, cotangents):
-    q, k, v, log_decay, segments, before = saved
+    q, k, v, log_decay, value_scale, skip, segments, before = saved
     do, dfinal = cotangents
     T, K, V = q.shape[1], q.shape[3], v.shape[3]
-    grid = mosaic.grid_of(q, v, HEADS, reverse=True)
-    rows = mosaic.chunk_rows(log_decay, segments, grid.C, grid.heads)
+    grid, inputs, skips, static = _prepare(q, k, v, log_decay, value_scale, skip, segments, scale, reverse=True)
     values, state = grid.tokens(grid.V), grid.state(grid.K, grid.V)
-    dq, dk, dv, da, dinitial = mosaic.run(
-        functools.partial(_backward_kernel, heads=grid.heads, scale=scale, packed=segments is not None),
+    scalars = 1 + static["scaled"] + static["skips"]
+    dq, dk, dv, dscalars, dinitial = mosaic.run(
+        functools.partial(_backward_kernel, **static),
         grid,
         "linear_attention_backward",
         [
-            *mosaic.token_inputs(grid, q, k, v, rows),
+            *inputs,
             (before, grid.states(grid.K, grid.V)),
             (mosaic.flat_tokens(do, grid.C), values),
             (mosaic.pad_state(dfinal), state),
+            *skips,
         ],
         [
-            *mosaic.gradient_outputs(grid, q, k, v, 1),
+            *mosaic.gradient_outputs(grid, q, k, v, scalars),
             (grid.state_shape(grid.K, grid.V), state),
         ],
         [pltpu.VMEM((grid.heads, grid.K, grid.V), jnp.float32)],
     )
+    of_scalar = functools.partial(mosaic.from_rows, dscalars, grid.heads, T)
+    dskip = None if skip is None else (jnp.sum(of_scalar(kind=scalars - 1), axis=(0, 1)) / scale).astype(skip.dtype)
     return (
         *mosaic.token_gradients(dq, dk, dv, q, v),
-        mosaic.decay_gradient(da, grid.heads, T).astype(log_decay.dtype),
+        mosaic.decay_gradient(dscalars, grid.heads, T).astype(log_decay.dtype),
+        None if value_scale is None else of_scalar(kind=1).astype(value_scale.dtype),
+        dskip,
         dinitial[:, :, :K, :V],
         None,
     )

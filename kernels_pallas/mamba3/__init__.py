@@ -111,7 +111,7 @@ def _by_linear_attention(name: str) -> Mamba3:
         last = jnp.einsum("brhk,brhv->bhkv", state.k, state.v, precision="highest")
         S = state.S + before[:, 0, :, None, None] * last
         rows = None if segments is None else jnp.repeat(segments, R, axis=1)
-        o, S = LINEAR_ATTENTION[name](x.q, x.k, x.v, x.log_decay, S, rows, 1.0, chunk_size)
+        o, S = LINEAR_ATTENTION[name](x.q, x.k, x.v, x.log_decay, None, None, S, rows, 1.0, chunk_size)
         o = mamba3_output(o, q, k, v, x.own)
         return o, Mamba3State(angle[:, -1], S, k[:, -1].astype(dtype), v[:, -1].astype(dtype))
 

@@ -238,9 +238,10 @@ def test_shapes_that_would_broadcast_are_refused_by_steps_and_summaries(op):
     inputs, state = make_inputs(op, 5), make_state(op)
     token, step = cut(inputs, 1), getattr(kp, f"{op}_step")
     step(**token, state=state)
-    for name in token:
+    for name in token:  # one head of k or v would be a group, and is right
+        wrong = token[name][:1] if name in ("k", "v") else token[name][:, :1]
         with pytest.raises(ValueError, match="must be"):
-            step(**{**token, name: token[name][:, :1]}, state=state)
+            step(**{**token, name: wrong}, state=state)
     with pytest.raises(ValueError, match=r"must be \[B, H, K, [KV]\]"):
         step(**token, state=jax.tree.map(lambda s: s[:1], state))
     summary = {n: x for n, x in inputs.items() if n not in ("q", "alpha")}

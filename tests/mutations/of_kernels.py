@@ -4,6 +4,7 @@ from tests.mutations import Mutation
 
 GOLDEN, PROPERTIES, PALLAS = "tests/kernels/test_golden_ops.py", "tests/kernels/test_properties.py", "tests/kernels/test_pallas.py"
 MANY = "tests/kernels/test_many_chunks.py"
+GROUPS = "tests/kernels/test_groups.py"
 CHUNKS, LINEAR = "kernels_pallas/chunks.py", "kernels_pallas/linear_attention/chunked.py"
 EXTREMES, MESHES = "tests/kernels/test_extremes.py", "tests/kernels/test_meshes.py"
 WEAK_KEY = f"{EXTREMES}::test_a_zero_key_after_a_strong_decay_still_solves_for_what_is_left"
@@ -114,8 +115,8 @@ MUTATIONS = [
     ),
     Mutation(
         "kernels_pallas/ssd.py",
-        "(x * dt[..., None]).astype(x.dtype), dt * a",
-        "x, dt * a",
+        "b, x, dt * a, dt)",
+        "b, x, dt * a, jnp.ones_like(dt))",
         "dt does not scale the input",
         (PROPERTIES, "tests/convert/test_hmf.py"),
     ),
@@ -213,9 +214,9 @@ MUTATIONS = [
         (f"{PROPERTIES}::test_options_that_mean_nothing_are_refused_by_name",),
     ),
     Mutation(
-        "kernels_pallas/ssd.py",
-        "y + (d[:, None] * x)",
-        "y - (d[:, None] * x)",
+        "kernels_pallas/linear_attention/composed.py",
+        "+ skip[:, None] * wide",
+        "- skip[:, None] * wide",
         "the skip has the wrong sign",
         (f"{PROPERTIES}::test_the_recurrence_is_the_formula",),
     ),
@@ -232,5 +233,33 @@ MUTATIONS = [
         "(tuple(jnp.zeros(x.shape, dtype) for x in arrays), None)",
         "a loss has no gradient inside a shard_map that checks varying axes",
         (f"{MESHES}::test_tiled_attention_and_loss_in_a_shard_map_that_checks_varying_axes_are_those_without",),
+    ),
+    Mutation(
+        "kernels_pallas/heads.py",
+        "jnp.sum(groups.astype(jnp.promote_types(d.dtype, jnp.float32)), axis=-2)",
+        "sum(groups[..., i, :] for i in range(H // heads))",
+        "the gradients of a group are added up in bfloat16",
+        (f"{GROUPS}::test_a_group_s_gradients_are_added_up_before_they_are_rounded_to_bfloat16",),
+    ),
+    Mutation(
+        "kernels_pallas/mosaic.py",
+        "functools.reduce(jnp.add, values[h * group : (h + 1) * group])",
+        "values[h * group]",
+        "a group's keys have the gradient of its first head only",
+        (f"{GROUPS}::test_outputs_states_and_gradients_are_those_of_repeated_heads_in_float64",),
+    ),
+    Mutation(
+        "kernels_pallas/mosaic.py",
+        "[slices[h // group] for h in range(heads)]",
+        "[slices[h % (heads // group)] for h in range(heads)]",
+        "heads of a group are not neighbours",
+        (f"{GROUPS}::test_outputs_states_and_gradients_are_those_of_repeated_heads_in_float64",),
+    ),
+    Mutation(
+        "hybrid_jax/parallel/recurrence.py",
+        "if x.ndim == 4 and x.shape[2] % devices else x",
+        "if x.ndim == 4 else x",
+        "keys are repeated where the mesh could divide their heads",
+        ("tests/distributed/test_groups.py",),
     ),
 ]
