@@ -67,8 +67,8 @@ class ModelConfig:
         and written, and nothing else.
       vocab_size: rows of the embedding table.
       hidden_size: width of the residual stream.
-      intermediate_size: width of the MLP; an expert's is in `moe`. 0: no layer has an MLP, nor the norms in front of it and behind it
-        (Mamba-3 language models with `d_intermediate` 0); `has_mlp` tells.
+      intermediate_size: width of the MLP; an expert's is in `moe`. 0: no layer has an MLP, nor the norms in front of it and behind
+        it (Mamba-3 language models with `d_intermediate` 0); `has_mlp` tells.
       num_heads, num_kv_heads: query heads, and key-value heads, which divide them. Mixers use the same numbers.
       head_dim: width of a head, even; it need not be hidden_size / num_heads.
       layers: one `MixerSpec` per layer (see `with_pattern`).
