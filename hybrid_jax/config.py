@@ -67,7 +67,8 @@ class ModelConfig:
         and written, and nothing else.
       vocab_size: rows of the embedding table.
       hidden_size: width of the residual stream.
-      intermediate_size: width of the MLP; an expert's is in `moe`.
+      intermediate_size: width of the MLP; an expert's is in `moe`. 0: no layer has an MLP, nor the norms in front of it and behind
+        it (Mamba-3 language models with `d_intermediate` 0); `has_mlp` tells.
       num_heads, num_kv_heads: query heads, and key-value heads, which divide them. Mixers use the same numbers.
       head_dim: width of a head, even; it need not be hidden_size / num_heads.
       layers: one `MixerSpec` per layer (see `with_pattern`).
@@ -177,6 +178,8 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
         check_choice("norms", self.norms, NORMS)
+        if not self.has_mlp and self.moe is not None:
+            raise ValueError("intermediate_size = 0 means layers without an MLP, but moe gives them experts; leave one of them out")
         if self.head_bias and self.tie_embeddings:
             raise ValueError("tie_word_embeddings = true is not supported where the output head has a bias; set it to false")
         for rope in filter(None, (self.rope, self.window_rope)):
@@ -283,6 +286,11 @@ class ModelConfig:
         """Per layer, what its computation depends on beside its parameters: layers that are equal here may share one program."""
         of_layers = enumerate(zip(self.layers, self.attention_windows, self.dense_layers, strict=True))
         return [(spec, window, self.rope_of(i), dense) for i, (spec, window, dense) in of_layers]
+
+    @property
+    def has_mlp(self) -> bool:
+        """Whether layers have an MLP behind their mixer, or beside it; all of them have one, or none."""
+        return self.intermediate_size > 0
 
     @property
     def num_layers(self) -> int:

@@ -55,9 +55,11 @@ def check_new_directory(path: str | pathlib.Path, overwrite: bool = False, sourc
 
     Raises:
       FileExistsError: something is there already, and it is no model directory or may not be replaced.
+      FileNotFoundError: what was there is set aside (`check_not_set_aside`).
       PermissionError, NotADirectoryError: its parent cannot be written.
     """
     path = pathlib.Path(path)
+    check_not_set_aside(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         if not overwrite:
             raise FileExistsError(f"{path} exists already and is not empty; choose another output directory or remove it")
@@ -153,9 +155,30 @@ def new_directory(path: str | pathlib.Path, overwrite: bool = False) -> Iterator
         raise
 
 
+def _set_aside(path: pathlib.Path) -> pathlib.Path:
+    """Returns where the directory `path` is while another one takes its place."""
+    path = path.absolute()
+    return path.with_name(f".{path.name}.old")
+
+
+def check_not_set_aside(path: str | pathlib.Path) -> None:
+    """Checks that nothing is missing at `path` because a program was killed between the two renames that replace a directory.
+
+    Raises:
+      FileNotFoundError: it is; says where the directory is that was to be replaced.
+    """
+    path = pathlib.Path(path)
+    if not path.exists() and _set_aside(path).is_dir():
+        raise FileNotFoundError(
+            f"{path} is missing, because a program was killed while it replaced it; the old directory is {_set_aside(path)}: "
+            f"rename it to {path.name} and run the command again, or remove it if you do not need it"
+        )
+
+
 def _replace(path: pathlib.Path, new: pathlib.Path) -> None:
     """Renames the directory `new` to `path`, and removes what was there only when that is done."""
-    old = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
+    old = _set_aside(path)
+    shutil.rmtree(old, ignore_errors=True)  # of a program that was killed when the new directory was in place
     os.rename(path, old)
     try:
         os.rename(new, path)

@@ -30,7 +30,7 @@ REMAT = {
 
 
 class LayerOutputs(NamedTuple):
-    """One stream's way through one layer, each [B,T,hidden]."""
+    """One stream's way through one layer, each [B,T,hidden]; `mlp` is zero in a layer without an MLP."""
 
     mixer: jax.Array
     mlp: jax.Array
@@ -48,17 +48,19 @@ class TwoStreams(NamedTuple):
 class Layer(nnx.Module):
     """h + mixer(norm h), then h + mlp(norm h), with norms where `config.norms` says; `parallel`: h + mixer(norm h) + mlp(norm h).
 
-    A fused layer holds teacher and student.
+    Where `config.has_mlp` is false a layer is h + mixer(norm h). A fused layer holds teacher and student.
     """
 
     def __init__(self, config: ModelConfig, index: int, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
-        self.spec, self.norms, self.parallel = config.layers[index], NORMS[config.norms], config.norms == "parallel"
+        norms, dense = NORMS[config.norms], config.moe is None or config.dense_layers[index]
+        self.spec, self.parallel = config.layers[index], config.norms == "parallel"
+        self.norms = norms if config.has_mlp else (*norms[:2], None, None)
         for name in self.norms:
             if name is not None:
                 setattr(self, name, source_norm(config, config.hidden_size, dtype))
         for kind in self.spec.kinds:
             setattr(self, KINDS[kind].parameter_key, make_mixer(kind, config, index, rngs=rngs, dtype=dtype))
-        self.mlp = (MLP if config.moe is None or config.dense_layers[index] else MoE)(config, rngs=rngs, dtype=dtype)
+        self.mlp = (MLP if dense else MoE)(config, rngs=rngs, dtype=dtype) if config.has_mlp else None
 
     def mixer(self, kind: str) -> Any:
         return getattr(self, KINDS[kind].parameter_key)
@@ -85,11 +87,13 @@ class Layer(nnx.Module):
 
     def behind_mixer(self, hidden: jax.Array, mixed: jax.Array) -> LayerOutputs:
         """The rest of the layer, of its input and its mixer's output; `LayerOutputs` has what is added to the residual stream."""
-        if self.parallel:
+        if self.parallel and self.mlp is not None:
             out = self.mlp(self.mixer_input(hidden))
             return LayerOutputs(mixed, out, constrain(hidden + mixed + out, *TOKENS))
         mixed = self._normed(1, mixed)
         hidden = constrain(hidden + mixed, *TOKENS)
+        if self.mlp is None:
+            return LayerOutputs(mixed, jnp.zeros_like(mixed), hidden)
         out = self._normed(3, self.mlp(self._normed(2, hidden)))
         return LayerOutputs(mixed, out, constrain(hidden + out, *TOKENS))
 

@@ -60,7 +60,7 @@ SIZE = integer(1, 2**24)
 KEYS: dict[str, Check] = {
     "vocab_size": integer(),
     "hidden_size": SIZE,
-    "intermediate_size": SIZE,
+    "intermediate_size": integer(0, 2**24),  # 0 in released layouts only: see `families.base.read_config`
     "intermediate_size_mlp": SIZE,
     "num_hidden_layers": integer(1, MOST_LAYERS),
     "num_attention_heads": integer(1, 2**16),

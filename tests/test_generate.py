@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from hybrid_jax import generate
-from hybrid_jax.config import GKAConfig
+from hybrid_jax.config import GKAConfig, RopeConfig
 from hybrid_jax.generation import Sampling, _forward, check_prompts, empty_state, generation_defaults
 from hybrid_jax.generation.sampling import adjusted, sample
 from hybrid_jax.parameters import split_model
@@ -124,6 +124,18 @@ def test_decoding_far_from_the_start_equals_the_full_forward():
     for i in range(290, 298):
         assert got.dtype == np.float32 and relative_error(got[0], want[i - 1]) < 1e-5, i
         got, state = _forward(structure, parameters, whole[:, i : i + 1], ones[:, :1], at[:, i : i + 1], state)
+
+
+def test_longrope_is_decoded_up_to_its_original_context_whatever_the_slots_and_the_padding():
+    """20 tokens, in caches of 64 slots, behind padding that is longer than the context."""
+    factors = (("long_factor", (9.0,) * 4), ("original_max_position_embeddings", 20), ("short_factor", (1.0, 1.5, 2.0, 2.5)))
+    model = tiny_model("*-*", rope=RopeConfig(kind="longrope", options=factors))
+    prompt = np.random.default_rng(0).integers(0, 61, 12).tolist()
+    want = greedy_without_cache(model, prompt, 8)
+    assert generate(model, [prompt], max_new_tokens=8) == [want]
+    assert generate(model, [prompt, prompt[:3]], max_new_tokens=8, padded_to=32)[0] == want
+    with pytest.raises(ValueError, match="longrope: .* room for 21 tokens is not supported, give at most 20"):
+        check_prompts(model.config, [prompt], 9)
 
 
 def test_prompts_of_various_lengths_share_one_program():

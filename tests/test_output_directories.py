@@ -1,10 +1,13 @@
 """Where the commands may write: nothing is lost to --overwrite, and places that cannot become a directory are refused first."""
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 
 from hybrid_jax import save_model
+from hybrid_jax.commands.main import main
 from tests.conftest import tiny_model
 from tests.test_commands import fails
 
@@ -41,3 +44,29 @@ def test_places_that_no_directory_can_be_renamed_to_are_refused_before_any_work(
     for report in ("out", "out/report"):
         assert "is in, the output directory out" in fails(capsys, "convert", source, "out", "--verify", report)
     assert not any((tmp_path / "empty").iterdir())
+
+
+def test_a_model_whose_replacement_was_killed_between_the_renames_is_not_lost(source, tmp_path, capsys):
+    out, old = shutil.copytree(source, tmp_path / "out"), tmp_path / ".out.old"
+    (out / "merges.txt").write_text("x")
+    program = f"""
+import os, sys
+from hybrid_jax import files
+rename = os.rename
+def killed_before_the_second(a, b):
+    rename(a, b)
+    os._exit(9)
+files.os.rename = killed_before_the_second
+with files.new_directory({str(out)!r}, overwrite=True) as work:
+    (work / "config.json").write_text("{{}}")
+"""
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 9
+    assert not out.exists() and (old / "merges.txt").read_text() == "x"
+    for arguments in (("convert", source, out), ("convert", source, out, "--overwrite"), ("export", out, tmp_path / "other")):
+        said = fails(capsys, *arguments)
+        assert f"{out} is missing, because a program was killed while it replaced it; the old directory is {old}" in said
+    old.rename(out)
+    assert main(["convert", str(out), str(tmp_path / "copy")]) == 0
+    shutil.copytree(out, old)  # of a program that was killed after the second rename
+    assert main(["convert", str(source), str(out), "--overwrite"]) == 0
+    assert not old.exists() and not (out / "merges.txt").exists()

@@ -21,7 +21,7 @@ from hybrid_jax.convert.quantized import KEYS, read_quantization
 from hybrid_jax.convert.tensor_file import DTYPES, FileTensor
 from hybrid_jax.convert.weights import TensorFiles
 from hybrid_jax.families import FAMILIES, config_from_hf
-from hybrid_jax.files import read_json
+from hybrid_jax.files import check_not_set_aside, read_json
 from hybrid_jax.model import Decoder, abstract_decoder
 from hybrid_jax.parallel.distributed import notice
 from hybrid_jax.parallel.sharding import load_sharded
@@ -41,6 +41,7 @@ def read_model_config(path: str | pathlib.Path) -> ModelConfig:
       ValueError: an unknown family or an unsupported option.
     """
     path = pathlib.Path(path)
+    check_not_set_aside(path)
     if not path.is_dir():
         raise FileNotFoundError(f"no model directory at {path}; give a folder with config.json and *.safetensors")
     values = read_json(path / "config.json") if (path / "config.json").is_file() else None

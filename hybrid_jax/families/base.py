@@ -216,6 +216,11 @@ def read_config(family: Family, hf: Mapping[str, Any]) -> ModelConfig:
         check_key(key, value)
         if key in family.keys:
             family.keys[key](key, value)
+    if extra is None and hf[family.intermediate_key] == 0:
+        raise ValueError(
+            f"{family.intermediate_key} = 0 is not supported: with transformers' keys, which hybrids have too, every layer has an "
+            "MLP; give its width. Layers without an MLP are read and written in the released layout of Mamba-3 only"
+        )
     num_layers, heads = hf["num_hidden_layers"], hf["num_attention_heads"]
     if family.window_rope_theta is None:
         known: dict[str, Any] = dict(partial=family.partial_rotary, names=family.rope_types, position_axes=family.position_axes)

@@ -1,13 +1,13 @@
-"""Mamba-3 language models (arXiv 2603.15569) in the layout of state-spaces/mamba, whose layers have an MLP behind the mixer.
+"""Mamba-3 language models (arXiv 2603.15569) in the layout of state-spaces/mamba.
 
 config.json has no `model_type`; it is read from `d_model`, `n_layer`, `vocab_size`, rounded up to `pad_vocab_size_multiple`,
-`d_intermediate`, rounded up to a multiple of 128, `tie_embeddings`, `rms_norm` (false: LayerNorms) and `ssm_cfg`, the options of
-the mixer, with `layer` "Mamba3". MIMO (`is_mimo`) rotates channel j with j + d_state / 2, SISO 2j with 2j + 1. The epsilon of all
-norms is 1e-5.
+`d_intermediate`, rounded up to a multiple of 128 (0, its default: layers have no MLP, and one norm), `tie_embeddings`, `rms_norm`
+(false: LayerNorms) and `ssm_cfg`, the options of the mixer, with `layer` "Mamba3". MIMO (`is_mimo`) rotates channel j with
+j + d_state / 2, SISO 2j with 2j + 1. The epsilon of all norms is 1e-5.
 
-Refused: other mixers, layers of attention (`attn_layer_idx`), layers without an MLP (`d_intermediate` 0), MIMO of rank 1, and keys
-of `ssm_cfg` that are not known. How the released program computes (`residual_in_fp32`, `fused_add_norm`, `chunk_size` and the
-like) changes nothing here and is written back.
+Refused: other mixers, layers of attention (`attn_layer_idx`), MIMO of rank 1, and keys of `ssm_cfg` that are not known. How the
+released program computes (`residual_in_fp32`, `fused_add_norm`, `chunk_size` and the like) changes nothing here and is written
+back.
 """
 
 from __future__ import annotations
@@ -121,8 +121,6 @@ def _read_own(hf: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     ssm = read_object("ssm_cfg", own["ssm_cfg"], _SSM_KEYS, _SSM_DEFAULTS)
     if own["attn_layer_idx"]:
         raise ValueError(f"attn_layer_idx = {own['attn_layer_idx']!r} is not supported; only [] is, a model without attention")
-    if own["d_intermediate"] == 0:
-        raise ValueError("d_intermediate = 0 is not supported: a layer needs an MLP, and this model has none")
     hidden, mimo = own["d_model"], ssm["is_mimo"]
     inner, rank = int(ssm["expand"] * hidden), ssm.get("mimo_rank", 4) if mimo else 1
     if inner % ssm["headdim"]:

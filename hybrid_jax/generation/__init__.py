@@ -42,9 +42,13 @@ def _forward(
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def empty_state(structure: nnx.GraphDef, parameters: Mapping[str, jax.Array], batch: int, length: int) -> Any:
-    """Returns the state before the first token, with caches of `length` slots; on the mesh in context, sharded by its axes."""
+    """Returns the state before the first token, with caches of `length` slots; on the mesh in context, sharded by its axes.
+
+    Slots may be more than a document's tokens; whether documents of so many tokens can be decoded is checked by their own length
+    (`ModelConfig.check_cache`).
+    """
     model = join_model(structure, parameters)
-    return jax.tree.map(lambda x, axes: constrain(x, *axes), model.init_state(batch, length), model.state_axes())
+    return jax.tree.map(lambda x, axes: constrain(x, *axes), model.empty_state(batch, length), model.state_axes())
 
 
 def rows_on(mesh: Mesh | None, rows: int) -> int:
@@ -64,7 +68,8 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new
     """Checks that a model can continue token sequences, and returns each as an integer array.
 
     Raises:
-      ValueError: no prompt or an empty one, an id outside the vocabulary, or more tokens than the model has positions.
+      ValueError: no prompt or an empty one, an id outside the vocabulary, more tokens than the model has positions, or than can be
+        decoded with caches (`ModelConfig.check_cache`).
     """
     check_integer("max_new_tokens", max_new_tokens, minimum=1)
     rows = [np.asarray(p) for p in prompts]
@@ -80,6 +85,7 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new
             f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than the model's {most} positions "
             "(max_position_embeddings); shorten the prompt or lower max_new_tokens"
         )
+    config.check_cache(longest + max_new_tokens)
     return rows
 
 

@@ -192,8 +192,8 @@ def _activations(found: Traffic, job: Job, sizes: Sizes) -> None:
     hidden = COMPUTE * local * c.hidden_size
     passes = forward + backward + bool(teaching)
     learned = backward and TABLE in trained_names(job.model_config, job.phase.trainable)
-    # two per layer and pass: forward behind the mixer and behind the MLP, backward in front of them
-    found.add("all-reduce of activations", ("tensor",), hidden * c.num_layers * 2 * passes, 2)
+    # per layer and pass: forward behind the mixer and behind the MLP, if there is one, backward in front of them
+    found.add("all-reduce of activations", ("tensor",), hidden * c.num_layers * (1 + c.has_mlp) * passes, 2)
     # the embedding, and the head's gradient
     found.add("all-reduce of activations", ("tensor",), hidden * (1 + (job.program == "train")), 2)
     found.add("all-to-all of embeddings", RULES["embed"], hidden * (1 + learned))

@@ -95,6 +95,7 @@ MIMO = {
     "A_floor": 1.2,
     "chunk_size": 16,
 }
+WITHOUT_MLPS = {key: value for key, value in MAMBA3.items() if key != "d_intermediate"}  # which is 0 then
 CASES = {
     "llamba": LLAMBA,
     "llamba, tied, biased": {
@@ -107,6 +108,7 @@ CASES = {
     "hybrid phi-mamba": HYBRID,
     "mamba3": MAMBA3,
     "mamba3 mimo, layer norms, untied": {**MAMBA3, "rms_norm": False, "tie_embeddings": False, "ssm_cfg": MIMO},
+    "mamba3 without MLPs": WITHOUT_MLPS,
 }
 
 
@@ -289,12 +291,13 @@ class Mamba3Block(torch.nn.Module):
     def __init__(self, hf, norm):
         super().__init__()
         d = hf["d_model"]
-        self.norm, self.norm2, self.mixer = norm(d), norm(d), Mamba3(d, hf["ssm_cfg"])
-        self.mlp = GatedMLP(d, -(-hf["d_intermediate"] // 128) * 128, False, True)
+        width = hf.get("d_intermediate", 0)
+        self.norm, self.mixer = norm(d), Mamba3(d, hf["ssm_cfg"])
+        self.norm2, self.mlp = (norm(d), GatedMLP(d, -(-width // 128) * 128, False, True)) if width else (None, None)
 
     def forward(self, x):
         x = x + self.mixer(self.norm(x))
-        return x + self.mlp(self.norm2(x))
+        return x if self.mlp is None else x + self.mlp(self.norm2(x))
 
 
 class Model(torch.nn.Module):

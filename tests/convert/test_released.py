@@ -1,6 +1,8 @@
 """Released recurrent models are read as they are, written back, decoded, and refused where they say what cannot be honoured."""
 
+import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from hybrid_jax import load_model, save_model
-from hybrid_jax.config import Mamba3Config
+from hybrid_jax.config import Mamba3Config, parse_pattern
 from hybrid_jax.convert.load import read_model_config
 from hybrid_jax.convert.save import planned_tensors
 from hybrid_jax.families import config_from_hf, config_to_hf
@@ -17,7 +19,20 @@ from hybrid_jax.parameters import abstract_parameters, split_model
 from hybrid_jax.parity_report import verify
 from hybrid_jax.priming.initialize import check_convertible, initialize_hybrid
 from tests.conftest import relative_error
-from tests.convert.released_models import CASES, CORE, HYBRID, LLAMBA, MAMBA3, MIMO, PHI_ATTENTION, PHI_MAMBA, Model, block, torch
+from tests.convert.released_models import (
+    CASES,
+    CORE,
+    HYBRID,
+    LLAMBA,
+    MAMBA3,
+    MIMO,
+    PHI_ATTENTION,
+    PHI_MAMBA,
+    WITHOUT_MLPS,
+    Model,
+    block,
+    torch,
+)
 from tests.convert.test_family_contract import decoded
 
 IDS = np.random.default_rng(1).integers(0, 90, (2, 13))
@@ -126,6 +141,30 @@ def test_tensors_of_the_published_sizes_have_their_shapes():
     assert planned["backbone.embedding.weight"][1] == (50280, 768) and "lm_head.weight" not in planned
 
 
+def test_a_layer_without_an_mlp_has_an_mlp_and_its_norm_less():
+    with_mlps, without = (config_from_hf({**hf, "d_model": 768, "n_layer": 3}) for hf in (MAMBA3, WITHOUT_MLPS))
+    assert with_mlps.intermediate_size == 128 and without == dataclasses.replace(with_mlps, intermediate_size=0)
+    counts = [sum(math.prod(x.shape) for x in abstract_parameters(config).values()) for config in (with_mlps, without)]
+    assert counts[0] - counts[1] == 3 * (3 * 768 * 128 + 768)
+
+
+def test_tensors_of_an_mlp_that_config_json_does_not_state_are_refused(tmp_path):
+    write(tmp_path / "model", WITHOUT_MLPS, tensors(Model(MAMBA3)))
+    with pytest.raises(ValueError, match=r"norm2\.weight|mlp\.fc"):
+        load_model(tmp_path / "model")
+
+
+def test_a_hybrid_whose_layers_have_no_mlp_is_not_written():
+    """hybrid-model-factory's layout has an MLP in every layer."""
+    hybrid = dataclasses.replace(config_from_hf(WITHOUT_MLPS), layers=parse_pattern("GDN-M3"))
+    with pytest.raises(
+        ValueError, match="intermediate_size = 0 is not supported: .* which hybrids have too, every layer has an MLP"
+    ):
+        config_to_hf(hybrid)
+    written = config_to_hf(dataclasses.replace(hybrid, intermediate_size=128))
+    assert (written["model_type"], written["intermediate_size"]) == ("hybrid_mamba3", 128)
+
+
 def test_what_the_released_layout_cannot_describe_is_not_written():
     config = config_from_hf(MAMBA3)
     with pytest.raises(ValueError, match="config.json of a mamba3 cannot describe this model: mixers is"):
@@ -189,7 +228,7 @@ REFUSED = {
     "mamba3": (
         MAMBA3,
         [
-            (dict(d_intermediate=0), "d_intermediate = 0 is not supported: a layer needs an MLP"),
+            (dict(d_intermediate=-1), "d_intermediate must be an integer at least 0 .*got -1"),
             (dict(attn_layer_idx=[1]), r"attn_layer_idx = \[1\] is not supported"),
             (dict(ssm_cfg={}), "ssm_cfg.layer = 'Mamba1' is not supported; only 'Mamba3' is"),
             (dict(ssm_cfg={**MAMBA3["ssm_cfg"], "headdim": 12}), r"ssm_cfg.headdim must divide expand \* d_model \(32\), got 12"),

@@ -104,6 +104,8 @@ def test_a_wrong_value_of_any_rope_option_is_refused_by_name():
         ({**HYBRID, "gka_config": {"conv_bias": 0}}, "gka_config.conv_bias = 0 is not supported; only False is"),
         ({**MOE, "num_experts_per_tok": 0}, "num_experts_per_tok must be an integer at least 1"),
         ({**MOE, "num_experts_per_tok": 5}, r"num_experts_per_tok must be at most num_experts \(4\), got 5"),
+        ({**LLAMA, "intermediate_size": 0}, "intermediate_size = 0 is not supported: with transformers' keys, .* give its width"),
+        ({**HYBRID, "intermediate_size": 0}, "intermediate_size = 0 is not supported: .* which hybrids have too"),
         ({**MOE, "num_local_experts": 8}, r"num_experts and num_local_experts contradict each other: \[4, 8\]"),
         ({**MOE, "decoder_sparse_step": 0}, "mix dense and expert layers"),
         ({**LLAMA, "eos_token_id": "2"}, "eos_token_id must be an integer"),
@@ -139,6 +141,11 @@ def test_every_option_has_a_rule_and_options_made_in_python_follow_it():
         (lambda: tiny_config("*", tie_embeddings="false"), "tie_word_embeddings"),
         (lambda: tiny_config("*", attention_windows=(-1,)), "attention_windows"),
         (lambda: tiny_config("*", num_kv_heads=None), "num_key_value_heads"),
+        (lambda: tiny_config("*", intermediate_size=-1), "intermediate_size must be an integer at least 0"),
+        (
+            lambda: tiny_config("*", intermediate_size=0, moe=MoEConfig(4, 2, 16)),
+            "intermediate_size = 0 means layers without an MLP",
+        ),
     ):
         with pytest.raises(ValueError, match=word):
             make()

@@ -83,6 +83,7 @@ CASES = {
     "several inputs per token": ("data=2,seq=2,tensor=2", "M3", 24, 2, "next_token", MIMO),
     "biases of parts of a map": ("fsdp=2,seq=2,tensor=2", "DM2", 24, 2, "next_token", BIASED),
     "one group of B and C": ("data=2,seq=2,tensor=2", "M3", 24, 2, "next_token", GROUPED),
+    "without MLPs": ("fsdp=2,seq=2,tensor=2", "M3", 24, 2, "next_token", {"intermediate_size": 0}),
     "matrices": ("data=2,seq=2,tensor=2", "*DA-GDN*-M2*-DM2*", 24, 2, "align_matrices", {}),
     "scanned": ("fsdp=2,seq=4", "*-GKA-*-GKA-*-GKA", 24, 2, "next_token", {}),
 }

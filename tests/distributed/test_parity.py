@@ -31,6 +31,7 @@ LONG = [
     "biases of parts of a map",
     "one group of B and C",
     "expanded heads",
+    "without MLPs",
     "matrices",
     "scanned",
     "a teacher of its own",

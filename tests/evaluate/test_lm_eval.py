@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from tokenizers import AddedToken, processors
 
 from hybrid_jax.commands.main import main
+from hybrid_jax.config import RopeConfig
 from hybrid_jax.convert import save_model
 from hybrid_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from hybrid_jax.evaluate.lm_eval import HybridLM, scoring
@@ -292,6 +293,19 @@ def test_scores_of_a_hybrid_do_not_depend_on_shared_prefixes_or_the_batch_size(p
     for batch_size in batch_sizes:  # rows of a group in several batches; several groups in one
         found = dict(Scorer(model, batch_size)(queries, 200))
         same_scores([found[n] for n in range(len(queries))], wanted)
+
+
+def test_shared_prefixes_of_longrope_are_scored_up_to_its_original_context():
+    """Rows of 40 tokens, in caches of 48 and 16 slots."""
+    factors = (("long_factor", (9.0,) * 4), ("original_max_position_embeddings", 40), ("short_factor", (1.0, 1.5, 2.0, 2.5)))
+    model, rng = tiny_model("*", rope=RopeConfig(kind="longrope", options=factors)), np.random.default_rng(0)
+    context = rng.integers(0, 61, 36).tolist()
+    queries = [(context, rng.integers(0, 61, 5).tolist()) for _ in range(2)]
+    assert [len(g.rows) for g in group_by_prefix(make_rows(queries, 200)) if g.shared] == [2]
+    found = dict(Scorer(model, 2)(queries, 200))
+    same_scores([found[n] for n in range(2)], [log_probability(model, *query) for query in queries])
+    with pytest.raises(ValueError, match="longrope: .* room for 41 tokens is not supported, give at most 40"):
+        dict(Scorer(model, 2)([(context, [*end, 1]) for _, end in queries], 200))
 
 
 @pytest.mark.parametrize("shorter", [31, 32, 33])

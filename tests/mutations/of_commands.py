@@ -163,6 +163,20 @@ MUTATIONS = [
     ),
     Mutation(
         "hybrid_jax/files.py",
+        "if not path.exists() and _set_aside(path).is_dir():",
+        "if False:",
+        "a model whose replacement was killed seems never to have been there",
+        ("tests/test_output_directories.py::test_a_model_whose_replacement_was_killed_between_the_renames_is_not_lost",),
+    ),
+    Mutation(
+        "hybrid_jax/generation/__init__.py",
+        "config.check_cache(longest + max_new_tokens)",
+        "config.check_cache(longest)",
+        "new tokens of LongRoPE may pass the original context",
+        ("tests/test_generate.py::test_longrope_is_decoded_up_to_its_original_context_whatever_the_slots_and_the_padding",),
+    ),
+    Mutation(
+        "hybrid_jax/files.py",
         "if path.is_absolute() or path.exists():",
         "if path.is_absolute():",
         "the package's files go before the user's",

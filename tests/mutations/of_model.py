@@ -12,6 +12,20 @@ ROWS, SCORER = "hybrid_jax/selection/scorers/rows.py", "hybrid_jax/selection/sco
 
 MUTATIONS = [
     Mutation(
+        MODEL,
+        "else (*norms[:2], None, None)",
+        "else norms",
+        "a layer without an MLP keeps the norm in front of it",
+        ("tests/convert/test_released.py::test_the_export_has_the_released_tensors_and_keys",),
+    ),
+    Mutation(
+        MODEL,
+        "return LayerOutputs(mixed, jnp.zeros_like(mixed), hidden)",
+        "return LayerOutputs(mixed, hidden, hidden)",
+        "a layer without an MLP is aligned by its output",
+        ("tests/train/test_objectives.py::test_of_layers_without_an_mlp_the_mixers_are_all_that_residuals_compare",),
+    ),
+    Mutation(
         SELECT,
         "(scores.per_layer(), self.mixer, self.fraction)",
         "(scores.per_layer(), self.mixer, 1 - self.fraction)",

@@ -17,6 +17,13 @@ LINKS = (f"{PLAN}::test_links_between_nodes_are_the_network_s",)
 FLOOR = (f"{PLAN}::test_a_step_s_floor_and_the_hours_are_those_of_its_slowest_resource",)
 
 MUTATIONS = [
+    Mutation(
+        FORMULA,
+        "(1 + c.has_mlp)",
+        "2",
+        "layers without an MLP sum its outputs",
+        (f"{PLAN}::test_gpu_traffic_of_tensor_parallel_layers_is_their_activations",),
+    ),
     Mutation(FORMULA, "w * (1 - w / (2 * T))", "w * (1 - w / T)", "a causal row shows a query no keys", flops("kept")),
     Mutation(FORMULA, "w = min(attention.window or T, T)", "w = T", "windows cost as much as the row", flops("windows")),
     Mutation(FORMULA, "(layers + 2 * seen + head)", "(layers + seen + head)", "values are free when decoding", flops("decoded")),

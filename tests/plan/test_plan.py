@@ -374,6 +374,8 @@ def test_gpu_traffic_of_tensor_parallel_layers_is_their_activations():
     hidden = 2 * (8 * 64) * 32
     found = sent({"tensor": 2})
     assert found == {"all-reduce of activations": 2 / 2 * hidden * (2 * 2 * 3 + 2)}  # two layers forward, again and backward
+    bare = sent({"tensor": 2}, intermediate_size=0)
+    assert bare == {"all-reduce of activations": 2 / 2 * hidden * (2 * 1 * 3 + 2)}  # each layer sums once, behind its mixer
 
 
 def test_gpu_traffic_of_the_ring_is_keys_forward_again_and_backward_with_their_gradients():
@@ -436,6 +438,7 @@ FLOPS = {
     "a tied table that trains": ("*-*", "train", "none", ("q_proj", "embed_tokens"), {"vocab_size": 2048, "tie_embeddings": True}),
     "windows": ("*-SWA", "train", "none", (), {"attention_windows": (96, None)}),
     "experts": ("*-*", "train", "none", (), MIXTURE),
+    "without MLPs": ("*-*", "train", "none", (), {"intermediate_size": 0, "vocab_size": 256}),
     "some heads": ("GDN[0,1,3]-*", "train", "none", ("q_proj",), {"vocab_size": 2048}),
     "aligned": ("SWA-*-SWA", "align", "full", (), {"vocab_size": 1024}),
     "decoded": ("*-*-SWA", "decode", "full", (), {"attention_windows": (40, None, None)}),

@@ -137,6 +137,22 @@ def test_an_alignment_s_error_may_be_the_norm_of_the_difference_and_its_metrics_
     assert float(metrics["mixer_mse/01"]) == pytest.approx(np.square(taught.mixer - student.mixer)[real].mean(), rel=1e-4)
 
 
+def test_of_layers_without_an_mlp_the_mixers_are_all_that_residuals_compare():
+    """A fused model of attention and windows: each layer adds its mixer's output and nothing else."""
+    model, batch = tiny_model("*DA-SWA*", intermediate_size=0, norms="both"), batch_of(rows=2)
+    names, parameters = split_model(model)
+    assert {n.split(".")[2] for n in parameters if n.startswith("layers.1.")} == {
+        "input_layernorm", "post_attention_layernorm", "self_attn", "swa",
+    }  # fmt: skip
+    hidden, at = model.inputs(batch["input_ids"], batch["segment_ids"], batch["positions"])
+    out = model.layers[1].run("swa", hidden, **at)[0]
+    assert np.array_equal(out.hidden, hidden + out.mixer) and not np.any(out.mlp)
+    mixer, residuals = (make_objective(f"align_{target}", {"error": "norm"}) for target in ("mixer", "residuals"))
+    loss, gradients = jax.jit(jax.value_and_grad(lambda p: residuals(join_model(names, p), batch).loss.value))(parameters)
+    assert float(loss) == pytest.approx(float(mixer(model, batch).loss), rel=1e-6)
+    assert all(np.isfinite(g).all() for g in gradients.values()) and np.any(gradients["layers.1.swa.q_proj.kernel"])
+
+
 def test_layers_that_read_the_teacher_s_states_are_aligned_one_by_one():
     batch = batch_of(rows=2)
     model = tiny_model("SWA*-SWA*-*DA")

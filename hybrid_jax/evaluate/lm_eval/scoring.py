@@ -64,7 +64,7 @@ def _begun(structure: nnx.GraphDef, parameters: Parameters, state: Any, begun: A
     """
     model = join_model(structure, parameters)
     leaves, tree = jax.tree.flatten(state)
-    axes, empty = (tree.flatten_up_to(x) for x in (model.state_axes(), model.init_state(len(begun), length)))
+    axes, empty = (tree.flatten_up_to(x) for x in (model.state_axes(), model.empty_state(len(begun), length)))
 
     def one(x, names, nothing):
         if "batch" not in names:
@@ -101,6 +101,7 @@ class Scorer:
 
     def __init__(self, model: Decoder, batch_size: int, mesh: Mesh | None = None):
         self.structure, self.parameters = split_model(model)
+        self.config = model.config
         self.mesh, self.shards = mesh, rows_on(mesh, 1)
         self.batch_size = rows_on(mesh, batch_size)
 
@@ -143,8 +144,13 @@ class Scorer:
             yield pack
 
     def _after_prefixes(self, pack: Sequence[Group]) -> Iterator[tuple[int, Score]]:
-        """Computes the state after each group's prefix once, and forks it for the group's rows."""
+        """Computes the state after each group's prefix once, and forks it for the group's rows.
+
+        Raises:
+          ValueError: a row is longer than can be continued with caches (`ModelConfig.check_cache`).
+        """
         rows = [(n, row) for n, group in enumerate(pack) for row in group.rows]
+        self.config.check_cache(max(len(row.ids) for _, row in rows))
         most = max(len(row.ids) - pack[n].shared for n, row in rows)
         state = self._after([group.rows[0].ids[: group.shared] for group in pack], bucket(most))
         for begin in range(0, len(rows), self.batch_size):
