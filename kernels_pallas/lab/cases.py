@@ -64,9 +64,9 @@ def _grouped(n_scalars: int):
     """Returns the arrays of `_tokens`, four heads (or the most that divide the heads) sharing one of k and v, as `Case.arrays`."""
 
     def arrays(s: Shape):
-        q, *kv = _tokens(n_scalars)(s)
-        Hkv = s.heads // math.gcd(s.heads, 4)
-        return [q, *(((B, T, Hkv, D), dtype) for (B, T, _, D), dtype in kv[:2]), *kv[2:]]
+        q, _, _, *scalars = _tokens(n_scalars)(s)
+        _, *kv = _tokens(0)(s._replace(heads=s.heads // math.gcd(s.heads, 4)))
+        return [q, *kv, *scalars]
 
     return arrays
 

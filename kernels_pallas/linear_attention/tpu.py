@@ -262,7 +262,7 @@ def _vjp_backward(scale, saved, cotangents):
     T, K, V = q.shape[1], q.shape[3], v.shape[3]
     grid, inputs, skips, static = _prepare(q, k, v, log_decay, value_scale, skip, segments, scale, reverse=True)
     values, state = grid.tokens(grid.V), grid.state(grid.K, grid.V)
-    scalars = 1 + static["scaled"] + static["skips"]
+    scalars = 1 + (value_scale is not None) + (skip is not None)
     dq, dk, dv, dscalars, dinitial = mosaic.run(
         functools.partial(_backward_kernel, **static),
         grid,

@@ -88,7 +88,7 @@ def main(process, processes, port):
         with jax.set_mesh(mesh):
             put = [jax.device_put(to_zigzag(x, n), where) if x.ndim > 1 else x for x in (*arrays, segment_ids)]
             got = results(CASES[name], tuple(put[:-1]), put[-1], state)
-        got = jax.tree.map(lambda x: from_zigzag(x, n) if x.shape[1:2] == (T,) else x, got)
+        got = jax.tree.map(lambda x, n=n: from_zigzag(x, n) if x.shape[1:2] == (T,) else x, got)
         error = max(relative_error(a, b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
         found[f"{name} on {sizes}"] = [error, *seen[-1]]
     print(json.dumps(found), flush=True)

@@ -192,7 +192,7 @@ MUTATIONS = [
         "the norm comes before the gate",
         (HMF,),
     ),
-    Mutation(MAMBA2, "self.D[...][:, None] * v", "0 * self.D[...][:, None] * v", "the skip D x is missing", (HMF,)),
+    Mutation(MAMBA2, "skip = self.D[...]", "skip = 0 * self.D[...]", "the skip D x is missing", (HMF,)),
     Mutation(
         MAMBA2,
         "config.norms_queries(layer) and options.use_qk_norm",
