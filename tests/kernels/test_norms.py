@@ -18,10 +18,10 @@ from kernels_pallas.short_conv import tpu as conv_tpu
 from tests.conftest import relative_error
 
 B, T, W = 2, 37, 4
-NORMS = {
-    "l2": kp.HeadNorm("l2", 0),
-    "l2_eps_outside": kp.HeadNorm("l2", 0, eps_outside=True),
-    "rms": kp.HeadNorm("rms", 0),
+NORMS = {  # with an eps that counts
+    "l2": kp.HeadNorm("l2", 0, 0.1),
+    "l2_eps_outside": kp.HeadNorm("l2", 0, 0.2, eps_outside=True),
+    "rms": kp.HeadNorm("rms", 0, 0.3),
 }
 IDS = np.repeat([[4, 2, 2, 9], [1, 7, 2, 3]], [3, 1, 18, 15], axis=1)  # borders inside a block and at its first tokens
 TOLERANCES = {"float32": (1e-6, 4e-6), "bfloat16": (4e-3, 1e-2)}  # of outputs, whose rounding is 2e-3, and of gradients
@@ -121,11 +121,11 @@ def test_the_formulas_are_bit_for_bit_those_of_the_layers(implementation):
 
     y, end = plain(x)
     for kind in ("l2", "l2_eps_outside"):
-        want = heads(functools.partial(layer_l2, eps_outside=NORMS[kind].eps_outside), y)
+        want = heads(functools.partial(layer_l2, eps=NORMS[kind].eps, eps_outside=NORMS[kind].eps_outside), y)
         got, kept = conv(kind, 8)(x, weight, bias, state, implementation=implementation)
         assert jnp.array_equal(got, want) and jnp.array_equal(kept, end)
     got, kept = conv("rms", 8)(x, weight, bias, state, norm_weight, implementation=implementation)
-    want, end = plain(heads(lambda x: layer_norm(x, norm_weight, 1e-6), x))
+    want, end = plain(heads(lambda x: layer_norm(x, norm_weight, 0.3), x))
     assert jnp.array_equal(got, want) and jnp.array_equal(kept, end)
 
     o, gate, w = (normal(n, B, T, 3, 8, dtype="bfloat16") for n in (5, 6, 7))
@@ -159,7 +159,7 @@ def test_the_state_of_an_rms_norm_leaves_out_earlier_segments(implementation):
     ids = np.repeat([[7, 8]], [T - 1, 1], axis=1).repeat(B, axis=0)
     _, state = conv("rms", 64, ids)(x, weight, bias, None, norm_weight, implementation=implementation)
     want = np.zeros((B, W - 1, 128))
-    want[:, -1] = layer_norm(x[:, -1].reshape(B, 2, 64), norm_weight, 1e-6).reshape(B, 128)
+    want[:, -1] = layer_norm(x[:, -1].reshape(B, 2, 64), norm_weight, 0.3).reshape(B, 128)
     assert np.allclose(state, want, atol=1e-6)
 
 
@@ -171,7 +171,7 @@ def test_the_gated_norm_equals_float64(H, D, each, gate_first, dtype):
     o, gate = (normal(n, B, T, H, D, dtype=dtype) for n in (0, 1))
     o = o.at[:, 3, 0].set(0)
     weight = normal(2, *((H, D) if each else (D,)), dtype=dtype)
-    run = functools.partial(kp.gated_rms_norm, eps=1e-5, gate_first=gate_first)
+    run = functools.partial(kp.gated_rms_norm, eps=0.1, gate_first=gate_first)
     assert_exact(run, [o, gate, weight])
 
 
@@ -180,7 +180,7 @@ def test_the_gated_norm_equals_float64(H, D, each, gate_first, dtype):
 def test_the_hidden_norm_and_the_sum_before_it_equal_float64(D, dtype):
     """Under cotangents of both outputs; without a residual or a weight too."""
     x, residual, weight = normal(0, B, T, D, dtype=dtype), normal(1, B, T, D, dtype=dtype), normal(2, D, dtype=dtype)
-    norm = functools.partial(kp.rms_norm, eps=1e-6)
+    norm = functools.partial(kp.rms_norm, eps=0.1)
     if dtype == "float32":  # the rounding of the sum is not float64's
         assert_exact(lambda x, r, w, implementation: norm(x, w, residual=r, implementation=implementation), [x, residual, weight])
     assert_exact(lambda x, w, implementation: norm(x, w, implementation=implementation), [x.at[0, 2].set(0), weight])
