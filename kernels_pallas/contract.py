@@ -279,3 +279,20 @@ class RMSNorm(Protocol):
     ) -> tuple[jax.Array, jax.Array]:
         """Returns (y [..., D], x + residual, or x without a residual), both in x's dtype."""
         ...
+
+
+class NormRope(Protocol):
+    """An implementation of `qk_norm_rope`, which calls it for the queries and for the keys."""
+
+    def __call__(
+        self,
+        x: jax.Array,  # [B, T, H, D]
+        weight: jax.Array | None,  # [D]
+        cos: jax.Array,  # [B, T, R / 2]
+        sin: jax.Array,  # [B, T, R / 2]
+        eps: float,
+        scale: float,
+        /,
+    ) -> jax.Array:
+        """Returns y [B, H, T, D] in x's dtype."""
+        ...

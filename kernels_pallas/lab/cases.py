@@ -134,6 +134,11 @@ def _rms_norm(x, residual, weight, **options):
     return ops.rms_norm(x, weight, 1e-6, residual, **options)
 
 
+def _queries_keys(s: Shape):
+    x, w, table = (s.batch, s.seq_len, s.heads, s.key_dim), (s.key_dim,), (s.batch, s.seq_len, s.key_dim // 2)
+    return [(x, s.dtype)] * 2 + [(w, s.dtype)] * 2 + [(table, "float32")] * 2
+
+
 def _rotated(rank: int):
     """Returns the arrays of `mamba3` with so many inputs and outputs per token, half of the channels rotated, as `Case.arrays`."""
 
@@ -184,6 +189,8 @@ CASES = {
     "gated_rms_norm.backward": Case(_without_segments(ops.gated_rms_norm), _gated, backward=True),
     "rms_norm": Case(_without_segments(_rms_norm), _hidden),
     "rms_norm.backward": Case(_without_segments(_rms_norm), _hidden, backward=True),
+    "qk_norm_rope": Case(_without_segments(ops.qk_norm_rope), _queries_keys),
+    "qk_norm_rope.backward": Case(_without_segments(ops.qk_norm_rope), _queries_keys, backward=True),
     "linear_attention_step": Case(_with_state(ops.linear_attention_step), _token(1, "KV"), decode=True),
     "gated_delta_rule_step": Case(_with_state(ops.gated_delta_rule_step), _token(2, "KV"), decode=True),
     "gated_kalmanet_step": Case(_kalmanet_step, _token(2, "KK", "KV"), decode=True),

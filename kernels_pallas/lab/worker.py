@@ -53,9 +53,10 @@ def compile_kernels(name: str, chip: Chip, mesh: jax.sharding.Mesh, shape: Shape
     compiled = compile_form(name, mesh, shape, "pallas_tpu")
     hlo, n = compiled.as_text() or "", token_heads(name, shape)
     calls = _pallas_calls(hlo)
+    moved_by_all = sum(moved for found in calls.values() for _, moved in found)
     kernels = []
     for schedule in read_schedules(dump, CASES[name].kernel or name.split(".")[0]):
-        steps, moved = calls[schedule.kernel]
+        steps, moved = calls[schedule.kernel].pop(0)
         share = chip.cores if steps > 1 else 1
         kernels.append(
             dict(
@@ -70,12 +71,11 @@ def compile_kernels(name: str, chip: Chip, mesh: jax.sharding.Mesh, shape: Shape
                 hbm_bytes_grid_step=moved / steps,
             )
         )
-    moved = sum(moved for _, moved in calls.values())
     return dict(
         kernels=kernels,
         bundles_token_head=sum(k["bundles_token_head"] for k in kernels),
-        hbm_bytes_token_head=moved / n,
-        hbm_cycles_token_head=moved / chip.bandwidth * chip.clock / n,
+        hbm_bytes_token_head=moved_by_all / n,
+        hbm_cycles_token_head=moved_by_all / chip.bandwidth * chip.clock / n,
         around_token_head=estimated_cycles(hlo) / n,
         temporaries=temporaries(compiled),
     )
@@ -90,13 +90,13 @@ def compile_xla(name: str, mesh: jax.sharding.Mesh, shape: Shape) -> dict:
     )
 
 
-def _pallas_calls(hlo: str) -> dict[str, tuple[int, int]]:
-    """Returns {kernel: (grid steps, bytes of its arguments and results)}, from the Pallas calls of a compiled program."""
+def _pallas_calls(hlo: str) -> dict[str, list[tuple[int, int]]]:
+    """Returns {kernel: [(grid steps, bytes of its arguments and results) of each call]}, from the compiled program."""
     found = {}
     for call in re.finditer(r'%([\w\-]+)[.\d]* = [^\n]*custom_call_target="tpu_custom_call"', hlo):
         steps = group_of(r'"grid_steps": ?"(\d+)"', hlo[call.end() :])
         moved = group_of(r'"bytes_accessed":"(\d+)"', hlo[call.end() :])
-        found[call.group(1)] = (int(steps), int(moved))
+        found.setdefault(call.group(1), []).append((int(steps), int(moved)))
     return found
 
 

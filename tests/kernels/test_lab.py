@@ -181,6 +181,9 @@ if __name__ == "__main__":
         kernels = [
             (name, kernel) for name, result in results(chip, sys.argv[1:] or CHECKED).items() for kernel in result["kernels"]
         ]
-        found[chip] = found.get(chip, {}) | {f"{name}/{kernel['kernel']}": kernel["bundles_grid_step"] for name, kernel in kernels}
+        found[chip] = found.get(chip, {}) | {f"{name}/{kernel['kernel']}": 0 for name, kernel in kernels}
+        for name, kernel in kernels:  # of several calls of one kernel the longest
+            key = f"{name}/{kernel['kernel']}"
+            found[chip][key] = max(found[chip][key], kernel["bundles_grid_step"])
     in_order = dict(sorted(records.items(), key=lambda item: [int(n) for n in item[0].split(".")]))
     RECORD.write_text(json.dumps(in_order, indent=1) + "\n")

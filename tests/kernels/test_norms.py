@@ -11,17 +11,19 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 import kernels_pallas as kp
 from hybrid_jax.layers.linear import rms_norm as layer_norm
 from hybrid_jax.layers.recurrent import l2_normalize as layer_l2
+from hybrid_jax.layers.rope import rotate
 from kernels_pallas import mosaic
 from kernels_pallas.gated_rms_norm import tpu as gated_tpu
+from kernels_pallas.qk_norm_rope import tpu as rope_tpu
 from kernels_pallas.rms_norm import tpu as hidden_tpu
 from kernels_pallas.short_conv import tpu as conv_tpu
 from tests.conftest import relative_error
 
 B, T, W = 2, 37, 4
-NORMS = {
-    "l2": kp.HeadNorm("l2", 0),
-    "l2_eps_outside": kp.HeadNorm("l2", 0, eps_outside=True),
-    "rms": kp.HeadNorm("rms", 0),
+NORMS = {  # with an eps that counts
+    "l2": kp.HeadNorm("l2", 0, 0.1),
+    "l2_eps_outside": kp.HeadNorm("l2", 0, 0.2, eps_outside=True),
+    "rms": kp.HeadNorm("rms", 0, 0.3),
 }
 IDS = np.repeat([[4, 2, 2, 9], [1, 7, 2, 3]], [3, 1, 18, 15], axis=1)  # borders inside a block and at its first tokens
 TOLERANCES = {"float32": (1e-6, 4e-6), "bfloat16": (4e-3, 1e-2)}  # of outputs, whose rounding is 2e-3, and of gradients
@@ -31,6 +33,7 @@ TOLERANCES = {"float32": (1e-6, 4e-6), "bfloat16": (4e-3, 1e-2)}  # of outputs, 
 def small_blocks(monkeypatch):
     """Several blocks and a rest in few tokens."""
     monkeypatch.setattr(conv_tpu, "CHUNK", 32)
+    monkeypatch.setattr(rope_tpu, "CHUNK", 32)
     monkeypatch.setattr(gated_tpu, "ROWS", 16)
     monkeypatch.setattr(hidden_tpu, "ROWS", 16)
 
@@ -121,11 +124,11 @@ def test_the_formulas_are_bit_for_bit_those_of_the_layers(implementation):
 
     y, end = plain(x)
     for kind in ("l2", "l2_eps_outside"):
-        want = heads(functools.partial(layer_l2, eps_outside=NORMS[kind].eps_outside), y)
+        want = heads(functools.partial(layer_l2, eps=NORMS[kind].eps, eps_outside=NORMS[kind].eps_outside), y)
         got, kept = conv(kind, 8)(x, weight, bias, state, implementation=implementation)
         assert jnp.array_equal(got, want) and jnp.array_equal(kept, end)
     got, kept = conv("rms", 8)(x, weight, bias, state, norm_weight, implementation=implementation)
-    want, end = plain(heads(lambda x: layer_norm(x, norm_weight, 1e-6), x))
+    want, end = plain(heads(lambda x: layer_norm(x, norm_weight, 0.3), x))
     assert jnp.array_equal(got, want) and jnp.array_equal(kept, end)
 
     o, gate, w = (normal(n, B, T, 3, 8, dtype="bfloat16") for n in (5, 6, 7))
@@ -159,7 +162,7 @@ def test_the_state_of_an_rms_norm_leaves_out_earlier_segments(implementation):
     ids = np.repeat([[7, 8]], [T - 1, 1], axis=1).repeat(B, axis=0)
     _, state = conv("rms", 64, ids)(x, weight, bias, None, norm_weight, implementation=implementation)
     want = np.zeros((B, W - 1, 128))
-    want[:, -1] = layer_norm(x[:, -1].reshape(B, 2, 64), norm_weight, 1e-6).reshape(B, 128)
+    want[:, -1] = layer_norm(x[:, -1].reshape(B, 2, 64), norm_weight, 0.3).reshape(B, 128)
     assert np.allclose(state, want, atol=1e-6)
 
 
@@ -171,7 +174,7 @@ def test_the_gated_norm_equals_float64(H, D, each, gate_first, dtype):
     o, gate = (normal(n, B, T, H, D, dtype=dtype) for n in (0, 1))
     o = o.at[:, 3, 0].set(0)
     weight = normal(2, *((H, D) if each else (D,)), dtype=dtype)
-    run = functools.partial(kp.gated_rms_norm, eps=1e-5, gate_first=gate_first)
+    run = functools.partial(kp.gated_rms_norm, eps=0.1, gate_first=gate_first)
     assert_exact(run, [o, gate, weight])
 
 
@@ -180,7 +183,7 @@ def test_the_gated_norm_equals_float64(H, D, each, gate_first, dtype):
 def test_the_hidden_norm_and_the_sum_before_it_equal_float64(D, dtype):
     """Under cotangents of both outputs; without a residual or a weight too."""
     x, residual, weight = normal(0, B, T, D, dtype=dtype), normal(1, B, T, D, dtype=dtype), normal(2, D, dtype=dtype)
-    norm = functools.partial(kp.rms_norm, eps=1e-6)
+    norm = functools.partial(kp.rms_norm, eps=0.1)
     if dtype == "float32":  # the rounding of the sum is not float64's
         assert_exact(lambda x, r, w, implementation: norm(x, w, residual=r, implementation=implementation), [x, residual, weight])
     assert_exact(lambda x, w, implementation: norm(x, w, implementation=implementation), [x.at[0, 2].set(0), weight])
@@ -203,6 +206,34 @@ def test_hidden_sizes_that_no_kernel_has_are_computed_by_the_formulas():
         assert jnp.array_equal(kp.rms_norm(x, weight, implementation="pallas_tpu"), kp.rms_norm(x, weight, implementation="xla"))
 
 
+def angles(A, T=T):
+    """cos and sin of A angles of each token."""
+    return [f(3 * normal(8, B, T, A)) for f in (jnp.cos, jnp.sin)]
+
+
+@pytest.mark.parametrize("D, H, dtype", [(128, 3, "float32"), (128, 6, "bfloat16"), (256, 2, "float32")])
+def test_queries_and_keys_normed_and_rotated_in_one_kernel_equal_float64(D, H, dtype):
+    q, k = normal(0, B, T, H, D, dtype=dtype), normal(1, B, T, 1, D, dtype=dtype)
+    weights, tables = [normal(n, D, dtype=dtype) for n in (2, 3)], angles(D // 2)
+    run = functools.partial(kp.qk_norm_rope, eps=0.1, scale=0.3)
+    assert_exact(run, [q.at[:, 3].set(0), k, *weights, *tables])
+    assert_exact(
+        lambda q, k, *tables, implementation: run(q, k, None, None, *tables, implementation=implementation), [q, k, *tables]
+    )
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_tpu"])
+def test_the_norm_and_the_rotation_are_bit_for_bit_those_of_attention_where_the_formulas_compute_them(implementation):
+    """Heads of other sizes, and heads that are rotated in part."""
+    positions, frequencies = jnp.arange(T)[None] + jnp.zeros((B, 1), jnp.int32), jnp.asarray([1.0, 0.3, 0.1])
+    tables = [f(positions[..., None] * frequencies) for f in (jnp.cos, jnp.sin)]
+    for D in (8, 128):
+        q, k, w = (normal(n, B, T, 2, D, dtype="bfloat16") for n in (0, 1, 2))
+        got = kp.qk_norm_rope(q, k, w[0, 0, 0], None, *tables, 1e-6, implementation=implementation)
+        want = [rotate(x, positions, frequencies) for x in (layer_norm(q, w[0, 0, 0], 1e-6), k)]
+        assert all(jnp.array_equal(a, b.swapaxes(1, 2)) for a, b in zip(got, want, strict=True))
+
+
 def operations(implementation):
     """Every operation as a function of arrays whose gradient is a sum over the batch; those named `weight...` have no batch."""
     conv_norm = NORMS["rms"]._replace(dim=64)
@@ -214,6 +245,11 @@ def operations(implementation):
         "gated_rms_norm": (
             dict(o=normal(0, B, 9, 2, 64), gate=normal(1, B, 9, 2, 64), weight=normal(2, 2, 64)),
             functools.partial(kp.gated_rms_norm, implementation=implementation),
+        ),
+        "qk_norm_rope": (
+            dict(q=normal(0, B, 9, 1, 128), k=normal(1, B, 9, 1, 128), q_weight=normal(2, 128), k_weight=normal(3, 128))
+            | dict(zip(("cos", "sin"), angles(64, T=9), strict=True)),
+            lambda **kw: sum(kp.qk_norm_rope(implementation=implementation, **kw)),
         ),
         "rms_norm": (
             dict(x=normal(0, B, 9, 128), residual=normal(1, B, 9, 128), weight=normal(2, 128)),
@@ -227,7 +263,7 @@ def on(mesh, function, inputs):
     return jax.shard_map(lambda x: function(**x), mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec("data"))
 
 
-@pytest.mark.parametrize("op", ["short_conv", "gated_rms_norm", "rms_norm"])
+@pytest.mark.parametrize("op", ["short_conv", "gated_rms_norm", "qk_norm_rope", "rms_norm"])
 def test_values_and_gradients_in_a_shard_map_are_those_without(op):
     inputs, function = operations("xla")[op]
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
@@ -237,7 +273,7 @@ def test_values_and_gradients_in_a_shard_map_are_those_without(op):
         assert relative_error(a, b) < 1e-5
 
 
-@pytest.mark.parametrize("op", ["short_conv", "gated_rms_norm", "rms_norm"])
+@pytest.mark.parametrize("op", ["short_conv", "gated_rms_norm", "qk_norm_rope", "rms_norm"])
 def test_the_kernels_trace_in_a_shard_map_and_explicit_axes_are_refused(op, monkeypatch):
     monkeypatch.setattr(mosaic, "backend", lambda: "tpu")
     inputs, function = operations("pallas_tpu")[op]
@@ -280,6 +316,16 @@ def test_options_that_do_not_fit_are_refused_with_what_was_wanted():
     ):
         with pytest.raises(ValueError, match=f"gated_rms_norm: {message}"):
             kp.gated_rms_norm(*arrays, eps)
+    q, table = o[..., :6], jnp.ones((1, 4, 3))
+    for arrays, message in (
+        ((q[0], q, None, None, table, table), r"q and k must be \[B, T, H, D\] and not empty, got \(4, 2, 6\)"),
+        ((q, q[:, :1], None, None, table, table), r"k must be \[B, T, G, D\] = \(1, 4, 2, 6\), got \(1, 1, 2, 6\)"),
+        ((q, q, jnp.ones(5), None, table, table), r"q_weight must be \[D\] = \(6,\), got \(5,\)"),
+        ((q, q, None, None, table, table[:, 1:]), r"sin must be \[B, T, A\] = \(1, 4, 3\), got \(1, 3, 3\)"),
+        ((q, q, None, None, *[jnp.ones((1, 4, 4))] * 2), "cos has 4 angles, q 6 channels"),
+    ):
+        with pytest.raises(ValueError, match=f"qk_norm_rope: {message}"):
+            kp.qk_norm_rope(*arrays)
     for arrays, eps, residual, message in (
         ((x[:0], None), 1e-6, None, r"x must be \[..., D\] and not empty, got \(0, 4, 8\)"),
         ((x, jnp.ones(4)), 1e-6, None, r"weight must be \[D\] = \(8,\), got \(4,\)"),

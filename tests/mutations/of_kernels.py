@@ -158,6 +158,13 @@ MUTATIONS = [
         (f"{OF_NORMS}::test_the_convolution_and_its_norm_in_one_kernel_equal_float64_in_packed_rows[rms-128-2-float32]",),
     ),
     Mutation(
+        "kernels_pallas/qk_norm_rope/tpu.py",
+        "d * c + pltpu.roll(d * s, D // 2, 1)",
+        "d * c - pltpu.roll(d * s, D // 2, 1)",
+        "the gradient is rotated the wrong way",
+        (f"{OF_NORMS}::test_queries_and_keys_normed_and_rotated_in_one_kernel_equal_float64",),
+    ),
+    Mutation(
         "kernels_pallas/gated_rms_norm/tpu.py",
         "(dx * x * slope)",
         "(dx * g * slope)",
