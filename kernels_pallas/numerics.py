@@ -22,3 +22,14 @@ def l2_normalize(x: jax.Array, *, eps: float = 1e-6, eps_outside: bool) -> jax.A
     if not eps_outside:
         return (f * jax.lax.rsqrt(square + eps)).astype(x.dtype)
     return (f / (safe_sqrt(square) + eps)).astype(x.dtype)
+
+
+def rms_normalize(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:
+    """Returns x / sqrt(mean(x^2) + eps) * weight over the last axis of x, [..., D] in x's dtype; None: no weight.
+
+    Computed in float32, or float64 if x is.
+    """
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    f = x.astype(dtype)
+    f = f * jax.lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True) + eps)
+    return (f if weight is None else f * weight.astype(dtype)).astype(x.dtype)

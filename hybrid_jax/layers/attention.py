@@ -18,12 +18,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from hybrid_jax.config import ModelConfig, SWAConfig
-from hybrid_jax.layers.linear import LayerNorm, Linear, RMSNorm, norm_heads, rms_norm, source_norm
+from hybrid_jax.layers.linear import LayerNorm, Linear, RMSNorm, norm_heads, source_norm
 from hybrid_jax.layers.mixer import Arrays
 from hybrid_jax.layers.mixing import Mixing, of_softmax
 from hybrid_jax.layers.rope import document_frequencies, rotate
 from hybrid_jax.parallel.attention import attend
 from hybrid_jax.parallel.attention_block import soft_capped
+from kernels_pallas.numerics import rms_normalize
 
 
 class KVCache(NamedTuple):
@@ -198,7 +199,7 @@ class Attention(nnx.Module):
             inv_freq, factor = document_frequencies(self.rope, c.head_dim, c.max_position_embeddings, positions, segment_ids)
             q, k = (rotate(x, positions, inv_freq, factor, halves=c.rotate_halves) for x in (q, k))
             if c.qk_norm_rotated:
-                q, k = (rms_norm(x, None, c.rms_norm_eps) for x in (q, k))
+                q, k = (rms_normalize(x, None, c.rms_norm_eps) for x in (q, k))
         elif c.unrotated_query_scaling is not None:
             q = _scaled(q, positions + 1, *c.unrotated_query_scaling)
         if c.query_pre_attn_scalar is not None:

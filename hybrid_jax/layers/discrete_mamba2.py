@@ -15,8 +15,9 @@ from hybrid_jax.layers.linear import Linear
 from hybrid_jax.layers.mixer import Arrays
 from hybrid_jax.layers.mixing import Mixing, of_operation
 from hybrid_jax.layers.parameter import parameter
-from hybrid_jax.layers.recurrent import STATE_AXES, ShortConv, query_key_maps, repeat_heads
+from hybrid_jax.layers.recurrent import STATE_AXES, ShortConv, query_key_maps
 from hybrid_jax.parallel.recurrence import linear_recurrence
+from kernels_pallas.heads import repeat_heads
 
 OPEN_GATE = 1.278464542761  # SiLU of it is 1
 
@@ -61,8 +62,7 @@ class DiscreteMamba2(nnx.Module):
         """Returns (y [B, T, hidden], the state after x) of x [B, T, hidden]."""
         del positions
         z, (q, k, v, g), conv = self._inputs(x, segment_ids, state and state.conv)
-        y, S = linear_recurrence((q, k, v, g), state=state and state.S, segment_ids=segment_ids)
-        y = y + (self.D[...][:, None] * v).astype(y.dtype)
+        y, S = linear_recurrence((q, k, v, g), skip=self.D[...], state=state and state.S, segment_ids=segment_ids)
         if self.z_bias is not None:
             z = z + self.z_bias[...].astype(z.dtype)
         return self.out_proj(y.reshape(z.shape) * jax.nn.silu(z)), DiscreteMamba2State._make([S, conv])
@@ -71,7 +71,7 @@ class DiscreteMamba2(nnx.Module):
         """Returns the mixing matrices on x [B, T, hidden]; the skip D is part of them."""
         del positions
         _, (q, k, v, g), _ = self._inputs(x, segment_ids, None)
-        q, k = q.astype(jnp.float32), k.astype(jnp.float32)
+        q, k, v = q.astype(jnp.float32), k.astype(jnp.float32), repeat_heads(v, q.shape[2])
 
         def operation(v):
             return linear_recurrence((q, k, v, g), state=None, segment_ids=segment_ids, implementation="xla")[0]
@@ -85,9 +85,9 @@ class DiscreteMamba2(nnx.Module):
         batch, T, _ = x.shape
         H, D, N = self.config.num_heads, self.config.head_dim, self.state_size
         v, B, C, z, a = self.in_proj.parts(x, self.sizes)
-        (v, B, C), conv = self.conv1d.parts((v, B, C), segment_ids=segment_ids, state=tail)
-        v, B, C = (repeat_heads(y.reshape(batch, T, -1, n), H) for y, n in ((v, D), (B, N), (C, N)))
-        return z, (C, B, v, -jax.nn.softplus(a.astype(jnp.float32))), conv
+        (v, B, C), conv = self.conv1d.parts((v, B, C), norms=(None, None, None), segment_ids=segment_ids, state=tail)
+        v, B, C = (y.reshape(batch, T, -1, n) for y, n in ((v, D), (B, N), (C, N)))
+        return z, (repeat_heads(C, H), B, v, -jax.nn.softplus(a.astype(jnp.float32))), conv
 
     @staticmethod
     def from_attention(source: Arrays, fresh: Arrays, config: ModelConfig, layer: int) -> dict[str, jax.Array]:

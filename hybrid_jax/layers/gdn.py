@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from hybrid_jax.config import GDNConfig, ModelConfig
-from hybrid_jax.layers.linear import Linear, RMSNorm
+from hybrid_jax.layers.linear import Linear, RMSNorm, products
 from hybrid_jax.layers.mixer import Arrays
 from hybrid_jax.layers.mixing import Mixing, of_operation
 from hybrid_jax.layers.recurrent import (
@@ -21,13 +21,17 @@ from hybrid_jax.layers.recurrent import (
     ShortConv,
     init_a_log,
     init_dt_bias,
-    l2_normalize,
     log_decay,
     projections_for_heads,
-    repeat_heads,
 )
+from hybrid_jax.parallel.norms import gated_norm
 from hybrid_jax.parallel.recurrence import recurrence
-from kernels_pallas import gated_delta_rule, gated_delta_rule_step, gated_delta_rule_summary
+from kernels_pallas import HeadNorm, gated_delta_rule, gated_delta_rule_step, gated_delta_rule_summary
+from kernels_pallas.heads import repeat_heads
+from kernels_pallas.numerics import l2_normalize
+from kernels_pallas.short_conv.heads import norm_outputs
+
+L2_EPS = 1e-6
 
 
 class GDNState(NamedTuple):
@@ -81,37 +85,41 @@ class GatedDeltaNet(ExpandedHeads):
         s = GDNState._make([None] * 4) if state is None else state
         arrays, tails = self._inputs(x, segment_ids, s)
         o, S = _rule(arrays, state=s.S, segment_ids=segment_ids)
-        o = self.o_norm(o).reshape(*x.shape[:2], -1)
-        if self.g_proj is not None:
-            o = o * jax.nn.silu(self.g_proj(x))
-        return self.o_proj(o), GDNState._make([S, *tails])
+        if self.g_proj is None:
+            o = self.o_norm(o)
+        else:
+            o = gated_norm(o, self.g_proj(x).reshape(o.shape), self.o_norm.weight[...], self.o_norm.eps)
+        return self.o_proj(o.reshape(*x.shape[:2], -1)), GDNState._make([S, *tails])
 
     def mixing(self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array) -> Mixing:
         """Returns the mixing matrices on x [B, T, hidden]; beta is part of them."""
         del positions
         (q, k, v, g, beta), _ = self._inputs(x, segment_ids, GDNState._make([None] * 4))
-        q, k = q.astype(jnp.float32), k.astype(jnp.float32)
+        q, k, v = q.astype(jnp.float32), k.astype(jnp.float32), repeat_heads(v, q.shape[2])
         return of_operation(lambda v: _rule((q, k, v, g, beta), segment_ids=segment_ids, implementation="xla")[0], v)
 
     def _inputs(self, x: jax.Array, segment_ids: jax.Array, s: GDNState) -> tuple[tuple[jax.Array, ...], list[jax.Array | None]]:
-        """Returns q, k, v, g, beta [B, T, H, ...] of x [B, T, hidden], and the tails of the three convs after x."""
+        """Returns q, k, v, g, beta [B, T, heads, ...] of x [B, T, hidden], and the tails of the three convs after x."""
         B, T, _ = x.shape
         H, N = self.sizes.H, self.sizes.N
 
-        def mixed(proj, conv, tail):
+        def mixed(y, conv, tail, norm=None):
             if conv is None:
-                return jax.nn.silu(proj(x)), None
-            return conv(proj(x), segment_ids=segment_ids, state=tail)
+                return norm_outputs(jax.nn.silu(y), norm), None
+            return conv(y, norm=norm, segment_ids=segment_ids, state=tail)
 
-        q, q_conv = mixed(self.q_proj, self.q_conv1d, s.q_conv)
-        k, k_conv = mixed(self.k_proj, self.k_conv1d, s.k_conv)
-        v, v_conv = mixed(self.v_proj, self.v_conv1d, s.v_conv)
+        norm = HeadNorm("l2", N, L2_EPS)
+        k, v, b, decay = products(x, (self.k_proj, self.v_proj, self.b_proj, self.gk_proj))
+        q, q_conv = mixed(self.q_proj(x), self.q_conv1d, s.q_conv, norm)
+        k, k_conv = mixed(k, self.k_conv1d, s.k_conv, None if self.expands else norm)
+        v, v_conv = mixed(v, self.v_conv1d, s.v_conv)
         q, (k, v) = repeat_heads(q.reshape(B, T, -1, N), H), self.expanded(k, v)
-        q, k = (l2_normalize(a, eps_outside=False) for a in (q, k))
-        beta = jax.nn.sigmoid(self.b_proj(x).astype(jnp.float32))
+        if self.expands:
+            k = l2_normalize(k, eps=L2_EPS, eps_outside=False)
+        beta = jax.nn.sigmoid(b.astype(jnp.float32))
         if self.config.options(GDNConfig).allow_neg_eigval:
             beta = 2 * beta
-        g = log_decay(self.gk_proj(x), self.A_log[...], self.dt_bias[...])
+        g = log_decay(decay, self.A_log[...], self.dt_bias[...])
         return (q, k, v, g, beta), [q_conv, k_conv, v_conv]
 
     @staticmethod

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from hybrid_jax.config import GKAConfig, ModelConfig
-from hybrid_jax.layers.linear import Linear, RMSNorm
+from hybrid_jax.layers.linear import Linear, RMSNorm, products
 from hybrid_jax.layers.mixer import Arrays
 from hybrid_jax.layers.mixing import Mixing, of_operation
 from hybrid_jax.layers.recurrent import (
@@ -21,19 +21,23 @@ from hybrid_jax.layers.recurrent import (
     ShortConv,
     init_a_log,
     init_dt_bias,
-    l2_normalize,
     log_decay,
     projections_for_heads,
-    repeat_heads,
 )
+from hybrid_jax.parallel.norms import gated_norm
 from hybrid_jax.parallel.recurrence import linear_recurrence, recurrence
 from kernels_pallas import (
+    HeadNorm,
     gated_kalmanet,
     gated_kalmanet_queries,
     gated_kalmanet_step,
     gated_kalmanet_summary,
     linear_attention_summary,
 )
+from kernels_pallas.heads import repeat_heads
+from kernels_pallas.numerics import l2_normalize
+
+L2_EPS = 1e-6
 
 
 class GKAState(NamedTuple):
@@ -84,13 +88,13 @@ class GatedKalmaNet(ExpandedHeads):
         """Returns (y [B, T, hidden], the state after x) of x [B, T, hidden]."""
         del positions
         s = GKAState._make([None] * 5) if state is None else state
-        (q, k, v, alpha, g), beta, tails = self._inputs(x, segment_ids, s)
-        v = v if beta is None else beta * v
-        o, states = self._solved((q, k, v, alpha, g), state=None if state is None else (s.h_kk, s.h_kv), segment_ids=segment_ids)
-        o = self.o_norm(o).reshape(*x.shape[:2], -1)
-        if self.g_proj is not None:
-            o = o * jax.nn.silu(self.g_proj(x))
-        return self.o_proj(o), GKAState._make([*(states or (None, None)), *tails])
+        arrays, tails = self._inputs(x, segment_ids, s)
+        o, states = self._solved(arrays, state=None if state is None else (s.h_kk, s.h_kv), segment_ids=segment_ids)
+        if self.g_proj is None:
+            o = self.o_norm(o)
+        else:
+            o = gated_norm(o, self.g_proj(x).reshape(o.shape), self.o_norm.weight[...], self.o_norm.eps)
+        return self.o_proj(o.reshape(*x.shape[:2], -1)), GKAState._make([*(states or (None, None)), *tails])
 
     def mixing(self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array) -> Mixing:
         """Returns the mixing matrices on x [B, T, hidden]; beta, with which values are written, is part of them.
@@ -98,8 +102,9 @@ class GatedKalmaNet(ExpandedHeads):
         The solve does not depend on the values: the matrices are those of linear attention with the solved queries.
         """
         del positions
-        (q, k, v, alpha, g), beta, _ = self._inputs(x, segment_ids, GKAState._make([None] * 5))
-        k, weight = k.astype(jnp.float32), None if beta is None else beta[..., 0]
+        (q, k, v, alpha, g, beta), _ = self._inputs(x, segment_ids, GKAState._make([None] * 5))
+        k, v = (repeat_heads(y, self.sizes.H) for y in (k, v))
+        k = (k if beta is None else beta[..., None] * k).astype(jnp.float32)
         queries, _ = recurrence(
             functools.partial(gated_kalmanet_queries, **self._solve(), **self._chunks()),
             None,
@@ -113,7 +118,7 @@ class GatedKalmaNet(ExpandedHeads):
             arrays = (self._scale() * queries, k, v, g)
             return linear_recurrence(arrays, state=None, segment_ids=segment_ids, implementation="xla")[0]
 
-        return of_operation(operation, v, weight=weight)
+        return of_operation(operation, v, weight=beta)
 
     def _scale(self) -> float:
         return self.sizes.N**-0.5 if self.config.options(GKAConfig).gla_rescale else 1.0
@@ -126,44 +131,48 @@ class GatedKalmaNet(ExpandedHeads):
         gka = self.config.options(GKAConfig)
         return dict(bp_lambda=gka.bp_lambda, chunk_size=gka.chunk_size)
 
-    def _inputs(
-        self, x: jax.Array, segment_ids: jax.Array, s: GKAState
-    ) -> tuple[tuple[jax.Array, ...], jax.Array | None, list[jax.Array | None]]:
-        """Returns (q, k, v, alpha, g), beta [B, T, H, 1], which k has been multiplied by and v not, and the convs' tails."""
+    def _inputs(self, x: jax.Array, segment_ids: jax.Array, s: GKAState) -> tuple[tuple[Any, ...], list[jax.Array | None]]:
+        """Returns q, k, v, alpha, g, beta (None without its gate) [B, T, heads, ...] of x [B, T, hidden], and the convs' tails."""
         B, T, _ = x.shape
         H, N = self.sizes.H, self.sizes.N
-        q, q_conv = self.q_conv1d(self.q_proj(x), segment_ids=segment_ids, state=s.q_conv)
-        k, k_conv = self.k_conv1d(self.k_proj(x), segment_ids=segment_ids, state=s.k_conv)
-        v, v_conv = self.v_proj(x), None
+        norm = HeadNorm("l2", N, L2_EPS, eps_outside=True)
+        gates = {"a": self.a_proj if self.config.options(GKAConfig).use_forgetting_gate else None, "b": self.b_proj}
+        maps = {"k": self.k_proj, "v": self.v_proj, **gates, "alpha": self.alpha_proj}
+        maps = {name: linear for name, linear in maps.items() if linear is not None}
+        y = dict(zip(maps, products(x, list(maps.values())), strict=True))
+        q, q_conv = self.q_conv1d(self.q_proj(x), norm=norm, segment_ids=segment_ids, state=s.q_conv)
+        k_norm = None if self.expands else norm
+        k, k_conv = self.k_conv1d(y["k"], norm=k_norm, segment_ids=segment_ids, state=s.k_conv)
+        v, v_conv = y["v"], None
         if self.v_conv1d is not None:
             v, v_conv = self.v_conv1d(v, segment_ids=segment_ids, state=s.v_conv)
         q, (k, v) = repeat_heads(q.reshape(B, T, -1, N), H), self.expanded(k, v)
-        q, k = (l2_normalize(a, eps_outside=True) for a in (q, k))
-        beta = None
-        if self.b_proj is not None:
-            beta = jax.nn.sigmoid(self.b_proj(x))[..., None] + 1e-6
-            k = beta * k
+        if self.expands:
+            k = l2_normalize(k, eps=L2_EPS, eps_outside=True)
+        beta = jax.nn.sigmoid(y["b"]) + 1e-6 if "b" in y else None
         ones = jnp.ones((B, T, H), jnp.float32)
-        alpha = ones if self.alpha_proj is None else jax.nn.sigmoid(self.alpha_proj(x).astype(jnp.float32))
-        g = 0 * ones
-        if self.config.options(GKAConfig).use_forgetting_gate:
-            g = log_decay(self.a_proj(x), self.A_log[...], self.dt_bias[...])
-        return (q, k, v, alpha, g), beta, [q_conv, k_conv, v_conv]
+        alpha = jax.nn.sigmoid(y["alpha"].astype(jnp.float32)) if "alpha" in y else ones
+        g = log_decay(y["a"], self.A_log[...], self.dt_bias[...]) if "a" in y else 0 * ones
+        return (q, k, v, alpha, g, beta), [q_conv, k_conv, v_conv]
 
     def _solved(
         self,
-        arrays: tuple[jax.Array, ...],
+        arrays: tuple[Any, ...],
         *,
         state: tuple[jax.Array, jax.Array] | None = None,
         segment_ids: jax.Array,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """Runs Gated KalmaNet on q, k, v, alpha, g, however they are sharded; see `recurrence`."""
+        """Runs Gated KalmaNet on q, k, v, alpha, g, beta, however they are sharded; see `recurrence`."""
         solve, precision = dict(self._solve(), scale=self._scale()), self.config.options(GKAConfig).precision
+
+        def named(function, *arrays, **options):
+            return function(*arrays[:5], beta=arrays[5] if len(arrays) > 5 else None, **options)
+
         return recurrence(
-            functools.partial(gated_kalmanet, precision=precision, **self._chunks(), **solve),
-            functools.partial(gated_kalmanet_step, **solve),
-            lambda q, k, v, alpha, g, **kw: gated_kalmanet_summary(k, v, g, **kw),
-            arrays,
+            functools.partial(named, functools.partial(gated_kalmanet, precision=precision, **self._chunks(), **solve)),
+            functools.partial(named, functools.partial(gated_kalmanet_step, **solve)),
+            functools.partial(named, lambda q, k, v, alpha, g, **kw: gated_kalmanet_summary(k, v, g, **kw)),
+            [x for x in arrays if x is not None],
             state=state,
             segment_ids=segment_ids,
         )

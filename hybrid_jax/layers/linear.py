@@ -14,7 +14,10 @@ from jax.typing import DTypeLike
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.layers.parameter import marks_of, parameter
 from hybrid_jax.parallel.embedding import lookup
+from hybrid_jax.parallel.norms import hidden_norm
 from hybrid_jax.parallel.sharding import axis_size, constrain
+from kernels_pallas.arguments import backend
+from kernels_pallas.numerics import rms_normalize
 
 
 class Linear(nnx.Module):
@@ -67,6 +70,19 @@ class Linear(nnx.Module):
         return [part + constrain(bias, *marks_of(self.bias).axes) for part, bias in zip(parts, biases, strict=True)]
 
 
+def products(x: jax.Array, maps: Sequence[Linear]) -> list[jax.Array]:
+    """Returns each map's output [..., out] of x [..., in].
+
+    On a TPU whose mesh does not shard heads small maps are one product: a product of 32 columns takes the matrix units the time of
+    128, and the gradient of x is added up over as many products.
+    """
+    if backend() != "tpu" or axis_size("tensor") > 1:
+        return [linear(x) for linear in maps]
+    kernel = jnp.concatenate([linear.kernel[...].astype(x.dtype) for linear in maps], axis=1)
+    parts = jnp.split(x @ kernel, list(itertools.accumulate(linear.kernel.shape[1] for linear in maps))[:-1], axis=-1)
+    return [y if m.bias is None else y + m.bias[...].astype(x.dtype) for y, m in zip(parts, maps, strict=True)]
+
+
 class Embedding(nnx.Module):
     """Token embedding, `embedding` [vocab, hidden]; a tied output head reads it too."""
 
@@ -79,29 +95,22 @@ class Embedding(nnx.Module):
         return lookup(self.embedding[...], ids, dtype)
 
 
-def rms_norm(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:
-    """Returns x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32; returned in x's dtype. None: no weight."""
-    f = x.astype(jnp.float32)
-    f = f * jax.lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True) + eps)
-    return (f if weight is None else f * weight.astype(jnp.float32)).astype(x.dtype)
-
-
 def norm_heads(norm: RMSNorm | LayerNorm | None, x: jax.Array) -> jax.Array:
     """Norms x [B, T, H, D] over each head or over all heads together, whichever the norm is as wide as; None: not at all."""
     return x if norm is None else norm(x.reshape(*x.shape[:2], -1, norm.weight.shape[0])).reshape(x.shape)
 
 
 class RMSNorm(nnx.Module):
-    """`rms_norm` by offset + a learned weight [dim], which begins at 1 - offset."""
+    """`rms_normalize` by offset + a learned weight [dim], which begins at 1 - offset."""
 
     def __init__(self, dim: int, *, eps: float, offset: float = 0.0, dtype: DTypeLike = jnp.float32):
         self.weight = parameter(jnp.full(dim, 1 - offset, dtype), ("norm",))
         self.eps, self.offset = eps, offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalizes x [..., dim] over its last axis."""
-        weight = self.weight[...]
-        return rms_norm(x, weight.astype(jnp.float32) + self.offset if self.offset else weight, self.eps)
+        """Normalizes x [..., dim] over its last axis; one of three axes is the residual stream's [B, T, dim]."""
+        weight = self.weight[...].astype(jnp.float32) + self.offset if self.offset else self.weight[...]
+        return (hidden_norm if x.ndim == 3 else rms_normalize)(x, weight, self.eps)
 
 
 class LayerNorm(nnx.Module):
@@ -115,7 +124,7 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalizes x [..., dim] over its last axis; returned in x's dtype."""
         f = x.astype(jnp.float32)
-        centred = rms_norm(f - jnp.mean(f, axis=-1, keepdims=True), self.weight[...], self.eps)
+        centred = rms_normalize(f - jnp.mean(f, axis=-1, keepdims=True), self.weight[...], self.eps)
         return (centred + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from hybrid_jax.config import Mamba2Config, ModelConfig
-from hybrid_jax.layers.linear import Linear, RMSNorm, norm_heads, rms_norm
+from hybrid_jax.layers.linear import Linear, RMSNorm, norm_heads
 from hybrid_jax.layers.mixer import Arrays
 from hybrid_jax.layers.mixing import Mixing, of_operation
 from hybrid_jax.layers.parameter import parameter
@@ -21,10 +21,11 @@ from hybrid_jax.layers.recurrent import (
     init_a_log,
     init_dt_bias,
     query_key_maps,
-    repeat_heads,
 )
+from hybrid_jax.parallel.norms import gated_norm
 from hybrid_jax.parallel.recurrence import linear_recurrence
-from kernels_pallas import ssd_inputs
+from kernels_pallas import HeadNorm, ssd_inputs
+from kernels_pallas.heads import repeat_heads
 
 CONV_SIZE, NORM_EPS, QK_NORM_EPS = 4, 1e-5, 1e-6
 
@@ -63,24 +64,23 @@ class Mamba2(nnx.Module):
         """Returns (y [B, T, hidden], the state after x) of x [B, T, hidden]."""
         del positions
         (batch, T, _), H, D = x.shape, self.config.num_heads, self.config.head_dim
-        z, (v, dt, a, B, C), conv = self._inputs(x, segment_ids, state and state.conv)
-        *arrays, dt = ssd_inputs(v, dt, a, B, C)
+        z, inputs, conv = self._inputs(x, segment_ids, state and state.conv)
+        *arrays, dt = ssd_inputs(*inputs)
         skip = self.D[...]
         y, S = linear_recurrence(arrays, value_scale=dt, skip=skip, state=state and state.S, segment_ids=segment_ids)
-        y = y * jax.nn.silu(z).reshape(y.shape)
-        y = rms_norm(y, self.norm.weight[...].reshape(H, D), NORM_EPS)
+        y = gated_norm(y, z.reshape(y.shape), self.norm.weight[...].reshape(H, D), NORM_EPS, gate_first=True)
         return self.out_proj(y.reshape(batch, T, H * D)), Mamba2State._make([S, conv])
 
     def mixing(self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array) -> Mixing:
         """Returns the mixing matrices on x [B, T, hidden]; the steps dt and the skip D are part of them."""
         del positions
         _, (v, dt, a, B, C), _ = self._inputs(x, segment_ids, None)
-        q, k, _, g, dt = ssd_inputs(v, dt, a, B.astype(jnp.float32), C.astype(jnp.float32))
+        q, k, v, g, dt = ssd_inputs(v, dt, a, B.astype(jnp.float32), C.astype(jnp.float32))
 
         def operation(v):
             return linear_recurrence((q, k, v, g), state=None, segment_ids=segment_ids, implementation="xla")[0]
 
-        return of_operation(operation, v, weight=dt, skip=self.D[...].astype(jnp.float32))
+        return of_operation(operation, repeat_heads(v, q.shape[2]), weight=dt, skip=self.D[...].astype(jnp.float32))
 
     def _inputs(
         self, x: jax.Array, segment_ids: jax.Array, tail: jax.Array | None
@@ -90,10 +90,14 @@ class Mamba2(nnx.Module):
         c, N = self.config, self.state_size
         H, Hkv, D = c.num_heads, c.num_kv_heads, c.head_dim
         z, v, B, C, dt = self.in_proj.parts(x, (H * D, Hkv * D, Hkv * N, H * N, H))
-        C = norm_heads(self.C_norm, C.reshape(batch, T, H, N)).reshape(C.shape)
-        B = norm_heads(self.B_norm, B.reshape(batch, T, Hkv, N)).reshape(B.shape)
-        (v, B, C), conv = self.conv1d.parts((v, B, C), segment_ids=segment_ids, state=tail)
-        v, B, C = (repeat_heads(a.reshape(batch, T, -1, n), H) for a, n in ((v, D), (B, N), (C, N)))
+        norms: list[Any] = [None, None, None]
+        if self.B_norm is not None and self.C_norm is not None and c.qk_norm_all_heads:
+            C = norm_heads(self.C_norm, C.reshape(batch, T, H, N)).reshape(C.shape)
+            B = norm_heads(self.B_norm, B.reshape(batch, T, Hkv, N)).reshape(B.shape)
+        elif self.B_norm is not None and self.C_norm is not None:
+            norms[1:] = [(HeadNorm("rms", N, QK_NORM_EPS), norm.weight[...]) for norm in (self.B_norm, self.C_norm)]
+        (v, B, C), conv = self.conv1d.parts((v, B, C), norms=norms, segment_ids=segment_ids, state=tail)
+        v, B, C = (a.reshape(batch, T, -1, n) for a, n in ((v, D), (B, N), (C, N)))
         dt = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))
         a = -jnp.exp(self.A_log[...].astype(jnp.float32))
         return z, (v, dt, a, B, C), conv

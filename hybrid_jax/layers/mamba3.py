@@ -10,13 +10,15 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from hybrid_jax.config import Mamba3Config, ModelConfig
-from hybrid_jax.layers.linear import Linear, RMSNorm, rms_norm
+from hybrid_jax.layers.linear import Linear, RMSNorm
 from hybrid_jax.layers.mixer import Arrays
 from hybrid_jax.layers.mixing import Mixing, of_operation
 from hybrid_jax.layers.parameter import parameter
-from hybrid_jax.layers.recurrent import STATE_AXES, gate_of_attention, init_dt_bias, query_key_maps, repeat_heads
+from hybrid_jax.layers.recurrent import STATE_AXES, gate_of_attention, init_dt_bias, query_key_maps
 from hybrid_jax.parallel.mamba3 import mamba3_recurrence
+from kernels_pallas.heads import repeat_heads
 from kernels_pallas.mamba3 import Mamba3State
+from kernels_pallas.numerics import rms_normalize
 
 
 class Mamba3(nnx.Module):
@@ -64,7 +66,7 @@ class Mamba3(nnx.Module):
         y, state = mamba3_recurrence(q, k, v, *rest, halves=self.options.rotate_halves, state=state, segment_ids=segment_ids)
         y = y + (self.D[...][:, None, None] * v).astype(y.dtype)
         if self.norm is not None:
-            y = rms_norm(y, self.norm.weight[...].reshape(-1, 1, y.shape[-1]), self.norm.eps)
+            y = rms_normalize(y, self.norm.weight[...].reshape(-1, 1, y.shape[-1]), self.norm.eps)
         y = y * jax.nn.silu(z)
         y = y[:, :, :, 0] if self.mimo_o is None else jnp.sum(y * self.mimo_o[...].astype(y.dtype), axis=3)
         return self.out_proj(y.reshape(*x.shape[:2], -1)), state

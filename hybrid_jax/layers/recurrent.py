@@ -19,7 +19,8 @@ from hybrid_jax.layers.mixer import Arrays
 from hybrid_jax.layers.parameter import marks_of, parameter
 from hybrid_jax.parallel.recurrence import convolution
 from hybrid_jax.recurrent_options import HeadsOptions
-from kernels_pallas.numerics import safe_sqrt
+from kernels_pallas import HeadNorm
+from kernels_pallas.heads import repeat_heads
 
 STATE_AXES = ("batch", "heads", None, None)  # logical axes of a state [B,H,K,V]
 
@@ -42,23 +43,6 @@ class HeadSizes(NamedTuple):
             own = (options.key_heads, options.key_heads, options.value_heads, options.value_heads)
             return cls(*own, options.state_size or D, options.value_size)
         return cls(H, Hkv, Hkv, H, options.state_size or D, D)
-
-
-def l2_normalize(x: jax.Array, *, eps: float = 1e-6, eps_outside: bool) -> jax.Array:
-    """Returns x / (|x| + eps), or x / sqrt(|x|^2 + eps) if not `eps_outside`, over the last axis of x [..., D].
-
-    Computed in float32 and returned in x's dtype. A zero vector has a finite gradient.
-    """
-    f = x.astype(jnp.float32)
-    square = jnp.sum(f * f, axis=-1, keepdims=True)
-    if not eps_outside:
-        return (f * jax.lax.rsqrt(square + eps)).astype(x.dtype)
-    return (f / (safe_sqrt(square) + eps)).astype(x.dtype)
-
-
-def repeat_heads(x: jax.Array, num_heads: int) -> jax.Array:
-    """Repeats each head in place (`repeat_interleave`): [..., Hkv, D] -> [..., num_heads, D]."""
-    return jnp.repeat(x, num_heads // x.shape[-2], axis=-2)
 
 
 def gate_of_attention(source: Arrays, config: ModelConfig) -> jax.Array:
@@ -140,12 +124,13 @@ class LowRankLinear(nnx.Module):
 
 
 class ExpandedHeads(nnx.Module):
-    """Base of mixers that expand key and value heads to all heads (see `HeadsOptions`).
+    """Base of mixers with fewer heads of keys and values, which are repeated or expanded to all heads (see `HeadsOptions`).
 
-    Parameters, where the options ask for them: `proj_k`, `proj_v` and the mixtures `k_rep`, `v_rep` [H, heads of k or v].
+    Parameters, where the options ask for an expansion: `proj_k`, `proj_v` and the mixtures `k_rep`, `v_rep` [H, heads of k or v].
     """
 
     sizes: HeadSizes
+    expands: bool
 
     def make_expansion(self, sizes: HeadSizes, options: HeadsOptions, *, std: float, rngs: nnx.Rngs, dtype: DTypeLike) -> None:
         """Makes the parameters of the expansion."""
@@ -156,10 +141,14 @@ class ExpandedHeads(nnx.Module):
         learned = options.kv_learnable_residual
         self.k_rep = _repetition(sizes.k, H, dtype) if learned else None
         self.v_rep = _repetition(sizes.v, H, dtype) if learned else None
-        self.sizes = sizes
+        self.sizes, self.expands = sizes, bool(rank or learned)
 
     def expanded(self, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns k [B, T, H, N] and v [B, T, H, D] of all heads, of k [B, T, heads * N] and v [B, T, heads * D]."""
+        """Returns k [B, T, H, N] and v [B, T, H, D] of all heads, of k [B, T, heads * N] and v [B, T, heads * D].
+
+        Where nothing `expands` them they keep their heads, which the operations repeat."""
+        if not self.expands:
+            return k.reshape(*k.shape[:2], -1, self.sizes.N), v.reshape(*v.shape[:2], -1, self.sizes.D)
         return (
             _expanded(k, self.sizes.H, self.sizes.N, self.proj_k, self.k_rep),
             _expanded(v, self.sizes.H, self.sizes.D, self.proj_v, self.v_rep),
@@ -233,23 +222,33 @@ class ShortConv(nnx.Module):
         self.bias = parameter(jnp.zeros(dim, dtype), axes) if bias else None
 
     def __call__(
-        self, x: jax.Array, *, segment_ids: jax.Array, state: jax.Array | None = None
+        self, x: jax.Array, *, norm: HeadNorm | None = None, segment_ids: jax.Array, state: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Returns (y [B, T, D], state [B, W-1, D]) of x [B, T, D]; the state holds the tokens before the next one."""
+        """Returns (y [B, T, D], state [B, W-1, D]) of x [B, T, D]; the state holds the tokens before the next one.
+
+        `norm` is an L2 norm of each head of y."""
         bias = None if self.bias is None else self.bias[...]
-        return convolution(x, self.kernel[...], bias, self.activation, state=state, segment_ids=segment_ids)
+        return convolution(x, self.kernel[...], bias, self.activation, norm=norm, state=state, segment_ids=segment_ids)
 
     def parts(
-        self, xs: Sequence[jax.Array], *, segment_ids: jax.Array, state: jax.Array | None = None
+        self,
+        xs: Sequence[jax.Array],
+        *,
+        norms: Sequence[tuple[HeadNorm, jax.Array] | None],
+        segment_ids: jax.Array,
+        state: jax.Array | None = None,
     ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
-        """Applies the conv to inputs [B, T, size] that are side by side in the kernel; each is sharded by itself."""
+        """Applies the conv to inputs [B, T, size] that are side by side in the kernel; each is sharded by itself.
+
+        `norms` has an RMS norm of each head of an input, with its weight, or None for it."""
         bounds = list(itertools.accumulate(x.shape[-1] for x in xs))[:-1]
         weights = jnp.split(self.kernel[...], bounds)
         biases = [None] * len(xs) if self.bias is None else jnp.split(self.bias[...], bounds)
         states = [None] * len(xs) if state is None else jnp.split(state, bounds, axis=-1)
+        pairs = [(None, None) if norm is None else norm for norm in norms]
         outs = [
-            convolution(x, weight, bias, self.activation, state=s, segment_ids=segment_ids)
-            for x, weight, bias, s in zip(xs, weights, biases, states, strict=True)
+            convolution(x, weight, bias, self.activation, norm=norm, norm_weight=w, state=s, segment_ids=segment_ids)
+            for x, weight, bias, (norm, w), s in zip(xs, weights, biases, pairs, states, strict=True)
         ]
         ys, states = zip(*outs, strict=True)
         return ys, None if state is None else jnp.concatenate(states, axis=-1)

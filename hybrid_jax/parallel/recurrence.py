@@ -18,10 +18,18 @@ import jax.numpy as jnp
 
 from hybrid_jax.parallel.sequence import as_chunks, as_rows, continued, exclusive_scan, from_pair, halo, halo_segments, to_pair
 from hybrid_jax.parallel.sharding import TOKENS, axis_size, mesh_axes_of, shard_map_by_axes
-from kernels_pallas import linear_attention, linear_attention_step, linear_attention_summary, short_conv, short_conv_step
+from kernels_pallas import (
+    HeadNorm,
+    linear_attention,
+    linear_attention_step,
+    linear_attention_summary,
+    short_conv,
+    short_conv_step,
+)
 from kernels_pallas.heads import repeat_heads
+from kernels_pallas.short_conv.heads import norm_inputs
 
-HEADS, STATE, CHANNELS = (*TOKENS, "heads"), ("batch", "heads"), ("heads",)
+HEADS, STATE, CHANNELS, REPLICATED = (*TOKENS, "heads"), ("batch", "heads"), ("heads",), (None,)
 
 
 def _divisible(arrays: Sequence[jax.Array]) -> list[jax.Array]:
@@ -153,13 +161,14 @@ def linear_recurrence(
     return recurrence(op, step, summary, (*arrays, *scalars.values()), state=state, segment_ids=segment_ids)
 
 
-def _conv_over_chunks(segment_ids, x, weight, bias, *, activation):
+def _conv_over_chunks(segment_ids, x, weight, bias, norm_weight, *, activation, norm):
     width = weight.shape[1]
     segments, chunks = to_pair(segment_ids), to_pair(x)
     same = halo_segments(segments, width - 1) == segments[:, :, :1]
     same = jnp.flip(jnp.cumprod(jnp.flip(same, axis=2).astype(jnp.int32), axis=2), axis=2)
-    before = halo(chunks, width - 1) * same[..., None].astype(x.dtype)
-    y, _ = short_conv(as_rows(chunks), weight, bias, activation, initial_state=as_rows(before), segment_ids=as_rows(segments))
+    before = as_rows(halo(chunks, width - 1) * same[..., None].astype(x.dtype))
+    options: dict[str, Any] = dict(norm=norm, norm_weight=norm_weight, segment_ids=as_rows(segments))
+    y, _ = short_conv(as_rows(chunks), weight, bias, activation, initial_state=norm_inputs(before, norm, norm_weight), **options)
     return from_pair(as_chunks(y))
 
 
@@ -169,27 +178,30 @@ def convolution(
     bias: jax.Array | None,
     activation: str | None,
     *,
+    norm: HeadNorm | None = None,
+    norm_weight: jax.Array | None = None,
     state: jax.Array | None,
     segment_ids: jax.Array,
 ) -> tuple[jax.Array, Any]:
     """The short conv of x [B, T, D] and its activation ("silu" or None), however it is sharded -> (y, state); D is sharded as
-    heads are, as weight [D, W] is."""
+    heads are, as weight [D, W] is. The norm and its weight are those of `short_conv`."""
     if axis_size("seq") > 1:
-        axes = (TOKENS, HEADS, CHANNELS, CHANNELS)
-        local = functools.partial(_conv_over_chunks, activation=activation)
-        return shard_map_by_axes(local, (segment_ids, x, weight, bias), axes, HEADS), None
+        axes = (TOKENS, HEADS, CHANNELS, CHANNELS, REPLICATED)
+        local = functools.partial(_conv_over_chunks, activation=activation, norm=norm)
+        return shard_map_by_axes(local, (segment_ids, x, weight, bias, norm_weight), axes, HEADS), None
     tail = ("batch", None, "heads")
     if state is not None and x.shape[1] == 1:
 
-        def one(x, weight, bias, state):
-            return short_conv_step(x, weight, bias, activation, state=state)
+        def one(x, weight, bias, norm_weight, state):
+            return short_conv_step(x, weight, bias, activation, norm=norm, norm_weight=norm_weight, state=state)
 
-        y, state = shard_map_by_axes(one, (x[:, 0], weight, bias, state), (STATE, CHANNELS, CHANNELS, tail), (STATE, tail))
+        axes = (STATE, CHANNELS, CHANNELS, REPLICATED, tail)
+        y, state = shard_map_by_axes(one, (x[:, 0], weight, bias, norm_weight, state), axes, (STATE, tail))
         return y[:, None], state
 
-    def all_tokens(segment_ids, x, weight, bias, state):
-        return short_conv(x, weight, bias, activation, initial_state=state, segment_ids=segment_ids)
+    def all_tokens(segment_ids, x, weight, bias, norm_weight, state):
+        options: dict[str, Any] = dict(norm=norm, norm_weight=norm_weight, initial_state=state, segment_ids=segment_ids)
+        return short_conv(x, weight, bias, activation, **options)
 
-    return shard_map_by_axes(
-        all_tokens, (segment_ids, x, weight, bias, state), (TOKENS, HEADS, CHANNELS, CHANNELS, tail), (HEADS, tail)
-    )
+    arrays = (segment_ids, x, weight, bias, norm_weight, state)
+    return shard_map_by_axes(all_tokens, arrays, (TOKENS, HEADS, CHANNELS, CHANNELS, REPLICATED, tail), (HEADS, tail))

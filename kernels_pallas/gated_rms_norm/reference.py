@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import jax
 
-from kernels_pallas.rms_norm.reference import normalize
+from kernels_pallas.numerics import rms_normalize
 
 
 def gated_rms_norm_reference(o: jax.Array, gate: jax.Array, weight: jax.Array, eps: float, gate_first: bool) -> jax.Array:
     """The `reference` and `xla` implementation of `gated_rms_norm`: every product is rounded; see `kernels_pallas.contract`."""
     if gate_first:
-        return normalize(o * jax.nn.silu(gate), weight, eps).astype(o.dtype)
-    return (normalize(o, weight, eps) * jax.nn.silu(gate)).astype(o.dtype)
+        return rms_normalize(o * jax.nn.silu(gate), weight, eps).astype(o.dtype)
+    return (rms_normalize(o, weight, eps) * jax.nn.silu(gate)).astype(o.dtype)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import jax
 
 from kernels_pallas.contract import HeadNorm
-from kernels_pallas.numerics import l2_normalize
-from kernels_pallas.rms_norm.reference import normalize
+from kernels_pallas.numerics import l2_normalize, rms_normalize
 
 
 def norm_inputs(x: jax.Array, norm: HeadNorm | None, weight: jax.Array | None) -> jax.Array:
     """Returns the convolution's inputs [..., D]: x, or x normed head by head if the norm is an RMS norm."""
     if norm is None or norm.kind != "rms":
         return x
-    return normalize(x.reshape(*x.shape[:-1], -1, norm.dim), weight, norm.eps).reshape(x.shape)
+    return rms_normalize(x.reshape(*x.shape[:-1], -1, norm.dim), weight, norm.eps).reshape(x.shape)
 
 
 def norm_outputs(y: jax.Array, norm: HeadNorm | None) -> jax.Array:

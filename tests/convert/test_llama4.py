@@ -11,7 +11,7 @@ from hybrid_jax import load_model, save_model
 from hybrid_jax.convert.load import read_model_config
 from hybrid_jax.families import config_from_hf, config_to_hf
 from hybrid_jax.families.public import PUBLIC
-from hybrid_jax.layers.linear import rms_norm
+from kernels_pallas.numerics import rms_normalize
 from tests.conftest import relative_error, tiny_config
 from tests.convert.test_transformers_parity import make
 
@@ -37,7 +37,7 @@ def test_mamba2_norms_what_takes_the_place_of_queries_where_the_source_norms_the
     queries = (x @ model.layers[0].self_attn.q_proj.kernel[...]).reshape(1, 5, 6, 10)
     begin = 60 + 20 + 20  # z, x and B come before C
     found = normed.C_norm(normed.in_proj(x)[..., begin : begin + 60].reshape(1, 5, 6, 10))
-    assert relative_error(found, rms_norm(queries, None, 1e-5)) < 1e-4
+    assert relative_error(found, rms_normalize(queries, None, 1e-5)) < 1e-4
     written = config_to_hf(hybrid.config)
     assert written["mamba2_config"]["use_qk_norm"] is True and config_from_hf(written) == hybrid.config
 

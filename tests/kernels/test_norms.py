@@ -9,11 +9,10 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 import kernels_pallas as kp
-from hybrid_jax.layers.linear import rms_norm as layer_norm
-from hybrid_jax.layers.recurrent import l2_normalize as layer_l2
 from hybrid_jax.layers.rope import rotate
 from kernels_pallas import mosaic
 from kernels_pallas.gated_rms_norm import tpu as gated_tpu
+from kernels_pallas.numerics import l2_normalize, rms_normalize
 from kernels_pallas.qk_norm_rope import tpu as rope_tpu
 from kernels_pallas.rms_norm import tpu as hidden_tpu
 from kernels_pallas.short_conv import tpu as conv_tpu
@@ -124,21 +123,21 @@ def test_the_formulas_are_bit_for_bit_those_of_the_layers(implementation):
 
     y, end = plain(x)
     for kind in ("l2", "l2_eps_outside"):
-        want = heads(functools.partial(layer_l2, eps=NORMS[kind].eps, eps_outside=NORMS[kind].eps_outside), y)
+        want = heads(functools.partial(l2_normalize, eps=NORMS[kind].eps, eps_outside=NORMS[kind].eps_outside), y)
         got, kept = conv(kind, 8)(x, weight, bias, state, implementation=implementation)
         assert jnp.array_equal(got, want) and jnp.array_equal(kept, end)
     got, kept = conv("rms", 8)(x, weight, bias, state, norm_weight, implementation=implementation)
-    want, end = plain(heads(lambda x: layer_norm(x, norm_weight, 0.3), x))
+    want, end = plain(heads(lambda x: rms_normalize(x, norm_weight, 0.3), x))
     assert jnp.array_equal(got, want) and jnp.array_equal(kept, end)
 
     o, gate, w = (normal(n, B, T, 3, 8, dtype="bfloat16") for n in (5, 6, 7))
     gated = functools.partial(kp.gated_rms_norm, implementation=implementation)
-    assert jnp.array_equal(gated(o, gate, w[0, 0, 0]), layer_norm(o, w[0, 0, 0], 1e-5) * jax.nn.silu(gate))
-    assert jnp.array_equal(gated(o, gate, w[0, 0], 1e-5, True), layer_norm(o * jax.nn.silu(gate), w[0, 0], 1e-5))
+    assert jnp.array_equal(gated(o, gate, w[0, 0, 0]), rms_normalize(o, w[0, 0, 0], 1e-5) * jax.nn.silu(gate))
+    assert jnp.array_equal(gated(o, gate, w[0, 0], 1e-5, True), rms_normalize(o * jax.nn.silu(gate), w[0, 0], 1e-5))
 
     normed, total = kp.rms_norm(x, bias, 1e-6, y, implementation=implementation)
-    assert jnp.array_equal(total, x + y) and jnp.array_equal(normed, layer_norm(x + y, bias, 1e-6))
-    assert jnp.array_equal(kp.rms_norm(x, None, implementation=implementation), layer_norm(x, None, 1e-6))
+    assert jnp.array_equal(total, x + y) and jnp.array_equal(normed, rms_normalize(x + y, bias, 1e-6))
+    assert jnp.array_equal(kp.rms_norm(x, None, implementation=implementation), rms_normalize(x, None, 1e-6))
 
 
 @pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
@@ -162,7 +161,7 @@ def test_the_state_of_an_rms_norm_leaves_out_earlier_segments(implementation):
     ids = np.repeat([[7, 8]], [T - 1, 1], axis=1).repeat(B, axis=0)
     _, state = conv("rms", 64, ids)(x, weight, bias, None, norm_weight, implementation=implementation)
     want = np.zeros((B, W - 1, 128))
-    want[:, -1] = layer_norm(x[:, -1].reshape(B, 2, 64), norm_weight, 0.3).reshape(B, 128)
+    want[:, -1] = rms_normalize(x[:, -1].reshape(B, 2, 64), norm_weight, 0.3).reshape(B, 128)
     assert np.allclose(state, want, atol=1e-6)
 
 
@@ -230,7 +229,7 @@ def test_the_norm_and_the_rotation_are_bit_for_bit_those_of_attention_where_the_
     for D in (8, 128):
         q, k, w = (normal(n, B, T, 2, D, dtype="bfloat16") for n in (0, 1, 2))
         got = kp.qk_norm_rope(q, k, w[0, 0, 0], None, *tables, 1e-6, implementation=implementation)
-        want = [rotate(x, positions, frequencies) for x in (layer_norm(q, w[0, 0, 0], 1e-6), k)]
+        want = [rotate(x, positions, frequencies) for x in (rms_normalize(q, w[0, 0, 0], 1e-6), k)]
         assert all(jnp.array_equal(a, b.swapaxes(1, 2)) for a, b in zip(got, want, strict=True))
 
 

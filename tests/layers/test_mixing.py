@@ -11,9 +11,9 @@ from flax import nnx
 
 from hybrid_jax.config import DiscreteMamba2Config, GDNConfig, GKAConfig, HeadHybridConfig, Mamba2Config, Mamba3Config
 from hybrid_jax.layers import make_mixer
-from hybrid_jax.layers.linear import rms_norm
 from hybrid_jax.layers.mixing import over_blocks
 from hybrid_jax.parallel.sequence import positions_of
+from kernels_pallas.numerics import rms_normalize
 from tests.conftest import relative_error, tiny_config
 
 B, T = 2, 37  # more than a chunk of GKA, and no multiple of one
@@ -61,7 +61,7 @@ def finish(kind, m, o, x):
         return m.out_proj(o.reshape(flat) * jax.nn.silu(m.in_proj.parts(x, m.sizes)[3] + m.z_bias[...]))
     z = jax.nn.silu(m.in_proj(x)[..., : o.shape[2] * o.shape[3]].reshape(o.shape))
     if kind == "mamba2":
-        return m.out_proj(rms_norm(o * z, m.norm.weight[...].reshape(o.shape[2:]), 1e-5).reshape(flat))
+        return m.out_proj(rms_normalize(o * z, m.norm.weight[...].reshape(o.shape[2:]), 1e-5).reshape(flat))
     return m.out_proj(((o if m.norm is None else m.norm(o)) * z).reshape(flat))
 
 

@@ -34,7 +34,6 @@ from hybrid_jax.config import ATTENTION, ModelConfig
 from hybrid_jax.data import Corpus
 from hybrid_jax.evaluate.measures import padded_batches
 from hybrid_jax.layers.attention import Attention
-from hybrid_jax.layers.recurrent import l2_normalize, repeat_heads
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.distributed import is_first, say, whole_array
 from hybrid_jax.parallel.placement import in_mesh
@@ -43,6 +42,7 @@ from hybrid_jax.parameters import Parameters, join_model, split_model
 from hybrid_jax.progress import progress_bar
 from hybrid_jax.selection.scorers.contract import Scores
 from hybrid_jax.selection.scorers.rows import OnRows, no_hidden_states
+from kernels_pallas.numerics import l2_normalize
 
 FOLDS = 2
 CONSTANT = 1e-12  # of the mean square: an output that varies less is constant
@@ -210,10 +210,8 @@ def _features(
     B, T, _ = x.shape
     q, k, v = (y.astype(jnp.float32) for y in attention.project(x, positions, segment_ids=segment_ids))
     H = q.shape[2]
-    k, v = repeat_heads(k, H), repeat_heads(v, H)
     q, k = l2_normalize(q, eps_outside=False), l2_normalize(k, eps_outside=False)
-    one = jnp.ones((B, T, H, 1))
-    arrays = [jnp.concatenate([y, one], axis=-1) for y in (q, k, v)]  # of v: the sum of the weights
+    arrays = [jnp.concatenate([y, jnp.ones((*y.shape[:3], 1))], axis=-1) for y in (q, k, v)]  # of v: the sum of the weights
 
     def attend(log_decay):
         o, _ = linear_recurrence((*arrays, jnp.full((B, T, H), log_decay)), state=None, segment_ids=segment_ids)
