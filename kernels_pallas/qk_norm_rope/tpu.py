@@ -47,7 +47,8 @@ def _backward_kernel(x, weight, table, dy, dx, dweight, *, norm, normed):
         add_rows(dweight, jnp.zeros_like(c))
         return
     n, pull = norm_heads(x[0].astype(jnp.float32), norm)
-    add_rows(dweight, functools.reduce(jnp.add, (dh * n[:, head * D : (head + 1) * D] for head, dh in enumerate(dhs))))
+    terms = [dh * n[:, head * D : (head + 1) * D] for head, dh in enumerate(dhs)]
+    add_rows(dweight, functools.reduce(jnp.add, terms))
     dx[0] = pull(jnp.concatenate([dh * weight[:1] for dh in dhs], axis=1)).astype(dx.dtype)
 
 
