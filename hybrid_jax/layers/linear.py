@@ -58,16 +58,39 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
     def parts(self, x: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
-        """Maps x [..., in] to one output [..., size] for each of `sizes`, side by side in the kernel and each sharded by itself."""
+        """Maps x [..., in] to one output [..., size] for each of `sizes`, side by side in the kernel and each sharded by itself.
+
+        On a TPU the large ones are products of their own, because a slice of a product's result is a copy of it, and the gradients
+        of slices are put together by another."""
         bounds = list(itertools.accumulate(sizes))[:-1]
-        if axis_size("tensor") == 1:
+        alone = axis_size("tensor") > 1
+        if not alone and backend() != "tpu":
             return jnp.split(self(x), bounds, axis=-1)
         kernels = jnp.split(self.kernel[...].astype(x.dtype), bounds, axis=1)
-        parts = [x @ constrain(kernel, *marks_of(self.kernel).axes) for kernel in kernels]
-        if self.bias is None:
-            return parts
-        biases = jnp.split(self.bias[...].astype(x.dtype), bounds)
-        return [part + constrain(bias, *marks_of(self.bias).axes) for part, bias in zip(parts, biases, strict=True)]
+        biases = [None] * len(sizes) if self.bias is None else jnp.split(self.bias[...].astype(x.dtype), bounds)
+        if alone:
+            axes = marks_of(self.kernel).axes
+            kernels = [constrain(kernel, *axes) for kernel in kernels]
+            biases = [None if bias is None else constrain(bias, axes[1]) for bias in biases]
+            return [_affine(x, kernel, bias) for kernel, bias in zip(kernels, biases, strict=True)]
+        small = [n for n, size in enumerate(sizes) if SMALL * size <= max(sizes)]
+        together = dict(zip(small, _products(x, [kernels[n] for n in small], [biases[n] for n in small]), strict=True))
+        return [together[n] if n in together else _affine(x, kernels[n], biases[n]) for n in range(len(sizes))]
+
+
+SMALL = 4  # a part of a map is small if the largest is so many times as wide
+
+
+def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+    y = x @ kernel
+    return y if bias is None else y + bias
+
+
+def _products(x: jax.Array, kernels: Sequence[jax.Array], biases: Sequence[jax.Array | None]) -> list[jax.Array]:
+    """Returns x times each kernel, plus its bias, by one product."""
+    bounds = list(itertools.accumulate(kernel.shape[1] for kernel in kernels))[:-1]
+    parts = jnp.split(x @ jnp.concatenate(kernels, axis=1), bounds, axis=-1)
+    return [y if bias is None else y + bias for y, bias in zip(parts, biases, strict=True)]
 
 
 def products(x: jax.Array, maps: Sequence[Linear]) -> list[jax.Array]:
@@ -78,9 +101,8 @@ def products(x: jax.Array, maps: Sequence[Linear]) -> list[jax.Array]:
     """
     if backend() != "tpu" or axis_size("tensor") > 1:
         return [linear(x) for linear in maps]
-    kernel = jnp.concatenate([linear.kernel[...].astype(x.dtype) for linear in maps], axis=1)
-    parts = jnp.split(x @ kernel, list(itertools.accumulate(linear.kernel.shape[1] for linear in maps))[:-1], axis=-1)
-    return [y if m.bias is None else y + m.bias[...].astype(x.dtype) for y, m in zip(parts, maps, strict=True)]
+    biases = [None if linear.bias is None else linear.bias[...].astype(x.dtype) for linear in maps]
+    return _products(x, [linear.kernel[...].astype(x.dtype) for linear in maps], biases)
 
 
 class Embedding(nnx.Module):
