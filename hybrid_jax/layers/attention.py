@@ -21,9 +21,10 @@ from hybrid_jax.config import ModelConfig, SWAConfig
 from hybrid_jax.layers.linear import LayerNorm, Linear, RMSNorm, norm_heads, source_norm
 from hybrid_jax.layers.mixer import Arrays
 from hybrid_jax.layers.mixing import Mixing, of_softmax
-from hybrid_jax.layers.rope import document_frequencies, rotate
+from hybrid_jax.layers.rope import cos_sin, document_frequencies, rotate
 from hybrid_jax.parallel.attention import attend
 from hybrid_jax.parallel.attention_block import soft_capped
+from hybrid_jax.parallel.norms import normed_and_rotated
 from kernels_pallas.numerics import rms_normalize
 
 
@@ -125,6 +126,16 @@ def query_key_norms(config: ModelConfig, dtype: DTypeLike) -> tuple[RMSNorm | La
     return q_norm, k_norm
 
 
+def _weights_of_heads(
+    q_norm: RMSNorm | LayerNorm | None, k_norm: RMSNorm | LayerNorm | None, head_dim: int
+) -> tuple[jax.Array | None, jax.Array | None] | None:
+    """Returns the weights [head_dim] of RMS norms of each head, None for no norm; None alone: norms of another kind."""
+    if q_norm is None or k_norm is None:
+        return None, None
+    norms = [norm for norm in (q_norm, k_norm) if isinstance(norm, RMSNorm) and norm.weight.shape == (head_dim,)]
+    return (norms[0].scale(), norms[1].scale()) if len(norms) == 2 else None
+
+
 def _scaled(q: jax.Array, positions: jax.Array, strength: float, context: int) -> jax.Array:
     """Returns queries [B, T, H, D] times 1 + strength * log(1 + floor(position / context)), for positions [B, T]."""
     scale = 1 + strength * jnp.log1p(jnp.floor(positions / context))
@@ -194,14 +205,22 @@ class Attention(nnx.Module):
         q = q_proj(x).reshape(B, T, self.num_heads, c.head_dim)
         k = k_proj(x).reshape(B, T, self.num_kv_heads, c.head_dim)
         v = v_proj(x).reshape(B, T, self.num_kv_heads, c.head_dim)
-        q, k = norm_heads(q_norm, q), norm_heads(k_norm, k)
-        if self.rope is not None:
-            inv_freq, factor = document_frequencies(self.rope, c.head_dim, c.max_position_embeddings, positions, segment_ids)
-            q, k = (rotate(x, positions, inv_freq, factor, halves=c.rotate_halves) for x in (q, k))
+        if self.rope is None:
+            q, k = norm_heads(q_norm, q), norm_heads(k_norm, k)
+            if c.unrotated_query_scaling is not None:
+                q = _scaled(q, positions + 1, *c.unrotated_query_scaling)
+        else:
+            angles = document_frequencies(self.rope, c.head_dim, c.max_position_embeddings, positions, segment_ids)
+            cos, sin = cos_sin(positions, *angles)
+            weights = _weights_of_heads(q_norm, k_norm, c.head_dim)
+            if weights is not None and c.rotate_halves:
+                axes = (self.head_axis, self.kv_axis)
+                q, k = normed_and_rotated(q, k, *weights, cos, sin, c.rms_norm_eps, axes=axes)
+            else:
+                q, k = norm_heads(q_norm, q), norm_heads(k_norm, k)
+                q, k = (rotate(x, cos, sin, halves=c.rotate_halves) for x in (q, k))
             if c.qk_norm_rotated:
                 q, k = (rms_normalize(x, None, c.rms_norm_eps) for x in (q, k))
-        elif c.unrotated_query_scaling is not None:
-            q = _scaled(q, positions + 1, *c.unrotated_query_scaling)
         if c.query_pre_attn_scalar is not None:
             q = q * jnp.asarray((c.head_dim / c.query_pre_attn_scalar) ** 0.5, q.dtype)
         if c.query_scaling is not None:

@@ -131,8 +131,12 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalizes x [..., dim] over its last axis; one of three axes is the residual stream's [B, T, dim]."""
-        weight = self.weight[...].astype(jnp.float32) + self.offset if self.offset else self.weight[...]
-        return (hidden_norm if x.ndim == 3 else rms_normalize)(x, weight, self.eps)
+        return (hidden_norm if x.ndim == 3 else rms_normalize)(x, self.scale(), self.eps)
+
+    def scale(self) -> jax.Array:
+        """Returns what normed channels are multiplied by, [dim]: offset + weight, in float32 if there is an offset."""
+        weight = self.weight[...]
+        return weight.astype(jnp.float32) + self.offset if self.offset else weight
 
 
 class LayerNorm(nnx.Module):

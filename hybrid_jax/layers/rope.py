@@ -108,23 +108,29 @@ def document_frequencies(
     return jnp.where(longer[..., None], jnp.asarray(long, jnp.float32), jnp.asarray(short, jnp.float32)), factor
 
 
-def rotate(
-    x: jax.Array, positions: jax.Array, inv_freq: np.ndarray | jax.Array, factor: float = 1.0, *, halves: bool = True
-) -> jax.Array:
-    """Rotates the two halves of the first R channels by position * inv_freq; the others stay as they are.
+def cos_sin(positions: jax.Array, inv_freq: np.ndarray | jax.Array, factor: float = 1.0) -> tuple[jax.Array, jax.Array]:
+    """Returns the cosine and the sine of every token's angles, times `factor` (YaRN, LongRoPE), [B, T, R / 2] float32.
+
+    Args:
+      positions: [B, T] int.
+      inv_freq: [R / 2] or [B, T, R / 2], in radians per position.
+    """
+    angle = positions[..., None].astype(jnp.float32) * jnp.asarray(inv_freq, jnp.float32)
+    return jnp.cos(angle) * factor, jnp.sin(angle) * factor
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, halves: bool = True) -> jax.Array:
+    """Rotates the first R channels by the angles of `cos_sin`; the others stay as they are.
 
     Args:
       x: [B, T, H, D].
-      positions: [B, T] int.
-      inv_freq: [R / 2] or [B, T, R / 2], in radians per position; R is at most D.
-      factor: what cos and sin are multiplied by (YaRN, LongRoPE).
+      cos, sin: [B, T, R / 2]; R is at most D.
       halves: channels i and i + R / 2 turn together; False: 2 i and 2 i + 1.
 
     Returns:
       [B, T, H, D] in x's dtype, rounded to it once.
     """
-    angle = positions[..., None].astype(jnp.float32) * jnp.asarray(inv_freq, jnp.float32)
-    cos, sin = ((f(angle) * factor)[:, :, None] for f in (jnp.cos, jnp.sin))
+    cos, sin = cos[:, :, None], sin[:, :, None]
     R = 2 * cos.shape[-1]
     rotated, dtype = x[..., :R].astype(jnp.promote_types(x.dtype, jnp.float32)), x.dtype
     a, b = (rotated[..., : R // 2], rotated[..., R // 2 :]) if halves else (rotated[..., ::2], rotated[..., 1::2])

@@ -7,7 +7,7 @@ import functools
 import jax
 
 from hybrid_jax.parallel.sharding import TOKENS, shard_map_by_axes
-from kernels_pallas import gated_rms_norm, rms_norm
+from kernels_pallas import gated_rms_norm, qk_norm_rope, rms_norm
 
 _HEADS = (*TOKENS, "heads")
 
@@ -21,3 +21,32 @@ def gated_norm(o: jax.Array, gate: jax.Array, weight: jax.Array, eps: float, *, 
 def hidden_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """Returns `rms_norm` of x [B, T, hidden] by weight [hidden]; tokens may be sharded, channels are not."""
     return shard_map_by_axes(functools.partial(rms_norm, eps=eps), (x, weight), (TOKENS, (None,)), TOKENS)
+
+
+def normed_and_rotated(
+    q: jax.Array,
+    k: jax.Array,
+    q_weight: jax.Array | None,
+    k_weight: jax.Array | None,
+    cos: jax.Array,
+    sin: jax.Array,
+    eps: float,
+    *,
+    axes: tuple[str | None, str | None],
+) -> tuple[jax.Array, jax.Array]:
+    """Returns q [B, T, H, D] and k [B, T, Hkv, D], each head normed by its weight [D] (None: not at all), then rotated.
+
+    On a TPU they are in memory with their heads before their tokens, as attention's kernel reads them.
+
+    Args:
+      cos, sin: [B, T, R / 2], of every token's angles; channels i and i + R / 2 turn together.
+      axes: the logical axes of the heads of q and of k.
+    """
+    implementation = "xla" if q.shape[1] == 1 else None  # a kernel for one token would move more than it
+
+    def local(q, k, q_weight, k_weight, cos, sin):
+        q, k = qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps, implementation=implementation)
+        return q.swapaxes(1, 2), k.swapaxes(1, 2)
+
+    heads = tuple((*TOKENS, axis) for axis in axes)
+    return shard_map_by_axes(local, (q, k, q_weight, k_weight, cos, sin), (*heads, (None,), (None,), TOKENS, TOKENS), heads)

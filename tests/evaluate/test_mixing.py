@@ -8,7 +8,7 @@ from flax import nnx
 from hybrid_jax.evaluate.instruments import make_instrument
 from hybrid_jax.evaluate.instruments.contract import Subject
 from hybrid_jax.evaluate.instruments.mixing import add_roles
-from hybrid_jax.layers.rope import rope_frequencies, rotate
+from hybrid_jax.layers.rope import cos_sin, rope_frequencies, rotate
 from hybrid_jax.parallel.sequence import positions_of
 from tests.conftest import tiny_config, tiny_model
 
@@ -26,7 +26,7 @@ def looking_back(distance, config, size=500.0):
     """A query that scores a constant key highest `distance` tokens back, whatever the tokens are."""
     inv_freq, factor = rope_frequencies(config.rope, config.head_dim, config.max_position_embeddings)
     key = jnp.concatenate([jnp.ones(4), jnp.zeros(4)])
-    return key, size * rotate(key[None, None, None], jnp.array([[-distance]]), inv_freq, factor)[0, 0, 0]
+    return key, size * rotate(key[None, None, None], *cos_sin(jnp.array([[-distance]]), inv_freq, factor))[0, 0, 0]
 
 
 def test_heads_that_were_built_for_a_role_have_it(corpus):

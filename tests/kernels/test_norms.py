@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 import kernels_pallas as kp
-from hybrid_jax.layers.rope import rotate
+from hybrid_jax.layers.rope import cos_sin, rotate
 from kernels_pallas import mosaic
 from kernels_pallas.gated_rms_norm import tpu as gated_tpu
 from kernels_pallas.numerics import l2_normalize, rms_normalize
@@ -229,7 +229,7 @@ def test_the_norm_and_the_rotation_are_bit_for_bit_those_of_attention_where_the_
     for D in (8, 128):
         q, k, w = (normal(n, B, T, 2, D, dtype="bfloat16") for n in (0, 1, 2))
         got = kp.qk_norm_rope(q, k, w[0, 0, 0], None, *tables, 1e-6, implementation=implementation)
-        want = [rotate(x, positions, frequencies) for x in (rms_normalize(q, w[0, 0, 0], 1e-6), k)]
+        want = [rotate(x, *cos_sin(positions, frequencies)) for x in (rms_normalize(q, w[0, 0, 0], 1e-6), k)]
         assert all(jnp.array_equal(a, b.swapaxes(1, 2)) for a, b in zip(got, want, strict=True))
 
 

@@ -28,6 +28,7 @@ from hybrid_jax.parallel.sequence import (
     to_zigzag,
     zigzag_order,
 )
+from kernels_pallas import HeadNorm
 from tests.conftest import relative_error
 from tests.parallel.conftest import plain_attention, random
 
@@ -133,16 +134,21 @@ def test_a_chunk_starts_from_what_its_own_segment_left_before_it(any_pairs, tran
     np.testing.assert_allclose(of_chunks(local, 4, jnp.asarray(packed, jnp.float32)), np.stack(want), rtol=1e-5, atol=1e-6)
 
 
-def test_a_conv_wider_than_a_chunk_sees_the_tokens_of_its_segment(any_pairs):
-    """Chunks of two tokens and a width of four; segments begin at a border and inside a chunk."""
-    x, weight = random(2, 12, 3), random(3, 4, seed=1)
+@pytest.mark.parametrize("norm", [None, HeadNorm("rms", 3, 0.1)])
+def test_a_conv_wider_than_a_chunk_sees_the_tokens_of_its_segment(norm, any_pairs):
+    """Chunks of two tokens and a width of four; segments begin at a border and inside a chunk; inputs normed or not."""
+    x, weight, norm_weight = random(2, 12, 3), random(3, 4, seed=1), None if norm is None else random(3, seed=2)
     ids = jnp.asarray([[1] * 4 + [2] * 5 + [3] * 3, [1] * 12], jnp.int32)
-    got = on_devices(lambda x, ids: _conv_over_chunks(ids, x, weight, None, activation="silu"), 3, x, ids)
+    options = dict(activation="silu", norm=norm)
+    got = on_devices(lambda x, ids: _conv_over_chunks(ids, x, weight, None, norm_weight, **options), 3, x, ids)
+    inputs = np.asarray(x)
+    if norm is not None:
+        inputs = inputs / np.sqrt((inputs**2).mean(-1, keepdims=True) + norm.eps) * np.asarray(norm_weight)
     seen = np.asarray(ids)[:, :, None] == np.asarray(ids)[:, None, :]
     before = np.zeros((2, 12, 3))
     for t in range(12):
         for back in range(min(4, t + 1)):
-            before[:, t] += seen[:, t, t - back, None] * np.asarray(x)[:, t - back] * np.asarray(weight)[:, 3 - back]
+            before[:, t] += seen[:, t, t - back, None] * inputs[:, t - back] * np.asarray(weight)[:, 3 - back]
     np.testing.assert_allclose(got, before / (1 + np.exp(-before)), rtol=1e-5, atol=1e-6)
 
 

@@ -1,0 +1,51 @@
+"""A mixer as a program for a TPU computes it: interpreted kernels and joint products equal the portable form."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from hybrid_jax.layers import linear, make_mixer
+from kernels_pallas import arguments, mosaic
+from tests.conftest import relative_error, tiny_config
+
+T = 40
+
+
+def outputs(config):
+    """A mixer's output on packed rows, and the gradients of its input and its parameters."""
+    mixer = make_mixer(config.layers[0].kind, config, 0, rngs=nnx.Rngs(0))
+    structure, state = nnx.split(mixer)
+    x, cotangent = (jax.random.normal(jax.random.key(n), (2, T, config.hidden_size)) for n in (1, 2))
+    at = dict(positions=jnp.arange(T)[None].repeat(2, 0) % 25, segment_ids=jnp.repeat(jnp.array([[1, 2], [3, 3]]), T // 2, axis=1))
+
+    @jax.jit
+    def run(state, x):
+        y, pull = jax.vjp(lambda state, x: nnx.merge(structure, state)(x, **at)[0], state, x)
+        return y, pull(cotangent)
+
+    return run(jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(3), p.shape), state), x)
+
+
+KERNELS = {
+    "*": {"qk_norm_rope"},
+    "GDN": {"short_conv", "gated_delta_rule", "gated_rms_norm"},
+    "GKA": {"short_conv", "gated_kalmanet", "gated_rms_norm"},
+    "M2": {"short_conv", "linear_attention", "gated_rms_norm"},
+    "M3": {"linear_attention"},
+    "DM2": {"short_conv", "linear_attention"},
+}
+
+
+@pytest.mark.parametrize("symbol", KERNELS)
+def test_a_mixer_s_tpu_path_equals_its_portable_form(symbol, monkeypatch):
+    sizes = dict(hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=128 if symbol == "*" else 64)
+    config, names, run = tiny_config(symbol, qk_norm=True, **sizes), set(), mosaic.run
+    want = outputs(config)
+    monkeypatch.setattr(mosaic, "run", lambda kernel, grid, name, *rest: (names.add(name), run(kernel, grid, name, *rest))[1])
+    monkeypatch.setattr(arguments, "backend", lambda: "tpu")
+    monkeypatch.setattr(linear, "backend", lambda: "tpu")
+    got = outputs(config)
+    assert names == {f"{kernel}_{way}" for kernel in KERNELS[symbol] for way in ("forward", "backward")}
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert relative_error(a, b) < 2e-4
