@@ -142,6 +142,7 @@ class GatedKalmaNet(Protocol):
         num_iter: int,
         bp_lambda: bool,
         precision: str,
+        solver: str,  # of `gated_kalmanet.solvers.SOLVERS`
         /,
     ) -> tuple[jax.Array, States]:
         """Returns (o [B, T, H, V], the final states)."""
@@ -163,6 +164,7 @@ class GatedKalmaNetStep(Protocol):
         ridge_strength: float,
         num_iter: int,
         bp_lambda: bool,
+        solver: str,  # of `gated_kalmanet.solvers.SOLVERS`
         /,
     ) -> tuple[jax.Array, States]:
         """Returns (o [B, H, V], the states after the token)."""

@@ -15,6 +15,8 @@ coefficients of the iteration are the same for all tokens (`chebyshev.py`).
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import jax
 import jax.numpy as jnp
 
@@ -32,6 +34,7 @@ from kernels_pallas.contract import GatedKalmaNet, GatedKalmaNetStep, States
 from kernels_pallas.gated_kalmanet.chunked import chunked_queries, gated_kalmanet_chunked
 from kernels_pallas.gated_kalmanet.gpu import gated_kalmanet_gpu
 from kernels_pallas.gated_kalmanet.reference import gated_kalmanet_reference, gated_kalmanet_update
+from kernels_pallas.gated_kalmanet.solvers import SOLVERS
 from kernels_pallas.gated_kalmanet.tpu import gated_kalmanet_tpu
 from kernels_pallas.gated_kalmanet.tpu_step import gated_kalmanet_step_tpu
 from kernels_pallas.linear_attention import linear_attention_summary
@@ -47,6 +50,11 @@ IMPLEMENTATIONS: dict[str, GatedKalmaNet] = {
 PRECISIONS = ("fast", "accurate")
 
 
+def _check_choice(op: str, name: str, value: str, choices: Collection[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}, got {value!r}")
+
+
 def gated_kalmanet(
     q: jax.Array,
     k: jax.Array,
@@ -58,6 +66,7 @@ def gated_kalmanet(
     *,
     bp_lambda: bool = True,
     precision: str = "fast",
+    solver: str = "chebyshev",
     scale: float | None = None,
     initial_state: States | tuple[None, None] | None = None,
     segment_ids: jax.Array | None = None,
@@ -102,8 +111,8 @@ def gated_kalmanet(
         h_kv=(h_kv, "B H K V"),
         segment_ids=(segment_ids, "B T"),
     )
-    if precision not in PRECISIONS:
-        raise ValueError(f"gated_kalmanet: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    _check_choice("gated_kalmanet", "precision", precision, PRECISIONS)
+    _check_choice("gated_kalmanet", "solver", solver, SOLVERS)
     dtype = accumulator(q, k, v, alpha, log_decay)
     h_kk = jnp.zeros((d["B"], d["H"], d["K"], d["K"]), dtype) if h_kk is None else h_kk.astype(dtype)
     h_kv = jnp.zeros((d["B"], d["H"], d["K"], d["V"]), dtype) if h_kv is None else h_kv.astype(dtype)
@@ -112,7 +121,7 @@ def gated_kalmanet(
     run = pick_implementation("gated_kalmanet", implementation, IMPLEMENTATIONS, q, k, v)
     arrays = alike("gated_kalmanet", q, k, v, alpha, log_decay, (h_kk, h_kv), segment_index(segment_ids))
     q, k, v, alpha, log_decay, state, segments = arrays
-    options = (scale, chunk_size, ridge_strength, num_iter, bp_lambda, precision)
+    options = (scale, chunk_size, ridge_strength, num_iter, bp_lambda, precision, solver)
     return run(q, k, v, alpha, log_decay, state, segments, *options)
 
 
@@ -125,6 +134,7 @@ def gated_kalmanet_queries(
     num_iter: int = 30,
     *,
     bp_lambda: bool = True,
+    solver: str = "chebyshev",
     initial_state: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     chunk_size: int | None = None,
@@ -145,11 +155,12 @@ def gated_kalmanet_queries(
     d = dims_of(op, q, k)
     scalars = dict(alpha=(alpha, "B T H"), log_decay=(log_decay, "B T H"), segment_ids=(segment_ids, "B T"))
     check_shapes(op, d, k=(k, "B T H K"), initial_state=(initial_state, "B H K K"), **scalars)
+    _check_choice(op, "solver", solver, SOLVERS)
     check_options(op, scale=1.0, chunk_size=chunk_size, num_iter=num_iter, ridge_strength=ridge_strength)
     dtype = accumulator(q, k, alpha, log_decay)
     h_kk = jnp.zeros((d["B"], d["H"], d["K"], d["K"]), dtype) if initial_state is None else initial_state.astype(dtype)
     q, k, alpha, log_decay, h_kk, segments = alike(op, q, k, alpha, log_decay, h_kk, segment_index(segment_ids))
-    return chunked_queries(q, k, alpha, log_decay, h_kk, segments, chunk_size, ridge_strength, num_iter, bp_lambda)
+    return chunked_queries(q, k, alpha, log_decay, h_kk, segments, chunk_size, ridge_strength, num_iter, bp_lambda, solver)
 
 
 def gated_kalmanet_summary(
@@ -179,6 +190,7 @@ def gated_kalmanet_step(
     *,
     state: States,
     bp_lambda: bool = True,
+    solver: str = "chebyshev",
     scale: float | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, States]:
@@ -192,12 +204,13 @@ def gated_kalmanet_step(
     states = dict(h_kk=(state[0], "B H K K"), h_kv=(state[1], "B H K V"))
     check_shapes(op, dims_of(op, q, v, axes="B H"), k=(k, "B H K"), v=(v, "B H V"), **scalars, **states)
     scale = scale_or_default(scale, q.shape[-1])
+    _check_choice(op, "solver", solver, SOLVERS)
     check_options(op, scale=scale, num_iter=num_iter, ridge_strength=ridge_strength)
     run = pick_implementation(op, implementation, STEPS, q, k, v)
     dtype = accumulator(q, k, v, alpha, log_decay)
     state = state[0].astype(dtype), state[1].astype(dtype)
     q, k, v, alpha, log_decay, state = alike(op, q, k, v, alpha, log_decay, state)
-    return run(q, k, v, alpha, log_decay, state, scale, ridge_strength, num_iter, bp_lambda)
+    return run(q, k, v, alpha, log_decay, state, scale, ridge_strength, num_iter, bp_lambda, solver)
 
 
 def _step(
@@ -211,9 +224,11 @@ def _step(
     ridge_strength: float,
     num_iter: int,
     bp_lambda: bool,
+    solver: str,
 ) -> tuple[jax.Array, States]:
     q, k, values, alpha, log_decay = (x.astype(state[0].dtype) for x in (q, k, v, alpha, log_decay))
-    o, state = gated_kalmanet_update(q, k, values, alpha, log_decay, state, scale, ridge_strength, num_iter, bp_lambda)
+    options = (scale, ridge_strength, num_iter, bp_lambda, solver)
+    o, state = gated_kalmanet_update(q, k, values, alpha, log_decay, state, *options)
     return o.astype(v.dtype), state
 
 
