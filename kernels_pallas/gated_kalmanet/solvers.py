@@ -7,7 +7,7 @@ from kernels_pallas.gated_kalmanet.conjugate_gradients import conjugate_gradient
 
 SOLVERS = {"chebyshev": chebyshev, "cg": conjugate_gradients}
 ENOUGH = {"chebyshev": 24, "cg": 16}  # iterations that damp the roundings of the fast schedule below 1e-3
-WIDE = {"chebyshev": {"fast": 8, "accurate": 22}, "cg": {"fast": 6, "accurate": 12}}
+WIDE = {"chebyshev": {"fast": 8, "accurate": 22}, "cg": {"fast": 6, "accurate": 22}}
 SMALLEST = 2.0**-126  # of float32's normal numbers
 
 

@@ -107,7 +107,6 @@ CASES = {
     "gated_kalmanet_accurate.backward": Case(accurate, _tokens(2), backward=True, kernel="gated_kalmanet"),
     "gated_kalmanet_cg": Case(conjugate, _tokens(2), kernel="gated_kalmanet"),
     "gated_kalmanet_cg.backward": Case(conjugate, _tokens(2), backward=True, kernel="gated_kalmanet"),
-    "gated_kalmanet_cg_accurate": Case(functools.partial(accurate, **CG), _tokens(2), kernel="gated_kalmanet"),
     "mamba3": Case(ops.mamba3, _rotated(1), kernel="linear_attention"),
     "mamba3.backward": Case(ops.mamba3, _rotated(1), backward=True, kernel="linear_attention"),
     "mamba3_mimo": Case(ops.mamba3, _rotated(4), kernel="linear_attention"),
