@@ -200,7 +200,8 @@ def solve(
             some(first + trip * unroll, unroll)
             return carry
 
-        jax.lax.fori_loop(0, trips, body, 0)
+        if trips:
+            jax.lax.fori_loop(0, trips, body, 0)
         if rest := last - first - trips * unroll:
             some(last - rest, rest)
         first = last
