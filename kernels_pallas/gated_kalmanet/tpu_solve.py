@@ -76,7 +76,7 @@ def groups_of(heads: int) -> list[list[int]]:
 def scratch_of(grid: Grid, low: DTypeLike, plan: Plan) -> list:
     """Returns the buffers of `Scratch`."""
     size = max(map(len, groups_of(grid.heads)))
-    step = low if plan.schedule[0] == 1 else jnp.float32
+    step = jnp.dtype(low if plan.schedule[0] == 1 else jnp.float32)
     vectors, between = (grid.heads, grid.K, grid.C), (size, grid.K, grid.C)
     return [
         pltpu.VMEM(vectors, jnp.float32),

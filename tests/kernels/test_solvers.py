@@ -1,6 +1,7 @@
 """Conjugate gradients solve Gated KalmaNet as well as Chebyshev's iteration does: judged by the output, on keys of many kinds."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from tests.conftest import relative_error
 from tests.kernels.test_extremes import weak
 
 T, D, RIDGE = 192, 128, 0.02
-CG = dict(solver="cg", num_iter=18)
+CG: Any = dict(solver="cg", num_iter=18)
 
 
 def low(x):
@@ -37,7 +38,7 @@ def symmetric(rng, eigenvalues):
 
 
 @functools.cache
-def streams():
+def streams() -> Any:
     """Twelve kinds of tokens, one per head, as bf16 numbers in float32: (q, k, v [T, 12, D], log decays [T, 12], (H, S))."""
     rng = np.random.default_rng(0)
     q, k, v = rng.standard_normal((3, T, 12, D))
@@ -72,12 +73,13 @@ def exact():
     return o
 
 
-def output(implementation, dtype, **options):
+def output(implementation, dtype, **options: Any):
     q, k, v, g, state = streams()
-    arrays = [jnp.asarray(x[None], dtype) for x in (q, k, v)]
-    state = tuple(jnp.asarray(s[None]) for s in state)
+    arrays: Any = [jnp.asarray(x[None], dtype) for x in (q, k, v)]
+    state: Any = tuple(jnp.asarray(s[None]) for s in state)
     options |= dict(initial_state=state, implementation=implementation)
-    return kp.gated_kalmanet(*arrays, jnp.ones((1, T, 12)), jnp.asarray(g[None]), **options)[0].astype(jnp.float32)[0]
+    arrays += [jnp.ones((1, T, 12)), jnp.asarray(g[None])]
+    return kp.gated_kalmanet(*arrays, **options)[0].astype(jnp.float32)[0]
 
 
 def errors(got, want):
@@ -116,10 +118,10 @@ def gradients(implementation, dtype, size):
 
 
 @functools.cache
-def in_float64():
+def in_float64() -> Any:
     """By the recurrence: `gradients`, and outputs of `weak` after decays of e^-30."""
     with jax.enable_x64(True):
-        mild = [jnp.asarray(np.asarray(x, np.float32), jnp.float64) for x in weak(30)]
+        mild: Any = [jnp.asarray(np.asarray(x, np.float32), jnp.float64) for x in weak(30)]
         o, _ = kp.gated_kalmanet(*mild, implementation="reference", **CG)
         return jax.tree.map(np.asarray, (gradients("reference", "float64", 1.0), o))
 
@@ -133,7 +135,7 @@ def test_gradients_are_the_implicit_ones_of_the_reference_however_small(implemen
 
 @pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_tpu", "pallas_gpu"])
 def test_a_weak_state_a_zero_key_and_an_empty_state_are_solved(implementation):
-    inputs = [jnp.asarray(x, jnp.float32) for x in weak(60)]
+    inputs: Any = [jnp.asarray(x, jnp.float32) for x in weak(60)]
     o, pull = jax.vjp(lambda *x: kp.gated_kalmanet(*x, implementation=implementation, **CG)[0], *inputs)
     assert np.isfinite(o).all() and all(np.isfinite(x).all() for x in pull(o))
     for t in (3, 127, 128):
@@ -144,21 +146,21 @@ def test_a_weak_state_a_zero_key_and_an_empty_state_are_solved(implementation):
 
 def test_a_step_on_tpu_iterates_as_the_recurrence_does():
     q, k, v, g, (H, S) = streams()
-    arrays = [jnp.asarray(x[None, -1]) for x in (q, k, v, np.ones_like(g), g)]
+    arrays: Any = [jnp.asarray(x[None, -1]) for x in (q, k, v, np.ones_like(g), g)]
     state = jnp.asarray(H[None] + np.eye(D, dtype=np.float32)), jnp.asarray(S[None])
-    options = dict(state=state, solver="cg", num_iter=3)
+    options: Any = dict(state=state, solver="cg", num_iter=3)
     got, want = (kp.gated_kalmanet_step(*arrays, implementation=i, **options)[0] for i in ("pallas_tpu", "reference"))
     assert relative_error(got, want) < 1e-4
 
 
 def test_an_unknown_solver_is_refused_where_it_enters():
     q, k, v, g, state = streams()
-    inputs = [jnp.asarray(x[None, :1]) for x in (q, k, v, np.ones((T, 12)), g)]
+    inputs: Any = [jnp.asarray(x[None, :1]) for x in (q, k, v, np.ones((T, 12)), g)]
     message = "solver must be one of chebyshev, cg, got 'newton'"
     with pytest.raises(ValueError, match=f"gated_kalmanet: {message}"):
         kp.gated_kalmanet(*inputs, solver="newton")
     with pytest.raises(ValueError, match=f"gated_kalmanet_queries: {message}"):
         kp.gated_kalmanet_queries(*inputs[:2], *inputs[3:], solver="newton")
-    state = tuple(jnp.asarray(s[None]) for s in state)
+    state: Any = tuple(jnp.asarray(s[None]) for s in state)
     with pytest.raises(ValueError, match=f"gated_kalmanet_step: {message}"):
         kp.gated_kalmanet_step(*(x[:, 0] for x in inputs), state=state, solver="newton")
