@@ -22,7 +22,7 @@ from kernels_pallas.mosaic import dot, each, iota, row_sum
 from kernels_pallas.mosaic_step import columns, head_rows, reduce_rows, run_step, with_gradient_of
 from kernels_pallas.operands import parts
 
-HEADS = 32  # a grid step: iterations of one head wait for one another, those of many fill the matrix units
+HEADS = {"chebyshev": 16, "cg": 32}  # a grid step: iterations of one head wait for one another, those of many fill the units
 GROUP = 8  # heads whose vectors are the rows of one array: the groups' products and sums overlap
 
 
@@ -101,7 +101,7 @@ def gated_kalmanet_step_tpu(
         return each(lambda s, q: scale * reduce_rows(q * s), S, columns(q)), H, S
 
     def kernel(q, k, v, alpha, log_decay, state):
-        o, *state = run_step(update, "gated_kalmanet_step", (q, k, v), (alpha, log_decay), state, HEADS)
+        o, *state = run_step(update, "gated_kalmanet_step", (q, k, v), (alpha, log_decay), state, HEADS[solver])
         return o, tuple(state)
 
     options = dict(scale=scale, ridge_strength=ridge_strength, num_iter=num_iter, bp_lambda=bp_lambda, solver=solver)
