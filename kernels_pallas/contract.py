@@ -165,6 +165,7 @@ class GatedKalmaNet(Protocol):
         num_iter: int,
         bp_lambda: bool,
         precision: str,
+        solver: str,  # of `gated_kalmanet.solvers.SOLVERS`
         /,
     ) -> tuple[jax.Array, States]:
         """Returns (o [B, T, H, V], the final states)."""
@@ -186,6 +187,7 @@ class GatedKalmaNetStep(Protocol):
         ridge_strength: float,
         num_iter: int,
         bp_lambda: bool,
+        solver: str,  # of `gated_kalmanet.solvers.SOLVERS`
         /,
     ) -> tuple[jax.Array, States]:
         """Returns (o [B, H, V], the states after the token)."""

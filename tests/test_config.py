@@ -91,6 +91,16 @@ def test_unknown_and_unsupported_mixer_options_are_refused():
     assert mixer_config_from_dict("gka_config", {"hidden_size": 64, "num_iter": 3}).num_iter == 3
 
 
+def test_the_solver_of_gka_is_kept_and_told_only_where_it_is_not_the_checkpoints():
+    model = tiny_config("*-GKA")
+    assert config_to_hf(model)["gka_config"].keys().isdisjoint({"solver"})
+    told = config_to_hf(model.with_options(GKAConfig(solver="cg")))["gka_config"]
+    assert (told["solver"], told["solver_type"], told["num_iter"]) == ("cg", "chebyshev", 30)
+    assert mixer_config_from_dict("gka_config", told) == GKAConfig(solver="cg")
+    with pytest.raises(ValueError, match="gka_config.solver must be one of 'chebyshev', 'cg', got 'newton'"):
+        GKAConfig(solver="newton")
+
+
 def test_the_precision_of_gka_is_kept_and_told_only_where_it_is_not_the_usual():
     model = tiny_config("*-GKA")
     assert "precision" not in config_to_hf(model)["gka_config"]

@@ -125,7 +125,8 @@ class GatedKalmaNet(ExpandedHeads):
 
     def _solve(self) -> dict[str, Any]:
         gka = self.config.options(GKAConfig)
-        return dict(ridge_strength=gka.ridge_strength, num_iter=gka.num_iter)
+        num_iter = gka.num_iter if gka.solver == "chebyshev" else -(-3 * gka.num_iter // 5)
+        return dict(ridge_strength=gka.ridge_strength, num_iter=num_iter, solver=gka.solver)
 
     def _chunks(self) -> dict[str, Any]:
         gka = self.config.options(GKAConfig)

@@ -11,21 +11,6 @@ from jax.typing import DTypeLike
 
 from kernels_pallas.arguments import alike
 
-ENOUGH = 24  # iterations that damp the roundings of the fast schedule below 1e-3
-
-
-def schedule_for(precision: str, num_iter: int) -> tuple[int, tuple[tuple[int, int], ...]]:
-    """Returns how many bf16 parts the kernels use (see `tpu.py`).
-
-    A rounding is damped by the iterations after it, so with fewer than `ENOUGH` of them "fast" is computed like "accurate".
-
-    Returns:
-      The number of parts of the step d, and (iterations, parts of the matrix) pairs in order; later iterations use one part.
-    """
-    if precision == "accurate" or num_iter < ENOUGH:
-        return 2, ((22, 2),)
-    return 1, ((8, 2),)
-
 
 def chebyshev(
     matvec: Callable[[jax.Array], jax.Array], q: jax.Array, norm: jax.Array, ridge_strength: float, num_iter: int

@@ -14,7 +14,7 @@ float32 (e^-44 is enough), so the norm is computed as
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,8 @@ from kernels_pallas.chunks import (
     to_chunks,
 )
 from kernels_pallas.contract import States
-from kernels_pallas.gated_kalmanet.chebyshev import chebyshev, inverse
+from kernels_pallas.gated_kalmanet.chebyshev import inverse
+from kernels_pallas.gated_kalmanet.solvers import SOLVERS
 from kernels_pallas.numerics import safe_sqrt
 
 
@@ -64,18 +65,17 @@ def chunk_norms(k: jax.Array, decay: ChunkDecay, before: jax.Array) -> jax.Array
 Solver = Callable[[jax.Array, jax.Array, ChunkDecay, jax.Array, jax.Array, float, int], jax.Array]
 
 
-def solve_in_float32(
-    rhs: jax.Array,
-    k: jax.Array,
-    decay: ChunkDecay,
-    before: jax.Array,
-    norms: jax.Array,
-    ridge_strength: float,
-    num_iter: int,
-) -> jax.Array:
-    """Returns x_t ~ (H_t + lambda_t I)^-1 rhs_t for every token, in the dtype of rhs (float32, or float64)."""
-    matvec = functools.partial(chunk_matvec, k=k, decay=decay, before=before)
-    return chebyshev(matvec, rhs, norms, ridge_strength, num_iter)
+def _in_full_precision(name: str) -> Solver:
+    """Returns the named solver of every token of chunks, in the dtype of its right-hand sides (float32, or float64)."""
+
+    def solve(rhs, k, decay, before, norms, ridge_strength, num_iter):
+        matvec = functools.partial(chunk_matvec, k=k, decay=decay, before=before)
+        return SOLVERS[name](matvec, rhs, norms, ridge_strength, num_iter)
+
+    return solve
+
+
+IN_FULL_PRECISION = {name: _in_full_precision(name) for name in SOLVERS}
 
 
 @differentiable(4, 5, 6, 7)
@@ -144,6 +144,7 @@ def chunked_queries(
     ridge_strength: float,
     num_iter: int,
     bp_lambda: bool,
+    solver: str,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns q + alpha (x - q) [B,T,H,K] and H after the tokens; see `gated_kalmanet_queries`."""
     chunk_size = chunk_size or default_chunk()
@@ -153,7 +154,7 @@ def chunked_queries(
         decay = chunk_decay(log_decay, segments, chunk_size, h_kk.dtype)
         qc, kc, mix = (to_chunks(x, chunk_size) for x in (q, k, alpha))
         before, final = chunk_states(kc, kc, decay, h_kk)
-        mixed = _mixed_queries(qc, kc, mix, decay, before, ridge_strength, num_iter, bp_lambda, solve_in_float32)
+        mixed = _mixed_queries(qc, kc, mix, decay, before, ridge_strength, num_iter, bp_lambda, IN_FULL_PRECISION[solver])
         return from_chunks(mixed, q.shape[1]), final
 
     return scan_blocks(run, (q, k, alpha, log_decay), h_kk, segments, chunk_size)
@@ -173,12 +174,13 @@ def gated_kalmanet_chunked(
     num_iter: int,
     bp_lambda: bool,
     precision: str,
-    solver: Solver = solve_in_float32,
+    solver: str,
+    solvers: Mapping[str, Solver] = IN_FULL_PRECISION,
 ) -> tuple[jax.Array, States]:
     """The `xla` implementation of `gated_kalmanet`; see `kernels_pallas.contract`.
 
     Args:
-      solver: solves for every token of the chunks, as `solve_in_float32` does.
+      solvers: solve for every token of the chunks, by the name of the solver.
     """
     chunk_size = chunk_size or default_chunk()
     out_dtype = v.dtype if precision == "fast" else state[0].dtype
@@ -191,7 +193,7 @@ def gated_kalmanet_chunked(
         kk_before, kk_final = chunk_states(kc, kc, decay, h_kk)
         kv_before, kv_final = chunk_states(kc, vc, decay, h_kv)
         mix = to_chunks(alpha.astype(dtype), chunk_size)
-        qc = _mixed_queries(qc, kc, mix, decay, kk_before, ridge_strength, num_iter, bp_lambda, solver)
+        qc = _mixed_queries(qc, kc, mix, decay, kk_before, ridge_strength, num_iter, bp_lambda, solvers[solver])
         o = scale * chunk_outputs(qc, kc, vc, decay, kv_before)
         return from_chunks(o, q.shape[1]).astype(out_dtype), (kk_final, kv_final)
 

@@ -1,16 +1,6 @@
 """Pallas kernels for TPU: decays, norms, the solve and the readout of a chunk in one grid step.
 
-The solve is the iteration of `chebyshev.py` written with the residual r = q - (H + lambda I) x and the step d:
-
-    r <- r - (H + lambda I) d,      d <- (omega - 1) d + s omega r,      x <- x + d
-
-In exact arithmetic it is the same polynomial. In bf16 it is much better: d is rounded to bf16 before it is used
-AND before it is added to x, so r stays the residual of x and what the rounding changed is corrected by the
-iterations that follow. What remains are the roundings of the matrix, H0 and (d K') M, whose effect shrinks
-with d: the first iterations carry those two in two bf16 parts each (5 passes of the matrix unit an iteration),
-the later ones in one (3 passes). The accurate schedule also keeps d in two parts (7 and 5 passes).
-
-Everything is scaled by s, row by row: s lambda is one constant, s reach and s M are computed once per chunk.
+`tpu_solve.py` has the solve, `tpu_norms.py` the norms.
 
 The gradient is the implicit one (`chunked.py`): w = (H + lambda I)^-1 dx by the same solve; then H x, as linear
 attention with q = x, k = v = K, pulls -w back, and lambda's share goes through |H|_F.
@@ -19,101 +9,25 @@ attention with q = x, k = v = K, pulls -w back, and lambda's share goes through 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.typing import DTypeLike
 
 from kernels_pallas import mosaic
 from kernels_pallas.arguments import differentiable
 from kernels_pallas.contract import States
-from kernels_pallas.gated_kalmanet.chebyshev import coefficients, schedule_for
-from kernels_pallas.gated_kalmanet.tpu_norms import inverse_norms, norms_backward, sizes
+from kernels_pallas.gated_kalmanet.chebyshev import coefficients
+from kernels_pallas.gated_kalmanet.solvers import schedule_for
+from kernels_pallas.gated_kalmanet.tpu_norms import in_lanes, inverse_norms, norms_backward
+from kernels_pallas.gated_kalmanet.tpu_solve import Plan, Scratch, scratch_of, solve
 from kernels_pallas.linear_attention.tpu import read_write_backward
-from kernels_pallas.mosaic import NT, TN, Decay, dot_parts, each, head_slices, row_sum, store_heads
+from kernels_pallas.mosaic import NT, TN, dot_parts, each, head_slices, row_sum, store_heads
 from kernels_pallas.operands import operand_dtype, parts
 
-HEADS = 4  # at most this many heads per grid step
-UNROLL = 2
-
-
-def _scales(inverse_norms, ridge_strength):
-    """Returns s = 1 / (lambda + F / 2) as columns [C,1], 0 where the state is empty, so that x is 0 there."""
-    return each(lambda n: n * (1 / (ridge_strength + 0.5)), inverse_norms)
-
-
-def solve(
-    rhs: Sequence[jax.Array],
-    K: Sequence[jax.Array],
-    H0: Sequence[jax.Array],
-    decay: Sequence[Decay],
-    s: Sequence[jax.Array],
-    omegas: jax.Ref,
-    scratch: tuple[jax.Ref, jax.Ref, jax.Ref],
-    low: DTypeLike,
-    ridge_strength: float,
-    num_iter: int,
-    schedule: tuple[int, tuple[tuple[int, int], ...]],
-) -> list[jax.Array]:
-    """Returns x ~ (H + lambda I)^-1 rhs [C,K] in float32 for every head, by `num_iter` iterations.
-
-    Args:
-      rhs: float32 [C,K].
-      K: the keys [C,K], in `low`.
-      H0: float32 [K,K], symmetric.
-      s: columns [C,1] from `_scales`.
-      omegas: SMEM reference of `coefficients`.
-      schedule: of the precision, see `chebyshev.schedule_for`.
-      scratch: (x, r, d) VMEM references [heads, C, K].
-    """
-    xs, rs, ds = scratch
-    heads = range(len(K))
-    direction, passes = schedule
-    ridge = ridge_strength / (ridge_strength + 0.5)  # s lambda
-    mask = each(lambda d, s: d.mask * s, decay, s)
-    reach = each(lambda d, s: d.reach * s, decay, s)
-    H = each(lambda h: parts(h, low, max(n for _, n in (*passes, (0, 1)))), H0)
-
-    def step(h, d):  # the step of head h, rounded to its parts, into d and x
-        rounded: Any = sum(p.astype(jnp.float32) for p in parts(d, low, direction))
-        ds[h] = rounded.astype(ds.dtype)
-        return rounded
-
-    for h in heads:
-        rs[h] = start = s[h] * rhs[h]
-        xs[h] = step(h, start)
-
-    def iterate(n, count):
-        wide = [ds[h].astype(jnp.float32) for h in heads]
-        d = [parts(ds[h], low, direction) for h in heads]
-        scores = each(lambda d, k, m: parts(dot_parts(d, (k,), NT) * m, low, count), d, K, mask)
-        across = each(lambda d, h, g: g * dot_parts(d, h[:count]), d, H, reach)
-        inside = each(lambda x, k: dot_parts(x, (k,)), scores, K)
-        r = each(lambda h, a, i, d: rs[h] - (a + i + ridge * d), heads, across, inside, wide)
-        for h in heads:
-            rs[h] = r[h]
-            xs[h] = xs[h] + step(h, omegas[n, 0] * wide[h] + omegas[n, 1] * r[h])
-
-    first = 0
-    for iterations, count in (*passes, (num_iter, 1)):
-        last = min(first + iterations, num_iter)
-        unrolled = (last - first) // UNROLL
-
-        def body(m, carry, first=first, count=count):
-            for i in range(UNROLL):
-                iterate(first + m * UNROLL + i, count)
-            return carry
-
-        if unrolled:
-            jax.lax.fori_loop(0, unrolled, body, 0)
-        for n in range(first + unrolled * UNROLL, last):
-            iterate(n, count)
-        first = last
-    return [xs[h] for h in heads]
+HEADS = 8  # at most this many heads per grid step
 
 
 def _blend(Q, X, alpha) -> list[jax.Array]:
@@ -150,15 +64,13 @@ def _forward_kernel(
     heads,
     scale,
     packed,
-    ridge_strength,
-    num_iter,
-    schedule,
+    plan,
     precise,
 ):
-    *saved, kk, kv, xs, rs, ds = rest
-    first, last = pl.program_id(2) == 0, pl.program_id(2) == pl.num_programs(2) - 1
+    saved, buffers = rest[: -len(Scratch._fields)], rest[-len(Scratch._fields) :]
+    kk, kv = final_kk.at[0], final_kv.at[0]  # in VMEM until the last chunk is done
 
-    @pl.when(first)
+    @pl.when(pl.program_id(2) == 0)
     def _():
         kk[...], kv[...] = initial_kk[0], initial_kv[0]
 
@@ -168,32 +80,26 @@ def _forward_kernel(
     decay, alpha = mosaic.chunk_scalars(rows, heads, packed, further=1)
     H0, S0 = [kk[h] for h in range(heads)], [kv[h] for h in range(heads)]
     query = rhs = each(lambda x: x.astype(jnp.float32), Q)
-    if num_iter:
-        size, squares = sizes(K, H0, decay)
-        inverse = inverse_norms(size, K, H0, decay, wide)
-        s = _scales(inverse, ridge_strength)
-        X = solve(rhs, K, H0, decay, s, omegas, (xs, rs, ds), low, ridge_strength, num_iter, schedule)
+    if plan.num_iter:
+        lanes = in_lanes(K, decay)
+        of_norms = inverse_norms(K, lanes, H0, wide)
+        X = solve(rhs, K, lanes, H0, of_norms[0], omegas, Scratch(*buffers), low, plan)
         query = _blend(rhs, X, alpha)
     if saved:
         kk_before, kv_before, solution, norms = saved
         for h in range(heads):
             kk_before[0, 0, h], kv_before[0, 0, h] = H0[h], S0[h]
-        store_heads(solution, X if num_iter else rhs)
-        if num_iter:
-            columns = [*inverse, *size]
-            mosaic.store_rows(norms, columns, [jnp.zeros_like(squares[0])] * len(columns) + squares)
+        store_heads(solution, X if plan.num_iter else rhs)
+        if plan.num_iter:
+            norms[0, 0, 0] = mosaic.stack_rows(sum(of_norms, []), norms.shape[3])
     store_heads(o, _read(query, K, V, S0, decay, wide), scale)
     for h, (H1, S1) in enumerate(zip(_write(K, K, H0, decay, wide), _write(K, V, S0, decay, wide), strict=True)):
         kk[h], kv[h] = H1, S1
 
-    @pl.when(last)
-    def _():
-        final_kk[0], final_kv[0] = kk[...], kv[...]
 
-
-def _backward_kernel(*refs, heads, scale, packed, ridge_strength, num_iter, schedule, bp_lambda):
+def _backward_kernel(*refs, heads, scale, packed, plan, bp_lambda):
     omegas, q, k, v, rows, kk_before, kv_before, solution, norms, do, dfinal_kk, dfinal_kv = refs[:12]
-    dq, dk, dv, dscalars, dinitial_kk, dinitial_kv, dkk, dkv, xs, rs, ds = refs[12:]
+    dq, dk, dv, dscalars, dinitial_kk, dinitial_kv, dkk, dkv, *buffers = refs[12:]
     first, last = pl.program_id(2) == 0, pl.program_id(2) == pl.num_programs(2) - 1
 
     @pl.when(first)
@@ -205,19 +111,18 @@ def _backward_kernel(*refs, heads, scale, packed, ridge_strength, num_iter, sche
     decay, alpha = mosaic.chunk_scalars(rows, heads, packed, further=1)
     H0, S0 = [kk_before[0, 0, h] for h in range(heads)], [kv_before[0, 0, h] for h in range(heads)]
     dH, dS = [dkk[h] for h in range(heads)], [dkv[h] for h in range(heads)]
-    query = _blend(Q, X, alpha) if num_iter else Q
+    query = _blend(Q, X, alpha) if plan.num_iter else Q
     dquery, dK, dV, dS0, column, row = read_write_backward(query, K, V, S0, dO, dS, decay, low, n=2)
     store_heads(dv, dV, scale)
     for h in range(heads):
         dkv[h] = dS0[h]
     dalpha = each(lambda g, x, q: row_sum(g * (x - q)), dquery, X, Q)
-    dQ = each(lambda g, a: (1 - a) * g if num_iter else g, dquery, alpha)
+    dQ = each(lambda g, a: (1 - a) * g if plan.num_iter else g, dquery, alpha)
 
-    if num_iter:
-        inverse = mosaic.as_columns([norms[0, 0, 0, n : n + 1, :] for n in range(heads)])
-        s = _scales(inverse, ridge_strength)
+    if plan.num_iter:
+        inverse, size, squares = ([norms[0, 0, 0, n + h : n + h + 1, :] for h in range(heads)] for n in (0, heads, 2 * heads))
         dX = each(jnp.multiply, alpha, dquery)
-        W = solve(dX, K, H0, decay, s, omegas, (xs, rs, ds), low, ridge_strength, num_iter, schedule)
+        W = solve(dX, K, in_lanes(K, decay), H0, inverse, omegas, Scratch(*buffers), low, plan)
         dQ = each(jnp.add, dQ, W)
         minus_w = each(jnp.negative, W)
     else:
@@ -228,14 +133,13 @@ def _backward_kernel(*refs, heads, scale, packed, ridge_strength, num_iter, sche
     dK = each(lambda a, b, c: a + b + c, dK, dK_left, dK_right)
     column, row = each(jnp.add, column, column_h), each(jnp.add, row, row_h)
     dH0 = each(lambda h, d: d.total * h, dH, decay)
-    if num_iter:
+    if plan.num_iter:
         outer = each(lambda x, w, d: dot_parts(parts(d.reach * x, low), parts(w, low), TN), X, minus_w, decay)
         dH0 = each(lambda h, a: h + 0.5 * (a + a.T), dH0, outer)
         if bp_lambda:  # lambda = ridge_strength |H|
-            dF = each(lambda w, x: -ridge_strength * row_sum(w * x), W, X)
-            size = mosaic.as_columns([norms[0, 0, 0, n : n + 1, :] for n in range(heads, 2 * heads)])
-            squares = [norms[0, 0, 0, n : n + 1, :] for n in range(2 * heads, 3 * heads)]
-            dK_n, dH_n, column_n, row_n = norms_backward(dF, inverse, size, squares, K, H0, decay, low)
+            dF = each(lambda w, x: -plan.ridge_strength * row_sum(w * x), W, X)
+            of_norms = (mosaic.as_columns(inverse), mosaic.as_columns(size), squares)
+            dK_n, dH_n, column_n, row_n = norms_backward(dF, *of_norms, K, H0, decay, low)
             dK, dH0 = each(jnp.add, dK, dK_n), each(jnp.add, dH0, dH_n)
             column, row = each(jnp.add, column, column_n), each(jnp.add, row, row_n)
     store_heads(dk, dK, scale)
@@ -252,10 +156,8 @@ class Options(NamedTuple):
     """The options that are Python values, known when a kernel is built."""
 
     scale: float
-    ridge_strength: float
-    num_iter: int
+    plan: Plan
     bp_lambda: bool
-    schedule: tuple[int, tuple[tuple[int, int], ...]]
     precise: bool
     out_dtype: jnp.dtype
 
@@ -274,13 +176,16 @@ def gated_kalmanet_tpu(
     num_iter: int,
     bp_lambda: bool,
     precision: str,
+    solver: str,
 ) -> tuple[jax.Array, States]:
     """The `pallas_tpu` implementation of `gated_kalmanet`; see `kernels_pallas.contract`."""
     del chunk_size
     low = operand_dtype(q, k, v)
     precise = precision == "accurate"
     out_dtype = jnp.dtype(jnp.float32 if precise else v.dtype)
-    options = Options(scale, ridge_strength, num_iter, bp_lambda, schedule_for(precision, num_iter), precise, out_dtype)
+    options = Options(
+        scale, Plan(solver, ridge_strength, num_iter, schedule_for(solver, precision, num_iter)), bp_lambda, precise, out_dtype
+    )
     return _gated_kalmanet(*(x.astype(low) for x in (q, k, v)), alpha, log_decay, state, segments, options)
 
 
@@ -291,27 +196,14 @@ def _gated_kalmanet(q, k, v, alpha, log_decay, state, segments, options) -> tupl
 
 def _settings(grid, segments, options):
     """Returns the input with the iteration's coefficients, and the kernels' static arguments."""
-    omegas = jnp.asarray(coefficients(options.ridge_strength, max(options.num_iter, 1)))
+    omegas = jnp.asarray(coefficients(options.plan.ridge_strength, max(options.plan.num_iter, 1)))
     static = dict(
         heads=grid.heads,
         scale=options.scale,
         packed=segments is not None,
-        ridge_strength=options.ridge_strength,
-        num_iter=options.num_iter,
-        schedule=options.schedule,
+        plan=options.plan,
     )
     return (omegas, pl.BlockSpec(memory_space=pltpu.SMEM)), static
-
-
-def _scratch(grid, low, schedule) -> list:
-    """Returns the scratch buffers: the two states of the sweep, and x, r and d of the solve."""
-    return [
-        pltpu.VMEM((grid.heads, grid.K, grid.K), jnp.float32),
-        pltpu.VMEM((grid.heads, grid.K, grid.V), jnp.float32),
-        pltpu.VMEM((grid.heads, grid.C, grid.K), jnp.float32),
-        pltpu.VMEM((grid.heads, grid.C, grid.K), jnp.float32),
-        pltpu.VMEM((grid.heads, grid.C, grid.K), low if schedule[0] == 1 else jnp.float32),
-    ]
 
 
 def _run_forward(q, k, v, alpha, log_decay, state, segments, options, save):
@@ -345,7 +237,7 @@ def _run_forward(q, k, v, alpha, log_decay, state, segments, options, save):
             (mosaic.pad_state(state[1]), kv),
         ],
         outputs,
-        _scratch(grid, k.dtype, options.schedule),
+        scratch_of(grid, k.dtype, options.plan),
     )
     return (mosaic.head_tokens(o, T, H, V), (h_kk[:, :, :K, :K], h_kv[:, :, :K, :V])), saved
 
@@ -384,7 +276,11 @@ def _vjp_backward(options, residuals, cotangents):
             (grid.state_shape(grid.K, grid.K), kk),
             (grid.state_shape(grid.K, grid.V), kv),
         ],
-        _scratch(grid, k.dtype, options.schedule),
+        [
+            pltpu.VMEM((grid.heads, grid.K, grid.K), jnp.float32),
+            pltpu.VMEM((grid.heads, grid.K, grid.V), jnp.float32),
+            *scratch_of(grid, k.dtype, options.plan),
+        ],
     )
     return (
         *mosaic.token_gradients(dq, dk, dv, q, v),

@@ -39,15 +39,60 @@ def _largest(h: jax.Array) -> jax.Array:
     return jnp.max(jnp.max(jnp.abs(h), axis=0, keepdims=True), axis=1, keepdims=True)
 
 
-def sizes(K: Sequence[jax.Array], H0: Sequence[jax.Array], decay: Sequence[Decay]) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Returns every head's size as a column [C,1], which is 0 for an empty state, and |k|^2 as a row [1,C], to bf16's precision."""
-    ones = jnp.ones((8, K[0].shape[1]), jnp.bfloat16)
-    squares = each(lambda k: dot(ones, (k * k).astype(jnp.bfloat16), NT)[:1], K)
-    return each(lambda s, h, d: row_sum(d.mask * s) + d.reach * _largest(h), squares, H0, decay), squares
+class Lanes(NamedTuple):
+    """One head's keys and decays, the tokens in lanes: k [K,C], mask [C,C] ([i,t]: what token t has of token i), reach [1,C]."""
+
+    k: jax.Array
+    mask: jax.Array
+    reach: jax.Array
+
+
+def in_lanes(K: Sequence[jax.Array], decay: Sequence[Decay]) -> list[Lanes]:
+    """Returns every head's keys [C,K] and decays with the tokens in lanes."""
+    reach = mosaic.as_rows([d.reach for d in decay])
+    keys = each(lambda k: k.astype(jnp.float32).T.astype(k.dtype), K)  # not all compilers transpose bf16
+    return [Lanes(k, d.mask.T, reach[n : n + 1]) for n, (k, d) in enumerate(zip(keys, decay, strict=True))]
+
+
+def column_sum(x: jax.Array) -> jax.Array:
+    """Returns the sums of the columns of [D, C], [1, C]."""
+    return jnp.sum(x, axis=0, keepdims=True)
+
+
+def inverse_norms(
+    K: Sequence[jax.Array], lanes: Sequence[Lanes], H0: Sequence[jax.Array], low: DTypeLike
+) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
+    """Returns 1 / |H_t|_F, 0 for an empty state, size_t, 0 likewise, and |k_t|^2, as rows [1,C] of every head:
+
+    |H_t|^2 / size = (beta (M G))_tt + 2 reach (beta u)_t + rho reach |H0|^2,     G = (K K')^2,     u_i = k_i' H0 k_i
+
+    Args:
+      low: the dtype of the products' operands, two parts of each if it is bf16.
+    """
+    C = K[0].shape[0]
+    of_keys = each(lambda x: x.k.astype(jnp.float32), lanes)
+    squares = each(lambda k: column_sum(k * k), of_keys)
+    u = each(lambda h, x, k: column_sum(dot_parts(parts(h, low), (x.k,)) * k), H0, lanes, of_keys)
+    gram = each(lambda k, x: dot(k, x.k) ** 2, K, lanes)
+    left = each(lambda g, u, s: parts(jnp.concatenate([g, mosaic.stack_rows([u, s], 16)], axis=0), low), gram, u, squares)
+    inside = each(lambda m, x: dot_parts(m, parts(x.mask, low)), left, lanes)
+
+    def one(product, h, x):
+        largest = _largest(h)
+        size = product[C + 1 : C + 2] + x.reach * largest
+        root = jax.lax.rsqrt(jnp.maximum(size, EMPTY))
+        small = root * root
+        start = jnp.sum(column_sum(h * (h * inverse(largest))), axis=1, keepdims=True)  # |H0|^2 / |H0|_max
+        far = x.reach * small
+        square = column_sum((x.mask * small) * product[:C]) + 2 * far * product[C : C + 1] + (far * largest) * (x.reach * start)
+        return jnp.where(size > EMPTY, jax.lax.rsqrt(jnp.maximum(square, EMPTY)) * root, 0.0), size
+
+    pairs = each(one, inside, H0, lanes)
+    return [p[0] for p in pairs], [p[1] for p in pairs], squares
 
 
 def weights(size: Sequence[jax.Array], H0: Sequence[jax.Array], decay: Sequence[Decay]) -> list[Weights]:
-    """Returns every head's weights, given its `sizes`."""
+    """Returns every head's weights, given its size as a column."""
 
     def one(size, h, d):
         largest = _largest(h)
@@ -58,25 +103,6 @@ def weights(size: Sequence[jax.Array], H0: Sequence[jax.Array], decay: Sequence[
         return Weights(root, d.reach * largest * small, d.mask * small, weak, square)
 
     return each(one, size, H0, decay)
-
-
-def inverse_norms(
-    size: Sequence[jax.Array], K: Sequence[jax.Array], H0: Sequence[jax.Array], decay: Sequence[Decay], low: DTypeLike
-) -> list[jax.Array]:
-    """Returns 1 / |H_t|_F as columns [C,1], 0 for an empty state, given its `sizes`:
-
-    |H_t|^2 / size = (beta (M G))_tt + 2 reach (beta u)_t + rho reach |H0|^2,     G = (K K')^2,     u_i = k_i' H0 k_i
-    """
-    u = mosaic.as_rows(each(lambda k, h: row_sum(dot_parts((k,), parts(h, low)) * k), K, H0))
-    u = [u[n : n + 1] for n in range(len(K))]
-    squares = each(lambda k: dot(k, k, NT) ** 2, K)
-    inside = each(lambda g, d: dot_parts(parts(d.mask, low), parts(g, low)), squares, decay)
-
-    def one(size, w, i, u, d):
-        square = row_sum(w.beta * (i + 2 * d.reach * u)) + w.rho * (d.reach * w.square)
-        return jnp.where(size > EMPTY, jax.lax.rsqrt(jnp.maximum(square, EMPTY)) * w.root, 0.0)
-
-    return each(one, size, weights(size, H0, decay), inside, u, decay)
 
 
 def norms_backward(
@@ -92,8 +118,8 @@ def norms_backward(
     """Returns the gradients of the norms under cotangents dF, columns [C,1]: dK, dH0, and da as a column and a row.
 
     Args:
-      inverse_norm: from `inverse_norms`.
-      size, squares: from `sizes`.
+      inverse_norm, size: from `inverse_norms`, as columns [C,1].
+      squares: from `inverse_norms`, rows [1,C].
       low: the dtype of the products' operands.
     """
     C = K[0].shape[0]

@@ -159,7 +159,9 @@ def _with_state(step):
     return lambda *args, **options: step(*args[:-1], state=args[-1], **options)
 
 
+CG = dict(solver="cg", num_iter=18)
 accurate = functools.partial(ops.gated_kalmanet, precision="accurate")
+conjugate = functools.partial(ops.gated_kalmanet, **CG)
 CASES = {
     "linear_attention": Case(ops.linear_attention, _tokens(1)),
     "linear_attention.backward": Case(ops.linear_attention, _tokens(1), backward=True),
@@ -175,6 +177,8 @@ CASES = {
     "gated_kalmanet.backward": Case(ops.gated_kalmanet, _tokens(2), backward=True),
     "gated_kalmanet_accurate": Case(accurate, _tokens(2), kernel="gated_kalmanet"),
     "gated_kalmanet_accurate.backward": Case(accurate, _tokens(2), backward=True, kernel="gated_kalmanet"),
+    "gated_kalmanet_cg": Case(conjugate, _tokens(2), kernel="gated_kalmanet"),
+    "gated_kalmanet_cg.backward": Case(conjugate, _tokens(2), backward=True, kernel="gated_kalmanet"),
     "mamba3": Case(ops.mamba3, _rotated(1), kernel="linear_attention"),
     "mamba3.backward": Case(ops.mamba3, _rotated(1), backward=True, kernel="linear_attention"),
     "mamba3_mimo": Case(ops.mamba3, _rotated(4), kernel="linear_attention"),
@@ -194,6 +198,9 @@ CASES = {
     "linear_attention_step": Case(_with_state(ops.linear_attention_step), _token(1, "KV"), decode=True),
     "gated_delta_rule_step": Case(_with_state(ops.gated_delta_rule_step), _token(2, "KV"), decode=True),
     "gated_kalmanet_step": Case(_kalmanet_step, _token(2, "KK", "KV"), decode=True),
+    "gated_kalmanet_cg_step": Case(
+        functools.partial(_kalmanet_step, **CG), _token(2, "KK", "KV"), decode=True, kernel="gated_kalmanet_step"
+    ),
 }
 
 

@@ -10,6 +10,7 @@ EXTREMES, MESHES = "tests/kernels/test_extremes.py", "tests/kernels/test_meshes.
 WEAK_KEY = f"{EXTREMES}::test_a_zero_key_after_a_strong_decay_still_solves_for_what_is_left"
 NORMS, STEP = "kernels_pallas/gated_kalmanet/tpu_norms.py", "kernels_pallas/gated_kalmanet/tpu_step.py"
 HEADS, OF_NORMS = "kernels_pallas/mosaic_norms.py", "tests/kernels/test_norms.py"
+SOLVERS = "tests/kernels/test_solvers.py"
 KALMANET, CHEBYSHEV = "kernels_pallas/gated_kalmanet/chunked.py", "kernels_pallas/gated_kalmanet/chebyshev.py"
 
 MUTATIONS = [
@@ -79,7 +80,27 @@ MUTATIONS = [
         "the iteration forgets its momentum",
         (GOLDEN,),
     ),
-    Mutation(CHEBYSHEV, "return 1, ((8, 2),)", "return 1, ((0, 2),)", "no iteration of the fast solve is accurate", (PALLAS,)),
+    Mutation(
+        "kernels_pallas/gated_kalmanet/solvers.py",
+        '"chebyshev": {"fast": 8',
+        '"chebyshev": {"fast": 0',
+        "no iteration of the fast solve is accurate",
+        (PALLAS,),
+    ),
+    Mutation(
+        "kernels_pallas/gated_kalmanet/conjugate_gradients.py",
+        "r + new / jnp.maximum(old, LEAST) * p, new",
+        "r, new",
+        "conjugate gradients are steepest descent",
+        (f"{SOLVERS}::test_eighteen_iterations_are_as_exact_as_thirty_of_chebyshev",),
+    ),
+    Mutation(
+        "kernels_pallas/gated_kalmanet/tpu_solve.py",
+        "scale[h] = scale[h] * largest",
+        "scale[h] = scale[h] * 1.0",
+        "the solution is of a right-hand side whose largest entry is 1",
+        (f"{SOLVERS}::test_gradients_are_the_implicit_ones_of_the_reference_however_small[pallas_tpu]",),
+    ),
     Mutation(KALMANET, "return (w, *pull(-w))", "return (w, *pull(w))", "the solve's gradient has the wrong sign", (GOLDEN,)),
     Mutation(
         KALMANET,
@@ -187,8 +208,8 @@ MUTATIONS = [
     ),
     Mutation(
         STEP,
-        "n * (2.0**30 / (ridge_strength + 0.5))",
-        "n * (2.0**29 / (ridge_strength + 0.5))",
+        "n * (2.0**30 / unit)",
+        "n * (2.0**29 / unit)",
         "the step's norm is scaled back by another power",
         (f"{PALLAS}::test_a_step_on_tpu_equals_the_recurrence_and_has_its_gradient",),
     ),

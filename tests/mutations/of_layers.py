@@ -173,7 +173,13 @@ MUTATIONS = [
     Mutation(
         GKA, "o = o * jax.nn.silu(self.g_proj(x))", "o = o * jax.nn.sigmoid(self.g_proj(x))", "the output gate is a sigmoid", (HMF,)
     ),
-    Mutation(GKA, "num_iter=gka.num_iter", "num_iter=gka.num_iter - 1", "one iteration of the solve is missing", (HMF, FORMULAS)),
+    Mutation(
+        GKA,
+        "num_iter = gka.num_iter if",
+        "num_iter = gka.num_iter - 1 if",
+        "one iteration of the solve is missing",
+        (HMF, FORMULAS),
+    ),
     Mutation(GDN, "beta = 2 * beta", "beta = 1 * beta", "allow_neg_eigval is ignored", (FORMULAS,)),
     Mutation(
         GDN,
