@@ -182,49 +182,56 @@ def _source_lines(hlo: str, folders: Sequence[str]) -> Callable[[int], str]:
 
 
 def read_operations(hlo: str, folders: Sequence[str] = ("hybrid_jax", "kernels_pallas")) -> list[Operation]:
-    """Returns the operations of a program's text that cost anything, in its order.
+    """Returns the operations of a program's text that cost anything, in its order; of a conditional, the branch with most traffic.
 
     Args:
       hlo: the optimized program.
       folders: those whose files `Operation.source` names.
     """
     program = _Program(hlo, folders)
-    found: list[Operation] = []
 
-    def walk(computation: str, times: int) -> None:
+    def operation(i: _Instruction, times: int) -> Operation:
+        flops = program.flops(i)
+        kind: Kind = "other"
+        if 'custom_call_target="tpu_custom_call"' in i.line:
+            kind = "kernel"
+        elif i.op.endswith("-start"):
+            kind = "prefetch"
+        elif flops:
+            kind = "matmul"
+        steps = re.search(r'"grid_steps": ?"(\d+)"', program.tail(i)) if kind == "kernel" else None
+        return Operation(
+            name=i.name,
+            kind=kind,
+            source=program.source(i),
+            cycles=times * cycles_of(i.line),
+            hbm_bytes=times * (_copied(i, program) if kind == "prefetch" else program.hbm_bytes(i)),
+            flops=times * flops,
+            grid_steps=times * int(steps.group(1)) if steps else 0,
+            form=" ".join([i.type, *(program.types.get(x, "") for x in i.operands)]),
+        )
+
+    def walk(computation: str, times: int) -> list[Operation]:
+        found: list[Operation] = []
         for i in program.bodies.get(computation, ()):
             if i.op == "while":
                 body, condition = (group_of(rf"{part}=%?([\w.\-]+)", i.line) for part in ("body", "condition"))
-                walk(body, times * trip_count(i.line, program.lines.get(condition, [])))
+                found += walk(body, times * trip_count(i.line, program.lines.get(condition, [])))
             elif i.op in ("call", "conditional"):
-                for name in re.findall(r"(?:to_apply|branch_computations|called_computations)=\{?%?([\w.\-]+)", i.line):
-                    walk(name, times)
+                branches = [walk(name, times) for name in _called(i.line)]
+                found += max(branches, key=lambda ops: sum(o.hbm_bytes for o in ops), default=[])
             elif i.op not in FREE and not i.op.endswith("-done"):
-                flops = program.flops(i)
-                kind: Kind = "other"
-                if 'custom_call_target="tpu_custom_call"' in i.line:
-                    kind = "kernel"
-                elif i.op.endswith("-start"):
-                    kind = "prefetch"
-                elif flops:
-                    kind = "matmul"
-                moved = _copied(i, program) if kind == "prefetch" else program.hbm_bytes(i)
-                steps = re.search(r'"grid_steps": ?"(\d+)"', program.tail(i)) if kind == "kernel" else None
-                found.append(
-                    Operation(
-                        name=i.name,
-                        kind=kind,
-                        source=program.source(i),
-                        cycles=times * cycles_of(i.line),
-                        hbm_bytes=times * moved,
-                        flops=times * flops,
-                        grid_steps=times * int(steps.group(1)) if steps else 0,
-                        form=" ".join([i.type, *(program.types.get(x, "") for x in i.operands)]),
-                    )
-                )
+                found.append(operation(i, times))
+        return found
 
-    walk(program.entry, 1)
-    return found
+    return walk(program.entry, 1)
+
+
+def _called(line: str) -> list[str]:
+    """Returns the computations that a call or a conditional names."""
+    found = re.search(r"(?:to_apply|branch_computations|called_computations)=\{?([^}\s]*(?:, %[^}\s]*)*)", line)
+    several = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", line)
+    return several or (re.findall(r"[\w.\-]+", found.group(1)) if found else [])
 
 
 def _copied(i: _Instruction, program: _Program) -> float:

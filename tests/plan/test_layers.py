@@ -1,0 +1,55 @@
+"""The layer laboratory: operations of a compiled program are read right, and a mixer's costs do not rise."""
+
+import pathlib
+
+import pytest
+
+from hybrid_jax.plan.layers import LayerCost, draw, layer_costs
+from kernels_pallas.lab.operations import array_bytes, read_operations
+
+PROGRAM = pathlib.Path(__file__).parents[1] / "golden/operations.hlo"  # written by hand, as the compiler writes
+
+
+def test_operations_are_read_with_loops_lines_and_traffic():
+    prefetch, product, kernel, update = read_operations(PROGRAM.read_text())
+    assert (product.kind, product.cycles, product.source) == ("matmul", 300, "layers/gdn.py:7 < layers/gdn.py:5")
+    assert product.flops == 3 * 2 * 64 * 32 * 16
+    assert product.hbm_bytes == 3 * (64 * 128 * 2 + 64 * 128 * 4), "lanes are padded to 128, and w is in VMEM"
+    assert (update.kind, update.cycles) == ("other", 7)
+    assert update.hbm_bytes == 2 * 8 * 128 * 4 + 4, "updated in place: the part is read and written"
+    assert (kernel.kind, kernel.grid_steps) == ("kernel", 64)
+    assert (prefetch.kind, prefetch.hbm_bytes) == ("prefetch", 8 * 128 * 4)
+
+
+def test_arrays_have_the_bytes_of_their_tiles():
+    assert array_bytes("bf16[3,100]{1,0:T(8,128)(2,1)}") == 8 * 128 * 2
+    assert array_bytes("bf16[3,100]{0,1:T(8,128)(2,1)}") == 104 * 128 * 2
+    assert array_bytes("(f32[4]{0:T(128)S(1)}, pred[7])") == 7
+    assert array_bytes("f32[4]{0:T(128)S(1)}", hbm_only=False) == 16
+
+
+def test_the_bound_is_products_kernels_and_traffic():
+    cost = LayerCost("GDN", 80.0, 100.0, 20.0, 30.0, 10.0, 1.0, {"a": (3.0, 2.0), "b": (1.0, 4.0)}, {})
+    assert cost.kernel_bound == 7 and cost.bound == 97
+
+
+CEILINGS = {  # bound, other operations' HBM traffic and estimate: cycles per token and head on v5e, forward and backward
+    "GDN": (120, 8, 15),
+    "M2": (118, 10, 15),
+    "*": (78, 12, 32),
+}
+
+
+@pytest.mark.parametrize("symbol", ["GDN", *(pytest.param(x, marks=pytest.mark.long) for x in ("M2", "*"))])
+def test_what_surrounds_a_mixer_s_kernels_stays_small(symbol, tmp_path):
+    pytest.importorskip("libtpu")
+    (cost,) = layer_costs("v5e", [symbol], "Qwen/Qwen3-8B", 8192, True)
+    bound, traffic, estimate = CEILINGS[symbol]
+    assert cost.bound <= bound and cost.glue_hbm <= traffic and cost.glue_estimate <= estimate, cost
+    draw({"v5e": [cost]}, tmp_path / "layers.png")
+    assert (tmp_path / "layers.png").stat().st_size > 5000
+
+
+def test_an_unknown_mixer_is_refused_before_a_process_is_started():
+    with pytest.raises(ValueError, match="XYZ"):
+        next(layer_costs("v5e", ["XYZ"], "Qwen/Qwen3-8B", 8192, True))
