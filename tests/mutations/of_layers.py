@@ -59,8 +59,8 @@ MUTATIONS = [
     ),
     Mutation(
         "hybrid_jax/layers/linear.py",
-        "rms_norm(f - jnp.mean(f, axis=-1, keepdims=True),",
-        "rms_norm(f,",
+        "rms_normalize(f - jnp.mean(f, axis=-1, keepdims=True),",
+        "rms_normalize(f,",
         "a LayerNorm does not take off the mean",
         (f"{CONTRACT}::test_both_streams_of_a_fused_phi_run_its_parallel_block",),
     ),
@@ -144,9 +144,9 @@ MUTATIONS = [
     ),
     Mutation(
         GKA,
-        "v = v if beta is None else beta * v",
-        "v = v",
-        "beta does not gate v",
+        'beta = jax.nn.sigmoid(y["b"]) + 1e-6 if "b" in y else None',
+        "beta = None",
+        "beta does not gate k and v",
         (HMF,),
     ),
     Mutation(
@@ -165,13 +165,31 @@ MUTATIONS = [
     ),
     Mutation(
         GKA,
-        "l2_normalize(a, eps_outside=True)",
-        "l2_normalize(a, eps_outside=False)",
+        'HeadNorm("l2", N, L2_EPS, eps_outside=True)',
+        'HeadNorm("l2", N, L2_EPS)',
         "q and k are normalized with another epsilon",
         (FORMULAS, HMF),
     ),
     Mutation(
-        GKA, "o = o * jax.nn.silu(self.g_proj(x))", "o = o * jax.nn.sigmoid(self.g_proj(x))", "the output gate is a sigmoid", (HMF,)
+        "hybrid_jax/layers/linear.py",
+        "together = dict(zip(small, ",
+        "together = dict(zip(small[::-1], ",
+        "joint products give their parts in another order",
+        ("tests/layers/test_tpu_path.py",),
+    ),
+    Mutation(
+        "hybrid_jax/parallel/norms.py",
+        "return q.swapaxes(1, 2), k.swapaxes(1, 2)",
+        "return q.reshape(q.shape[0], q.shape[2], q.shape[1], -1), k.swapaxes(1, 2)",
+        "heads and tokens of queries are mixed up",
+        (FORMULAS, "tests/layers/test_tpu_path.py"),
+    ),
+    Mutation(
+        "kernels_pallas/gated_rms_norm/reference.py",
+        "(rms_normalize(o, weight, eps) * jax.nn.silu(gate))",
+        "(rms_normalize(o, weight, eps) * jax.nn.sigmoid(gate))",
+        "the output gate is a sigmoid",
+        (HMF,),
     ),
     Mutation(
         GKA,
@@ -183,18 +201,22 @@ MUTATIONS = [
     Mutation(GDN, "beta = 2 * beta", "beta = 1 * beta", "allow_neg_eigval is ignored", (FORMULAS,)),
     Mutation(
         GDN,
-        "l2_normalize(a, eps_outside=False)",
-        "l2_normalize(a, eps_outside=True)",
+        'HeadNorm("l2", N, L2_EPS)',
+        'HeadNorm("l2", N, L2_EPS, eps_outside=True)',
         "q and k are normalized with another epsilon",
         (FORMULAS, HMF),
     ),
     Mutation(
-        GDN, "self.o_norm(o).reshape(*x.shape[:2], -1)", "o.reshape(*x.shape[:2], -1)", "the output is not normalized", (HMF,)
+        GDN,
+        "gated_norm(o, self.g_proj(x).reshape(o.shape), self.o_norm.weight[...], self.o_norm.eps)",
+        "o * jax.nn.silu(self.g_proj(x).reshape(o.shape))",
+        "the output is not normalized",
+        (HMF,),
     ),
     Mutation(
         MAMBA2,
-        "y = y * jax.nn.silu(z).reshape(y.shape)\n        y = rms_norm(y, self.norm.weight[...].reshape(H, D), NORM_EPS)",
-        "y = rms_norm(y, self.norm.weight[...].reshape(H, D), NORM_EPS)\n        y = y * jax.nn.silu(z).reshape(y.shape)",
+        "NORM_EPS, gate_first=True)",
+        "NORM_EPS)",
         "the norm comes before the gate",
         (HMF,),
     ),
@@ -207,9 +229,9 @@ MUTATIONS = [
         (FORMULAS, "tests/priming/test_priming.py"),
     ),
     Mutation(
-        RECURRENT,
-        "jnp.repeat(x, num_heads // x.shape[-2], axis=-2)",
-        "jnp.concatenate([x] * (num_heads // x.shape[-2]), axis=-2)",
+        "kernels_pallas/heads.py",
+        "return jnp.repeat(x, H // heads, axis=-2)",
+        "return jnp.concatenate([x] * (H // heads), axis=-2)",
         "heads are tiled instead of repeated in place",
         (HMF,),
     ),
@@ -260,7 +282,7 @@ MUTATIONS = [
         (PARITY,),
     ),
     Mutation(
-        "hybrid_jax/layers/linear.py",
+        "kernels_pallas/numerics.py",
         "f = f * jax.lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True) + eps)",
         "f = f * jax.lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True)) + eps",
         "epsilon is added after the root",

@@ -23,13 +23,18 @@ MUTATIONS = [
     ),
     Mutation(
         ATTENTION,
-        "elif c.unrotated_query_scaling is not None:",
-        "if c.unrotated_query_scaling is not None:",
+        "        if self.rope is None:\n            q, k = norm_heads(q_norm, q), norm_heads(k_norm, k)\n            if c.unr",
+        "        if c.unrotated_query_scaling is not None:\n            q = _scaled(q, positions + 1, *c.unrotated_query_scaling)\n"
+        "        if self.rope is None:\n            q, k = norm_heads(q_norm, q), norm_heads(k_norm, k)\n            if c.unr",
         "queries of chunked models are scaled in layers with rotary embeddings too",
         (PARITY,),
     ),
     Mutation(
-        ATTENTION, "(rms_norm(x, None, c.rms_norm_eps) for", "(x for", "rotated queries of chunked models are not normed", (PARITY,)
+        ATTENTION,
+        "(rms_normalize(x, None, c.rms_norm_eps) for",
+        "(x for",
+        "rotated queries of chunked models are not normed",
+        (PARITY,),
     ),
     Mutation(
         "hybrid_jax/layers/rope.py",

@@ -47,8 +47,8 @@ MUTATIONS = [
     ),
     Mutation(
         RECURRENCE,
-        "before = halo(chunks, width - 1) * same[..., None].astype(x.dtype)",
-        "before = halo(chunks, width - 1)",
+        "before = as_rows(halo(chunks, width - 1) * same[..., None].astype(x.dtype))",
+        "before = as_rows(halo(chunks, width - 1))",
         "a conv sees the segment before its own over a border",
         CONVS,
     ),
