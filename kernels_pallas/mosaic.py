@@ -135,7 +135,7 @@ def run(
         ),
         cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=bytes_accessed, transcendentals=0),
         interpret=backend() != "tpu",
-        metadata={"grid_steps": str(math.prod(steps))},
+        metadata={"grid_steps": str(math.prod(steps)), "token_heads": str(grid.B * grid.T * grid.H)},
         name=name,
     )(*arrays)
 

@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--efficiency",
         type=number(above=0, maximum=1),
-        default=0.4,
-        help="fraction of the floor's speed that is reached, for the time estimate",
+        default=1.0,
+        help="fraction of the bound's speed that is reached, for the time estimate; default: 1, so that it is a least time",
     )
     parser.add_argument("--json", help="write the plan here too")
 

@@ -27,7 +27,7 @@ def plan_rows(plan: Plan, tokens: float, efficiency: float) -> list[tuple[str, s
     Args:
       plan: what to show.
       tokens: to train on, for the hours.
-      efficiency: the fraction of the floor's speed that is reached, for the hours.
+      efficiency: the fraction of the bound's speed that is reached, for the hours.
     """
     job, floors = plan.job, plan.floors
     compiled = f"compiled in {plan.compile_seconds:.0f} s" if plan.compiled else "by formula, not compiled"
@@ -55,11 +55,15 @@ def plan_rows(plan: Plan, tokens: float, efficiency: float) -> list[tuple[str, s
         ("FLOPs", f"{plan.flops / job.tokens:.3e} per token, {plan.flops:.3e} per step"),
         ("floor of a step", f"{plan.floor:.3g} s (" + ", ".join(f"{k} {v:.3g}" for k, v in floors.items()) + ")"),
     ]
+    if plan.parts:
+        parts = ", ".join(f"{name} {seconds:.3g}" for name, seconds in plan.parts.items())
+        rows.append(("parts of a step, at least", f"{sum(plan.parts.values()):.3g} s ({parts})"))
+    share = "" if efficiency == 1 else f" at {efficiency:.0%} of that speed"
     if job.program == "decode":
-        rows.append(("tokens per second", f"{job.tokens / plan.floor * efficiency:,.0f} at {efficiency:.0%} of the floor"))
+        rows.append(("tokens per second", f"at most {job.tokens / plan.bound * efficiency:,.0f}{share}"))
     else:
         hours = plan.hours(tokens, efficiency)
-        rows.append(("hours", f"{hours:,.1f} for {tokens:.3g} tokens at {efficiency:.0%} of the floor"))
+        rows.append(("hours", f"at least {hours:,.1f} for {tokens:.3g} tokens{share}"))
     return rows
 
 
@@ -120,5 +124,6 @@ def plan_json(plan: Plan, tokens: float, efficiency: float) -> dict[str, Any]:
         "seq_len": job.seq_len,
         "remat": job.remat,
         "floors": plan.floors,
+        "parts": plan.parts,
         "hours": None if job.program == "decode" else plan.hours(tokens, efficiency),
     }

@@ -13,6 +13,7 @@ from hybrid_jax.config import ATTENTION, ModelConfig, parse_pattern
 from hybrid_jax.hardware import TPUS, Accelerator, accelerator, device_count
 from hybrid_jax.model import REMAT
 from hybrid_jax.parallel.mesh import AXES, BATCH_AXES, abstract_mesh, check_mesh_fits, make_mesh, mesh_shape
+from hybrid_jax.plan.bound import step_seconds
 from hybrid_jax.plan.formula import flops_by_formula, traffic
 from hybrid_jax.plan.program import Job, compile_program, make_program, program_flops, topology_devices
 
@@ -40,6 +41,7 @@ class Plan:
       wire: bytes that a device sends, by kind of collective.
       wire_seconds: for all collectives one after the other.
       flops: rematerialization included.
+      parts: seconds that the parts of a step take at least, one after the other (`bound.step_seconds`); empty: not compiled.
       compile_seconds: 0 if it was not compiled.
       note: a condition of the answer, in words.
       advice: a change that fits, if the plan does not.
@@ -65,6 +67,7 @@ class Plan:
     note: str = ""
     advice: str = ""
     teacher: float = 0.0
+    parts: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def floors(self) -> dict[str, float]:
@@ -81,9 +84,14 @@ class Plan:
         """Seconds of a step if the slowest resource works at its peak."""
         return max(self.floors.values())
 
+    @property
+    def bound(self) -> float:
+        """Seconds that a step takes at least: the sum of its parts, or the floor where that is larger or they are not known."""
+        return max(sum(self.parts.values()), self.floor)
+
     def hours(self, tokens: float, efficiency: float) -> float:
-        """Returns the hours that `tokens` take if steps reach the fraction `efficiency` of the floor's speed."""
-        return tokens / self.job.tokens * self.floor / efficiency / 3600
+        """Returns the hours that `tokens` take if steps reach the fraction `efficiency` of the bound's speed."""
+        return tokens / self.job.tokens * self.bound / efficiency / 3600
 
 
 def spread_pattern(text: str, config: ModelConfig) -> str:
@@ -210,6 +218,7 @@ def _plan_on(
     program = make_program(job, make_mesh(sizes, topology_devices(chip, shape)))
     log(f"{chip}:{shape}, {mesh_text(sizes)}: tracing and compiling the {job.program} step …")
     compiled = compile_program(program)
+    flops, of_recurrences = program_flops(program)
     plan = Plan(
         topology=f"{chip}:{shape}",
         mesh=dict(sizes),
@@ -227,7 +236,8 @@ def _plan_on(
         total=compiled.total,
         wire=compiled.wire,
         wire_seconds=sum(compiled.wire.values()) / hardware.interconnect,
-        flops=program_flops(program),
+        flops=flops,
+        parts=step_seconds(compiled.operations, chip, hardware, (flops - of_recurrences) / devices),
         compile_seconds=compiled.seconds,
     )
     return dataclasses.replace(plan, advice=_advice(plan, asked, chip, shape, log)) if advise and not plan.fits else plan

@@ -15,18 +15,20 @@ from jax.sharding import Mesh, NamedSharding
 
 from hybrid_jax.config import ATTENTION, ModelConfig
 from hybrid_jax.data.layout import abstract_batch
-from hybrid_jax.flops import traced_flops
+from hybrid_jax.flops import count_flops, traced
 from hybrid_jax.mixers import KINDS
 from hybrid_jax.model import abstract_decoder
 from hybrid_jax.parallel.mesh import BATCH_AXES, check_mesh_fits
 from hybrid_jax.parallel.sharding import TOKENS, parameter_sharding, partition_spec
 from hybrid_jax.parameters import abstract_parameters, join_model, logical_axes
 from hybrid_jax.plan.attentions import attentions
+from hybrid_jax.plan.bound import RECURRENCES
 from hybrid_jax.plan.wire import wire_bytes
 from hybrid_jax.train.loop import apply_phase_settings
 from hybrid_jax.train.phase import Phase
 from hybrid_jax.train.phase_layout import TEACHER, PhaseLayout, parameter_shardings
 from hybrid_jax.train.step import make_step
+from kernels_pallas.lab.operations import Operation, read_operations
 
 PROGRAMS = ("align", "train", "decode")
 
@@ -241,12 +243,14 @@ class Compiled:
       total: bytes per device that must fit: arguments and temporaries.
       temporaries: bytes per device beside the arguments, what layers keep included.
       wire: bytes that a device sends per step, by kind of collective.
+      operations: the compiled ones.
       seconds: that tracing and compiling took.
     """
 
     total: float
     temporaries: float
     wire: dict[str, float]
+    operations: list[Operation]
     seconds: float
 
 
@@ -259,11 +263,12 @@ def compile_program(program: Program) -> Compiled:
     m = compiled.memory_analysis()
     alias = m.alias_size_in_bytes
     temporaries = m.temp_size_in_bytes + m.generated_code_size_in_bytes + m.output_size_in_bytes - alias
-    wire = wire_bytes(compiled.as_text())
-    return Compiled(m.argument_size_in_bytes + temporaries, temporaries, wire, time.perf_counter() - begin)
+    text, seconds = compiled.as_text(), time.perf_counter() - begin
+    return Compiled(m.argument_size_in_bytes + temporaries, temporaries, wire_bytes(text), read_operations(text), seconds)
 
 
-def program_flops(program: Program) -> float:
-    """Returns the FLOPs of a step on all devices together, rematerialization included."""
+def program_flops(program: Program) -> tuple[float, float]:
+    """Returns the FLOPs of a step on all devices together, rematerialization included, and those of the recurrences' kernels."""
     with jax.set_mesh(program.mesh):
-        return traced_flops(program.function, *program.arguments)
+        jaxpr = traced(program.function, *program.arguments)
+    return count_flops(jaxpr), count_flops(jaxpr, RECURRENCES)

@@ -33,7 +33,7 @@ class Operation(NamedTuple):
       hbm_bytes: operands and results that are in HBM, tiles padded. Of an operand that is only sliced, and of a result that is
         updated in place, the part counts.
       flops: of its products.
-      grid_steps: of a kernel of ours; 0: another library's, or no kernel.
+      grid_steps, token_heads: of a kernel of ours, how many it has, and its tokens times heads; 0: another library's, or no kernel.
       form: the types of its result and its operands: calls of one form are compiled once.
     """
 
@@ -44,6 +44,7 @@ class Operation(NamedTuple):
     hbm_bytes: float
     flops: float
     grid_steps: int
+    token_heads: int
     form: str
 
 
@@ -95,10 +96,13 @@ class _Program:
         self.frame = _source_lines(hlo, folders)
         self._hlo = hlo
 
-    def tail(self, i: _Instruction) -> str:
-        """Returns the text of a kernel's call with its metadata, which has lines of its own."""
-        begin = self._hlo.index(i.line)
-        return self._hlo[begin : begin + len(i.line) + 1000]
+    def stated(self, i: _Instruction, number: str) -> int:
+        """Returns a number of a kernel's metadata, which has lines of its own behind the call's; 0: it has none."""
+        if "kernel_metadata={" not in i.line:
+            return 0
+        begin = self._hlo.index(i.line) + len(i.line)
+        match = re.search(rf'"{number}": ?"(\d+)"', self._hlo[begin : self._hlo.index("}", begin)])
+        return int(match.group(1)) if match else 0
 
     def parts(self, name: str) -> tuple[_Instruction, ...]:
         """Returns the instructions of a fused computation, and of those that it calls."""
@@ -199,7 +203,6 @@ def read_operations(hlo: str, folders: Sequence[str] = ("hybrid_jax", "kernels_p
             kind = "prefetch"
         elif flops:
             kind = "matmul"
-        steps = re.search(r'"grid_steps": ?"(\d+)"', program.tail(i)) if kind == "kernel" else None
         return Operation(
             name=i.name,
             kind=kind,
@@ -207,7 +210,8 @@ def read_operations(hlo: str, folders: Sequence[str] = ("hybrid_jax", "kernels_p
             cycles=times * cycles_of(i.line),
             hbm_bytes=times * (_copied(i, program) if kind == "prefetch" else program.hbm_bytes(i)),
             flops=times * flops,
-            grid_steps=times * int(steps.group(1)) if steps else 0,
+            grid_steps=times * program.stated(i, "grid_steps"),
+            token_heads=times * program.stated(i, "token_heads"),
             form=" ".join([i.type, *(program.types.get(x, "") for x in i.operands)]),
         )
 

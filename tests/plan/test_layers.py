@@ -4,8 +4,12 @@ import pathlib
 
 import pytest
 
+from hybrid_jax.hardware import TPUS
+from hybrid_jax.plan.bound import step_seconds
 from hybrid_jax.plan.layers import LayerCost, draw, layer_costs
-from kernels_pallas.lab.operations import array_bytes, read_operations
+from kernels_pallas.lab.chips import CHIPS
+from kernels_pallas.lab.operations import Operation, array_bytes, read_operations
+from kernels_pallas.lab.predictions import PREDICTIONS
 
 PROGRAM = pathlib.Path(__file__).with_name("operations.hlo")  # written by hand, as the compiler writes
 
@@ -17,7 +21,7 @@ def test_operations_are_read_with_loops_lines_and_traffic():
     assert product.hbm_bytes == 3 * (64 * 128 * 2 + 64 * 128 * 4), "lanes are padded to 128, and w is in VMEM"
     assert (update.kind, update.cycles) == ("other", 7)
     assert update.hbm_bytes == 2 * 8 * 128 * 4 + 4, "updated in place: the part is read and written"
-    assert (kernel.kind, kernel.grid_steps) == ("kernel", 64)
+    assert (kernel.kind, kernel.grid_steps, kernel.token_heads) == ("kernel", 64, 8192)
     assert (prefetch.kind, prefetch.hbm_bytes) == ("prefetch", 8 * 128 * 4)
 
 
@@ -31,6 +35,22 @@ def test_arrays_have_the_bytes_of_their_tiles():
 def test_the_bound_is_products_kernels_and_traffic():
     cost = LayerCost("GDN", 80.0, 100.0, 20.0, 30.0, 10.0, 1.0, {"a": (3.0, 2.0), "b": (1.0, 4.0)}, {})
     assert cost.kernel_bound == 7 and cost.bound == 97
+
+
+def test_a_step_is_its_products_the_recorded_recurrences_and_traffic():
+    """A second of products; 1e9 tokens and heads of the delta rule, forward and backward; two kernels and an operation of 1 GB."""
+    chip, clock = TPUS["v5e"], CHIPS["v5e"].clock
+
+    def kernel(name, token_heads, moved=0.0):
+        return Operation(name, "kernel", "", 0, moved, 0, 1, token_heads, "")
+
+    rule = [kernel("jvp_gated_delta_rule_forward_.1", 10**9), kernel("transpose_gated_delta_rule_backward_.2", 10**9)]
+    norm, other = kernel("rms_norm_forward.3", 10**9, 1e9), Operation("fusion.4", "other", "", 0, 1e9, 0, 0, 0, "")
+    of_library = kernel("splash.5", 0, 1e9)
+    seconds = step_seconds([*rule, norm, other, of_library], "v5e", chip, chip.flops)
+    assert seconds["products"] == 1
+    assert seconds["recurrences"] == pytest.approx(PREDICTIONS["v5e"]["gated_delta_rule.backward"][0] * 1e9 / clock)
+    assert seconds["other kernels"] == seconds["other operations"] == 1e9 / chip.bandwidth
 
 
 CEILINGS = {  # bound, other operations' HBM traffic and estimate: cycles per token and head on v5e, forward and backward

@@ -79,7 +79,7 @@ def test_flops_of_experts_are_the_same_on_every_mesh_and_in_the_kernel_of_the_tp
     config, devices = tiny_config("*", family="qwen3_moe", moe=MoEConfig(4, 2, 64), **DENSE), topology_devices("v5e", "2x2")
     phase = Phase(objective="next_token", steps=1, batch_size=4, seq_len=64)
     made = [make_mesh(sizes, devices) for sizes in ({"fsdp": 4}, {"expert": 4}, {"fsdp": 2, "expert": 2})]
-    counted = [program_flops(training_program(config, phase, mesh)) for mesh in made]
+    counted = [program_flops(training_program(config, phase, mesh))[0] for mesh in made]
     assert counted[1:] == pytest.approx(counted[:1] * 2, rel=0.03)
     x, d, sizes = jnp.zeros((256, 128)), jnp.zeros((256, 64)), jnp.zeros(4, jnp.int32)
     assert traced_flops(gradient_of_kernels, x, d, sizes) == 2 * 256 * 128 * 64
@@ -253,7 +253,7 @@ def test_advice_is_for_as_many_rows_as_were_asked_for(monkeypatch):
 
     def compile_program(program):
         compiled.append(program.arguments[2]["input_ids"].shape[0])
-        return Compiled(total=(1.2 if len(compiled) == 1 else 0.5) * hbm, temporaries=0.0, wire={}, seconds=0.0)
+        return Compiled(total=(1.2 if len(compiled) == 1 else 0.5) * hbm, temporaries=0.0, wire={}, operations=[], seconds=0.0)
 
     monkeypatch.setattr(planner, "compile_program", compile_program)
     job = Job(tiny_config("*-*", **DENSE), "train", 64, 16, remat="none")
@@ -268,7 +268,7 @@ def test_advice_compiles_few_changes_and_none_that_cannot_fit(monkeypatch):
 
     def compile_program(program):
         compiled.append(program)
-        return Compiled(total=1.2 * hbm, temporaries=0.1 * hbm, wire={}, seconds=0.0)
+        return Compiled(total=1.2 * hbm, temporaries=0.1 * hbm, wire={}, operations=[], seconds=0.0)
 
     monkeypatch.setattr(planner, "compile_program", compile_program)
     job = Job(tiny_config("*-*", **DENSE), "train", 64, 0)
@@ -285,7 +285,7 @@ def test_the_smallest_slice_is_looked_for_among_all_that_can_hold_the_state(monk
     pytest.importorskip("libtpu")
     lines, hbm = [], accelerator("v5e:2x2")[1].hbm
     totals = iter([1.1 * hbm, 0.9 * hbm])
-    monkeypatch.setattr(planner, "compile_program", lambda program: Compiled(next(totals), 0.0, {}, 0.0))
+    monkeypatch.setattr(planner, "compile_program", lambda program: Compiled(next(totals), 0.0, {}, [], 0.0))
     job = Job(tiny_config("*-*", **DENSE), "train", 64, 0)
     assert make_plan(job, "v5e", log=lines.append).topology == "v5e:2x4" and len(lines) == 2
     totals = iter([0.9 * hbm])
@@ -489,7 +489,9 @@ def test_a_step_s_floor_and_the_hours_are_those_of_its_slowest_resource():
     plan = make_plan(job, "h100:2", {"fsdp": 2})
     plan = dataclasses.replace(plan, accelerator=chip, parameters=3e9, optimizer=5e9, caches=0.0, flops=1e12, wire_seconds=3.0)
     assert plan.floors == {"compute": 0.5, "memory": 4.0, "wire": 3.0} and plan.floor == 4.0
-    assert plan.hours(tokens=9e6, efficiency=0.5) == 9e6 / 16000 * 4.0 / 0.5 / 3600
+    assert plan.bound == 4.0 and plan.hours(tokens=9e6, efficiency=0.5) == 9e6 / 16000 * 4.0 / 0.5 / 3600
+    parts = dataclasses.replace(plan, parts={"products": 0.5, "other operations": 5.5})
+    assert parts.bound == 6.0 and dict(plan_rows(parts, 9e6, 1.0))["hours"].startswith("at least 0.9 for 9e+06 tokens")
 
 
 def test_a_plan_s_bytes_are_those_of_its_parameters_and_their_optimizer():
