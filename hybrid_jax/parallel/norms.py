@@ -12,15 +12,21 @@ from kernels_pallas import gated_rms_norm, qk_norm_rope, rms_norm
 _HEADS = (*TOKENS, "heads")
 
 
+def _implementation(x: jax.Array) -> str | None:
+    """Returns "xla" for one token of each row, for which a kernel would move more than the token, else None: the best there is."""
+    return "xla" if x.shape[1] == 1 else None
+
+
 def gated_norm(o: jax.Array, gate: jax.Array, weight: jax.Array, eps: float, *, gate_first: bool = False) -> jax.Array:
     """Returns `gated_rms_norm` of o and gate [B, T, H, D], however they are sharded; weight is [D] or [H, D]."""
-    local = functools.partial(gated_rms_norm, eps=eps, gate_first=gate_first)
+    local = functools.partial(gated_rms_norm, eps=eps, gate_first=gate_first, implementation=_implementation(o))
     return shard_map_by_axes(local, (o, gate, weight), (_HEADS, _HEADS, ("heads",) if weight.ndim == 2 else (None,)), _HEADS)
 
 
 def hidden_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """Returns `rms_norm` of x [B, T, hidden] by weight [hidden]; tokens may be sharded, channels are not."""
-    return shard_map_by_axes(functools.partial(rms_norm, eps=eps), (x, weight), (TOKENS, (None,)), TOKENS)
+    local = functools.partial(rms_norm, eps=eps, implementation=_implementation(x))
+    return shard_map_by_axes(local, (x, weight), (TOKENS, (None,)), TOKENS)
 
 
 def normed_and_rotated(
@@ -42,7 +48,7 @@ def normed_and_rotated(
       cos, sin: [B, T, R / 2], of every token's angles; channels i and i + R / 2 turn together.
       axes: the logical axes of the heads of q and of k.
     """
-    implementation = "xla" if q.shape[1] == 1 else None  # a kernel for one token would move more than it
+    implementation = _implementation(q)
 
     def local(q, k, q_weight, k_weight, cos, sin):
         q, k = qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps, implementation=implementation)
