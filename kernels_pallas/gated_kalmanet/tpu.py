@@ -35,26 +35,19 @@ from kernels_pallas.operands import operand_dtype, parts
 HEADS = 8  # at most this many heads per grid step
 
 
-def _keys_and_values(k, v, beta, heads, groups) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Returns K and V of every head, read from the blocks k, v and times beta, columns [C,1] of every head, or none."""
-
-    def one(x, group):
-        slices = head_slices(x, heads, group)
-        return each(lambda x, b: (b * x.astype(jnp.float32)).astype(x.dtype), slices, beta) if beta else slices
-
-    return one(k, groups[0]), one(v, groups[1])
+def _gated_slices(ref, beta, heads, group) -> list[jax.Array]:
+    """Reads a block of k or v as every head's K or V [C,D]: times beta, columns [C,1] of every head, or none, and rounded."""
+    slices = head_slices(ref, heads, group)
+    return each(lambda x, b: (b * x.astype(jnp.float32)).astype(x.dtype), slices, beta) if beta else slices
 
 
-def _store_keys_and_values(dk, dv, k, v, dK, dV, beta, scale, groups) -> list[jax.Array]:
-    """Writes the gradients of the blocks k, v, given those of K and V; returns dbeta of every head as columns, if there is beta."""
+def _store_gated(ref, x, gradients, beta, scale, group) -> list[jax.Array]:
+    """Writes the gradient of a block x of k or v, given those of every head's K or V; returns dbeta as columns, if there is beta."""
     if not beta:
-        store_heads(dk, dK, scale, groups[0])
-        store_heads(dv, dV, scale, groups[1])
+        store_heads(ref, gradients, scale, group)
         return []
-    k, v = (head_slices(x, len(beta), n) for x, n in zip((k, v), groups, strict=True))
-    for ref, d, n in ((dk, dK, groups[0]), (dv, dV, groups[1])):
-        store_heads(ref, each(jnp.multiply, beta, d), scale, n)
-    return each(lambda a, k, b, v: row_sum(a * k) + row_sum(b * v), dK, k, dV, v)
+    store_heads(ref, each(jnp.multiply, beta, gradients), scale, group)
+    return each(lambda d, x: row_sum(d * x), gradients, head_slices(x, len(beta), group))
 
 
 def _blend(Q, X, alpha) -> list[jax.Array]:
@@ -107,7 +100,8 @@ def _forward_kernel(
     wide = jnp.dtype(jnp.float32) if precise else low
     decay, scalars = mosaic.chunk_scalars(rows, heads, packed, further=1 + gated)
     alpha, beta = scalars[:heads], scalars[heads:]
-    Q, (K, V) = head_slices(q, heads), _keys_and_values(k, v, beta, heads, groups)
+    Q = head_slices(q, heads)
+    K, V = (_gated_slices(x, beta, heads, n) for x, n in zip((k, v), groups, strict=True))
     H0, S0 = [kk[h] for h in range(heads)], [kv[h] for h in range(heads)]
     query = rhs = each(lambda x: x.astype(jnp.float32), Q)
     if plan.num_iter:
@@ -140,11 +134,12 @@ def _backward_kernel(*refs, heads, groups, gated, scale, packed, plan, bp_lambda
     decay, scalars = mosaic.chunk_scalars(rows, heads, packed, further=1 + gated)
     alpha, beta = scalars[:heads], scalars[heads:]
     Q, X, dO = (head_slices(x, heads) for x in (q, solution, do))
-    K, V = _keys_and_values(k, v, beta, heads, groups)
+    K, V = (_gated_slices(x, beta, heads, n) for x, n in zip((k, v), groups, strict=True))
     H0, S0 = [kk_before[0, 0, h] for h in range(heads)], [kv_before[0, 0, h] for h in range(heads)]
     dH, dS = [dkk[h] for h in range(heads)], [dkv[h] for h in range(heads)]
     query = _blend(Q, X, alpha) if plan.num_iter else Q
     dquery, dK, dV, dS0, column, row = read_write_backward(query, K, V, S0, dO, dS, decay, low, n=2)
+    of_values = _store_gated(dv, v, dV, beta, scale, groups[1])
     for h in range(heads):
         dkv[h] = dS0[h]
     dalpha = each(lambda g, x, q: row_sum(g * (x - q)), dquery, X, Q)
@@ -173,7 +168,7 @@ def _backward_kernel(*refs, heads, groups, gated, scale, packed, plan, bp_lambda
             dK_n, dH_n, column_n, row_n = norms_backward(dF, *of_norms, K, H0, decay, low)
             dK, dH0 = each(jnp.add, dK, dK_n), each(jnp.add, dH0, dH_n)
             column, row = each(jnp.add, column, column_n), each(jnp.add, row, row_n)
-    dbeta = _store_keys_and_values(dk, dv, k, v, dK, dV, beta, scale, groups)
+    dbeta = each(jnp.add, of_values, _store_gated(dk, k, dK, beta, scale, groups[0]))
     mosaic.store_rows(dscalars, [*column, *dalpha, *dbeta], row, scale)
     for h in range(heads):
         dkk[h] = dH0[h]
