@@ -10,6 +10,7 @@ import pytest
 import kernels_pallas as kp
 from kernels_pallas import mosaic
 from kernels_pallas.gated_delta_rule import STEPS
+from kernels_pallas.gated_kalmanet.composed import gated
 from kernels_pallas.heads import repeat_heads
 from tests.conftest import relative_error
 
@@ -124,6 +125,17 @@ def test_a_group_s_gradients_are_added_up_before_they_are_rounded_to_bfloat16(op
     (want,), (got,) = (pull(jnp.asarray(d, o.dtype)) for d in (small, small + large))
     for name in "kv":
         assert relative_error(got[name].astype(jnp.float32), want[name].astype(jnp.float32)) < 2e-2, name
+
+
+def test_the_kernel_of_a_tpu_rounds_keys_and_values_times_beta_as_the_other_forms_do():
+    """The states are equal to the last bit: in bfloat16 beta itself is not rounded before it multiplies."""
+    inputs, _, _ = draw("gated_kalmanet", 5, (2, 1, 1, 8, 8))
+    low = cast(inputs, "bfloat16")
+    beta = low.pop("beta")
+    scaled = low | {n: gated(low[n], beta, 2) for n in "kv"}
+    run = functools.partial(kp.gated_kalmanet, implementation="pallas_tpu", num_iter=0)
+    for got, want in zip(jax.tree.leaves(run(**low, beta=beta)), jax.tree.leaves(run(**scaled)), strict=True):
+        assert np.array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))
 
 
 def test_two_uses_of_the_values_add_up_before_they_are_rounded():
