@@ -42,7 +42,7 @@ def _gated_slices(ref, beta, heads, group) -> list[jax.Array]:
 
 
 def _store_gated(ref, x, gradients, beta, scale, group) -> list[jax.Array]:
-    """Writes the gradient of a block x of k or v, given those of every head's K or V; returns their dbeta as columns, if any."""
+    """Writes the gradient of a block x of k or v, given those of every head's K or V; returns dbeta as columns, if any."""
     if not beta:
         store_heads(ref, gradients, scale, group)
         return []
