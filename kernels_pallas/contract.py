@@ -9,7 +9,7 @@ interpreted where the backend is another one. `arguments.pick_implementation` ch
 
 *Shapes.* q is [B, T, H, K], k [B, T, Hk, K], v [B, T, Hv, V], numbers per head [B, T, H], with T >= 1; all have been checked
 against each other. Hk and Hv are divisors of H, and head h reads head h // (H / Hk) of k; `heads.with_groups` makes such an
-implementation from one for Hk = Hv = H, as those of Gated KalmaNet and of one token are. Nothing is padded: an entry pads to
+implementation from one for Hk = Hv = H, as those of one token are. Nothing is padded: an entry pads to
 its chunk or block itself, and returns what it was given room for.
 
 *Dtypes.* Inputs come as the caller gave them (bfloat16, float32 or float64, also mixed). `state` is never None; it is in
@@ -148,7 +148,36 @@ class GatedDeltaRuleStep(Protocol):
 
 
 class GatedKalmaNet(Protocol):
-    """An implementation of `gated_kalmanet`, which documents the options. With precision "accurate" the output is float32."""
+    """An implementation of `gated_kalmanet`, which documents the options. With precision "accurate" the output is float32.
+
+    `gated_kalmanet.composed` makes one from a `PlainGatedKalmaNet`.
+    """
+
+    def __call__(
+        self,
+        q: jax.Array,  # [B, T, H, K]
+        k: jax.Array,  # [B, T, Hk, K]
+        v: jax.Array,  # [B, T, Hv, V]
+        alpha: jax.Array,  # [B, T, H]
+        log_decay: jax.Array,  # [B, T, H], at most 0
+        beta: jax.Array | None,  # [B, T, H]; None: 1
+        state: States,
+        segments: jax.Array | None,  # [B, T]
+        scale: float,
+        chunk_size: int | None,  # None: the implementation's own
+        ridge_strength: float,
+        num_iter: int,
+        bp_lambda: bool,
+        precision: str,
+        solver: str,  # of `gated_kalmanet.solvers.SOLVERS`
+        /,
+    ) -> tuple[jax.Array, States]:
+        """Returns (o [B, T, H, V], the final states)."""
+        ...
+
+
+class PlainGatedKalmaNet(Protocol):
+    """A `GatedKalmaNet` for Hk = Hv = H, without `beta`."""
 
     def __call__(
         self,

@@ -388,7 +388,7 @@ def decays(rows: jax.Array, cols: jax.Array, heads: int, segments: int | None) -
 
 
 def chunk_scalars(rows_ref: jax.Ref, heads: int, packed: bool, further: int = 0) -> tuple[list[Decay], list[jax.Array]]:
-    """Reads a block of `chunk_rows`: every head's decays, and `further` (0 or 1) more scalar of every head as columns [C,1]."""
+    """Reads a block of `chunk_rows`: every head's decays, and `further` more scalars, each of all heads, as columns [C,1]."""
     rows = rows_ref[0, 0, 0]
     cols = rows.T
     first, end = 2 * heads, (2 + further) * heads

@@ -32,21 +32,22 @@ from kernels_pallas.arguments import (
 )
 from kernels_pallas.contract import GatedKalmaNet, GatedKalmaNetStep, States
 from kernels_pallas.gated_kalmanet.chunked import chunked_queries, gated_kalmanet_chunked
+from kernels_pallas.gated_kalmanet.composed import composed, gated
 from kernels_pallas.gated_kalmanet.gpu import gated_kalmanet_gpu
 from kernels_pallas.gated_kalmanet.reference import gated_kalmanet_reference, gated_kalmanet_update
 from kernels_pallas.gated_kalmanet.solvers import SOLVERS
 from kernels_pallas.gated_kalmanet.tpu import gated_kalmanet_tpu
 from kernels_pallas.gated_kalmanet.tpu_step import gated_kalmanet_step_tpu
-from kernels_pallas.heads import dims_of_summary, grouped, repeat_heads
+from kernels_pallas.heads import dims_of_summary, grouped
 from kernels_pallas.linear_attention import linear_attention_summary
 
 __all__ = ["gated_kalmanet", "gated_kalmanet_queries", "gated_kalmanet_step", "gated_kalmanet_summary"]
 
 IMPLEMENTATIONS: dict[str, GatedKalmaNet] = {
-    "reference": gated_kalmanet_reference,
-    "xla": gated_kalmanet_chunked,
+    "reference": composed(gated_kalmanet_reference),
+    "xla": composed(gated_kalmanet_chunked),
     "pallas_tpu": gated_kalmanet_tpu,
-    "pallas_gpu": gated_kalmanet_gpu,
+    "pallas_gpu": composed(gated_kalmanet_gpu),
 }
 PRECISIONS = ("fast", "accurate")
 
@@ -128,15 +129,8 @@ def gated_kalmanet(
     run = pick_implementation("gated_kalmanet", implementation, IMPLEMENTATIONS, q, k, v)
     arrays = alike("gated_kalmanet", q, k, v, alpha, log_decay, beta, (h_kk, h_kv), segment_index(segment_ids))
     q, k, v, alpha, log_decay, beta, state, segments = arrays
-    k, v = (_gated(x, beta, d["H"]) for x in (k, v))
     options = (scale, chunk_size, ridge_strength, num_iter, bp_lambda, precision, solver)
-    return run(q, k, v, alpha, log_decay, state, segments, *options)
-
-
-def _gated(x: jax.Array, beta: jax.Array | None, H: int) -> jax.Array:
-    """Returns x [..., heads, D] of H heads, each times beta [..., H], multiplied in float32, in x's dtype."""
-    x = repeat_heads(x, H)
-    return x if beta is None else (x.astype(accumulator(x, beta)) * beta[..., None]).astype(x.dtype)
+    return run(q, k, v, alpha, log_decay, beta, state, segments, *options)
 
 
 def gated_kalmanet_queries(
@@ -203,7 +197,7 @@ def gated_kalmanet_summary(
     check_shapes(op, dims, k=(k, "B T Hk K"), v=(v, "B T Hv V"), beta=(beta, "B T H"))
     k, v, log_decay, beta, segment_ids = alike(op, k, v, log_decay, beta, segment_ids)
     dtype = accumulator(k, v, log_decay, beta)
-    k, v = (_gated(x, beta, dims["H"]).astype(dtype) for x in (k, v))
+    k, v = (gated(x, beta, dims["H"]).astype(dtype) for x in (k, v))
     decay, both = linear_attention_summary(k, jnp.concatenate([k, v], axis=-1), log_decay, segment_ids=segment_ids)
     return decay, (both[..., : k.shape[-1]], both[..., k.shape[-1] :])
 
@@ -241,7 +235,7 @@ def gated_kalmanet_step(
     dtype = accumulator(q, k, v, alpha, log_decay, beta)
     state = state[0].astype(dtype), state[1].astype(dtype)
     q, k, v, alpha, log_decay, beta, state = alike(op, q, k, v, alpha, log_decay, beta, state)
-    k, v = (_gated(x, beta, d["H"]) for x in (k, v))
+    k, v = (gated(x, beta, d["H"]) for x in (k, v))
     return run(q, k, v, alpha, log_decay, state, scale, ridge_strength, num_iter, bp_lambda, solver)
 
 

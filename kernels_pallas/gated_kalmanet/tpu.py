@@ -4,6 +4,11 @@
 
 The gradient is the implicit one (`chunked.py`): w = (H + lambda I)^-1 dx by the same solve; then H x, as linear
 attention with q = x, k = v = K, pulls -w back, and lambda's share goes through |H|_F.
+
+`beta` multiplies every head's keys and values, which may be of fewer heads, once they are read: K = beta k and V = beta v,
+rounded. From the gradients of K and V then
+
+    dbeta = rows of dK k + dV v,      dk = sum over a group of beta dK,      dv likewise, in float32
 """
 
 from __future__ import annotations
@@ -28,6 +33,21 @@ from kernels_pallas.mosaic import NT, TN, dot_parts, each, head_slices, row_sum,
 from kernels_pallas.operands import operand_dtype, parts
 
 HEADS = 8  # at most this many heads per grid step
+
+
+def _gated_slices(ref, beta, heads, group) -> list[jax.Array]:
+    """Reads a block of k or v as every head's K or V [C,D]: times beta, columns [C,1] of every head, or none, and rounded."""
+    slices = head_slices(ref, heads, group)
+    return each(lambda x, b: (b * x.astype(jnp.float32)).astype(x.dtype), slices, beta) if beta else slices
+
+
+def _store_gated(ref, x, gradients, beta, scale, group) -> list[jax.Array]:
+    """Writes the gradient of a block x of k or v, given those of every head's K or V; returns dbeta as columns, if any."""
+    if not beta:
+        store_heads(ref, gradients, scale, group)
+        return []
+    store_heads(ref, each(jnp.multiply, beta, gradients), scale, group)
+    return each(lambda d, x: row_sum(d * x), gradients, head_slices(x, len(beta), group))
 
 
 def _blend(Q, X, alpha) -> list[jax.Array]:
@@ -62,6 +82,8 @@ def _forward_kernel(
     final_kv,
     *rest,
     heads,
+    groups,
+    gated,
     scale,
     packed,
     plan,
@@ -76,8 +98,10 @@ def _forward_kernel(
 
     low = k.dtype
     wide = jnp.dtype(jnp.float32) if precise else low
-    Q, K, V = (head_slices(x, heads) for x in (q, k, v))
-    decay, alpha = mosaic.chunk_scalars(rows, heads, packed, further=1)
+    decay, scalars = mosaic.chunk_scalars(rows, heads, packed, further=1 + gated)
+    alpha, beta = scalars[:heads], scalars[heads:]
+    Q = head_slices(q, heads)
+    K, V = (_gated_slices(x, beta, heads, n) for x, n in zip((k, v), groups, strict=True))
     H0, S0 = [kk[h] for h in range(heads)], [kv[h] for h in range(heads)]
     query = rhs = each(lambda x: x.astype(jnp.float32), Q)
     if plan.num_iter:
@@ -97,7 +121,7 @@ def _forward_kernel(
         kk[h], kv[h] = H1, S1
 
 
-def _backward_kernel(*refs, heads, scale, packed, plan, bp_lambda):
+def _backward_kernel(*refs, heads, groups, gated, scale, packed, plan, bp_lambda):
     omegas, q, k, v, rows, kk_before, kv_before, solution, norms, do, dfinal_kk, dfinal_kv = refs[:12]
     dq, dk, dv, dscalars, dinitial_kk, dinitial_kv, dkk, dkv, *buffers = refs[12:]
     first, last = pl.program_id(2) == 0, pl.program_id(2) == pl.num_programs(2) - 1
@@ -107,13 +131,15 @@ def _backward_kernel(*refs, heads, scale, packed, plan, bp_lambda):
         dkk[...], dkv[...] = dfinal_kk[0] / scale, dfinal_kv[0] / scale
 
     low = k.dtype
-    Q, K, V, X, dO = (head_slices(x, heads) for x in (q, k, v, solution, do))
-    decay, alpha = mosaic.chunk_scalars(rows, heads, packed, further=1)
+    decay, scalars = mosaic.chunk_scalars(rows, heads, packed, further=1 + gated)
+    alpha, beta = scalars[:heads], scalars[heads:]
+    Q, X, dO = (head_slices(x, heads) for x in (q, solution, do))
+    K, V = (_gated_slices(x, beta, heads, n) for x, n in zip((k, v), groups, strict=True))
     H0, S0 = [kk_before[0, 0, h] for h in range(heads)], [kv_before[0, 0, h] for h in range(heads)]
     dH, dS = [dkk[h] for h in range(heads)], [dkv[h] for h in range(heads)]
     query = _blend(Q, X, alpha) if plan.num_iter else Q
     dquery, dK, dV, dS0, column, row = read_write_backward(query, K, V, S0, dO, dS, decay, low, n=2)
-    store_heads(dv, dV, scale)
+    of_values = _store_gated(dv, v, dV, beta, scale, groups[1])
     for h in range(heads):
         dkv[h] = dS0[h]
     dalpha = each(lambda g, x, q: row_sum(g * (x - q)), dquery, X, Q)
@@ -142,8 +168,8 @@ def _backward_kernel(*refs, heads, scale, packed, plan, bp_lambda):
             dK_n, dH_n, column_n, row_n = norms_backward(dF, *of_norms, K, H0, decay, low)
             dK, dH0 = each(jnp.add, dK, dK_n), each(jnp.add, dH0, dH_n)
             column, row = each(jnp.add, column, column_n), each(jnp.add, row, row_n)
-    store_heads(dk, dK, scale)
-    mosaic.store_rows(dscalars, [*column, *dalpha], row, scale)
+    dbeta = each(jnp.add, of_values, _store_gated(dk, k, dK, beta, scale, groups[0]))
+    mosaic.store_rows(dscalars, [*column, *dalpha, *dbeta], row, scale)
     for h in range(heads):
         dkk[h] = dH0[h]
 
@@ -168,6 +194,7 @@ def gated_kalmanet_tpu(
     v: jax.Array,
     alpha: jax.Array,
     log_decay: jax.Array,
+    beta: jax.Array | None,
     state: States,
     segments: jax.Array | None,
     scale: float,
@@ -186,31 +213,36 @@ def gated_kalmanet_tpu(
     options = Options(
         scale, Plan(solver, ridge_strength, num_iter, schedule_for(solver, precision, num_iter)), bp_lambda, precise, out_dtype
     )
-    return _gated_kalmanet(*(x.astype(low) for x in (q, k, v)), alpha, log_decay, state, segments, options)
+    arrays = (x.astype(low) for x in (q, *mosaic.complete_groups(q, k, v, HEADS)))
+    return _gated_kalmanet(*arrays, alpha, log_decay, beta, state, segments, options)
 
 
-@differentiable(7)
-def _gated_kalmanet(q, k, v, alpha, log_decay, state, segments, options) -> tuple[jax.Array, States]:
-    return _run_forward(q, k, v, alpha, log_decay, state, segments, options, save=False)[0]
+@differentiable(8)
+def _gated_kalmanet(q, k, v, alpha, log_decay, beta, state, segments, options) -> tuple[jax.Array, States]:
+    return _run_forward(q, k, v, alpha, log_decay, beta, state, segments, options, save=False)[0]
 
 
-def _settings(grid, segments, options):
-    """Returns the input with the iteration's coefficients, and the kernels' static arguments."""
+def _prepare(q, k, v, alpha, log_decay, beta, segments, options, reverse=False):
+    """Returns the grid, the first inputs of both kernels, and their static arguments."""
     omegas = jnp.asarray(coefficients(options.plan.ridge_strength, max(options.plan.num_iter, 1)))
+    groups = mosaic.groups_of(q, k, v)
+    grid = mosaic.grid_of(q, v, HEADS, reverse, groups)
+    scalars = (alpha,) if beta is None else (alpha, beta)
+    rows = mosaic.chunk_rows(log_decay, segments, grid.C, grid.heads, *scalars)
     static = dict(
         heads=grid.heads,
+        groups=groups,
+        gated=beta is not None,
         scale=options.scale,
         packed=segments is not None,
         plan=options.plan,
     )
-    return (omegas, pl.BlockSpec(memory_space=pltpu.SMEM)), static
+    return grid, [(omegas, pl.BlockSpec(memory_space=pltpu.SMEM)), *mosaic.token_inputs(grid, q, k, v, rows)], static
 
 
-def _run_forward(q, k, v, alpha, log_decay, state, segments, options, save):
+def _run_forward(q, k, v, alpha, log_decay, beta, state, segments, options, save):
     (_, T, H, K), V = q.shape, v.shape[-1]
-    grid = mosaic.grid_of(q, v, HEADS)
-    rows = mosaic.chunk_rows(log_decay, segments, grid.C, grid.heads, alpha)
-    omegas, static = _settings(grid, segments, options)
+    grid, inputs, static = _prepare(q, k, v, alpha, log_decay, beta, segments, options)
     keys, values = grid.tokens(grid.K), grid.tokens(grid.V)
     kk, kv = grid.state(grid.K, grid.K), grid.state(grid.K, grid.V)
     outputs = [
@@ -230,30 +262,23 @@ def _run_forward(q, k, v, alpha, log_decay, state, segments, options, save):
         functools.partial(_forward_kernel, **static, precise=options.precise),
         grid,
         "gated_kalmanet_forward",
-        [
-            omegas,
-            *mosaic.token_inputs(grid, q, k, v, rows),
-            (mosaic.pad_state(state[0]), kk),
-            (mosaic.pad_state(state[1]), kv),
-        ],
+        [*inputs, (mosaic.pad_state(state[0]), kk), (mosaic.pad_state(state[1]), kv)],
         outputs,
         scratch_of(grid, k.dtype, options.plan),
     )
     return (mosaic.head_tokens(o, T, H, V), (h_kk[:, :, :K, :K], h_kv[:, :, :K, :V])), saved
 
 
-def _vjp_forward(q, k, v, alpha, log_decay, state, segments, options):
-    out, saved = _run_forward(q, k, v, alpha, log_decay, state, segments, options, save=True)
-    return out, (q, k, v, alpha, log_decay, segments, saved)
+def _vjp_forward(q, k, v, alpha, log_decay, beta, state, segments, options):
+    out, saved = _run_forward(q, k, v, alpha, log_decay, beta, state, segments, options, save=True)
+    return out, (q, k, v, alpha, log_decay, beta, segments, saved)
 
 
 def _vjp_backward(options, residuals, cotangents):
-    q, k, v, alpha, log_decay, segments, (kk_before, kv_before, solution, norms) = residuals
+    q, k, v, alpha, log_decay, beta, segments, (kk_before, kv_before, solution, norms) = residuals
     do, (dfinal_kk, dfinal_kv) = cotangents
     T, K, V = q.shape[1], q.shape[3], v.shape[3]
-    grid = mosaic.grid_of(q, v, HEADS, reverse=True)
-    rows = mosaic.chunk_rows(log_decay, segments, grid.C, grid.heads, alpha)
-    omegas, static = _settings(grid, segments, options)
+    grid, inputs, static = _prepare(q, k, v, alpha, log_decay, beta, segments, options, reverse=True)
     keys, values = grid.tokens(grid.K), grid.tokens(grid.V)
     kk, kv = grid.state(grid.K, grid.K), grid.state(grid.K, grid.V)
     dq, dk, dv, dscalars, dinitial_kk, dinitial_kv = mosaic.run(
@@ -261,8 +286,7 @@ def _vjp_backward(options, residuals, cotangents):
         grid,
         "gated_kalmanet_backward",
         [
-            omegas,
-            *mosaic.token_inputs(grid, q, k, v, rows),
+            *inputs,
             (kk_before, grid.states(grid.K, grid.K)),
             (kv_before, grid.states(grid.K, grid.V)),
             (solution, keys),
@@ -272,7 +296,7 @@ def _vjp_backward(options, residuals, cotangents):
             (mosaic.pad_state(dfinal_kv), kv),
         ],
         [
-            *mosaic.gradient_outputs(grid, q, k, v, 2),
+            *mosaic.gradient_outputs(grid, q, k, v, 2 if beta is None else 3),
             (grid.state_shape(grid.K, grid.K), kk),
             (grid.state_shape(grid.K, grid.V), kv),
         ],
@@ -282,10 +306,12 @@ def _vjp_backward(options, residuals, cotangents):
             *scratch_of(grid, k.dtype, options.plan),
         ],
     )
+    of_scalar = functools.partial(mosaic.from_rows, dscalars, grid.heads, T)
     return (
         *mosaic.token_gradients(dq, dk, dv, q, v),
-        mosaic.from_rows(dscalars, grid.heads, T, kind=1).astype(alpha.dtype),
+        of_scalar(kind=1).astype(alpha.dtype),
         mosaic.decay_gradient(dscalars, grid.heads, T).astype(log_decay.dtype),
+        None if beta is None else of_scalar(kind=2).astype(beta.dtype),
         (dinitial_kk[:, :, :K, :K], dinitial_kv[:, :, :K, :V]),
         None,
     )

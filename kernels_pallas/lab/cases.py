@@ -80,6 +80,10 @@ def _linear_attention_of_mamba2(q, k, v, log_decay, dt, skip, **options):
     return ops.linear_attention(q, k, v, log_decay, value_scale=dt, skip=skip, **options)
 
 
+def _kalmanet_with_beta(q, k, v, alpha, log_decay, beta, **options):
+    return ops.gated_kalmanet(q, k, v, alpha, log_decay, beta=beta, **options)
+
+
 def _token(n_scalars: int, *states: str):
     """Returns the arrays q, k, v of one token, n numbers per head, and states of the named sizes ("KK", "KV")."""
 
@@ -179,6 +183,8 @@ CASES = {
     "gated_kalmanet_accurate.backward": Case(accurate, _tokens(2), backward=True, kernel="gated_kalmanet"),
     "gated_kalmanet_cg": Case(conjugate, _tokens(2), kernel="gated_kalmanet"),
     "gated_kalmanet_cg.backward": Case(conjugate, _tokens(2), backward=True, kernel="gated_kalmanet"),
+    "gated_kalmanet_grouped": Case(_kalmanet_with_beta, _grouped(3), kernel="gated_kalmanet"),
+    "gated_kalmanet_grouped.backward": Case(_kalmanet_with_beta, _grouped(3), backward=True, kernel="gated_kalmanet"),
     "mamba3": Case(ops.mamba3, _rotated(1), kernel="linear_attention"),
     "mamba3.backward": Case(ops.mamba3, _rotated(1), backward=True, kernel="linear_attention"),
     "mamba3_mimo": Case(ops.mamba3, _rotated(4), kernel="linear_attention"),

@@ -10,15 +10,18 @@ import pytest
 import kernels_pallas as kp
 from kernels_pallas import mosaic
 from kernels_pallas.gated_delta_rule import STEPS
+from kernels_pallas.gated_kalmanet.composed import gated
 from kernels_pallas.heads import repeat_heads
 from tests.conftest import relative_error
 
 OPS = ["linear_attention", "gated_delta_rule", "gated_kalmanet"]
 IMPLEMENTATIONS = ["reference", "xla", "pallas_tpu", "pallas_gpu"]
-# H, heads of k and v, K, V: groups of 4 and 2, and of 1 and 4; Gated KalmaNet repeats before it calls any implementation
+# H, heads of k and v, K, V: groups of 4 and 2, and of 1 and 4
 SIZES, SMALL = [(4, 1, 2, 80, 64), (4, 4, 1, 64, 80)], (4, 1, 2, 8, 6)
-FORMS = [(op, form, SIZES[0]) for op in OPS[:2] for form in IMPLEMENTATIONS]
-FORMS += [(op, "pallas_tpu", SIZES[1]) for op in OPS[:2]] + [("gated_kalmanet", form, SMALL) for form in IMPLEMENTATIONS]
+FORMS = [(op, form, SIZES[0], True) for op in OPS[:2] for form in IMPLEMENTATIONS]
+FORMS += [(op, "pallas_tpu", sizes, True) for op, sizes in (*((op, SIZES[1]) for op in OPS), (OPS[2], SIZES[0]))]
+FORMS += [("gated_kalmanet", "pallas_tpu", SIZES[0], False)]
+FORMS += [("gated_kalmanet", form, SMALL, True) for form in IMPLEMENTATIONS if form != "pallas_tpu"]
 SCALARS = {
     "linear_attention": ("log_decay", "value_scale"),
     "gated_delta_rule": ("log_decay", "beta"),
@@ -77,9 +80,9 @@ def cotangents(out, op):
 
 
 @functools.cache
-def exact(op, T, sizes):
+def exact(op, T, sizes, scalars):
     """The output, the states and all gradients in float64, token by token, repeated and scaled by hand."""
-    inputs, state, ids = draw(op, T, sizes)
+    inputs, state, ids = draw(op, T, sizes, scalars)
     with jax.enable_x64(True):
         inputs, state = cast(inputs, "float64"), jax.tree.map(jnp.asarray, state)
         run = lambda x, s: by_hand(op, x, initial_state=s, segment_ids=ids, implementation="reference")  # noqa: E731
@@ -87,11 +90,11 @@ def exact(op, T, sizes):
         return jax.tree.map(np.asarray, (out, pull(cotangents(out, op))))
 
 
-@pytest.mark.parametrize("op, implementation, sizes", FORMS, ids=str)
-def test_outputs_states_and_gradients_are_those_of_repeated_heads_in_float64(op, implementation, sizes):
+@pytest.mark.parametrize("op, implementation, sizes, scalars", FORMS, ids=str)
+def test_outputs_states_and_gradients_are_those_of_repeated_heads_in_float64(op, implementation, sizes, scalars):
     """A chunk and a rest in the kernels of a TPU, packed segments, an initial state, scalars of the values."""
-    T = 131 if implementation == "pallas_tpu" and sizes != SMALL else 9
-    inputs, state, ids = draw(op, T, sizes)
+    T = 131 if implementation == "pallas_tpu" else 9
+    inputs, state, ids = draw(op, T, sizes, scalars)
     state = jax.tree.map(lambda s: jnp.asarray(s, jnp.float32), state)
 
     def run(x, s):
@@ -99,12 +102,13 @@ def test_outputs_states_and_gradients_are_those_of_repeated_heads_in_float64(op,
 
     out, pull = jax.vjp(run, cast(inputs, "float32"), state)
     got = out, pull(cotangents(out, op))
-    for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(exact(op, T, sizes)), strict=True):
+    for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(exact(op, T, sizes, scalars)), strict=True):
         assert a.shape == b.shape and relative_error(a, b) < 2e-5, path
 
 
 @pytest.mark.parametrize(
-    "op, implementation", [(op, form) for op in OPS[:2] for form in IMPLEMENTATIONS] + [("gated_kalmanet", "reference")]
+    "op, implementation",
+    [(op, form) for op in OPS[:2] for form in IMPLEMENTATIONS] + [("gated_kalmanet", form) for form in ("reference", "pallas_tpu")],
 )
 def test_a_group_s_gradients_are_added_up_before_they_are_rounded_to_bfloat16(op, implementation):
     """Two heads whose gradients cancel, and one whose gradient is too small to survive between them in bfloat16."""
@@ -121,6 +125,17 @@ def test_a_group_s_gradients_are_added_up_before_they_are_rounded_to_bfloat16(op
     (want,), (got,) = (pull(jnp.asarray(d, o.dtype)) for d in (small, small + large))
     for name in "kv":
         assert relative_error(got[name].astype(jnp.float32), want[name].astype(jnp.float32)) < 2e-2, name
+
+
+def test_the_kernel_of_a_tpu_rounds_keys_and_values_times_beta_as_the_other_forms_do():
+    """The states are equal to the last bit: in bfloat16 beta itself is not rounded before it multiplies."""
+    inputs, _, _ = draw("gated_kalmanet", 5, (2, 1, 1, 8, 8))
+    low = cast(inputs, "bfloat16")
+    beta = low.pop("beta")
+    scaled = low | {n: gated(low[n], beta, 2) for n in "kv"}
+    run = functools.partial(kp.gated_kalmanet, implementation="pallas_tpu", num_iter=0)
+    for got, want in zip(jax.tree.leaves(run(**low, beta=beta)), jax.tree.leaves(run(**scaled)), strict=True):
+        assert np.array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))
 
 
 def test_two_uses_of_the_values_add_up_before_they_are_rounded():

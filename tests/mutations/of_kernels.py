@@ -284,6 +284,20 @@ MUTATIONS = [
         (f"{GROUPS}::test_outputs_states_and_gradients_are_those_of_repeated_heads_in_float64",),
     ),
     Mutation(
+        "kernels_pallas/gated_kalmanet/tpu.py",
+        "store_heads(ref, each(jnp.multiply, beta, gradients), scale, group)",
+        "store_heads(ref, gradients, scale, group)",
+        "the gradients of Gated KalmaNet's keys and values are those of what beta made of them",
+        (f"{GROUPS}::test_outputs_states_and_gradients_are_those_of_repeated_heads_in_float64",),
+    ),
+    Mutation(
+        "kernels_pallas/gated_kalmanet/tpu.py",
+        "(b * x.astype(jnp.float32)).astype(x.dtype)",
+        "b.astype(x.dtype) * x",
+        "beta is rounded before it multiplies keys and values",
+        (f"{GROUPS}::test_the_kernel_of_a_tpu_rounds_keys_and_values_times_beta_as_the_other_forms_do",),
+    ),
+    Mutation(
         "hybrid_jax/parallel/recurrence.py",
         "if x.ndim == 4 and x.shape[2] % devices else x",
         "if x.ndim == 4 else x",
