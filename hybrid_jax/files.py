@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import glob
 import hashlib
 import json
 import os
@@ -155,30 +156,30 @@ def new_directory(path: str | pathlib.Path, overwrite: bool = False) -> Iterator
         raise
 
 
-def _set_aside(path: pathlib.Path) -> pathlib.Path:
-    """Returns where the directory `path` is while another one takes its place."""
-    path = path.absolute()
-    return path.with_name(f".{path.name}.old")
-
-
 def check_not_set_aside(path: str | pathlib.Path) -> None:
     """Checks that nothing is missing at `path` because a program was killed between the two renames that replace a directory.
 
     Raises:
-      FileNotFoundError: it is; says where the directory is that was to be replaced.
+      FileNotFoundError: it is, or there is an empty directory in its place; says where the directory is that was to be replaced.
     """
     path = pathlib.Path(path)
-    if not path.exists() and _set_aside(path).is_dir():
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        return
+    old = [p for p in path.absolute().parent.glob(f".{glob.escape(path.name)}.old.*") if p.is_dir()]
+    if old:
+        last = max(old, key=lambda p: p.stat().st_mtime)
         raise FileNotFoundError(
-            f"{path} is missing, because a program was killed while it replaced it; the old directory is {_set_aside(path)}: "
-            f"rename it to {path.name} and run the command again, or remove it if you do not need it"
+            f"{path} is missing, because a program was killed while it replaced it; the old directory is {last}: rename it to "
+            f"{path.name} and run the command again, or remove it if you do not need it"
         )
 
 
 def _replace(path: pathlib.Path, new: pathlib.Path) -> None:
-    """Renames the directory `new` to `path`, and removes what was there only when that is done."""
-    old = _set_aside(path)
-    shutil.rmtree(old, ignore_errors=True)  # of a program that was killed when the new directory was in place
+    """Renames the directory `new` to `path`, and removes what was there only when that is done.
+
+    A name of its own for what is set aside: whatever else has a similar name stays, also what a killed program left.
+    """
+    old = path.absolute().with_name(f".{path.name}.old.{uuid.uuid4().hex[:8]}")
     os.rename(path, old)
     try:
         os.rename(new, path)

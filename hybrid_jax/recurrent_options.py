@@ -139,6 +139,8 @@ class GKAConfig(HeadsOptions):
         super().__post_init__()
         if not self.use_forgetting_gate_kk and self.num_iter:
             raise ValueError("gka_config.use_forgetting_gate_kk = false is supported only without the solve, with num_iter = 0")
+        if self.solver == "cg" and self.ridge_strength < 1e-4:
+            raise ValueError(f"gka_config.solver = 'cg' needs a ridge_strength of at least 1e-4, got {self.ridge_strength}")
 
 
 @dataclasses.dataclass(frozen=True)

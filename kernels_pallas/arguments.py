@@ -100,6 +100,17 @@ def pick_implementation(op: str, name: str | None, table: Mapping[str, Entry], *
     return table[name]
 
 
+def check_floating(op: str, **arrays: jax.Array) -> None:
+    """Checks that arrays hold floating-point numbers.
+
+    Raises:
+      ValueError: names the array and its dtype.
+    """
+    for name, array in arrays.items():
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{op}: {name} must have a floating-point dtype, got {array.dtype}")
+
+
 def check_shapes(op: str, dims: dict[str, int], **arrays: tuple[jax.Array | None, str]) -> None:
     """Checks arrays against axis letters, e.g. `k=(k, "B T H K")`; None passes.
 
@@ -154,7 +165,7 @@ def check_options(
         ("chunk_size", chunk_size, chunk_size is None or chunk_size > 0, "1 or more tokens (None: the default)"),
         ("num_iter", num_iter, num_iter >= 0 and num_iter == int(num_iter), "an integer, 0 or more"),
         ("ridge_strength", ridge_strength, math.isfinite(ridge_strength) and ridge_strength > 0, "a finite number above 0"),
-        ("eps", eps, math.isfinite(eps) and eps > 0, "a finite number above 0"),
+        ("eps", eps, math.isfinite(eps) and eps >= jnp.finfo(jnp.float32).tiny, "a finite number above 0 that float32 has"),
     ):
         if not right:
             raise ValueError(f"{op}: {name} must be {want}, got {value!r}")

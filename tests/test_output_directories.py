@@ -47,7 +47,7 @@ def test_places_that_no_directory_can_be_renamed_to_are_refused_before_any_work(
 
 
 def test_a_model_whose_replacement_was_killed_between_the_renames_is_not_lost(source, tmp_path, capsys):
-    out, old = shutil.copytree(source, tmp_path / "out"), tmp_path / ".out.old"
+    out, theirs = shutil.copytree(source, tmp_path / "out"), shutil.copytree(source, tmp_path / ".out.old")
     (out / "merges.txt").write_text("x")
     program = f"""
 import os, sys
@@ -61,12 +61,15 @@ with files.new_directory({str(out)!r}, overwrite=True) as work:
     (work / "config.json").write_text("{{}}")
 """
     assert subprocess.run([sys.executable, "-c", program]).returncode == 9
+    (old,) = tmp_path.glob(".out.old.*")
     assert not out.exists() and (old / "merges.txt").read_text() == "x"
+    out.mkdir()  # as a job's script does
     for arguments in (("convert", source, out), ("convert", source, out, "--overwrite"), ("export", out, tmp_path / "other")):
         said = fails(capsys, *arguments)
         assert f"{out} is missing, because a program was killed while it replaced it; the old directory is {old}" in said
+    out.rmdir()
     old.rename(out)
     assert main(["convert", str(out), str(tmp_path / "copy")]) == 0
-    shutil.copytree(out, old)  # of a program that was killed after the second rename
     assert main(["convert", str(source), str(out), "--overwrite"]) == 0
-    assert not old.exists() and not (out / "merges.txt").exists()
+    assert not list(tmp_path.glob(".out.old.*")) and not (out / "merges.txt").exists()
+    assert (theirs / "config.json").exists(), "a directory that only has a similar name stays"

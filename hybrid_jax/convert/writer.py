@@ -23,9 +23,10 @@ def _copy_bytes(source: BinaryIO, start: int, file: BinaryIO, begin: int, size: 
     """Copies up to `size` bytes from `start` of one file to `begin` of another, in the kernel where it can; returns how many."""
     if hasattr(os, "copy_file_range"):
         try:
-            return os.copy_file_range(source.fileno(), file.fileno(), size, start, begin)
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            if copied := os.copy_file_range(source.fileno(), file.fileno(), size, start, begin):
+                return copied
+        except OSError as error:  # another disk, a file system or a container that does not allow it
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
                 raise
     source.seek(start)
     file.seek(begin)

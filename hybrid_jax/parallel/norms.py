@@ -6,7 +6,7 @@ import functools
 
 import jax
 
-from hybrid_jax.parallel.sharding import TOKENS, shard_map_by_axes
+from hybrid_jax.parallel.sharding import TOKENS, divides_heads, shard_map_by_axes
 from kernels_pallas import gated_rms_norm, qk_norm_rope, rms_norm
 
 _HEADS = (*TOKENS, "heads")
@@ -54,5 +54,5 @@ def normed_and_rotated(
         q, k = qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps, implementation=implementation)
         return q.swapaxes(1, 2), k.swapaxes(1, 2)
 
-    heads = tuple((*TOKENS, axis) for axis in axes)
+    heads = tuple((*TOKENS, axis if divides_heads(x.shape[2], axis) else None) for x, axis in zip((q, k), axes, strict=True))
     return shard_map_by_axes(local, (q, k, q_weight, k_weight, cos, sin), (*heads, (None,), (None,), TOKENS, TOKENS), heads)

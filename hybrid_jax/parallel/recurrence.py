@@ -9,7 +9,6 @@ A is one number per head for scalar decays and K x K for the delta rule.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_jax.parallel.sequence import as_chunks, as_rows, continued, exclusive_scan, from_pair, halo, halo_segments, to_pair
-from hybrid_jax.parallel.sharding import TOKENS, axis_size, mesh_axes_of, shard_map_by_axes
+from hybrid_jax.parallel.sharding import TOKENS, axis_size, divides_heads, shard_map_by_axes
 from kernels_pallas import (
     HeadNorm,
     linear_attention,
@@ -27,7 +26,7 @@ from kernels_pallas import (
     short_conv_step,
 )
 from kernels_pallas.heads import repeat_heads
-from kernels_pallas.short_conv.heads import norm_inputs
+from kernels_pallas.short_conv.heads import norm_inputs, norm_outputs
 
 HEADS, STATE, CHANNELS, REPLICATED = (*TOKENS, "heads"), ("batch", "heads"), ("heads",), (None,)
 
@@ -35,8 +34,8 @@ HEADS, STATE, CHANNELS, REPLICATED = (*TOKENS, "heads"), ("batch", "heads"), ("h
 def _divisible(arrays: Sequence[jax.Array]) -> list[jax.Array]:
     """Returns the arrays, those of keys and values [B, T, heads, D] repeated to q's heads, the first array's, where the mesh axes
     of `heads` do not divide their own: a device needs complete groups."""
-    devices, H = math.prod(map(axis_size, mesh_axes_of("heads"))), arrays[0].shape[2]
-    return [repeat_heads(x, H) if x.ndim == 4 and x.shape[2] % devices else x for x in arrays]
+    H = arrays[0].shape[2]
+    return [repeat_heads(x, H) if x.ndim == 4 and not divides_heads(x.shape[2]) else x for x in arrays]
 
 
 def _axes_of(arrays: Sequence[jax.Array]) -> list[tuple[str | None, ...]]:
@@ -185,6 +184,10 @@ def convolution(
 ) -> tuple[jax.Array, Any]:
     """The short conv of x [B, T, D] and its activation ("silu" or None), however it is sharded -> (y, state); D is sharded as
     heads are, as weight [D, W] is. The norm and its weight are those of `short_conv`."""
+    if norm is not None and not divides_heads(x.shape[-1] // norm.dim):  # a device would have a part of a head
+        x = norm_inputs(x, norm, norm_weight)
+        y, state = convolution(x, weight, bias, activation, state=state, segment_ids=segment_ids)
+        return norm_outputs(y, norm), state
     if axis_size("seq") > 1:
         axes = (TOKENS, HEADS, CHANNELS, CHANNELS, REPLICATED)
         local = functools.partial(_conv_over_chunks, activation=activation, norm=norm)

@@ -111,6 +111,11 @@ def mesh_axes_of(logical: str) -> tuple[str, ...]:
     return tuple(axis for axis in RULES[logical] if axis_size(axis) > 1)
 
 
+def divides_heads(heads: int, axis: str | None = "heads") -> bool:
+    """Returns whether the mesh in context gives every device along the logical `axis` as many complete heads; None: all of them."""
+    return axis is None or heads % math.prod(map(axis_size, mesh_axes_of(axis))) == 0
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Constrains the sharding of x to its logical axes, if a mesh is in context."""
     mesh = context_mesh()

@@ -15,8 +15,6 @@ coefficients of the iteration are the same for all tokens (`chebyshev.py`).
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import jax
 import jax.numpy as jnp
 
@@ -35,7 +33,7 @@ from kernels_pallas.gated_kalmanet.chunked import chunked_queries, gated_kalmane
 from kernels_pallas.gated_kalmanet.composed import composed, gated
 from kernels_pallas.gated_kalmanet.gpu import gated_kalmanet_gpu
 from kernels_pallas.gated_kalmanet.reference import gated_kalmanet_reference, gated_kalmanet_update
-from kernels_pallas.gated_kalmanet.solvers import SOLVERS
+from kernels_pallas.gated_kalmanet.solvers import check_solver
 from kernels_pallas.gated_kalmanet.tpu import gated_kalmanet_tpu
 from kernels_pallas.gated_kalmanet.tpu_step import gated_kalmanet_step_tpu
 from kernels_pallas.heads import dims_of_summary, grouped
@@ -50,11 +48,6 @@ IMPLEMENTATIONS: dict[str, GatedKalmaNet] = {
     "pallas_gpu": composed(gated_kalmanet_gpu),
 }
 PRECISIONS = ("fast", "accurate")
-
-
-def _check_choice(op: str, name: str, value: str, choices: Collection[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def gated_kalmanet(
@@ -119,8 +112,9 @@ def gated_kalmanet(
         h_kv=(h_kv, "B H K V"),
         segment_ids=(segment_ids, "B T"),
     )
-    _check_choice("gated_kalmanet", "precision", precision, PRECISIONS)
-    _check_choice("gated_kalmanet", "solver", solver, SOLVERS)
+    if precision not in PRECISIONS:
+        raise ValueError(f"gated_kalmanet: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    check_solver("gated_kalmanet", solver, ridge_strength)
     dtype = accumulator(q, k, v, alpha, log_decay, beta)
     h_kk = jnp.zeros((d["B"], d["H"], d["K"], d["K"]), dtype) if h_kk is None else h_kk.astype(dtype)
     h_kv = jnp.zeros((d["B"], d["H"], d["K"], d["V"]), dtype) if h_kv is None else h_kv.astype(dtype)
@@ -163,7 +157,7 @@ def gated_kalmanet_queries(
     d = dims_of(op, q, k)
     scalars = dict(alpha=(alpha, "B T H"), log_decay=(log_decay, "B T H"), segment_ids=(segment_ids, "B T"))
     check_shapes(op, d, k=(k, "B T H K"), initial_state=(initial_state, "B H K K"), **scalars)
-    _check_choice(op, "solver", solver, SOLVERS)
+    check_solver(op, solver, ridge_strength)
     check_options(op, scale=1.0, chunk_size=chunk_size, num_iter=num_iter, ridge_strength=ridge_strength)
     dtype = accumulator(q, k, alpha, log_decay)
     h_kk = jnp.zeros((d["B"], d["H"], d["K"], d["K"]), dtype) if initial_state is None else initial_state.astype(dtype)
@@ -229,7 +223,7 @@ def gated_kalmanet_step(
     states = dict(h_kk=(state[0], "B H K K"), h_kv=(state[1], "B H K V"))
     check_shapes(op, d, k=(k, "B Hk K"), v=(v, "B Hv V"), **scalars, **states)
     scale = scale_or_default(scale, q.shape[-1])
-    _check_choice(op, "solver", solver, SOLVERS)
+    check_solver(op, solver, ridge_strength)
     check_options(op, scale=scale, num_iter=num_iter, ridge_strength=ridge_strength)
     run = pick_implementation(op, implementation, STEPS, q, k, v)
     dtype = accumulator(q, k, v, alpha, log_decay, beta)

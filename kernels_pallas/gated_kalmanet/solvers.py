@@ -9,6 +9,19 @@ SOLVERS = {"chebyshev": chebyshev, "cg": conjugate_gradients}
 ENOUGH = {"chebyshev": 24, "cg": 16}  # iterations that damp the roundings of the fast schedule below 1e-3
 WIDE = {"chebyshev": {"fast": 8, "accurate": 22}, "cg": {"fast": 6, "accurate": 22}}
 SMALLEST = 2.0**-126  # of float32's normal numbers
+LEAST_RIDGE = 1e-4  # for "cg": with less, roundings of float32 make its steps diverge
+
+
+def check_solver(op: str, solver: str, ridge_strength: float) -> None:
+    """Checks the name of a solver, and that it converges with this ridge.
+
+    Raises:
+      ValueError: it is unknown, or the ridge is too small for it.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"{op}: solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+    if solver == "cg" and ridge_strength < LEAST_RIDGE:
+        raise ValueError(f"{op}: solver 'cg' needs a ridge_strength of at least {LEAST_RIDGE}, got {ridge_strength!r}")
 
 
 def unit_of(solver: str, ridge_strength: float) -> float:

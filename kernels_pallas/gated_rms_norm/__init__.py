@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import jax
 
-from kernels_pallas.arguments import alike, check_options, check_shapes, pick_implementation
+from kernels_pallas.arguments import alike, check_floating, check_options, check_shapes, pick_implementation
 from kernels_pallas.contract import GatedRMSNorm
 from kernels_pallas.gated_rms_norm.reference import gated_rms_norm_reference
 from kernels_pallas.gated_rms_norm.tpu import gated_rms_norm_tpu
@@ -53,6 +53,7 @@ def gated_rms_norm(
     if weight.shape not in (o.shape[3:], o.shape[2:]):
         raise ValueError(f"{op}: weight must be [D] or [H, D] of o {tuple(o.shape)}, got {tuple(weight.shape)}")
     check_options(op, eps=eps)
+    check_floating(op, o=o, gate=gate)
     run = pick_implementation(op, implementation, IMPLEMENTATIONS, o, gate)
     o, gate, weight = alike(op, o, gate, weight)
     return run(o, gate, weight, eps, gate_first)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import jax
 
-from kernels_pallas.arguments import alike, check_options, check_shapes, pick_implementation
+from kernels_pallas.arguments import alike, check_floating, check_options, check_shapes, pick_implementation
 from kernels_pallas.contract import NormRope
 from kernels_pallas.qk_norm_rope.reference import norm_rope_reference
 from kernels_pallas.qk_norm_rope.tpu import norm_rope_tpu
@@ -59,6 +59,7 @@ def qk_norm_rope(
     if not 0 < 2 * dims["A"] <= dims["D"]:
         raise ValueError(f"{op}: cos has {dims['A']} angles, q {dims['D']} channels; an angle rotates two channels")
     check_options(op, eps=eps, scale=scale)
+    check_floating(op, q=q, k=k)
     run = pick_implementation(op, implementation, IMPLEMENTATIONS, q, k)
     q, k, q_weight, k_weight, cos, sin = alike(op, q, k, q_weight, k_weight, *map(jax.lax.stop_gradient, (cos, sin)))
     return run(q, q_weight, cos, sin, eps, scale), run(k, k_weight, cos, sin, eps, 1.0)

@@ -10,7 +10,7 @@ from typing import overload
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.arguments import alike, check_options, check_shapes, pick_implementation
+from kernels_pallas.arguments import alike, check_floating, check_options, check_shapes, pick_implementation
 from kernels_pallas.contract import RMSNorm
 from kernels_pallas.rms_norm.reference import rms_norm_reference
 from kernels_pallas.rms_norm.tpu import rms_norm_tpu
@@ -60,6 +60,7 @@ def rms_norm(
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"{op}: residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
     check_options(op, eps=eps)
+    check_floating(op, x=x)
     if residual is not None:
         dtype = jnp.promote_types(x.dtype, residual.dtype)
         x, residual = x.astype(dtype), residual.astype(dtype)

@@ -101,8 +101,8 @@ def _norm_weight(op: str, D: int, norm: HeadNorm | None, weight: jax.Array | Non
         return None
     if norm.kind not in ("l2", "rms"):
         raise ValueError(f"{op}: unknown norm {norm.kind!r}; have 'l2' and 'rms'")
-    if norm.dim < 1 or D % norm.dim:
-        raise ValueError(f"{op}: the norm's dim must divide the {D} channels, got {norm.dim}")
+    if not isinstance(norm.dim, int) or norm.dim < 1 or D % norm.dim:
+        raise ValueError(f"{op}: the norm's dim must be an integer that divides the {D} channels, got {norm.dim}")
     check_options(op, eps=norm.eps)
     if norm.kind == "l2":
         if weight is not None:

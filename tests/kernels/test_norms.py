@@ -292,9 +292,11 @@ def test_options_that_do_not_fit_are_refused_with_what_was_wanted():
     norm = kp.HeadNorm("rms", 4)
     for given, message in (
         (dict(norm=norm._replace(kind="layer")), "unknown norm 'layer'; have 'l2' and 'rms'"),
-        (dict(norm=norm._replace(dim=3)), "the norm's dim must divide the 8 channels, got 3"),
-        (dict(norm=norm._replace(dim=0)), "must divide the 8 channels, got 0"),
-        (dict(norm=norm._replace(eps=0.0)), "eps must be a finite number above 0, got 0.0"),
+        (dict(norm=norm._replace(dim=3)), "the norm's dim must be an integer that divides the 8 channels, got 3"),
+        (dict(norm=norm._replace(dim=0)), "divides the 8 channels, got 0"),
+        (dict(norm=norm._replace(dim=4.0)), "divides the 8 channels, got 4.0"),
+        (dict(norm=norm._replace(eps=0.0)), "eps must be a finite number above 0 that float32 has, got 0.0"),
+        (dict(norm=norm._replace(eps=1e-40)), "above 0 that float32 has, got 1e-40"),
         (dict(norm=norm._replace(eps_outside=True)), "eps_outside is of an L2 norm"),
         (dict(norm=norm, norm_weight=jnp.ones(8)), r"norm_weight must be \[N\] = \(4,\), got \(8,\)"),
         (dict(norm=norm._replace(kind="l2"), norm_weight=jnp.ones(4)), "an L2 norm has no weight"),
@@ -311,7 +313,8 @@ def test_options_that_do_not_fit_are_refused_with_what_was_wanted():
         ((o[:, :0], o[:, :0], o[0, 0]), 1e-5, "o must be .* not empty"),
         ((o, o[:, :1], o[0, 0]), 1e-5, r"gate must be \[B, T, H, D\] = \(1, 4, 2, 8\), got \(1, 1, 2, 8\)"),
         ((o, o, o[0, 0, :1]), 1e-5, r"weight must be \[D\] or \[H, D\] of o \(1, 4, 2, 8\), got \(1, 8\)"),
-        ((o, o, o[0, 0]), -1.0, "eps must be a finite number above 0, got -1.0"),
+        ((o, o, o[0, 0]), -1.0, "eps must be a finite number above 0 that float32 has, got -1.0"),
+        ((o, o.astype(int), o[0, 0]), 1e-5, "gate must have a floating-point dtype, got int32"),
     ):
         with pytest.raises(ValueError, match=f"gated_rms_norm: {message}"):
             kp.gated_rms_norm(*arrays, eps)
@@ -329,7 +332,7 @@ def test_options_that_do_not_fit_are_refused_with_what_was_wanted():
         ((x[:0], None), 1e-6, None, r"x must be \[..., D\] and not empty, got \(0, 4, 8\)"),
         ((x, jnp.ones(4)), 1e-6, None, r"weight must be \[D\] = \(8,\), got \(4,\)"),
         ((x, None), 1e-6, x[:, :1], r"residual must have x's shape \(1, 4, 8\), got \(1, 1, 8\)"),
-        ((x, None), 0.0, None, "eps must be a finite number above 0, got 0.0"),
+        ((x, None), 0.0, None, "eps must be a finite number above 0 that float32 has, got 0.0"),
     ):
         with pytest.raises(ValueError, match=f"rms_norm: {message}"):
             kp.rms_norm(*arrays, eps, residual)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import kernels_pallas as kp
+from hybrid_jax.config import GKAConfig
 from tests.conftest import relative_error
 from tests.kernels.test_extremes import weak
 
@@ -164,3 +165,7 @@ def test_an_unknown_solver_is_refused_where_it_enters():
     state: Any = tuple(jnp.asarray(s[None]) for s in state)
     with pytest.raises(ValueError, match=f"gated_kalmanet_step: {message}"):
         kp.gated_kalmanet_step(*(x[:, 0] for x in inputs), state=state, solver="newton")
+    with pytest.raises(ValueError, match="solver 'cg' needs a ridge_strength of at least 0.0001, got 1e-05"):
+        kp.gated_kalmanet(*inputs, 1e-5, solver="cg")
+    with pytest.raises(ValueError, match="gka_config.solver = 'cg' needs a ridge_strength of at least 1e-4"):
+        GKAConfig(solver="cg", ridge_strength=1e-5)

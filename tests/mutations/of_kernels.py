@@ -299,7 +299,7 @@ MUTATIONS = [
     ),
     Mutation(
         "hybrid_jax/parallel/recurrence.py",
-        "if x.ndim == 4 and x.shape[2] % devices else x",
+        "if x.ndim == 4 and not divides_heads(x.shape[2]) else x",
         "if x.ndim == 4 else x",
         "keys are repeated where the mesh could divide their heads",
         ("tests/distributed/test_groups.py",),

@@ -18,6 +18,20 @@ MESH, ATTENTION, BLOCK, TILES = (f"hybrid_jax/parallel/{name}.py" for name in ("
 
 MUTATIONS = [
     Mutation(
+        "hybrid_jax/parallel/recurrence.py",
+        "if norm is not None and not divides_heads(x.shape[-1] // norm.dim):",
+        "if False:",
+        "a norm is computed of the part of a head that a device has",
+        ("tests/distributed/test_groups.py",),
+    ),
+    Mutation(
+        "hybrid_jax/parallel/norms.py",
+        "axis if divides_heads(x.shape[2], axis) else None",
+        "axis",
+        "keys are sharded over a mesh that does not divide their heads",
+        ("tests/distributed/test_groups.py",),
+    ),
+    Mutation(
         RECURRENCE,
         "A = jnp.where(link.reshape(*link.shape, *[1] * (A.ndim - 2)), A, 0)",
         "A = A",

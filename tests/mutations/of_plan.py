@@ -58,7 +58,7 @@ MUTATIONS = [
     ),
     Mutation(FORMULA, "max(places) < hardware.node", "max(places) <= hardware.node", "a neighbour node is inside", LINKS),
     Mutation(FORMULA, "beside * hardware.network", "hardware.network", "a node has one adapter", LINKS),
-    Mutation(PLANNER, "self.floor / efficiency", "self.floor * efficiency", "a lower efficiency is faster", FLOOR),
+    Mutation(PLANNER, "self.bound / efficiency", "self.bound * efficiency", "a lower efficiency is faster", FLOOR),
     Mutation(
         PLANNER, "self.parameters + self.optimizer + self.caches", "self.parameters + self.caches", "moments are not read", FLOOR
     ),
