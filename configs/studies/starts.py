@@ -5,7 +5,7 @@
 Half of the layers of the small source become Gated DeltaNet, Mamba-2 or Mamba-3, which begin with attention's weights (stage 0)
 or as in a new model; then all are primed and measured as in mixers.py. The recipe for Mamba-3 is ours (`Mamba3.from_attention`): no
 paper has one. Three seeds. `configs/studies/starts.py:M3-new` is one experiment.
-It has not been run yet.
+The outcome is in starts.md.
 """
 
 from ml_collections import ConfigDict
