@@ -88,6 +88,8 @@ def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Arra
 
 def _products(x: jax.Array, kernels: Sequence[jax.Array], biases: Sequence[jax.Array | None]) -> list[jax.Array]:
     """Returns x times each kernel, plus its bias, by one product."""
+    if not kernels:
+        return []
     bounds = list(itertools.accumulate(kernel.shape[1] for kernel in kernels))[:-1]
     parts = jnp.split(x @ jnp.concatenate(kernels, axis=1), bounds, axis=-1)
     return [y if bias is None else y + bias for y, bias in zip(parts, biases, strict=True)]

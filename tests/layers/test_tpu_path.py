@@ -49,3 +49,11 @@ def test_a_mixer_s_tpu_path_equals_its_portable_form(symbol, monkeypatch):
     assert names == {f"{kernel}_{way}" for kernel in KERNELS[symbol] for way in ("forward", "backward")}
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert relative_error(a, b) < 2e-4
+
+
+def test_parts_of_equal_widths_are_products_of_their_own(monkeypatch):
+    made = linear.Linear(3, 8, std=1.0, bias=True, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 3))
+    want = made.parts(x, (4, 4))
+    monkeypatch.setattr(linear, "backend", lambda: "tpu")
+    assert all(relative_error(a, b) < 1e-6 for a, b in zip(made.parts(x, (4, 4)), want, strict=True))
