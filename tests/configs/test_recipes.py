@@ -94,7 +94,7 @@ def test_a_recipe_s_step_compiles_for_its_slice(hasty_compiler):
     mesh = make_mesh(dict(phases["align"].mesh), topology_devices("v5p", "4x4x4"))
     program = training_program(model_of(config, phases["align"]), phases["align"], mesh)
     compiled = compile_program(program)
-    assert compiled.total < 95e9 and program_flops(program) > 0
+    assert compiled.total < 95e9 and program_flops(program)[0] > 0
 
 
 @pytest.mark.long
