@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
-TRIPS = re.compile(r'"knowntrip_count":\{"n":"(\d+)"\}')
+TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 LIMIT = re.compile(r" s32\[\]\S* constant\((\d+)\)")
 BRANCHES = re.compile(r"(?:branch_computations=\{([^}]*)\}|true_computation=(\S+), false_computation=(\S+))")
 CALLS = re.compile(r"(?:calls|to_apply|called_computations)=\{?([^,}\s]+(?:, ?%[\w.\-]+)*)")
