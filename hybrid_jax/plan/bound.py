@@ -28,7 +28,7 @@ def step_seconds(operations: Sequence[Operation], chip: str, hardware: Accelerat
 
     Returns:
       "products" at the matrix units' peak; "recurrences", the schedules that the laboratory has recorded for heads of 128 channels
-      in bfloat16, per token and head; "other kernels" and "other operations", their HBM traffic. Waits, copies that run beside
+      in bfloat16, per token and head, or HBM traffic where it has none for the chip; "other kernels" and "other operations", their HBM traffic. Waits, copies that run beside
       other operations, and what collectives are not hidden behind are not in it.
     """
     clock, recorded = CHIPS[chip].clock, PREDICTIONS[chip]
@@ -40,9 +40,9 @@ def step_seconds(operations: Sequence[Operation], chip: str, hardware: Accelerat
             seconds["other operations"] += traffic
         elif o.kind == "kernel" and (name := recurrence_of(o.name)):
             case = f"{name}_step" if "_step" in o.name else name
-            bundles = recorded[case][0]
-            if "_backward" in o.name:
-                bundles = recorded[f"{name}.backward"][0] - bundles
+            cases = (f"{name}.backward", case) if "_backward" in o.name else (case,)
+            found = [recorded[c][0] for c in cases if c in recorded]
+            bundles = found[0] - sum(found[1:]) if len(found) == len(cases) else 0.0
             seconds["recurrences"] += max(traffic, bundles * o.token_heads / clock)
         elif o.kind == "kernel" and o.token_heads:
             seconds["other kernels"] += traffic

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import time
 from typing import Any
 
@@ -16,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from hybrid_jax.config import ATTENTION, ModelConfig
 from hybrid_jax.data.layout import abstract_batch
 from hybrid_jax.flops import count_flops, traced
+from hybrid_jax.hardware import GIB
 from hybrid_jax.mixers import KINDS
 from hybrid_jax.model import abstract_decoder
 from hybrid_jax.parallel.mesh import BATCH_AXES, check_mesh_fits
@@ -242,8 +244,8 @@ class Compiled:
     Args:
       total: bytes per device that must fit: arguments and temporaries.
       temporaries: bytes per device beside the arguments, what layers keep included.
-      wire: bytes that a device sends per step, by kind of collective.
-      operations: the compiled ones.
+      wire: bytes that a device sends per step, by kind of collective; empty where the compiler only says that it does not fit.
+      operations: the compiled ones; likewise.
       seconds: that tracing and compiling took.
     """
 
@@ -255,11 +257,18 @@ class Compiled:
 
 
 def compile_program(program: Program) -> Compiled:
-    """Compiles a step for its mesh; a program larger than the device's memory compiles too."""
+    """Compiles a step for its mesh; of one whose temporaries alone exceed the device's memory, the compiler says their size only."""
     begin = time.perf_counter()
     with jax.set_mesh(program.mesh):
         lowered = program.function.lower(*program.arguments)
-        compiled = lowered.compile()
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            too_large = re.search(r"HLO temporaries \(([\d.]+)G\) exceeds", str(error))
+            if too_large is None:
+                raise
+            temporaries, held = float(too_large.group(1)) * GIB, program.parameters + program.optimizer + program.caches
+            return Compiled(held + temporaries, temporaries, {}, [], time.perf_counter() - begin)
     m = compiled.memory_analysis()
     alias = m.alias_size_in_bytes
     temporaries = m.temp_size_in_bytes + m.generated_code_size_in_bytes + m.output_size_in_bytes - alias

@@ -37,7 +37,7 @@ def test_the_bound_is_products_kernels_and_traffic():
     assert cost.kernel_bound == 7 and cost.bound == 97
 
 
-def test_a_step_is_its_products_the_recorded_recurrences_and_traffic():
+def test_a_step_is_its_products_the_recorded_recurrences_and_traffic(monkeypatch):
     """A second of products; 1e9 tokens and heads of the delta rule, forward and backward; two kernels and an operation of 1 GB."""
     chip, clock = TPUS["v5e"], CHIPS["v5e"].clock
 
@@ -51,6 +51,8 @@ def test_a_step_is_its_products_the_recorded_recurrences_and_traffic():
     assert seconds["products"] == 1
     assert seconds["recurrences"] == pytest.approx(PREDICTIONS["v5e"]["gated_delta_rule.backward"][0] * 1e9 / clock)
     assert seconds["other kernels"] == seconds["other operations"] == 1e9 / chip.bandwidth
+    monkeypatch.setitem(PREDICTIONS, "v5e", {})
+    assert step_seconds(rule, "v5e", chip, 0.0)["recurrences"] == 0, "no record for the chip: HBM traffic, of which there is none"
 
 
 CEILINGS = {  # bound, other operations' HBM traffic and estimate: cycles per token and head on v5e, forward and backward

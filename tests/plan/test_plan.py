@@ -31,7 +31,9 @@ from hybrid_jax.plan.planner import make_plan, meshes, spread_pattern
 from hybrid_jax.plan.program import (
     Compiled,
     Job,
+    Program,
     abstract_parameters,
+    compile_program,
     decoding_program,
     make_program,
     program_flops,
@@ -559,3 +561,17 @@ def test_bad_plans_are_refused(tmp_path):
         done, _ = plan(tmp_path, *arguments)
         assert done.returncode == 1 and words in done.stderr, done.stderr[-500:]
         assert "Traceback" not in done.stderr
+
+
+def test_a_step_whose_temporaries_the_compiler_refuses_does_not_fit():
+    class Refused:
+        def lower(self, *arguments):
+            return self
+
+        def compile(self):
+            sizes = "the total memory required for HLO temporaries (31.82G) exceeds available HBM (31.25G)."
+            raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: Ran out of memory on HBM, {sizes}")
+
+    program = Program(Refused(), (), make_mesh({"data": 1}, jax.devices()[:1]), 1e9, 2e9, 0.0, 5e9)
+    compiled = compile_program(program)
+    assert compiled.temporaries == 31.82 * 2**30 and compiled.total == 3e9 + compiled.temporaries
