@@ -257,7 +257,7 @@ class Compiled:
 
 
 def compile_program(program: Program) -> Compiled:
-    """Compiles a step for its mesh; of one whose temporaries alone exceed the device's memory, the compiler says their size only."""
+    """Compiles a step for its mesh; of one whose temporaries alone exceed the device's memory the compiler says only their size."""
     begin = time.perf_counter()
     with jax.set_mesh(program.mesh):
         lowered = program.function.lower(*program.arguments)
