@@ -12,11 +12,6 @@ from kernels_pallas.lab.predictions import PREDICTIONS
 RECURRENCES = ("gated_delta_rule", "gated_kalmanet", "linear_attention")  # whose kernels' time is not that of products at the peak
 
 
-def recurrence_of(kernel: str) -> str | None:
-    """Returns the recurrence that a kernel's name belongs to; None: to none."""
-    return next((name for name in RECURRENCES if name in kernel), None)
-
-
 def step_seconds(operations: Sequence[Operation], chip: str, hardware: Accelerator, product_flops: float) -> dict[str, float]:
     """Returns the seconds that the parts of a step take at least on a device, one after the other.
 
@@ -28,8 +23,8 @@ def step_seconds(operations: Sequence[Operation], chip: str, hardware: Accelerat
 
     Returns:
       "products" at the matrix units' peak; "recurrences", the schedules that the laboratory has recorded for heads of 128 channels
-      in bfloat16, per token and head, or HBM traffic where it has none for the chip; "other kernels" and "other operations", their
-      HBM traffic. Waits, copies that run beside other operations, and collectives that nothing hides are not in it.
+      in bfloat16 (Gated KalmaNet's with the default solver), per token and head, or HBM traffic where it has none for the chip;
+      "other kernels" and "other operations", their HBM traffic. Waits, copies that run beside other operations, and collectives that nothing hides are not in it.
     """
     clock, recorded = CHIPS[chip].clock, PREDICTIONS[chip]
     seconds: dict[str, float] = {"products": product_flops / hardware.flops}
@@ -38,7 +33,7 @@ def step_seconds(operations: Sequence[Operation], chip: str, hardware: Accelerat
         traffic = o.hbm_bytes / hardware.bandwidth
         if o.kind == "other":
             seconds["other operations"] += traffic
-        elif o.kind == "kernel" and (name := recurrence_of(o.name)):
+        elif o.kind == "kernel" and (name := next((name for name in RECURRENCES if name in o.name), None)):
             case = f"{name}_step" if "_step" in o.name else name
             cases = (f"{name}.backward", case) if "_backward" in o.name else (case,)
             found = [recorded[c][0] for c in cases if c in recorded]

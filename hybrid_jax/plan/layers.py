@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 
+from hybrid_jax.checks import check_integer
 from hybrid_jax.config import parse_pattern
 from hybrid_jax.families.public import PUBLIC
 from kernels_pallas.lab.chips import CHIPS
@@ -75,9 +76,10 @@ def layer_costs(chip: str, mixers: Sequence[str], model: str, seq_len: int, back
       backward: whether gradients of the input and of the mixer's parameters are computed too.
 
     Raises:
-      ValueError: an unknown symbol, or a mixer that does not compile; has the compiler's message.
+      ValueError: an unknown symbol, fewer than 1 token, or a mixer that does not compile; has the compiler's message.
       RuntimeError: the compiling process died; has the end of its standard error.
     """
+    check_integer("seq_len", seq_len, minimum=1)
     for symbol in mixers:
         parse_pattern(symbol)
     with contextlib.ExitStack() as stack:

@@ -76,3 +76,5 @@ def test_what_surrounds_a_mixer_s_kernels_stays_small(symbol, tmp_path):
 def test_an_unknown_mixer_is_refused_before_a_process_is_started():
     with pytest.raises(ValueError, match="XYZ"):
         next(layer_costs("v5e", ["XYZ"], "Qwen/Qwen3-8B", 8192, True))
+    with pytest.raises(ValueError, match="seq_len"):
+        next(layer_costs("v5e", ["GDN"], "Qwen/Qwen3-8B", 0, True))
