@@ -28,10 +28,7 @@ from hybrid_jax.parallel.norms import gated_norm
 from hybrid_jax.parallel.recurrence import recurrence
 from kernels_pallas import HeadNorm, gated_delta_rule, gated_delta_rule_step, gated_delta_rule_summary
 from kernels_pallas.heads import repeat_heads
-from kernels_pallas.numerics import l2_normalize
 from kernels_pallas.short_conv.heads import norm_outputs
-
-L2_EPS = 1e-6
 
 
 class GDNState(NamedTuple):
@@ -108,14 +105,12 @@ class GatedDeltaNet(ExpandedHeads):
                 return norm_outputs(jax.nn.silu(y), norm), None
             return conv(y, norm=norm, segment_ids=segment_ids, state=tail)
 
-        norm = HeadNorm("l2", N, L2_EPS)
+        norm = HeadNorm("l2", N)
         k, v, b, decay = products(x, (self.k_proj, self.v_proj, self.b_proj, self.gk_proj))
         q, q_conv = mixed(self.q_proj(x), self.q_conv1d, s.q_conv, norm)
         k, k_conv = mixed(k, self.k_conv1d, s.k_conv, None if self.expands else norm)
         v, v_conv = mixed(v, self.v_conv1d, s.v_conv)
-        q, (k, v) = repeat_heads(q.reshape(B, T, -1, N), H), self.expanded(k, v)
-        if self.expands:
-            k = l2_normalize(k, eps=L2_EPS, eps_outside=False)
+        q, (k, v) = repeat_heads(q.reshape(B, T, -1, N), H), self.expanded(k, v, norm)
         beta = jax.nn.sigmoid(b.astype(jnp.float32))
         if self.config.options(GDNConfig).allow_neg_eigval:
             beta = 2 * beta

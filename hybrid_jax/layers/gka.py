@@ -35,9 +35,6 @@ from kernels_pallas import (
     linear_attention_summary,
 )
 from kernels_pallas.heads import repeat_heads
-from kernels_pallas.numerics import l2_normalize
-
-L2_EPS = 1e-6
 
 
 class GKAState(NamedTuple):
@@ -136,7 +133,7 @@ class GatedKalmaNet(ExpandedHeads):
         """Returns q, k, v, alpha, g, beta (None without its gate) [B, T, heads, ...] of x [B, T, hidden], and the convs' tails."""
         B, T, _ = x.shape
         H, N = self.sizes.H, self.sizes.N
-        norm = HeadNorm("l2", N, L2_EPS, eps_outside=True)
+        norm = HeadNorm("l2", N, eps_outside=True)
         gates = {"a": self.a_proj if self.config.options(GKAConfig).use_forgetting_gate else None, "b": self.b_proj}
         maps = {"k": self.k_proj, "v": self.v_proj, **gates, "alpha": self.alpha_proj}
         maps = {name: linear for name, linear in maps.items() if linear is not None}
@@ -147,9 +144,7 @@ class GatedKalmaNet(ExpandedHeads):
         v, v_conv = y["v"], None
         if self.v_conv1d is not None:
             v, v_conv = self.v_conv1d(v, segment_ids=segment_ids, state=s.v_conv)
-        q, (k, v) = repeat_heads(q.reshape(B, T, -1, N), H), self.expanded(k, v)
-        if self.expands:
-            k = l2_normalize(k, eps=L2_EPS, eps_outside=True)
+        q, (k, v) = repeat_heads(q.reshape(B, T, -1, N), H), self.expanded(k, v, norm)
         beta = jax.nn.sigmoid(y["b"]) + 1e-6 if "b" in y else None
         ones = jnp.ones((B, T, H), jnp.float32)
         alpha = jax.nn.sigmoid(y["alpha"].astype(jnp.float32)) if "alpha" in y else ones
@@ -165,15 +160,12 @@ class GatedKalmaNet(ExpandedHeads):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Runs Gated KalmaNet on q, k, v, alpha, g, beta, however they are sharded; see `recurrence`."""
         solve, precision = dict(self._solve(), scale=self._scale()), self.config.options(GKAConfig).precision
-
-        def named(function, *arrays, **options):
-            return function(*arrays[:5], beta=arrays[5] if len(arrays) > 5 else None, **options)
-
         return recurrence(
-            functools.partial(named, functools.partial(gated_kalmanet, precision=precision, **self._chunks(), **solve)),
-            functools.partial(named, functools.partial(gated_kalmanet_step, **solve)),
-            functools.partial(named, lambda q, k, v, alpha, g, **kw: gated_kalmanet_summary(k, v, g, **kw)),
-            [x for x in arrays if x is not None],
+            functools.partial(gated_kalmanet, precision=precision, **self._chunks(), **solve),
+            functools.partial(gated_kalmanet_step, **solve),
+            lambda q, k, v, alpha, g, **kw: gated_kalmanet_summary(k, v, g, **kw),
+            arrays[:5],
+            beta=arrays[5],
             state=state,
             segment_ids=segment_ids,
         )

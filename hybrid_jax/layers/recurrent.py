@@ -21,6 +21,7 @@ from hybrid_jax.parallel.recurrence import convolution
 from hybrid_jax.recurrent_options import HeadsOptions
 from kernels_pallas import HeadNorm
 from kernels_pallas.heads import repeat_heads
+from kernels_pallas.short_conv.heads import norm_outputs
 
 STATE_AXES = ("batch", "heads", None, None)  # logical axes of a state [B,H,K,V]
 
@@ -143,16 +144,15 @@ class ExpandedHeads(nnx.Module):
         self.v_rep = _repetition(sizes.v, H, dtype) if learned else None
         self.sizes, self.expands = sizes, bool(rank or learned)
 
-    def expanded(self, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns k [B, T, H, N] and v [B, T, H, D] of all heads, of k [B, T, heads * N] and v [B, T, heads * D].
+    def expanded(self, k: jax.Array, v: jax.Array, norm: HeadNorm) -> tuple[jax.Array, jax.Array]:
+        """Returns normed k [B, T, H, N] and v [B, T, H, D] of all heads, of k [B, T, heads * N] and v [B, T, heads * D].
 
-        Where nothing `expands` them they keep their heads, which the operations repeat."""
+        Where nothing `expands` them k comes normed, and both keep their heads, which the operations repeat; else the norm is of the
+        expanded heads."""
         if not self.expands:
             return k.reshape(*k.shape[:2], -1, self.sizes.N), v.reshape(*v.shape[:2], -1, self.sizes.D)
-        return (
-            _expanded(k, self.sizes.H, self.sizes.N, self.proj_k, self.k_rep),
-            _expanded(v, self.sizes.H, self.sizes.D, self.proj_v, self.v_rep),
-        )
+        k = _expanded(k, self.sizes.H, self.sizes.N, self.proj_k, self.k_rep)
+        return norm_outputs(k, norm), _expanded(v, self.sizes.H, self.sizes.D, self.proj_v, self.v_rep)
 
 
 def _repetition(heads: int, num_heads: int, dtype: DTypeLike) -> nnx.Param:

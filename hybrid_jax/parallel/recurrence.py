@@ -90,6 +90,7 @@ def recurrence(
     *,
     state: Any,
     segment_ids: jax.Array,
+    **optional: jax.Array | None,
 ) -> tuple[jax.Array, Any]:
     """Runs a recurrence over [B, T, H, ...] arrays, however they are sharded.
 
@@ -100,23 +101,29 @@ def recurrence(
       step: one token, (*arrays without T, state=) -> (o, state); None: there is never a state.
       summary: (*arrays, segment_ids=) -> (A [B,H] or [B,H,K,K], b): what the tokens make of a state; None: tokens are not sharded.
       state: a pytree of [B, H, ...], or None: from nothing, and no final state where tokens are sharded.
+      optional: further arrays, which all three functions take by name; those that are None are left out.
 
     Raises:
       NotImplementedError: a state where tokens are sharded over the mesh.
     """
-    arrays = _divisible(arrays)
+    given, count = {name: x for name, x in optional.items() if x is not None}, len(arrays)
+
+    def by_name(function: Callable | None) -> Callable:
+        assert function is not None
+        return lambda *xs, **kw: function(*xs[:count], **dict(zip(given, xs[count:], strict=True)), **kw)
+
+    op, arrays = by_name(op), _divisible([*arrays, *given.values()])
     if axis_size("seq") > 1:
         if state is not None:
             raise NotImplementedError("generation does not shard tokens over the mesh: give a mesh whose 'seq' is 1")
-        assert summary is not None
-        local = functools.partial(_over_chunks, op, summary)
+        local = functools.partial(_over_chunks, op, by_name(summary))
         return shard_map_by_axes(local, (segment_ids, *arrays), (TOKENS, *_axes_of(arrays)), HEADS), None
     if state is not None and step is not None and arrays[0].shape[1] == 1:
         axes = [CHANNELS if x.ndim == 1 else STATE for x in arrays]
         arrays = [x if x.ndim == 1 else x[:, 0] for x in arrays]
 
         def one(state, *arrays):
-            return step(*arrays, state=state)
+            return by_name(step)(*arrays, state=state)
 
         o, state = shard_map_by_axes(one, (state, *arrays), (STATE, *axes), (STATE, STATE))
         return o[:, None], state
@@ -144,20 +151,14 @@ def linear_recurrence(
       state: S [B, H, K, V], or None, as in `recurrence`.
       implementation: of `linear_attention`.
     """
-    scalars = {name: x for name, x in dict(value_scale=value_scale, skip=skip).items() if x is not None}
 
-    def named(function, q, k, v, g, *given, **options):
-        return function(q, k, v, g, scale=1.0, **dict(zip(scalars, given, strict=True)), **options)
+    def summary(q, k, v, g, *, skip=None, **options):  # the skip changes no state
+        del q, skip
+        return linear_attention_summary(k, v, g, **options)
 
-    def summary(q, k, v, g, *given, segment_ids):
-        del q
-        of_values = dict(zip(scalars, given, strict=True))
-        of_values.pop("skip", None)
-        return linear_attention_summary(k, v, g, segment_ids=segment_ids, **of_values)
-
-    op = functools.partial(named, functools.partial(linear_attention, implementation=implementation))
-    step = functools.partial(named, linear_attention_step)
-    return recurrence(op, step, summary, (*arrays, *scalars.values()), state=state, segment_ids=segment_ids)
+    op = functools.partial(linear_attention, scale=1.0, implementation=implementation)
+    step = functools.partial(linear_attention_step, scale=1.0)
+    return recurrence(op, step, summary, arrays, state=state, segment_ids=segment_ids, value_scale=value_scale, skip=skip)
 
 
 def _conv_over_chunks(segment_ids, x, weight, bias, norm_weight, *, activation, norm):

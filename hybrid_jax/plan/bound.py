@@ -24,7 +24,8 @@ def step_seconds(operations: Sequence[Operation], chip: str, hardware: Accelerat
     Returns:
       "products" at the matrix units' peak; "recurrences", the schedules that the laboratory has recorded for heads of 128 channels
       in bfloat16 (Gated KalmaNet's with the default solver), per token and head, or HBM traffic where it has none for the chip;
-      "other kernels" and "other operations", their HBM traffic. Waits, copies that run beside other operations, and collectives that nothing hides are not in it.
+      "other kernels" and "other operations", their HBM traffic. Waits, copies that run beside other operations, and collectives
+      that nothing hides are not in it.
     """
     clock, recorded = CHIPS[chip].clock, PREDICTIONS[chip]
     seconds: dict[str, float] = {"products": product_flops / hardware.flops}

@@ -165,8 +165,8 @@ MUTATIONS = [
     ),
     Mutation(
         GKA,
-        'HeadNorm("l2", N, L2_EPS, eps_outside=True)',
-        'HeadNorm("l2", N, L2_EPS)',
+        'HeadNorm("l2", N, eps_outside=True)',
+        'HeadNorm("l2", N)',
         "q and k are normalized with another epsilon",
         (FORMULAS, HMF),
     ),
@@ -201,8 +201,8 @@ MUTATIONS = [
     Mutation(GDN, "beta = 2 * beta", "beta = 1 * beta", "allow_neg_eigval is ignored", (FORMULAS,)),
     Mutation(
         GDN,
-        'HeadNorm("l2", N, L2_EPS)',
-        'HeadNorm("l2", N, L2_EPS, eps_outside=True)',
+        'HeadNorm("l2", N)',
+        'HeadNorm("l2", N, eps_outside=True)',
         "q and k are normalized with another epsilon",
         (FORMULAS, HMF),
     ),
