@@ -96,7 +96,7 @@ MUTATIONS = [
         "inner * (1 + 1 / queries) / 2",
         "inner / 2",
         "a causal kernel's diagonal is half computed",
-        (f"{PLAN}::test_flops_of_splash_attention_leave_out_what_a_causal_mask_hides",),
+        ("tests/test_flops.py::test_flops_of_splash_attention_leave_out_what_a_causal_mask_hides",),
     ),
     Mutation(
         HARDWARE,
