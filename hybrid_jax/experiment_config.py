@@ -64,12 +64,13 @@ class Experiment:
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def from_config(cls, config: ConfigDict) -> Experiment:
+    def from_config(cls, config: ConfigDict, *, with_data: bool = True) -> Experiment:
         """Returns the experiment that a config describes.
 
         Args:
           config: the fields named in this class (`fields.fields_of` lists all); `schedule`, the names of the phases in order; and
             `phases`, the fields of each `Phase` by its name.
+          with_data: whether the sources of text must be there; a plan needs none of them.
 
         Raises:
           ValueError: an unknown or missing field, or a bad value; names it. FileNotFoundError: a source of text is not there.
@@ -90,6 +91,8 @@ class Experiment:
         record = with_absolute_paths(values)
         data = record["data"]
         _check_data(data, fields["data"], new_model=bool(values.get("model")))
+        if with_data:
+            check_sources(data)
         phases = _phases(values)
         known = (*read_sources(data), *read_tasks(data))
         for name, phase in phases:
@@ -246,11 +249,10 @@ def _phases(values: Mapping[str, Any]) -> tuple[tuple[str, Phase], ...]:
 
 
 def _check_data(data: Mapping[str, Any], fields: Mapping[str, Any], new_model: bool) -> None:
-    """Checks that every source of text is there, without reading it."""
+    """Checks the fields of a config's data."""
     check_known("config.data", data, fields)
     if new_model and not data.get("text"):
         raise ValueError("a new 'model' needs data.text, to train its tokenizer on")
-    check_sources(data)
 
 
 def with_absolute_paths(config: Mapping[str, Any]) -> dict[str, Any]:

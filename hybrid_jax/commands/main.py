@@ -99,6 +99,7 @@ COMMANDS = {
         "plan",
         "print what a job needs on a TPU slice or on GPUs, compiled ahead of time",
         "--source Qwen/Qwen3-8B --pattern GKA:0.5 --topology v5p:4x4x4 --seq-len 131072 --program align",
+        overrides=True,
     ),
     "cache-teacher": Command(
         "cache_teacher",

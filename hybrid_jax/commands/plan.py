@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+from typing import TYPE_CHECKING
 
-from hybrid_jax.commands.options import directory, integer, number
+from hybrid_jax.commands.options import OVERRIDES, directory, integer, number
 from hybrid_jax.commands.quiet import native_stderr_hidden
+
+if TYPE_CHECKING:
+    from hybrid_jax.config import ModelConfig
+    from hybrid_jax.plan.program import Job
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = f"{parser.description}. {OVERRIDES}"
+    parser.add_argument("--source", type=directory, help="a directory with config.json (no weights needed), or a public name")
     parser.add_argument(
-        "--source", required=True, type=directory, help="a directory with config.json (no weights needed), or a public name"
+        "--config", metavar="FILE", help="in place of --source: an experiment config, of which --phase is planned; it needs no data"
     )
+    parser.add_argument("--phase", help="with --config: the phase whose step is planned, as the config has it")
     parser.add_argument("--pattern", default="", help="one symbol per layer, or e.g. GKA:0.5; default: the source as it is")
     parser.add_argument("--topology", required=True, help="v5p:4x4x4, v5p (the smallest slice that fits), h100:64, …")
-    parser.add_argument("--mesh", help="e.g. fsdp=8,seq=8; default: chosen")
+    parser.add_argument("--mesh", help="e.g. fsdp=8,seq=8; default: the phase's own, or else chosen")
     parser.add_argument("--seq-len", type=integer(minimum=1), default=8192, help="tokens per row; when decoding, tokens of context")
     parser.add_argument("--program", default="train", help="the step to plan: align, train or decode")
     parser.add_argument("--rows", type=integer(minimum=0), default=0, help="rows per step; default: one per part of the batch")
@@ -31,6 +39,73 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", help="write the plan here too")
 
 
+# Options that describe a step, with their defaults; with --config the phase describes it.
+STEP = {"pattern": "", "seq_len": 8192, "program": "train", "rows": 0, "remat": "full", "trainable": ()}
+
+
+def _config_of(source: str) -> ModelConfig:
+    """Returns the config of a directory or of a public name.
+
+    Raises:
+      ValueError: it is neither.
+    """
+    from hybrid_jax.convert.load import read_model_config
+    from hybrid_jax.families import config_from_hf
+    from hybrid_jax.families.public import PUBLIC
+
+    if source in PUBLIC:
+        return config_from_hf(PUBLIC[source])
+    if pathlib.Path(source).is_dir():
+        return read_model_config(source)
+    raise ValueError(f"{source!r} is no directory and no name known here: {', '.join(PUBLIC)}")
+
+
+def _job(args: argparse.Namespace) -> Job:
+    """Returns the job that the options describe.
+
+    Raises:
+      ValueError: they contradict each other.
+    """
+    from hybrid_jax.checks import check_choice
+    from hybrid_jax.model import REMAT
+    from hybrid_jax.plan.planner import spread_pattern
+    from hybrid_jax.plan.program import Job
+
+    if args.phase or args.overrides:
+        raise ValueError(f"{'--phase' if args.phase else args.overrides[0]} needs --config")
+    check_choice("--remat", args.remat, REMAT)
+    config = _config_of(args.source)
+    hybrid = config.with_pattern(spread_pattern(args.pattern, config)) if args.pattern else config
+    return Job(hybrid.unfused(), args.program, args.seq_len, args.rows, tuple(args.trainable), args.remat, config)
+
+
+def _job_of_phase(args: argparse.Namespace) -> tuple[Job, dict[str, int]]:
+    """Returns the step of a phase of an experiment, and the mesh that the config has for it, empty if it has none.
+
+    Raises:
+      ValueError: there is no such phase, or an option says what the phase says.
+    """
+    from hybrid_jax.experiment_config import Experiment
+    from hybrid_jax.fields import load_experiment_config
+    from hybrid_jax.plan.program import Job
+
+    if given := [name for name, default in STEP.items() if getattr(args, name) != default]:
+        option = given[0].replace("_", "-")
+        raise ValueError(f"--{option} cannot stand beside --config, whose phase says it; override the config's field instead")
+    config = load_experiment_config([f"--config={args.config}", *args.overrides])
+    experiment = Experiment.from_config(config, with_data=False)
+    phases = dict(experiment.phases)
+    if args.phase not in phases:
+        raise ValueError(f"--phase {args.phase!r}: the config's schedule has {', '.join(phases) or 'no phase'}")
+    if not experiment.source:
+        raise ValueError("the config makes a new model; plan conversions by --config, other models by --source")
+    if experiment.select is not None:
+        raise ValueError("the config selects its pattern by the weights, which a plan does not have; give --config.pattern=...")
+    phase, source = phases[args.phase], experiment.with_mixer_options(_config_of(experiment.source))
+    hybrid = source.with_pattern(experiment.pattern) if experiment.pattern else source
+    return Job.of_phase(hybrid.unfused(), phase, source), dict(phase.mesh or experiment.mesh)
+
+
 def run(args: argparse.Namespace) -> None:
     import contextlib
     import json
@@ -42,37 +117,30 @@ def run(args: argparse.Namespace) -> None:
 
     jax.config.update("jax_platforms", "cpu")  # the devices planned for are not there
 
-    from hybrid_jax.checks import check_choice
-    from hybrid_jax.convert.load import read_model_config
-    from hybrid_jax.families import config_from_hf
-    from hybrid_jax.families.public import PUBLIC
     from hybrid_jax.files import check_new_file, write_text
     from hybrid_jax.hardware import TPUS
-    from hybrid_jax.model import REMAT
     from hybrid_jax.parallel.mesh import parse_mesh
     from hybrid_jax.plan.plan_report import cache_table, plan_json, plan_table
-    from hybrid_jax.plan.planner import make_plan, spread_pattern
-    from hybrid_jax.plan.program import Job, topology_devices
+    from hybrid_jax.plan.planner import make_plan
+    from hybrid_jax.plan.program import topology_devices
 
-    check_choice("--remat", args.remat, REMAT)
     if args.json:
         check_new_file(args.json)
     mesh = parse_mesh(args.mesh) if args.mesh else None
-    if args.source in PUBLIC:
-        config = config_from_hf(PUBLIC[args.source])
-    elif pathlib.Path(args.source).is_dir():
-        config = read_model_config(args.source)
+    if bool(args.source) == bool(args.config):
+        raise ValueError("give either --source, a model, or --config and --phase, a phase of an experiment")
+    if args.config:
+        job, own = _job_of_phase(args)
+        mesh = mesh or own or None
     else:
-        raise ValueError(f"--source {args.source!r} is no directory and no name known here: {', '.join(PUBLIC)}")
-    hybrid = config.with_pattern(spread_pattern(args.pattern, config)) if args.pattern else config
-    job = Job(hybrid.unfused(), args.program, args.seq_len, args.rows, tuple(args.trainable), args.remat, config)
+        job = _job(args)
     if args.topology.partition(":")[0] in TPUS:
         with native_stderr_hidden(), contextlib.suppress(FileNotFoundError):
             topology_devices("v5e", "2x2")  # loads libtpu, which says at length that this machine has no TPU
     console = Console(width=None if Console().is_terminal else 140)
     plan = make_plan(job, args.topology, mesh, log=console.print)
     console.print(plan_table(plan, args.tokens, args.efficiency))
-    if args.program == "decode":
+    if job.program == "decode":
         console.print(cache_table(plan))
     if args.json:
         write_text(args.json, json.dumps(plan_json(plan, args.tokens, args.efficiency), indent=2) + "\n")

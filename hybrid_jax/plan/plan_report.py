@@ -32,7 +32,7 @@ def plan_rows(plan: Plan, tokens: float, efficiency: float) -> list[tuple[str, s
     job, floors = plan.job, plan.floors
     compiled = f"compiled in {plan.compile_seconds:.0f} s" if plan.compiled else "by formula, not compiled"
     rows = [
-        ("job", f"{job.program}, {job.config.family}, {job.config.num_layers} layers, {mixers(plan)}"),
+        ("job", f"{job.title}, {job.config.family}, {job.config.num_layers} layers, {mixers(plan)}"),
         ("on", f"{plan.topology} ({plan.devices} devices), mesh {mesh_text(plan.mesh)}, {compiled}"),
         ("per step", f"{job.rows} rows of {job.seq_len:,} tokens" + ("" if job.program == "decode" else f", remat {job.remat}")),
         ("fits", _verdict(plan)),
@@ -118,6 +118,7 @@ def plan_json(plan: Plan, tokens: float, efficiency: float) -> dict[str, Any]:
         },
         "hbm": plan.accelerator.hbm,
         "program": job.program,
+        "objective": None if job.program == "decode" else job.phase.objective,
         "pattern": job.config.pattern,
         "state_bytes": state_bytes_by_kind(job.config, job.seq_len, rows=job.rows),
         "rows": job.rows,

@@ -18,6 +18,7 @@ from hybrid_jax.plan.formula import flops_by_formula, traffic
 from hybrid_jax.plan.program import Job, compile_program, make_program, program_flops, topology_devices
 
 LOCAL_TOKENS = 16384  # chosen meshes divide rows over `seq` until a device has this many tokens of a row
+FORMULAS = ("next_token", "align_none")  # objectives that `plan.formula` counts
 TRIES = 4  # changes that are compiled to find one that fits; each takes minutes
 Log = Callable[[str], object]
 """Takes a line of progress."""
@@ -148,7 +149,7 @@ def meshes(job: Job, devices: int) -> Iterator[dict[str, int]]:
     tokens = None if decodes else job.seq_len
     for _, sizes in sorted(found, key=lambda f: f[0]):
         try:
-            check_mesh_fits(config, abstract_mesh(sizes), with_rows(job, sizes).rows, tokens)
+            check_mesh_fits(config, abstract_mesh(sizes), with_rows(job, sizes).rows_at_a_time, tokens)
         except ValueError:
             continue
         yield sizes
@@ -216,7 +217,7 @@ def _plan_on(
     if chip not in TPUS:
         return _plan_by_formula(job, f"{chip}:{shape}", hardware, devices, sizes)
     program = make_program(job, make_mesh(sizes, topology_devices(chip, shape)))
-    log(f"{chip}:{shape}, {mesh_text(sizes)}: tracing and compiling the {job.program} step …")
+    log(f"{chip}:{shape}, {mesh_text(sizes)}: tracing and compiling the {job.title} step …")
     compiled = compile_program(program)
     flops, of_recurrences = program_flops(program)
     plan = Plan(
@@ -282,7 +283,15 @@ def _plan_by_formula(job: Job, topology: str, hardware: Accelerator, devices: in
 
     What the compiler decides, the temporaries, is not known. So `total` is a lower bound, and a plan below the memory of the
     device may fit or not.
+
+    Raises:
+      ValueError: the job is a phase whose objective no formula describes.
     """
+    if job.given is not None and job.phase.objective not in FORMULAS:
+        raise ValueError(
+            f"a step of {job.phase.objective!r} cannot be planned for {topology}: GPUs are planned by formula, and there is one for "
+            f"{', '.join(FORMULAS)}; plan it for a TPU, whose compiler answers for every objective"
+        )
     program, sent = make_program(job, _without_devices(sizes)), traffic(job, sizes)
     return Plan(
         topology=topology,

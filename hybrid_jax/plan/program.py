@@ -47,6 +47,7 @@ class Job:
       trainable: patterns of the names of parameters that train; empty: the mixers when aligning, else all.
       remat: what layers keep for the backward pass, see `model.REMAT`.
       source: what is converted, whose mixers teach those that begin from them (`copies.COPIES`); None: attention teaches.
+      given: the phase whose step is planned; None: one that is made from the other fields.
 
     Raises:
       ValueError: an unknown program, or `align` for a model without mixers.
@@ -59,6 +60,20 @@ class Job:
     trainable: tuple[str, ...] = ()
     remat: str = "full"
     source: ModelConfig | None = None
+    given: Phase | None = None
+
+    @classmethod
+    def of_phase(cls, config: ModelConfig, phase: Phase, source: ModelConfig) -> Job:
+        """Returns the job of one step of an experiment's phase.
+
+        Args:
+          config: the hybrid, in one-stream form.
+          phase: what trains, on which rows, with which objective; its mesh is not read.
+          source: what is converted.
+        """
+        phase = phase.with_rows(phase.batch_size)  # how many steps there are makes no difference to one of them
+        program = "align" if phase.form == "fused" else "train"
+        return cls(config, program, phase.seq_len, phase.batch_size, phase.trainable, phase.remat, source, phase)
 
     def __post_init__(self):
         if self.program not in PROGRAMS:
@@ -73,7 +88,9 @@ class Job:
 
     @property
     def phase(self) -> Phase:
-        """The training phase of which one step is planned; bf16 matrix products and frozen parameters."""
+        """The training phase of which one step is planned; bf16 matrix products and frozen parameters, where none is given."""
+        if self.given is not None:
+            return dataclasses.replace(self.given, batch_size=self.rows, remat=self.remat)
         mixers = sorted({KINDS[s.kind].parameter_key for s in self.config.layers if s.kind != ATTENTION})
         align = self.program == "align"
         return Phase(
@@ -87,6 +104,16 @@ class Job:
             frozen_dtype="bfloat16",
             remat=self.remat,
         )
+
+    @property
+    def title(self) -> str:
+        """The program, or the objective of the phase that is given."""
+        return self.program if self.given is None else self.given.objective
+
+    @property
+    def rows_at_a_time(self) -> int:
+        """Rows of a part of a step: of a phase that is given, of one of its microbatches."""
+        return self.rows if self.given is None else self.rows // self.given.accumulate
 
     @property
     def tokens(self) -> int:

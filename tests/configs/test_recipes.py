@@ -1,7 +1,5 @@
 """The published recipes: their numbers, and that every phase of every one is a step that compiles."""
 
-import pathlib
-
 import jax
 import pytest
 
@@ -40,14 +38,7 @@ def hasty_compiler():
 
 def recipe(size, mixer, last=""):
     config = load_config([f"--config={RECIPE}:{size}-{mixer}{last}"])
-    return config, dict(Experiment.from_config(with_sources(config)).phases)
-
-
-def with_sources(config):
-    """Its data stand nowhere: any text in their place."""
-    for source in config.data.sources.values():
-        source.path = str(pathlib.Path(__file__))
-    return config
+    return config, dict(Experiment.from_config(config, with_data=False).phases)
 
 
 def model_of(config, phase):
@@ -116,8 +107,8 @@ MOHAWK = {"Phi-Mamba": 3e9, "Hybrid-Phi-Mamba": 5e9, "Llamba-1B": 8e9, "Llamba-3
 
 @pytest.mark.parametrize("name", MOHAWK)
 def test_a_recipe_of_mohawk_has_its_budget_and_trains_the_mixers_first(name):
-    config = with_sources(load_config([f"--config=configs/mohawk.py:{name}"]))
-    phases = dict(Experiment.from_config(config).phases)
+    config = load_config([f"--config=configs/mohawk.py:{name}"])
+    phases = dict(Experiment.from_config(config, with_data=False).phases)
     assert sum(p.steps * p.tokens_per_step for p in phases.values()) == pytest.approx(MOHAWK[name], rel=1e-3)
     assert config.copy_attention is False and list(phases) == ["matrices", "layers", "distill"]
     for phase in phases.values():

@@ -1,0 +1,87 @@
+"""Plans of the phases of an experiment: the step is the phase's own, and what the phase says is not said twice."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from hybrid_jax.commands.main import main
+from hybrid_jax.experiment_config import Experiment
+from hybrid_jax.families import config_to_hf
+from hybrid_jax.fields import load_experiment_config
+from hybrid_jax.parallel.mesh import abstract_mesh
+from hybrid_jax.plan.planner import make_plan, meshes
+from hybrid_jax.plan.program import Job, make_program, training_program
+from tests.conftest import tiny_config
+
+SMALL = ("batch_size=4", "seq_len=128", "accumulate=2", "steps=8", "decay_steps=1")
+PROGRAM = "import sys; from hybrid_jax.commands.main import main; sys.exit(main(sys.argv[1:]))"
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """A recipe with a small source and rows; its data are nowhere."""
+    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(tiny_config("*-*", vocab_size=64, hidden_size=32))))
+    rows = [f"--config.phases.{phase}.{value}" for phase in ("matrices", "layers", "distill") for value in SMALL]
+    return ["--config=configs/mohawk.py:Llamba-1B", f"--config.source={tmp_path}", "--config.pattern=*-DM2", *rows]
+
+
+def job_of(arguments, name):
+    experiment = Experiment.from_config(load_experiment_config(arguments), with_data=False)
+    phase, source = dict(experiment.phases)[name], tiny_config("*-*", vocab_size=64, hidden_size=32)
+    return Job.of_phase(source.with_pattern(experiment.pattern), phase, source), phase, source
+
+
+@pytest.mark.parametrize("name", ["matrices", "layers", "distill"])
+def test_the_step_of_a_phase_is_the_one_that_the_loop_runs(arguments, name):
+    job, phase, source = job_of(arguments, name)
+    assert job.phase == phase and job.model_config == source.with_pattern("*-DM2").fused(source)
+    assert job.tokens == 4 * 128 and job.rows_at_a_time == 2
+    mesh = abstract_mesh({"fsdp": 2})
+    planned, run = make_program(job, mesh), training_program(job.model_config, phase, mesh)
+    assert (planned.parameters, planned.optimizer, planned.teacher) == (run.parameters, run.optimizer, run.teacher)
+    assert (planned.teacher > 0) == (name != "matrices")  # its own copies of MLPs and norms, which train after the matrices
+
+
+def test_a_mesh_is_chosen_that_divides_the_rows_of_a_microbatch(arguments):
+    job, _, _ = job_of(arguments, "layers")
+    assert {"fsdp": 4} not in list(meshes(job, 4)) and {"fsdp": 2, "seq": 2} in list(meshes(job, 4))
+
+
+def test_the_command_compiles_a_phase_without_data_or_weights(arguments, tmp_path):
+    pytest.importorskip("libtpu")
+    found = tmp_path / "plan.json"
+    command = ["plan", *arguments, "--phase", "matrices", "--topology", "v5e:2x2", "--mesh", "fsdp=2,seq=2", "--json", str(found)]
+    done = subprocess.run([sys.executable, "-c", PROGRAM, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    answer = json.loads(found.read_text())
+    assert (answer["fits"], answer["objective"], answer["pattern"]) == (True, "align_matrices", "*-DM2")
+    assert "align_matrices, qwen3, 2 layers, 1 DM2, 1 *" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (("--phase", "polish"), "--phase 'polish': the config's schedule has matrices, layers, distill"),
+        (("--phase", "layers", "--seq-len", "64"), "--seq-len cannot stand beside --config, whose phase says it"),
+        (("--phase", "layers", "--source", "Qwen/Qwen3-8B"), "give either --source, a model, or --config and --phase"),
+        (("--phase", "layers", "--config.source=nowhere"), "'nowhere' is no directory and no name known here"),
+    ],
+)
+def test_what_the_phase_says_is_not_said_twice(arguments, capsys, more, words):
+    assert main(["plan", *arguments, *more, "--topology", "v5e:2x2"]) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_a_phase_without_a_config_is_refused(capsys):
+    assert main(["plan", "--source", "Qwen/Qwen3-8B", "--phase", "layers", "--topology", "v5e:2x2"]) == 1
+    assert "--phase needs --config" in capsys.readouterr().err
+
+
+def test_no_formula_describes_the_stages_of_mohawk_on_gpus(arguments):
+    job, _, _ = job_of(arguments, "layers")
+    with pytest.raises(
+        ValueError, match="'align_decoder' cannot be planned for h100:2: .* next_token, align_none; plan it for a TPU"
+    ):
+        make_plan(job, "h100:2", {"fsdp": 2})
