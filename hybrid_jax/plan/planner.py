@@ -289,8 +289,8 @@ def _plan_by_formula(job: Job, topology: str, hardware: Accelerator, devices: in
     """
     if job.given is not None and job.phase.objective not in FORMULAS:
         raise ValueError(
-            f"a step of {job.phase.objective!r} cannot be planned for {topology}: GPUs are planned by formula, and there is one for "
-            f"{', '.join(FORMULAS)}; plan it for a TPU, whose compiler answers for every objective"
+            f"a step of {job.phase.objective!r} cannot be planned for {topology}: GPUs are planned by formula, and there is one "
+            f"for {', '.join(FORMULAS)}; plan it for a TPU, whose compiler answers for every objective"
         )
     program, sent = make_program(job, _without_devices(sizes)), traffic(job, sizes)
     return Plan(
