@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -11,10 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hybrid_jax.checks import check_known
+from hybrid_jax.config import ModelConfig, parse_pattern
+from hybrid_jax.config_file import parse_value
 from hybrid_jax.families import config_from_hf
 from hybrid_jax.families.public import PUBLIC
 from hybrid_jax.hardware import TPUS
 from hybrid_jax.layers.mixer import Mixer
+from hybrid_jax.mixers import KINDS
 from hybrid_jax.model import abstract_decoder
 from hybrid_jax.parallel.mesh import make_mesh
 from hybrid_jax.parameters import join_model, split_model
@@ -25,13 +30,31 @@ from kernels_pallas.lab.operations import Operation, read_operations
 from kernels_pallas.lab.schedule import read_schedules
 
 
-def mixer_program(model: str, symbol: str, seq_len: int, backward: bool) -> tuple[Callable, list[Any]]:
+def config_of_layer(model: str, mixer: str) -> ModelConfig:
+    """Returns the config of one layer of a public model with a mixer: `GKA`, or with its options, `GKA:solver=cg,num_iter=20`.
+
+    Raises:
+      ValueError: an unknown symbol or option, or a bad value.
+    """
+    symbol, colon, given = mixer.partition(":")
+    hf = {**PUBLIC[model], "num_hidden_layers": 1, "vocab_size": 1024}
+    if colon:
+        kind = KINDS[parse_pattern(symbol)[0].kind]
+        if kind.options is None:
+            raise ValueError(f"{mixer!r}: {symbol} has no options")
+        pairs, known = dict(option.partition("=")[::2] for option in given.split(",")), dataclasses.asdict(kind.options())
+        check_known(f"{mixer!r}", pairs, known)
+        hf[kind.options.KEY] = {name: parse_value(f"{mixer!r}: {name}", text, known[name]) for name, text in pairs.items()}
+    return config_from_hf(hf).with_pattern(symbol)
+
+
+def mixer_program(model: str, mixer: str, seq_len: int, backward: bool) -> tuple[Callable, list[Any]]:
     """Returns a function of parameters, x [1, seq_len, hidden] and, with `backward`, the output's cotangent, and its arguments.
 
     It computes the input norm and the mixer of a layer in bfloat16, and with `backward` the gradients of x and of the parameters
     of both, as a step that trains the mixers does.
     """
-    config = config_from_hf({**PUBLIC[model], "num_hidden_layers": 1, "vocab_size": 1024}).with_pattern(symbol)
+    config = config_of_layer(model, mixer)
     decoder = abstract_decoder(config, dtype=jnp.bfloat16, compute_dtype=jnp.bfloat16)
     structure, parameters = split_model(decoder)
     own = {n: x for n, x in parameters.items() if n.startswith("layers.0.") and ".mlp." not in n and "post_" not in n}
@@ -40,8 +63,8 @@ def mixer_program(model: str, symbol: str, seq_len: int, backward: bool) -> tupl
 
     def forward(own, x):
         layer = join_model(structure, {**own, **{n: jnp.zeros(p.shape, p.dtype) for n, p in rest.items()}}).layers[0]
-        mixer: Mixer = layer.mixer(layer.spec.kind)
-        return mixer(layer.mixer_input(x), **tokens)[0]
+        of_layer: Mixer = layer.mixer(layer.spec.kind)
+        return of_layer(layer.mixer_input(x), **tokens)[0]
 
     def forward_backward(own, x, cotangent):
         y, pull = jax.vjp(forward, own, x)
@@ -51,11 +74,11 @@ def mixer_program(model: str, symbol: str, seq_len: int, backward: bool) -> tupl
     return (forward_backward, [own, x, x]) if backward else (forward, [own, x])
 
 
-def layer_costs(chip: str, model: str, symbol: str, seq_len: int, backward: bool, dump: pathlib.Path) -> dict[str, Any]:
+def layer_costs(chip: str, model: str, mixer: str, seq_len: int, backward: bool, dump: pathlib.Path) -> dict[str, Any]:
     """Compiles a layer's mixer and returns its costs in cycles per token and head; see `layers.LayerCost`."""
     for old in dump.glob("*"):
         old.unlink()
-    function, arguments = mixer_program(model, symbol, seq_len, backward)
+    function, arguments = mixer_program(model, mixer, seq_len, backward)
     mesh = make_mesh({"data": 1}, topology_devices(chip, CHIPS[chip].topology.partition(":")[2])[:1])
     placed = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), arguments)
@@ -98,13 +121,13 @@ def summed(operations: list[Operation], chip: str, token_heads: int, dump: pathl
 def main(request: str) -> None:
     """Prints one marked line of JSON per mixer; one that does not compile has `error`, the compiler's message."""
     options = json.loads(request)
-    for symbol in options["mixers"]:
+    for mixer in options["mixers"]:
         try:
             names = ("chip", "model", "seq_len", "backward")
-            result = layer_costs(symbol=symbol, dump=pathlib.Path(options["dump"]), **{n: options[n] for n in names})
+            result = layer_costs(mixer=mixer, dump=pathlib.Path(options["dump"]), **{n: options[n] for n in names})
         except Exception as error:
             result = dict(error=f"{type(error).__name__}: {error}"[:2000])
-        print(MARK + json.dumps(dict(mixer=symbol) | result), flush=True)
+        print(MARK + json.dumps(dict(mixer=mixer) | result), flush=True)
 
 
 if __name__ == "__main__":

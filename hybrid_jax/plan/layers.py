@@ -17,8 +17,8 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 
 from hybrid_jax.checks import check_integer
-from hybrid_jax.config import parse_pattern
 from hybrid_jax.families.public import PUBLIC
+from hybrid_jax.plan.layer_program import config_of_layer
 from kernels_pallas.lab.chips import CHIPS
 from kernels_pallas.lab.compile import DUMPED, worker
 from kernels_pallas.recorded import recorded, without_out
@@ -70,18 +70,18 @@ def layer_costs(chip: str, mixers: Sequence[str], model: str, seq_len: int, back
 
     Args:
       chip: a name in `kernels_pallas.lab.CHIPS`.
-      mixers: symbols of a pattern.
+      mixers: symbols of a pattern, each with options of its mixer if wanted (`layer_program.config_of_layer`).
       model: a name in `PUBLIC`.
       seq_len: tokens of the row.
       backward: whether gradients of the input and of the mixer's parameters are computed too.
 
     Raises:
-      ValueError: an unknown symbol, fewer than 1 token, or a mixer that does not compile; has the compiler's message.
+      ValueError: an unknown symbol or option, fewer than 1 token, or a mixer that does not compile; has the compiler's message.
       RuntimeError: the compiling process died; has the end of its standard error.
     """
     check_integer("seq_len", seq_len, minimum=1)
-    for symbol in mixers:
-        parse_pattern(symbol)
+    for mixer in mixers:
+        config_of_layer(model, mixer)
     with contextlib.ExitStack() as stack:
         dump = stack.enter_context(tempfile.TemporaryDirectory())
         request = dict(chip=chip, mixers=list(mixers), model=model, seq_len=seq_len, backward=backward, dump=dump)
@@ -92,10 +92,13 @@ def layer_costs(chip: str, mixers: Sequence[str], model: str, seq_len: int, back
             yield LayerCost(**result)
 
 
-def print_cost(chip: str, cost: LayerCost, lines: int) -> None:
-    """Prints a row of the table, then its kernels and the `lines` source lines with the most estimated cycles."""
+def print_cost(chip: str, cost: LayerCost, lines: int, width: int = 6) -> None:
+    """Prints a row of the table, its first column `width` characters wide.
+
+    Below it come the mixer's kernels and the `lines` source lines with the most estimated cycles, if `lines` is not 0.
+    """
     numbers = (cost.bound, cost.matmul_floor, cost.matmul_estimate, cost.kernel_bound, cost.glue_hbm, cost.glue_estimate)
-    print(f"{cost.mixer:6} {chip:6}" + "".join(f"{number:10.1f}" for number in numbers), flush=True)
+    print(f"{cost.mixer:{width}} {chip:6}" + "".join(f"{number:10.1f}" for number in numbers), flush=True)
     if not lines:
         return
     for name, (bundles, hbm) in cost.kernels.items():
@@ -138,7 +141,7 @@ def draw(costs: Mapping[str, Sequence[LayerCost]], path: pathlib.Path) -> None:
 def main() -> int:
     """Runs the command line."""
     parser = argparse.ArgumentParser(prog="python -m hybrid_jax.plan.layers", description=(__doc__ or "").split(": ")[0])
-    parser.add_argument("mixer", nargs="*", default=list(MIXERS), help=f"symbols of a pattern (default: {' '.join(MIXERS)})")
+    parser.add_argument("mixer", nargs="*", default=list(MIXERS), help=f"e.g. GKA or GKA:solver=cg (default: {' '.join(MIXERS)})")
     parser.add_argument("--chip", nargs="+", choices=list(CHIPS), default=["v5e"])
     parser.add_argument("--model", default="Qwen/Qwen3-8B", choices=PUBLIC, metavar="NAME", help="a public model")
     parser.add_argument("--seq-len", type=int, default=8192)
@@ -156,11 +159,12 @@ def main() -> int:
             passes = "forward" if options.forward else "forward and backward"
             print(f"{options.model}, {passes}, {options.seq_len:,} tokens, bfloat16")
             heads = ("bound", "matmul", "estimate", "kernels", "glue", "estimate")
-            print(f"{'mixer':6} {'chip':6}" + "".join(f"{head:>10}" for head in heads))
+            width = max(6, *map(len, options.mixer))
+            print(f"{'mixer':{width}} {'chip':6}" + "".join(f"{head:>10}" for head in heads))
             for chip in options.chip:
                 for cost in layer_costs(chip, options.mixer, options.model, options.seq_len, not options.forward):
                     costs.setdefault(chip, []).append(cost)
-                    print_cost(chip, cost, options.lines)
+                    print_cost(chip, cost, options.lines, width)
             print(LEGEND)
     except (ValueError, RuntimeError) as error:
         print(error, file=sys.stderr)

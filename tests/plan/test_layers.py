@@ -6,7 +6,9 @@ import pytest
 
 from hybrid_jax.hardware import TPUS
 from hybrid_jax.plan.bound import step_seconds
+from hybrid_jax.plan.layer_program import config_of_layer
 from hybrid_jax.plan.layers import LayerCost, draw, layer_costs
+from hybrid_jax.recurrent_options import GKAConfig
 from kernels_pallas.lab.chips import CHIPS
 from kernels_pallas.lab.operations import Operation, array_bytes, read_operations
 from kernels_pallas.lab.predictions import PREDICTIONS
@@ -53,6 +55,14 @@ def test_a_step_is_its_products_the_recorded_recurrences_and_traffic(monkeypatch
     assert seconds["other kernels"] == seconds["other operations"] == 1e9 / chip.bandwidth
     monkeypatch.setitem(PREDICTIONS, "v5e", {})
     assert step_seconds(rule, "v5e", chip, 0.0)["recurrences"] == 0, "no record for the chip: HBM traffic, of which there is none"
+
+
+def test_a_mixer_may_have_options_of_its_own():
+    config = config_of_layer("Qwen/Qwen3-8B", "GKA:solver=cg,num_iter=7")
+    assert config.pattern == "GKA" and (config.options(GKAConfig).solver, config.options(GKAConfig).num_iter) == ("cg", 7)
+    for wrong, words in (("GKA:sover=cg", "sover"), ("GKA:num_iter=x", "num_iter must be an integer"), ("*:a=1", "no options")):
+        with pytest.raises(ValueError, match=words):
+            config_of_layer("Qwen/Qwen3-8B", wrong)
 
 
 CEILINGS = {  # bound, other operations' HBM traffic and estimate: cycles per token and head on v5e, forward and backward
