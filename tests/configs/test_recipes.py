@@ -7,7 +7,7 @@ from hybrid_jax.config_file import load_config
 from hybrid_jax.experiment_config import Experiment
 from hybrid_jax.families import config_from_hf
 from hybrid_jax.families.public import PUBLIC
-from hybrid_jax.mixers import KINDS, kinds_by_symbol
+from hybrid_jax.mixers import KINDS, DiscreteMamba2Config, kinds_by_symbol
 from hybrid_jax.parallel.mesh import abstract_mesh, check_mesh_fits, make_mesh
 from hybrid_jax.parameters import abstract_parameters, select_names
 from hybrid_jax.plan.program import compile_program, program_flops, topology_devices, training_program
@@ -124,3 +124,25 @@ def test_mohawk_s_recipes_take_other_mixers_and_refuse_what_is_none():
     for wrong in ("Llamba", "Llamba-1B-XYZ", "Llamba-1B-SWA"):
         with pytest.raises(ValueError, match="expected RECIPE or RECIPE-MIXER of Phi-Mamba.*Llamba-8B and .*DM2"):
             load_config([f"--config=configs/mohawk.py:{wrong}"])
+
+
+@pytest.mark.parametrize("name", ["Llama-1B", "Llama-8B", "Llama-1B-8"])
+def test_a_retrieval_aware_recipe_keeps_ten_heads_and_skips_the_matrices(name):
+    config = load_config([f"--config=configs/retrieval_aware.py:{name}"])
+    experiment = Experiment.from_config(config, with_data=False)
+    source = experiment.with_mixer_options(config_from_hf(PUBLIC[config.source]))
+    hybrid = source.with_pattern(config.pattern)
+    assert sum(len(layer.attention_heads) for layer in hybrid.layers) == 10 and [n for n, _ in experiment.phases] == [
+        "layers",
+        "distill",
+    ]
+    assert {layer.kind for layer in hybrid.layers} == {"discrete_mamba2"}
+    states = hybrid.options(DiscreteMamba2Config)
+    assert states.bias and states.state_size == (8 if name.endswith("-8") else 64)
+    for _, phase in experiment.phases:
+        assert select_names(abstract_parameters(hybrid.fused(source) if phase.form == "fused" else hybrid), phase.trainable)
+
+
+def test_an_unknown_retrieval_aware_recipe_is_refused():
+    with pytest.raises(ValueError, match="knows Llama-1B, Llama-1B-8, Llama-8B"):
+        load_config(["--config=configs/retrieval_aware.py:Llama-7B"])
