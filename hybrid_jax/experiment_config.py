@@ -105,8 +105,8 @@ class Experiment:
         selects = bool(values.get("select")) and not values.get("pattern")
         if selects and (changing := [name for name, phase in phases if phase.pattern]):
             raise ValueError(
-                f"phase {changing[0]!r} has a pattern, and config.select chooses the pattern before it only when the run has begun, "
-                "so that nobody knows which layers the phase would convert; name the layers in config.pattern"
+                f"phase {changing[0]!r} has a pattern, and config.select chooses the one before it only when the run has begun, so "
+                "that nobody knows which layers the phase would convert; name the layers in config.pattern"
             )
         if values.get("select"):
             check_known("config.select", values["select"], fields["select"])

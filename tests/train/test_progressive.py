@@ -1,6 +1,5 @@
 """Phases that change the pattern: what converts, what stays, and a run's model within such a phase."""
 
-import json
 import shutil
 
 import ml_dtypes
@@ -9,9 +8,12 @@ import pytest
 
 from hybrid_jax import load_model
 from hybrid_jax.commands.main import main
-from hybrid_jax.experiment import run_experiment
+from hybrid_jax.config import GDNConfig, GKAConfig
+from hybrid_jax.experiment import begin_phase, run_experiment
 from hybrid_jax.experiment_config import Experiment
+from hybrid_jax.priming.fuse import fuse
 from hybrid_jax.priming.initialize import initialize_hybrid
+from hybrid_jax.train import Phase
 from hybrid_jax.workdir import load_run
 from tests.train.conftest import arrays, experiment
 
@@ -25,8 +27,7 @@ def progressive(source, text, **changes):
     first = dict(**common, form="fused", objective="distill", trainable=("all",))
     second = dict(**common, pattern="GDN-GDN", form="fused", objective="distill", trainable=(r"layers\.0\.gdn\.o_norm",))
     second |= dict(checkpoint_every=1, keep_every=1)
-    last = dict(**common, form="unfused", objective="next_token")
-    phases = {"first": first, "second": second, "last": last}
+    phases = {"first": first, "second": second}
     config = experiment(source, pattern="*-GDN", schedule=tuple(phases), phases=phases, **changes)
     config.data.text = text
     return config
@@ -34,8 +35,8 @@ def progressive(source, text, **changes):
 
 @pytest.fixture(scope="module")
 def run(made_source, tmp_path_factory):
-    """(the working directory of the run of three phases, its config)."""
-    config = progressive(*made_source, mixers={"gdn_config": {"conv_size": 3}})
+    """(the working directory of the run, its config)."""
+    config = progressive(*made_source)
     workdir = tmp_path_factory.mktemp("runs") / "run"
     run_experiment(config, workdir)
     return workdir, config
@@ -49,7 +50,7 @@ def stages(run):
 
 def test_every_stage_has_the_pattern_of_its_phase(run, stages):
     patterns = {name: model.config.pattern for name, model in stages.items()}
-    assert patterns == {"00_initial": "*-GDN", "01_first": "*DA-GDN*", "02_second": "GDN*-GDN*", "03_last": "GDN-GDN"}
+    assert patterns == {"00_initial": "*-GDN", "01_first": "*DA-GDN*", "02_second": "GDN*-GDN*"}
     assert load_model(run[0] / "model").config.pattern == "GDN-GDN"
 
 
@@ -79,15 +80,14 @@ def test_a_run_that_was_stopped_after_the_pattern_changed_ends_as_one_that_was_n
     """Before the first checkpoint of the phase, and after it."""
     workdir, config = run
     shutil.copytree(workdir, tmp_path / "run")
-    for gone in ("model", "stages/02_second", "stages/03_last"):
+    for gone in ("model", "stages/02_second"):
         shutil.rmtree(tmp_path / "run" / gone)
     for checkpoint in (tmp_path / "run" / "checkpoints" / "second").iterdir():
         if checkpoint.name not in left:
             shutil.rmtree(checkpoint)
-    out = run_experiment(config, tmp_path / "run")
-    for path, want in ((tmp_path / "run" / "stages" / "02_second", stages["02_second"]), (out, stages["03_last"])):
-        found, wanted = arrays(load_model(path)), arrays(want)
-        assert {*found} == {*wanted} and all(np.array_equal(found[n], x) for n, x in wanted.items())
+    run_experiment(config, tmp_path / "run")
+    found, wanted = arrays(load_model(tmp_path / "run" / "stages" / "02_second")), arrays(stages["02_second"])
+    assert {*found} == {*wanted} and all(np.array_equal(found[n], x) for n, x in wanted.items())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -106,26 +106,51 @@ def test_a_checkpoint_within_a_phase_is_exported_in_the_phase_s_pattern(run, sta
 
 def test_a_phase_under_way_is_had_in_its_pattern_and_its_end_is_its_last_checkpoint(run, stages, tmp_path):
     shutil.copytree(run[0], tmp_path / "run")
-    for gone in ("model", "stages/02_second", "stages/03_last"):
+    for gone in ("model", "stages/02_second"):
         shutil.rmtree(tmp_path / "run" / gone)
     model, second = load_run(tmp_path / "run", "second"), arrays(stages["02_second"])
     assert model.config.pattern == "GDN*-GDN*" and all(np.array_equal(x, second[n]) for n, x in arrays(model).items())
 
 
-def test_a_model_stays_fused_or_not_where_the_phase_leaves_its_form(made_source, tmp_path):
-    config = progressive(*made_source, fresh_parameters="torch", copy_attention=False)
-    for name in ("first", "second", "last"):
-        config.phases[name].update(dict(steps=1, pattern="", form="as_is"))
-    config.phases.first.form = "fused"
-    config.phases.second.pattern = "GDN-GDN"
-    config.schedule = ("first", "second")
-    out = arrays(load_model(run_experiment(config, tmp_path / "run")))
-    fused = load_model(tmp_path / "run" / "stages" / "02_second")
-    first = arrays(load_model(tmp_path / "run" / "stages" / "01_first"))
-    assert fused.config.pattern == "GDN*-GDN*"
-    assert not np.array_equal(out[f"{BEGUN}v_proj.kernel"], first["layers.0.self_attn.v_proj.kernel"]), "not copied"
-    bound = 1 / np.sqrt(out[f"{BEGUN}v_proj.kernel"].shape[0])
-    assert 0.5 * bound < np.abs(out[f"{BEGUN}v_proj.kernel"]).max() <= bound, "as torch draws it"
+def begun(model, made_source, *, form, pattern, **said):
+    """The model with which the second phase of an experiment that says this begins, after `model`."""
+    source = made_source[0]
+    phase = Phase(objective="next_token", steps=1, form=form, pattern=pattern)
+    return begin_phase(model, Experiment.of_conversions({"source": str(source), "seed": 0, **said}), 2, phase, source, None)
+
+
+def test_mixers_begin_as_the_experiment_says_though_the_phase_before_had_none_of_them(made_source):
+    said = dict(mixers={"gdn_config": {"conv_size": 3}}, fresh_parameters="torch", copy_attention=False)
+    source = load_model(made_source[0])
+    model = begun(source, made_source, form="as_is", pattern="GDN-*", **said)
+    kernel, bound = arrays(model)[f"{BEGUN}v_proj.kernel"], 1 / np.sqrt(16)  # of 16 inputs
+    assert model.config.pattern == "GDN-*" and model.config.options(GDNConfig).conv_size == 3
+    assert not np.array_equal(kernel, arrays(source)["layers.0.self_attn.v_proj.kernel"]), "attention is not copied"
+    assert 0.8 * bound < np.abs(kernel).max() <= bound, "as torch draws it"
+
+
+def test_a_phase_that_leaves_the_form_keeps_the_teachers(made_source):
+    source = load_model(made_source[0])
+    hybrid = initialize_hybrid(source, "*-GDN")
+    assert begun(fuse(hybrid, source), made_source, form="as_is", pattern="GDN-GDN").config.pattern == "GDN*-GDN*"
+    assert begun(fuse(hybrid, source), made_source, form="unfused", pattern="GDN-GDN").config.pattern == "GDN-GDN"
+
+
+def test_a_trained_mixer_becomes_another_where_there_is_a_copy_and_learns_from_attention(made_source):
+    hybrid = initialize_hybrid(load_model(made_source[0]), "*-GDN", seed=7)
+    model = begun(hybrid, made_source, form="fused", pattern="*-GKA", mixers={"gka_config": {"num_iter": 3}})
+    assert model.config.pattern == "*DA-GKA*" and model.config.options(GKAConfig).num_iter == 3
+    assert np.array_equal(arrays(model)["layers.1.gka.b_proj.kernel"], arrays(hybrid)["layers.1.gdn.b_proj.kernel"])
+
+
+def test_a_later_phase_has_the_pattern_of_the_one_before(made_source):
+    config = progressive(*made_source)
+    config.phases.last = dict(form="unfused", objective="next_token", steps=1, seq_len=32, trainable=(r"layers\.0\.gdn",))
+    config.schedule = ("first", "second", "last")
+    Experiment.from_config(config).check_source()
+    config.phases.last.trainable = ("self_attn",)
+    with pytest.raises(ValueError, match="phase 'last': the pattern 'self_attn' matches no parameter"):
+        Experiment.from_config(config).check_source()
 
 
 @pytest.mark.parametrize(
@@ -133,7 +158,10 @@ def test_a_model_stays_fused_or_not_where_the_phase_leaves_its_form(made_source,
     [
         (dict(pattern="GDN-*"), "phase 'second': the model is *-GDN before it and cannot become GDN-*: layer 1 is 'GDN'"),
         (dict(pattern="GDN-GKB"), "phase 'second': hybrid pattern, layer 1: 'GKB' is not a known symbol"),
-        (dict(pattern="GDN"), "phase 'second': the model is *-GDN before it and cannot become GDN: the hybrid pattern has 1 symbols"),
+        (
+            dict(pattern="GDN"),
+            "phase 'second': the model is *-GDN before it and cannot become GDN: the hybrid pattern has 1 symbols",
+        ),
         (dict(pattern="GDN*-GDN*"), "phase 'second': phase.pattern has 'GDN*', but phase.form says whether mixers stand beside"),
         (dict(pattern="GDN*-GDN*"), "write 'GDN-GDN'"),
         (dict(pattern="*-GDN"), "phase 'second': the pattern"),
@@ -150,24 +178,11 @@ def test_a_pattern_that_cannot_be_is_refused_before_anything_is_written(made_sou
 
 
 def test_a_pattern_that_is_no_text_and_one_after_a_selection_are_refused(made_source):
-    config = progressive(*made_source).to_dict()
-    config["phases"]["second"]["pattern"] = ("GDN", "GDN")
+    config = progressive(*made_source)
+    config.phases.second = {**config.phases.second.to_dict(), "pattern": ("GDN", "GDN")}
     with pytest.raises(ValueError, match="phase 'second': phase.pattern must be a string of one symbol per layer"):
-        Experiment.from_config(type(progressive(*made_source))(config))
+        Experiment.from_config(config)
     selecting = progressive(*made_source, select=dict(mixer="GDN", fraction=0.5))
     selecting.pattern = ""
-    with pytest.raises(ValueError, match="phase 'second' has a pattern, and config.select chooses the pattern before it only when"):
+    with pytest.raises(ValueError, match="phase 'second' has a pattern, and config.select chooses the one before it only when"):
         Experiment.from_config(selecting)
-
-
-def test_a_trained_mixer_becomes_another_where_there_is_a_copy(made_source, tmp_path):
-    """Gated DeltaNet, then Gated KalmaNet in its place, which learns from attention: the teacher stays the source."""
-    config = progressive(*made_source, mixers={"gka_config": {"num_iter": 3}})
-    config.phases.second.update(dict(pattern="*-GKA", trainable=(r"layers\.1\.gka\.o_norm",), steps=1))
-    config.schedule = ("first", "second")
-    out = load_model(run_experiment(config, tmp_path / "run"))
-    first = arrays(load_model(tmp_path / "run" / "stages" / "01_first"))
-    assert load_model(tmp_path / "run" / "stages" / "02_second").config.pattern == "*DA-GKA*"
-    assert np.array_equal(arrays(out)["layers.1.gka.b_proj.kernel"], first["layers.1.gdn.b_proj.kernel"])
-    record = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
-    assert record["gka_config"]["num_iter"] == 3
