@@ -6,7 +6,6 @@ import contextlib
 import functools
 import pathlib
 import shutil
-from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -25,7 +24,7 @@ from hybrid_jax.parallel.distributed import barrier, is_first, say
 from hybrid_jax.priming.fuse import fuse, unfuse
 from hybrid_jax.priming.initialize import initialize_hybrid, new_model
 from hybrid_jax.selection.select import choose_pattern
-from hybrid_jax.train import MetricWriter, NoMetrics, train_phase
+from hybrid_jax.train import MetricWriter, NoMetrics, Phase, train_phase
 
 # Keys of a source's config.json that only its own training used.
 NOT_APPLIED = ("attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout", "router_jitter_noise")
@@ -95,8 +94,7 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path, profile: tup
         model = load_model(source, dtype=jnp.float32, mesh=meshes[0])
         model.config = experiment.with_mixer_options(model.config)
         pattern = choose_pattern(model, experiment.pattern, experiment.select, corpus, workdir, meshes[0])
-        begin: dict[str, Any] = dict(fresh_parameters=experiment.fresh_parameters, copy_attention=experiment.copy_attention)
-        hybrid = initialize_hybrid(model, pattern, seed=experiment.seed, mesh=meshes[0], **begin)
+        hybrid = initialize_hybrid(model, pattern, seed=experiment.seed, mesh=meshes[0], **experiment.begin)
         save_model(hybrid, initial, tokenizer_from=source)
         del model, hybrid
 
@@ -105,9 +103,11 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path, profile: tup
         for number, (name, phase) in enumerate(experiment.phases, start=1):
             stage, mesh, checkpoints = stages[name], meshes[number - 1], workdir / "checkpoints" / name
             if not stage.exists():
+                if phase.pattern:
+                    say(f"{name}: the model becomes {phase.pattern}")
                 model = train_phase(
                     # not held here, so that the loop may free it
-                    in_form(load_model(before, dtype=jnp.float32, mesh=mesh), phase.form, source, mesh),
+                    begin_phase(load_model(before, dtype=jnp.float32, mesh=mesh), experiment, number, phase, source, mesh),
                     name,
                     phase,
                     corpus,
@@ -132,10 +132,26 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path, profile: tup
     return out
 
 
-def in_form(model: Decoder, form: str, source: pathlib.Path, mesh: Mesh | None) -> Decoder:
-    """Returns the model in a phase's form. A fused one gets the source's mixers; the loop makes the source its teacher."""
-    if form == "unfused":
+def begin_phase(
+    model: Decoder, experiment: Experiment, number: int, phase: Phase, source: pathlib.Path, mesh: Mesh | None
+) -> Decoder:
+    """Returns the model with which a phase begins: in the phase's pattern, and in its form.
+
+    Layers that the pattern does not convert are as they were. A fused model gets the source's mixers; the loop makes the source
+    its teacher. The same arguments give the same model, so that a run which was stopped within the phase needs no record of it.
+
+    Args:
+      model: what the phase before left.
+      experiment: how mixers begin; only what `Experiment.of_conversions` has is read.
+      number: of the phase, from 1.
+      source: the directory of the teacher.
+      mesh: of the model; None: one device.
+    """
+    fused = phase.keeps_teachers(model.config)
+    if phase.pattern:
+        model = unfuse(model)
+        model.config = experiment.with_mixer_options(model.config)
+        model = initialize_hybrid(model, phase.pattern, seed=experiment.seed + number, mesh=mesh, **experiment.begin)
+    if not fused:
         return unfuse(model)
-    if form == "fused" and not model.config.is_fused:
-        return fuse(model, load_model(source, dtype=jnp.float32, mesh=mesh))
-    return model
+    return model if model.config.is_fused else fuse(model, load_model(source, dtype=jnp.float32, mesh=mesh))

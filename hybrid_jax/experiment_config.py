@@ -106,6 +106,11 @@ class Experiment:
         mixers = values.get("mixers") or {}
         check_known("config.mixers", mixers, options_by_key())
         selects = bool(values.get("select")) and not values.get("pattern")
+        if selects and (changing := [name for name, phase in phases if phase.pattern]):
+            raise ValueError(
+                f"phase {changing[0]!r} has a pattern, and config.select chooses the one before it only when the run has begun, so "
+                "that nobody knows which layers the phase would convert; name the layers in config.pattern"
+            )
         if values.get("select"):
             check_known("config.select", values["select"], fields["select"])
         if selects and values.get("model"):
@@ -128,9 +133,23 @@ class Experiment:
             record=json.loads(json.dumps(record, default=list)),
         )
 
+    @classmethod
+    def of_conversions(cls, record: Mapping[str, Any]) -> Experiment:
+        """Returns what the record of a checked experiment says of conversions: the source, the mixers and how they begin, the seed.
+
+        It has neither phases nor data, so that what these need (packages of hooks, texts) may be missing.
+        """
+        names = ("source", "mixers", "fresh_parameters", "copy_attention", "seed")
+        return cls(**{name: record[name] for name in names if record.get(name) is not None})
+
     def mix_of(self, phase: Phase) -> dict[str, float]:
         """Returns the phase's own shares of the sources, or the experiment's."""
         return dict(phase.mix) or dict(self.data["mix"])
+
+    @property
+    def begin(self) -> dict[str, Any]:
+        """How mixers begin, by the arguments of `initialize_hybrid`."""
+        return dict(fresh_parameters=self.fresh_parameters, copy_attention=self.copy_attention)
 
     def mesh_of(self, phase: Phase | None = None) -> Mesh | None:
         """Returns the phase's own mesh, or the experiment's; None: one device."""
@@ -164,17 +183,15 @@ class Experiment:
     def check_source(self) -> None:
         """Checks everything that the source's config, its tokenizer and the devices decide, before any work.
 
-        That is the pattern, or how to select one; of every phase that it finds the parameters it trains, that its rows fit the
-        model and the mesh, and that the source can teach it; and the tokenizer.
+        That is the pattern, or how to select one; of every phase that its pattern can follow that of the phase before, that it
+        finds the parameters it trains, that its rows fit the model and the mesh, and that the source can teach it; and the
+        tokenizer.
 
         Raises:
           ValueError, FileNotFoundError: something does not fit; names the phase, or the file.
         """
         config = check_model_directory(self.source) if self.source else config_from_hf(dict(self.model))
         self._check_phases(self.with_mixer_options(config))
-        for mesh, (_, phase) in zip(self.meshes(), self.phases, strict=False):
-            if mesh is not None:
-                check_mesh_fits(config, mesh, phase.rows_at_a_time, phase.seq_len)
         if self.source:
             check_tokenizer_fits(load_tokenizer(self.source), config.vocab_size, self.source)
 
@@ -189,15 +206,24 @@ class Experiment:
                 described = phase.described_rows(self.mix_of(phase), self.seed + number)
                 TeacherCache(phase.teacher_cache, **described).check(phase.steps)
 
-    def _check_phases(self, source: ModelConfig) -> None:
+    def models(self, source: ModelConfig) -> dict[str, ModelConfig]:
+        """Returns the config of the model with which each phase begins, in the phase's pattern and form, by the phase's name.
+
+        Args:
+          source: of the source, with the experiment's `mixers`; of a new model, its own.
+
+        Raises:
+          ValueError: the model of a phase cannot become that of the next one, has not the parameters that train, or not so many
+            positions, or the source cannot teach it; names the phase.
+        """
         pattern, positions = self.pattern, source.max_position_embeddings
         if self.select is not None:
-            self.select.check(source, self.meshes()[0])
             pattern = self.select.example(source)
         hybrid = source.with_pattern(pattern) if pattern else source
         check_convertible(source, hybrid)
         if not self.source:  # a new model has the pattern from the beginning, and is its own source
             source = hybrid
+        form, found = hybrid, {}
         for name, phase in self.phases:
             positions = phase.max_position_embeddings or positions
             if phase.seq_len > positions:
@@ -205,13 +231,50 @@ class Experiment:
                     f"phase {name!r}: seq_len {phase.seq_len:,} is more than the model's max_position_embeddings, {positions:,}; "
                     "lower it, or set the phase's max_position_embeddings"
                 )
-            form = {"fused": lambda: hybrid.fused(source), "unfused": hybrid.unfused, "as_is": lambda: hybrid}[phase.form]()
             try:
-                if phase.form == "fused":
-                    check_teacher(form, source)
+                found[name] = form = _begun(form, phase, source)
                 trained_names(form, phase.trainable)
             except ValueError as e:
                 raise ValueError(f"phase {name!r}: {e}") from None
+        return found
+
+    def _check_phases(self, source: ModelConfig) -> None:
+        if self.select is not None:
+            self.select.check(source, self.meshes()[0])
+        models = self.models(source)
+        for mesh, (name, phase) in zip(self.meshes(), self.phases, strict=False):
+            if mesh is not None:
+                try:
+                    check_mesh_fits(models[name], mesh, phase.rows_at_a_time, phase.seq_len)
+                except ValueError as e:
+                    raise ValueError(f"phase {name!r}: {e}") from None
+
+
+def _begun(before: ModelConfig, phase: Phase, source: ModelConfig) -> ModelConfig:
+    """Returns the config of the model with which a phase begins, in its pattern and its form.
+
+    Args:
+      before: of the model that the phase before left.
+      source: of the teacher.
+
+    Raises:
+      ValueError: the model cannot become that, or the source cannot teach it.
+    """
+    model, fused = before, phase.keeps_teachers(before)
+    if phase.pattern:
+        have = before.unfused()
+        try:
+            model = have.with_pattern(phase.pattern)
+            check_convertible(have, model)
+        except ValueError as e:
+            raise ValueError(f"the model is {have.pattern} before it and cannot become {phase.pattern}: {e}") from None
+    if not fused:
+        return model.unfused()
+    if not model.is_fused:
+        model = model.fused(source)
+    if phase.pattern or phase.form == "fused":
+        check_teacher(model, source)
+    return model
 
 
 def _seed(seed: Any, phases: int) -> int:

@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 
 from hybrid_jax.claim import stage_path
 from hybrid_jax.convert import load_model
-from hybrid_jax.experiment import in_form
+from hybrid_jax.experiment import begin_phase
+from hybrid_jax.experiment_config import Experiment
 from hybrid_jax.files import read_json
 from hybrid_jax.model import Decoder
 from hybrid_jax.parameters import join_model, split_model
@@ -41,12 +42,13 @@ def load_run(
     """What a run had.
 
     Of a checkpoint only the parameters are read, not the optimizer's state; what the phase does not train comes from the stage
-    before it. The model has the phase's form; `priming.fuse.unfuse` makes a fused one the hybrid.
+    before it. The model has the phase's pattern and form; `priming.fuse.unfuse` makes a fused one the hybrid.
 
     Args:
       workdir: the run's; it may be under way.
       phase: default: the run's outcome.
       step: a checkpoint's; default: the phase's end, or its newest checkpoint while it has none.
+      dtype: of the parameters; None: the files'. Of a checkpoint in a phase that changes the pattern these count as float32.
 
     Raises:
       FileNotFoundError: no run, or it has not come so far; says what there is.
@@ -74,8 +76,14 @@ def load_run(
     source = pathlib.Path(config.get("source") or stage_path(workdir, 0, "initial"))
     # without its hooks: they only log, and their package may be missing here
     of_phase = Phase.from_config(phase, {k: v for k, v in config["phases"][phase].items() if k != "hooks"})
-    model = apply_phase_settings(in_form(load_model(before, dtype=dtype, mesh=mesh), of_phase.form, source, mesh), of_phase)
-    return _with_checkpoint(model, of_phase, workdir / "checkpoints" / phase, step, mesh)
+    drawn = jnp.float32 if of_phase.pattern else dtype  # new mixers begin as in the run, which draws them in float32
+    model = load_model(before, dtype=drawn, mesh=mesh)
+    model = begin_phase(model, Experiment.of_conversions(config), number, of_phase, source, mesh)
+    model = _with_checkpoint(apply_phase_settings(model, of_phase), of_phase, workdir / "checkpoints" / phase, step, mesh)
+    if dtype is None or drawn is dtype:
+        return model
+    structure, parameters = split_model(model)
+    return join_model(structure, {name: x.astype(dtype) for name, x in parameters.items()})
 
 
 def _with_checkpoint(model: Decoder, phase: Phase, directory: pathlib.Path, step: int | None, mesh: Mesh | None) -> Decoder:

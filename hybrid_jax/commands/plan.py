@@ -102,8 +102,7 @@ def _job_of_phase(args: argparse.Namespace) -> tuple[Job, dict[str, int]]:
     if experiment.select is not None:
         raise ValueError("the config selects its pattern by the weights, which a plan does not have; give --config.pattern=...")
     phase, source = phases[args.phase], experiment.with_mixer_options(_config_of(experiment.source))
-    hybrid = source.with_pattern(experiment.pattern) if experiment.pattern else source
-    return Job.of_phase(hybrid.unfused(), phase, source), dict(phase.mesh or experiment.mesh)
+    return Job.of_phase(experiment.models(source)[args.phase], phase, source), dict(phase.mesh or experiment.mesh)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -63,17 +63,17 @@ class Job:
     given: Phase | None = None
 
     @classmethod
-    def of_phase(cls, config: ModelConfig, phase: Phase, source: ModelConfig) -> Job:
+    def of_phase(cls, model: ModelConfig, phase: Phase, source: ModelConfig) -> Job:
         """Returns the job of one step of an experiment's phase.
 
         Args:
-          config: the hybrid, in one-stream form.
+          model: with which the phase begins (`Experiment.models`).
           phase: what trains, on which rows, with which objective; its mesh is not read.
           source: what is converted.
         """
         phase = phase.with_rows(phase.batch_size)  # how many steps there are makes no difference to one of them
-        program = "align" if phase.form == "fused" else "train"
-        return cls(config, program, phase.seq_len, phase.batch_size, phase.trainable, phase.remat, source, phase)
+        program = "align" if model.is_fused else "train"
+        return cls(model.unfused(), program, phase.seq_len, phase.batch_size, phase.trainable, phase.remat, source, phase)
 
     def __post_init__(self):
         if self.program not in PROGRAMS:

@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from hybrid_jax.checks import check_boolean, check_choice, check_integer, check_known, check_number
+from hybrid_jax.config import ModelConfig
 from hybrid_jax.data import Corpus
 from hybrid_jax.model import REMAT
+from hybrid_jax.pattern import format_pattern, parse_pattern
 from hybrid_jax.train.hooks import make_hooks
 from hybrid_jax.train.objectives import OBJECTIVES, make_objective
 
@@ -44,6 +46,9 @@ class Phase:
     Args:
       objective: the loss, a key of `OBJECTIVES`.
       options: options of the objective by name, e.g. a temperature.
+      pattern: the pattern that the model has from this phase on; empty keeps the model's. Layers that the phase before had
+        already converted keep their trained mixers; those that convert now begin as in `initialize_hybrid`, from the model as the
+        phase before left it, with the experiment's `mixers`, `fresh_parameters` and `copy_attention`, and the phase's seed.
       form: the form the model is brought into before the phase: `fused` (the teacher's attention beside each student mixer; the
         teacher is the source), `unfused` (students only) or `as_is`. Objectives with two streams need `fused`.
       trainable: regular expressions on parameter names, e.g. `.gka.`; parameters that none of them finds are frozen, and cost
@@ -99,6 +104,7 @@ class Phase:
     tokens: int = 0
     epochs: float = 0.0
     options: Mapping = dataclasses.field(default_factory=dict)
+    pattern: str = ""
     form: str = "as_is"
     trainable: tuple[str, ...] = ("all",)
     batch_size: int = 8
@@ -186,6 +192,7 @@ class Phase:
         if self.mix and not any(dict(self.mix).values()):
             raise ValueError(f"phase.mix needs at least one positive share, got {dict(self.mix)}; leave it out for data.mix")
         make_hooks(self.hooks)
+        self._check_pattern()
         if not isinstance(self.trainable, (tuple, list)):
             raise ValueError(f"phase.trainable must be a list of regular expressions, got {self.trainable!r}")
         for pattern in self.trainable:
@@ -194,6 +201,23 @@ class Phase:
             except (re.error, TypeError) as e:
                 raise ValueError(f"phase.trainable has {pattern!r}, which is no regular expression: {e}") from None
         object.__setattr__(self, "trainable", tuple(self.trainable))
+
+    def _check_pattern(self):
+        """What is known of `pattern` without the model.
+
+        Raises:
+          ValueError: it is none, or has teachers.
+        """
+        if not isinstance(self.pattern, str):
+            raise ValueError(f"phase.pattern must be a string of one symbol per layer, e.g. '*-GKA', got {self.pattern!r}")
+        if not self.pattern:
+            return
+        layers = parse_pattern(self.pattern)
+        if fused := [layer.symbol for layer in layers if layer.fused]:
+            raise ValueError(
+                f"phase.pattern has {fused[0]!r}, but phase.form says whether mixers stand beside their teachers; write "
+                f"{format_pattern([layer.unfused() for layer in layers])!r}"
+            )
 
     def _count_steps(self):
         """`steps` and `warmup_steps` in place of what they follow from, and the checks that need them."""
@@ -240,6 +264,10 @@ class Phase:
     def described_rows(self, mix: Mapping[str, float], seed: int) -> dict:
         """What says which rows the phase sees, as `training_batches` and `TeacherCache` take it."""
         return dict(mix=mix, batch_size=self.batch_size, length=self.seq_len, seed=seed, answer_weight=self.answer_weight)
+
+    def keeps_teachers(self, before: ModelConfig) -> bool:
+        """Returns whether the phase has a fused model, where the phase before left one of this config."""
+        return self.form == "fused" or (self.form == "as_is" and before.is_fused)
 
     @property
     def tokens_per_step(self) -> int:

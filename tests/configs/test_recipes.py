@@ -1,5 +1,7 @@
 """The published recipes: their numbers, and that every phase of every one is a step that compiles."""
 
+import dataclasses
+
 import jax
 import pytest
 
@@ -11,6 +13,8 @@ from hybrid_jax.mixers import KINDS, DiscreteMamba2Config, kinds_by_symbol
 from hybrid_jax.parallel.mesh import abstract_mesh, check_mesh_fits, make_mesh
 from hybrid_jax.parameters import abstract_parameters, select_names
 from hybrid_jax.plan.program import compile_program, program_flops, topology_devices, training_program
+from hybrid_jax.priming.initialize import check_convertible
+from hybrid_jax.train.phase_layout import trained_names
 
 RECIPE = "configs/priming_qwen3.py"
 SIZES, MIXERS = ("4B", "8B", "32B"), ("GKA", "GDN", "M2", "SWA")  # as published
@@ -41,9 +45,9 @@ def recipe(size, mixer, last=""):
     return config, dict(Experiment.from_config(config, with_data=False).phases)
 
 
-def model_of(config, phase):
-    """The hybrid in the phase's form."""
-    model = config_from_hf(PUBLIC[config.source]).with_pattern(config.pattern)
+def model_of(config, phase, pattern=""):
+    """The hybrid in the phase's form, and in a pattern other than the config's."""
+    model = config_from_hf(PUBLIC[config.source.removesuffix("-Instruct")]).with_pattern(pattern or config.pattern)
     return model.fused() if phase.form == "fused" else model
 
 
@@ -132,10 +136,8 @@ def test_a_retrieval_aware_recipe_keeps_ten_heads_and_skips_the_matrices(name):
     experiment = Experiment.from_config(config, with_data=False)
     source = experiment.with_mixer_options(config_from_hf(PUBLIC[config.source]))
     hybrid = source.with_pattern(config.pattern)
-    assert sum(len(layer.attention_heads) for layer in hybrid.layers) == 10 and [n for n, _ in experiment.phases] == [
-        "layers",
-        "distill",
-    ]
+    assert sum(len(layer.attention_heads) for layer in hybrid.layers) == 10
+    assert [phase for phase, _ in experiment.phases] == ["layers", "distill"]
     assert {layer.kind for layer in hybrid.layers} == {"discrete_mamba2"}
     states = hybrid.options(DiscreteMamba2Config)
     assert states.bias and states.state_size == (8 if name.endswith("-8") else 64)
@@ -146,3 +148,69 @@ def test_a_retrieval_aware_recipe_keeps_ten_heads_and_skips_the_matrices(name):
 def test_an_unknown_retrieval_aware_recipe_is_refused():
     with pytest.raises(ValueError, match="knows Llama-1B, Llama-1B-8, Llama-8B"):
         load_config(["--config=configs/retrieval_aware.py:Llama-7B"])
+
+
+PROGRESSIVE = "configs/mamba_in_llama.py"
+CONVERTED = {  # the layers that each of the first phases converts, at least
+    "Stepwise-100": [{*range(0, 32, 4)}, {*range(2, 32, 4)}, {*range(1, 32, 4)}, {3, 11, 19, 27}, {7, 15, 23, 31}],
+    "Layerwise": [{layer} for layer in (*range(0, 32, 2), *range(1, 32, 4), *range(3, 32, 8), 7, 23, 15, 31)],
+    "EndToEnd": [{*range(0, 32, 2)}],
+    "M1": [{*range(28)} - {3, 8, 13, 18, 23, 27}, set(), set()],
+}
+
+
+def progressive(name):
+    """The recipe's phases by name, each with the model's pattern in it."""
+    config = load_config([f"--config={PROGRESSIVE}:{name}"])
+    phases, pattern, found = dict(Experiment.from_config(config, with_data=False).phases), config.pattern, {}
+    for key, phase in phases.items():
+        pattern = phase.pattern or pattern
+        found[key] = phase, pattern
+    return config, found
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_a_progressive_recipe_converts_the_published_layers_one_phase_after_the_other(name):
+    config, phases = progressive(name)
+    model = before = model_of(config, next(iter(phases.values()))[0], "-".join("*" * len(config.pattern.split("-")))).unfused()
+    assert len(phases) == len(CONVERTED[name])
+    for (phase, pattern), converted in zip(phases.values(), CONVERTED[name], strict=True):
+        model = model_of(config, phase, pattern)
+        check_convertible(before, model.unfused())
+        assert {i for i, (a, b) in enumerate(zip(before.layers, model.unfused().layers, strict=True)) if a != b} == converted
+        before = model.unfused()
+    names = trained_names(model, phase.trainable)
+    assert all(".mamba." in n for n in names) == (phase.trainable != ("all",))
+
+
+def test_the_numbers_of_progressive_recipes_are_those_of_the_released_code():
+    stepwise = [phase for phase, _ in progressive("Stepwise-50")[1].values()]
+    assert len(stepwise) == 2 and [phase.warmup_steps for phase in stepwise] == [1500, 500]
+    for phase in stepwise:
+        assert (phase.learning_rate, phase.schedule, phase.clip, phase.beta1, phase.beta2) == (8e-5, "cosine", 0.1, 0.9, 0.98)
+        assert dict(phase.options) == {"divergence_weight": 0.1 * phase.seq_len, "next_token_weight": 1.0}
+    ((end, _),) = progressive("EndToEnd")[1].values()
+    assert dict(end.options) == {"divergence_weight": end.seq_len, "next_token_weight": 0} and end.learning_rate == 2e-5
+    distill, answers, reasoning = (phase for phase, _ in progressive("M1")[1].values())
+    assert distill.options["kind"] == "reverse" and (distill.seq_len, distill.learning_rate) == (8192, 1e-5)
+    assert (answers.objective, answers.seq_len, answers.learning_rate) == ("next_token", 8192, 1e-5)
+    assert (reasoning.objective, reasoning.seq_len, reasoning.learning_rate) == ("next_token", 24_576, 6e-6)
+
+
+def test_progressive_recipes_take_other_mixers_and_refuse_what_is_none():
+    assert set(load_config([f"--config={PROGRESSIVE}:Stepwise-87.5-GDN"]).pattern.split("-")) == {"*", "GDN"}
+    for wrong in ("Stepwise", "Stepwise-60", "M1-SWA"):
+        with pytest.raises(ValueError, match="expected RECIPE or RECIPE-MIXER of Stepwise-25.*Layerwise, EndToEnd, M1 and .*M2"):
+            load_config([f"--config={PROGRESSIVE}:{wrong}"])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["Stepwise-50", "EndToEnd", "M1"])
+def test_every_phase_of_a_progressive_recipe_compiles_and_fits_eight_chips(name, hasty_compiler):
+    config, phases = progressive(name)
+    mesh = make_mesh({"fsdp": 8}, topology_devices("v5p", "2x2x2"))
+    for key, (phase, pattern) in phases.items():
+        phase = dataclasses.replace(phase.with_rows(100_000), accumulate=phase.batch_size // 8)
+        compiled = compile_program(training_program(model_of(config, phase, pattern), phase, mesh))
+        print(f"{name} {key}: {compiled.total / 1e9:.1f} GB per device, compiled in {compiled.seconds:.0f} s")
+        assert compiled.total < 102.8e9, key

@@ -30,7 +30,7 @@ def arguments(tmp_path):
 def job_of(arguments, name):
     experiment = Experiment.from_config(load_experiment_config(arguments), with_data=False)
     phase, source = dict(experiment.phases)[name], tiny_config("*-*", vocab_size=64, hidden_size=32)
-    return Job.of_phase(source.with_pattern(experiment.pattern), phase, source), phase, source
+    return Job.of_phase(experiment.models(source)[name], phase, source), phase, source
 
 
 @pytest.mark.parametrize("name", ["matrices", "layers", "distill"])
