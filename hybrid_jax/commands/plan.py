@@ -44,7 +44,7 @@ STEP = {"pattern": "", "seq_len": 8192, "program": "train", "rows": 0, "remat": 
 
 
 def _config_of(source: str) -> ModelConfig:
-    """Returns the config of a directory or of a public name.
+    """Returns the config of a directory or of a public name; an `-Instruct` model has the shapes of the one it was made from.
 
     Raises:
       ValueError: it is neither.
@@ -53,8 +53,9 @@ def _config_of(source: str) -> ModelConfig:
     from hybrid_jax.families import config_from_hf
     from hybrid_jax.families.public import PUBLIC
 
-    if source in PUBLIC:
-        return config_from_hf(PUBLIC[source])
+    for name in (source, source.removesuffix("-Instruct")):
+        if name in PUBLIC:
+            return config_from_hf(PUBLIC[name])
     if pathlib.Path(source).is_dir():
         return read_model_config(source)
     raise ValueError(f"{source!r} is no directory and no name known here: {', '.join(PUBLIC)}")
