@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,13 @@ from flax import nnx
 from hybrid_jax import generate, load_model, save_model, with_iterations
 from hybrid_jax.config import GDNConfig, GKAConfig
 from hybrid_jax.iterations import as_text, read_iterations
-from hybrid_jax.parameters import split_model, with_config
+from hybrid_jax.parallel.mesh import abstract_mesh
+from hybrid_jax.parameters import join_model, split_model, with_config
 from hybrid_jax.repeats import find_repeats
-from tests.conftest import relative_error, run_processes, tiny_config, tiny_model
+from tests.conftest import relative_error, tiny_config, tiny_model
 
 TRAINED = GKAConfig(num_iter=6, chunk_size=16)
-IDS = np.random.default_rng(0).integers(1, 61, (1, 9))
+IDS = np.random.default_rng(0).integers(1, 61, (1, 9), dtype=np.int32)
 
 
 def trained_with(model, number):
@@ -26,58 +28,79 @@ def trained_with(model, number):
     return with_config(model, model.config.with_options(options))
 
 
-def outputs(model):
-    """Final states of a forward pass, of a prompt of seven tokens and of the two decoded after it, and the state they leave."""
-    state, parts = model.init_state(1, 9), []
-    for part in (np.s_[:, :7], np.s_[:, 7:8], np.s_[:, 8:]):
-        positions = np.arange(9)[None][part]
-        hidden, state = model.hidden_states(IDS[part], np.ones_like(positions), positions, state)
-        parts.append(hidden)
-    return [np.asarray(x) for x in jax.tree.leaves((model.hidden_states(IDS)[0], parts, state))]
+def program(model, ids=IDS, at=None):
+    """What is computed of a forward pass and, where the program is for one device, of a prompt and a token decoded behind it.
+
+    It is the program as text, with every loop and its length: models with equal parameters and equal programs compute equal bits.
+    """
+    structure, parameters = split_model(model)
+    at = np.arange(ids.shape[1])[None] if at is None else at
+
+    def run(parameters):
+        model = join_model(structure, parameters)
+        found = [model.hidden_states(ids, np.ones_like(ids), at)]
+        state = None if ids is not IDS else model.init_state(1, 9)
+        for part in () if state is None else (np.s_[:, :8], np.s_[:, 8:]):
+            hidden, state = model.hidden_states(ids[part], np.ones_like(ids[part]), at[part], state)
+            found.append((hidden, state))
+        return found
+
+    return re.sub(r"0x[0-9a-f]+", "", str(jax.make_jaxpr(run)(parameters)))
 
 
-def same(one, other):
-    return all(np.array_equal(a, b) for a, b in zip(outputs(one), outputs(other), strict=True))
+def test_a_forward_pass_and_decoding_have_every_bit_of_a_model_trained_with_so_many_iterations():
+    model = tiny_model("GKA", gka=TRAINED)
+
+    def outputs(model):
+        tokens = generate(model, [[5, 6, 7]], max_new_tokens=6)
+        structure, parameters = split_model(model)
+        return tokens, np.asarray(jax.jit(lambda p: join_model(structure, p)(IDS))(parameters))
+
+    (tokens, logits), (wanted, exact), (_, trained) = map(outputs, (with_iterations(model, 1), trained_with(model, 1), model))
+    assert tokens == wanted and np.array_equal(logits, exact) and relative_error(logits, trained) > 1e-3
 
 
 @pytest.mark.parametrize("solver", ["chebyshev", "cg"])
 @pytest.mark.parametrize("number", [0, 2])
-def test_a_model_computes_and_decodes_what_one_trained_with_so_many_iterations_does(solver, number):
+def test_both_solvers_have_the_iterations_of_a_model_trained_with_so_many(solver, number):
     model = tiny_model("GKA-*-GKA", gka=dataclasses.replace(TRAINED, solver=solver))
-    set_to = with_iterations(model, number)
-    assert same(set_to, trained_with(model, number)) and not same(set_to, model)
+    found = program(with_iterations(model, number))
+    assert found == program(trained_with(model, number)) != program(model)
 
 
 @pytest.mark.parametrize("pattern", ["*-GKA[1]", "*-BMF", "*-GKA*"])
 def test_a_mixer_inside_a_layer_or_beside_its_teacher_has_them_too(pattern):
     model = tiny_model(pattern, gka=TRAINED)
-    assert same(with_iterations(model, 2), trained_with(model, 2)) and not same(with_iterations(model, 2), model)
+    assert program(with_iterations(model, 2)) == program(trained_with(model, 2)) != program(model)
+
+
+def test_where_tokens_are_sharded_it_is_the_same():
+    model, ids = tiny_model("*-GKA", gka=TRAINED), np.ones((1, 16), int)
+    with jax.sharding.use_abstract_mesh(abstract_mesh({"seq": 2})):
+        found = program(with_iterations(model, 2), ids, np.arange(16)[None])
+        assert "ppermute" in found
+        assert found == program(trained_with(model, 2), ids, np.arange(16)[None]) != program(model, ids, np.arange(16)[None])
 
 
 def test_by_layer_each_layer_has_its_own_and_the_others_stay():
     model = tiny_model("GKA-GKA-*-GKA", gka=TRAINED)
-    set_to = with_iterations(model, {0: 2, 3: 1})
     wanted = with_config(model, model.config)
     wanted.layers = nnx.List([trained_with(model, n).layers[i] for i, n in enumerate((2, 6, 6, 1))])
-    set_to.scan = wanted.scan = False
-    assert same(set_to, wanted)
-    assert not same(with_iterations(model, {0: 1, 3: 2}), wanted) and set_to.config.gka_iterations == (2, None, None, 1)
+    swapped, set_to = (with_iterations(model, given) for given in ({0: 1, 3: 2}, {0: 2, 3: 1}))
+    wanted.scan = swapped.scan = set_to.scan = False
+    assert program(set_to) == program(wanted) != program(swapped)
+    assert set_to.config.gka_iterations == (2, None, None, 1)
 
 
 def test_only_layers_of_equal_iterations_are_scanned_together():
-    model = tiny_model("GKA-GKA-GKA-GKA", gka=TRAINED)
-    for iterations, repeats in ((3, [(0, 1, 4)]), ({0: 1, 1: 1}, [(0, 1, 2), (2, 1, 2)]), ({1: 6}, [(0, 1, 4)])):
-        set_to = with_iterations(model, iterations)
-        assert find_repeats(set_to.config.programs) == repeats
-        scanned = set_to(IDS)
-        set_to.scan = False
-        assert relative_error(scanned, set_to(IDS)) < 1e-6
-    assert relative_error(with_iterations(model, {0: 1, 1: 1})(IDS), with_iterations(model, 1)(IDS)) > 1e-3
-
-
-def test_on_a_mesh_that_shards_tokens_it_is_the_same():
-    found = json.loads(run_processes("tests.distributed.iteration_programs", 1, devices=2).splitlines()[-1])
-    assert found == {"equal to the config's": True, "equal to the trained": False}
+    config = tiny_config("GKA-GKA-GKA-GKA", gka=TRAINED)
+    all_of_them, pairs = [(0, 1, 4)], [(0, 1, 2), (2, 1, 2)]
+    for given, repeats in ((3, all_of_them), ({0: 1, 1: 1}, pairs), ({1: 6}, all_of_them), ({1: 5}, [(0, 2, 1), (2, 1, 2)])):
+        assert find_repeats(config.with_iterations(given).programs) == repeats
+    model = with_iterations(tiny_model("GKA-GKA-GKA-GKA", gka=TRAINED), {0: 1, 1: 1})
+    structure, parameters = split_model(model)
+    jaxpr = jax.make_jaxpr(lambda p: join_model(structure, p).hidden_states(IDS)[0])(parameters)
+    assert [e.params["length"] for e in jaxpr.eqns if e.primitive.name == "scan"] == [2, 2]
 
 
 def test_the_saved_model_is_not_changed_and_one_with_iterations_is_not_saved(tmp_path):
