@@ -81,8 +81,8 @@ def test_a_report_has_a_row_for_each_setting_of_one_model(hybrid, config, tmp_pa
     out = tmp_path / "out"
     assert main(["evaluate", "--config", str(config), f"--model=it={hybrid}", "--gka-iterations=0:1", "--out", str(out)]) == 0
     rows = {r["target"]["name"]: r for r in json.loads((out / "results.json").read_text())}
-    assert list(rows) == ["few", "trained", "it (iterations 0:1)"]
-    few, trained, it = (r["results"]["text"][0]["value"] for r in rows.values())
+    assert list(rows) == ["trained", "few", "it (iterations 0:1)"]
+    trained, few, it = (r["results"]["text"][0]["value"] for r in rows.values())
     assert few == it != trained and all(len(r["results"]["speed"]) == 2 for r in rows.values())
     page, printed = (out / "report.md").read_text(), "".join(capsys.readouterr())
     assert "in place of config.json's: few 1; it (iterations 0:1) 0:1." in page and "| it (iterations 0:1) |" in page

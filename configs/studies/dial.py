@@ -11,15 +11,14 @@ It has not been run yet.
 
 from ml_collections import ConfigDict
 
-TRAINED = 10
 UNIFORM = (1, 2, 4, 8, 20, 30)
 BY_LAYER = {"4 in layers 2 and 3": "2:4,3:4", "4 in layers 6 and 7": "6:4,7:4"}
 
 
 def get_config(model: str = "runs/studies/dial/model") -> ConfigDict:
-    settings = {f"{TRAINED} as trained": str(TRAINED)}  # the first one is what the others are compared with
-    settings |= {str(number): str(number) for number in UNIFORM} | BY_LAYER
+    settings = {f"{number} iterations": str(number) for number in UNIFORM} | BY_LAYER
     models = {name: {"path": model, "gka_iterations": iterations} for name, iterations in settings.items()}
+    models |= {"10 as trained": {"path": model}, "source": {"path": "launch/tiny_qwen3"}}  # the first by name is compared with
     tasks = {"pairs": {"task": "retrieval", "min_pairs": 120, "max_pairs": 120}}
     instruments = {
         "text": {"instrument": "text", "seq_len": 1024, "rows": 16},
@@ -32,6 +31,6 @@ def get_config(model: str = "runs/studies/dial/model") -> ConfigDict:
         {
             "data": {"text": "stdlib", "tasks": tasks},
             "instruments": instruments,
-            "models": {**models, "source": {"path": "launch/tiny_qwen3"}},
+            "models": models,
         }
     )

@@ -180,7 +180,8 @@ class _Bar:
 
 
 def _models(models: Mapping[str, Any]) -> tuple[Target, ...]:
-    """Returns the models of a config.
+    """Returns the models of a config, which keeps no order: those as their config.json says by name, then the others by their
+    number of iterations, then those with iterations by layer.
 
     Raises:
       ValueError: one has no path, an unknown key, or iterations that are none.
@@ -194,7 +195,7 @@ def _models(models: Mapping[str, Any]) -> tuple[Target, ...]:
         given = values.get("gka_iterations")
         iterations = "" if given in (None, "") else as_text(read_iterations(f"{where}.gka_iterations", given))
         found.append(Target(name, find_shipped(values["path"]), iterations=iterations))
-    return tuple(found)
+    return tuple(sorted(found, key=lambda t: (t.iterations != "", ":" in t.iterations, len(t.iterations), t.iterations, t.name)))
 
 
 def config_of(target: Target) -> ModelConfig:

@@ -62,17 +62,11 @@ def test_an_unknown_point_is_refused_with_those_there_are(study):
 
 def test_the_study_of_iterations_measures_each_setting_of_one_hybrid_beside_the_source():
     config = load_experiment_config(["--config=configs/studies/mixers.py:GKA-50"])
-    trained = config.mixers.gka_config.num_iter
     layers = [i for i, symbol in enumerate(config.pattern.split("-")) if symbol == "GKA"]
     evaluation = read_evaluation("configs/studies/dial.py:runs/mine/model")
-    *hybrids, source = evaluation.models
-    assert (
-        {str(target.path) for target in hybrids} == {"runs/mine/model"}
-        and source.path.name == "tiny_qwen3"
-        and not source.iterations
-    )
-    given = [target.given for target in hybrids]
-    assert [n for n in given if isinstance(n, int)] == [trained, 1, 2, 4, 8, 20, 30]
-    by_layer = [n for n in given if not isinstance(n, int)]
-    assert by_layer and all(set(n) < set(layers) for n in by_layer)
+    trained, source, *others = evaluation.models
+    assert trained.name == f"{config.mixers.gka_config.num_iter} as trained" and trained.given is source.given is None
+    assert {str(target.path) for target in (trained, *others)} == {"runs/mine/model"} and source.path.name == "tiny_qwen3"
+    *uniform, one, other = (target.given for target in others)
+    assert uniform == [1, 2, 4, 8, 20, 30] and sorted({**one, **other}) == layers
     assert {"text", "needles", "pairs", "cost", "speed"} == set(evaluation.instruments)
