@@ -11,7 +11,6 @@ PRIMING = "tests/priming/test_priming.py"
 ATTENTION, INITIALIZE = "hybrid_jax/layers/attention.py", "hybrid_jax/priming/initialize.py"
 MIXING, ROLES = "hybrid_jax/layers/mixing.py", "hybrid_jax/evaluate/instruments/mixing.py"
 MATRICES = "tests/layers/test_mixing.py"
-ITERATIONS = "tests/layers/test_iterations.py"
 EXPERTS, OF_EXPERTS = "hybrid_jax/parallel/experts.py", "tests/parallel/test_experts.py"
 PREFILL = f"{INVARIANCE}::test_prefill_in_parts_and_decoding_equal_the_whole"
 FORMULAS = "tests/layers/test_formulas.py"
@@ -198,27 +197,6 @@ MUTATIONS = [
         "num_iter = self.num_iter - 1 if",
         "one iteration of the solve is missing",
         (HMF, FORMULAS),
-    ),
-    Mutation(
-        GKA,
-        "self.num_iter = config, config.iterations_of(layer)",
-        "self.num_iter = config, gka.num_iter",
-        "iterations that are set for inference have no effect",
-        (ITERATIONS,),
-    ),
-    Mutation(
-        "hybrid_jax/config.py",
-        "self.rope_of(i), dense, n) for",
-        "self.rope_of(i), dense, None) for",
-        "layers of other iterations are scanned with the first one's",
-        (f"{ITERATIONS}::test_only_layers_of_equal_iterations_are_scanned_together",),
-    ),
-    Mutation(
-        "hybrid_jax/families/__init__.py",
-        "    if config.gka_iterations:",
-        "    if not config.layers:",
-        "a model with iterations for inference is saved without them",
-        (f"{ITERATIONS}::test_the_saved_model_is_not_changed_and_one_with_iterations_is_not_saved",),
     ),
     Mutation(GDN, "beta = 2 * beta", "beta = 1 * beta", "allow_neg_eigval is ignored", (FORMULAS,)),
     Mutation(
