@@ -9,10 +9,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hybrid_jax.convert import load_model, save_model
     from hybrid_jax.generation import generate
+    from hybrid_jax.parameters import with_iterations
 
-__all__ = ["generate", "load_model", "save_model"]
+__all__ = ["generate", "load_model", "save_model", "with_iterations"]
 
-_MODULES = {"generate": "hybrid_jax.generation", "load_model": "hybrid_jax.convert", "save_model": "hybrid_jax.convert"}
+_MODULES = {
+    "generate": "hybrid_jax.generation",
+    "load_model": "hybrid_jax.convert",
+    "save_model": "hybrid_jax.convert",
+    "with_iterations": "hybrid_jax.parameters",
+}
 
 
 def __getattr__(name: str):

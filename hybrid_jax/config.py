@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from hybrid_jax.checks import check_boolean, check_choice, check_integer, check_number
 from hybrid_jax.config_parts import MoEConfig, RopeConfig
 from hybrid_jax.copies import COPIES, begins_from
+from hybrid_jax.iterations import Iterations, check_iterations, of_layers
 from hybrid_jax.mixers import (
     ATTENTION,
     KINDS,
@@ -111,6 +112,8 @@ class ModelConfig:
       source_kinds: mixers beside attention that the source family itself has; a model with them is no hybrid (Qwen3-Next: `gdn`).
       mixers: the options of mixer kinds that are not the defaults, at most one of each class (`GKAConfig(num_iter=10),
         ...`), for all layers of the kind; read them with `options`.
+      gka_iterations: per layer, the iterations of its Gated KalmaNet, for inference, in place of `GKAConfig.num_iter`; None: as
+        there; empty: in every layer as there. `with_iterations` sets it; it is never written to a config.json.
       extra: keys of the source's config.json that the decoder does not use (token ids and the like);
         they are written back on export and take no part in comparisons.
       stacked_experts: the files that the model was loaded from keep the experts of a layer in one tensor, and so does its export;
@@ -160,6 +163,7 @@ class ModelConfig:
     dense_layers: tuple[bool, ...] = ()
     source_kinds: tuple[str, ...] = ()
     mixers: tuple[MixerOptions, ...] = ()
+    gka_iterations: tuple[int | None, ...] = ()
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
     stacked_experts: bool = dataclasses.field(default=False, compare=False)
     directory: str = dataclasses.field(default="", compare=False)
@@ -203,12 +207,13 @@ class ModelConfig:
         object.__setattr__(self, "rotary_layers", tuple(check_boolean("rotary_layers", x) for x in rotary))
         dense = self.dense_layers or (False,) * len(self.layers)
         object.__setattr__(self, "dense_layers", tuple(check_boolean("dense_layers", x) for x in dense))
-        for name in ("attention_windows", "rotary_layers", "dense_layers"):
-            if len(getattr(self, name)) != len(self.layers):
+        for name in ("attention_windows", "rotary_layers", "dense_layers", "gka_iterations"):
+            if len(getattr(self, name)) != len(self.layers) and (name != "gka_iterations" or self.gka_iterations):
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries, the model has {len(self.layers)} layers")
         object.__setattr__(self, "mixers", _canonical(self.mixers))
         for cls in self.used_options():
             self.options(cls).check_heads(self.num_heads, self.num_kv_heads)
+        check_iterations(self, {i: n for i, n in enumerate(self.gka_iterations) if n is not None})
         for i, layer in enumerate(self.layers):
             lacks = {"soft cap of attention scores": self.attention_soft_cap is not None, "output gate": self.attention_gate}
             for what in (name for name, has in lacks.items() if has and "bmojo" in layer.kinds):
@@ -240,14 +245,34 @@ class ModelConfig:
 
     def used_kinds(self) -> set[str]:
         """Returns the kinds of all mixers that some layer computes with, teachers and mixers inside mixers included."""
-        used = {kind for layer in self.layers for kind in layer.kinds}
-        rows = [KINDS[kind].options for kind in used]
-        return used.union(*(self.options(cls).inner for cls in rows if cls is not None))
+        return {kind for layer in self.layers for kind in self.kinds_in(layer)}
+
+    def kinds_in(self, layer: MixerSpec) -> set[str]:
+        """Returns the kinds of the mixers that a layer computes with, its teacher and mixers inside mixers included."""
+        rows = [KINDS[kind].options for kind in layer.kinds]
+        return set(layer.kinds).union(*(self.options(cls).inner for cls in rows if cls is not None))
 
     def used_options(self) -> set[type[MixerOptions]]:
         """Returns the classes of the options that some layer reads."""
         used = {cls for kind in self.used_kinds() if (cls := KINDS[kind].options) is not None}
         return used | {HeadHybridConfig} if any(layer.attention_heads for layer in self.layers) else used
+
+    def solves(self, layer: int) -> bool:
+        """Returns whether some mixer of layer number `layer` is Gated KalmaNet, or has one inside."""
+        return "gka" in self.kinds_in(self.layers[layer])
+
+    def iterations_of(self, layer: int) -> int:
+        """Returns the iterations of Gated KalmaNet in layer number `layer`, counted as `GKAConfig.num_iter` counts them."""
+        own = self.gka_iterations[layer] if self.gka_iterations else None
+        return self.options(GKAConfig).num_iter if own is None else own
+
+    def with_iterations(self, iterations: Iterations | None) -> ModelConfig:
+        """Returns the same model with other iterations of Gated KalmaNet, for inference; see `hybrid_jax.with_iterations`.
+
+        Raises:
+          ValueError: see there.
+        """
+        return dataclasses.replace(self, gka_iterations=of_layers(self, iterations))
 
     def rope_of(self, layer: int) -> RopeConfig | None:
         """Returns the rotary embedding of the attention in layer number `layer`; None: it has none."""
@@ -282,10 +307,11 @@ class ModelConfig:
                     )
 
     @property
-    def programs(self) -> list[tuple[MixerSpec, int | None, RopeConfig | None, bool]]:
+    def programs(self) -> list[tuple[MixerSpec, int | None, RopeConfig | None, bool, int | None]]:
         """Per layer, what its computation depends on beside its parameters: layers that are equal here may share one program."""
-        of_layers = enumerate(zip(self.layers, self.attention_windows, self.dense_layers, strict=True))
-        return [(spec, window, self.rope_of(i), dense) for i, (spec, window, dense) in of_layers]
+        own = self.gka_iterations or (None,) * len(self.layers)
+        by_layer = enumerate(zip(self.layers, self.attention_windows, self.dense_layers, own, strict=True))
+        return [(spec, window, self.rope_of(i), dense, n) for i, (spec, window, dense, n) in by_layer]
 
     @property
     def has_mlp(self) -> bool:
@@ -311,6 +337,8 @@ class ModelConfig:
     def with_pattern(self, pattern: str | Sequence[MixerSpec]) -> ModelConfig:
         """The same model with other mixers. One that begins from a layer's own mixer (`copies.COPIES`) takes over its options.
 
+        Iterations for inference (`with_iterations`) stay where a layer has Gated KalmaNet in both.
+
         Raises:
           ValueError: the pattern is invalid or has a wrong length, or options cannot be taken over.
         """
@@ -319,7 +347,8 @@ class ModelConfig:
             raise ValueError(f"the pattern has {len(layers)} layers, the model has {self.num_layers}")
         copied = {(begins_from(old, kind), kind) for old, new in zip(self.layers, layers, strict=True) for kind in new.kinds}
         taken = [COPIES[x].options(self.options, fixed=x[1] in self.used_kinds()) for x in sorted(COPIES.keys() & copied)]
-        return dataclasses.replace(self.with_options(*taken), layers=layers)
+        made = dataclasses.replace(self.with_options(*taken), layers=layers, gka_iterations=())
+        return made.with_iterations({i: n for i, n in enumerate(self.gka_iterations) if n is not None and made.solves(i)} or None)
 
     def fused(self, source: ModelConfig | None = None) -> ModelConfig:
         """The two-stream form: mixers beside the mixer they replace; attention and `source_kinds` on both streams.

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hybrid_jax.config import ModelConfig
+from hybrid_jax.iterations import Iterations
 from hybrid_jax.layers.parameter import Marks, marks_of
 from hybrid_jax.model import Decoder, abstract_decoder
 
@@ -42,7 +43,31 @@ def join_model(structure: nnx.GraphDef, parameters: Mapping[str, jax.Array]) -> 
 
 def with_config(model: Decoder, config: ModelConfig) -> Decoder:
     """The same parameters in a model of another config, one that wants the same names and shapes."""
-    return join_model(nnx.split(abstract_decoder(config, compute_dtype=model.compute_dtype))[0], split_model(model)[1])
+    described = abstract_decoder(config, compute_dtype=model.compute_dtype)
+    described.remat, described.scan = model.remat, model.scan
+    return join_model(nnx.split(described)[0], split_model(model)[1])
+
+
+def with_iterations(model: Decoder, iterations: Iterations | None) -> Decoder:
+    """Returns a model with the same parameters and other iterations of Gated KalmaNet, for inference.
+
+    Fewer iterations are faster and less exact. The model computes what it would if `gka_config.num_iter` in its config.json were so
+    many, in a forward pass, in decoding and where tokens are sharded; the arrays are not copied and the files are not changed.
+    Layers with equal iterations that follow each other still share one program. Such a model is not saved.
+
+    Args:
+      model: a decoder, of which no layers are stacked (`stacking`).
+      iterations: of every layer with Gated KalmaNet, `8`, or by layer, `{3: 8, 5: 4}`, where other layers have those of
+        `GKAConfig.num_iter`; what was set before has no effect. They are counted as `num_iter` counts them: of Chebyshev's
+        iteration; conjugate gradients (`solver` `cg`) run 3/5 of them, rounded up. 0 leaves the solve out, which is gated linear
+        attention. None: as `num_iter` says.
+
+    Raises:
+      ValueError: the model has no layer with Gated KalmaNet, a layer that is named has none or does not exist, or iterations are
+        outside 0 to 10,000 or not allowed by the options of the mixer.
+    """
+    config = model.config.with_iterations(iterations)
+    return model if config == model.config else with_config(model, config)
 
 
 @functools.lru_cache(maxsize=16)  # describing a decoder of 36 layers takes half a second

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hybrid_jax.commands.options import OVERRIDES, integer
+from hybrid_jax.commands.options import OVERRIDES, add_gka_iterations, integer
 
 if TYPE_CHECKING:
     from hybrid_jax.evaluate.measured import Target
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", help="in place of the config's data.text: 'stdlib', a .jsonl file, a text file or a folder")
     parser.add_argument("--seq-len", type=integer(minimum=1), help="in place of every instrument's seq_len: tokens per row")
     parser.add_argument("--rows", type=integer(minimum=1), help="in place of every instrument's rows")
+    add_gka_iterations(parser, " of every --model and --run, which must have it")
     parser.add_argument("--prompt", help="also show how each model and each run's outcome continue this")
 
 
@@ -33,27 +34,25 @@ def _check_prompt(prompt: str, outcomes: Sequence[Target]) -> None:
     Raises:
       ValueError: it is empty or too long for a model.
     """
-    from hybrid_jax.convert import check_model_directory
     from hybrid_jax.data import load_tokenizer
     from hybrid_jax.data.tokenizer import encode_prompt
+    from hybrid_jax.evaluate.evaluation import config_of
     from hybrid_jax.generation import check_prompts
 
     for target in outcomes:
-        check_prompts(check_model_directory(target.path), [encode_prompt(load_tokenizer(target.path), prompt)], NEW_TOKENS)
+        check_prompts(config_of(target), [encode_prompt(load_tokenizer(target.path), prompt)], NEW_TOKENS)
 
 
 def _continued(prompt: str, target: Target) -> str:
     """Returns the prompt with the model's greedy continuation."""
-    import jax.numpy as jnp
-
-    from hybrid_jax.convert import load_model
     from hybrid_jax.data import load_tokenizer
     from hybrid_jax.data.tokenizer import decode_continuation, encode_prompt
+    from hybrid_jax.evaluate.evaluation import load_target
     from hybrid_jax.generation import generate
 
     tokenizer = load_tokenizer(target.path)
     ids = encode_prompt(tokenizer, prompt)
-    (new,) = generate(load_model(target.path, dtype=jnp.float32), [ids], max_new_tokens=NEW_TOKENS)
+    (new,) = generate(load_target(target), [ids], max_new_tokens=NEW_TOKENS)
     return prompt + decode_continuation(tokenizer, ids, new)
 
 
@@ -69,8 +68,8 @@ def run(args: argparse.Namespace) -> None:
     from hybrid_jax.files import check_new_directory, check_writable
     from hybrid_jax.parallel.distributed import is_first, say
 
-    targets = targets_of(args.model, args.run)
     evaluation = read_evaluation(args.config, args.overrides, text=args.text, seq_len=args.seq_len, rows=args.rows)
+    targets = targets_of(args.model, args.run, args.gka_iterations, evaluation.models)
     evaluation.check(targets)
     outcomes = list({t.run or t.name: t for t in targets}.values())  # a run's stages come in order: the last one stays
     if args.prompt is not None:

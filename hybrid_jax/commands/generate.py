@@ -7,7 +7,7 @@ import pathlib
 import sys
 from typing import TYPE_CHECKING
 
-from hybrid_jax.commands.options import directory, integer, number
+from hybrid_jax.commands.options import add_gka_iterations, directory, integer, number
 
 if TYPE_CHECKING:
     from hybrid_jax.generation import Sampling
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--top-k", type=integer(minimum=0), help=f"keep this many of the most likely tokens ({said} 0, all)")
     parser.add_argument("--seed", type=integer(minimum=0, maximum=2**32 - 1), default=0, help="of sampling")
+    add_gka_iterations(parser)
 
 
 def _prompt(args: argparse.Namespace) -> str:
@@ -71,10 +72,11 @@ def run(args: argparse.Namespace) -> None:
     from hybrid_jax.data.tokenizer import END_OF_TEXT, decode_continuation, encode_prompt
     from hybrid_jax.generation import check_prompts, generate, generation_defaults
     from hybrid_jax.parallel.distributed import notice
+    from hybrid_jax.parameters import with_iterations
 
     if args.system is not None and not args.chat:
         raise ValueError("--system needs --chat")
-    config = check_model_directory(args.model)
+    config = check_model_directory(args.model).with_iterations(args.gka_iterations)
     tokenizer = check_tokenizer_fits(load_tokenizer(args.model), config.vocab_size, args.model)
     defaults = generation_defaults(args.model, config)
     sampling = _sampling(args, defaults.sampling)
@@ -93,6 +95,6 @@ def run(args: argparse.Namespace) -> None:
     ends = defaults.eos_ids
     if ends is None:  # nothing says: a tokenizer of ours does
         ends = [i for i in [tokenizer.token_to_id(END_OF_TEXT)] if i is not None]
-    model = load_model(args.model, dtype=jnp.float32)
+    model = with_iterations(load_model(args.model, dtype=jnp.float32), args.gka_iterations)
     (new,) = generate(model, [ids], max_new_tokens=args.max_new_tokens, eos_id=ends, seed=args.seed, **dataclasses.asdict(sampling))
     print(tokenizer.decode(new) if args.chat else prompt + decode_continuation(tokenizer, ids, new))

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import pathlib
 
-from hybrid_jax.commands.options import directory, integer
+from hybrid_jax.commands.options import add_gka_iterations, directory, integer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of parameters and activations"
     )
     parser.add_argument("--mesh", default="", help="axes of devices, e.g. data=4,tensor=2; default: one device")
+    add_gka_iterations(parser)
     parser.add_argument("--out", help="directory for results.json, and with --log-samples for samples_TASK.jsonl")
     parser.add_argument("--log-samples", action="store_true", help="with --out: also write every question with the model's answer")
 
@@ -67,7 +68,8 @@ def run(args: argparse.Namespace) -> None:
     known = {*manager.all_tasks, *manager.all_groups, *manager.all_tags}
     if unknown := [name for name in tasks if name not in known]:
         raise ValueError(f"--tasks: there is no task, group or tag {unknown[0]!r}; `lm-eval ls tasks` lists the harness's own")
-    model = HybridLM(args.model, batch_size=args.batch_size, max_length=args.max_length, dtype=args.dtype, mesh=args.mesh)
+    options = {name: getattr(args, name) for name in ("batch_size", "max_length", "dtype", "mesh", "gka_iterations")}
+    model = HybridLM(args.model, **options)
     if args.apply_chat_template:
         model.chat_template(True)  # refuses a model without one before any text is downloaded
     results = simple_evaluate(

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from hybrid_jax.checks import check_integer, check_number
 from hybrid_jax.files import find_shipped
+from hybrid_jax.iterations import Iterations, read_iterations
 
 
 def _checked(convert: Callable[[str], Any], check: Callable, bounds: dict) -> Callable[[str], Any]:
@@ -44,6 +45,29 @@ OVERRIDES = "Fields of the config are overridden by --config.a.b=VALUE, e.g. --c
 def directory(text: str) -> str:
     """Reads the directory of a model or a run; those that come with the package (`launch/tiny_qwen3`) are found from everywhere."""
     return str(find_shipped(text))
+
+
+def iterations(text: str) -> Iterations:
+    """Reads iterations of Gated KalmaNet: `8`, or `3:8,5:4` by layer."""
+    try:
+        return read_iterations("it", text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e).removeprefix("it ")) from None
+
+
+def add_gka_iterations(parser: argparse.ArgumentParser, of: str = "") -> None:
+    """Adds `--gka-iterations`, which every command has that decodes with a given model or measures it.
+
+    Args:
+      of: of which models they are, for the help; by default the command's only one.
+    """
+    parser.add_argument(
+        "--gka-iterations",
+        type=iterations,
+        metavar="N|LAYER:N,...",
+        help=f"iterations of Gated KalmaNet{of}, in all layers with it (8) or in those that are named (3:8,5:4), counted as "
+        "gka_config.num_iter counts them; fewer are faster and less exact, 0 leaves the solve out; default: as in config.json",
+    )
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -43,9 +43,10 @@ def run(args: argparse.Namespace) -> None:
     from hybrid_jax.config_file import load_config
     from hybrid_jax.evaluate.evaluation import read_evaluation, targets_of
     from hybrid_jax.fields import load_experiment_config
+    from hybrid_jax.iterations import read_iterations
     from hybrid_jax.stopped import Stopped
     from hybrid_jax.sweep import claim, collect, measure_models, points_of, run_point
-    from hybrid_jax.sweep.points import MODELS
+    from hybrid_jax.sweep.points import ITERATIONS, MODELS
 
     config, out = load_config([f"--config={args.config}"]), pathlib.Path(args.out)
     config = config.to_dict()
@@ -67,9 +68,15 @@ def run(args: argparse.Namespace) -> None:
     evaluate = {key: value for key, value in (config.get("evaluate") or {}).items() if value is not None}
     evaluation = instruments = None
     if evaluate:
-        options = {key: value for key, value in evaluate.items() if key not in ("config", MODELS)}
+        options = {key: value for key, value in evaluate.items() if key not in ("config", MODELS, ITERATIONS)}
         file = evaluate.get("config", "configs/evaluate.py")
         evaluation, instruments = read_evaluation(file, **options), load_config([f"--config={file}"])
+        if evaluation.models:
+            raise ValueError(
+                f"{file} has models of its own, which a sweep does not measure; name them in the sweep's evaluate.models"
+            )
+        if ITERATIONS in evaluate:
+            read_iterations(f"sweep.evaluate.{ITERATIONS}", evaluate[ITERATIONS])
         if models := evaluate.get(MODELS):
             evaluation.check(targets_of([f"{name}={path}" for name, path in models.items()], ()))
     claim(out, points, configs, evaluate, instruments)

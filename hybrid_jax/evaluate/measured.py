@@ -13,6 +13,7 @@ import numpy as np
 
 from hybrid_jax.evaluate.measurement import Measurement, half_width
 from hybrid_jax.files import write_text
+from hybrid_jax.iterations import Iterations, read_iterations
 
 SEVERAL = "one per seed"  # in place of the pattern of repetitions that chose different ones
 
@@ -25,6 +26,7 @@ class Target:
       name: of its row in the tables.
       path: its directory.
       run, stage, source: for a stage of a run, the run's name, the stage's number from 0 and the directory of the run's source.
+      iterations: of Gated KalmaNet, in place of those of its config.json, as `iterations.read_iterations` reads them; empty: none.
     """
 
     name: str
@@ -32,6 +34,12 @@ class Target:
     run: str = ""
     stage: int = 0
     source: str = ""
+    iterations: str = ""
+
+    @property
+    def given(self) -> Iterations | None:
+        """The iterations as `hybrid_jax.with_iterations` takes them."""
+        return read_iterations("gka_iterations", self.iterations) if self.iterations else None
 
 
 @dataclasses.dataclass(frozen=True)

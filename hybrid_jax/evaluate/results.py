@@ -8,7 +8,7 @@ import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hybrid_jax.data.corpus import read_sources, source_stamp
@@ -35,7 +35,9 @@ def data_stamp(data: Mapping[str, Any]) -> dict[str, Any]:
     return texts | {"the order of the texts": list(texts), "tasks": dict(data.get("tasks") or {})}
 
 
-def fingerprint(model: pathlib.Path, data: Mapping[str, Any], instrument: Instrument) -> dict[str, Any]:
+def fingerprint(
+    model: pathlib.Path, data: Mapping[str, Any], instrument: Instrument, iterations: Sequence[int | None] = ()
+) -> dict[str, Any]:
     """Returns everything that a result depends on, by name, in JSON's types.
 
     That is a hash of every file of weights and of every JSON and Jinja file of the model (config, tokenizer, chat template), the
@@ -44,12 +46,14 @@ def fingerprint(model: pathlib.Path, data: Mapping[str, Any], instrument: Instru
     Args:
       model: a model directory.
       data: see `data_stamp`.
+      iterations: the model's `ModelConfig.gka_iterations`, which no file holds.
     """
     found: dict[str, Any] = {"format": FORMAT, **data}
     for path in sorted([*model.glob("*.json"), *model.glob("*.jinja"), *model.glob("*.safetensors")]):
         found[path.name] = _hash_of(path, path.stat().st_size, path.stat().st_mtime_ns)
     found["instrument"] = name_of(instrument)
     found["the instrument's files or machine"] = instrument.stamp()
+    found |= {"iterations of Gated KalmaNet": iterations} if iterations else {}
     found |= {f"the option {name}": value for name, value in dataclasses.asdict(instrument).items()}
     return json.loads(json.dumps(found, default=list))
 

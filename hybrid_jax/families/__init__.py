@@ -90,6 +90,11 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
     """A ModelConfig as config.json. `dtype` names the dtype of the weights beside it.
 
     Raises:
-      ValueError: a config.json of the family cannot describe the model.
+      ValueError: a config.json of the family cannot describe the model, or it has iterations for inference.
     """
+    if config.gka_iterations:
+        raise ValueError(
+            "the model has other iterations of Gated KalmaNet than its options say, which are for inference and not saved; save "
+            "hybrid_jax.with_iterations(model, None), or train with gka_config.num_iter"
+        )
     return write_config(FAMILIES[config.family], config, dtype)

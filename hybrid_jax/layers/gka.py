@@ -56,7 +56,6 @@ class GatedKalmaNet(ExpandedHeads):
     """
 
     def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
-        del layer
         hid, gka, sizes = config.hidden_size, config.options(GKAConfig), HeadSizes.of(config, config.options(GKAConfig))
         H, N, D = sizes.H, sizes.N, sizes.D
         fresh: dict[str, Any] = dict(std=config.initializer_range, rngs=rngs, dtype=dtype)
@@ -77,7 +76,7 @@ class GatedKalmaNet(ExpandedHeads):
         self.o_norm = RMSNorm(D, eps=gka.norm_eps, dtype=dtype)
         self.o_proj = linear(H * D, hid, axes=("heads", "embed"))
         self.make_expansion(sizes, gka, **fresh)
-        self.config = config
+        self.config, self.num_iter = config, config.iterations_of(layer)
 
     def __call__(
         self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array, state: GKAState | None = None
@@ -122,7 +121,7 @@ class GatedKalmaNet(ExpandedHeads):
 
     def _solve(self) -> dict[str, Any]:
         gka = self.config.options(GKAConfig)
-        num_iter = gka.num_iter if gka.solver == "chebyshev" else -(-3 * gka.num_iter // 5)
+        num_iter = self.num_iter if gka.solver == "chebyshev" else -(-3 * self.num_iter // 5)
         return dict(ridge_strength=gka.ridge_strength, num_iter=num_iter, solver=gka.solver)
 
     def _chunks(self) -> dict[str, Any]:

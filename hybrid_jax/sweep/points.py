@@ -19,7 +19,8 @@ from hybrid_jax.files import new_directory, write_text
 
 KEYS = {"configs", "grid", "points", "evaluate"}
 MODELS = "models"  # of `evaluate`: models that are measured beside the points, name -> directory
-EVALUATE_KEYS = {"config", "text", "seq_len", "rows", MODELS}
+ITERATIONS = "gka_iterations"  # of `evaluate`: with which the points, not the models beside them, are measured
+EVALUATE_KEYS = {"config", "text", "seq_len", "rows", MODELS, ITERATIONS}
 LONGEST_NAME = 100  # characters; file systems take 255 bytes
 
 

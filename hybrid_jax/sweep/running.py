@@ -16,7 +16,7 @@ from typing import Any
 
 from hybrid_jax.files import write_text
 from hybrid_jax.run_report import final_loss, phases_of
-from hybrid_jax.sweep.points import MODELS, Point
+from hybrid_jax.sweep.points import ITERATIONS, MODELS, Point
 
 EVALUATION = "evaluation"  # the folder of a point's results, in its working directory
 STOPPED = 3  # the exit code of a run that can be resumed
@@ -62,7 +62,8 @@ MESSAGE = "hybrid-jax "  # how the line begins in which a command says why it fa
 
 def measure_models(out: pathlib.Path, evaluate: Mapping[str, Any]) -> tuple[str, str]:
     """Measures the models that a sweep is compared with, into `out/models`; returns a status and an error, see `run_point`."""
-    return _evaluate(evaluate[MODELS], out / MODELS, evaluate, _sharing_programs(out))
+    options = {key: value for key, value in evaluate.items() if key != ITERATIONS}
+    return _evaluate(evaluate[MODELS], out / MODELS, options, _sharing_programs(out))
 
 
 def _evaluate(models: Mapping[str, str], out: pathlib.Path, evaluate: Mapping[str, Any], env: Mapping[str, str]) -> tuple[str, str]:

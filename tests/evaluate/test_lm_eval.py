@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from tokenizers import AddedToken, processors
 
 from hybrid_jax.commands.main import main
-from hybrid_jax.config import RopeConfig
+from hybrid_jax.config import GKAConfig, RopeConfig
 from hybrid_jax.convert import save_model
 from hybrid_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from hybrid_jax.evaluate.lm_eval import HybridLM, scoring
@@ -339,6 +339,20 @@ def test_a_hybrid_has_the_same_results_for_every_batch_size(tmp_path, tokenizer,
         for a, b in zip(*(run[name] for run in runs), strict=True):
             for (x,), (y,) in zip(a["resps"], b["resps"], strict=True):
                 assert x == y if isinstance(x, str) else np.allclose(x, y, rtol=1e-5, atol=1e-4)
+
+
+def test_iterations_of_gated_kalmanet_are_those_of_a_model_trained_with_so_many(tmp_path, tokenizer):
+    asked = requests("loglikelihood", ("The cat", " sat"))
+    for number in (6, 1):
+        gka = GKAConfig(num_iter=number, chunk_size=16)
+        save_model(tiny_model("GKA", gka=gka, vocab_size=tokenizer.get_vocab_size()), tmp_path / str(number))
+        save_tokenizer(tokenizer, tmp_path / str(number), POSITIONS)
+    wanted, trained = (HybridLM(str(tmp_path / name), batch_size=1).loglikelihood(asked) for name in ("1", "6"))
+    for given in ("0:1", {0: 1}):
+        found = HybridLM(str(tmp_path / "6"), batch_size=1, gka_iterations=given)
+        assert found.loglikelihood(asked) == wanted != trained and found.get_model_info()["gka_iterations"] == [1]
+    with pytest.raises(ValueError, match="layer 1, which does not exist"):
+        HybridLM(str(tmp_path / "6"), gka_iterations="0:1;1:3")
 
 
 def test_choices_of_one_token_share_a_row_and_prefixes_are_grouped_where_fewest_tokens_are_computed():

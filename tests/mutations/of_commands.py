@@ -6,7 +6,30 @@ SWEEP, MESSAGES, COMMANDS = "tests/test_sweep.py", "tests/test_messages.py", "te
 MEASURES, REPORT, STOPPED = "tests/evaluate/test_measures.py", "tests/evaluate/test_report.py", "tests/test_stopped.py"
 INSTRUMENTS = "tests/evaluate/test_instruments.py"
 
+ITERATIONS = "tests/test_gka_iterations.py"
+
 MUTATIONS = [
+    Mutation(
+        "hybrid_jax/evaluate/results.py",
+        '{"iterations of Gated KalmaNet": iterations} if iterations else {}',
+        "{}",
+        "a stored result is used for other iterations of the same model",
+        (f"{ITERATIONS}::test_a_report_has_a_row_for_each_setting_of_one_model",),
+    ),
+    Mutation(
+        "hybrid_jax/commands/generate.py",
+        "with_iterations(load_model(args.model, dtype=jnp.float32), args.gka_iterations)",
+        "load_model(args.model, dtype=jnp.float32)",
+        "generation takes no notice of --gka-iterations",
+        (f"{ITERATIONS}::test_generate_decodes_with_them_and_leaves_the_model_as_it_is",),
+    ),
+    Mutation(
+        "hybrid_jax/sweep/running.py",
+        "if key != ITERATIONS}",
+        "if key}",
+        "models beside a sweep are measured with the iterations of its points",
+        (f"{ITERATIONS}::test_a_sweep_measures_its_points_with_them_and_not_the_models_beside_them",),
+    ),
     Mutation(
         "hybrid_jax/sweep/running.py",
         "process.terminate()",

@@ -193,8 +193,8 @@ MUTATIONS = [
     ),
     Mutation(
         GKA,
-        "num_iter = gka.num_iter if",
-        "num_iter = gka.num_iter - 1 if",
+        "num_iter = self.num_iter if",
+        "num_iter = self.num_iter - 1 if",
         "one iteration of the solve is missing",
         (HMF, FORMULAS),
     ),

@@ -9,8 +9,30 @@ MODEL, STACKING, REPEATS = "hybrid_jax/model.py", "hybrid_jax/stacking.py", "hyb
 SELECT, EVALUATE = "hybrid_jax/selection/select.py", "hybrid_jax/evaluate/measures.py"
 BUDGETS = "hybrid_jax/selection/budgets.py"
 ROWS, SCORER = "hybrid_jax/selection/scorers/rows.py", "hybrid_jax/selection/scorers/swa_retrieval.py"
+ITERATIONS = "tests/layers/test_iterations.py"
 
 MUTATIONS = [
+    Mutation(
+        "hybrid_jax/layers/gka.py",
+        "self.num_iter = config, config.iterations_of(layer)",
+        "self.num_iter = config, gka.num_iter",
+        "iterations that are set for inference have no effect",
+        (ITERATIONS,),
+    ),
+    Mutation(
+        "hybrid_jax/config.py",
+        "self.rope_of(i), dense, n) for",
+        "self.rope_of(i), dense, None) for",
+        "layers of other iterations are scanned with the first one's",
+        (f"{ITERATIONS}::test_only_layers_of_equal_iterations_are_scanned_together",),
+    ),
+    Mutation(
+        "hybrid_jax/families/__init__.py",
+        "    if config.gka_iterations:",
+        "    if not config.layers:",
+        "a model with iterations for inference is saved without them",
+        (f"{ITERATIONS}::test_the_saved_model_is_not_changed_and_one_with_iterations_is_not_saved",),
+    ),
     Mutation(
         MODEL,
         "else (*norms[:2], None, None)",

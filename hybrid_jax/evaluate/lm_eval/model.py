@@ -25,8 +25,10 @@ from hybrid_jax.evaluate.lm_eval.options import GenerationOptions
 from hybrid_jax.evaluate.lm_eval.scoring import Score, Scorer
 from hybrid_jax.files import find_shipped
 from hybrid_jax.generation import bucket, generate, generation_defaults
+from hybrid_jax.iterations import Iterations, read_iterations
 from hybrid_jax.parallel.distributed import notice
 from hybrid_jax.parallel.mesh import check_mesh_fits, make_mesh, parse_mesh
+from hybrid_jax.parameters import with_iterations
 from hybrid_jax.progress import progress_bar
 
 
@@ -48,6 +50,8 @@ class HybridLM(TemplateLM):
       max_batch_size, device: of the harness; they have no effect, which is reported.
       mesh: axes of devices, `data=4,tensor=2` or, where the harness's own command reads it, `data:4;tensor:2`; empty: one device.
         Of a job of several processes every one gets the same results.
+      gka_iterations: of Gated KalmaNet, see `hybrid_jax.with_iterations`; as text `8`, `3:8,5:4` or, where the harness's own
+        command reads it, `3:8;5:4`. None: as in config.json.
 
     Raises:
       ValueError, FileNotFoundError: no usable model or tokenizer, a wrong option, or a job of several processes without a mesh.
@@ -66,6 +70,7 @@ class HybridLM(TemplateLM):
         max_batch_size: int | None = None,
         device: str | None = None,
         mesh: str = "",
+        gka_iterations: Iterations | str | None = None,
     ):
         super().__init__()
         for name, value in (("max_batch_size", max_batch_size), ("device", device)):
@@ -75,7 +80,10 @@ class HybridLM(TemplateLM):
         self.batch_size = check_integer("batch_size", rows, minimum=1)
         self.seed, self.add_bos_token = check_integer("seed", seed), add_bos_token
         self.directory = find_shipped(pretrained)
-        self.config = config = check_model_directory(self.directory)
+        if gka_iterations is not None:
+            given = gka_iterations.replace(";", ",") if isinstance(gka_iterations, str) else gka_iterations
+            gka_iterations = read_iterations("gka_iterations", given)
+        self.config = config = check_model_directory(self.directory).with_iterations(gka_iterations)
         self.tokenizer = check_tokenizer_fits(load_tokenizer(self.directory), config.vocab_size, self.directory)
         most = config.max_position_embeddings if max_length is None else max_length
         self.max_length = check_integer("max_length", most, minimum=1)
@@ -94,7 +102,7 @@ class HybridLM(TemplateLM):
             raise ValueError("lm_eval: a job of several processes needs a mesh of all their devices, e.g. data=8")
         if self.mesh is not None:
             check_mesh_fits(config, self.mesh)
-        self.model = load_model(self.directory, dtype=dtype, mesh=self.mesh)
+        self.model = with_iterations(load_model(self.directory, dtype=dtype, mesh=self.mesh), gka_iterations)
         self.scorer = Scorer(self.model, self.batch_size, self.mesh)
         self.truncated: dict[str, Counter[str]] = {}  # by method: how many inputs were truncated, by how many tokens
         self._without_system = False  # whether it was reported that the template refuses system messages
@@ -312,6 +320,7 @@ class HybridLM(TemplateLM):
             "model_name": str(self.directory),
             "model_pattern": self.config.pattern,
             "model_num_parameters": sum(x.size for x in self.scorer.parameters.values()),
+            "gka_iterations": list(self.config.gka_iterations) or None,
             "model_dtype": self.model.compute_dtype.name,
             "max_length": self.max_length,
             "truncated": self.truncated,

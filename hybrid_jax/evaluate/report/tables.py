@@ -189,6 +189,10 @@ def notes(evaluation: Evaluation, rows: Sequence[Measured]) -> list[str]:
             found.append(
                 f"{name}: the held-out text has only {min(read):,} rows, not the {wanted:,} asked for; all of them were read."
             )
+    if set_to := [f"{row.target.name} {row.target.iterations}" for row in rows if row.target.iterations]:
+        found.append(
+            f"iterations of Gated KalmaNet, in all its layers or as LAYER:N, in place of config.json's: {'; '.join(set_to)}."
+        )
     for run, row in {r.target.run: r for r in rows if r.target.run and r.target.source}.items():
         source, own = source_of(row, rows), row.target.source
         if source is None and any(not r.target.run for r in rows):
