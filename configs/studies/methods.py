@@ -14,7 +14,7 @@ or the Discrete Mamba-2 of MOHAWK by each method, every one with 81,920 tokens:
   heads       new Mamba-2 in layers 2 to 7 beside two heads of attention; layers, then predictions (arXiv 2602.11374).
 
 `same-data` is the source trained on the same data without a conversion. Three seeds. `configs/studies/methods.py:priming-GDN` is
-one experiment. The outcome is in methods.md.
+one experiment. It has not been run yet.
 """
 
 from typing import Any
@@ -53,7 +53,7 @@ def get_config(which: str = "sweep") -> ConfigDict:
     method, _, mixer = which.rpartition("-")
     config = load_config([f"--config=configs/prime_tiny.py:{mixer}"])
     key = rf"\.{MIXERS[mixer].parameter_key}\."
-    config.pattern = {"heads": HEADS, "stepwise": ""}.get(method, HALF).replace("X", mixer)
+    config.pattern = {"heads": HEADS, "stepwise": QUARTER}.get(method, HALF).replace("X", mixer)
     config.copy_attention = method in ("priming", "end-to-end", "stepwise")
     if method == "priming":
         return config
@@ -65,9 +65,9 @@ def get_config(which: str = "sweep") -> ConfigDict:
         "mohawk-123": {"matrices": matrices | {"steps": 12}, "layers": layers | {"steps": 48}, "distill": distill | {"steps": 10}},
         "mohawk-23": {"layers": layers | {"steps": 60}, "distill": distill | {"steps": 10}},
         "mohawk-3": {"distill": distill | {"steps": 40, "learning_rate": 1e-3}},
-        "end-to-end": {"distill": distill | {"steps": 40, "learning_rate": 1e-3}},
+        "end-to-end": {"distill": distill | {"steps": 40}},
         "stepwise": {
-            "quarter": alone | {"steps": 20, "pattern": QUARTER.replace("X", mixer)},
+            "quarter": alone | {"steps": 20},
             "half": alone | {"steps": 20, "pattern": HALF.replace("X", mixer)},
         },
         "heads": {"layers": layers | {"steps": 60}, "distill": distill | {"steps": 10}},

@@ -47,6 +47,7 @@ def test_there_are_studies_of_every_claim():
         "half_state",
         "kept_heads",
         "layers",
+        "methods",
         "mixers",
         "mqar",
         "starts",
