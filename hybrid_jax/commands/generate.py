@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hybrid_jax.commands.options import directory, integer, number
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from hybrid_jax.config import ModelConfig
+    from hybrid_jax.data.prompts import Prompt
     from hybrid_jax.generation import Sampling
 
 OF_FILES = {"out": None, "batch_size": 8, "samples": 1}  # the options that only --prompts has, and their defaults
@@ -176,14 +178,16 @@ def _many(args: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer, s
         "files of the model": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
         **dict(chat=args.chat, system=args.system, end_ids=ends, **how, **dataclasses.asdict(sampling)),
     }
+
+    def decode(prompt: Prompt, ids: Sequence[int], new: list[int]) -> str:
+        return tokenizer.decode(new) if prompt.messages else decode_continuation(tokenizer, list(ids), new)
+
     found = answer_prompts(
         functools.partial(load_model, args.model, dtype=jnp.float32),
         prompts,
         ids,
         out,
-        decode=lambda prompt, ids, new: (
-            tokenizer.decode(new) if prompt.messages else decode_continuation(tokenizer, list(ids), new)
-        ),
+        decode=decode,
         settings=settings,
         sampling=sampling,
         eos_ids=ends,
@@ -193,8 +197,8 @@ def _many(args: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer, s
     say(f"{out}: {found.answers:,} answers to {len(prompts):,} prompts")
     if found.limited:
         say(
-            f"{found.limited:,} of them end by --max-new-tokens {args.max_new_tokens}, not by an end token: finish_reason is 'length'; "
-            "learned as they are, they teach to stop in the middle"
+            f"{found.limited:,} of them end by --max-new-tokens {args.max_new_tokens}, not by an end token (finish_reason is "
+            "'length'); learned as they are, they teach to stop in the middle"
         )
     if found.empty:
         say(f"{found.empty:,} of them are empty")

@@ -76,8 +76,8 @@ class Partial:
             differ = [f"{n} was {old.get(n)!r:.80}, now {head.get(n)!r:.80}" for n in {**old, **head} if old.get(n) != head.get(n)]
             if differ:
                 raise ValueError(
-                    f"{self.path} holds answers with other settings: {'; '.join(differ)}. Give the same ones to go on, choose another "
-                    "--out, or remove it to begin again"
+                    f"{self.path} holds answers with other settings: {'; '.join(differ)}. Give the same ones to go on, "
+                    "choose another --out, or remove it to begin again"
                 )
             for line in lines[1:]:
                 prompt, sample, record = json.loads(line)

@@ -85,8 +85,8 @@ def test_a_pair_is_two_neighbouring_segments_of_one_row_and_too_long_ones_are_co
 
 
 def test_a_row_has_a_bounded_number_of_pairs():
-    rows = PackedRows(tokens_of(*[(1, 1)] * 200), 300, "pairs")
-    assert [row["segment_ids"].max() // 2 for row in rows] == [60, 60, 60, 20] and PAIRS_IN_ROW >= 60
+    rows = PackedRows(tokens_of(*[(1, 1)] * 200), 640, "pairs")
+    assert [row["segment_ids"].max() // 2 for row in rows] == [PAIRS_IN_ROW] * 3 + [200 - 3 * PAIRS_IN_ROW]
 
 
 def test_only_the_last_answers_of_both_conversations_are_learned_prepared_or_not(directory, tmp_path):

@@ -1,4 +1,4 @@
-"""DPO against float64: the loss of pairs in rows, its direction, parts of a batch, and the reference, which a resumed phase keeps."""
+"""DPO against float64: the loss of pairs in rows, its direction, parts of a batch, the reference, which a resumed phase keeps."""
 
 import shutil
 
