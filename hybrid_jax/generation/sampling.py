@@ -86,8 +86,8 @@ def keys_of_step(row_keys: Any, step: Any) -> jax.Array:
 def sample(logits: jax.Array, key_data: Any, sampling: Sampling) -> jax.Array:
     """Returns one token id for each row of logits [B, vocab], as an array [B], drawn by the key of `key_data`.
 
-    `key_data` [2] is one key for all rows; [B, 2] has a key for each, with which a row's token does not depend on its neighbours. It
-    comes as numbers, in numpy, which are the same on the hosts of a mesh and belong to no device.
+    `key_data` [2] is one key for all rows; [B, 2] has a key for each, with which a row's token does not depend on its neighbours.
+    It comes as numbers, in numpy, which are the same on the hosts of a mesh and belong to no device.
     """
     if sampling.greedy:
         return jnp.argmax(logits.astype(jnp.float32), axis=-1)
