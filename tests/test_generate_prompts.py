@@ -132,7 +132,6 @@ def test_a_line_that_is_no_prompt_is_refused_with_its_number_before_any_work(tau
 @pytest.mark.parametrize(
     "options, words",
     [
-        ([], "either a prompt or --prompts"),
         (["a", "--prompts", "b"], "either a prompt or --prompts"),
         (["a", "--out", "b"], "--out needs --prompts"),
         (["a", "--batch-size", "2"], "--batch-size needs --prompts"),
@@ -144,6 +143,12 @@ def test_a_line_that_is_no_prompt_is_refused_with_its_number_before_any_work(tau
 def test_options_of_one_prompt_and_of_many_are_not_mixed(options, words, capsys):
     assert main(["generate", "model", *options]) == 1
     assert words in capsys.readouterr().err
+
+
+def test_without_a_file_there_must_be_a_prompt(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["generate", "model", "--chat"])
+    assert "required: prompt" in capsys.readouterr().err
 
 
 def test_a_batch_has_prompts_of_one_bucket_the_longest_first():

@@ -6,7 +6,7 @@ import argparse
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hybrid_jax.commands.options import directory, integer, number
 
@@ -20,12 +20,29 @@ if TYPE_CHECKING:
 OF_FILES = {"out": None, "batch_size": 8, "samples": 1}  # the options that only --prompts has, and their defaults
 
 
+class _InPlaceOf(argparse.Action):
+    """Stores an option's value, and then does not require the argument `positional`.
+
+    An argument that is optional (`nargs="?"`) would be taken as absent wherever an option stands before it.
+    """
+
+    def __init__(self, *args: Any, positional: argparse.Action, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.positional = positional
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: Any = None) -> None:
+        setattr(namespace, self.dest, values)
+        self.positional.required = False
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=directory, help="a model directory with its tokenizer, e.g. RUN/model")
-    parser.add_argument("prompt", nargs="?", help="the text to continue; '-' reads it from stdin")
+    prompt = parser.add_argument("prompt", help="the text to continue; '-' reads it from stdin; with --prompts there is none")
     parser.add_argument("--file", action="store_true", help="PROMPT is the name of a file that holds the text")
     parser.add_argument(
         "--prompts",
+        action=_InPlaceOf,
+        positional=prompt,
         metavar="FILE",
         help="answer a file instead, of JSON lines with 'prompt' (a text) or 'messages' (a conversation), and maybe 'id'",
     )
@@ -79,9 +96,9 @@ def _check_prompt(args: argparse.Namespace) -> None:
     """Checks that there is one prompt or a file of prompts, and no option of the other.
 
     Raises:
-      ValueError: there are both, or neither, or such an option.
+      ValueError: there are both, or such an option.
     """
-    if (args.prompt is None) == (args.prompts is None):
+    if args.prompt is not None and args.prompts is not None:
         raise ValueError("give either a prompt or --prompts FILE")
     if args.prompts is None and (given := [name for name, default in OF_FILES.items() if getattr(args, name) != default]):
         raise ValueError(f"--{given[0].replace('_', '-')} needs --prompts FILE")
