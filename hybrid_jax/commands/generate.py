@@ -1,22 +1,55 @@
-"""`generate MODEL PROMPT`."""
+"""`generate MODEL PROMPT`, and `generate MODEL --prompts FILE --out FILE`, which the same command continues."""
 
 from __future__ import annotations
 
 import argparse
 import pathlib
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from hybrid_jax.commands.options import add_gka_iterations, directory, integer, number
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from hybrid_jax.config import ModelConfig
+    from hybrid_jax.data.prompts import Prompt
     from hybrid_jax.generation import Sampling
+    from hybrid_jax.model import Decoder
+
+OF_FILES = {"out": None, "batch_size": 8, "samples": 1}  # the options that only --prompts has, and their defaults
+
+
+class _InPlaceOf(argparse.Action):
+    """Stores an option's value, and then does not require the argument `positional`.
+
+    An argument that is optional (`nargs="?"`) would be taken as absent wherever an option stands before it.
+    """
+
+    def __init__(self, *args: Any, positional: argparse.Action, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.positional = positional
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: Any = None) -> None:
+        setattr(namespace, self.dest, values)
+        self.positional.required = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=directory, help="a model directory with its tokenizer, e.g. RUN/model")
-    parser.add_argument("prompt", help="the text to continue; '-' reads it from stdin")
+    prompt = parser.add_argument("prompt", help="the text to continue; '-' reads it from stdin; with --prompts there is none")
     parser.add_argument("--file", action="store_true", help="PROMPT is the name of a file that holds the text")
+    parser.add_argument(
+        "--prompts",
+        action=_InPlaceOf,
+        positional=prompt,
+        metavar="FILE",
+        help="answer a file instead, of JSON lines with 'prompt' (a text) or 'messages' (a conversation), and maybe 'id'",
+    )
+    parser.add_argument("--out", metavar="FILE", help="with --prompts: the answers, as JSON lines that `prepare` reads")
+    parser.add_argument("--batch-size", type=integer(minimum=1), default=8, help="with --prompts: answers made at a time")
+    parser.add_argument("--samples", type=integer(minimum=1), default=1, help="with --prompts: answers to each prompt")
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message: use the model's chat template")
     parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
     parser.add_argument("--max-new-tokens", type=integer(minimum=1), default=64, help="at most so many tokens")
@@ -61,25 +94,62 @@ def _sampling(args: argparse.Namespace, defaults: Sampling) -> Sampling:
     return sampling
 
 
-def run(args: argparse.Namespace) -> None:
-    import dataclasses
+def _check_prompt(args: argparse.Namespace) -> None:
+    """Checks that there is one prompt or a file of prompts, and no option of the other.
 
-    import jax.numpy as jnp
-
-    from hybrid_jax.convert import check_model_directory, load_model
-    from hybrid_jax.data import check_tokenizer_fits, load_tokenizer
-    from hybrid_jax.data.chat import ChatTemplate
-    from hybrid_jax.data.tokenizer import END_OF_TEXT, decode_continuation, encode_prompt
-    from hybrid_jax.generation import check_prompts, generate, generation_defaults
-    from hybrid_jax.parallel.distributed import notice
-    from hybrid_jax.parameters import with_iterations
-
+    Raises:
+      ValueError: there are both, or such an option.
+    """
+    if args.prompt is not None and args.prompts is not None:
+        raise ValueError("give either a prompt or --prompts FILE")
+    if args.prompts is None and (given := [name for name, default in OF_FILES.items() if getattr(args, name) != default]):
+        raise ValueError(f"--{given[0].replace('_', '-')} needs --prompts FILE")
+    if args.prompts is not None and args.file:
+        raise ValueError("--file is of a single prompt; --prompts names a file already")
+    if args.prompts is not None and args.out is None:
+        raise ValueError("--prompts needs --out FILE for the answers")
     if args.system is not None and not args.chat:
         raise ValueError("--system needs --chat")
+
+
+def run(args: argparse.Namespace) -> None:
+    from hybrid_jax.convert import check_model_directory
+    from hybrid_jax.data import check_tokenizer_fits, load_tokenizer
+    from hybrid_jax.data.tokenizer import END_OF_TEXT
+    from hybrid_jax.generation import generation_defaults
+    from hybrid_jax.parallel.distributed import notice
+
+    _check_prompt(args)
     config = check_model_directory(args.model).with_iterations(args.gka_iterations)
     tokenizer = check_tokenizer_fits(load_tokenizer(args.model), config.vocab_size, args.model)
     defaults = generation_defaults(args.model, config)
     sampling = _sampling(args, defaults.sampling)
+    if sampling == defaults.sampling and not sampling.greedy:
+        notice(f"sampling as the model's generation_config.json says: {sampling}")
+    ends = defaults.eos_ids
+    if ends is None:  # nothing says: a tokenizer of ours does
+        ends = [i for i in [tokenizer.token_to_id(END_OF_TEXT)] if i is not None]
+    (_one if args.prompts is None else _many)(args, config, tokenizer, sampling, list(ends))
+
+
+def _load(args: argparse.Namespace) -> Decoder:
+    """Returns the model, with the iterations that are asked for."""
+    import jax.numpy as jnp
+
+    from hybrid_jax.convert import load_model
+    from hybrid_jax.parameters import with_iterations
+
+    return with_iterations(load_model(args.model, dtype=jnp.float32), args.gka_iterations)
+
+
+def _one(args: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer, sampling: Sampling, ends: list[int]) -> None:
+    """Continues the prompt and prints it."""
+    import dataclasses
+
+    from hybrid_jax.data.chat import ChatTemplate
+    from hybrid_jax.data.tokenizer import decode_continuation, encode_prompt
+    from hybrid_jax.generation import check_prompts, generate
+
     prompt = _prompt(args)
     if args.chat:
         messages = [{"role": "system", "content": args.system}] if args.system is not None else []
@@ -90,11 +160,69 @@ def run(args: argparse.Namespace) -> None:
     # Chat templates write the tokens that begin a document themselves.
     ids = tokenizer.encode(text, add_special_tokens=False).ids if args.chat else encode_prompt(tokenizer, text)
     check_prompts(config, [ids], args.max_new_tokens)
-    if sampling == defaults.sampling and not sampling.greedy:
-        notice(f"sampling as the model's generation_config.json says: {sampling}")
-    ends = defaults.eos_ids
-    if ends is None:  # nothing says: a tokenizer of ours does
-        ends = [i for i in [tokenizer.token_to_id(END_OF_TEXT)] if i is not None]
-    model = with_iterations(load_model(args.model, dtype=jnp.float32), args.gka_iterations)
-    (new,) = generate(model, [ids], max_new_tokens=args.max_new_tokens, eos_id=ends, seed=args.seed, **dataclasses.asdict(sampling))
+    options = dict(max_new_tokens=args.max_new_tokens, eos_id=ends, seed=args.seed, **dataclasses.asdict(sampling))
+    (new,) = generate(_load(args), [ids], **options)
     print(tokenizer.decode(new) if args.chat else prompt + decode_continuation(tokenizer, ids, new))
+
+
+def _many(args: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer, sampling: Sampling, ends: list[int]) -> None:
+    """Answers the file of prompts."""
+    import dataclasses
+    import functools
+
+    from hybrid_jax.data.chat import ChatTemplate
+    from hybrid_jax.data.prompts import read_prompts
+    from hybrid_jax.data.tokenizer import decode_continuation, encode_prompt
+    from hybrid_jax.files import check_new_file, file_hash
+    from hybrid_jax.generation import check_prompts
+    from hybrid_jax.generation.answers import answer_prompts
+    from hybrid_jax.parallel.distributed import notice, say
+
+    out = pathlib.Path(args.out)
+    check_new_file(out)
+    if out.exists():
+        raise FileExistsError(f"{out} exists already; choose another --out, or remove it")
+    prompts, unread = read_prompts(args.prompts, functools.partial(ChatTemplate, args.model), chat=args.chat, system=args.system)
+    ids = []
+    for prompt in prompts:
+        chat = bool(prompt.messages)  # its template has written the tokens that begin a document
+        ids.append(tokenizer.encode(prompt.text, add_special_tokens=False).ids if chat else encode_prompt(tokenizer, prompt.text))
+        try:
+            check_prompts(config, ids[-1:], args.max_new_tokens)
+        except ValueError as e:
+            raise ValueError(f"{args.prompts}, line {prompt.line}: {e}") from None
+    if unread:
+        notice(f"{args.prompts}: not copied to the answers: {', '.join(f'{n!r} of {k:,} lines' for n, k in unread.items())}")
+    how = dict(max_new_tokens=args.max_new_tokens, samples=args.samples, seed=args.seed)
+    stats = {p.name: p.stat() for p in sorted(pathlib.Path(args.model).iterdir()) if p.is_file()}
+    settings = {
+        "prompts": file_hash(args.prompts),
+        "model": str(pathlib.Path(args.model).absolute()),
+        "files of the model": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+        "gka_iterations": config.gka_iterations,
+        **dict(chat=args.chat, system=args.system, end_ids=ends, **how, **dataclasses.asdict(sampling)),
+    }
+
+    def decode(prompt: Prompt, ids: Sequence[int], new: list[int]) -> str:
+        return tokenizer.decode(new) if prompt.messages else decode_continuation(tokenizer, list(ids), new)
+
+    found = answer_prompts(
+        functools.partial(_load, args),
+        prompts,
+        ids,
+        out,
+        decode=decode,
+        settings=settings,
+        sampling=sampling,
+        eos_ids=ends,
+        batch_size=args.batch_size,
+        **how,
+    )
+    say(f"{out}: {found.answers:,} answers to {len(prompts):,} prompts")
+    if found.limited:
+        say(
+            f"{found.limited:,} of them end by --max-new-tokens {args.max_new_tokens}, not by an end token (finish_reason is "
+            "'length'); learned as they are, they teach to stop in the middle"
+        )
+    if found.empty:
+        say(f"{found.empty:,} of them are empty")

@@ -130,8 +130,9 @@ COMMANDS = {
     ),
     "generate": Command(
         "generate",
-        "continue a prompt",
+        "continue a prompt, or answer a file of prompts",
         "launch/tiny_qwen3 'def main():'",
+        resumable=True,
     ),
 }
 EXPECTED = (ValueError, OSError, NotImplementedError, FloatingPointError)

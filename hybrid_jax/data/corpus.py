@@ -14,11 +14,12 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from hybrid_jax.data.documents import Document, content, load_documents, pieces, split_documents, unread_files
-from hybrid_jax.data.packing import LONG, PACKINGS, PackedRows, Rows, check_long
+from hybrid_jax.data.packing import LONG, PACKINGS, PAIRS, PackedRows, Rows, check_long
 from hybrid_jax.data.stamps import stamp
 from hybrid_jax.data.tasks import TASKS, Material, Task, check_options, make_task
-from hybrid_jax.data.tokenizer import ASK, PAIRS, EosTokenId, ordinary_ids
-from hybrid_jax.data.tokens import INDEX, Encoder, Tokens, is_prepared, load_prepared, notes
+from hybrid_jax.data.tokenizer import ASK, EosTokenId, ordinary_ids
+from hybrid_jax.data.tokenizer import PAIRS as PAIRS_TOKEN
+from hybrid_jax.data.tokens import INDEX, Encoder, Tokens, are_pairs, is_prepared, load_prepared, notes
 from hybrid_jax.files import file_hash
 from hybrid_jax.parallel.distributed import say
 
@@ -32,7 +33,8 @@ class Source:
 
     Args:
       path: a source as `documents.pieces` takes it, or a directory that `prepare` made.
-      packing: `split` or `first_fit`, see `PackedRows`; empty: `first_fit` for conversations, `split` for texts.
+      packing: `split` or `first_fit`, see `PackedRows`; empty: `first_fit` for conversations, `split` for texts; preference pairs
+        have rows of their own (`packing.PAIRS`), which cannot be chosen.
       long: what happens to a document longer than a row, see `first_fit_plan`.
 
     Raises:
@@ -206,26 +208,44 @@ class Corpus:
             raise ValueError(f"unknown data source {name!r} in data.mix; have {', '.join([*self.train, *self.tasks])}")
         return self._packed(name, self.train[name], length, "training")
 
-    def held_out_rows(self, length: int, name: str | None = None) -> PackedRows:
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The names of the sources that are no preference pairs, in their order."""
+        return tuple(name for name in self.train if not self.has_pairs(name))
+
+    def held_out_rows(self, length: int, name: str | None = None, pairs: bool = False) -> PackedRows:
         """Returns the rows of a source's held-out part.
 
         Args:
           length: tokens per row.
-          name: of the source; default: the first one.
+          name: of the source; default: the first one that is no preference pairs.
+          pairs: whether the source has preference pairs, whose rows only the objective `dpo` reads.
 
         Raises:
-          ValueError: no source has that name, or its held-out part does not fill one row.
+          ValueError: no source has that name, or its held-out part does not fill one row; or it has pairs, and is not to have them.
         """
-        name = next(iter(self.held_out)) if name is None else name
+        name = next(iter(self.texts), None) if name is None else name
+        if name is None:
+            raise ValueError("every source has preference pairs, whose next-token loss says nothing; name a source of text too")
         if name not in self.held_out:
             raise ValueError(f"no source is named {name!r}; have {', '.join(self.held_out)}")
+        if self.has_pairs(name) != pairs:
+            raise ValueError(f"{name} has {'no' if pairs else 'preference'} pairs; name one of the sources {', '.join(self.texts)}")
         return self._packed(name, self.held_out[name], length, "held-out")
 
     def held_out_tokens(self) -> dict[str, int]:
         """Returns the number of held-out tokens of every source, by the sources' names in their order."""
         return {name: sum(int(tokens.starts[-1]) for tokens in shards) for name, shards in self.held_out.items()}
 
+    def has_pairs(self, name: str) -> bool:
+        """Returns whether a source, or a synthetic task, has preference pairs."""
+        return name in self.train and are_pairs((*self.train[name], *self.held_out[name]))
+
     def _packing(self, name: str, shards: list[Tokens]) -> str:
+        if self.has_pairs(name):
+            if given := self.sources[name].packing:
+                raise ValueError(f"data.sources.{name} has preference pairs, which are not packed by {given!r}; leave packing out")
+            return PAIRS
         return self.sources[name].packing or ("first_fit" if any(t.weights is not None for t in shards) else "split")
 
     def _pack(self, name: str, shards: list[Tokens], length: int, packing: str) -> PackedRows:
@@ -285,7 +305,7 @@ def read_corpus(data: Mapping[str, Any], directory: str | pathlib.Path, eos_toke
         for other, (_, evaluated) in contents.items():
             if repeated := sum(document in evaluated for document in trained):
                 say(f"{name}: {repeated:,} training documents are held-out documents of {other} too, word for word")
-    pairs_id, ask_id = (encode.tokenizer.token_to_id(t) for t in (PAIRS, ASK))
+    pairs_id, ask_id = (encode.tokenizer.token_to_id(t) for t in (PAIRS_TOKEN, ASK))
     ordinary = ordinary_ids(encode.tokenizer, 2 + NUM_SYMBOLS)
     if pairs_id is None or ask_id is None:  # a foreign tokenizer: its first two ordinary ids serve as markers
         (pairs_id, ask_id), ordinary = ordinary[:2], ordinary[2:]

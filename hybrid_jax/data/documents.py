@@ -16,6 +16,7 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+from hybrid_jax.data.pairs import is_pair, pair_of
 from hybrid_jax.data.text import check_text, decode
 
 HELD_OUT_PERCENT = 5
@@ -28,24 +29,26 @@ _SKIP = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle
 ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT
 FORMATS = (
     "expected a 'text', 'messages' or 'conversations' (of role and content), 'instruction' and 'output', "
-    "or 'prompt' and 'completion' (or 'response')"
+    "'prompt' and 'completion' (or 'response'), or, of a preference pair, 'prompt' or 'messages', 'chosen' and 'rejected'"
 )
 SOURCES = "'stdlib', a text file, .jsonl, .parquet or .arrow, a folder of such, or hf:NAME[:SPLIT]"
 
 
 class Document(NamedTuple):
-    """A text or a conversation.
+    """A text, a conversation or a preference pair.
 
     Args:
       name: identifies the document in its source.
       text: the text; empty for a conversation.
-      messages: {role, content} each, of a conversation.
+      messages: {role, content} each, of a conversation; of a pair, of the one that ends with the chosen answer.
+      rejected: of a pair, the conversation that ends with the rejected answer.
       replaced: how many characters stand for bytes that were not UTF-8.
     """
 
     name: str
     text: str = ""
     messages: tuple[dict, ...] = ()
+    rejected: tuple[dict, ...] = ()
     replaced: int = 0
 
 
@@ -69,6 +72,9 @@ def document(name: str, record: Any) -> Document:
     """
     if not isinstance(record, dict):
         raise ValueError(f"{FORMATS}; got {type(record).__name__}")
+    if is_pair(record):
+        chosen, rejected = (_conversation(record, side) for side in pair_of(record, _message))
+        return Document(name, messages=chosen, rejected=rejected)
     if turns := record.get("messages") or record.get("conversations"):
         return Document(name, messages=_conversation(record, tuple(_message(turn) for turn in turns)))
     if isinstance(record.get("text"), str):
@@ -350,7 +356,7 @@ def load_documents(source: str) -> list[Document]:
 
 def content(document: Document) -> bytes:
     """Returns a hash of a document's text or messages, whatever its name is."""
-    content = json.dumps([document.text, document.messages], sort_keys=True, default=str)
+    content = json.dumps([document.text, document.messages, document.rejected], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).digest()
 
 

@@ -7,7 +7,7 @@ same rows on another mesh. The iterator's state, which is part of the checkpoint
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -47,6 +47,21 @@ def sources_of(mix: Mapping[str, float]) -> tuple[str, ...]:
     return tuple(found)
 
 
+def check_pairs(corpus: Corpus, names: Iterable[str], pairs: bool) -> None:
+    """Checks that all of the sources have preference pairs, or that none has.
+
+    Raises:
+      ValueError: one does not, or has; names it.
+    """
+    for name in names:
+        if pairs and not corpus.has_pairs(name):
+            raise ValueError(
+                f"{name} has no preference pairs, which this phase learns from: give records of 'prompt', 'chosen' and 'rejected'"
+            )
+        if not pairs and corpus.has_pairs(name):
+            raise ValueError(f"{name} has preference pairs, so its rejected answers would be learned; take the objective 'dpo'")
+
+
 def _numbered(source: Rows, number: int, seed: int) -> grain.MapDataset:
     """Returns the rows of a source in random order, repeated without end, each with the source's number."""
     rows = grain.MapDataset.source(source).shuffle(seed=seed + number).repeat()
@@ -80,6 +95,7 @@ def training_batches(
     threads: int = 1,
     teacher_cache: str = "",
     steps: int = 0,
+    pairs: bool = False,
 ) -> grain.DatasetIterator:
     """Returns an endless, checkpointable iterator of batches.
 
@@ -96,11 +112,13 @@ def training_batches(
       threads: number of threads that read ahead.
       teacher_cache: directory of a `TeacherCache`, whose top-k tokens are added to the batches; empty: none.
       steps: how many steps will be taken; a source with fewer rows than they take is reported. 0: unknown.
+      pairs: whether the rows are to be of preference pairs (see `packing`), or of documents.
 
     Raises:
-      ValueError: an unknown source, no positive share, or a teacher's cache of other rows.
+      ValueError: an unknown source, no positive share, a source of pairs among others, or a teacher's cache of other rows.
     """
     names = sources_of(mix)
+    check_pairs(corpus, names, pairs)
     sources = [corpus.rows(name, length, seed, answer_weight) for name in names]
     unused = [f"{name}: {s.unused}" for name, s in zip(names, sources, strict=True) if s.unused]
     for note in (*_repeated(dict(zip(names, map(len, sources), strict=True)), mix, steps * batch_size), *unused):

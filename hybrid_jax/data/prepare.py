@@ -24,7 +24,7 @@ import jax
 from hybrid_jax.data.documents import HELD_OUT_PERCENT, Piece, is_held_out, pieces, read_piece, unread_files
 from hybrid_jax.data.stamps import changes, stamp
 from hybrid_jax.data.tokenizer import EosTokenId
-from hybrid_jax.data.tokens import FORMAT, INDEX, Encoder, Tokens
+from hybrid_jax.data.tokens import FORMAT, INDEX, MIXED, Encoder, Tokens
 from hybrid_jax.files import new_directory, write_text
 from hybrid_jax.parallel.distributed import barrier, is_first, say
 from hybrid_jax.progress import progress_bar
@@ -105,6 +105,8 @@ def prepare(
         first = next((s["first_bad"][0] for s in shards if s["first_bad"]), "")
         why = f"none of its {bad:,} records could be read, the first: {first}" if bad else "there is nothing in it"
         raise ValueError(f"{source} has no documents: {why}")
+    if len({s[part].get("pairs", False) for s in shards for part in totals if s[part]["documents"]}) > 1:
+        raise ValueError(f"{source}: {MIXED}")
     counts = {n: sum(s["counts"].get(n, 0) for s in shards) for n in sorted({n for s in shards for n in s["counts"]})}
     shards = [{k: v for k, v in s.items() if k not in ("piece", "counts", *LENIENT)} for s in shards]
     if not any((out / name / part / "weights.npy").exists() for name in names for part in totals):
@@ -255,7 +257,7 @@ def _shard(directory: str, piece: Piece, planned: dict[str, Any]) -> int:
         for name, found in parts.items():
             tokens = Tokens.join(found, encode.dtype)
             tokens.save(work / name)
-            sizes = (len(tokens.starts) - 1, len(tokens.ids), tokens.text_bytes)
-            summary[name] = {**dict(zip(COUNTED, sizes, strict=True)), "digest": tokens.fingerprint}
+            sizes = (tokens.documents, len(tokens.ids), tokens.text_bytes)
+            summary[name] = {**dict(zip(COUNTED, sizes, strict=True)), "digest": tokens.fingerprint, "pairs": tokens.pairs}
         write_text(work / SUMMARY, json.dumps(summary) + "\n")
     return summary["train"]["tokens"] + summary["held_out"]["tokens"]

@@ -16,12 +16,14 @@ import numpy as np
 from numpy.typing import DTypeLike
 from tokenizers import Tokenizer
 
+from hybrid_jax.data.answers import Answers, shared_prefix
 from hybrid_jax.data.chat import ChatTemplate, template_fingerprint
 from hybrid_jax.data.documents import Document
 from hybrid_jax.data.tokenizer import EosTokenId, added_around, end_of_text_id, load_tokenizer
 
 INDEX = "index.json"
 FORMAT = "hybrid_jax tokens 2"
+MIXED = "some records are preference pairs ('chosen' and 'rejected') and others are not; put them in two sources"
 BATCH = 512  # documents encoded at a time
 NOTES = {  # sentences about what an encoder counts; the count comes before them
     "rewritten": "answers are rendered differently because other turns follow (a template may remove earlier thoughts); "
@@ -73,6 +75,7 @@ class Tokens:
       weights: [tokens] uint8, 1 where a token is learned, else 0; None: 1 everywhere.
       text_bytes: size of the text that was tokenized, in UTF-8.
       digest: the `fingerprint` if it is known already, else empty.
+      pairs: the documents 2 i and 2 i + 1 are the chosen and the rejected conversation of a preference pair.
     """
 
     ids: np.ndarray | Chain
@@ -80,6 +83,12 @@ class Tokens:
     weights: np.ndarray | Chain | None = None
     text_bytes: int = 0
     digest: str = ""
+    pairs: bool = False
+
+    @property
+    def documents(self) -> int:
+        """How many documents there are; a pair is one."""
+        return (len(self.starts) - 1) // (1 + self.pairs)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -113,7 +122,8 @@ class Tokens:
         if any(p.weights is not None for p in parts):
             weights = np.concatenate([np.ones(len(p.ids), np.uint8) if p.weights is None else _array(p.weights) for p in parts])
         ids = np.concatenate([np.zeros(0, dtype), *(_array(p.ids) for p in parts)])
-        return cls(ids, np.concatenate([*starts, ends[-1:]]).astype(np.int64), weights, sum(p.text_bytes for p in parts))
+        starts = np.concatenate([*starts, ends[-1:]]).astype(np.int64)
+        return cls(ids, starts, weights, sum(p.text_bytes for p in parts), pairs=are_pairs(parts))
 
     @classmethod
     def chained(cls, parts: Sequence[Tokens], dtype: DTypeLike) -> Tokens:
@@ -129,10 +139,11 @@ class Tokens:
             np.concatenate([*starts, ends[-1:]]),
             Chain(weights) if any(w is not None for w, _ in known) else None,
             sum(p.text_bytes for p in parts),
+            pairs=are_pairs(parts),
         )
 
     @classmethod
-    def load(cls, directory: pathlib.Path, text_bytes: int = 0, digest: str = "") -> Tokens:
+    def load(cls, directory: pathlib.Path, text_bytes: int = 0, digest: str = "", pairs: bool = False) -> Tokens:
         """Maps the arrays that `save` wrote; they are read when they are used."""
         weights = directory / "weights.npy"
         return cls(
@@ -141,7 +152,20 @@ class Tokens:
             np.load(weights, mmap_mode="r") if weights.exists() else None,
             text_bytes,
             digest,
+            pairs,
         )
+
+
+def are_pairs(parts: Iterable[Tokens]) -> bool:
+    """Returns whether the documents of all parts are preference pairs.
+
+    Raises:
+      ValueError: those of some are, and those of others are not.
+    """
+    kinds = {part.pairs for part in parts if part.documents}
+    if len(kinds) > 1:
+        raise ValueError(MIXED)
+    return kinds == {True}
 
 
 class Encoder:
@@ -195,7 +219,9 @@ class Encoder:
         return Tokens.join([self._encoded(documents[i : i + BATCH]) for i in range(0, len(documents), BATCH)], self.dtype)
 
     def _encoded(self, documents: list[Document]) -> Tokens:
-        texts, spans = zip(*map(self._rendered, documents), strict=True)
+        if len({bool(d.rejected) for d in documents}) > 1:
+            raise ValueError(MIXED)
+        texts, spans = zip(*(one for d in documents for one in self._rendered(d)), strict=True)
         ids, weights = [], []
         encodings = self._untrimmed.encode_batch(list(texts), add_special_tokens=False)
         for encoding, text, said in zip(encodings, texts, spans, strict=True):
@@ -205,20 +231,43 @@ class Encoder:
         starts = np.cumsum([0] + [len(x) for x in ids], dtype=np.int64)
         chats = any(said is not None for said in spans)
         size = sum(len(text.encode()) for text in texts)
-        return Tokens(np.concatenate(ids), starts, np.concatenate(weights) if chats else None, size)
+        return Tokens(
+            np.concatenate(ids), starts, np.concatenate(weights) if chats else None, size, pairs=bool(documents[0].rejected)
+        )
 
-    def _rendered(self, document: Document) -> tuple[str, list[tuple[int, int]] | None]:
-        """Returns the text to encode, and the spans of a conversation's answers in it; None for a plain text."""
+    def _rendered(self, document: Document) -> list[tuple[str, list[tuple[int, int]] | None]]:
+        """Returns the text to encode, two of a pair, and the spans of a conversation's answers in it; None for a plain text."""
         if not document.messages:
             self.counts.update(empty=not document.text)
-            return document.text, None
+            return [(document.text, None)]
         try:
-            answers = self.template.answers(document.messages)
+            found = [self.template.answers(messages) for messages in (document.messages, document.rejected) if messages]
+            if document.rejected:
+                found = _last_answers(found[0], found[1], sum(m["role"] == "assistant" for m in document.messages))
         except ValueError as e:
             raise ValueError(f"{document.name}: {e}") from None
-        found = {name: getattr(answers, name) for name in ("rewritten", "left_out", "absent")}
-        self.counts.update(found, unanswered=not answers.spans)
-        return answers.text, answers.spans
+        for answers in found:
+            counted = {name: getattr(answers, name) for name in ("rewritten", "left_out", "absent")}
+            self.counts.update(counted, unanswered=not answers.spans)
+        return [(answers.text, answers.spans) for answers in found]
+
+
+def _last_answers(chosen: Answers, rejected: Answers, turns: int) -> list[Answers]:
+    """Returns the conversations of a pair with the spans of their last answers alone; the others are the same in both.
+
+    Args:
+      turns: the assistant's in each of them.
+
+    Raises:
+      ValueError: the template renders the prompts differently, or the place of a last answer could not be proven.
+    """
+    shared = shared_prefix(chosen.text, rejected.text)
+    for answers in (chosen, rejected):
+        if not answers.spans or (len(answers.spans) < turns and answers.spans[-1][1] <= shared):
+            raise ValueError("the place of a pair's answer in what the chat template renders cannot be proven")
+    if chosen.spans[-1][0] != rejected.spans[-1][0] or chosen.spans[-1][0] > shared:
+        raise ValueError("the chat template renders the prompt of a pair differently before its two answers")
+    return [answers._replace(spans=answers.spans[-1:], left_out=0) for answers in (chosen, rejected)]
 
 
 def notes(counts: Mapping[str, int]) -> list[str]:
@@ -280,6 +329,7 @@ def load_prepared(
 
     def tokens(part: str) -> list[Tokens]:
         shards = [s for s in index["shards"] if s[part]["tokens"]]
-        return [Tokens.load(path / s["name"] / part, s[part]["text_bytes"], s[part]["digest"]) for s in shards]
+        found = [(path / s["name"] / part, s[part]) for s in shards]
+        return [Tokens.load(where, s["text_bytes"], s["digest"], s.get("pairs", False)) for where, s in found]
 
     return tokens("train"), tokens("held_out")

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from hybrid_jax.checks import check_integer
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.generation.defaults import GenerationDefaults, generation_defaults
-from hybrid_jax.generation.sampling import Sampling, sample
+from hybrid_jax.generation.sampling import Sampling, keys_of_step, sample
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.distributed import whole_array
 from hybrid_jax.parallel.mesh import divided_rows
@@ -107,6 +107,7 @@ def generate(
     top_k: int = 0,
     eos_id: int | Sequence[int] | None = None,
     seed: int = 0,
+    row_keys: np.ndarray | None = None,
     on_token: Callable[[np.ndarray], None] | None = None,
     ended: Callable[[int, list[int]], bool] | None = None,
     padded_to: int = 0,
@@ -123,6 +124,8 @@ def generate(
       temperature, top_p, top_k: see `Sampling`; the defaults are greedy.
       eos_id: any of these ids ends a row; it is not returned. `generation_defaults` reads a model directory's.
       seed: of sampling.
+      row_keys: [rows, 2], a key of sampling for each row in place of the seed (see `sampling.row_keys`); then what a row draws does
+        not depend on its neighbours either.
       on_token: called with every step's ids [B], of rows that have ended too.
       ended: called with a row's number and its new ids after each of them; True ends the row, which keeps them all.
       padded_to: prompts are padded to at least so many tokens; with a `bucket`, batches of various lengths share a program.
@@ -158,14 +161,17 @@ def generate(
         for begin in range(0, longest, at_a_time):
             part = np.s_[:, begin : begin + at_a_time]
             logits, state = _forward(structure, parameters, ids[part], segments[part], positions[part], state)
+    if row_keys is not None:
+        row_keys = np.concatenate([row_keys, np.repeat(row_keys[-1:], B - count, axis=0)])
     key, position = jax.random.key(check_integer("seed", seed)), positions[:, -1:]
     rows: list[list[int]] = [[] for _ in range(count)]
     alive = np.arange(B) < count
     ones = np.ones((B, 1), np.int32)
     for step in range(max_new_tokens):
         key, now = jax.random.split(key)
+        now = jax.random.key_data(now) if row_keys is None else keys_of_step(row_keys, step)
         with in_mesh(mesh):
-            token = whole_array(sample(logits, np.asarray(jax.random.key_data(now)), sampling)).astype(np.int32)
+            token = whole_array(sample(logits, np.asarray(now), sampling)).astype(np.int32)
         alive &= ~np.isin(token, ends)
         if not alive.any():
             break

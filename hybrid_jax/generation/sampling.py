@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hybrid_jax.checks import check_integer, check_number
 
@@ -61,12 +63,33 @@ def adjusted(logits: jax.Array, sampling: Sampling) -> jax.Array:
     return logits
 
 
+def row_keys(seed: int, numbers: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Returns the numbers of a key for each row, [rows, 2] uint32, from the seed and two numbers of the row alone."""
+    return np.asarray(_row_keys(seed, np.asarray(numbers, np.uint32)))
+
+
+@jax.jit
+def _row_keys(seed: Any, numbers: jax.Array) -> jax.Array:
+    def key(row: jax.Array) -> jax.Array:
+        return jax.random.key_data(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row[0]), row[1]))
+
+    return jax.vmap(key)(numbers)
+
+
+@jax.jit
+def keys_of_step(row_keys: Any, step: Any) -> jax.Array:
+    """Returns the keys with which rows draw their token of a step, [rows, 2], from the rows' own keys."""
+    return jax.vmap(lambda key: jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(key), step)))(row_keys)
+
+
 @functools.partial(jax.jit, static_argnames="sampling")
 def sample(logits: jax.Array, key_data: Any, sampling: Sampling) -> jax.Array:
     """Returns one token id for each row of logits [B, vocab], as an array [B], drawn by the key of `key_data`.
 
-    The key comes as its numbers, in numpy, which are the same on the hosts of a mesh and belong to no device.
+    `key_data` [2] is one key for all rows; [B, 2] has a key for each, with which a row's token does not depend on its neighbours.
+    It comes as numbers, in numpy, which are the same on the hosts of a mesh and belong to no device.
     """
     if sampling.greedy:
         return jnp.argmax(logits.astype(jnp.float32), axis=-1)
-    return jax.random.categorical(jax.random.wrap_key_data(key_data), adjusted(logits, sampling))
+    keys, logits = jax.random.wrap_key_data(key_data), adjusted(logits, sampling)
+    return jax.random.categorical(keys, logits) if keys.ndim == 0 else jax.vmap(jax.random.categorical)(keys, logits)

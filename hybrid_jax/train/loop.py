@@ -21,7 +21,7 @@ from hybrid_jax.parallel.distributed import of_every_process, say, whole_array
 from hybrid_jax.parallel.mesh import check_mesh_fits
 from hybrid_jax.parallel.placement import any_process_flag, in_mesh, own_rows, to_mesh
 from hybrid_jax.parameters import count, join_model, split_model, with_config
-from hybrid_jax.priming.fuse import share, teacher_stream
+from hybrid_jax.priming.fuse import share, teacher_stream, unfuse
 from hybrid_jax.stopped import Stopped, StopRequest
 from hybrid_jax.train.cache import teacher_fingerprint
 from hybrid_jax.train.checkpoint import Checkpoints
@@ -54,7 +54,12 @@ def apply_phase_settings(model: Decoder, phase: Phase) -> Decoder:
 
 
 def _source(model: Decoder, phase: Phase, teacher: Callable[[], Decoder] | None) -> Decoder | None:
-    """Who teaches in the phase, sharing what it can with the model; None: nobody, the objective has no teacher."""
+    """Who teaches in the phase, sharing what it can with the model; the reference is the model as it is here, as the phase begins.
+
+    None: nobody, the objective has neither.
+    """
+    if OBJECTIVES[phase.objective].reference:
+        return unfuse(model)
     if not OBJECTIVES[phase.objective].two_streams:
         return None
     return teacher_stream(model) if teacher is None else share(teacher_stream(teacher()), model, phase.frozen_dtype)
@@ -139,16 +144,20 @@ def train_phase(
     del model, source  # their arrays go as soon as the caller lets them
     state, frozen, shardings = layout.begin(mesh, parameters, taught)
     del parameters, taught
+    objective = OBJECTIVES[phase.objective]
+    whose = "reference" if objective.reference else "teacher"
     say(
         f"{name}: {phase.objective}, {phase.steps:,} steps of {phase.tokens_per_step:,} tokens; "
-        f"training {training:,} of {total:,} parameters" + (f", the teacher keeps {copied:,} of its own" if copied else "")
+        f"training {training:,} of {total:,} parameters" + (f", the {whose} keeps {copied:,} of its own" if copied else "")
     )
     rows = own_rows(mesh, phase.batch_size)
     described = phase.described_rows(mix, seed)
     if phase.teacher_cache:
         TeacherCache(phase.teacher_cache, **described).check(phase.steps)
         made_of["teacher_cache"] = file_hash(pathlib.Path(phase.teacher_cache) / RECORD)
-    batches = training_batches(corpus, **described, rows=rows, teacher_cache=phase.teacher_cache, steps=phase.steps)
+    batches = training_batches(
+        corpus, **described, rows=rows, teacher_cache=phase.teacher_cache, steps=phase.steps, pairs=objective.pairs
+    )
     made_of |= corpus.identity(mix)
     checkpoints, interval = Checkpoints(directory, phase.keep, phase.keep_every), Interval()
     hooks = [*([Evaluation(phase, corpus, mix, mesh)] if phase.eval_every else ()), *make_hooks(phase.hooks), *hooks]

@@ -86,7 +86,8 @@ class ObjectiveFunction(Protocol):
       model: the model in the phase's form, with repeated layers stacked; gradients are taken of its trainable parameters.
       batch: the arrays that `Objective.reads` names, and no others.
       teacher: for `Objective.two_streams`, the model whose teacher stream is the target, which never changes and takes no
-        gradient; None where that is `model`'s own teacher stream (whose parameters are then frozen), and for other objectives.
+        gradient; None where that is `model`'s own teacher stream (whose parameters are then frozen), and for other objectives. For
+        `Objective.reference`, the model as the phase began; None: as it is now.
 
     Returns:
       The loss and the metrics.
@@ -103,6 +104,9 @@ class Objective:
       loss: the function.
       reads: names of the arrays of a batch that it gets. One of a teacher's cached answers (`data.layout.TEACHER`) makes the
         phase ask for a `teacher_cache`.
+      reference: it compares the model with itself as it was when the phase began, which is kept fixed: what trains is copied before
+        the first step, the rest is shared. The phase cannot have form `fused`.
+      pairs: its rows are of preference pairs (see `data.packing`), else of documents.
       two_streams: it compares a fused model's two streams. The phase must then have form `fused`, and the teacher is kept fixed:
         whatever trains of the parameters that the teacher reads is copied for it before the first step.
       checks: option -> (name, value) -> value, which raises ValueError if the value is bad.
@@ -113,6 +117,8 @@ class Objective:
     loss: ObjectiveFunction
     reads: tuple[str, ...] = (*INPUTS, *LABELS)
     two_streams: bool = False
+    reference: bool = False
+    pairs: bool = False
     checks: Mapping[str, Callable[[str, Any], Any]] = dataclasses.field(default_factory=dict)
     nothing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     conflict: Callable[[Mapping[str, Any]], str] = lambda options: ""

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from hybrid_jax.checks import check_boolean, check_choice, check_integer, check_number
 from hybrid_jax.data.layout import TEACHER
+from hybrid_jax.data.packing import PAIRS_IN_ROW
 from hybrid_jax.layers.head_hybrid import HeadHybrid
 from hybrid_jax.layers.mixing import ROWS, over_blocks
 from hybrid_jax.model import Decoder, LayerOutputs
@@ -217,6 +218,50 @@ def align_matrices(model: Decoder, batch: Batch, teacher: Decoder | None = None,
     return Outcome(Mean(sum((x.total for x in errors), jnp.zeros(())), jnp.sum(counted)), metrics)
 
 
+def dpo(
+    model: Decoder, batch: Batch, teacher: Decoder | None = None, *, beta: float = 0.1, label_smoothing: float = 0.0
+) -> Outcome:
+    """Direct preference optimization (arXiv 2305.18290) of rows of pairs, see `data.packing`.
+
+    margin = beta * ((log pi(c) - log ref(c)) - (log pi(r) - log ref(r))), with the log-probabilities of the chosen answer c and the
+    rejected answer r, sums over their tokens; loss = -(1 - s) log sigmoid(margin) - s log sigmoid(-margin), mean over pairs.
+    Metrics, means over pairs: `reward_margin`, `reward_accuracy` (the share of positive margins), `chosen_log_probability` and
+    `rejected_log_probability` of the model.
+
+    Args:
+      teacher: the reference.
+      beta: how much a change of log-probability counts; smaller lets the model move further from the reference. MambaInLlama has
+        0.01.
+      label_smoothing: s, the probability that a pair is the wrong way round (conservative DPO), below 0.5.
+    """
+    segments, weights = batch["segment_ids"], batch["weights"]
+
+    def log_probabilities(model: Decoder) -> jax.Array:
+        hidden, _ = model.hidden_states(batch["input_ids"], segments, batch["positions"])
+        return -weights * cross_entropy(hidden, model.head, batch["targets"])
+
+    def of_pairs(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The sums over the tokens of the chosen and of the rejected answers, [B, pairs] each, of x [B, T]."""
+        own = segments[:, :, None] == 1 + jnp.arange(2 * PAIRS_IN_ROW)
+        sums = jnp.sum(jnp.where(own, x[:, :, None], 0), axis=1)
+        return sums[:, ::2], sums[:, 1::2]
+
+    found = log_probabilities(model)
+    # by tokens first: the sums of long answers are large, and float32 rounds their differences
+    chosen, rejected = of_pairs(found - jax.lax.stop_gradient(log_probabilities(teacher or model)))
+    margin = beta * (chosen - rejected)
+    losses = -(1 - label_smoothing) * jax.nn.log_sigmoid(margin) - label_smoothing * jax.nn.log_sigmoid(-margin)
+    answers, (of_chosen, of_rejected) = of_pairs(weights), of_pairs(jax.lax.stop_gradient(found))
+    real = ((answers[0] > 0) & (answers[1] > 0)).astype(jnp.float32)
+    values = {
+        "reward_margin": margin,
+        "reward_accuracy": (margin > 0).astype(jnp.float32),
+        "chosen_log_probability": of_chosen,
+        "rejected_log_probability": of_rejected,
+    }
+    return Outcome(Mean.of(losses, real), {name: Mean.of(x, real) for name, x in values.items()})
+
+
 def _conflict_of_align(options: Mapping[str, Any]) -> str:
     if options["inputs"] == "teacher" and options["pre_lm_head"]:
         return "with inputs = 'teacher' has no final states of the student to compare; set pre_lm_head = False"
@@ -236,6 +281,15 @@ _DISTILL = {
 OBJECTIVES: dict[str, Objective] = {
     "next_token": Objective(next_token),
     "distill": Objective(distill, two_streams=True, checks=_DISTILL, nothing=_NO_WEIGHTS),
+    "dpo": Objective(
+        dpo,
+        reference=True,
+        pairs=True,
+        checks={
+            "beta": functools.partial(check_number, above=0),
+            "label_smoothing": functools.partial(check_number, minimum=0, below=0.5),
+        },
+    ),
     "distill_cached": Objective(distill_cached, reads=(*INPUTS, *LABELS, *TEACHER), checks=_WEIGHTS, nothing=_NO_WEIGHTS),
     **{
         f"align_{target}": Objective(

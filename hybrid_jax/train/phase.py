@@ -152,6 +152,8 @@ class Phase:
         objective = OBJECTIVES[self.objective]
         if objective.two_streams and self.form != "fused":
             raise ValueError(f"phase.objective {self.objective!r} compares two streams; set phase.form = 'fused'")
+        if objective.reference and self.form == "fused":
+            raise ValueError(f"phase.objective {self.objective!r} has no teacher's stream; set phase.form = 'unfused'")
         if objective.teacher_cache != bool(self.teacher_cache):
             wants = "needs" if objective.teacher_cache else "does not read"
             raise ValueError(f"phase.objective {self.objective!r} {wants} a phase.teacher_cache")

@@ -6,7 +6,7 @@ The loop makes the state with it and the planner its shapes, so both have the sa
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from hybrid_jax.config import ModelConfig
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.sharding import parameter_sharding
 from hybrid_jax.parameters import Parameters, abstract_parameters, join_model, marks, select_names, split_model
-from hybrid_jax.priming.fuse import check_teacher, same_function, teacher_stream
+from hybrid_jax.priming.fuse import check_teacher, same_function, teacher_stream, unfuse
 from hybrid_jax.repeats import Repeat
 from hybrid_jax.stacking import stack, stacked_names, stacked_structure, training_repeats, unstack
 from hybrid_jax.train.objectives import OBJECTIVES
@@ -54,7 +54,8 @@ class PhaseLayout:
     stacked ones that train. `copied` are the parameters (by the model's own names) of which the teacher has its own.
 
     Args:
-      teacher: who teaches where the phase's objective has a teacher; default: the model's own teacher stream as it is.
+      teacher: who teaches where the phase's objective has a teacher; default: the model's own teacher stream as it is. Where the
+        objective has a reference: that; default: the model's own student stream as it is.
         Parameters that are the same arrays in both are shared while they are frozen (see `priming.fuse.share`).
 
     Raises:
@@ -70,20 +71,28 @@ class PhaseLayout:
         self.axes = {name: mark.axes for name, mark in self.marks.items()}
         self.cast = {name for name, mark in marks(model).items() if self.frozen_dtype and mark.frozen}
         self.copied, self.teacher_structure, self.source_structure = frozenset(), None, None
-        if OBJECTIVES[phase.objective].two_streams:
-            self._lay_out_teacher(model, teacher, repeats)
+        objective = OBJECTIVES[phase.objective]
+        if objective.two_streams or objective.reference:
+            self._lay_out_teacher(model, teacher, repeats, unfuse if objective.reference else teacher_stream)
 
-    def _lay_out_teacher(self, model: Decoder, teacher: Decoder | None, repeats: Sequence[Repeat]):
+    def _lay_out_teacher(
+        self, model: Decoder, teacher: Decoder | None, repeats: Sequence[Repeat], stream: Callable[[Decoder], Decoder]
+    ):
         """What of the teacher is its own: the parameters that differ or train, and its structure where it has any or computes
-        otherwise."""
-        own = teacher_stream(model)
-        teacher = own if teacher is None else teacher_stream(teacher)
-        check_teacher(model.config, teacher.config)
+        otherwise.
+
+        Args:
+          stream: the part of a model that teaches, as a model of one stream.
+        """
+        own = stream(model)
+        teacher = own if teacher is None else stream(teacher)
+        if stream is teacher_stream:
+            check_teacher(model.config, teacher.config)
         teacher.compute_dtype = model.compute_dtype
         have, taught = split_model(own)[1], split_model(teacher)[1]
         differ = {n for n in have if n in self.chosen or taught[n] is not have[n]}
         self.copied = frozenset(n for olds in self.names.values() if differ.intersection(olds) for n in olds)
-        self.source_structure = split_model(teacher)[0]
+        self.source_structure, self.source_names = split_model(teacher)[0], list(taught)
         if self.copied or not same_function(own.config, teacher.config):
             self.teacher_structure = stacked_structure(teacher, repeats)[0]
             self.teacher_names = frozenset(stacked_names(teacher.config, repeats))
@@ -141,7 +150,7 @@ class PhaseLayout:
         own = {n: p for n, p in {**state.trainable, **frozen}.items() if not n.startswith(TEACHER)}
         copies = {n.removeprefix(TEACHER): p for n, p in frozen.items() if n.startswith(TEACHER)}
         parameters = unstack({**own, **copies}, self.names)
-        return join_model(self.source_structure, {n: parameters[n] for n in abstract_parameters(self.config.teacher())})
+        return join_model(self.source_structure, {n: parameters[n] for n in self.source_names})
 
     def state_shardings(self, mesh: Mesh, state: TrainState) -> TrainState:
         """Returns the shardings of a state (or its shapes): moments are sharded as their parameters, the rest is replicated."""

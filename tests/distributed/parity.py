@@ -77,6 +77,7 @@ CASES = {
     "fsdp2 seq2 tensor2 of two processes": ("fsdp=2,seq=2,tensor=2", "SWA-GKA-M2", 24, 2, "next_token", {}),
     "a teacher of its own": ("data=2,seq=2,tensor=2", "*DA-SWA*", 24, 2, "align_all", {"teacher": True}),
     "distilled": ("data=2,seq=2,tensor=2", "*DA-SWA*", 24, 2, "distill", {}),
+    "preferences": ("data=2,seq=2,tensor=2", "*-SWA", 24, 4, "dpo", {"teacher": True}),
     "cached": ("fsdp=2,seq=2,tensor=2", "*-SWA", 24, 2, "distill_cached", {}),
     "in parts": ("data=2,fsdp=2,seq=2", "*-SWA", 24, 8, "next_token", {"parts": 2}),
     "expanded heads": ("fsdp=2,seq=2,tensor=2", "GKA-GDN", 24, 2, "next_token", EXPANDED),
@@ -101,6 +102,8 @@ def run_case(name):
     if moved:
         parameters = {n: x if x.any() else x + SMALL * rng.normal(size=x.shape).astype(x.dtype) for n, x in parameters.items()}
     segments = packed(length, rows)
+    if objective == "dpo":  # two pairs in a row, one in the last
+        segments = np.where(segments > 0, 1 + np.arange(length) // 6, 0)
     raw = {"input_ids": rng.integers(0, 62, (rows, length)), "segment_ids": segments, "loss_weights": segments > 0}
     if objective == "distill_cached":
         log_q, ids = jax.lax.top_k(jax.nn.log_softmax(rng.normal(size=(rows, length, 62))), 5)

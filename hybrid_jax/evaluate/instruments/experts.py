@@ -60,7 +60,7 @@ class ExpertLoad(Instrument):
         corpus.held_out_rows(self.seq_len, self._source(corpus))
 
     def _source(self, corpus: Corpus) -> str:
-        return self.source or next(iter(corpus.held_out))
+        return self.source or next(iter(corpus.texts), next(iter(corpus.held_out)))
 
     def measure(self, subject: Subject, progress: Progress = lambda done, total: None) -> list[Measurement]:
         packed = subject.corpus.held_out_rows(self.seq_len, self._source(subject.corpus))

@@ -53,7 +53,7 @@ class TextLoss(Instrument):
 
     def names(self, corpus: Corpus) -> tuple[str, ...]:
         """Returns the names of the sources that are measured."""
-        return self.sources or tuple(corpus.held_out)
+        return self.sources or corpus.texts
 
     def measure(self, subject: Subject, progress: Progress = lambda done, total: None) -> list[Measurement]:
         places, rows = [], []
