@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from hybrid_jax.checks import check_boolean, check_choice, check_integer, check_known
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.convert import check_model_directory
-from hybrid_jax.data import HELD_OUT_SEED, check_tokenizer_fits, load_tokenizer, read_sources, read_tasks
+from hybrid_jax.data import HELD_OUT_SEED, check_same_ids, check_tokenizer_fits, load_tokenizer, read_sources, read_tasks
 from hybrid_jax.data.corpus import check_sources
 from hybrid_jax.data.pipeline import sources_of
 from hybrid_jax.data.teacher_cache import TeacherCache
@@ -29,6 +29,7 @@ from hybrid_jax.priming.initialize import check_convertible
 from hybrid_jax.selection.select import Selection
 from hybrid_jax.train import Phase
 from hybrid_jax.train.phase_layout import trained_names
+from hybrid_jax.train.teacher import cached_teacher, with_student_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Experiment:
         record = with_absolute_paths(values)
         data = record["data"]
         _check_data(data, fields["data"], new_model=bool(values.get("model")))
-        phases = _phases(values)
+        phases = _phases(record)
         known = (*read_sources(data), *read_tasks(data))
         for name, phase in phases:
             mix = dict(phase.mix) or data["mix"]
@@ -105,6 +106,12 @@ class Experiment:
         selects = bool(values.get("select")) and not values.get("pattern")
         if values.get("select"):
             check_known("config.select", values["select"], fields["select"])
+        others = [name for name, phase in phases if phase.teacher]
+        if others and values.get("model"):
+            raise ValueError(
+                f"phase {others[0]!r} has a teacher, but config.model is a new model, which gets a tokenizer of its own; a teacher "
+                "needs the student's tokenizer: give a config.source"
+            )
         if selects and values.get("model"):
             raise ValueError(
                 "config.select ranks the layers of a trained source, but config.model is a new model; name its layers in "
@@ -162,21 +169,52 @@ class Experiment:
         """Checks everything that the source's config, its tokenizer and the devices decide, before any work.
 
         That is the pattern, or how to select one; of every phase that it finds the parameters it trains, that its rows fit the
-        model and the mesh, and that the source can teach it; and the tokenizer.
+        model and the mesh, and that the source, or the teacher that it names, can teach it; and the tokenizer.
 
         Raises:
           ValueError, FileNotFoundError: something does not fit; names the phase, or the file.
         """
         config = check_model_directory(self.source) if self.source else config_from_hf(dict(self.model))
         self._check_phases(self.with_mixer_options(config))
-        for mesh, (_, phase) in zip(self.meshes(), self.phases, strict=False):
-            if mesh is not None:
-                check_mesh_fits(config, mesh, phase.rows_at_a_time, phase.seq_len)
         if self.source:
             check_tokenizer_fits(load_tokenizer(self.source), config.vocab_size, self.source)
+        fused = config.is_fused
+        for mesh, (name, phase) in zip(self.meshes(), self.phases, strict=False):
+            fused = phase.form == "fused" or (phase.form == "as_is" and fused)
+            if phase.teacher and fused:
+                raise ValueError(
+                    f"phase {name!r} has a teacher, but its model is still fused, with the source's layers as teachers; set its form "
+                    "to 'unfused'"
+                )
+            teacher = self.check_teacher(name, phase, config) if phase.teacher else None
+            if mesh is not None:
+                check_mesh_fits(config, mesh, phase.rows_at_a_time, phase.seq_len, None if phase.teacher_cache else teacher)
+
+    def check_teacher(self, name: str, phase: Phase, source: ModelConfig) -> ModelConfig:
+        """Checks that the teacher that a phase names can teach the source's hybrid, and returns its config.
+
+        Args:
+          name: the phase's.
+
+        Raises:
+          ValueError, FileNotFoundError: it cannot; names the phase.
+        """
+        try:
+            teacher = check_model_directory(phase.teacher)
+            check_same_ids(phase.teacher, self.source)
+            with_student_ids(teacher, source)
+            if phase.seq_len > teacher.max_position_embeddings:
+                raise ValueError(
+                    f"seq_len {phase.seq_len:,} is more than the teacher's max_position_embeddings, "
+                    f"{teacher.max_position_embeddings:,}; lower it, or take another teacher"
+                )
+        except (ValueError, FileNotFoundError) as e:
+            raise type(e)(f"phase {name!r}, teacher {phase.teacher}: {e}") from None
+        return teacher
 
     def check_teacher_caches(self, done: Mapping[str, bool]) -> None:
-        """Checks that the teacher cache of every phase that is not done holds the rows which the phase will see.
+        """Checks that the teacher cache of every phase that is not done holds the rows which the phase will see, and the answers of
+        the teacher that it names.
 
         Raises:
           ValueError, FileNotFoundError: one does not.
@@ -184,7 +222,7 @@ class Experiment:
         for number, (name, phase) in enumerate(self.phases, start=1):
             if phase.teacher_cache and not done[name]:
                 described = phase.described_rows(self.mix_of(phase), self.seed + number)
-                TeacherCache(phase.teacher_cache, **described).check(phase.steps)
+                TeacherCache(phase.teacher_cache, made_of=cached_teacher(phase), **described).check(phase.steps)
 
     def _check_phases(self, source: ModelConfig) -> None:
         pattern, positions = self.pattern, source.max_position_embeddings
@@ -254,7 +292,7 @@ def _check_data(data: Mapping[str, Any], fields: Mapping[str, Any], new_model: b
 
 
 def with_absolute_paths(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the config with the paths of its source and texts made absolute, where something is there; see `find_shipped`."""
+    """Returns the config with the paths of source, teachers and texts made absolute, where something is there; see `find_shipped`."""
 
     def absolute(path: Any) -> Any:
         if not isinstance(path, str) or path in ("", "stdlib") or path.startswith("hf:"):
@@ -266,6 +304,8 @@ def with_absolute_paths(config: Mapping[str, Any]) -> dict[str, Any]:
         return {**values, **{k: absolute(values[k]) for k in keys if k in values}} if isinstance(values, Mapping) else values
 
     found: dict[str, Any] = dict(within(config, "source"))
+    if isinstance(phases := found.get("phases"), Mapping):
+        found["phases"] = {name: within(phase, "teacher") for name, phase in phases.items()}
     if isinstance(data := found.get("data"), Mapping):
         found["data"] = data = dict(within(data, "text"))
         if isinstance(data.get("sources"), Mapping):

@@ -87,6 +87,7 @@ class ObjectiveFunction(Protocol):
       batch: the arrays that `Objective.reads` names, and no others.
       teacher: for `Objective.two_streams`, the model whose teacher stream is the target, which never changes and takes no
         gradient; None where that is `model`'s own teacher stream (whose parameters are then frozen), and for other objectives.
+        Where the phase names a teacher (`Objective.any_teacher`), that model; `model` is then not fused.
 
     Returns:
       The loss and the metrics.
@@ -105,6 +106,8 @@ class Objective:
         phase ask for a `teacher_cache`.
       two_streams: it compares a fused model's two streams. The phase must then have form `fused`, and the teacher is kept fixed:
         whatever trains of the parameters that the teacher reads is copied for it before the first step.
+      any_teacher: it compares next-token distributions alone, so that another model than the source may teach (`phase.teacher`).
+        The model is then not fused.
       checks: option -> (name, value) -> value, which raises ValueError if the value is bad.
       nothing: values of options that together make the loss 0 everywhere, which is refused.
       conflict: all options -> what is wrong with their values together, in words; empty if nothing is.
@@ -113,6 +116,7 @@ class Objective:
     loss: ObjectiveFunction
     reads: tuple[str, ...] = (*INPUTS, *LABELS)
     two_streams: bool = False
+    any_teacher: bool = False
     checks: Mapping[str, Callable[[str, Any], Any]] = dataclasses.field(default_factory=dict)
     nothing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     conflict: Callable[[Mapping[str, Any]], str] = lambda options: ""
