@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topology", required=True, help="v5p:4x4x4, v5p (the smallest slice that fits), h100:64, …")
     parser.add_argument("--mesh", help="e.g. fsdp=8,seq=8; default: chosen")
     parser.add_argument("--seq-len", type=integer(minimum=1), default=8192, help="tokens per row; when decoding, tokens of context")
-    parser.add_argument("--program", default="train", help="the step to plan: align, train or decode")
+    parser.add_argument("--program", default="train", help="the step to plan: align, train, decode or distill")
+    parser.add_argument("--teacher", type=directory, help="of distill: the model that teaches, given as --source is")
     parser.add_argument("--rows", type=integer(minimum=0), default=0, help="rows per step; default: one per part of the batch")
     parser.add_argument("--remat", default="full", help="none, attention or full: what layers keep for their gradient")
     parser.add_argument("--trainable", nargs="+", default=(), help="patterns of the parameters that train")
@@ -43,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
     jax.config.update("jax_platforms", "cpu")  # the devices planned for are not there
 
     from hybrid_jax.checks import check_choice
+    from hybrid_jax.config import ModelConfig
     from hybrid_jax.convert.load import read_model_config
     from hybrid_jax.families import config_from_hf
     from hybrid_jax.families.public import PUBLIC
@@ -58,14 +60,18 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         check_new_file(args.json)
     mesh = parse_mesh(args.mesh) if args.mesh else None
-    if args.source in PUBLIC:
-        config = config_from_hf(PUBLIC[args.source])
-    elif pathlib.Path(args.source).is_dir():
-        config = read_model_config(args.source)
-    else:
-        raise ValueError(f"--source {args.source!r} is no directory and no name known here: {', '.join(PUBLIC)}")
+
+    def config_of(option: str, name: str) -> ModelConfig:
+        if name in PUBLIC:
+            return config_from_hf(PUBLIC[name])
+        if pathlib.Path(name).is_dir():
+            return read_model_config(name)
+        raise ValueError(f"{option} {name!r} is no directory and no name known here: {', '.join(PUBLIC)}")
+
+    config = config_of("--source", args.source)
+    teacher = config_of("--teacher", args.teacher) if args.teacher else None
     hybrid = config.with_pattern(spread_pattern(args.pattern, config)) if args.pattern else config
-    job = Job(hybrid.unfused(), args.program, args.seq_len, args.rows, tuple(args.trainable), args.remat, config)
+    job = Job(hybrid.unfused(), args.program, args.seq_len, args.rows, tuple(args.trainable), args.remat, config, teacher)
     if args.topology.partition(":")[0] in TPUS:
         with native_stderr_hidden(), contextlib.suppress(FileNotFoundError):
             topology_devices("v5e", "2x2")  # loads libtpu, which says at length that this machine has no TPU

@@ -368,6 +368,7 @@ FLOPS = {
     "without MLPs": ("*-*", "train", "none", (), {"intermediate_size": 0, "vocab_size": 256}),
     "some heads": ("GDN[0,1,3]-*", "train", "none", ("q_proj",), {"vocab_size": 2048}),
     "aligned": ("SWA-*-SWA", "align", "full", (), {"vocab_size": 1024}),
+    "distilled": ("*-SWA-*", "distill", "full", (), {"vocab_size": 1024}),
     "decoded": ("*-*-SWA", "decode", "full", (), {"attention_windows": (40, None, None)}),
     "decoded by experts": ("*-*", "decode", "full", (), MIXTURE),
 }
@@ -380,7 +381,8 @@ def test_flops_by_formula_are_those_of_the_traced_step(monkeypatch, case):
     monkeypatch.setattr(attention_block, "LANES", 8)
     pattern, program, remat, trainable, changes = FLOPS[case]
     config = tiny_config(pattern, **{**DENSE, "swa": SWAConfig(64), **changes})
-    job = Job(config, program, 256, 1, trainable, remat)
+    teacher = tiny_config("*-*-*-*", **{**DENSE, **MIXTURE, "hidden_size": 64, "num_heads": 8, "vocab_size": 1100})
+    job = Job(config, program, 256, 1, trainable, remat, teacher=teacher if program == "distill" else None)
     program = make_program(job, make_mesh({}, jax.devices()[:1]))
     with jax.set_mesh(program.mesh):
         jaxpr = jax.make_jaxpr(program.function)(*program.arguments).jaxpr
