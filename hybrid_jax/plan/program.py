@@ -183,7 +183,9 @@ def training_program(config: ModelConfig, phase: Phase, mesh: Mesh, teacher: Mod
       ValueError: the mesh does not divide the model or the batch, or the teacher is missing or cannot teach the model.
     """
     if OBJECTIVES[phase.objective].two_streams and bool(phase.teacher) != (teacher is not None):
-        raise ValueError(f"phase.teacher is {phase.teacher!r}; a step is planned with its config, and with none where it names none")
+        raise ValueError(
+            f"phase.teacher is {phase.teacher!r}; a step is planned with its config, and with none where it names none"
+        )
     check_mesh_fits(config, mesh, phase.rows_at_a_time, phase.seq_len, teacher)
     model = apply_phase_settings(abstract_decoder(config), phase)
     shapes: Any = abstract_parameters(config)  # shapes go where `PhaseLayout` is annotated with arrays
@@ -251,7 +253,9 @@ def make_program(job: Job, mesh: Mesh) -> Program:
     Raises:
       ValueError: the mesh does not divide the model or the batch.
     """
-    return decoding_program(job, mesh) if job.program == "decode" else training_program(job.model_config, job.phase, mesh, job.teacher)
+    return (
+        decoding_program(job, mesh) if job.program == "decode" else training_program(job.model_config, job.phase, mesh, job.teacher)
+    )
 
 
 @dataclasses.dataclass
