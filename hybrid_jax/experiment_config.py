@@ -183,8 +183,8 @@ class Experiment:
             fused = phase.form == "fused" or (phase.form == "as_is" and fused)
             if phase.teacher and fused:
                 raise ValueError(
-                    f"phase {name!r} has a teacher, but its model is still fused, with the source's layers as teachers; set its form "
-                    "to 'unfused'"
+                    f"phase {name!r} has a teacher, but its model is still fused, with the source's layers as teachers; set its "
+                    "form to 'unfused'"
                 )
             teacher = self.check_teacher(name, phase, config) if phase.teacher else None
             if mesh is not None:
@@ -292,7 +292,7 @@ def _check_data(data: Mapping[str, Any], fields: Mapping[str, Any], new_model: b
 
 
 def with_absolute_paths(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the config with the paths of source, teachers and texts made absolute, where something is there; see `find_shipped`."""
+    """Returns the config with absolute paths of its source, teachers and texts, where something is there; see `find_shipped`."""
 
     def absolute(path: Any) -> Any:
         if not isinstance(path, str) or path in ("", "stdlib") or path.startswith("hf:"):
