@@ -214,7 +214,8 @@ class Phase:
             )
         if self.form == "fused":
             raise ValueError(
-                "phase.form is 'fused', which has the source's own layers as teachers; with a phase.teacher set 'unfused' or 'as_is'"
+                "phase.form is 'fused', which has the source's own layers as teachers; with a phase.teacher set 'unfused' or "
+                "'as_is'"
             )
 
     def _count_steps(self):

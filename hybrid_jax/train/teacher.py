@@ -28,8 +28,8 @@ def with_student_ids(teacher: ModelConfig, student: ModelConfig) -> ModelConfig:
     """
     if teacher.is_fused:
         raise ValueError(
-            f"the teacher is a fused model ({teacher.pattern}), a teacher and a student in one; export the one that shall teach with "
-            "hybrid-jax export"
+            f"the teacher is a fused model ({teacher.pattern}), a teacher and a student in one; export the one that shall teach "
+            "with hybrid-jax export"
         )
     if teacher.vocab_size < student.vocab_size:
         raise ValueError(
