@@ -113,7 +113,7 @@ def run_experiment(config: ConfigDict, workdir: str | pathlib.Path, profile: tup
                     corpus,
                     experiment.mix_of(phase),
                     seed=experiment.seed + number,
-                    teacher=functools.partial(load_model, source, dtype=jnp.float32, mesh=mesh),
+                    teacher=functools.partial(load_model, phase.teacher or source, dtype=jnp.float32, mesh=mesh),
                     directory=checkpoints,
                     writer=writer,
                     mesh=mesh,

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from hybrid_jax.checks import check_boolean, check_choice, check_integer, check_known
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.convert import check_model_directory
-from hybrid_jax.data import HELD_OUT_SEED, check_tokenizer_fits, load_tokenizer, read_sources, read_tasks
+from hybrid_jax.data import HELD_OUT_SEED, check_same_ids, check_tokenizer_fits, load_tokenizer, read_sources, read_tasks
 from hybrid_jax.data.corpus import check_sources
 from hybrid_jax.data.pipeline import sources_of
 from hybrid_jax.data.teacher_cache import TeacherCache
@@ -29,6 +29,7 @@ from hybrid_jax.priming.initialize import check_convertible
 from hybrid_jax.selection.select import Selection
 from hybrid_jax.train import Phase
 from hybrid_jax.train.phase_layout import trained_names
+from hybrid_jax.train.teacher import cached_teacher, with_student_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Experiment:
         _check_data(data, fields["data"], new_model=bool(values.get("model")))
         if with_data:
             check_sources(data)
-        phases = _phases(values)
+        phases = _phases(record)
         known = (*read_sources(data), *read_tasks(data))
         for name, phase in phases:
             mix = dict(phase.mix) or data["mix"]
@@ -113,6 +114,12 @@ class Experiment:
             )
         if values.get("select"):
             check_known("config.select", values["select"], fields["select"])
+        others = [name for name, phase in phases if phase.teacher]
+        if others and values.get("model"):
+            raise ValueError(
+                f"phase {others[0]!r} has a teacher, but config.model is a new model, which gets a tokenizer of its own; a teacher "
+                "needs the student's tokenizer: give a config.source"
+            )
         if selects and values.get("model"):
             raise ValueError(
                 "config.select ranks the layers of a trained source, but config.model is a new model; name its layers in "
@@ -184,8 +191,8 @@ class Experiment:
         """Checks everything that the source's config, its tokenizer and the devices decide, before any work.
 
         That is the pattern, or how to select one; of every phase that its pattern can follow that of the phase before, that it
-        finds the parameters it trains, that its rows fit the model and the mesh, and that the source can teach it; and the
-        tokenizer.
+        finds the parameters it trains, that its rows fit the model and the mesh, and that the source, or the teacher that it
+        names, can teach it; and the tokenizer.
 
         Raises:
           ValueError, FileNotFoundError: something does not fit; names the phase, or the file.
@@ -195,8 +202,31 @@ class Experiment:
         if self.source:
             check_tokenizer_fits(load_tokenizer(self.source), config.vocab_size, self.source)
 
+    def check_teacher(self, name: str, phase: Phase, source: ModelConfig) -> ModelConfig:
+        """Checks that the teacher that a phase names can teach the source's hybrid, and returns its config.
+
+        Args:
+          name: the phase's.
+
+        Raises:
+          ValueError, FileNotFoundError: it cannot; names the phase.
+        """
+        try:
+            teacher = check_model_directory(phase.teacher)
+            check_same_ids(phase.teacher, self.source)
+            with_student_ids(teacher, source)
+            if phase.seq_len > teacher.max_position_embeddings:
+                raise ValueError(
+                    f"seq_len {phase.seq_len:,} is more than the teacher's max_position_embeddings, "
+                    f"{teacher.max_position_embeddings:,}; lower it, or take another teacher"
+                )
+        except (ValueError, FileNotFoundError) as e:
+            raise type(e)(f"phase {name!r}, teacher {phase.teacher}: {e}") from None
+        return teacher
+
     def check_teacher_caches(self, done: Mapping[str, bool]) -> None:
-        """Checks that the teacher cache of every phase that is not done holds the rows which the phase will see.
+        """Checks that the teacher cache of every phase that is not done holds the rows which the phase will see, and the answers of
+        the teacher that it names.
 
         Raises:
           ValueError, FileNotFoundError: one does not.
@@ -204,7 +234,7 @@ class Experiment:
         for number, (name, phase) in enumerate(self.phases, start=1):
             if phase.teacher_cache and not done[name]:
                 described = phase.described_rows(self.mix_of(phase), self.seed + number)
-                TeacherCache(phase.teacher_cache, **described).check(phase.steps)
+                TeacherCache(phase.teacher_cache, made_of=cached_teacher(phase), **described).check(phase.steps)
 
     def models(self, source: ModelConfig) -> dict[str, ModelConfig]:
         """Returns the config of the model with which each phase begins, in the phase's pattern and form, by the phase's name.
@@ -243,11 +273,18 @@ class Experiment:
             self.select.check(source, self.meshes()[0])
         models = self.models(source)
         for mesh, (name, phase) in zip(self.meshes(), self.phases, strict=False):
-            if mesh is not None:
-                try:
-                    check_mesh_fits(models[name], mesh, phase.rows_at_a_time, phase.seq_len)
-                except ValueError as e:
-                    raise ValueError(f"phase {name!r}: {e}") from None
+            if phase.teacher and models[name].is_fused:
+                raise ValueError(
+                    f"phase {name!r} has a teacher, but its model is still fused, with the source's layers as teachers; set its "
+                    "form to 'unfused'"
+                )
+            teacher = self.check_teacher(name, phase, source) if phase.teacher else None
+            try:
+                if mesh is not None:
+                    in_step = None if phase.teacher_cache else teacher
+                    check_mesh_fits(models[name], mesh, phase.rows_at_a_time, phase.seq_len, in_step)
+            except ValueError as e:
+                raise ValueError(f"phase {name!r}: {e}") from None
 
 
 def _begun(before: ModelConfig, phase: Phase, source: ModelConfig) -> ModelConfig:
@@ -319,7 +356,7 @@ def _check_data(data: Mapping[str, Any], fields: Mapping[str, Any], new_model: b
 
 
 def with_absolute_paths(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the config with the paths of its source and texts made absolute, where something is there; see `find_shipped`."""
+    """Returns the config with absolute paths of its source, teachers and texts, where something is there; see `find_shipped`."""
 
     def absolute(path: Any) -> Any:
         if not isinstance(path, str) or path in ("", "stdlib") or path.startswith("hf:"):
@@ -331,6 +368,8 @@ def with_absolute_paths(config: Mapping[str, Any]) -> dict[str, Any]:
         return {**values, **{k: absolute(values[k]) for k in keys if k in values}} if isinstance(values, Mapping) else values
 
     found: dict[str, Any] = dict(within(config, "source"))
+    if isinstance(phases := found.get("phases"), Mapping):
+        found["phases"] = {name: within(phase, "teacher") for name, phase in phases.items()}
     if isinstance(data := found.get("data"), Mapping):
         found["data"] = data = dict(within(data, "text"))
         if isinstance(data.get("sources"), Mapping):

@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topology", required=True, help="v5p:4x4x4, v5p (the smallest slice that fits), h100:64, …")
     parser.add_argument("--mesh", help="e.g. fsdp=8,seq=8; default: the phase's own, or else chosen")
     parser.add_argument("--seq-len", type=integer(minimum=1), default=8192, help="tokens per row; when decoding, tokens of context")
-    parser.add_argument("--program", default="train", help="the step to plan: align, train or decode")
+    parser.add_argument("--program", default="train", help="the step to plan: align, train, decode or distill")
+    parser.add_argument("--teacher", type=directory, help="of distill: the model that teaches, given as --source is")
     parser.add_argument("--rows", type=integer(minimum=0), default=0, help="rows per step; default: one per part of the batch")
     parser.add_argument("--remat", default="full", help="none, attention or full: what layers keep for their gradient")
     parser.add_argument("--trainable", nargs="+", default=(), help="patterns of the parameters that train")
@@ -40,10 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 # Options that describe a step, with their defaults; with --config the phase describes it.
-STEP = {"pattern": "", "seq_len": 8192, "program": "train", "rows": 0, "remat": "full", "trainable": ()}
+STEP = {"pattern": "", "seq_len": 8192, "program": "train", "teacher": None, "rows": 0, "remat": "full", "trainable": ()}
 
 
-def _config_of(source: str) -> ModelConfig:
+def _config_of(where: str, source: str) -> ModelConfig:
     """Returns the config of a directory or of a public name; an `-Instruct` model has the shapes of the one it was made from.
 
     Raises:
@@ -58,7 +59,7 @@ def _config_of(source: str) -> ModelConfig:
             return config_from_hf(PUBLIC[name])
     if pathlib.Path(source).is_dir():
         return read_model_config(source)
-    raise ValueError(f"{source!r} is no directory and no name known here: {', '.join(PUBLIC)}")
+    raise ValueError(f"{where} {source!r} is no directory and no name known here: {', '.join(PUBLIC)}")
 
 
 def _job(args: argparse.Namespace) -> Job:
@@ -75,9 +76,10 @@ def _job(args: argparse.Namespace) -> Job:
     if args.phase or args.overrides:
         raise ValueError(f"{'--phase' if args.phase else args.overrides[0]} needs --config")
     check_choice("--remat", args.remat, REMAT)
-    config = _config_of(args.source)
+    config = _config_of("--source", args.source)
+    teacher = _config_of("--teacher", args.teacher) if args.teacher else None
     hybrid = config.with_pattern(spread_pattern(args.pattern, config)) if args.pattern else config
-    return Job(hybrid.unfused(), args.program, args.seq_len, args.rows, tuple(args.trainable), args.remat, config)
+    return Job(hybrid.unfused(), args.program, args.seq_len, args.rows, tuple(args.trainable), args.remat, config, teacher)
 
 
 def _job_of_phase(args: argparse.Namespace) -> tuple[Job, dict[str, int]]:
@@ -89,6 +91,7 @@ def _job_of_phase(args: argparse.Namespace) -> tuple[Job, dict[str, int]]:
     from hybrid_jax.experiment_config import Experiment
     from hybrid_jax.fields import load_experiment_config
     from hybrid_jax.plan.program import Job
+    from hybrid_jax.train.objectives import OBJECTIVES
 
     if given := [name for name, default in STEP.items() if getattr(args, name) != default]:
         option = given[0].replace("_", "-")
@@ -102,8 +105,10 @@ def _job_of_phase(args: argparse.Namespace) -> tuple[Job, dict[str, int]]:
         raise ValueError("the config makes a new model; plan conversions by --config, other models by --source")
     if experiment.select is not None:
         raise ValueError("the config selects its pattern by the weights, which a plan does not have; give --config.pattern=...")
-    phase, source = phases[args.phase], experiment.with_mixer_options(_config_of(experiment.source))
-    return Job.of_phase(experiment.models(source)[args.phase], phase, source), dict(phase.mesh or experiment.mesh)
+    phase, source = phases[args.phase], experiment.with_mixer_options(_config_of("config.source", experiment.source))
+    in_step = phase.teacher and OBJECTIVES[phase.objective].two_streams
+    teacher = _config_of(f"config.phases.{args.phase}.teacher", phase.teacher) if in_step else None
+    return Job.of_phase(experiment.models(source)[args.phase], phase, source, teacher), dict(phase.mesh or experiment.mesh)
 
 
 def run(args: argparse.Namespace) -> None:

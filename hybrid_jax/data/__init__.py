@@ -2,12 +2,13 @@
 
 from hybrid_jax.data.corpus import Corpus, read_corpus, read_sources, read_tasks
 from hybrid_jax.data.pipeline import training_batches
-from hybrid_jax.data.tokenizer import check_tokenizer_fits, load_tokenizer
+from hybrid_jax.data.tokenizer import check_same_ids, check_tokenizer_fits, load_tokenizer
 
 __all__ = [
     "HELD_OUT_SEED",
     "SELECTION_SEED",
     "Corpus",
+    "check_same_ids",
     "check_tokenizer_fits",
     "load_tokenizer",
     "read_corpus",

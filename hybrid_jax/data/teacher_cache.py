@@ -31,7 +31,8 @@ class TeacherCache:
       k: tokens kept of every distribution, to write a cache or continue one; None: to read.
       mix, rows: arguments of `training_batches` that decide which rows come in which order.
       made_of: what else decides the teacher's answers: the rows' text, packing and tokenizer (`Corpus.identity`), and
-        `teacher` if one is loaded. Entries that are not given are not compared.
+        `teacher` if one is loaded, `teacher_files` if the phase names one (`train.teacher`). Entries that are not given are not
+        compared.
 
     Raises:
       ValueError: the directory holds a cache of other rows or of another teacher; names the first difference.
@@ -62,7 +63,7 @@ class TeacherCache:
             if name not in found:
                 raise ValueError(f"{path} does not say with which {name} it was made; remove it and make it again")
             if found[name] != value:
-                who = "this teacher is" if name == "teacher" else "this phase has"
+                who = {"teacher": "this teacher is", "teacher_files": "this phase's teacher has"}.get(name, "this phase has")
                 raise ValueError(
                     f"{path} was made with {name} = {shortened(found[name])}, {who} {shortened(value)}; make another with "
                     "hybrid-jax cache-teacher, in another directory"

@@ -13,6 +13,8 @@ from hybrid_jax.files import read_json
 END_OF_TEXT, PAIRS, ASK = "<|endoftext|>", "<|pairs|>", "<|ask|>"
 SPECIAL_TOKENS = (END_OF_TEXT, PAIRS, ASK)
 
+SHOWN = 3  # tokens that a message names
+
 EosTokenId = int | Sequence[int] | None
 """`eos_token_id` as a model's config has it: one id, several, or none; a negative id counts as none."""
 
@@ -91,6 +93,26 @@ def check_tokenizer_fits(tokenizer: Tokenizer, vocab_size: int, directory: str |
             "take the tokenizer files that belong to the model"
         )
     return tokenizer
+
+
+def check_same_ids(directory: str | pathlib.Path, other: str | pathlib.Path) -> None:
+    """Checks that the tokenizers of two model directories have the same tokens with the same ids.
+
+    How they divide a text into tokens is not compared, as one tokenizer divides it for both models.
+
+    Raises:
+      FileNotFoundError: a directory has no tokenizer.json.
+      ValueError: a token has another id, or is in one of them alone; names the first ones.
+    """
+    own, others = (load_tokenizer(path).get_vocab(with_added_tokens=True) for path in (directory, other))
+    different = [token for token in {**own, **others} if own.get(token) != others.get(token)]
+    if different:
+        first = sorted(different, key=lambda token: own.get(token, others.get(token)))[:SHOWN]
+        shown = ", ".join(f"{token!r} is {own.get(token, 'absent')} and {others.get(token, 'absent')}" for token in first)
+        raise ValueError(
+            f"{len(different):,} tokens have other ids in the tokenizer of {directory} than in that of {other}: {shown}; take a "
+            "teacher of the same tokenizer"
+        )
 
 
 def ordinary_ids(tokenizer: Tokenizer, number: int) -> range:

@@ -91,13 +91,29 @@ def divided_rows(mesh: Mesh | AbstractMesh | None, rows: int) -> int:
 
 
 def check_mesh_fits(
-    config: ModelConfig, mesh: Mesh | AbstractMesh, batch_size: int | None = None, seq_len: int | None = None
+    config: ModelConfig,
+    mesh: Mesh | AbstractMesh,
+    batch_size: int | None = None,
+    seq_len: int | None = None,
+    teacher: ModelConfig | None = None,
 ) -> None:
     """Refuses a mesh that does not divide the model or the batch.
+
+    Args:
+      teacher: another model of the same program; its sizes must fit too, and one of the two must have experts for an axis of them.
 
     Raises:
       ValueError: names the axis, its size, the dimension and its size.
     """
+    models = {"": config} if teacher is None else {"": config, " of the teacher": teacher}
+    if mesh.shape["expert"] > 1 and all(model.moe is None for model in models.values()):
+        raise ValueError("mesh axis 'expert' needs a mixture-of-experts model; this one has none, use 'fsdp' or 'data'")
+    for whose, model in models.items():
+        _check_divides(model, mesh, batch_size, seq_len, whose)
+
+
+def _check_divides(config: ModelConfig, mesh: Mesh | AbstractMesh, batch_size: int | None, seq_len: int | None, whose: str) -> None:
+    """Checks that the mesh divides one model and the batch; a message says `whose` sizes do not fit."""
     tensor, seq = mesh.shape["tensor"], mesh.shape["seq"]
     batch = math.prod(mesh.shape[a] for a in BATCH_AXES)
     moe, inner = config.moe, {"intermediate_size": config.intermediate_size}
@@ -116,8 +132,6 @@ def check_mesh_fits(
     for cls in config.used_options():
         widths = config.options(cls).sharded_widths(config.num_heads, config.num_kv_heads, config.head_dim)
         wants += [("tensor", tensor, f"width of {name}", width) for name, width in widths.items()]
-    if config.moe is None and mesh.shape["expert"] > 1:
-        raise ValueError("mesh axis 'expert' needs a mixture-of-experts model; this one has none, use 'fsdp' or 'data'")
     if batch_size is not None:
         wants.append(("*".join(BATCH_AXES), batch, "batch_size", batch_size))
     if seq_len is not None and seq > 1:
@@ -126,6 +140,6 @@ def check_mesh_fits(
         if size % parts:
             twice = " (two chunks per device)" if axis == "seq" else ""
             raise ValueError(
-                f"mesh axis {axis!r} divides {name} in {parts} shards{twice}, which do not divide {size}; "
+                f"mesh axis {axis!r} divides {name}{whose} in {parts} shards{twice}, which do not divide {size}; "
                 f"choose a mesh whose {axis!r} does, or another {name}"
             )

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from hybrid_jax.config import MixerSpec
+import jax
+
+from hybrid_jax.config import MixerSpec, ModelConfig
 from hybrid_jax.hardware import Accelerator
 from hybrid_jax.model import abstract_decoder
 from hybrid_jax.parallel.attention import takes_ring
@@ -32,24 +34,26 @@ Axes = tuple[str, ...]
 """Names of mesh axes."""
 
 
-def _keys_seen(job: Job, layers: Sequence[MixerSpec]) -> float:
+def _keys_seen(job: Job, config: ModelConfig, layers: Sequence[MixerSpec]) -> float:
     """Returns how many keys a token sees, averaged over a row and summed over heads and layers; when decoding, at the row's end."""
     T, total = job.seq_len, 0.0
-    for attention in attentions(job.config, layers):
+    for attention in attentions(config, layers):
         w = min(attention.window or T, T)
         total += attention.heads * (w if job.program == "decode" else w * (1 - w / (2 * T)))
     return total
 
 
-def _sent_heads(job: Job, layers: Sequence[MixerSpec], sizes: Sizes) -> float:
+def _sent_heads(job: Job, config: ModelConfig, layers: Sequence[MixerSpec], sizes: Sizes) -> float:
     """Returns the key-value heads of a device whose keys are sent to all devices of `seq`, summed over the layers."""
     seq, tensor = sizes.get("seq", 1), sizes.get("tensor", 1)
-    ring = [a for a in attentions(job.config, layers) if a.ring and takes_ring(a.window, job.seq_len, seq)]
+    ring = [a for a in attentions(config, layers) if a.ring and takes_ring(a.window, job.seq_len, seq)]
     return sum(a.kv_heads / (tensor if a.sharded else 1) for a in ring)
 
 
 def _streams(job: Job) -> tuple[list[MixerSpec], list[MixerSpec]]:
-    """Returns the layers of the stream that learns, and those of the teacher's stream, which there is only when aligning."""
+    """Returns the layers of the stream that learns, and those of the teacher's stream, which there is only when aligning; another
+    model that teaches is no stream.
+    """
     teacher = job.model_config.teacher().layers if job.program == "align" else ()
     return list(job.config.layers), list(teacher)
 
@@ -61,7 +65,8 @@ def flops_by_formula(job: Job) -> float:
     for the gradient of its input, and one for the gradient of the matrix if it trains. A product of queries with keys takes 2
     per number; attention has two such products forward and five backward. The head's logits are made again for its
     gradient whatever is kept, so a frozen head has three products and one that trains four. Aligning has no logits, and a
-    second stream that only goes forward. Only the experts that a token visits count.
+    second stream that only goes forward. A teacher that is another model goes forward too, and makes its logits as often as the
+    student. Only the experts that a token visits count.
 
     Not counted are a recurrence's work on its state and learned mixtures of key heads (`kv_learnable_residual`). Gradients are
     assumed to reach the first layer.
@@ -72,22 +77,30 @@ def flops_by_formula(job: Job) -> float:
     trains = set() if job.program == "decode" else trained_names(job.model_config, job.phase.trainable)
 
     def numbers(names: Iterable[str]) -> float:
-        """Returns how many parameters of the layers a token is multiplied with."""
-        visited = c.moe.experts_per_token / c.moe.num_experts if c.moe else 1
-        return sum(math.prod(fused[n].shape) * (visited if ".experts." in n else 1) for n in names if n.startswith("layers."))
+        """Returns how many of the model's parameters a token is multiplied with in the layers."""
+        return _visited(c, {n: fused[n] for n in names})
 
     product = 2 * c.head_dim
-    layers, seen, head = 2 * numbers(shapes), product * _keys_seen(job, own), 2 * c.vocab_size * c.hidden_size
+    layers, seen, head = 2 * numbers(shapes), product * _keys_seen(job, c, own), 2 * c.vocab_size * c.hidden_size
     if job.program == "decode":
         return job.tokens * (layers + 2 * seen + head)
     found = layers * (2 if job.remat == "none" else 3) + 2 * numbers(trains)
     found += seen * ((4 if job.remat == "full" else 2) + 5)
     if job.program == "align":
-        found += 2 * numbers(abstract_parameters(job.model_config.teacher())) + 2 * product * _keys_seen(job, teaching)
+        found += 2 * numbers(abstract_parameters(job.model_config.teacher())) + 2 * product * _keys_seen(job, c, teaching)
     else:
         learned = TABLE if c.tie_embeddings else "lm_head.kernel"
         found += head * (4 if learned in trains else 3)
+    if (t := job.teacher) is not None:
+        found += 2 * _visited(t, abstract_parameters(t)) + 4 * t.head_dim * _keys_seen(job, t, t.layers)
+        found += 2 * 2 * c.vocab_size * t.hidden_size
     return job.tokens * found
+
+
+def _visited(config: ModelConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> float:
+    """Returns how many of these parameters a token is multiplied with in the layers: of experts, those that it visits."""
+    visited = config.moe.experts_per_token / config.moe.num_experts if config.moe else 1
+    return sum(math.prod(x.shape) * (visited if ".experts." in n else 1) for n, x in shapes.items() if n.startswith("layers."))
 
 
 class Traffic:
@@ -145,6 +158,8 @@ def traffic(job: Job, sizes: Sizes) -> Traffic:
     found = Traffic(sizes)
     _parameters(found, job, sizes)
     _activations(found, job, sizes)
+    if job.teacher is not None:
+        _teacher(found, job, job.teacher, sizes)
     return found
 
 
@@ -160,16 +175,11 @@ def _parameters(found: Traffic, job: Job, sizes: Sizes) -> None:
 
     Parameters that only the teacher's stream reads are not gathered again for the gradient. Aligning does not read the head.
     """
-    model, shapes = abstract_decoder(job.model_config), abstract_parameters(job.model_config)
-    axes, mesh, (forward, backward) = logical_axes(model), abstract_mesh(sizes), _passes(job)
+    forward, backward = _passes(job)
     trains = set() if job.program == "decode" else trained_names(job.model_config, job.phase.trainable)
     own = abstract_parameters(job.config)
     tokens = (*BATCH_AXES, "seq")
-    for name, x in shapes.items():
-        spec = [(e,) if isinstance(e, str) else e or () for e in partition_spec(mesh, axes[name])]
-        sharded = tuple(a for entry in spec for a in entry)
-        gathered = tuple(a for a, entry in zip(axes[name], spec, strict=True) if a == "embed" for a in entry)
-        size = COMPUTE * math.prod(x.shape) / found.devices(tuple(a for a in sharded if a not in gathered))  # once gathered
+    for name, sharded, gathered, size in _sharded(found, job.model_config, sizes):
         table = name == TABLE
         head = name.startswith("lm_head.") or (table and job.config.tie_embeddings)
         if not (table or head):
@@ -184,6 +194,31 @@ def _parameters(found: Traffic, job: Job, sizes: Sizes) -> None:
             found.add("all-reduce of gradients", rest, share, 2)
 
 
+def _sharded(found: Traffic, config: ModelConfig, sizes: Sizes) -> Iterator[tuple[str, Axes, Axes, float]]:
+    """Yields of every parameter its name, the mesh axes that shard it, those over which it is gathered, and its bytes then."""
+    axes, mesh = logical_axes(abstract_decoder(config)), abstract_mesh(sizes)
+    for name, x in abstract_parameters(config).items():
+        spec = [(e,) if isinstance(e, str) else e or () for e in partition_spec(mesh, axes[name])]
+        sharded = tuple(a for entry in spec for a in entry)
+        gathered = tuple(a for a, entry in zip(axes[name], spec, strict=True) if a == "embed" for a in entry)
+        yield name, sharded, gathered, COMPUTE * math.prod(x.shape) / found.devices(tuple(a for a in sharded if a not in gathered))
+
+
+def _teacher(found: Traffic, job: Job, config: ModelConfig, sizes: Sizes) -> None:
+    """Counts what another model sends that teaches: it goes forward once, and what is gathered of its head serves both passes."""
+    for name, _, gathered, size in _sharded(found, config, sizes):
+        if name != TABLE or config.tie_embeddings:
+            found.add("all-gather of parameters", gathered, size)
+    local = job.tokens / found.devices((*BATCH_AXES, "seq"))
+    hidden = COMPUTE * local * config.hidden_size
+    found.add("all-reduce of activations", ("tensor",), hidden * (config.num_layers * (1 + config.has_mlp) + 1), 2)
+    found.add("all-to-all of embeddings", RULES["embed"], hidden)
+    if config.moe and (n := sizes.get("expert", 1)) > 1:
+        found.add("tokens to experts", ("expert",), 2 * hidden * config.num_layers * n * n / (n - 1))
+    heads = _sent_heads(job, config, config.layers, sizes)
+    found.add("ring attention", ("seq",), COMPUTE * 2 * local * config.head_dim * heads * sizes.get("seq", 1))
+
+
 def _activations(found: Traffic, job: Job, sizes: Sizes) -> None:
     """Counts what grows with the number of tokens. The teacher's stream goes forward once and has no gradient."""
     c, (forward, backward) = job.config, _passes(job)
@@ -195,11 +230,11 @@ def _activations(found: Traffic, job: Job, sizes: Sizes) -> None:
     # per layer and pass: forward behind the mixer and behind the MLP, if there is one, backward in front of them
     found.add("all-reduce of activations", ("tensor",), hidden * c.num_layers * (1 + c.has_mlp) * passes, 2)
     # the embedding, and the head's gradient
-    found.add("all-reduce of activations", ("tensor",), hidden * (1 + (job.program == "train")), 2)
+    found.add("all-reduce of activations", ("tensor",), hidden * (1 + (job.program in ("train", "distill"))), 2)
     found.add("all-to-all of embeddings", RULES["embed"], hidden * (1 + learned))
     if c.moe and (n := sizes.get("expert", 1)) > 1:  # each token and what experts add to it pass every device and return
         found.add("tokens to experts", ("expert",), 2 * hidden * c.num_layers * passes * n * n / (n - 1))
-    ours, teachers = (_sent_heads(job, layers, sizes) for layers in (own, teaching))
+    ours, teachers = (_sent_heads(job, c, layers, sizes) for layers in (own, teaching))
     again = 1 if job.remat == "attention" else forward  # attention's outputs are kept
     runs = COMPUTE * (ours * again + teachers) + backward * ours * (COMPUTE + SUM)
     found.add("ring attention", ("seq",), 2 * local * c.head_dim * runs * sizes.get("seq", 1))

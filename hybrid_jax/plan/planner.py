@@ -139,7 +139,7 @@ def meshes(job: Job, devices: int) -> Iterator[dict[str, int]]:
     found = []
     for seq in [1] if decodes else powers:
         for tensor in powers:
-            for expert in powers if config.moe else [1]:
+            for expert in powers if config.moe or job.teacher is not None and job.teacher.moe else [1]:
                 rest, left = divmod(devices, seq * tensor * expert)
                 if left or not rest:
                     continue
@@ -149,7 +149,7 @@ def meshes(job: Job, devices: int) -> Iterator[dict[str, int]]:
     tokens = None if decodes else job.seq_len
     for _, sizes in sorted(found, key=lambda f: f[0]):
         try:
-            check_mesh_fits(config, abstract_mesh(sizes), with_rows(job, sizes).rows_at_a_time, tokens)
+            check_mesh_fits(config, abstract_mesh(sizes), with_rows(job, sizes).rows_at_a_time, tokens, job.teacher)
         except ValueError:
             continue
         yield sizes

@@ -27,12 +27,14 @@ from hybrid_jax.plan.attentions import attentions
 from hybrid_jax.plan.bound import RECURRENCES
 from hybrid_jax.plan.wire import wire_bytes
 from hybrid_jax.train.loop import apply_phase_settings
+from hybrid_jax.train.objectives import OBJECTIVES
 from hybrid_jax.train.phase import Phase
 from hybrid_jax.train.phase_layout import TEACHER, PhaseLayout, parameter_shardings
 from hybrid_jax.train.step import make_step
+from hybrid_jax.train.teacher import with_student_ids
 from kernels_pallas.lab.operations import Operation, read_operations
 
-PROGRAMS = ("align", "train", "decode")
+PROGRAMS = ("align", "train", "decode", "distill")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,16 +43,19 @@ class Job:
 
     Args:
       config: the hybrid, in one-stream form.
-      program: `align` (two streams, the mixers train), `train` (next token) or `decode` (one token with caches).
+      program: `align` (two streams, the mixers train), `train` (next token), `decode` (one token with caches) or `distill`
+        (next-token distributions of another model, which runs in the same step).
       seq_len: tokens per row, or of context when decoding.
       rows: per step, on all devices together; 0: one for each shard of the batch (`planner.with_rows` fills it in).
       trainable: patterns of the names of parameters that train; empty: the mixers when aligning, else all.
       remat: what layers keep for the backward pass, see `model.REMAT`.
       source: what is converted, whose mixers teach those that begin from them (`copies.COPIES`); None: attention teaches.
+      teacher: of `distill`, the model that teaches; its rows of ids that `config` has not are left out.
       given: the phase whose step is planned; None: one that is made from the other fields.
 
     Raises:
-      ValueError: an unknown program, or `align` for a model without mixers.
+      ValueError: an unknown program, `align` for a model without mixers, `distill` without a teacher or with one that cannot teach
+        the model.
     """
 
     config: ModelConfig
@@ -60,26 +65,33 @@ class Job:
     trainable: tuple[str, ...] = ()
     remat: str = "full"
     source: ModelConfig | None = None
+    teacher: ModelConfig | None = None
     given: Phase | None = None
 
     @classmethod
-    def of_phase(cls, model: ModelConfig, phase: Phase, source: ModelConfig) -> Job:
+    def of_phase(cls, model: ModelConfig, phase: Phase, source: ModelConfig, teacher: ModelConfig | None = None) -> Job:
         """Returns the job of one step of an experiment's phase.
 
         Args:
           model: with which the phase begins (`Experiment.models`).
           phase: what trains, on which rows, with which objective; its mesh is not read.
           source: what is converted.
+          teacher: the model that the phase names as its teacher and runs in its step; None: there is none.
         """
         phase = phase.with_rows(phase.batch_size)  # how many steps there are makes no difference to one of them
-        program = "align" if model.is_fused else "train"
-        return cls(model.unfused(), program, phase.seq_len, phase.batch_size, phase.trainable, phase.remat, source, phase)
+        program = "align" if model.is_fused else "train" if teacher is None else "distill"
+        step = (phase.seq_len, phase.batch_size, phase.trainable, phase.remat)
+        return cls(model.unfused(), program, *step, source, teacher, phase)
 
     def __post_init__(self):
         if self.program not in PROGRAMS:
             raise ValueError(f"--program {self.program!r}: expected one of {', '.join(PROGRAMS)}")
         if self.program == "align" and not self.config.is_hybrid:
             raise ValueError("--program align needs a --pattern with a mixer in it: attention has nothing to be aligned with")
+        if (self.program == "distill") != (self.teacher is not None):
+            raise ValueError("--program distill and --teacher belong together: the model is compared with the teacher")
+        if self.teacher is not None:
+            object.__setattr__(self, "teacher", with_student_ids(self.teacher, self.config))
 
     @property
     def model_config(self) -> ModelConfig:
@@ -94,8 +106,9 @@ class Job:
         mixers = sorted({KINDS[s.kind].parameter_key for s in self.config.layers if s.kind != ATTENTION})
         align = self.program == "align"
         return Phase(
-            objective="align_none" if align else "next_token",
+            objective={"align": "align_none", "distill": "distill"}.get(self.program, "next_token"),
             form="fused" if align else "unfused",
+            teacher="" if self.teacher is None else self.teacher.family,  # no directory: `teacher` is all that is needed of it
             trainable=self.trainable or (tuple(rf"\.{m}\." for m in mixers) if align else ("all",)),
             steps=1,
             batch_size=self.rows,
@@ -186,23 +199,31 @@ class Program:
         return self.parameters + self.optimizer + self.caches + self.kept
 
 
-def training_program(config: ModelConfig, phase: Phase, mesh: Mesh) -> Program:
+def training_program(config: ModelConfig, phase: Phase, mesh: Mesh, teacher: ModelConfig | None = None) -> Program:
     """Builds exactly the step that `train.loop` runs.
 
     Args:
       config: the model in the phase's form.
       phase: what trains, on which rows, with which objective.
       mesh: of all five axes.
+      teacher: the model of `phase.teacher`, of which no weights are needed.
 
     Raises:
-      ValueError: the mesh does not divide the model or the batch.
+      ValueError: the mesh does not divide the model or the batch, or the teacher is missing or cannot teach the model.
     """
-    check_mesh_fits(config, mesh, phase.rows_at_a_time, phase.seq_len)
+    if OBJECTIVES[phase.objective].two_streams and bool(phase.teacher) != (teacher is not None):
+        raise ValueError(
+            f"phase.teacher is {phase.teacher!r}; a step is planned with its config, and with none where it names none"
+        )
+    check_mesh_fits(config, mesh, phase.rows_at_a_time, phase.seq_len, teacher)
     model = apply_phase_settings(abstract_decoder(config), phase)
-    layout = PhaseLayout(model, phase)
     shapes: Any = abstract_parameters(config)  # shapes go where `PhaseLayout` is annotated with arrays
+    layout, taught = PhaseLayout(model, phase), shapes
+    if teacher is not None:
+        teacher = with_student_ids(teacher, config)
+        layout, taught = PhaseLayout(model, phase, abstract_decoder(teacher)), abstract_parameters(teacher)
     trainable, frozen = layout.split(shapes)
-    copies = layout.copies(shapes)
+    copies = layout.copies(taught)
     state, frozen = jax.eval_shape(layout.make_state, trainable), jax.eval_shape(layout.make_frozen, frozen, copies)
     state_shardings = layout.state_shardings(mesh, state)
     state = _sharded_shapes(state_shardings, state)
@@ -261,7 +282,9 @@ def make_program(job: Job, mesh: Mesh) -> Program:
     Raises:
       ValueError: the mesh does not divide the model or the batch.
     """
-    return decoding_program(job, mesh) if job.program == "decode" else training_program(job.model_config, job.phase, mesh)
+    return (
+        decoding_program(job, mesh) if job.program == "decode" else training_program(job.model_config, job.phase, mesh, job.teacher)
+    )
 
 
 @dataclasses.dataclass

@@ -25,6 +25,7 @@ from hybrid_jax.parameters import split_model
 from hybrid_jax.train.metrics import progress_bar
 from hybrid_jax.train.phase import Phase
 from hybrid_jax.train.phase_layout import PhaseLayout
+from hybrid_jax.train.teacher import cached_teacher
 
 
 @jax.jit
@@ -65,7 +66,7 @@ def cache_teacher(
     """The k top-k tokens after every token of every step of `phase`; goes on where it was.
 
     Args:
-      model: the teacher.
+      model: the teacher, with the student's ids (`train.teacher.teach_student_ids`).
       phase: in steps; its `compute_dtype`, `frozen_dtype` and `accumulate` are the teacher's too.
       mix, seed: of the phase that will distil.
       out: of several processes the first writes.
@@ -80,7 +81,7 @@ def cache_teacher(
     if mesh is not None:
         check_mesh_fits(model.config, mesh, phase.rows_at_a_time, phase.seq_len)
     described = phase.described_rows(mix, seed)
-    made_of = {**corpus.identity(mix), "teacher": teacher_fingerprint(model)}
+    made_of = {**corpus.identity(mix), "teacher": teacher_fingerprint(model), **cached_teacher(phase)}
     if is_first():
         TeacherCache(out, k, made_of=made_of, **described)
     barrier("described the cache")
@@ -89,7 +90,7 @@ def cache_teacher(
     barrier("looked for what is missing")
 
     model.compute_dtype = jnp.dtype(phase.compute_dtype)
-    nothing_trains = dict(trainable=(), objective="next_token", options={}, form="as_is", teacher_cache="")
+    nothing_trains = dict(trainable=(), objective="next_token", options={}, form="as_is", teacher="", teacher_cache="")
     layout = PhaseLayout(model, dataclasses.replace(phase, **nothing_trains))
     parameters = split_model(model)[1]
     del model

@@ -33,8 +33,10 @@ def first_bad(model: Decoder, batch: Mapping[str, jax.Array], teacher: Decoder |
         streams[whose], at = one.inputs(batch["input_ids"], batch["segment_ids"], batch["positions"])
         if not finite(streams[whose]):
             return f"the embeddings{whose} are not finite"
-    for i in range(model.config.num_layers):
+    for i in range(max(one.config.num_layers for one in models.values())):
         for name, hidden in streams.items():
+            if i >= models[name].config.num_layers:
+                continue
             layer = models[name].layers[i]
             out, _ = jax.jit(lambda h, layer=layer: layer.run(layer.spec.kind, h, **at))(hidden)
             for part in ("mixer", "mlp", "hidden"):

@@ -38,6 +38,7 @@ from hybrid_jax.train.phase import Phase
 from hybrid_jax.train.phase_layout import PhaseLayout
 from hybrid_jax.train.profile import Profile
 from hybrid_jax.train.step import STOP, make_step
+from hybrid_jax.train.teacher import teach_student_ids
 
 
 def apply_phase_settings(model: Decoder, phase: Phase) -> Decoder:
@@ -62,6 +63,10 @@ def _source(model: Decoder, phase: Phase, teacher: Callable[[], Decoder] | None)
         return unfuse(model)
     if not OBJECTIVES[phase.objective].two_streams:
         return None
+    if phase.teacher:
+        if teacher is None:
+            raise ValueError(f"phase.teacher is {phase.teacher}; train_phase needs the function `teacher` that loads it")
+        return teach_student_ids(teacher(), model.config)
     return teacher_stream(model) if teacher is None else share(teacher_stream(teacher()), model, phase.frozen_dtype)
 
 
@@ -118,6 +123,7 @@ def train_phase(
       profile: first and last step to trace, into `directory`'s neighbour `profile`.
       teacher: makes the source, which teaches where the objective compares two streams, in its place on the mesh; default: the
         model's own teacher stream as it is here. It does not change, and takes neither RoPE nor context length from the phase.
+        Where the phase names a teacher, it makes that one.
       hooks: called after the built-in evaluation and the hooks of `phase.hooks`; see `train.hook`.
 
     Returns:
@@ -133,7 +139,8 @@ def train_phase(
     source = _source(model, phase, teacher)
     model, phase = apply_phase_settings(model, phase), phase.in_steps(corpus, mix, seed)
     if mesh is not None:
-        check_mesh_fits(model.config, mesh, phase.rows_at_a_time, phase.seq_len)
+        other = source.config if source is not None and phase.teacher else None
+        check_mesh_fits(model.config, mesh, phase.rows_at_a_time, phase.seq_len, other)
     layout, meter = PhaseLayout(model, phase, source), Meter(phase, model, source)
     structure, parameters = split_model(model)
     total, training = count(parameters), count(layout.split(parameters)[0])

@@ -86,8 +86,9 @@ class ObjectiveFunction(Protocol):
       model: the model in the phase's form, with repeated layers stacked; gradients are taken of its trainable parameters.
       batch: the arrays that `Objective.reads` names, and no others.
       teacher: for `Objective.two_streams`, the model whose teacher stream is the target, which never changes and takes no
-        gradient; None where that is `model`'s own teacher stream (whose parameters are then frozen), and for other objectives. For
-        `Objective.reference`, the model as the phase began; None: as it is now.
+        gradient; None where that is `model`'s own teacher stream (whose parameters are then frozen), and for other objectives.
+        Where the phase names a teacher (`Objective.any_teacher`), that model; `model` is then not fused. For `Objective.reference`,
+        the model as the phase began; None: as it is now.
 
     Returns:
       The loss and the metrics.
@@ -109,6 +110,8 @@ class Objective:
       pairs: its rows are of preference pairs (see `data.packing`), else of documents.
       two_streams: it compares a fused model's two streams. The phase must then have form `fused`, and the teacher is kept fixed:
         whatever trains of the parameters that the teacher reads is copied for it before the first step.
+      any_teacher: it compares next-token distributions alone, so that another model than the source may teach (`phase.teacher`).
+        The model is then not fused.
       checks: option -> (name, value) -> value, which raises ValueError if the value is bad.
       nothing: values of options that together make the loss 0 everywhere, which is refused.
       conflict: all options -> what is wrong with their values together, in words; empty if nothing is.
@@ -119,6 +122,7 @@ class Objective:
     two_streams: bool = False
     reference: bool = False
     pairs: bool = False
+    any_teacher: bool = False
     checks: Mapping[str, Callable[[str, Any], Any]] = dataclasses.field(default_factory=dict)
     nothing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     conflict: Callable[[Mapping[str, Any]], str] = lambda options: ""

@@ -47,17 +47,20 @@ def distill(
     loss = divergence_weight * temperature^2 * KL + next_token_weight * cross-entropy, weighted means over tokens.
 
     Args:
-      model: a fused model.
+      model: a fused model, or with another model as `teacher` one that is not fused.
       teacher: the model whose teacher stream is the target; None: the model's own, whose parameters are frozen.
       kind: `forward`, KL(teacher | student), or `reverse`, KL(student | teacher).
       temperature: divides both models' logits; above 1 the tail of the teacher's distribution counts more.
       divergence_weight, next_token_weight: of the two terms; at least one is positive.
     """
     at = (batch["input_ids"], batch["segment_ids"], batch["positions"])
-    streams = model.two_streams(*at, compare=lambda t, s: (), teacher=teacher)
-    head = (teacher or model).head
-    found = divergence(streams.student, model.head, streams.teacher, head, kind=kind, temperature=temperature)
-    return _mixed(model, batch, streams.student, found, divergence_weight * temperature**2, next_token_weight)
+    if teacher is None or model.config.is_fused:
+        streams = model.two_streams(*at, compare=lambda t, s: (), teacher=teacher)
+        hidden, taught = streams.student, streams.teacher
+    else:
+        hidden, taught = (one.hidden_states(*at)[0] for one in (model, teacher))
+    found = divergence(hidden, model.head, taught, (teacher or model).head, kind=kind, temperature=temperature)
+    return _mixed(model, batch, hidden, found, divergence_weight * temperature**2, next_token_weight)
 
 
 def distill_cached(
@@ -280,7 +283,7 @@ _DISTILL = {
 
 OBJECTIVES: dict[str, Objective] = {
     "next_token": Objective(next_token),
-    "distill": Objective(distill, two_streams=True, checks=_DISTILL, nothing=_NO_WEIGHTS),
+    "distill": Objective(distill, two_streams=True, any_teacher=True, checks=_DISTILL, nothing=_NO_WEIGHTS),
     "dpo": Objective(
         dpo,
         reference=True,
@@ -290,7 +293,9 @@ OBJECTIVES: dict[str, Objective] = {
             "label_smoothing": functools.partial(check_number, minimum=0, below=0.5),
         },
     ),
-    "distill_cached": Objective(distill_cached, reads=(*INPUTS, *LABELS, *TEACHER), checks=_WEIGHTS, nothing=_NO_WEIGHTS),
+    "distill_cached": Objective(
+        distill_cached, reads=(*INPUTS, *LABELS, *TEACHER), any_teacher=True, checks=_WEIGHTS, nothing=_NO_WEIGHTS
+    ),
     **{
         f"align_{target}": Objective(
             functools.partial(align, target=target),

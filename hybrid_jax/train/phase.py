@@ -14,6 +14,7 @@ from hybrid_jax.data import Corpus
 from hybrid_jax.model import REMAT
 from hybrid_jax.pattern import format_pattern, parse_pattern
 from hybrid_jax.train.hooks import make_hooks
+from hybrid_jax.train.objective import Objective
 from hybrid_jax.train.objectives import OBJECTIVES, make_objective
 
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
@@ -84,6 +85,9 @@ class Phase:
         and recomputes the rest; `full` keeps only the layer's input, for long rows. `hybrid-jax plan` says what fits.
       mix: source name -> share of the rows (see `hybrid_jax.data`); empty takes the experiment's `data.mix`.
       answer_weight: weight of the answer tokens of a synthetic task in the loss; a token of text has weight 1.
+      teacher: a model directory, whose model teaches in place of the source: of any family and size, with the source's tokenizer.
+        For objectives that compare next-token distributions alone, `distill` and `distill_cached`; the model is then not fused. It
+        is frozen, takes `frozen_dtype`, and has its own RoPE. Empty: the source teaches.
       teacher_cache: for `distill_cached`, the directory that `cache-teacher` made.
       mesh: axis -> size (see `parallel.mesh`); empty takes the experiment's.
       eval_every: steps between two evaluations (see `train.evaluation`), which do not change the training; 0: none. The last
@@ -130,6 +134,7 @@ class Phase:
     remat: str = "none"
     mix: Mapping[str, float] = dataclasses.field(default_factory=dict)
     answer_weight: float = 1.0
+    teacher: str = ""
     teacher_cache: str = ""
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
     eval_every: int = 0
@@ -150,7 +155,9 @@ class Phase:
         if self.batch_size % self.accumulate:
             raise ValueError(f"phase.accumulate {self.accumulate} does not divide phase.batch_size {self.batch_size}")
         objective = OBJECTIVES[self.objective]
-        if objective.two_streams and self.form != "fused":
+        if self.teacher:
+            self._check_teacher(objective)
+        elif objective.two_streams and self.form != "fused":
             raise ValueError(f"phase.objective {self.objective!r} compares two streams; set phase.form = 'fused'")
         if objective.reference and self.form == "fused":
             raise ValueError(f"phase.objective {self.objective!r} has no teacher's stream; set phase.form = 'unfused'")
@@ -195,6 +202,8 @@ class Phase:
             raise ValueError(f"phase.mix needs at least one positive share, got {dict(self.mix)}; leave it out for data.mix")
         make_hooks(self.hooks)
         self._check_pattern()
+        if not isinstance(self.teacher, str):
+            raise ValueError(f"phase.teacher must be the path of a model directory, got {self.teacher!r}")
         if not isinstance(self.trainable, (tuple, list)):
             raise ValueError(f"phase.trainable must be a list of regular expressions, got {self.trainable!r}")
         for pattern in self.trainable:
@@ -219,6 +228,20 @@ class Phase:
             raise ValueError(
                 f"phase.pattern has {fused[0]!r}, but phase.form says whether mixers stand beside their teachers; write "
                 f"{format_pattern([layer.unfused() for layer in layers])!r}"
+            )
+
+    def _check_teacher(self, objective: Objective):
+        """Checks that the phase's objective and form are for another teacher than the source."""
+        if not objective.any_teacher:
+            known = ", ".join(name for name, other in OBJECTIVES.items() if other.any_teacher)
+            raise ValueError(
+                f"phase.objective {self.objective!r} does not compare next-token distributions alone, so that no other model than "
+                f"the source can teach it; leave phase.teacher out, or take one of {known}"
+            )
+        if self.form == "fused":
+            raise ValueError(
+                "phase.form is 'fused', which has the source's own layers as teachers; with a phase.teacher set 'unfused' or "
+                "'as_is'"
             )
 
     def _count_steps(self):

@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hybrid_jax.config import ModelConfig
+from hybrid_jax.layers.parameter import Marks
 from hybrid_jax.model import Decoder
 from hybrid_jax.parallel.sharding import parameter_sharding
 from hybrid_jax.parameters import Parameters, abstract_parameters, join_model, marks, select_names, split_model
@@ -24,6 +25,7 @@ from hybrid_jax.train.objectives import OBJECTIVES
 from hybrid_jax.train.optimizer import make_optimizer
 from hybrid_jax.train.phase import Phase
 from hybrid_jax.train.state import Health, TrainState
+from hybrid_jax.train.teacher import with_student_ids
 
 TEACHER = "teacher: "  # before the names of a teacher's own copies
 
@@ -51,12 +53,13 @@ class PhaseLayout:
     """Of a model (its arrays are not touched) for a phase.
 
     `structure` is of the stacked model, `names` maps its parameters to those they stand for, `optimizer` is over the
-    stacked ones that train. `copied` are the parameters (by the model's own names) of which the teacher has its own.
+    stacked ones that train. `copied` are the parameters (by its own names) of which the teacher has its own.
 
     Args:
       teacher: who teaches where the phase's objective has a teacher; default: the model's own teacher stream as it is. Where the
         objective has a reference: that; default: the model's own student stream as it is.
-        Parameters that are the same arrays in both are shared while they are frozen (see `priming.fuse.share`).
+        Parameters that are the same arrays in both are shared while they are frozen (see `priming.fuse.share`). Where the phase
+        names a teacher, that model with the student's ids (`train.teacher`), which shares nothing; without it there is none.
 
     Raises:
       ValueError: a pattern of `phase.trainable` matches nothing, or the teacher cannot teach this model.
@@ -69,10 +72,14 @@ class PhaseLayout:
         self.names = stacked_names(model.config, repeats)
         self.structure, self.marks = stacked_structure(model, repeats)
         self.axes = {name: mark.axes for name, mark in self.marks.items()}
-        self.cast = {name for name, mark in marks(model).items() if self.frozen_dtype and mark.frozen}
+        self.own_marks = marks(model)
         self.copied, self.teacher_structure, self.source_structure = frozenset(), None, None
+        self.teacher_names, self.teacher_marks = self.names, self.marks
         objective = OBJECTIVES[phase.objective]
-        if objective.two_streams or objective.reference:
+        if phase.teacher and objective.two_streams:
+            if teacher is not None:
+                self._lay_out_other_teacher(model, teacher)
+        elif objective.two_streams or objective.reference:
             self._lay_out_teacher(model, teacher, repeats, unfuse if objective.reference else teacher_stream)
 
     def _lay_out_teacher(
@@ -92,10 +99,29 @@ class PhaseLayout:
         have, taught = split_model(own)[1], split_model(teacher)[1]
         differ = {n for n in have if n in self.chosen or taught[n] is not have[n]}
         self.copied = frozenset(n for olds in self.names.values() if differ.intersection(olds) for n in olds)
-        self.source_structure, self.source_names = split_model(teacher)[0], list(taught)
+        self.source_structure = split_model(teacher)[0]
+        self.teacher_names = stacked_names(teacher.config, repeats)
         if self.copied or not same_function(own.config, teacher.config):
-            self.teacher_structure = stacked_structure(teacher, repeats)[0]
-            self.teacher_names = frozenset(stacked_names(teacher.config, repeats))
+            self.teacher_structure, self.teacher_marks = stacked_structure(teacher, repeats)
+
+    def _lay_out_other_teacher(self, model: Decoder, teacher: Decoder):
+        """Everything of another model than the source is its own."""
+        if model.config.is_fused:
+            raise ValueError(
+                f"phase.teacher {self.phase.teacher} teaches a model that is not fused; this one is {model.config.pattern}: set "
+                "phase.form = 'unfused'"
+            )
+        if teacher.config != with_student_ids(teacher.config, model.config):
+            raise ValueError(
+                f"the teacher has a vocabulary of {teacher.config.vocab_size}, the model of {model.config.vocab_size}; give it the "
+                "model's ids by train.teacher.teach_student_ids"
+            )
+        teacher.compute_dtype = model.compute_dtype
+        self.source_structure, parameters = split_model(teacher)
+        self.copied = frozenset(parameters)
+        repeats = training_repeats(teacher.config, ())
+        self.teacher_names = stacked_names(teacher.config, repeats)
+        self.teacher_structure, self.teacher_marks = stacked_structure(teacher, repeats)
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
@@ -112,22 +138,25 @@ class PhaseLayout:
         return TrainState(parameters, self.optimizer.init(parameters), Health.new())
 
     def copies(self, teacher: Mapping) -> dict:
-        """Of a teacher's parameters (or their shapes), by the model's own names, those of which it has its own."""
+        """Of a teacher's parameters (or their shapes), by its own names, those of which it has its own."""
         return {n: teacher[n] for n in sorted(self.copied)}
 
     def make_frozen(self, frozen: Parameters, copies: Parameters) -> Parameters:
         """What does not train and the teacher's `copies`, matrices in `frozen_dtype`; under jit."""
 
-        own, copied = (stack(self.rounded(x), self.names) for x in (frozen, copies))
-        return {**own, **{TEACHER + n: jnp.copy(p) for n, p in copied.items()}}
+        own, copied = stack(self.rounded(frozen), self.names), stack(copies, self.teacher_names)
+        return {**own, **{TEACHER + n: jnp.copy(p) for n, p in self._cast(copied, self.teacher_marks).items()}}
 
     def rounded(self, frozen: Parameters) -> Parameters:
         """Returns parameters that do not train as the phase has them: those marked `frozen` in `frozen_dtype`."""
-        return {n: p.astype(self.frozen_dtype) if n in self.cast else p for n, p in frozen.items()}
+        return self._cast(frozen, self.own_marks)
+
+    def _cast(self, parameters: Parameters, marks: Mapping[str, Marks]) -> Parameters:
+        return {n: p.astype(self.frozen_dtype) if self.frozen_dtype and marks[n].frozen else p for n, p in parameters.items()}
 
     def frozen_shardings(self, mesh: Mesh, frozen: Mapping) -> dict[str, NamedSharding]:
         """Of `make_frozen`'s parameters (or their shapes)."""
-        return parameter_shardings(mesh, frozen, {**self.axes, **{TEACHER + n: a for n, a in self.axes.items()}})
+        return parameter_shardings(mesh, frozen, {**self.axes, **{TEACHER + n: m.axes for n, m in self.teacher_marks.items()}})
 
     def models(self, trainable: Parameters, frozen: Parameters) -> tuple[Decoder, Decoder | None]:
         """The model, and the teacher where it is not the model's own frozen part; the teacher takes no gradient."""
@@ -149,8 +178,7 @@ class PhaseLayout:
             return None
         own = {n: p for n, p in {**state.trainable, **frozen}.items() if not n.startswith(TEACHER)}
         copies = {n.removeprefix(TEACHER): p for n, p in frozen.items() if n.startswith(TEACHER)}
-        parameters = unstack({**own, **copies}, self.names)
-        return join_model(self.source_structure, {n: parameters[n] for n in self.source_names})
+        return join_model(self.source_structure, unstack({**own, **copies}, self.teacher_names))
 
     def state_shardings(self, mesh: Mesh, state: TrainState) -> TrainState:
         """Returns the shardings of a state (or its shapes): moments are sharded as their parameters, the rest is replicated."""

@@ -21,6 +21,7 @@ EXPERTS = dict(family="qwen3_moe", moe=MoEConfig(8, 2, 32))
 CASES = {
     "experts": ("expert=2,seq=2,tensor=2", "*-*-*", "train", EXPERTS),
     "aligned": ("fsdp=4,seq=2", "*-SWA-*-SWA", "align", {"swa": SWAConfig(80)}),  # a window that takes the ring
+    "distilled": ("fsdp=2,seq=2,tensor=2", "*-*-*", "distill", {}),
 }
 
 
@@ -29,7 +30,8 @@ def main(process, processes, port, case):
     formula.COMPUTE = 4
     mesh, pattern, program, changes = CASES[case]
     sizes = parse_mesh(mesh)
-    job = Job(tiny_config(pattern, **{**SIZES, **changes}), program, 128, 8)
+    teacher = tiny_config("*-*-*-*", **{**SIZES, **EXPERTS, "hidden_size": 128}) if program == "distill" else None
+    job = Job(tiny_config(pattern, **{**SIZES, **changes}), program, 128, 8, teacher=teacher)
     compiled = compile_program(make_program(job, make_mesh(sizes)))
     print(json.dumps([compiled.wire, formula.traffic(job, sizes).by_kind()]), flush=True)
 

@@ -66,7 +66,7 @@ def test_the_command_compiles_a_phase_without_data_or_weights(arguments, tmp_pat
         (("--phase", "polish"), "--phase 'polish': the config's schedule has matrices, layers, distill"),
         (("--phase", "layers", "--seq-len", "64"), "--seq-len cannot stand beside --config, whose phase says it"),
         (("--phase", "layers", "--source", "Qwen/Qwen3-8B"), "give either --source, a model, or --config and --phase"),
-        (("--phase", "layers", "--config.source=nowhere"), "'nowhere' is no directory and no name known here"),
+        (("--phase", "layers", "--config.source=nowhere"), "config.source 'nowhere' is no directory and no name known here"),
     ],
 )
 def test_what_the_phase_says_is_not_said_twice(arguments, capsys, more, words):

@@ -338,7 +338,7 @@ def test_gpu_traffic_of_the_ring_is_of_the_layers_that_take_it():
         assert sent({"seq": 4}, pattern=pattern, attention_windows=windows).get("ring attention", 0) == 3 * keys * layers * 10
 
 
-@pytest.mark.parametrize("case", ["aligned", pytest.param("experts", marks=pytest.mark.long)])
+@pytest.mark.parametrize("case", ["aligned", *(pytest.param(case, marks=pytest.mark.long) for case in ("experts", "distilled"))])
 def test_gpu_traffic_is_that_of_the_step_compiled_for_eight_devices(case):
     """Gathers and exchanges of tokens to 1 %. CPU programs sum where they could scatter, and sum the gradients of queries, keys
     and values one by one: 1.5 times the formula's sums at most. The first keys that travel again are those that come for the
@@ -368,6 +368,7 @@ FLOPS = {
     "without MLPs": ("*-*", "train", "none", (), {"intermediate_size": 0, "vocab_size": 256}),
     "some heads": ("GDN[0,1,3]-*", "train", "none", ("q_proj",), {"vocab_size": 2048}),
     "aligned": ("SWA-*-SWA", "align", "full", (), {"vocab_size": 1024}),
+    "distilled": ("*-SWA-*", "distill", "full", (), {"vocab_size": 1024}),
     "decoded": ("*-*-SWA", "decode", "full", (), {"attention_windows": (40, None, None)}),
     "decoded by experts": ("*-*", "decode", "full", (), MIXTURE),
 }
@@ -380,7 +381,8 @@ def test_flops_by_formula_are_those_of_the_traced_step(monkeypatch, case):
     monkeypatch.setattr(attention_block, "LANES", 8)
     pattern, program, remat, trainable, changes = FLOPS[case]
     config = tiny_config(pattern, **{**DENSE, "swa": SWAConfig(64), **changes})
-    job = Job(config, program, 256, 1, trainable, remat)
+    teacher = tiny_config("*-*-*-*", **{**DENSE, **MIXTURE, "hidden_size": 64, "num_heads": 8, "vocab_size": 1100})
+    job = Job(config, program, 256, 1, trainable, remat, teacher=teacher if program == "distill" else None)
     program = make_program(job, make_mesh({}, jax.devices()[:1]))
     with jax.set_mesh(program.mesh):
         jaxpr = jax.make_jaxpr(program.function)(*program.arguments).jaxpr
@@ -464,6 +466,29 @@ def test_a_step_is_compiled_for_a_slice_that_is_not_there(tmp_path):
     assert "fits" in done.stdout and "yes" in done.stdout
 
 
+def test_a_step_with_a_larger_teacher_is_compiled_from_the_two_configs(tmp_path):
+    """The teacher's experts are sharded over the slice beside a student without any; its matrices are in bfloat16."""
+    teacher = tiny_config("*-*-*", **{**DENSE, **MIXTURE, "hidden_size": 64, "vocab_size": 128})
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "config.json").write_text(json.dumps(config_to_hf(teacher)))
+    arguments = (
+        "--program",
+        "distill",
+        "--teacher",
+        str(tmp_path / "teacher"),
+        "--topology",
+        "v5e:2x2",
+        "--mesh",
+        "expert=2,seq=2",
+    )
+    done, answer = plan(tmp_path, *arguments, "--seq-len", "256")
+    assert done.returncode == 0, done.stderr[-2000:]
+    shapes = abstract_parameters(dataclasses.replace(teacher, vocab_size=64)).values()
+    matrices = 2 * sum(math.prod(x.shape) for x in shapes if len(x.shape) > 1)
+    assert matrices / 4 <= answer["teacher"] < 1.1 * matrices / 4 and answer["compiled"] and answer["fits"]
+    assert "of which the teacher's own copies" in done.stdout
+
+
 def test_decoding_is_planned_with_its_caches(tmp_path):
     done, answer = plan(
         tmp_path, "--pattern", "GKA:0.5", "--topology", "v5e:2x2", "--program", "decode", "--rows", "4", "--seq-len", "256"
@@ -481,6 +506,7 @@ def test_bad_plans_are_refused(tmp_path):
         (("--topology", "v5e:2x2", "--mesh", "fsdp=8"), "needs 8 devices, there are 4"),
         (("--topology", "v5e:2x2", "--program", "align"), "needs a --pattern"),
         (("--topology", "v5e:2x2", "--program", "serve"), "expected one of align, train, decode"),
+        (("--topology", "v5e:2x2", "--program", "distill"), "--program distill and --teacher belong together"),
         (("--topology", "v5e", "--mesh", "fsdp=8"), "--mesh needs a complete --topology"),
     ):
         done, _ = plan(tmp_path, *arguments)

@@ -16,6 +16,7 @@ from hybrid_jax.train.step import make_step
 from tests.conftest import tiny_model
 
 MIX = {"text": 1.0}
+LARGER = dict(family="llama", qk_norm=False, hidden_size=32, intermediate_size=48, head_dim=16, vocab_size=64)  # of a teacher
 
 
 def phase(**changes):
