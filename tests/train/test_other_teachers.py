@@ -55,9 +55,13 @@ def laid_out(p, student=None, teacher=None):
 def textbook(student, teacher, batch, kind, temperature):
     """The mean divergence over the student's ids, of logits that exist in full."""
     at = (batch["input_ids"], batch["segment_ids"], batch["positions"])
-    logits = nnx.jit(lambda model, at: model(*at))
-    log_p = jax.nn.log_softmax(logits(student, at) / temperature)
-    log_q = jax.nn.log_softmax(logits(teacher, at)[..., : student.config.vocab_size] / temperature)
+
+    def logits(model):
+        structure, parameters = split_model(model)
+        return jax.jit(lambda p: join_model(structure, p)(*at))(parameters)
+
+    log_p = jax.nn.log_softmax(logits(student) / temperature)
+    log_q = jax.nn.log_softmax(logits(teacher)[..., : student.config.vocab_size] / temperature)
     log_p, log_q = (log_q, log_p) if kind == "reverse" else (log_p, log_q)
     kl = jnp.sum(jnp.exp(log_q) * (log_q - log_p), axis=-1)
     return jnp.sum(kl * batch["weights"]) / jnp.sum(batch["weights"])
