@@ -468,7 +468,7 @@ def test_a_step_is_compiled_for_a_slice_that_is_not_there(tmp_path):
 
 def test_a_step_with_a_larger_teacher_is_compiled_from_the_two_configs(tmp_path):
     """The teacher's experts are sharded over the slice beside a student without any; its matrices are in bfloat16."""
-    teacher = tiny_config("*-*-*", **{**DENSE, **MIXTURE, "hidden_size": 64, "vocab_size": 128})
+    teacher = tiny_config("*-*-*", **{**DENSE, **MIXTURE, "qk_norm": True, "hidden_size": 64, "vocab_size": 128})
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher" / "config.json").write_text(json.dumps(config_to_hf(teacher)))
     arguments = (
