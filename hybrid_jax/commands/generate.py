@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import pathlib
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hybrid_jax.commands.options import directory, integer, number
 
 if TYPE_CHECKING:
-    from hybrid_jax.generation import Sampling
+    from tokenizers import Tokenizer
+
+    from hybrid_jax.composition import Composition
+    from hybrid_jax.config import ModelConfig
+    from hybrid_jax.generation import GenerationDefaults, Sampling
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--top-k", type=integer(minimum=0), help=f"keep this many of the most likely tokens ({said} 0, all)")
     parser.add_argument("--seed", type=integer(minimum=0, maximum=2**32 - 1), default=0, help="of sampling")
+    composing = parser.add_argument_group(
+        "long contexts", "read PROMPT in chunks and compose what they leave (hybrid_jax/composition)"
+    )
+    composing.add_argument("--compose", metavar="KEYS:STATES", help="how, e.g. concat:soup; needs --question")
+    composing.add_argument("--question", metavar="TEXT", help="with --compose: follows PROMPT, and is read once")
+    composing.add_argument("--prefix", metavar="TEXT", help="with --compose: stands before every chunk")
+    composing.add_argument(
+        "--chunk", type=integer(minimum=1), metavar="TOKENS", help="with --compose: of a chunk at most (else 4096)"
+    )
 
 
 def _prompt(args: argparse.Namespace) -> str:
@@ -60,25 +73,86 @@ def _sampling(args: argparse.Namespace, defaults: Sampling) -> Sampling:
     return sampling
 
 
+def _composition(args: argparse.Namespace) -> Composition | None:
+    """Returns how PROMPT is read in chunks; None: not at all.
+
+    Raises:
+      ValueError: a bad composition, or options that do not go together.
+    """
+    from hybrid_jax.composition import Composition
+
+    if args.compose is None:
+        if given := [name for name in ("question", "prefix", "chunk") if getattr(args, name) is not None]:
+            raise ValueError(f"--{given[0]} needs --compose")
+        return None
+    if args.chat:
+        raise ValueError("--compose reads plain text; leave --chat out")
+    if not args.question:
+        raise ValueError("--compose needs --question, the text that follows PROMPT")
+    return Composition.parse(args.compose, args.chunk or Composition().chunk)
+
+
+def _composed_parts(
+    args: argparse.Namespace, composition: Composition, config: ModelConfig, tokenizer: Tokenizer, prompt: str
+) -> list[list[int]]:
+    """Returns the ids of prefix, PROMPT and question; the first of them that is not empty begins as a document does.
+
+    Raises:
+      ValueError: one has no tokens, or the model cannot read them so.
+    """
+    from hybrid_jax.data.tokenizer import encode_prompt
+
+    def encoded(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    prefix = encode_prompt(tokenizer, args.prefix) if args.prefix else []
+    parts = [prefix, encoded(prompt) if prefix else encode_prompt(tokenizer, prompt), encoded(args.question)]
+    if not parts[1] or not parts[2]:
+        raise ValueError("--compose needs a PROMPT and a --question of at least one token each")
+    composition.check(config)
+    composition.check_positions(config, len(parts[0]), len(parts[1]), len(parts[2]) + args.max_new_tokens)
+    return parts
+
+
+def _notice_if_sampled(sampling: Sampling, defaults: GenerationDefaults) -> None:
+    """Says that the model's own settings sample, where nothing on the command line does."""
+    from hybrid_jax.parallel.distributed import notice
+
+    if sampling == defaults.sampling and not sampling.greedy:
+        notice(f"sampling as the model's generation_config.json says: {sampling}")
+
+
 def run(args: argparse.Namespace) -> None:
     import dataclasses
 
     import jax.numpy as jnp
 
+    from hybrid_jax.composition import generate_composed
     from hybrid_jax.convert import check_model_directory, load_model
     from hybrid_jax.data import check_tokenizer_fits, load_tokenizer
     from hybrid_jax.data.chat import ChatTemplate
     from hybrid_jax.data.tokenizer import END_OF_TEXT, decode_continuation, encode_prompt
     from hybrid_jax.generation import check_prompts, generate, generation_defaults
-    from hybrid_jax.parallel.distributed import notice
 
     if args.system is not None and not args.chat:
         raise ValueError("--system needs --chat")
+    composition = _composition(args)
     config = check_model_directory(args.model)
     tokenizer = check_tokenizer_fits(load_tokenizer(args.model), config.vocab_size, args.model)
     defaults = generation_defaults(args.model, config)
     sampling = _sampling(args, defaults.sampling)
     prompt = _prompt(args)
+    ends = defaults.eos_ids
+    if ends is None:  # nothing says: a tokenizer of ours does
+        ends = [i for i in [tokenizer.token_to_id(END_OF_TEXT)] if i is not None]
+    options = dict(max_new_tokens=args.max_new_tokens, eos_id=ends, seed=args.seed, **dataclasses.asdict(sampling))
+    if composition is not None:
+        prefix, context, question = _composed_parts(args, composition, config, tokenizer, prompt)
+        _notice_if_sampled(sampling, defaults)
+        model = load_model(args.model, dtype=jnp.float32)
+        new = generate_composed(model, context, question, composition=composition, prefix=prefix, **options)
+        print(f"{args.prefix or ''}{prompt}{args.question}" + decode_continuation(tokenizer, [*prefix, *context, *question], new))
+        return
     if args.chat:
         messages = [{"role": "system", "content": args.system}] if args.system is not None else []
         messages.append({"role": "user", "content": prompt})
@@ -88,11 +162,7 @@ def run(args: argparse.Namespace) -> None:
     # Chat templates write the tokens that begin a document themselves.
     ids = tokenizer.encode(text, add_special_tokens=False).ids if args.chat else encode_prompt(tokenizer, text)
     check_prompts(config, [ids], args.max_new_tokens)
-    if sampling == defaults.sampling and not sampling.greedy:
-        notice(f"sampling as the model's generation_config.json says: {sampling}")
-    ends = defaults.eos_ids
-    if ends is None:  # nothing says: a tokenizer of ours does
-        ends = [i for i in [tokenizer.token_to_id(END_OF_TEXT)] if i is not None]
+    _notice_if_sampled(sampling, defaults)
     model = load_model(args.model, dtype=jnp.float32)
-    (new,) = generate(model, [ids], max_new_tokens=args.max_new_tokens, eos_id=ends, seed=args.seed, **dataclasses.asdict(sampling))
+    (new,) = generate(model, [ids], **options)
     print(tokenizer.decode(new) if args.chat else prompt + decode_continuation(tokenizer, ids, new))

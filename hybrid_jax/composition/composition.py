@@ -44,7 +44,8 @@ class Composition:
         """
         keys, colon, states = str(text).partition(":")
         if not colon:
-            raise ValueError(f"a composition is KEYS:STATES, with KEYS of {', '.join(KEYS)} and STATES of {', '.join(STATES)}, got {text!r}")
+            known = f"KEYS of {', '.join(KEYS)} and STATES of {', '.join(STATES)}"
+            raise ValueError(f"a composition is KEYS:STATES, with {known}, got {text!r}")
         return cls(keys, states, chunk)
 
     def __str__(self) -> str:
@@ -64,26 +65,30 @@ class Composition:
         """Returns the position of the question's first token behind a prefix and a context of so many tokens."""
         return prefix + (context if self.keys == "full" else self.chunks(context)[1])
 
-    def check(self, config: ModelConfig, prefix: int, context: int, after: int) -> None:
-        """Checks that a model can read a context in this way.
-
-        Args:
-          prefix, context: their tokens.
-          after: tokens of question and answer.
+    def check(self, config: ModelConfig) -> None:
+        """Checks that the states of all layers of a model can be composed so.
 
         Raises:
-          ValueError: a layer's states cannot be merged so, there is no context, or there are more positions than the model has.
+          ValueError: names the first layer whose states cannot, and what it has.
         """
         for layer, spec in enumerate(config.layers):
             kind = config.options(BMojoConfig).ssm_mixer if spec.kind == "bmojo" else spec.kind
             if KINDS[kind].recurrent and self.states not in COMPOSABLE.get(kind, ()):
                 known = ", ".join(COMPOSABLE.get(kind, ())) or "none"
                 raise ValueError(
-                    f"layer {layer} ({spec.symbol}): states of {KINDS[kind].symbol} cannot be composed by {self.states!r}; "
-                    f"it has: {known}"
+                    f"layer {layer} ({spec.symbol}): states of {KINDS[kind].symbol} cannot be composed by {self.states!r}; it has: {known}"
                 )
-        check_integer("the tokens of the context", context, minimum=1)
-        check_integer("the tokens of question and answer", after, minimum=1)
+
+    def check_positions(self, config: ModelConfig, prefix: int, context: int, after: int) -> None:
+        """Checks that a model has positions for a context that is read so.
+
+        Args:
+          prefix, context: their tokens; the context has at least one.
+          after: tokens of question and answer.
+
+        Raises:
+          ValueError: it needs more positions than the model has, or than can be decoded with caches (`ModelConfig.check_cache`).
+        """
         needed, most = self.begin_of_question(prefix, context) + after, config.max_position_embeddings
         if needed > most and any(layer.attends for layer in config.layers):
             raise ValueError(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from hybrid_jax.checks import check_integer
 from hybrid_jax.composition.composition import Composition
 from hybrid_jax.composition.reading import read_contexts
 from hybrid_jax.generation import SLOTS, Sampling, check_prompts, decode, end_ids
@@ -87,7 +88,7 @@ def compose(
       For each composition the state, [B, ...], and the position of the token that follows.
 
     Raises:
-      ValueError: bad ids, compositions of different chunks, or what `Composition.check` refuses.
+      ValueError: bad ids, no context, compositions of different chunks, or what `Composition.check` refuses.
     """
     ids, before = _ids("context", context, model), _ids("prefix", prefix, model)
     if len(before) not in (1, len(ids)):
@@ -96,8 +97,11 @@ def compose(
     P, L = before.shape[1], ids.shape[1]
     if not compositions or len({c.chunk for c in compositions}) > 1:
         raise ValueError("compose needs at least one composition, all with chunks of one size")
+    if not L:
+        raise ValueError("the context is empty; a composition needs at least one token to read in chunks")
+    check_integer("after", after, minimum=1)
     for composition in compositions:
-        composition.check(model.config, P, L, after)
+        composition.check(model.config)
     slots = -(-(P + L + after) // SLOTS) * SLOTS
     states = _read(*split_model(model), before, ids, tuple(compositions), slots)
     return [(state, c.begin_of_question(P, L)) for state, c in zip(states, compositions, strict=True)]
@@ -147,12 +151,13 @@ def generate_composed(
       The new ids.
 
     Raises:
-      ValueError: an empty context or question, what `compose` refuses, or a bad option.
+      ValueError: an empty context or question, more positions than the model has, what `compose` refuses, or a bad option.
     """
     sampling, ends = Sampling(temperature, top_p, top_k), end_ids(model.config, eos_id)
     (asked,) = check_prompts(model.config, [question], max_new_tokens)
-    if np.ndim(context) != 1:
-        raise ValueError(f"generate_composed continues one context, token ids [L], got an array {np.shape(context)}")
+    if np.ndim(context) != 1 or not len(context):
+        raise ValueError(f"generate_composed continues one context, token ids [L] and at least one, got {np.shape(context)}")
+    composition.check_positions(model.config, len(prefix), len(context), len(asked) + max_new_tokens)
     ((state, first),) = compose(model, context, [composition], prefix=prefix, after=len(asked) + max_new_tokens)
     structure, parameters = split_model(model)
     logits, state = _question(structure, parameters, np.asarray(asked, np.int32)[None], first, state)

@@ -186,9 +186,7 @@ def _exact(mixer: Any, read: Read) -> Any:
 
         after, _ = jax.lax.scan(then, tuple(x for x, s in zip(state, states, strict=True) if s), maps)
         new = iter(after)
-        state = type(state)._make(
-            [next(new) if s else None if t is None else t[:, -1] for s, t in zip(states, tails, strict=True)]
-        )
+        state = type(state)._make([next(new) if s else None if t is None else t[:, -1] for s, t in zip(states, tails, strict=True)])
     return state
 
 

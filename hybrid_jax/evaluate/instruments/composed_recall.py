@@ -70,23 +70,25 @@ class ComposedRecall(Instrument):
         return corpus.task(self.task, length, HELD_OUT_SEED, held_out=True, **self.options)
 
     def _begin(self, row: Row, ask_id: int) -> int:
-        """Returns where the question of a row begins.
+        """Returns where the first question of a row begins, whose answer is the first.
 
         Raises:
           ValueError: the row has several segments, no answer, or no context.
         """
         if set(row["segment_ids"].tolist()) != {1}:
-            raise ValueError(f"composed_recall: rows of {self.task!r} are not one document; take a task of one question, as needles")
+            raise ValueError(
+                f"composed_recall: rows of {self.task!r} are not one document; take a task of one question, as needles"
+            )
         first = np.flatnonzero(row["distances"] > 0)[:1]
         asked = np.flatnonzero(row["input_ids"][: int(first[0]) if len(first) else 0] == ask_id)
         if not len(asked):
             raise ValueError(f"composed_recall: a row of {self.task!r} asks nothing; take a task of one question, as needles")
-        if asked[0] <= self.prefix:
+        if asked[-1] <= self.prefix:
             raise ValueError(
-                f"composed_recall: a row of {self.task!r} has {asked[0]} tokens before its question, of which {self.prefix} are the "
+                f"composed_recall: a row of {self.task!r} has {asked[-1]} tokens before its question, of which {self.prefix} are the "
                 "prefix; give longer rows, a shorter prefix, or the task's option ask = 'end'"
             )
-        return int(asked[0])
+        return int(asked[-1])
 
     def check(self, config: ModelConfig, corpus: Corpus, mesh: Mesh | None = None) -> None:
         if self.task not in corpus.tasks:
@@ -94,11 +96,13 @@ class ComposedRecall(Instrument):
         if mesh is not None:
             raise ValueError("composed_recall runs on one device; leave the mesh out, or the instrument")
         check_options(corpus.tasks[self.task]["task"], self.options)
+        for composition in self.made:
+            composition.check(config)
         for length in self.lengths:
             row = self._task(corpus, length).example(0)
             begin = self._begin(row, corpus.markers[1])
             for composition in self.made:
-                composition.check(config, self.prefix, begin - self.prefix, length - begin)
+                composition.check_positions(config, self.prefix, begin - self.prefix, length - begin)
 
     def measure(self, subject: Subject, progress: Progress = lambda done, total: None) -> list[Measurement]:
         found, right, asked = [], {text: [] for text in self.compositions}, []
@@ -124,7 +128,9 @@ class ComposedRecall(Instrument):
         """Returns the scores of rows of one length by each composition; only those of question and answer are known."""
         begins = np.array([self._begin(row, ask_id) for row in rows])
         ids, weights = (np.stack([row[name] for row in rows]) for name in ("input_ids", "loss_weights"))
-        found = {text: TokenScores(np.zeros(ids.shape, np.float32), np.zeros(ids.shape, bool), weights) for text in self.compositions}
+        found = {
+            text: TokenScores(np.zeros(ids.shape, np.float32), np.zeros(ids.shape, bool), weights) for text in self.compositions
+        }
         done = 0
         for begin in np.unique(begins):  # rows whose contexts are equally long are read together
             same = np.flatnonzero(begins == begin)
