@@ -2,10 +2,10 @@
 
     hybrid-jax sweep --config configs/studies/composition.py --out runs/studies/composition
 
-The small source becomes a hybrid of Gated KalmaNet, Gated DeltaNet, Mamba-2 or Discrete Mamba-2, primed as in prime_tiny.py in rows
-of 1,024 tokens. Then one needle is asked for in rows of 1,024, 2,048 and 4,096 tokens, by an ordinary pass, by the nine published
-compositions and by the exact one of the states (hybrid_jax/composition). Three seeds per mixer. `configs/studies/composition.py:GKA`
-is the experiment of one mixer, `:trial` the smallest evaluation of one model.
+The small source becomes a hybrid of Gated KalmaNet, Gated DeltaNet, Mamba-2 or Discrete Mamba-2, primed as in prime_tiny.py, in
+rows of 1,024 tokens. Then one needle is asked for in rows of 1,024, 2,048 and 4,096 tokens, by an ordinary pass, by the nine
+published compositions and by the exact one of the states (hybrid_jax/composition). Three seeds per mixer.
+`configs/studies/composition.py:GKA` is the experiment of one mixer, `:trial` the smallest evaluation of a model.
 It has not been run yet.
 """
 

@@ -76,7 +76,8 @@ class Composition:
             if KINDS[kind].recurrent and self.states not in COMPOSABLE.get(kind, ()):
                 known = ", ".join(COMPOSABLE.get(kind, ())) or "none"
                 raise ValueError(
-                    f"layer {layer} ({spec.symbol}): states of {KINDS[kind].symbol} cannot be composed by {self.states!r}; it has: {known}"
+                    f"layer {layer} ({spec.symbol}): states of {KINDS[kind].symbol} cannot be composed by {self.states!r}; "
+                    f"it has: {known}"
                 )
 
     def check_positions(self, config: ModelConfig, prefix: int, context: int, after: int) -> None:
@@ -92,8 +93,8 @@ class Composition:
         needed, most = self.begin_of_question(prefix, context) + after, config.max_position_embeddings
         if needed > most and any(layer.attends for layer in config.layers):
             raise ValueError(
-                f"{self}: a prefix of {prefix} tokens, a context of {context} in chunks of at most {self.chunk}, and {after} tokens "
-                f"of question and answer need {needed} positions, more than the model's {most} (max_position_embeddings); take "
+                f"{self}: a prefix of {prefix} tokens, a context of {context} in chunks of at most {self.chunk}, and {after} "
+                f"tokens of question and answer need {needed} positions, more than the model's {most} (max_position_embeddings); take "
                 "smaller chunks, or keys and values other than 'full'"
             )
         config.check_cache(needed)

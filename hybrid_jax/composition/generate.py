@@ -31,7 +31,7 @@ def _read(
 
 
 def _after(structure: nnx.GraphDef, parameters: Parameters, ids: jax.Array, first: Any, state: Any) -> tuple[Decoder, Any, Any]:
-    """Returns the model, the final states [B, Q, hidden] of ids [B, Q] that follow a state, from position `first`, and the state."""
+    """Returns the model, the final states [B, Q, hidden] of ids [B, Q] behind a state, from position `first`, and the state."""
     model = join_model(structure, parameters)
     positions = jnp.broadcast_to(first + jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
     return model, *model.hidden_states(ids, jnp.ones_like(ids), positions, state)

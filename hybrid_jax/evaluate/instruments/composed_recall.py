@@ -33,7 +33,8 @@ class ComposedRecall(Instrument):
     Args:
       task: a name of the evaluation's tasks, see `data.corpus.read_tasks`.
       options: replace the task's options.
-      compositions: `KEYS:STATES`, see `hybrid_jax.composition`; the chunks are read once for all. `full:ordinary` is the ordinary pass.
+      compositions: `KEYS:STATES`, see `hybrid_jax.composition`; the chunks are read once for all.
+        `full:ordinary` is the ordinary pass.
       lengths: tokens per row.
       chunk: tokens of a chunk at most; a good choice is the length of the rows in training.
       prefix: tokens of the row's beginning that stand before every chunk.
@@ -85,8 +86,8 @@ class ComposedRecall(Instrument):
             raise ValueError(f"composed_recall: a row of {self.task!r} asks nothing; take a task of one question, as needles")
         if asked[-1] <= self.prefix:
             raise ValueError(
-                f"composed_recall: a row of {self.task!r} has {asked[-1]} tokens before its question, of which {self.prefix} are the "
-                "prefix; give longer rows, a shorter prefix, or the task's option ask = 'end'"
+                f"composed_recall: a row of {self.task!r} has {asked[-1]} tokens before its question, of which {self.prefix} are "
+                "the prefix; give longer rows, a shorter prefix, or the task's option ask = 'end'"
             )
         return int(asked[-1])
 
