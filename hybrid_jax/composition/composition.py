@@ -94,7 +94,7 @@ class Composition:
         if needed > most and any(layer.attends for layer in config.layers):
             raise ValueError(
                 f"{self}: a prefix of {prefix} tokens, a context of {context} in chunks of at most {self.chunk}, and {after} "
-                f"tokens of question and answer need {needed} positions, more than the model's {most} (max_position_embeddings); take "
-                "smaller chunks, or keys and values other than 'full'"
+                f"tokens of question and answer need {needed} positions, more than the model's {most} (max_position_embeddings); "
+                "take smaller chunks, or keys and values other than 'full'"
             )
         config.check_cache(needed)
