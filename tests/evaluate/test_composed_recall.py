@@ -64,7 +64,7 @@ def test_generate_composes_on_the_command_line_and_refuses_what_does_not_go_toge
         (["--compose", "concat:soup"], "--compose needs --question"),
         (["--compose", "concat:soup", "--question", "a", "--chat"], "leave --chat out"),
         (["--compose", "some:soup", "--question", "a"], "must be one of 'full', 'concat', 'sw', got 'some'"),
-        (["--compose", "full:soup", "--question", "a", "--max-new-tokens", "250"], "more than the model's 256"),
+        (["--compose", "full:soup", "--question", "a", "--max-new-tokens", "255"], "more than the model's 256"),
     ):
         assert main(["generate", str(model), prompt, *arguments]) == 1
         assert message in capsys.readouterr().err
