@@ -1,4 +1,4 @@
-"""`generate MODEL PROMPT`, and `generate MODEL --prompts FILE --out FILE`, which the same command continues."""
+"""`generate MODEL PROMPT`, also composed of chunks; `generate MODEL --prompts FILE --out FILE`, which the same command continues."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hybrid_jax.commands.options import add_gka_iterations, directory, integer, 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from hybrid_jax.composition import Composition
     from hybrid_jax.config import ModelConfig
     from hybrid_jax.data.prompts import Prompt
     from hybrid_jax.generation import Sampling
@@ -61,6 +62,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=integer(minimum=0), help=f"keep this many of the most likely tokens ({said} 0, all)")
     parser.add_argument("--seed", type=integer(minimum=0, maximum=2**32 - 1), default=0, help="of sampling")
     add_gka_iterations(parser)
+    composing = parser.add_argument_group(
+        "long contexts", "read PROMPT in chunks and compose what they leave (hybrid_jax/composition)"
+    )
+    composing.add_argument("--compose", metavar="KEYS:STATES", help="how, e.g. concat:soup; needs --question")
+    composing.add_argument("--question", metavar="TEXT", help="with --compose: follows PROMPT, and is read once")
+    composing.add_argument("--prefix", metavar="TEXT", help="with --compose: stands before every chunk")
+    composing.add_argument(
+        "--chunk", type=integer(minimum=1), metavar="TOKENS", help="with --compose: of a chunk at most (else 4096)"
+    )
 
 
 def _prompt(args: argparse.Namespace) -> str:
@@ -112,7 +122,30 @@ def _check_prompt(args: argparse.Namespace) -> None:
         raise ValueError("--system needs --chat")
 
 
+def _composition(args: argparse.Namespace) -> Composition | None:
+    """Returns how PROMPT is read in chunks; None: not at all.
+
+    Raises:
+      ValueError: a bad composition, or options that do not go together.
+    """
+    from hybrid_jax.composition import Composition
+
+    if args.compose is None:
+        if given := [name for name in ("question", "prefix", "chunk") if getattr(args, name) is not None]:
+            raise ValueError(f"--{given[0]} needs --compose")
+        return None
+    if args.prompts is not None:
+        raise ValueError("--compose reads one prompt in chunks; it cannot stand beside --prompts")
+    if args.chat:
+        raise ValueError("--compose reads plain text; leave --chat out")
+    if not args.question:
+        raise ValueError("--compose needs --question, the text that follows PROMPT")
+    return Composition.parse(args.compose, args.chunk or Composition().chunk)
+
+
 def run(args: argparse.Namespace) -> None:
+    import functools
+
     from hybrid_jax.convert import check_model_directory
     from hybrid_jax.data import check_tokenizer_fits, load_tokenizer
     from hybrid_jax.data.tokenizer import END_OF_TEXT
@@ -120,6 +153,7 @@ def run(args: argparse.Namespace) -> None:
     from hybrid_jax.parallel.distributed import notice
 
     _check_prompt(args)
+    composition = _composition(args)
     config = check_model_directory(args.model).with_iterations(args.gka_iterations)
     tokenizer = check_tokenizer_fits(load_tokenizer(args.model), config.vocab_size, args.model)
     defaults = generation_defaults(args.model, config)
@@ -129,7 +163,10 @@ def run(args: argparse.Namespace) -> None:
     ends = defaults.eos_ids
     if ends is None:  # nothing says: a tokenizer of ours does
         ends = [i for i in [tokenizer.token_to_id(END_OF_TEXT)] if i is not None]
-    (_one if args.prompts is None else _many)(args, config, tokenizer, sampling, list(ends))
+    answer = _one if args.prompts is None else _many
+    if composition is not None:
+        answer = functools.partial(_composed, composition)
+    answer(args, config, tokenizer, sampling, list(ends))
 
 
 def _load(args: argparse.Namespace) -> Decoder:
@@ -163,6 +200,39 @@ def _one(args: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer, sa
     options = dict(max_new_tokens=args.max_new_tokens, eos_id=ends, seed=args.seed, **dataclasses.asdict(sampling))
     (new,) = generate(_load(args), [ids], **options)
     print(tokenizer.decode(new) if args.chat else prompt + decode_continuation(tokenizer, ids, new))
+
+
+def _composed(
+    composition: Composition,
+    args: argparse.Namespace,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    sampling: Sampling,
+    ends: list[int],
+) -> None:
+    """Continues the question behind a prompt that is read in chunks, and prints all.
+
+    Raises:
+      ValueError: a text has no tokens, or the model cannot read them so.
+    """
+    import dataclasses
+
+    from hybrid_jax.composition import generate_composed
+    from hybrid_jax.data.tokenizer import decode_continuation, encode_prompt
+
+    def encoded(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    prompt = _prompt(args)
+    prefix = encode_prompt(tokenizer, args.prefix) if args.prefix else []  # what is first begins as a document does
+    context, question = encoded(prompt) if prefix else encode_prompt(tokenizer, prompt), encoded(args.question)
+    if not context or not question:
+        raise ValueError("--compose needs a PROMPT and a --question of at least one token each")
+    composition.check(config)
+    composition.check_positions(config, len(prefix), len(context), len(question) + args.max_new_tokens)
+    options = dict(max_new_tokens=args.max_new_tokens, eos_id=ends, seed=args.seed, **dataclasses.asdict(sampling))
+    new = generate_composed(_load(args), context, question, composition=composition, prefix=prefix, **options)
+    print(f"{args.prefix or ''}{prompt}{args.question}" + decode_continuation(tokenizer, [*prefix, *context, *question], new))
 
 
 def _many(args: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer, sampling: Sampling, ends: list[int]) -> None:

@@ -22,7 +22,10 @@ from hybrid_jax.parallel.placement import in_mesh
 from hybrid_jax.parallel.sharding import constrain
 from hybrid_jax.parameters import join_model, split_model
 
-__all__ = ["GenerationDefaults", "Sampling", "bucket", "check_prompts", "empty_state", "generate", "generation_defaults", "rows_on"]
+__all__ = [
+    "SLOTS", "GenerationDefaults", "Sampling", "bucket", "check_prompts", "decode", "empty_state", "end_ids", "generate",
+    "generation_defaults", "rows_on",
+]  # fmt: skip
 
 # Prompts up to so long are read token by token where all rows are equally long: the program of one token reads them and
 # writes the answer, and compiling another one for the prompt takes seconds.
@@ -141,8 +144,7 @@ def generate(
     """
     sampling = Sampling(temperature, top_p, top_k)
     rows_in = check_prompts(model.config, prompts, max_new_tokens)
-    ends = [] if eos_id is None else [eos_id] if isinstance(eos_id, (int, np.integer)) else list(eos_id)
-    ends = [check_integer("eos_id", i, minimum=0, maximum=model.config.vocab_size - 1) for i in ends]
+    ends = end_ids(model.config, eos_id)
     count, longest = len(rows_in), max(padded_to, *map(len, rows_in))
     B = rows_on(mesh, count)
     rows_in += [rows_in[-1]] * (B - count)
@@ -161,9 +163,55 @@ def generate(
         for begin in range(0, longest, at_a_time):
             part = np.s_[:, begin : begin + at_a_time]
             logits, state = _forward(structure, parameters, ids[part], segments[part], positions[part], state)
+    options = dict(
+        count=count, max_new_tokens=max_new_tokens, sampling=sampling, ends=ends, seed=seed, row_keys=row_keys, mesh=mesh
+    )
+    return decode(structure, parameters, logits, state, positions[:, -1:], **options, on_token=on_token, ended=ended)
+
+
+def end_ids(config: ModelConfig, eos_id: int | Sequence[int] | None) -> list[int]:
+    """Returns the ids that end a row, as `generate` takes them.
+
+    Raises:
+      ValueError: an id outside the vocabulary.
+    """
+    ends = [] if eos_id is None else [eos_id] if isinstance(eos_id, (int, np.integer)) else list(eos_id)
+    return [check_integer("eos_id", i, minimum=0, maximum=config.vocab_size - 1) for i in ends]
+
+
+def decode(
+    structure: nnx.GraphDef,
+    parameters: Mapping[str, jax.Array],
+    logits: jax.Array,
+    state: Any,
+    position: np.ndarray,
+    *,
+    count: int,
+    max_new_tokens: int,
+    sampling: Sampling,
+    ends: Sequence[int],
+    seed: int,
+    row_keys: np.ndarray | None = None,
+    mesh: Mesh | None = None,
+    on_token: Callable[[np.ndarray], None] | None = None,
+    ended: Callable[[int, list[int]], bool] | None = None,
+) -> list[list[int]]:
+    """Writes tokens after what a state has read; the other half of `generate`, whose arguments are not repeated here.
+
+    Args:
+      structure, parameters: of `split_model`.
+      logits: [B, vocab], after the last token that was read.
+      state: after that token, with room for the new ones.
+      position: [B, 1], that token's.
+      count: rows that are returned; those behind them fill up the batch.
+      ends: ids that end a row.
+
+    Returns:
+      The new ids of each row.
+    """
+    key, B = jax.random.key(check_integer("seed", seed)), len(position)
     if row_keys is not None:
         row_keys = np.concatenate([row_keys, np.repeat(row_keys[-1:], B - count, axis=0)])
-    key, position = jax.random.key(check_integer("seed", seed)), positions[:, -1:]
     rows: list[list[int]] = [[] for _ in range(count)]
     alive = np.arange(B) < count
     ones = np.ones((B, 1), np.int32)

@@ -17,6 +17,7 @@ from hybrid_jax.layers.mixing import Mixing, of_operation
 from hybrid_jax.layers.parameter import parameter
 from hybrid_jax.layers.recurrent import STATE_AXES, ShortConv, query_key_maps
 from hybrid_jax.parallel.recurrence import linear_recurrence
+from kernels_pallas import linear_attention_summary
 from kernels_pallas.heads import repeat_heads
 
 OPEN_GATE = 1.278464542761  # SiLU of it is 1
@@ -77,6 +78,14 @@ class DiscreteMamba2(nnx.Module):
             return linear_recurrence((q, k, v, g), state=None, segment_ids=segment_ids, implementation="xla")[0]
 
         return of_operation(operation, v, skip=self.D[...].astype(jnp.float32))
+
+    def summary(
+        self, x: jax.Array, *, segment_ids: jax.Array, state: DiscreteMamba2State
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Returns (decay [B, H], (S,)): what x [B, T, hidden] makes of the state before it; see `layers.mixer`."""
+        _, (_, k, v, g), _ = self._inputs(x, segment_ids, state.conv)
+        decay, S = linear_attention_summary(k, v, g, segment_ids=segment_ids)
+        return decay, (S,)
 
     def _inputs(
         self, x: jax.Array, segment_ids: jax.Array, tail: jax.Array | None

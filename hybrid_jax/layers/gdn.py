@@ -95,6 +95,12 @@ class GatedDeltaNet(ExpandedHeads):
         q, k, v = q.astype(jnp.float32), k.astype(jnp.float32), repeat_heads(v, q.shape[2])
         return of_operation(lambda v: _rule((q, k, v, g, beta), segment_ids=segment_ids, implementation="xla")[0], v)
 
+    def summary(self, x: jax.Array, *, segment_ids: jax.Array, state: GDNState) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Returns (transition [B, H, N, N], (S,)): what x [B, T, hidden] makes of the state before it; see `layers.mixer`."""
+        (_, k, v, g, beta), _ = self._inputs(x, segment_ids, state)
+        transition, S = gated_delta_rule_summary(k, v, g, beta, segment_ids=segment_ids)
+        return transition, (S,)
+
     def _inputs(self, x: jax.Array, segment_ids: jax.Array, s: GDNState) -> tuple[tuple[jax.Array, ...], list[jax.Array | None]]:
         """Returns q, k, v, g, beta [B, T, heads, ...] of x [B, T, hidden], and the tails of the three convs after x."""
         B, T, _ = x.shape

@@ -116,6 +116,11 @@ class GatedKalmaNet(ExpandedHeads):
 
         return of_operation(operation, v, weight=beta)
 
+    def summary(self, x: jax.Array, *, segment_ids: jax.Array, state: GKAState) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Returns (decay [B, H], (h_kk, h_kv)): what x [B, T, hidden] makes of the states before it; see `layers.mixer`."""
+        (_, k, v, _, g, beta), _ = self._inputs(x, segment_ids, state)
+        return gated_kalmanet_summary(k, v, g, beta=beta, segment_ids=segment_ids)
+
     def _scale(self) -> float:
         return self.sizes.N**-0.5 if self.config.options(GKAConfig).gla_rescale else 1.0
 

@@ -24,7 +24,7 @@ from hybrid_jax.layers.recurrent import (
 )
 from hybrid_jax.parallel.norms import gated_norm
 from hybrid_jax.parallel.recurrence import linear_recurrence
-from kernels_pallas import HeadNorm, ssd_inputs
+from kernels_pallas import HeadNorm, linear_attention_summary, ssd_inputs
 from kernels_pallas.heads import repeat_heads
 
 CONV_SIZE, NORM_EPS, QK_NORM_EPS = 4, 1e-5, 1e-6
@@ -81,6 +81,13 @@ class Mamba2(nnx.Module):
             return linear_recurrence((q, k, v, g), state=None, segment_ids=segment_ids, implementation="xla")[0]
 
         return of_operation(operation, repeat_heads(v, q.shape[2]), weight=dt, skip=self.D[...].astype(jnp.float32))
+
+    def summary(self, x: jax.Array, *, segment_ids: jax.Array, state: Mamba2State) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Returns (decay [B, H], (S,)): what x [B, T, hidden] makes of the state before it; see `layers.mixer`."""
+        _, inputs, _ = self._inputs(x, segment_ids, state.conv)
+        _, k, v, g, dt = ssd_inputs(*inputs)
+        decay, S = linear_attention_summary(k, v, g, value_scale=dt, segment_ids=segment_ids)
+        return decay, (S,)
 
     def _inputs(
         self, x: jax.Array, segment_ids: jax.Array, tail: jax.Array | None

@@ -17,7 +17,8 @@ from hybrid_jax.layers.parameter import parameter
 from hybrid_jax.layers.recurrent import STATE_AXES, gate_of_attention, init_dt_bias, query_key_maps
 from hybrid_jax.parallel.mamba3 import mamba3_recurrence
 from kernels_pallas.heads import repeat_heads
-from kernels_pallas.mamba3 import Mamba3State
+from kernels_pallas.mamba3 import Mamba3State, rotate
+from kernels_pallas.mamba3.rotation import within_turn
 from kernels_pallas.numerics import rms_normalize
 
 
@@ -93,6 +94,21 @@ class Mamba3(nnx.Module):
             return jnp.einsum("bthoic,hoi->bthc", y.reshape(*v.shape[:3], R, R, -1), factors)
 
         return of_operation(operation, v[:, :, :, 0], skip=self.D[...].astype(f32) * jnp.trace(factors, axis1=1, axis2=2))
+
+    def composed(self, before: Mamba3State, x: jax.Array, own: Mamba3State) -> Mamba3State:
+        """Returns the state after x [B, T, hidden], of the state before it and the one that x alone leaves from nothing.
+
+        The state is affine in S and in the first token's share of the product before it, whose keys turned by `before.angle`; keys
+        that were turned from 0 turn on by that angle, and so do the rows of their S.
+        """
+        _, _, _, _, (log_decay, dt, mix, _) = self._inputs(x)
+        angle, halves = before.angle[:, None], self.options.rotate_halves
+        decay, first = jnp.exp(jnp.sum(log_decay, axis=1)), (1 - mix[:, 0]) * dt[:, 0]
+        last = jnp.einsum("bhrk,bhrv->bhkv", before.k, before.v, precision="highest")
+        carried = decay[..., None, None] * (before.S + first[..., None, None] * last)
+        turned = jnp.transpose(rotate(jnp.transpose(own.S, (0, 3, 1, 2)), angle, halves), (0, 2, 3, 1))
+        k = jnp.swapaxes(rotate(jnp.swapaxes(own.k, 1, 2), angle, halves), 1, 2)
+        return Mamba3State(within_turn(before.angle + own.angle), carried + turned, k, own.v)
 
     def _inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, tuple[jax.Array, ...]]:
         """Returns z [B, T, H, 1, D], q and k [B, T, H, R, N], v [B, T, H, 1, D] of x [B, T, hidden], and the other arguments of

@@ -40,6 +40,11 @@ class Mixer(Protocol):
     that returns them as a `layers.mixing.Mixing`: what a head's output has of every token's value, before its norm and gate.
     The instrument `mixing` asks for it, and refuses a model that has a mixer without.
 
+    *Composition.* A recurrent mixer whose state is an affine function of the state before, S -> A S + b, may have a method
+    `summary(x, *, segment_ids, state)` that returns (A, b) of x [B, T, hidden]: A is [B, H], or [B, H, K, K]; b is a tuple of
+    the recurrent states, the arrays whose axes are `layers.recurrent.STATE_AXES`. Of `state` it reads the tails of convolutions
+    only. With a row in `composition.states.COMPOSABLE` the contexts of its models can be read in chunks.
+
     *Parameters.* Every parameter is made with `layers.parameter.parameter`, or by a layer that does (`Linear`, `RMSNorm`,
     `ShortConv`), which states how it is sharded, cast, frozen, decayed, updated by Muon and laid out in a checkpoint.
     Names follow hybrid-model-factory's checkpoints where it has the mixer.

@@ -42,7 +42,7 @@ def _axes_of(arrays: Sequence[jax.Array]) -> list[tuple[str | None, ...]]:
     return [CHANNELS if x.ndim == 1 else HEADS for x in arrays]
 
 
-def _act(transition, state):
+def applied(transition, state):
     """Returns A S for every state of a pytree; A is [..., H] or [..., H, K, K]."""
 
     def one(s):
@@ -56,7 +56,7 @@ def _act(transition, state):
 def _then(earlier, later):
     """Returns the affine map of `earlier` followed by `later`."""
     (A1, b1), (A2, b2) = earlier, later
-    return _act(A2, A1) if A1.ndim == 5 else A2 * A1, jax.tree.map(jnp.add, _act(A2, b1), b2)
+    return applied(A2, A1) if A1.ndim == 5 else A2 * A1, jax.tree.map(jnp.add, applied(A2, b1), b2)
 
 
 def incoming_states(summary: tuple, segment_ids: jax.Array) -> Any:

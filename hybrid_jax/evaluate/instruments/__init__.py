@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from hybrid_jax.evaluate.instruments.composed_recall import ComposedRecall
 from hybrid_jax.evaluate.instruments.contract import Instrument, Subject
 from hybrid_jax.evaluate.instruments.cost import Cost
 from hybrid_jax.evaluate.instruments.experts import ExpertLoad
@@ -19,6 +20,7 @@ from hybrid_jax.evaluate.instruments.text import TextLoss
 INSTRUMENTS: dict[str, type[Instrument]] = {
     "text": TextLoss,
     "recall": Recall,
+    "composed_recall": ComposedRecall,
     "heads": Heads,
     "mixing": Mixing,
     "prompts": Prompts,

@@ -94,9 +94,9 @@ class Recall(Instrument):
 
             scores = token_scores(subject.model, rows, mesh=subject.mesh, batch_size=self.batch_size, progress=report)
             distances = np.stack([row["distances"] for row in rows])
-            found += _measured(scores, distances, at)
+            found += measured(scores, distances, at)
             right.append(scores.right)
-            asked.append(_answers(distances))
+            asked.append(answers(distances))
             if not self.grid:
                 for low, high in buckets(task.length - 1):
                     inside = ((distances > low) & (distances <= high)).astype(np.float32)
@@ -106,18 +106,19 @@ class Recall(Instrument):
         return [m for m in found if m is not None]
 
 
-def _answers(distances: np.ndarray) -> np.ndarray:
+def answers(distances: np.ndarray) -> np.ndarray:
     """Returns 1 at the tokens of answers, which have evidence, else 0; [rows, T] float32."""
     return (distances > 0).astype(np.float32)
 
 
-def _measured(scores: TokenScores, distances: np.ndarray, at: Mapping[str, Any]) -> list[Measurement | None]:
-    answers = _answers(distances)
-    begins = answers * (np.pad(answers[:, :-1], ((0, 0), (1, 0))) == 0)
+def measured(scores: TokenScores, distances: np.ndarray, at: Mapping[str, Any]) -> list[Measurement | None]:
+    """Returns `accuracy`, `exact` and `loss` of rows whose answers are where distances [rows, T] are positive, at a place."""
+    asked = answers(distances)
+    begins = asked * (np.pad(asked[:, :-1], ((0, 0), (1, 0))) == 0)
     return [
-        weighted_mean("accuracy", scores.right, answers, share=True, **at),
+        weighted_mean("accuracy", scores.right, asked, share=True, **at),
         weighted_mean("exact", _complete(scores.right, distances > 0), begins, share=True, **at),
-        weighted_mean("loss", scores.losses, answers, "nats/token", **at),
+        weighted_mean("loss", scores.losses, asked, "nats/token", **at),
     ]
 
 
