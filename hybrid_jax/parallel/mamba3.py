@@ -58,8 +58,7 @@ def mamba3_recurrence(
     v = jnp.swapaxes(v, 2, 3)
     x = mamba3_inputs(q, k, v, log_decay, mix * dt, later)
     rows = jnp.repeat(segment_ids, R, axis=1)
-    options = dict(value_scale=x.value_scale, state=None, segment_ids=rows, implementation=implementation)
-    o, _ = linear_recurrence((x.q, x.k, x.v, x.log_decay), **options)
+    o, _ = linear_recurrence((x.q, x.k, x.v, x.log_decay), state=None, segment_ids=rows, implementation=implementation)
     return jnp.swapaxes(mamba3_output(o, q, k, v, x.own), 2, 3), None
 
 

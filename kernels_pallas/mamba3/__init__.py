@@ -32,9 +32,8 @@ class Mamba3Inputs(NamedTuple):
 
     Attributes:
       q, k: [B, T R, H, K], rotated.
-      v: [B, T R, H, V].
+      v: [B, T R, H, V], times the weight with which later tokens read them.
       log_decay: [B, T R, H].
-      value_scale: [B, T R, H], the weight with which later tokens read v.
       own: [B, T, R, R, H] what must be added to the weight with which output r reads input s of its own token.
     """
 
@@ -42,7 +41,6 @@ class Mamba3Inputs(NamedTuple):
     k: jax.Array
     v: jax.Array
     log_decay: jax.Array
-    value_scale: jax.Array
     own: jax.Array
 
 
@@ -70,8 +68,9 @@ def mamba3_inputs(
     own = now[:, :, None, None] - causal * both[:, :, None, None]
     first = jnp.zeros((R, 1), log_decay.dtype).at[0].set(1)
     decay = (log_decay[:, :, None] * first).reshape(B, T * R, H)
-    q, k, v = (x.reshape(B, T * R, *x.shape[3:]) for x in (q, k, v))
-    return Mamba3Inputs(q, k, v, decay, jnp.repeat(both, R, axis=1), own)
+    weighted = (v * both[:, :, None, :, None]).astype(v.dtype)
+    q, k, weighted = (x.reshape(B, T * R, *x.shape[3:]) for x in (q, k, weighted))
+    return Mamba3Inputs(q, k, weighted, decay, own)
 
 
 def mamba3_output(o: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, own: jax.Array) -> jax.Array:
@@ -112,7 +111,7 @@ def _by_linear_attention(name: str) -> Mamba3:
         last = jnp.einsum("brhk,brhv->bhkv", state.k, state.v, precision="highest")
         S = state.S + before[:, 0, :, None, None] * last
         rows = None if segments is None else jnp.repeat(segments, R, axis=1)
-        o, S = LINEAR_ATTENTION[name](x.q, x.k, x.v, x.log_decay, x.value_scale, None, S, rows, 1.0, chunk_size)
+        o, S = LINEAR_ATTENTION[name](x.q, x.k, x.v, x.log_decay, None, None, S, rows, 1.0, chunk_size)
         o = mamba3_output(o, q, k, v, x.own)
         return o, Mamba3State(angle[:, -1], S, k[:, -1].astype(dtype), v[:, -1].astype(dtype))
 
