@@ -6,7 +6,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 TURN = 2 * math.pi
 HIGH = 6.28125  # 2 pi in 8 bits, so that small multiples are exact
@@ -23,26 +22,18 @@ def within_turn(angle: jax.Array) -> jax.Array:
 def rotate(x: jax.Array, angle: jax.Array, halves: bool) -> jax.Array:
     """Rotates pairs of channels of x [..., H, K] by angle [..., H, A], A <= K / 2: the first A pairs, the others stay.
 
-    Every channel is multiplied by its pair's cosine, and the pair's other channel by the sine. Channels stay where they are, because
-    arrays whose last axis is a pair take 64 times their memory on a TPU.
-
     Args:
       halves: pair channel j with j + K / 2, as the released MIMO kernel does; else 2j with 2j + 1, as the SISO kernel.
     """
-    K, pairs = x.shape[-1], np.arange(angle.shape[-1])
-    first, second = (pairs, pairs + K // 2) if halves else (2 * pairs, 2 * pairs + 1)
-    cosines, sines, still = np.zeros((len(pairs), K)), np.zeros((len(pairs), K)), np.ones(K)
-    cosines[pairs, first] = cosines[pairs, second] = sines[pairs, second] = 1
-    sines[pairs, first], still[[*first, *second]] = -1, 0
-    cos, sin = (
-        jnp.matmul(f(angle).astype(x.dtype), jnp.asarray(of, x.dtype), precision="highest")  # exact: one product each
-        for f, of in ((jnp.cos, cosines), (jnp.sin, sines))
-    )
+    K, A = x.shape[-1], angle.shape[-1]
+    cos, sin = (f(angle).astype(x.dtype) for f in (jnp.cos, jnp.sin))
     if halves:
-        others = jnp.roll(x, K // 2, axis=-1)
-    else:
-        others = jnp.where(np.arange(K) % 2 == 0, jnp.roll(x, -1, axis=-1), jnp.roll(x, 1, axis=-1))
-    return x * (cos + jnp.asarray(still, x.dtype)) + others * sin
+        a, b = x[..., : K // 2], x[..., K // 2 :]
+        first, second = a[..., :A] * cos - b[..., :A] * sin, a[..., :A] * sin + b[..., :A] * cos
+        return jnp.concatenate([first, a[..., A:], second, b[..., A:]], axis=-1)
+    a, b = x[..., : 2 * A : 2], x[..., 1 : 2 * A : 2]
+    pairs = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    return jnp.concatenate([pairs.reshape(*x.shape[:-1], 2 * A), x[..., 2 * A :]], axis=-1)
 
 
 def cumulative_angles(turn: jax.Array, start: jax.Array | None = None, segments: jax.Array | None = None) -> jax.Array:
