@@ -12,13 +12,14 @@ from hybrid_jax.commands import compiled
 from hybrid_jax.commands.main import COMMANDS, Command, main
 from hybrid_jax.parallel import distributed
 
-OPTIONS = ("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_compilation_cache_max_size")
+DIRECTORY, LIMIT = "jax_compilation_cache_dir", "jax_compilation_cache_max_size"
+OPTIONS = ("jax_enable_compilation_cache", DIRECTORY, LIMIT)
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """JAX as it is outside of tests, with the cache on and no directory; where caches go."""
-    before = {name: getattr(jax.config, name) for name in OPTIONS}
+    before = {name: jax.config.values[name] for name in OPTIONS}
     for name, value in zip(OPTIONS, (True, None, -1), strict=True):
         jax.config.update(name, value)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -29,18 +30,18 @@ def home(tmp_path, monkeypatch):
 
 def chosen():
     compiled.keep_compiled_programs()
-    return jax.config.jax_compilation_cache_dir
+    return jax.config.values[DIRECTORY]
 
 
 def test_programs_are_kept_in_a_directory_of_this_machine_that_has_a_limit(home, monkeypatch):
     monkeypatch.setattr(compiled.platform, "node", lambda: "a-host")
     assert chosen() == str(home / "hybrid_jax" / "compiled" / "a-host")
-    assert jax.config.jax_compilation_cache_max_size == compiled.LIMIT
+    assert jax.config.values[LIMIT] == compiled.LIMIT
 
 
 def test_the_users_directory_and_limit_stay(home):
-    jax.config.update("jax_compilation_cache_dir", "/elsewhere")
-    assert chosen() == "/elsewhere" and jax.config.jax_compilation_cache_max_size == -1
+    jax.config.update(DIRECTORY, "/elsewhere")
+    assert chosen() == "/elsewhere" and jax.config.values[LIMIT] == -1
 
 
 def test_a_cache_that_is_turned_off_makes_no_directory(home):
@@ -64,7 +65,7 @@ def test_commands_of_jobs_keep_programs(home, tmp_path, monkeypatch):
     (tmp_path / "toys" / "kept.py").write_text("def add_arguments(parser): ...\ndef run(args): ...\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(COMMANDS, "toy", Command("toys.kept", "do nothing", "", job=True))
-    assert main(["toy"]) == 0 and jax.config.jax_compilation_cache_dir == str(compiled.default_directory())
+    assert main(["toy"]) == 0 and jax.config.values[DIRECTORY] == str(compiled.default_directory())
 
 
 PROGRAM = """

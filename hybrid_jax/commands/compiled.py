@@ -30,8 +30,8 @@ def keep_compiled_programs() -> None:
 
     from hybrid_jax.parallel.distributed import in_job, notice
 
-    config = jax.config
-    if not config.jax_enable_compilation_cache or config.jax_compilation_cache_dir is not None or in_job():
+    given = jax.config.values
+    if not given["jax_enable_compilation_cache"] or given["jax_compilation_cache_dir"] is not None or in_job():
         return
     directory = default_directory()
     try:
@@ -39,6 +39,6 @@ def keep_compiled_programs() -> None:
     except OSError as error:
         notice(f"compiled programs are not kept ({error}); set JAX_COMPILATION_CACHE_DIR to a directory that can be written")
         return
-    config.update("jax_compilation_cache_dir", str(directory))
-    if config.jax_compilation_cache_max_size == -1 and importlib.util.find_spec("filelock"):  # JAX limits the size with it only
-        config.update("jax_compilation_cache_max_size", LIMIT)
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    if given["jax_compilation_cache_max_size"] == -1 and importlib.util.find_spec("filelock"):  # JAX limits the size with it only
+        jax.config.update("jax_compilation_cache_max_size", LIMIT)

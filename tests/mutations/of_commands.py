@@ -226,8 +226,8 @@ MUTATIONS = [
     ),
     Mutation(
         "hybrid_jax/commands/compiled.py",
-        "config.jax_compilation_cache_dir is not None or in_job()",
-        "config.jax_compilation_cache_dir is not None",
+        'given["jax_compilation_cache_dir"] is not None or in_job()',
+        'given["jax_compilation_cache_dir"] is not None',
         "of several processes one keeps compiled programs where the others do not see them",
         ("tests/test_compiled.py::test_several_processes_keep_programs_only_where_the_user_says",),
     ),
