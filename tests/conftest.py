@@ -5,6 +5,7 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")  # commands in tests keep no compiled programs in the user's home
 # Most of the tests' time is XLA's, compiling programs for the CPU that run once: the newer emitters of fusions (JAX 0.11 has no
 # others), and dividing a small program's code between threads, would take more than half of it. Interpreted kernels run in XLA
 # too, which else takes x -> bf16 -> float32 for x; Mosaic and Triton round, and the kernels count on it.

@@ -35,8 +35,8 @@ class Command:
       module: name of its module in `hybrid_jax.commands`, or the full path of a module of another package; see `CommandModule`.
       summary: what the command does, for `--help`.
       example: arguments of a useful call, for `--help`.
-      job: whether the processes of a job run the command together. Then `jax.distributed` is started first, and a process that
-        fails ends the others.
+      job: whether the processes of a job run the command together. Then `jax.distributed` is started first, a process that
+        fails ends the others, and compiled programs are kept on disk (`commands.compiled`).
       overrides: whether the command takes `--config.a.b=VALUE`; they arrive as `args.overrides`.
       resumable: whether the command, given again after Ctrl-C or SIGTERM, continues.
     """
@@ -185,9 +185,11 @@ def main(argv: list[str] | None = None) -> int:
     silence_libraries()
     try:
         if COMMANDS[args.command].job:
+            from hybrid_jax.commands.compiled import keep_compiled_programs
             from hybrid_jax.parallel.distributed import initialize
 
             initialize()
+            keep_compiled_programs()
         with Terminable(f"hybrid-jax {args.command}"):
             _module(COMMANDS[args.command].module).run(args)
     except EXPECTED as e:

@@ -247,4 +247,11 @@ MUTATIONS = [
         "top-k is accepted where it changes nothing",
         ("tests/test_generate_command.py::test_values_nobody_can_mean_are_refused_before_the_model_is_loaded",),
     ),
+    Mutation(
+        "hybrid_jax/commands/compiled.py",
+        'given["jax_compilation_cache_dir"] is not None or in_job()',
+        'given["jax_compilation_cache_dir"] is not None',
+        "of several processes one keeps compiled programs where the others do not see them",
+        ("tests/test_compiled.py::test_several_processes_keep_programs_only_where_the_user_says",),
+    ),
 ]
