@@ -1,4 +1,4 @@
-"""`generate MODEL PROMPT`, maybe composed of chunks; `generate MODEL --prompts FILE --out FILE`, which the same command continues."""
+"""`generate MODEL PROMPT`, also read in chunks; `generate MODEL --prompts FILE --out FILE`, which the same command continues."""
 
 from __future__ import annotations
 
