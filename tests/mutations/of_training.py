@@ -154,8 +154,8 @@ MUTATIONS = [
     ),
     Mutation(
         ARRANGEMENT,
-        "if self.frozen_dtype and mark.frozen}",
-        "if self.frozen_dtype}",
+        "if self.frozen_dtype and marks[n].frozen else p for",
+        "if self.frozen_dtype else p for",
         "norms and decays are rounded with the frozen matrices",
         (f"{OF_OBJECTIVES}::test_frozen_matrices_alone_are_rounded_to_the_frozen_dtype",),
     ),
