@@ -31,7 +31,13 @@ MUTATIONS = [
         "a phase that leaves the form loses the teachers",
         (f"{TESTS}::test_a_phase_that_leaves_the_form_keeps_the_teachers",),
     ),
-    Mutation(CONFIG, "            check_convertible(have, model)\n", "", "a phase that cannot convert fails when it begins", (REFUSED,)),
+    Mutation(
+        CONFIG,
+        "            check_convertible(have, model)\n",
+        "",
+        "a phase that cannot convert fails when it begins",
+        (REFUSED,),
+    ),
     Mutation(
         CONFIG,
         "if selects and (changing := [name for name, phase in phases if phase.pattern]):",
