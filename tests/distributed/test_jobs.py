@@ -65,6 +65,24 @@ def test_two_processes_of_which_one_is_asked_to_stop_and_one_on_another_mesh_are
         assert relative_error(got[name], value) < 1e-2, name
 
 
+def test_a_phase_converts_layers_on_a_mesh_as_on_one_device(made_source, tmp_path):
+    processes = []
+    for name, mesh, devices in (("alone", "dict()", 1), ("spread", "dict(fsdp=2, seq=2)", 4)):
+        argument, path = write_config(tmp_path / f"{name}.py", made_source, mesh), tmp_path / f"{name}.py"
+        text = path.read_text().replace('schedule=("align", "train")', 'schedule=("train",)')
+        path.write_text(text.replace('form="unfused"', 'form="unfused", pattern="GDN-GDN"'))
+        processes.append(start(["prime", argument, f"--workdir={tmp_path}/{name}"], devices, {}))
+    for process in processes:
+        assert process.wait(timeout=900) == 0, process.stderr.read()[-2000:]
+    want, got = losses(tmp_path / "alone"), losses(tmp_path / "spread")
+    assert got.keys() == want.keys() and np.allclose([got[k] for k in want], list(want.values()), rtol=1e-4)
+    want, got = (load_model(tmp_path / name / "model") for name in ("alone", "spread"))
+    assert want.config.pattern == got.config.pattern == "GDN-GDN"
+    found = split_model(got)[1]
+    for name, value in split_model(want)[1].items():
+        assert relative_error(found[name], value) < 1e-2, name
+
+
 DISTILL = r"""
 from ml_collections import ConfigDict
 

@@ -32,7 +32,11 @@ MUTATIONS = [
         (f"{TESTS}::test_a_phase_that_leaves_the_form_keeps_the_teachers",),
     ),
     Mutation(
-        CONFIG, "            check_convertible(have, model)\n", "", "a phase that cannot convert fails when it begins", (REFUSED,)
+        CONFIG,
+        "            check_convertible(have, model)\n",
+        "",
+        "a phase that cannot convert fails when it begins",
+        (REFUSED,),
     ),
     Mutation(
         CONFIG,
