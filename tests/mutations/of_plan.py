@@ -65,8 +65,8 @@ MUTATIONS = [
     Mutation(PLANNER, "return max(self.floors.values())", "return sum(self.floors.values())", "floors add up", FLOOR),
     Mutation(
         PLANNER,
-        "abstract_mesh(sizes), with_rows(job, sizes).rows, tokens)",
-        "abstract_mesh(sizes), with_rows(dataclasses.replace(job, rows=0), sizes).rows, tokens)",
+        "abstract_mesh(sizes), with_rows(job, sizes).rows, tokens, job.teacher)",
+        "abstract_mesh(sizes), with_rows(dataclasses.replace(job, rows=0), sizes).rows, tokens, job.teacher)",
         "a mesh is chosen whatever the rows",
         (f"{PLAN}::test_a_mesh_is_chosen_for_the_rows_that_are_asked_for",),
     ),
