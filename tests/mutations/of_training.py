@@ -24,7 +24,23 @@ MEANS = f"{OF_INTERVAL}::test_an_interval_is_the_mean_over_its_tokens_and_each_s
 FUSED_AGAIN = f"{OF_TEACHERS}::test_a_model_fused_again_learns_from_the_source"
 TWO_MODELS = f"{OF_TEACHERS}::test_two_streams_with_a_teacher_of_its_own_are_two_models"
 
+OTHER_TEACHERS = "tests/train/test_other_teachers.py"
+
 MUTATIONS = [
+    Mutation(
+        f"{TRAIN}/teacher.py",
+        'slice(config.vocab_size if axis == "vocab" else None)',
+        'slice(-config.vocab_size if axis == "vocab" else None, None)',
+        "of a teacher with more ids than the student the last ones are kept",
+        (f"{OTHER_TEACHERS}::test_loss_and_gradients_are_the_textbook_s_and_the_teacher_takes_none",),
+    ),
+    Mutation(
+        HEALTH,
+        "range(max(one.config.num_layers for one in models.values()))",
+        "range(model.config.num_layers)",
+        "layers of a deeper teacher are not looked at",
+        (f"{OTHER_TEACHERS}::test_the_first_layer_that_went_bad_may_be_one_that_the_student_has_not",),
+    ),
     Mutation(
         STEP,
         "schedule(state.health.steps + state.health.skipped)",

@@ -471,17 +471,8 @@ def test_a_step_with_a_larger_teacher_is_compiled_from_the_two_configs(tmp_path)
     teacher = tiny_config("*-*-*", **{**DENSE, **MIXTURE, "qk_norm": True, "hidden_size": 64, "vocab_size": 128})
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher" / "config.json").write_text(json.dumps(config_to_hf(teacher)))
-    arguments = (
-        "--program",
-        "distill",
-        "--teacher",
-        str(tmp_path / "teacher"),
-        "--topology",
-        "v5e:2x2",
-        "--mesh",
-        "expert=2,seq=2",
-    )
-    done, answer = plan(tmp_path, *arguments, "--seq-len", "256")
+    arguments = ("--program", "distill", "--teacher", str(tmp_path / "teacher"), "--seq-len", "256")
+    done, answer = plan(tmp_path, *arguments, "--topology", "v5e:2x2", "--mesh", "expert=2,seq=2")
     assert done.returncode == 0, done.stderr[-2000:]
     shapes = abstract_parameters(dataclasses.replace(teacher, vocab_size=64)).values()
     matrices = 2 * sum(math.prod(x.shape) for x in shapes if len(x.shape) > 1)
