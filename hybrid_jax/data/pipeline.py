@@ -7,14 +7,14 @@ same rows on another mesh. The iterator's state, which is part of the checkpoint
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
 from hybrid_jax.data.corpus import Corpus
-from hybrid_jax.data.packing import Rows
+from hybrid_jax.data.packing import PAIRS, PackedRows, Rows
 from hybrid_jax.data.teacher_cache import TeacherCache
 from hybrid_jax.parallel.distributed import say
 
@@ -47,18 +47,19 @@ def sources_of(mix: Mapping[str, float]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def check_pairs(corpus: Corpus, names: Iterable[str], pairs: bool) -> None:
+def _check_pairs(sources: Mapping[str, Rows], pairs: bool) -> None:
     """Checks that all of the sources have preference pairs, or that none has.
 
     Raises:
       ValueError: one does not, or has; names it.
     """
-    for name in names:
-        if pairs and not corpus.has_pairs(name):
+    for name, rows in sources.items():
+        has_pairs = isinstance(rows, PackedRows) and rows.packing == PAIRS
+        if pairs and not has_pairs:
             raise ValueError(
                 f"{name} has no preference pairs, which this phase learns from: give records of 'prompt', 'chosen' and 'rejected'"
             )
-        if not pairs and corpus.has_pairs(name):
+        if has_pairs and not pairs:
             raise ValueError(f"{name} has preference pairs, so its rejected answers would be learned; take the objective 'dpo'")
 
 
@@ -118,8 +119,8 @@ def training_batches(
       ValueError: an unknown source, no positive share, a source of pairs among others, or a teacher's cache of other rows.
     """
     names = sources_of(mix)
-    check_pairs(corpus, names, pairs)
     sources = [corpus.rows(name, length, seed, answer_weight) for name in names]
+    _check_pairs(dict(zip(names, sources, strict=True)), pairs)
     unused = [f"{name}: {s.unused}" for name, s in zip(names, sources, strict=True) if s.unused]
     for note in (*_repeated(dict(zip(names, map(len, sources), strict=True)), mix, steps * batch_size), *unused):
         say(note)

@@ -241,7 +241,7 @@ def dpo(
 
     def log_probabilities(model: Decoder) -> jax.Array:
         hidden, _ = model.hidden_states(batch["input_ids"], segments, batch["positions"])
-        return -weights * cross_entropy(hidden, model.head, batch["targets"])
+        return -(cross_entropy(hidden, model.head, batch["targets"]) * weights)
 
     def of_pairs(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The sums over the tokens of the chosen and of the rejected answers, [B, pairs] each, of x [B, T]."""
