@@ -7,12 +7,13 @@ Recipes:
   Stepwise-SHARE  a quarter of the layers converts, then half, 75, 87.5 and 100 %, up to SHARE (25, 50, 75, 87.5 or 100); only the
                   mixers train, those of earlier phases too, on what the teacher wrote;
   Layerwise       the same with one layer at a time, in 32 phases;
-  EndToEnd        half of the layers convert at once, and everything trains towards the teacher's predictions;
+  EndToEnd        half of the layers convert at once, and everything trains towards the predictions of a larger model;
   M1              a reasoner, Llama-3.2-3B with attention in 6 of 28 layers: reverse divergence on answers, then the answers as
                   they are, then reasoning traces.
-After the recipe's name may come another mixer than Mamba-2, `Stepwise-50-GDN` for example. The sources of text are prepared
-directories (`hybrid-jax prepare`) in which the answers' tokens count. The teacher is the source; that of the released EndToEnd is
-larger, Llama-3.1-70B-Instruct. The preference optimization at the end of MambaInLlama is not here.
+Stepwise-SHARE and EndToEnd end with `preferences`, the direct preference optimization of MambaInLlama. After the recipe's name may
+come another mixer than Mamba-2, `Stepwise-50-GDN` for example. The sources of text are prepared directories (`hybrid-jax prepare`):
+answers that the teacher wrote (`hybrid-jax generate --prompts`), in which their own tokens count, and pairs of preferences. The
+teacher is the source; that of EndToEnd is Llama-3.1-70B-Instruct, to be given as `--config.phases.end_to_end.teacher=PATH`.
 
 Where the numbers come from:
   [C]  the released code: jxiw/MambaInLlama (train_mamba2, mamba2_llama, mamba2_llama_stepwise, llama3.1_8B) and jxiw/M1 (sft), the
@@ -67,7 +68,8 @@ def stepwise(converted: list[tuple[int, ...]], names: list[str], mixer: str) -> 
 def end_to_end() -> dict[str, dict]:
     distill = {
         **COMMON,
-        "form": "fused",
+        "form": "unfused",
+        "teacher": "meta-llama/Llama-3.1-70B-Instruct",  # [C]
         "objective": "distill",
         "options": {"divergence_weight": 1.0 * SUMMED, "next_token_weight": 0.0},  # [C] kl_weight, ce_weight
         "trainable": ("all",),  # [C]
@@ -77,6 +79,22 @@ def end_to_end() -> dict[str, dict]:
         "mix": {"answers": 1.0},
     }  # fmt: skip
     return {"end_to_end": distill}
+
+
+def preferences() -> dict[str, dict]:
+    dpo = {
+        **COMMON,
+        "form": "unfused",
+        "objective": "dpo",
+        "options": {"beta": 0.01},  # [C]
+        "trainable": ("all",),  # [O]
+        "epochs": 1.0,  # [C]
+        "batch_size": GPUS * 4, "seq_len": LENGTH,  # [O]
+        "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "clip": 1.0,  # [O]
+        "learning_rate": 5e-7, "schedule": "cosine", "warmup_fraction": 0.1,  # [C]
+        "mix": {"preferences": 1.0},
+    }  # fmt: skip
+    return {"preferences": dpo}
 
 
 def m1() -> dict[str, dict]:
@@ -110,14 +128,14 @@ def get_config(recipe: str = "Stepwise-50") -> ConfigDict:
         source, phases = "meta-llama/Llama-3.2-3B-Instruct", m1()  # [C]
         pattern = pattern_of(tuple(i for i in range(28) if i not in KEPT), 28, mixer)
     elif name == "EndToEnd":
-        source, phases = "meta-llama/Llama-3.1-8B-Instruct", end_to_end()  # [C]
+        source, phases = "meta-llama/Llama-3.1-8B-Instruct", end_to_end() | preferences()  # [C]
         pattern = pattern_of(ORDER[:16], 32, mixer)
     elif name == "Layerwise":
         phases = stepwise([ONE_BY_ONE[: n + 1] for n in range(32)], [f"layer_{i:02d}" for i in ONE_BY_ONE], mixer)
     else:
         shares = list(SHARES)[: 1 + list(SHARES).index(name.removeprefix("Stepwise-"))]
         converted = [ORDER[: round(32 * SHARES[share])] for share in shares]
-        phases = stepwise(converted, [f"share_{share.replace('.', '_')}" for share in shares], mixer)
+        phases = stepwise(converted, [f"share_{share.replace('.', '_')}" for share in shares], mixer) | preferences()
     first = next(iter(phases.values()))
     pattern = first.pop("pattern", pattern)
     sources = sorted({name for phase in phases.values() for name in phase["mix"]})

@@ -152,9 +152,9 @@ def test_an_unknown_retrieval_aware_recipe_is_refused():
 
 PROGRESSIVE = "configs/mamba_in_llama.py"
 CONVERTED = {  # the layers that each of the first phases converts, at least
-    "Stepwise-100": [{*range(0, 32, 4)}, {*range(2, 32, 4)}, {*range(1, 32, 4)}, {3, 11, 19, 27}, {7, 15, 23, 31}],
+    "Stepwise-100": [{*range(0, 32, 4)}, {*range(2, 32, 4)}, {*range(1, 32, 4)}, {3, 11, 19, 27}, {7, 15, 23, 31}, set()],
     "Layerwise": [{layer} for layer in (*range(0, 32, 2), *range(1, 32, 4), *range(3, 32, 8), 7, 23, 15, 31)],
-    "EndToEnd": [{*range(0, 32, 2)}],
+    "EndToEnd": [{*range(0, 32, 2)}, set()],
     "M1": [{*range(28)} - {3, 8, 13, 18, 23, 27}, set(), set()],
 }
 
@@ -184,12 +184,14 @@ def test_a_progressive_recipe_converts_the_published_layers_one_phase_after_the_
 
 
 def test_the_numbers_of_progressive_recipes_are_those_of_the_released_code():
-    stepwise = [phase for phase, _ in progressive("Stepwise-50")[1].values()]
+    *stepwise, preferences = [phase for phase, _ in progressive("Stepwise-50")[1].values()]
+    assert (preferences.objective, preferences.options["beta"], preferences.learning_rate) == ("dpo", 0.01, 5e-7)
     assert len(stepwise) == 2 and [phase.warmup_steps for phase in stepwise] == [1500, 500]
     for phase in stepwise:
         assert (phase.learning_rate, phase.schedule, phase.clip, phase.beta1, phase.beta2) == (8e-5, "cosine", 0.1, 0.9, 0.98)
         assert dict(phase.options) == {"divergence_weight": 0.1 * phase.seq_len, "next_token_weight": 1.0}
-    ((end, _),) = progressive("EndToEnd")[1].values()
+    (end, _), (last, _) = progressive("EndToEnd")[1].values()
+    assert last == preferences and end.teacher.endswith("70B-Instruct")
     assert dict(end.options) == {"divergence_weight": end.seq_len, "next_token_weight": 0} and end.learning_rate == 2e-5
     distill, answers, reasoning = (phase for phase, _ in progressive("M1")[1].values())
     assert distill.options["kind"] == "reverse" and (distill.seq_len, distill.learning_rate) == (8192, 1e-5)
@@ -211,6 +213,7 @@ def test_every_phase_of_a_progressive_recipe_compiles_and_fits_eight_chips(name,
     mesh = make_mesh({"fsdp": 8}, topology_devices("v5p", "2x2x2"))
     for key, (phase, pattern) in phases.items():
         phase = dataclasses.replace(phase.with_rows(100_000), accumulate=phase.batch_size // 8)
-        compiled = compile_program(training_program(model_of(config, phase, pattern), phase, mesh))
+        teacher = config_from_hf(PUBLIC[phase.teacher.removesuffix("-Instruct")]) if phase.teacher else None
+        compiled = compile_program(training_program(model_of(config, phase, pattern), phase, mesh, teacher))
         print(f"{name} {key}: {compiled.total / 1e9:.1f} GB per device, compiled in {compiled.seconds:.0f} s")
         assert compiled.total < 102.8e9, key
