@@ -20,8 +20,9 @@ from tests.distributed.conftest import losses, member, start, write_config
 def test_two_processes_of_which_one_is_asked_to_stop_and_one_on_another_mesh_are_the_run_of_one_device(made_source, tmp_path):
     def config(name, mesh):
         argument, path = write_config(tmp_path / f"{name}.py", made_source, mesh), tmp_path / f"{name}.py"
-        longer = '"next_token", pattern="GDN-GDN", **{**each, "steps": 60}, eval_every=1, eval_rows=5'
-        path.write_text(path.read_text().replace('"next_token", **each', longer))
+        path.write_text(
+            path.read_text().replace('"next_token", **each', '"next_token", **{**each, "steps": 60}, eval_every=1, eval_rows=5')
+        )
         return argument
 
     alone = start(["prime", config("alone", "dict()"), f"--workdir={tmp_path}/alone"], 1, {})
