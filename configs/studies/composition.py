@@ -44,6 +44,6 @@ def get_config(which: str = "sweep") -> ConfigDict:
     if which not in MIXERS:
         raise ValueError(f"composition knows sweep, evaluate, trial, {', '.join(MIXERS)}, got {which!r}")
     config = load_config([f"--config=configs/prime_tiny.py:{which}"])
-    for phase in config.schedule:  # all phases, so that every stage can be measured
-        config.phases[phase].max_position_embeddings = LONGEST
+    longer = {name: {"max_position_embeddings": LONGEST} for name in ("align", "train")}  # so that every stage can be measured
+    config.update({"phases": longer})
     return config

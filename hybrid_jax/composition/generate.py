@@ -162,5 +162,5 @@ def generate_composed(
     structure, parameters = split_model(model)
     logits, state = _question(structure, parameters, np.asarray(asked, np.int32)[None], first, state)
     position = np.full((1, 1), first + len(asked) - 1, np.int32)
-    options = dict(count=1, max_new_tokens=max_new_tokens, sampling=sampling, ends=ends, seed=seed, on_token=on_token)
-    return decode(structure, parameters, logits, state, position, **options)[0]
+    options: dict[str, Any] = dict(sampling=sampling, ends=ends, seed=seed, on_token=on_token)
+    return decode(structure, parameters, logits, state, position, count=1, max_new_tokens=max_new_tokens, **options)[0]

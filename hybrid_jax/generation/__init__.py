@@ -163,10 +163,9 @@ def generate(
         for begin in range(0, longest, at_a_time):
             part = np.s_[:, begin : begin + at_a_time]
             logits, state = _forward(structure, parameters, ids[part], segments[part], positions[part], state)
-    options = dict(
-        count=count, max_new_tokens=max_new_tokens, sampling=sampling, ends=ends, seed=seed, row_keys=row_keys, mesh=mesh
-    )
-    return decode(structure, parameters, logits, state, positions[:, -1:], **options, on_token=on_token, ended=ended)
+    at = (structure, parameters, logits, state, positions[:, -1:])
+    options: dict[str, Any] = dict(sampling=sampling, ends=ends, seed=seed, row_keys=row_keys, mesh=mesh)
+    return decode(*at, count=count, max_new_tokens=max_new_tokens, on_token=on_token, ended=ended, **options)
 
 
 def end_ids(config: ModelConfig, eos_id: int | Sequence[int] | None) -> list[int]:

@@ -184,7 +184,8 @@ def test_windows_keep_the_last_chunk_s():
     composed, alone = (
         compose(model, rows, [Composition("concat", "kv_only", 12)], after=4)[0] for rows in (context, context[:, 12:])
     )
-    np.testing.assert_allclose(*(composed_scores(model, question, c)[0] for c in (composed, alone)), atol=1e-5)
+    losses = [composed_scores(model, question, found)[0] for found in (composed, alone)]
+    np.testing.assert_allclose(losses[0], losses[1], atol=1e-5)
 
 
 @pytest.mark.parametrize(
