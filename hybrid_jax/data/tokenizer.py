@@ -107,7 +107,8 @@ def check_same_ids(directory: str | pathlib.Path, other: str | pathlib.Path) -> 
     own, others = (load_tokenizer(path).get_vocab(with_added_tokens=True) for path in (directory, other))
     different = [token for token in {**own, **others} if own.get(token) != others.get(token)]
     if different:
-        first = sorted(different, key=lambda token: own.get(token, others.get(token)))[:SHOWN]
+        known = {**others, **own}
+        first = sorted(different, key=lambda token: known[token])[:SHOWN]
         shown = ", ".join(f"{token!r} is {own.get(token, 'absent')} and {others.get(token, 'absent')}" for token in first)
         raise ValueError(
             f"{len(different):,} tokens have other ids in the tokenizer of {directory} than in that of {other}: {shown}; take a "
