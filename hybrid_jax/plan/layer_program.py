@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
 import sys
@@ -42,7 +41,8 @@ def config_of_layer(model: str, mixer: str) -> ModelConfig:
         kind = KINDS[parse_pattern(symbol)[0].kind]
         if kind.options is None:
             raise ValueError(f"{mixer!r}: {symbol} has no options")
-        pairs, known = dict(option.partition("=")[::2] for option in given.split(",")), dataclasses.asdict(kind.options())
+        pairs = {name: text for name, _, text in (option.partition("=") for option in given.split(","))}
+        known = vars(kind.options())
         check_known(f"{mixer!r}", pairs, known)
         hf[kind.options.KEY] = {name: parse_value(f"{mixer!r}: {name}", text, known[name]) for name, text in pairs.items()}
     return config_from_hf(hf).with_pattern(symbol)
