@@ -144,7 +144,7 @@ def answer_prompts(
       ValueError: `out` was begun with other settings.
     """
     partial, loaded = Partial(out, settings), None
-    options = dict(temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
+    options: dict[str, Any] = dict(temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
     try:
         with progress_bar(name="generate", unit="answer", total=samples * len(prompts), done=len(partial.found)) as bar:
             for size, items in batches([len(x) for x in ids], samples, batch_size):
