@@ -1,6 +1,6 @@
 """Which heads of a model retrieve: each head is removed in turn, and the heads' mixing matrices are read.
 
-    hybrid-jax evaluate --model source=launch/tiny_qwen3 --config configs/analyze_heads.py --out runs/heads
+    hybrid-jax analyze heads --model source=launch/tiny_qwen3 --out runs/heads
 
 The probes are those of Gather-and-Aggregate (arXiv 2504.18574): a dictionary of 20 and of 50 pairs, of which pairs are asked, and
 multiple choice by letter; and needles in text. `heads` measures what is lost without a head; `mixing` how much a head gathers

@@ -4,7 +4,7 @@
         --config.data.sources.pretraining.path=TOKENS --workdir=/mnt/shared/Llama-1B
 
 All layers become Discrete Mamba-2 with all its heads; beside it stay the heads of attention whose removal costs retrieval most
-(configs/analyze_heads.py finds them for other models). What they return is standardized to the recurrent output's mean and
+(`hybrid-jax analyze heads` finds them for other models). What they return is standardized to the recurrent output's mean and
 deviation and goes through a linear map; half of the sum is the layer's output (`merge`). The mixers start as new ones, the kept
 heads are the source's. Then come the second and the third stage of MOHAWK (configs/mohawk.py).
 `configs/retrieval_aware.py:Llama-1B-8` has states of 8 channels per head in place of 64.

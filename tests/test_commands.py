@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from hybrid_jax import load_model, save_model
-from hybrid_jax.commands.main import COMMANDS, Command, main
+from hybrid_jax.commands.main import COMMANDS, Command, main, read_arguments
 from hybrid_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from hybrid_jax.evaluate.evaluation import Evaluation, read_evaluation, targets_of
 from hybrid_jax.evaluate.instruments import make_instrument
@@ -228,6 +228,14 @@ def get_config():
     few = {"instrument": "recall", "task": "few", "seq_len": 80, "rows": 2}
     return ConfigDict({"data": data, "instruments": {"text": text, "few": few}})
 """
+
+
+def test_analyze_heads_is_an_evaluation_by_its_own_config(capsys):
+    arguments = read_arguments(["analyze", "heads", "--model", "a=m", "--config.instruments.heads_needle.rows=2"])
+    assert arguments.config == "configs/analyze_heads.py" and len(arguments.overrides) == 1
+    assert "at least one" in fails(capsys, "analyze", "heads")
+    with pytest.raises(SystemExit):
+        read_arguments(["analyze", "tails", "--model", "a=m"])
 
 
 def evaluated(root, out, *models, capsys, more=()):

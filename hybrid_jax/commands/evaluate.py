@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 NEW_TOKENS = 64  # of the continuation of a prompt
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's options."""
+def add_arguments(parser: argparse.ArgumentParser, config: str = "configs/evaluate.py") -> None:
+    """Adds the command's options; `config` is the default of `--config`."""
     parser.description = f"{parser.description}. {OVERRIDES.replace('phases.align.steps=200', 'instruments.text.rows=16')}"
     parser.add_argument("--model", action="append", default=[], metavar="NAME=DIR", help="a model; may be repeated")
     parser.add_argument("--run", action="append", default=[], metavar="NAME=DIR", help="a run: every stage of it; may be repeated")
     parser.add_argument("--out", help="directory for the report (report.md, report.html, ...); results there are used again")
-    parser.add_argument("--config", default="configs/evaluate.py", metavar="FILE", help="instruments, data and mesh")
+    parser.add_argument("--config", default=config, metavar="FILE", help="instruments, data and mesh")
     parser.add_argument("--text", help="in place of the config's data.text: 'stdlib', a .jsonl file, a text file or a folder")
     parser.add_argument("--seq-len", type=integer(minimum=1), help="in place of every instrument's seq_len: tokens per row")
     parser.add_argument("--rows", type=integer(minimum=1), help="in place of every instrument's rows")

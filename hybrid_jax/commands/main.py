@@ -123,6 +123,14 @@ COMMANDS = {
         overrides=True,
         resumable=True,
     ),
+    "analyze": Command(
+        "analyze",
+        "find the heads of models that retrieve: tables and pictures of layer by head",
+        "heads --model source=launch/tiny_qwen3 --out runs/heads",
+        job=True,
+        overrides=True,
+        resumable=True,
+    ),
     "lm-eval": Command(
         "lm_eval",
         "measure a model by tasks of the lm-evaluation-harness",
