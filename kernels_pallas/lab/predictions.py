@@ -137,6 +137,7 @@ PREDICTIONS: dict[str, dict[str, tuple[float, float]]] = {
         "gated_kalmanet_accurate": (37.60, 0.79),
         "gated_kalmanet_accurate.backward": (81.81, 3.88),
         "gated_kalmanet_cg": (17.80, 0.64),
+        "gated_kalmanet_grouped": (25.83, 0.41),
         "short_conv": (0.96, 0.31),
         "short_conv.backward": (3.29, 0.92),
         "linear_attention_step": (71.00, 78.55),
