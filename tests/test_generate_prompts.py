@@ -50,12 +50,13 @@ def test_answers_are_those_of_each_prompt_alone_and_are_learned_from(taught, tok
     said = [tokenizer.decode(generate(model, [x], max_new_tokens=NEW)[0]) for x in (ids, tokenizer.encode("d").ids)]
     assert records[1]["messages"] == [{"role": "user", "content": "abc def"}, {"role": "assistant", "content": said[0]}]
     assert (records[3]["prompt"], records[3]["completion"]) == ("d", said[1])
-    assert "5 of them end by --max-new-tokens 6" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "5 of them end by --max-new-tokens 6" in said.out and "4 prompts are continued as plain text" in said.err + said.out
     assert {r["finish_reason"] for r in records} == {"length"}
     index = prepare(str(tmp_path / "out.jsonl"), tmp_path / "data", str(taught), held_out_percent=0)
     rows = read_corpus({"text": str(tmp_path / "data")}, taught).rows("text", 200, 0)
     learned = [tokenizer.decode(r["input_ids"][(r["loss_weights"] > 0) & (r["segment_ids"] == 2)]) for r in rows]
-    assert index["train"]["documents"] == 5 and learned[0] == said[0]
+    assert index["train"]["documents"] == 5 and learned[0] == records[1]["messages"][1]["content"]
 
 
 def test_an_end_token_ends_an_answer(taught, tokenizer, tmp_path, capsys):

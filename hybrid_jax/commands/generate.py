@@ -261,6 +261,11 @@ def _many(args: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer, s
             check_prompts(config, ids[-1:], args.max_new_tokens)
         except ValueError as e:
             raise ValueError(f"{args.prompts}, line {prompt.line}: {e}") from None
+    if plain := sum(not prompt.messages for prompt in prompts):
+        notice(
+            f"{args.prompts}: {plain:,} prompts are continued as plain text; `prepare` sends prompts and completions through the chat "
+            "template, so give --chat for answers to learn from"
+        )
     if unread:
         notice(f"{args.prompts}: not copied to the answers: {', '.join(f'{n!r} of {k:,} lines' for n, k in unread.items())}")
     how = dict(max_new_tokens=args.max_new_tokens, samples=args.samples, seed=args.seed)
