@@ -263,8 +263,8 @@ def _many(args: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer, s
             raise ValueError(f"{args.prompts}, line {prompt.line}: {e}") from None
     if plain := sum(not prompt.messages for prompt in prompts):
         notice(
-            f"{args.prompts}: {plain:,} prompts are continued as plain text; `prepare` sends prompts and completions through the chat "
-            "template, so give --chat for answers to learn from"
+            f"{args.prompts}: {plain:,} prompts are continued as plain text; `prepare` sends prompts and completions through the "
+            "chat template, so give --chat for answers to learn from"
         )
     if unread:
         notice(f"{args.prompts}: not copied to the answers: {', '.join(f'{n!r} of {k:,} lines' for n, k in unread.items())}")
