@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hybrid_jax.commands.main import main
 from hybrid_jax.data import read_corpus
 from hybrid_jax.data.prepare import prepare
 from hybrid_jax.generation.answers import batches
+from hybrid_jax.generation.sampling import row_keys
 from tests.data.test_pairs import TEMPLATE, written
 
 NEW = 6
@@ -65,6 +67,12 @@ def test_an_end_token_ends_an_answer(taught, tokenizer, tmp_path, capsys):
     assert record == {"prompt": "d", "completion": "", "finish_reason": "stop"}
     printed = capsys.readouterr().out
     assert "1 of them are empty" in printed and "length" not in printed
+
+
+def test_the_largest_seed_of_the_command_line_makes_keys_and_small_ones_make_those_of_jax():
+    assert row_keys(2**32 - 1, [(0, 1)]).tolist() != row_keys(2**31 - 1, [(0, 1)]).tolist()
+    want = jax.random.fold_in(jax.random.fold_in(jax.random.key(2**32 - 1), 3), 1)
+    np.testing.assert_array_equal(row_keys(2**32 - 1, [(3, 1)])[0], jax.random.key_data(want))
 
 
 def test_batches_do_not_change_what_is_drawn(taught, tmp_path):
