@@ -124,9 +124,11 @@ def test_a_stopped_run_goes_on_to_the_same_file(taught, tmp_path, monkeypatch, c
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "the last of the messages must be the user's and not empty"),
         ('{"messages": [{"role": "user"}]}', "a message needs a role and a content"),
         ('{"prompt": "a", "system": "b"}', "'system' is for conversations"),
+        (r'{"prompt": "a\ud800"}', "half of a surrogate pair"),
+        (r'{"prompt": "a", "id": "\ud800"}', "half of a surrogate pair"),
         (json.dumps({"prompt": "abc" * 300}), "more than the model's 256 positions"),
     ],
-    ids=["no JSON", "a list", "two kinds", "empty", "an answer", "no content", "a system message", "too long"],
+    ids=["no JSON", "a list", "two kinds", "empty", "an answer", "no content", "a system message", "half", "half id", "too long"],
 )
 def test_a_line_that_is_no_prompt_is_refused_with_its_number_before_any_work(taught, tmp_path, monkeypatch, capsys, line, words):
     monkeypatch.setattr("hybrid_jax.convert.load_model", None)
