@@ -155,6 +155,13 @@ def test_options_of_one_prompt_and_of_many_are_not_mixed(options, words, capsys)
     assert words in capsys.readouterr().err
 
 
+def test_several_greedy_answers_are_refused_because_they_would_be_equal(taught, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("hybrid_jax.convert.load_model", None)
+    file = written(tmp_path / "prompts.jsonl", PROMPTS)
+    assert answered(taught, file, tmp_path / "out.jsonl", "--samples", 2, code=1) == b""
+    assert "makes --samples 2 equal answers; give --temperature above 0" in capsys.readouterr().err
+
+
 def test_without_a_file_there_must_be_a_prompt(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["generate", "model", "--chat"])
