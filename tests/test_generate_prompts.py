@@ -11,7 +11,9 @@ import hybrid_jax.generation.answers as answers_module
 from hybrid_jax import generate, load_model
 from hybrid_jax.commands.main import main
 from hybrid_jax.data import read_corpus
+from hybrid_jax.data.chat import ChatTemplate
 from hybrid_jax.data.prepare import prepare
+from hybrid_jax.data.prompts import read_prompts
 from hybrid_jax.generation.answers import batches
 from hybrid_jax.generation.sampling import row_keys
 from tests.data.test_pairs import TEMPLATE, written
@@ -153,6 +155,15 @@ def test_a_line_that_is_no_prompt_is_refused_with_its_number_before_any_work(tau
 def test_options_of_one_prompt_and_of_many_are_not_mixed(options, words, capsys):
     assert main(["generate", "model", *options]) == 1
     assert words in capsys.readouterr().err
+
+
+def test_a_conversation_to_answer_has_the_date_with_which_it_is_learned(tmp_path, capsys):
+    dated = "{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": dated}))
+    file = written(tmp_path / "prompts.jsonl", PROMPTS[1:2])
+    (prompt,), _ = read_prompts(file, lambda: ChatTemplate(tmp_path))
+    assert prompt.text == "26 Jul 2024: abc def"
+    assert "writes today's date" in capsys.readouterr().err
 
 
 def test_several_greedy_answers_are_refused_because_they_would_be_equal(taught, tmp_path, monkeypatch, capsys):

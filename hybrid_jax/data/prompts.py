@@ -67,7 +67,7 @@ def read_prompts(
             messages = _messages(record, chat, system)
             if messages:
                 renderer = renderer or template()
-            text = renderer.render(messages, add_generation_prompt=True) if messages and renderer else record["prompt"]
+            text = record["prompt"] if renderer is None or not messages else _rendered(renderer, messages)
             prompt = Prompt(number, text, messages, {"id": record["id"]} if "id" in record else {})
             check_text(json.dumps(prompt.answered(""), ensure_ascii=False))  # all that is written with the answer
         except (ValueError, RecursionError) as e:
@@ -78,6 +78,11 @@ def read_prompts(
     if not found:
         raise ValueError(f"{path} has no prompts; expected JSON lines with 'prompt' or 'messages'")
     return found, unread
+
+
+def _rendered(template: ChatTemplate, messages: tuple[dict[str, Any], ...]) -> str:
+    """Returns the text that an answer follows, as it is learned: with a fixed date, so that every day makes the same answers."""
+    return template.render(messages, add_generation_prompt=True, fixed_date=True)
 
 
 def _record(line: bytes) -> dict[str, Any]:
