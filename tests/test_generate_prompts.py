@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,8 +11,11 @@ import hybrid_jax.generation.answers as answers_module
 from hybrid_jax import generate, load_model
 from hybrid_jax.commands.main import main
 from hybrid_jax.data import read_corpus
+from hybrid_jax.data.chat import ChatTemplate
 from hybrid_jax.data.prepare import prepare
+from hybrid_jax.data.prompts import read_prompts
 from hybrid_jax.generation.answers import batches
+from hybrid_jax.generation.sampling import row_keys
 from tests.data.test_pairs import TEMPLATE, written
 
 NEW = 6
@@ -68,6 +72,12 @@ def test_an_end_token_ends_an_answer(taught, tokenizer, tmp_path, capsys):
     assert "1 of them are empty" in printed and "length" not in printed
 
 
+def test_the_largest_seed_of_the_command_line_makes_keys_and_small_ones_make_those_of_jax():
+    assert row_keys(2**32 - 1, [(0, 1)]).tolist() != row_keys(2**31 - 1, [(0, 1)]).tolist()
+    want = jax.random.fold_in(jax.random.fold_in(jax.random.key(2**32 - 1), 3), 1)
+    np.testing.assert_array_equal(row_keys(2**32 - 1, [(3, 1)])[0], jax.random.key_data(want))
+
+
 def test_batches_do_not_change_what_is_drawn(taught, tmp_path):
     file = written(tmp_path / "prompts.jsonl", PROMPTS)
     two, three = (answered(taught, file, tmp_path / f"{n}.jsonl", *SAMPLED, "--batch-size", n) for n in (2, 3))
@@ -117,9 +127,11 @@ def test_a_stopped_run_goes_on_to_the_same_file(taught, tmp_path, monkeypatch, c
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "the last of the messages must be the user's and not empty"),
         ('{"messages": [{"role": "user"}]}', "a message needs a role and a content"),
         ('{"prompt": "a", "system": "b"}', "'system' is for conversations"),
+        (r'{"prompt": "a\ud800"}', "half of a surrogate pair"),
+        (r'{"prompt": "a", "id": "\ud800"}', "half of a surrogate pair"),
         (json.dumps({"prompt": "abc" * 300}), "more than the model's 256 positions"),
     ],
-    ids=["no JSON", "a list", "two kinds", "empty", "an answer", "no content", "a system message", "too long"],
+    ids=["no JSON", "a list", "two kinds", "empty", "an answer", "no content", "a system message", "half", "half id", "too long"],
 )
 def test_a_line_that_is_no_prompt_is_refused_with_its_number_before_any_work(taught, tmp_path, monkeypatch, capsys, line, words):
     monkeypatch.setattr("hybrid_jax.convert.load_model", None)
@@ -144,6 +156,22 @@ def test_a_line_that_is_no_prompt_is_refused_with_its_number_before_any_work(tau
 def test_options_of_one_prompt_and_of_many_are_not_mixed(options, words, capsys):
     assert main(["generate", "model", *options]) == 1
     assert words in capsys.readouterr().err
+
+
+def test_a_conversation_to_answer_has_the_date_with_which_it_is_learned(tmp_path, capsys):
+    dated = "{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": dated}))
+    file = written(tmp_path / "prompts.jsonl", PROMPTS[1:2])
+    (prompt,), _ = read_prompts(file, lambda: ChatTemplate(tmp_path))
+    assert prompt.text == "26 Jul 2024: abc def"
+    assert "writes today's date" in capsys.readouterr().err
+
+
+def test_several_greedy_answers_are_refused_because_they_would_be_equal(taught, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("hybrid_jax.convert.load_model", None)
+    file = written(tmp_path / "prompts.jsonl", PROMPTS)
+    assert answered(taught, file, tmp_path / "out.jsonl", "--samples", 2, code=1) == b""
+    assert "makes --samples 2 equal answers; give --temperature above 0" in capsys.readouterr().err
 
 
 def test_without_a_file_there_must_be_a_prompt(capsys):

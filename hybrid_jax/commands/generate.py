@@ -93,7 +93,7 @@ def _sampling(args: argparse.Namespace, defaults: Sampling) -> Sampling:
     """Returns the model's own sampling, with the options of the command line in place of its values.
 
     Raises:
-      ValueError: an option has no effect, because generation is greedy.
+      ValueError: an option has no effect, because generation is greedy, or makes the same answer several times.
     """
     import dataclasses
 
@@ -101,6 +101,8 @@ def _sampling(args: argparse.Namespace, defaults: Sampling) -> Sampling:
     sampling = dataclasses.replace(defaults, **given)
     if sampling.greedy and given.keys() & {"top_p", "top_k"}:
         raise ValueError("--top-p and --top-k have no effect on greedy generation; give --temperature above 0 too")
+    if sampling.greedy and args.samples > 1:
+        raise ValueError(f"greedy generation makes --samples {args.samples} equal answers; give --temperature above 0 too")
     return sampling
 
 

@@ -88,7 +88,7 @@ def compose(
       For each composition the state, [B, ...], and the position of the token that follows.
 
     Raises:
-      ValueError: bad ids, no context, compositions of different chunks, or what `Composition.check` refuses.
+      ValueError: bad ids, no context, compositions of different chunks, or what `Composition.check` and `check_positions` refuse.
     """
     ids, before = _ids("context", context, model), _ids("prefix", prefix, model)
     if len(before) not in (1, len(ids)):
@@ -102,6 +102,7 @@ def compose(
     check_integer("after", after, minimum=1)
     for composition in compositions:
         composition.check(model.config)
+        composition.check_positions(model.config, P, L, after)
     slots = -(-(P + L + after) // SLOTS) * SLOTS
     states = _read(*split_model(model), before, ids, tuple(compositions), slots)
     return [(state, c.begin_of_question(P, L)) for state, c in zip(states, compositions, strict=True)]
@@ -151,13 +152,12 @@ def generate_composed(
       The new ids.
 
     Raises:
-      ValueError: an empty context or question, more positions than the model has, what `compose` refuses, or a bad option.
+      ValueError: an empty context or question, what `compose` refuses, or a bad option.
     """
     sampling, ends = Sampling(temperature, top_p, top_k), end_ids(model.config, eos_id)
     (asked,) = check_prompts(model.config, [question], max_new_tokens)
     if np.ndim(context) != 1 or not len(context):
         raise ValueError(f"generate_composed continues one context, token ids [L] and at least one, got {np.shape(context)}")
-    composition.check_positions(model.config, len(prefix), len(context), len(asked) + max_new_tokens)
     ((state, first),) = compose(model, context, [composition], prefix=prefix, after=len(asked) + max_new_tokens)
     structure, parameters = split_model(model)
     logits, state = _question(structure, parameters, np.asarray(asked, np.int32)[None], first, state)

@@ -79,22 +79,32 @@ class ChatTemplate:
         notice(f"the chat template of {self.directory} writes today's date; conversations to learn from have {DATE:%d %b %Y}")
         return FIXED_DATE + self.template
 
-    def _render(self, messages: Sequence[dict], template: str = "", **options: bool) -> tuple[str, list[tuple[int, int]]]:
-        """Renders messages by `template`; empty: the directory's own."""
-        return render_in_process(template or self.template, list(messages), **options, **self.special)
+    def _render(self, messages: Sequence[dict], template: str, **options: bool) -> tuple[str, list[tuple[int, int]]]:
+        """Renders messages by `template`."""
+        return render_in_process(template, list(messages), **options, **self.special)
 
-    def render(self, messages: Sequence[dict], *, add_generation_prompt: bool = False, continue_final_message: bool = False) -> str:
+    def render(
+        self,
+        messages: Sequence[dict],
+        *,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        fixed_date: bool = False,
+    ) -> str:
         """Renders a conversation as the model reads it.
 
         Args:
           messages: {role, content} each.
           add_generation_prompt: end with what begins an answer.
           continue_final_message: end within the last message, so that the model continues it.
+          fixed_date: write `DATE` in place of today's date, as in conversations to learn from.
 
         Raises:
           ValueError: the template refuses it, fails, or takes too long or too much memory.
         """
-        return self._render(messages, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)[0]
+        template = self._with_fixed_date if fixed_date else self.template
+        options = dict(add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
+        return self._render(messages, template, **options)[0]
 
     @functools.cached_property
     def _find(self) -> Finder:

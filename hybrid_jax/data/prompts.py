@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from hybrid_jax.data.chat import ChatTemplate
 from hybrid_jax.data.documents import document
-from hybrid_jax.data.text import decode
+from hybrid_jax.data.text import check_text, decode
 
 KINDS = ("prompt", "messages")
 KNOWN = (*KINDS, "id")
@@ -67,16 +67,22 @@ def read_prompts(
             messages = _messages(record, chat, system)
             if messages:
                 renderer = renderer or template()
-            text = renderer.render(messages, add_generation_prompt=True) if messages and renderer else record["prompt"]
+            text = record["prompt"] if renderer is None or not messages else _rendered(renderer, messages)
+            prompt = Prompt(number, text, messages, {"id": record["id"]} if "id" in record else {})
+            check_text(json.dumps(prompt.answered(""), ensure_ascii=False))  # all that is written with the answer
         except (ValueError, RecursionError) as e:
             raise ValueError(f"{path}, line {number}: {e}") from None
-        named = {"id": record["id"]} if "id" in record else {}
-        found.append(Prompt(number, text, messages, named))
+        found.append(prompt)
         for name in record.keys() - {*KNOWN, *SHAPING}:
             unread[name] = unread.get(name, 0) + 1
     if not found:
         raise ValueError(f"{path} has no prompts; expected JSON lines with 'prompt' or 'messages'")
     return found, unread
+
+
+def _rendered(template: ChatTemplate, messages: tuple[dict[str, Any], ...]) -> str:
+    """Returns the text that an answer follows, as it is learned: with a fixed date, so that every day makes the same answers."""
+    return template.render(messages, add_generation_prompt=True, fixed_date=True)
 
 
 def _record(line: bytes) -> dict[str, Any]:
@@ -112,7 +118,6 @@ def _messages(record: dict[str, Any], chat: bool, system: str | None) -> tuple[d
     if not chat:
         if shaping:
             raise ValueError(f"{next(iter(shaping))!r} is for conversations, and a prompt is a text to continue; give --chat too")
-        document("", {"text": record["prompt"]})  # refuses characters that are no text
         return ()
     before = {"system": system} if system is not None else {}
     return document("", {"prompt": record["prompt"], "completion": "", **before, **shaping}).messages[:-1]

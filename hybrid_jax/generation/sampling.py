@@ -64,8 +64,8 @@ def adjusted(logits: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def row_keys(seed: int, numbers: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Returns the numbers of a key for each row, [rows, 2] uint32, from the seed and two numbers of the row alone."""
-    return np.asarray(_row_keys(seed, np.asarray(numbers, np.uint32)))
+    """Returns the numbers of a key for each row, [rows, 2] uint32, from the seed (below 2^32) and two numbers of the row alone."""
+    return np.asarray(_row_keys(np.uint32(seed), np.asarray(numbers, np.uint32)))
 
 
 @jax.jit

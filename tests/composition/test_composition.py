@@ -212,6 +212,7 @@ def test_windows_keep_the_last_chunk_s():
         (lambda: compose(tiny_model("*"), [1, 2], [], after=1), "at least one composition"),
         (lambda: compose(tiny_model("*"), [1, 2], [Composition(), Composition(chunk=1)], after=1), "all with chunks of one size"),
         (lambda: compose(tiny_model("*"), tokens(4, 3), [Composition()], prefix=tokens(2, 2), after=1), "prefix has 2 rows"),
+        (lambda: compose(tiny_model("*"), tokens(250), [Composition("full", chunk=5)], after=7), "need 257 positions"),
         (lambda: generate_composed(tiny_model("*"), [1, 2], [], composition=Composition()), "at least one token"),
         (lambda: generate_composed(tiny_model("*"), tokens(4, 2), [1], composition=Composition()), "continues one context"),
     ],
