@@ -268,6 +268,20 @@ class Experiment:
                 raise ValueError(f"phase {name!r}: {e}") from None
         return found
 
+    def trained_before(self, name: str, models: Mapping[str, ModelConfig]) -> frozenset[str]:
+        """Returns the names of the parameters that phases before one train, so that they are not the source's when it begins.
+
+        Args:
+          name: the phase's.
+          models: see `models`.
+        """
+        found: set[str] = set()
+        for earlier, phase in self.phases:
+            if earlier == name:
+                break
+            found |= trained_names(models[earlier], phase.trainable)
+        return frozenset(found)
+
     def _check_phases(self, source: ModelConfig) -> None:
         if self.select is not None:
             self.select.check(source, self.meshes()[0])

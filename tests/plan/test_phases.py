@@ -11,9 +11,14 @@ from hybrid_jax.experiment_config import Experiment
 from hybrid_jax.families import config_to_hf
 from hybrid_jax.fields import load_experiment_config
 from hybrid_jax.parallel.mesh import abstract_mesh
+from hybrid_jax.parameters import join_model, split_model
 from hybrid_jax.plan.planner import make_plan, meshes
 from hybrid_jax.plan.program import Job, make_program, training_program
-from tests.conftest import tiny_config
+from hybrid_jax.priming.fuse import fuse, share
+from hybrid_jax.priming.initialize import initialize_hybrid
+from hybrid_jax.train import Phase
+from hybrid_jax.train.phase_layout import PhaseLayout
+from tests.conftest import tiny_config, tiny_model
 
 SMALL = ("batch_size=4", "seq_len=128", "accumulate=2", "steps=8", "decay_steps=1")
 PROGRAM = "import sys; from hybrid_jax.commands.main import main; sys.exit(main(sys.argv[1:]))"
@@ -85,3 +90,22 @@ def test_no_formula_describes_the_stages_of_mohawk_on_gpus(arguments):
         ValueError, match="'align_decoder' cannot be planned for h100:2: .* next_token, align_none; plan it for a TPU"
     ):
         make_plan(job, "h100:2", {"fsdp": 2})
+
+
+def test_a_plan_counts_the_teacher_s_copies_of_what_phases_before_have_trained():
+    source, rows = tiny_config("*-*"), dict(steps=2, batch_size=2, seq_len=32)
+    trained = (r"\.mlp\.", r"layers\.0\.self_attn\.")  # of layer 0 the second phase takes the source's attention
+    first = Phase(objective="next_token", form="unfused", trainable=trained, **rows)
+    second = Phase(objective="distill", form="fused", pattern="GDN-GDN", trainable=(r"\.gdn\.",), **rows)
+    experiment = Experiment(source="there", pattern="*-GDN", phases=(("first", first), ("second", second)))
+    models = experiment.models(source)
+    job = Job.of_phase(models["second"], second, source, changed=experiment.trained_before("second", models))
+    before = tiny_model("*-*")
+    model = initialize_hybrid(before, "GDN-GDN")
+    for name, x in (parameters := split_model(model)[1]).items():
+        parameters[name] = x + 1 if ".mlp." in name else x
+    model = fuse(join_model(split_model(model)[0], parameters), before)
+    copied = PhaseLayout(model, second, share(before, model)).copied  # as the loop finds it
+    assert copied == {name for name in parameters if ".mlp." in name}
+    assert make_program(job, abstract_mesh({})).teacher == sum(4 * parameters[name].size for name in copied)
+    assert experiment.trained_before("first", models) == frozenset()
