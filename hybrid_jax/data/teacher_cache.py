@@ -16,11 +16,18 @@ import numpy as np
 from hybrid_jax.files import new_directory, write_text
 
 RECORD = "cache.json"
+DEFAULT_K = 64  # tokens kept of every distribution, where nothing else is said
 
 
 def shortened(value: Any) -> str:
     """Formats a value for a message; a hash is shortened to its beginning."""
     return value[:12] + "..." if isinstance(value, str) and len(value) == 64 else str(value)
+
+
+def tokens_kept(path: str | pathlib.Path) -> int:
+    """Returns how many tokens of every distribution a cache keeps; `DEFAULT_K` where there is none yet."""
+    record = pathlib.Path(path) / RECORD
+    return json.loads(record.read_text())["k"] if record.exists() else DEFAULT_K
 
 
 class TeacherCache:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from hybrid_jax.config import ATTENTION, ModelConfig
 from hybrid_jax.data.layout import abstract_batch
+from hybrid_jax.data.teacher_cache import tokens_kept
 from hybrid_jax.flops import count_flops, traced
 from hybrid_jax.hardware import GIB
 from hybrid_jax.mixers import KINDS
@@ -35,6 +36,7 @@ from hybrid_jax.train.teacher import with_student_ids
 from kernels_pallas.lab.operations import Operation, read_operations
 
 PROGRAMS = ("align", "train", "decode", "distill")
+EPOCH = 10**6  # steps of an epoch, whose rows are not known: more than any warm-up and decay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Job:
           teacher: the model that the phase names as its teacher and runs in its step; None: there is none.
           changed: see `Experiment.trained_before`.
         """
-        phase = phase.with_rows(phase.batch_size)  # how many steps there are makes no difference to one of them
+        phase = phase.with_rows(EPOCH * phase.batch_size)  # how many steps there are makes no difference to one of them
         program = "align" if model.is_fused else "train" if teacher is None else "distill"
         step = (phase.seq_len, phase.batch_size, phase.trainable, phase.remat)
         return cls(model.unfused(), program, *step, source, teacher, phase, changed)
@@ -127,6 +129,11 @@ class Job:
             frozen_dtype="bfloat16",
             remat=self.remat,
         )
+
+    @property
+    def aligns(self) -> bool:
+        """Whether the step runs the teacher's stream beside the student's; a phase may train a fused model without it."""
+        return self.program == "align" and (self.given is None or OBJECTIVES[self.given.objective].two_streams)
 
     @property
     def title(self) -> str:
@@ -250,7 +257,8 @@ def training_program(
     state_shardings = layout.state_shardings(mesh, state)
     state = _sharded_shapes(state_shardings, state)
     frozen = _sharded_shapes(layout.frozen_shardings(mesh, frozen), frozen)
-    batch = abstract_batch(phase.batch_size, phase.seq_len, NamedSharding(mesh, partition_spec(mesh, TOKENS)))
+    kept = tokens_kept(phase.teacher_cache) if phase.teacher_cache else 0
+    batch = abstract_batch(phase.batch_size, phase.seq_len, NamedSharding(mesh, partition_spec(mesh, TOKENS)), kept)
     local = phase.rows_at_a_time * phase.seq_len / math.prod(mesh.shape[a] for a in (*BATCH_AXES, "seq"))
     inputs, heads = config.num_layers * config.hidden_size, attentions(config, config.layers)
     outputs = config.head_dim * sum(a.heads // (mesh.shape["tensor"] if a.sharded else 1) for a in heads)
