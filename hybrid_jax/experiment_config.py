@@ -234,7 +234,13 @@ class Experiment:
         for number, (name, phase) in enumerate(self.phases, start=1):
             if phase.teacher_cache and not done[name]:
                 described = phase.described_rows(self.mix_of(phase), self.seed + number)
-                TeacherCache(phase.teacher_cache, made_of=cached_teacher(phase), **described).check(phase.steps)
+                cache = TeacherCache(phase.teacher_cache, made_of=cached_teacher(phase), **described)
+                if cache.names_teacher and not phase.teacher:
+                    raise ValueError(
+                        f"phase {name!r} has no teacher, but {phase.teacher_cache} holds the answers of one that a phase named; "
+                        "name it in phase.teacher, or make a cache of the source's answers with hybrid-jax cache-teacher"
+                    )
+                cache.check(phase.steps)
 
     def models(self, source: ModelConfig) -> dict[str, ModelConfig]:
         """Returns the config of the model with which each phase begins, in the phase's pattern and form, by the phase's name.

@@ -16,6 +16,7 @@ import numpy as np
 from hybrid_jax.files import new_directory, write_text
 
 RECORD = "cache.json"
+TEACHER_FILES = "teacher_files"  # in the record: which files are the teacher that the phase names
 DEFAULT_K = 64  # tokens kept of every distribution, where nothing else is said
 
 
@@ -41,6 +42,9 @@ class TeacherCache:
         `teacher` if one is loaded, `teacher_files` if the phase names one (`train.teacher`). Entries that are not given are not
         compared.
 
+    Attributes:
+      names_teacher: whether the phase for which it was made named its teacher.
+
     Raises:
       ValueError: the directory holds a cache of other rows or of another teacher; names the first difference.
       FileNotFoundError: it holds none.
@@ -65,12 +69,12 @@ class TeacherCache:
         if not record.exists():
             raise FileNotFoundError(f"{path} holds no teacher's answers; make them with hybrid-jax cache-teacher")
         found = json.loads(record.read_text())
-        self.k = found["k"]
+        self.k, self.names_teacher = found["k"], TEACHER_FILES in found
         for name, value in {**wanted, "k": self.k if k is None else k}.items():
             if name not in found:
                 raise ValueError(f"{path} does not say with which {name} it was made; remove it and make it again")
             if found[name] != value:
-                who = {"teacher": "this teacher is", "teacher_files": "this phase's teacher has"}.get(name, "this phase has")
+                who = {"teacher": "this teacher is", TEACHER_FILES: "this phase's teacher has"}.get(name, "this phase has")
                 raise ValueError(
                     f"{path} was made with {name} = {shortened(found[name])}, {who} {shortened(value)}; make another with "
                     "hybrid-jax cache-teacher, in another directory"
