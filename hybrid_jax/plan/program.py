@@ -249,7 +249,8 @@ def training_program(
     elif OBJECTIVES[phase.objective].two_streams:
         structure, own = split_model(model)
         differ = changed & abstract_parameters(config.unfused()).keys()
-        source = join_model(structure, {n: jax.ShapeDtypeStruct(x.shape, x.dtype) if n in differ else x for n, x in own.items()})
+        known: Any = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) if n in differ else x for n, x in own.items()}
+        source = join_model(structure, known)
     layout = PhaseLayout(model, phase, source)
     trainable, frozen = layout.split(shapes)
     copies = layout.copies(taught)
