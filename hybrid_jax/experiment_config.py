@@ -234,7 +234,13 @@ class Experiment:
         for number, (name, phase) in enumerate(self.phases, start=1):
             if phase.teacher_cache and not done[name]:
                 described = phase.described_rows(self.mix_of(phase), self.seed + number)
-                TeacherCache(phase.teacher_cache, made_of=cached_teacher(phase), **described).check(phase.steps)
+                cache = TeacherCache(phase.teacher_cache, made_of=cached_teacher(phase), **described)
+                if cache.names_teacher and not phase.teacher:
+                    raise ValueError(
+                        f"phase {name!r} has no teacher, but {phase.teacher_cache} holds the answers of one that a phase named; "
+                        "name it in phase.teacher, or make a cache of the source's answers with hybrid-jax cache-teacher"
+                    )
+                cache.check(phase.steps)
 
     def models(self, source: ModelConfig) -> dict[str, ModelConfig]:
         """Returns the config of the model with which each phase begins, in the phase's pattern and form, by the phase's name.
@@ -267,6 +273,20 @@ class Experiment:
             except ValueError as e:
                 raise ValueError(f"phase {name!r}: {e}") from None
         return found
+
+    def trained_before(self, name: str, models: Mapping[str, ModelConfig]) -> frozenset[str]:
+        """Returns the names of the parameters that phases before one train, so that they are not the source's when it begins.
+
+        Args:
+          name: the phase's.
+          models: see `models`.
+        """
+        found: set[str] = set()
+        for earlier, phase in self.phases:
+            if earlier == name:
+                break
+            found |= trained_names(models[earlier], phase.trainable)
+        return frozenset(found)
 
     def _check_phases(self, source: ModelConfig) -> None:
         if self.select is not None:

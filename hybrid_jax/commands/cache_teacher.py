@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=directory,
         help="a model directory with the source's tokenizer; default: the phase's teacher, or else the source itself",
     )
-    parser.add_argument("--k", type=integer(minimum=1), default=64, help="tokens kept of every distribution")
+    parser.add_argument("--k", type=integer(minimum=1), help="tokens kept of every distribution; default: 64")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> None:
 
     from hybrid_jax.convert import check_model_directory, load_model
     from hybrid_jax.data import check_same_ids, check_tokenizer_fits, load_tokenizer, read_corpus
+    from hybrid_jax.data.teacher_cache import DEFAULT_K
     from hybrid_jax.experiment_config import Experiment
     from hybrid_jax.fields import load_experiment_config
     from hybrid_jax.parallel.distributed import say
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     teacher = load_model(given or source, dtype=jnp.float32, mesh=mesh)
     teacher = teach_student_ids(teacher, student) if given else teacher
     corpus = read_corpus(experiment.data, source, student.extra.get("eos_token_id"))
-    mix, seed = experiment.mix_of(phase), experiment.seed + number
+    mix, seed, k = experiment.mix_of(phase), experiment.seed + number, args.k or DEFAULT_K
     phase = phase.in_steps(corpus, mix, seed)
-    cache_teacher(teacher, phase, corpus, mix, seed=seed, out=pathlib.Path(phase.teacher_cache), k=args.k, mesh=mesh)
-    say(f"{phase.teacher_cache}: {phase.steps:,} steps of {phase.batch_size} rows, the {args.k} top-k tokens each")
+    cache_teacher(teacher, phase, corpus, mix, seed=seed, out=pathlib.Path(phase.teacher_cache), k=k, mesh=mesh)
+    say(f"{phase.teacher_cache}: {phase.steps:,} steps of {phase.batch_size} rows, the {k} top-k tokens each")

@@ -108,7 +108,9 @@ def _job_of_phase(args: argparse.Namespace) -> tuple[Job, dict[str, int]]:
     phase, source = phases[args.phase], experiment.with_mixer_options(_config_of("config.source", experiment.source))
     in_step = phase.teacher and OBJECTIVES[phase.objective].two_streams
     teacher = _config_of(f"config.phases.{args.phase}.teacher", phase.teacher) if in_step else None
-    return Job.of_phase(experiment.models(source)[args.phase], phase, source, teacher), dict(phase.mesh or experiment.mesh)
+    models = experiment.models(source)
+    changed = experiment.trained_before(args.phase, models)
+    return Job.of_phase(models[args.phase], phase, source, teacher, changed), dict(phase.mesh or experiment.mesh)
 
 
 def run(args: argparse.Namespace) -> None:

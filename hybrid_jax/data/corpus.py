@@ -156,7 +156,7 @@ class Corpus:
             if name in self.tasks:
                 found[name] = [*self.markers, *self.symbols, dict(self.tasks[name])]
                 if TASKS[self.tasks[name]["task"]].reads_text:
-                    found[name].append(self._digest(next(iter(self.train))))
+                    found[name].append(self._digest(self.first_text))
                 continue
             source = self.sources[name]
             found[f"{name}.tokens"] = self._digest(name)
@@ -176,7 +176,7 @@ class Corpus:
           length: tokens per row.
           seed: decides the rows.
           weight: of an answer in the loss.
-          held_out: whether text that a task stands in is of the held-out part of the first source, or of its training part.
+          held_out: whether text that a task stands in is of the held-out part of `first_text`, or of its training part.
           options: replace those that the task has here.
 
         Raises:
@@ -185,9 +185,12 @@ class Corpus:
         if name not in self.tasks:
             raise ValueError(f"no synthetic task is named {name!r}; have {', '.join(self.tasks)}")
         given = {**self.tasks[name], **options}
-        first = next(iter(self.train))
-        shards, part = (self.held_out[first], "held-out") if held_out else (self.train[first], "training")
-        text = functools.cache(lambda length: self._packed(first, shards, length, part, "split"))  # filler has no padding
+        sources, part = (self.held_out, "held-out") if held_out else (self.train, "training")
+
+        @functools.cache
+        def text(length: int) -> PackedRows:
+            return self._packed(self.first_text, sources[self.first_text], length, part, "split")  # filler has no padding
+
         return make_task(given.pop("task"), given, Material(self.symbols, *self.markers, text), length, seed=seed, weight=weight)
 
     def rows(self, name: str, length: int, seed: int, answer_weight: float = 1.0) -> Rows:
@@ -213,20 +216,29 @@ class Corpus:
         """The names of the sources that are no preference pairs, in their order."""
         return tuple(name for name in self.train if not self.has_pairs(name))
 
+    @property
+    def first_text(self) -> str:
+        """The name of the first source that is no preference pairs.
+
+        Raises:
+          ValueError: there is none.
+        """
+        if not self.texts:
+            raise ValueError("every source has preference pairs, whose next-token loss says nothing; name a source of text too")
+        return self.texts[0]
+
     def held_out_rows(self, length: int, name: str | None = None, pairs: bool = False) -> PackedRows:
         """Returns the rows of a source's held-out part.
 
         Args:
           length: tokens per row.
-          name: of the source; default: the first one that is no preference pairs.
+          name: of the source; default: `first_text`.
           pairs: whether the source has preference pairs, whose rows only the objective `dpo` reads.
 
         Raises:
           ValueError: no source has that name, or its held-out part does not fill one row; or it has pairs, and is not to have them.
         """
-        name = next(iter(self.texts), None) if name is None else name
-        if name is None:
-            raise ValueError("every source has preference pairs, whose next-token loss says nothing; name a source of text too")
+        name = self.first_text if name is None else name
         if name not in self.held_out:
             raise ValueError(f"no source is named {name!r}; have {', '.join(self.held_out)}")
         if self.has_pairs(name) != pairs:

@@ -40,7 +40,15 @@ def training_batch(rows: Mapping[str, np.ndarray], seq_devices: int = 1) -> dict
     return {name: to_zigzag(x, seq_devices) for name, x in batch.items()}
 
 
-def abstract_batch(rows: int, length: int, sharding: jax.sharding.Sharding | None = None) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes [rows, length] of a `training_batch`, with a sharding if one is given."""
+def abstract_batch(
+    rows: int, length: int, sharding: jax.sharding.Sharding | None = None, k: int = 0
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes [rows, length] of a `training_batch`, with a sharding if one is given.
+
+    Args:
+      k: tokens of every cached distribution of a teacher, whose arrays `TEACHER` the batch then has too; 0: it has none.
+    """
     dtypes = dict(input_ids="int32", segment_ids="int32", positions="int32", targets="int32", weights="float32")
-    return {name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharding) for name, dtype in dtypes.items()}
+    found = {name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharding) for name, dtype in dtypes.items()}
+    cached = dict(zip(TEACHER, ("int32", "float32"), strict=True)) if k else {}
+    return found | {name: jax.ShapeDtypeStruct((rows, length, k), dtype, sharding=sharding) for name, dtype in cached.items()}

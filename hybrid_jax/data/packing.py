@@ -6,7 +6,7 @@ and i alone.
 
 Rows of preference pairs (`PAIRS`) hold each pair in two segments, one after the other: segment 2 n - 1 is the chosen conversation
 of the row's n-th pair, segment 2 n the rejected one. So a pair is always in one microbatch and on the devices of one row, every row
-has the same shape, and a row has little padding however short the pairs are.
+has the same shape, and a row has little padding unless its pairs are so short that it holds `PAIRS_IN_ROW` of them.
 """
 
 from __future__ import annotations

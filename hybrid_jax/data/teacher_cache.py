@@ -16,11 +16,19 @@ import numpy as np
 from hybrid_jax.files import new_directory, write_text
 
 RECORD = "cache.json"
+TEACHER_FILES = "teacher_files"  # in the record: which files are the teacher that the phase names
+DEFAULT_K = 64  # tokens kept of every distribution, where nothing else is said
 
 
 def shortened(value: Any) -> str:
     """Formats a value for a message; a hash is shortened to its beginning."""
     return value[:12] + "..." if isinstance(value, str) and len(value) == 64 else str(value)
+
+
+def tokens_kept(path: str | pathlib.Path) -> int:
+    """Returns how many tokens of every distribution a cache keeps; `DEFAULT_K` where there is none yet."""
+    record = pathlib.Path(path) / RECORD
+    return json.loads(record.read_text())["k"] if record.exists() else DEFAULT_K
 
 
 class TeacherCache:
@@ -33,6 +41,9 @@ class TeacherCache:
       made_of: what else decides the teacher's answers: the rows' text, packing and tokenizer (`Corpus.identity`), and
         `teacher` if one is loaded, `teacher_files` if the phase names one (`train.teacher`). Entries that are not given are not
         compared.
+
+    Attributes:
+      names_teacher: whether the phase for which it was made named its teacher.
 
     Raises:
       ValueError: the directory holds a cache of other rows or of another teacher; names the first difference.
@@ -58,12 +69,12 @@ class TeacherCache:
         if not record.exists():
             raise FileNotFoundError(f"{path} holds no teacher's answers; make them with hybrid-jax cache-teacher")
         found = json.loads(record.read_text())
-        self.k = found["k"]
+        self.k, self.names_teacher = found["k"], TEACHER_FILES in found
         for name, value in {**wanted, "k": self.k if k is None else k}.items():
             if name not in found:
                 raise ValueError(f"{path} does not say with which {name} it was made; remove it and make it again")
             if found[name] != value:
-                who = {"teacher": "this teacher is", "teacher_files": "this phase's teacher has"}.get(name, "this phase has")
+                who = {"teacher": "this teacher is", TEACHER_FILES: "this phase's teacher has"}.get(name, "this phase has")
                 raise ValueError(
                     f"{path} was made with {name} = {shortened(found[name])}, {who} {shortened(value)}; make another with "
                     "hybrid-jax cache-teacher, in another directory"

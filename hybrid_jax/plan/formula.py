@@ -54,7 +54,7 @@ def _streams(job: Job) -> tuple[list[MixerSpec], list[MixerSpec]]:
     """Returns the layers of the stream that learns, and those of the teacher's stream, which there is only when aligning; another
     model that teaches is no stream.
     """
-    teacher = job.model_config.teacher().layers if job.program == "align" else ()
+    teacher = job.model_config.teacher().layers if job.aligns else ()
     return list(job.config.layers), list(teacher)
 
 
@@ -86,7 +86,7 @@ def flops_by_formula(job: Job) -> float:
         return job.tokens * (layers + 2 * seen + head)
     found = layers * (2 if job.remat == "none" else 3) + 2 * numbers(trains)
     found += seen * ((4 if job.remat == "full" else 2) + 5)
-    if job.program == "align":
+    if job.aligns:
         found += 2 * numbers(abstract_parameters(job.model_config.teacher())) + 2 * product * _keys_seen(job, c, teaching)
     else:
         learned = TABLE if c.tie_embeddings else "lm_head.kernel"
@@ -174,24 +174,25 @@ def _parameters(found: Traffic, job: Job, sizes: Sizes) -> None:
     """Counts all-gathers of parameters, and reduce-scatters or all-reduces of the gradients of those that train.
 
     Parameters that only the teacher's stream reads are not gathered again for the gradient. Aligning does not read the head.
+    Every microbatch sums its own gradients over the devices; parameters are the same in all of them, and are gathered once.
     """
-    forward, backward = _passes(job)
+    (forward, backward), parts = _passes(job), job.rows // job.rows_at_a_time
     trains = set() if job.program == "decode" else trained_names(job.model_config, job.phase.trainable)
     own = abstract_parameters(job.config)
     tokens = (*BATCH_AXES, "seq")
-    for name, sharded, gathered, size in _sharded(found, job.model_config, sizes):
+    for name, sharded, gathered, size in _sharded(found, job.model_config if job.aligns else job.config, sizes):
         table = name == TABLE
         head = name.startswith("lm_head.") or (table and job.config.tie_embeddings)
         if not (table or head):
             found.add("all-gather of parameters", gathered, size, forward if name in own else 1)
-        elif head and job.program != "align":  # once for both passes; a table that is no head is never gathered
+        elif head and not job.aligns:  # once for both passes; a table that is no head is never gathered
             found.add("all-gather of parameters", gathered, size)
         if name in trains and backward:
             if not table:
-                found.add("reduce-scatter of gradients", gathered, size)
+                found.add("reduce-scatter of gradients", gathered, size, parts)
             rest = tuple(a for a in tokens if a not in sharded)
             share = size / found.devices(gathered) * (SUM / COMPUTE if table else 1)
-            found.add("all-reduce of gradients", rest, share, 2)
+            found.add("all-reduce of gradients", rest, share, 2 * parts)
 
 
 def _sharded(found: Traffic, config: ModelConfig, sizes: Sizes) -> Iterator[tuple[str, Axes, Axes, float]]:
@@ -230,7 +231,7 @@ def _activations(found: Traffic, job: Job, sizes: Sizes) -> None:
     # per layer and pass: forward behind the mixer and behind the MLP, if there is one, backward in front of them
     found.add("all-reduce of activations", ("tensor",), hidden * c.num_layers * (1 + c.has_mlp) * passes, 2)
     # the embedding, and the head's gradient
-    found.add("all-reduce of activations", ("tensor",), hidden * (1 + (job.program in ("train", "distill"))), 2)
+    found.add("all-reduce of activations", ("tensor",), hidden * (1 + (job.program != "decode" and not job.aligns)), 2)
     found.add("all-to-all of embeddings", RULES["embed"], hidden * (1 + learned))
     if c.moe and (n := sizes.get("expert", 1)) > 1:  # each token and what experts add to it pass every device and return
         found.add("tokens to experts", ("expert",), 2 * hidden * c.num_layers * passes * n * n / (n - 1))

@@ -16,13 +16,14 @@ from jax.sharding import Mesh, NamedSharding
 
 from hybrid_jax.config import ATTENTION, ModelConfig
 from hybrid_jax.data.layout import abstract_batch
+from hybrid_jax.data.teacher_cache import tokens_kept
 from hybrid_jax.flops import count_flops, traced
 from hybrid_jax.hardware import GIB
 from hybrid_jax.mixers import KINDS
 from hybrid_jax.model import abstract_decoder
 from hybrid_jax.parallel.mesh import BATCH_AXES, check_mesh_fits
 from hybrid_jax.parallel.sharding import TOKENS, parameter_sharding, partition_spec
-from hybrid_jax.parameters import abstract_parameters, join_model, logical_axes
+from hybrid_jax.parameters import abstract_parameters, join_model, logical_axes, split_model
 from hybrid_jax.plan.attentions import attentions
 from hybrid_jax.plan.bound import RECURRENCES
 from hybrid_jax.plan.wire import wire_bytes
@@ -35,6 +36,7 @@ from hybrid_jax.train.teacher import with_student_ids
 from kernels_pallas.lab.operations import Operation, read_operations
 
 PROGRAMS = ("align", "train", "decode", "distill")
+EPOCH = 10**6  # steps of an epoch, whose rows are not known: more than any warm-up and decay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Job:
       source: what is converted, whose mixers teach those that begin from them (`copies.COPIES`); None: attention teaches.
       teacher: of `distill`, the model that teaches; its rows of ids that `config` has not are left out.
       given: the phase whose step is planned; None: one that is made from the other fields.
+      changed: names of the parameters that are not the source's any more, because phases before have trained them.
 
     Raises:
       ValueError: an unknown program, `align` for a model without mixers, `distill` without a teacher or with one that cannot teach
@@ -67,9 +70,17 @@ class Job:
     source: ModelConfig | None = None
     teacher: ModelConfig | None = None
     given: Phase | None = None
+    changed: frozenset[str] = frozenset()
 
     @classmethod
-    def of_phase(cls, model: ModelConfig, phase: Phase, source: ModelConfig, teacher: ModelConfig | None = None) -> Job:
+    def of_phase(
+        cls,
+        model: ModelConfig,
+        phase: Phase,
+        source: ModelConfig,
+        teacher: ModelConfig | None = None,
+        changed: frozenset[str] = frozenset(),
+    ) -> Job:
         """Returns the job of one step of an experiment's phase.
 
         Args:
@@ -77,11 +88,12 @@ class Job:
           phase: what trains, on which rows, with which objective; its mesh is not read.
           source: what is converted.
           teacher: the model that the phase names as its teacher and runs in its step; None: there is none.
+          changed: see `Experiment.trained_before`.
         """
-        phase = phase.with_rows(phase.batch_size)  # how many steps there are makes no difference to one of them
+        phase = phase.with_rows(EPOCH * phase.batch_size)  # how many steps there are makes no difference to one of them
         program = "align" if model.is_fused else "train" if teacher is None else "distill"
         step = (phase.seq_len, phase.batch_size, phase.trainable, phase.remat)
-        return cls(model.unfused(), program, *step, source, teacher, phase)
+        return cls(model.unfused(), program, *step, source, teacher, phase, changed)
 
     def __post_init__(self):
         if self.program not in PROGRAMS:
@@ -117,6 +129,11 @@ class Job:
             frozen_dtype="bfloat16",
             remat=self.remat,
         )
+
+    @property
+    def aligns(self) -> bool:
+        """Whether the step runs the teacher's stream beside the student's; a phase may train a fused model without it."""
+        return self.program == "align" and (self.given is None or OBJECTIVES[self.given.objective].two_streams)
 
     @property
     def title(self) -> str:
@@ -199,7 +216,13 @@ class Program:
         return self.parameters + self.optimizer + self.caches + self.kept
 
 
-def training_program(config: ModelConfig, phase: Phase, mesh: Mesh, teacher: ModelConfig | None = None) -> Program:
+def training_program(
+    config: ModelConfig,
+    phase: Phase,
+    mesh: Mesh,
+    teacher: ModelConfig | None = None,
+    changed: frozenset[str] = frozenset(),
+) -> Program:
     """Builds exactly the step that `train.loop` runs.
 
     Args:
@@ -207,6 +230,7 @@ def training_program(config: ModelConfig, phase: Phase, mesh: Mesh, teacher: Mod
       phase: what trains, on which rows, with which objective.
       mesh: of all five axes.
       teacher: the model of `phase.teacher`, of which no weights are needed.
+      changed: names of the student's parameters that are not the source's; where the source teaches, it has its own.
 
     Raises:
       ValueError: the mesh does not divide the model or the batch, or the teacher is missing or cannot teach the model.
@@ -218,17 +242,24 @@ def training_program(config: ModelConfig, phase: Phase, mesh: Mesh, teacher: Mod
     check_mesh_fits(config, mesh, phase.rows_at_a_time, phase.seq_len, teacher)
     model = apply_phase_settings(abstract_decoder(config), phase)
     shapes: Any = abstract_parameters(config)  # shapes go where `PhaseLayout` is annotated with arrays
-    layout, taught = PhaseLayout(model, phase), shapes
+    taught, source = shapes, None
     if teacher is not None:
         teacher = with_student_ids(teacher, config)
-        layout, taught = PhaseLayout(model, phase, abstract_decoder(teacher)), abstract_parameters(teacher)
+        taught, source = abstract_parameters(teacher), abstract_decoder(teacher)
+    elif OBJECTIVES[phase.objective].two_streams:
+        structure, own = split_model(model)
+        differ = changed & abstract_parameters(config.unfused()).keys()
+        known: Any = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) if n in differ else x for n, x in own.items()}
+        source = join_model(structure, known)
+    layout = PhaseLayout(model, phase, source)
     trainable, frozen = layout.split(shapes)
     copies = layout.copies(taught)
     state, frozen = jax.eval_shape(layout.make_state, trainable), jax.eval_shape(layout.make_frozen, frozen, copies)
     state_shardings = layout.state_shardings(mesh, state)
     state = _sharded_shapes(state_shardings, state)
     frozen = _sharded_shapes(layout.frozen_shardings(mesh, frozen), frozen)
-    batch = abstract_batch(phase.batch_size, phase.seq_len, NamedSharding(mesh, partition_spec(mesh, TOKENS)))
+    kept = tokens_kept(phase.teacher_cache) if phase.teacher_cache else 0
+    batch = abstract_batch(phase.batch_size, phase.seq_len, NamedSharding(mesh, partition_spec(mesh, TOKENS)), kept)
     local = phase.rows_at_a_time * phase.seq_len / math.prod(mesh.shape[a] for a in (*BATCH_AXES, "seq"))
     inputs, heads = config.num_layers * config.hidden_size, attentions(config, config.layers)
     outputs = config.head_dim * sum(a.heads // (mesh.shape["tensor"] if a.sharded else 1) for a in heads)
@@ -283,7 +314,9 @@ def make_program(job: Job, mesh: Mesh) -> Program:
       ValueError: the mesh does not divide the model or the batch.
     """
     return (
-        decoding_program(job, mesh) if job.program == "decode" else training_program(job.model_config, job.phase, mesh, job.teacher)
+        decoding_program(job, mesh)
+        if job.program == "decode"
+        else training_program(job.model_config, job.phase, mesh, job.teacher, job.changed)
     )
 
 

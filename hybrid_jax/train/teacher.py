@@ -12,6 +12,7 @@ from flax import nnx
 
 from hybrid_jax.config import ModelConfig
 from hybrid_jax.convert.weights import weight_files
+from hybrid_jax.data.teacher_cache import TEACHER_FILES
 from hybrid_jax.files import read_json
 from hybrid_jax.model import Decoder, abstract_decoder
 from hybrid_jax.parameters import join_model, logical_axes, split_model
@@ -67,7 +68,7 @@ def cached_teacher(phase: Phase) -> dict[str, str]:
 
     It is read from the files, so that a phase can be checked against its cache without loading the teacher.
     """
-    return {"teacher_files": files_digest(phase.teacher)} if phase.teacher else {}
+    return {TEACHER_FILES: files_digest(phase.teacher)} if phase.teacher else {}
 
 
 def files_digest(directory: str | pathlib.Path) -> str:

@@ -11,6 +11,7 @@ from hybrid_jax.data.packing import PAIRS_IN_ROW, PackedRows
 from hybrid_jax.data.prepare import prepare
 from hybrid_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from hybrid_jax.data.tokens import Tokens
+from hybrid_jax.selection.scorers.rows import OnRows
 
 ASKED, GOOD, BAD = ({"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("assistant", "c")))
 TEMPLATE = (
@@ -119,3 +120,22 @@ def test_a_packing_cannot_be_chosen_for_pairs(directory, tmp_path):
     corpus = read_corpus({"sources": {"mine": {"path": path, "packing": "split"}}}, directory)
     with pytest.raises(ValueError, match="data.sources.mine has preference pairs, which are not packed by 'split'"):
         corpus.rows("mine", 64, 0)
+
+
+def test_a_task_stands_in_text_and_not_in_pairs_of_which_the_rejected_answers_would_be_learned(directory, tmp_path):
+    pairs = written(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "d" * 50, "rejected": "e" * 50}] * 40)
+    (tmp_path / "text.txt").write_text("abc " * 4000)
+    sources = {"first": {"path": pairs}, "web": {"path": str(tmp_path / "text.txt")}}
+    corpus, alone, only = (
+        read_corpus({"sources": {name: sources[name] for name in names}}, directory)
+        for names in (("first", "web"), ("web",), ("first",))
+    )
+    assert corpus.identity({"needles": 1.0}) == alone.identity({"needles": 1.0})
+    found, wanted = (
+        [c.rows("needles", 120, 0)[0], c.task("needles", 120, 0, held_out=True)[0], OnRows(seq_len=120).text_rows(c)[0]]
+        for c in (corpus, alone)
+    )
+    assert all(np.array_equal(a["input_ids"], b["input_ids"]) for a, b in zip(found, wanted, strict=True))
+    with pytest.raises(ValueError, match="every source has preference pairs"):
+        only.rows("needles", 120, 0)[0]
+    assert len(only.rows("retrieval", 120, 0)[0]["input_ids"]) == 120  # a task that stands in no text

@@ -46,7 +46,7 @@ MUTATIONS = [
         (f"{PLAN}::test_of_gpus_is_known_what_a_step_must_hold_and_not_whether_it_fits",),
     ),
     Mutation(FORMULA, "forward if name in own else 1)", "forward)", "the teacher is gathered for a gradient", ALIGNING),
-    Mutation(FORMULA, 'elif head and job.program != "align":', "elif head:", "aligning gathers the head", ALIGNING),
+    Mutation(FORMULA, "elif head and not job.aligns:", "elif head:", "aligning gathers the head", ALIGNING),
     Mutation(FORMULA, "hidden * (1 + learned))", "hidden * (1 + backward))", "a frozen table sends gradients", ALIGNING),
     Mutation(FORMULA, "(SUM / COMPUTE if table else 1)", "1", "the table's gradient is summed in bf16", COPIES),
     Mutation(

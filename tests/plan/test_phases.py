@@ -4,16 +4,24 @@ import json
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from hybrid_jax.commands.main import main
+from hybrid_jax.data.teacher_cache import DEFAULT_K, TeacherCache
 from hybrid_jax.experiment_config import Experiment
 from hybrid_jax.families import config_to_hf
 from hybrid_jax.fields import load_experiment_config
-from hybrid_jax.parallel.mesh import abstract_mesh
+from hybrid_jax.parallel.mesh import abstract_mesh, make_mesh
+from hybrid_jax.parameters import join_model, split_model
+from hybrid_jax.plan.formula import flops_by_formula, traffic
 from hybrid_jax.plan.planner import make_plan, meshes
-from hybrid_jax.plan.program import Job, make_program, training_program
-from tests.conftest import tiny_config
+from hybrid_jax.plan.program import Job, make_program, program_flops, training_program
+from hybrid_jax.priming.fuse import fuse, share
+from hybrid_jax.priming.initialize import initialize_hybrid
+from hybrid_jax.train import Phase
+from hybrid_jax.train.phase_layout import PhaseLayout
+from tests.conftest import tiny_config, tiny_model
 
 SMALL = ("batch_size=4", "seq_len=128", "accumulate=2", "steps=8", "decay_steps=1")
 PROGRAM = "import sys; from hybrid_jax.commands.main import main; sys.exit(main(sys.argv[1:]))"
@@ -85,3 +93,60 @@ def test_no_formula_describes_the_stages_of_mohawk_on_gpus(arguments):
         ValueError, match="'align_decoder' cannot be planned for h100:2: .* next_token, align_none; plan it for a TPU"
     ):
         make_plan(job, "h100:2", {"fsdp": 2})
+
+
+def test_a_plan_counts_the_teacher_s_copies_of_what_phases_before_have_trained():
+    source, rows = tiny_config("*-*"), dict(steps=2, batch_size=2, seq_len=32)
+    trained = (r"\.mlp\.", r"layers\.0\.self_attn\.")  # of layer 0 the second phase takes the source's attention
+    first = Phase(objective="next_token", form="unfused", trainable=trained, **rows)
+    second = Phase(objective="distill", form="fused", pattern="GDN-GDN", trainable=(r"\.gdn\.",), **rows)
+    experiment = Experiment(source="there", pattern="*-GDN", phases=(("first", first), ("second", second)))
+    models = experiment.models(source)
+    job = Job.of_phase(models["second"], second, source, changed=experiment.trained_before("second", models))
+    before = tiny_model("*-*")
+    model = initialize_hybrid(before, "GDN-GDN")
+    for name, x in (parameters := split_model(model)[1]).items():
+        parameters[name] = x + 1 if ".mlp." in name else x
+    model = fuse(join_model(split_model(model)[0], parameters), before)
+    copied = PhaseLayout(model, second, share(before, model)).copied  # as the loop finds it
+    assert copied == {name for name in parameters if ".mlp." in name}
+    assert make_program(job, abstract_mesh({})).teacher == sum(4 * parameters[name].size for name in copied)
+    assert experiment.trained_before("first", models) == frozenset()
+
+
+@pytest.mark.parametrize("schedule", [dict(warmup_steps=500), dict(schedule="wsd", decay_steps=200, warmup_fraction=0.1)])
+def test_a_phase_in_epochs_is_planned_whatever_its_schedule_is(schedule):
+    source = tiny_config("*-SWA")
+    phase = Phase(objective="dpo", epochs=1, mix={"pairs": 1.0}, batch_size=2, seq_len=32, **schedule)
+    assert make_program(Job.of_phase(source, phase, source), abstract_mesh({})).teacher > 0
+
+
+@pytest.mark.parametrize("k", [64, 3])
+def test_a_step_of_cached_answers_is_planned_before_they_are_made_and_with_as_many_as_there_are(k, tmp_path):
+    source, cache = tiny_config("*-SWA"), tmp_path / "cache"
+    if k != DEFAULT_K:
+        TeacherCache(cache, k, mix={"text": 1.0})
+    phase = Phase(objective="distill_cached", teacher_cache=str(cache), steps=1, batch_size=2, seq_len=32)
+    program = make_program(Job.of_phase(source, phase, source), make_mesh({"data": 1}, jax.devices()[:1]))
+    assert program.arguments[2]["teacher_ids"].shape == (2, 32, k)
+    assert program_flops(program)[0] > 0
+
+
+def test_a_formula_of_a_fused_model_s_next_token_has_no_teacher_s_stream():
+    source, rows = tiny_config("*-*"), dict(objective="next_token", steps=1, batch_size=4, seq_len=32)
+    hybrid, sizes = source.with_pattern("*-GDN"), {"fsdp": 2, "tensor": 2}
+    fused, unfused = (Job.of_phase(model, Phase(**rows), source) for model in (hybrid.fused(source), hybrid))
+    assert flops_by_formula(fused) == flops_by_formula(unfused)
+    assert traffic(fused, sizes).sent == traffic(unfused, sizes).sent
+
+
+def test_microbatches_send_their_gradients_each_by_itself():
+    source, sizes = tiny_config("*-SWA"), {"data": 2, "fsdp": 2}
+    one, four = (
+        traffic(
+            Job.of_phase(source, Phase(objective="next_token", steps=1, batch_size=16, seq_len=32, accumulate=n), source), sizes
+        ).by_kind()
+        for n in (1, 4)
+    )
+    of_gradients = {"all-reduce of gradients", "reduce-scatter of gradients"}
+    assert of_gradients < {*one} and four == {kind: n * (4 if kind in of_gradients else 1) for kind, n in one.items()}

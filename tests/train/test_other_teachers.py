@@ -322,6 +322,8 @@ def test_a_cache_says_whose_answers_it_holds(models, tmp_path, capsys):
         assert "was made with teacher" in said and "make another with hybrid-jax cache-teacher" in said
     assert not (tmp_path / "run").exists()
     assert main([*train, f"--workdir={tmp_path / 'run'}"]) == 0
+    assert main([*train, f"--workdir={tmp_path / 'other'}", "--config.phases.kd.teacher="]) == 1
+    assert "phase 'kd' has no teacher, but" in capsys.readouterr().err
     record = cache / "cache.json"
     record.write_text(json.dumps({n: x for n, x in json.loads(record.read_text()).items() if n != "teacher_files"}))
     assert main([*train, f"--workdir={tmp_path / 'other'}"]) == 1

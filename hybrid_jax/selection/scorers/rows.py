@@ -55,7 +55,7 @@ class OnRows:
 
     def text_rows(self, corpus: Corpus) -> list[Row]:
         """Returns the rows of text."""
-        text = corpus.rows(next(iter(corpus.train)), self.seq_len, SELECTION_SEED)
+        text = corpus.rows(corpus.first_text, self.seq_len, SELECTION_SEED)
         return [text[i] for i in evenly_spaced(len(text), self.rows)]
 
     def synthetic(self, corpus: Corpus) -> Task:
