@@ -6,7 +6,7 @@ The small source becomes a hybrid of Gated KalmaNet, Gated DeltaNet, Mamba-2 or 
 rows of 1,024 tokens. Then one needle is asked for in rows of 1,024, 2,048 and 4,096 tokens, by an ordinary pass, by the nine
 published compositions and by the exact one of the states (hybrid_jax/composition). Three seeds per mixer.
 `configs/studies/composition.py:GKA` is the experiment of one mixer, `:trial` the smallest evaluation of a model.
-It has not been run yet.
+The outcome is in composition.md.
 """
 
 from ml_collections import ConfigDict

@@ -201,6 +201,11 @@ def test_a_heat_map_has_numbers_and_all_ticks_only_where_there_is_room(tmp_path,
     small, large = drawn
     assert [len(a.texts) for a in drawn] == [12, 0] and small.get_ylabel() == "head" and small.get_xlabel() == "layer"
     assert [t.get_text() for t in large.get_xticklabels()] == [str(n) for n in range(0, 40, 3)]
+    assert {t.get_rotation() for t in small.get_xticklabels()} == {0}
+    names = [exact("composed", 0.5, "share", composition=name, tokens=n) for name in ("concat:soup", "sw:exact") for n in (1, 2)]
+    rows = [Measured(Target("m", pathlib.Path("m")), "*", "tok", {"composed": names})]
+    assert pictures.draw_series(rows, "composed", [m.key for m in names], tmp_path / "names.png")
+    assert {t.get_rotation() for t in drawn[-1].get_xticklabels()} == {60}, "names are not written over each other"
     assert large.images[0].get_array().shape == (4, 40) and large.figure.get_figwidth() > 2 * small.figure.get_figwidth()
 
 

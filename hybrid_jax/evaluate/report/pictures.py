@@ -24,6 +24,7 @@ from hybrid_jax.evaluate.report.tables import columns, find
 LINES = ("--", ":", "-.", (0, (1, 4)))  # of the models in the picture of a recovery; of curves whose colors repeat
 COLORS = 10  # of lines, before they repeat
 MANY = 6  # so many names of a legend leave room for the curves
+SHORT = 4  # characters of a label that fit below a cell of a heat map
 NUMBERED = 16  # so many cells of a heat map side by side have room for their numbers, and their ticks for a label each
 
 
@@ -170,6 +171,9 @@ def _draw_heat_maps(shown, instrument, keys, found, first, path):
         for ticks, values in ((axis.set_xticks, xs), (axis.set_yticks, ys)):
             labeled = range(0, len(values), -(-len(values) // NUMBERED))
             ticks(labeled, [str(values[n]) for n in labeled])
+        if max(len(str(x)) for x in xs) > SHORT:  # names beside each other would be written over each other
+            axis.tick_params("x", rotation=60)
+            plt.setp(axis.get_xticklabels(), ha="right", rotation_mode="anchor")
     axes[0][0].set_ylabel(down.replace("_", " "))
     figure.colorbar(scale, ax=axes[0].tolist(), label=f"{instrument}: {_label(first.measure, first.unit)}")
     figure.savefig(path, dpi=120)
