@@ -251,7 +251,7 @@ class Corpus:
 
     def has_pairs(self, name: str) -> bool:
         """Returns whether a source, or a synthetic task, has preference pairs."""
-        return name in self.train and are_pairs((*self.train[name], *self.held_out[name]))
+        return name in self.train and are_pairs((*self.train[name], *self.held_out.get(name, ())))
 
     def _packing(self, name: str, shards: list[Tokens]) -> str:
         if self.has_pairs(name):

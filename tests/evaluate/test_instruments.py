@@ -168,7 +168,7 @@ def test_the_bytes_of_a_sequence_are_keys_and_values_and_states():
     [
         (
             {"instrument": "telescope"},
-            "expected one of text, recall, heads, mixing, prompts, experts, cost, speed, got 'telescope'",
+            "expected one of text, recall, composed_recall, heads, mixing, prompts, experts, cost, speed, got 'telescope'",
         ),
         ({"instrument": "text", "sequence": 3}, "text has no option 'sequence'"),
         ({"instrument": "text", "rows": 0}, "rows"),
