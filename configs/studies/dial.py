@@ -6,7 +6,7 @@
 One hybrid of the small source, primed as in configs/prime_tiny.py with Gated KalmaNet in layers 2, 3, 6 and 7 and 10 iterations, is
 measured with 1 to 30 iterations in all of them, and with 4 in two of them: loss of held-out text, needles, pairs, and the speed of
 reading and of decoding on this machine. No file of the model changes. The word after the colon is the model's directory.
-It has not been run yet.
+The outcome is in dial.md.
 """
 
 from ml_collections import ConfigDict
