@@ -7,13 +7,32 @@ up, which are about as exact. 0 leaves the solve out. Like `hybrid_jax.config` t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
+from hybrid_jax.options import MixerOptions
+from hybrid_jax.pattern import MixerSpec
 from hybrid_jax.recurrent_options import GKAConfig
 
-if TYPE_CHECKING:
-    from hybrid_jax.config import ModelConfig
+_Options = TypeVar("_Options", bound=MixerOptions)
+
+
+class Layers(Protocol):
+    """What is read here of a model: `hybrid_jax.config.ModelConfig`, which reads this module."""
+
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def layers(self) -> Sequence[MixerSpec]: ...
+
+    @property
+    def pattern(self) -> str: ...
+
+    def solves(self, layer: int) -> bool: ...
+
+    def options(self, cls: type[_Options]) -> _Options: ...
+
 
 Iterations = int | Mapping[int, int]
 """Of every layer with Gated KalmaNet; or by the layer's number, where other layers stay as they were trained."""
@@ -58,7 +77,7 @@ def as_text(iterations: Iterations) -> str:
     return ",".join(f"{layer}:{number}" for layer, number in sorted(iterations.items()))
 
 
-def of_layers(config: ModelConfig, iterations: Iterations | None) -> tuple[int | None, ...]:
+def of_layers(config: Layers, iterations: Iterations | None) -> tuple[int | None, ...]:
     """Returns `ModelConfig.gka_iterations`: of each layer its own iterations, or None where they are those of the config's options.
 
     Raises:
@@ -79,7 +98,7 @@ def of_layers(config: ModelConfig, iterations: Iterations | None) -> tuple[int |
     return () if own.count(None) == len(own) else own
 
 
-def check_iterations(config: ModelConfig, iterations: Mapping[int, int]) -> None:
+def check_iterations(config: Layers, iterations: Mapping[int, int]) -> None:
     """Checks iterations by layer against a model.
 
     Raises:

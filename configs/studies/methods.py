@@ -14,7 +14,7 @@ or the Discrete Mamba-2 of MOHAWK by each method, every one with 81,920 tokens:
   heads       new Mamba-2 in layers 2 to 7 beside two heads of attention; layers, then predictions (arXiv 2602.11374).
 
 `same-data` is the source trained on the same data without a conversion. Three seeds. `configs/studies/methods.py:priming-GDN` is
-one experiment. It has not been run yet.
+one experiment. The outcome is in methods.md.
 """
 
 from typing import Any
