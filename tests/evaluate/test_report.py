@@ -191,6 +191,19 @@ def test_pictures_name_every_model_whatever_characters_its_name_has(tmp_path, mo
     assert [[text.get_text() for text in legend.get_texts()] for legend in legends] == [list(NAMES)]
 
 
+def test_many_curves_have_no_bands_and_a_picture_as_high_as_their_legend(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pictures.plt, "close", lambda figure: drawn.append(figure))
+    measurements = [exact("loss", float(n), "nats/token", position=n) for n in (8, 16)]
+    for models in (2, 30):
+        rows = [Measured(Target(str(i), pathlib.Path("m")), "*", "tok", {"text": measurements}) for i in range(models)]
+        assert pictures.draw_series(rows, "text", [m.key for m in measurements], tmp_path / f"{models}.png")
+    few, many = drawn
+    assert [len(figure.axes[0].collections) for figure in drawn] == [2, 0]
+    legend = many.axes[0].get_legend().get_window_extent()
+    assert few.get_figheight() == 4 and legend.y0 >= 0 and legend.y1 <= many.bbox.height
+
+
 def test_a_heat_map_has_numbers_and_all_ticks_only_where_there_is_room(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(pictures.plt, "close", lambda figure: drawn.append(figure.axes[0]))

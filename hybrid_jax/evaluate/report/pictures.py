@@ -112,7 +112,9 @@ def draw_series(rows: Sequence[Measured], instrument: str, keys: Sequence[tuple]
 
 
 def _draw_curves(shown, instrument, keys, found, first, path):
-    figure, axis = plt.subplots(figsize=(7 if len(shown) <= MANY else 10, 4), layout="constrained")
+    many = len(shown) > MANY
+    size = (10, max(4, 0.24 * len(shown))) if many else (7, 4)  # high enough for the legend beside it
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
     (name,) = first.at
     numeric = all(isinstance(key[1][1], int | float) for key in keys)
     for n, row in enumerate(shown):
@@ -122,7 +124,8 @@ def _draw_curves(shown, instrument, keys, found, first, path):
         x = [at for at, _ in there] if numeric else [str(at) for at, _ in there]
         value, low, high = zip(*(v for _, v in there), strict=True)
         (line,) = axis.plot(x, value, marker="o", linestyle=("-", *LINES)[n // COLORS % (1 + len(LINES))], label=row.target.name)
-        axis.fill_between(x, low, high, color=line.get_color(), alpha=0.08, linewidth=0)
+        if not many:  # so many bands would cover the curves; the table has the intervals
+            axis.fill_between(x, low, high, color=line.get_color(), alpha=0.08, linewidth=0)
     if numeric and min(key[1][1] for key in keys) > 0:
         axis.set_xscale("log", base=2)
         axis.set_xticks([key[1][1] for key in keys], [f"{key[1][1]:,}" for key in keys])
