@@ -49,8 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="answer a file instead, of JSON lines with 'prompt' (a text) or 'messages' (a conversation), and maybe 'id'",
     )
     parser.add_argument("--out", metavar="FILE", help="with --prompts: the answers, as JSON lines that `prepare` reads")
-    parser.add_argument("--batch-size", type=integer(minimum=1), default=8, help="with --prompts: answers made at a time")
-    parser.add_argument("--samples", type=integer(minimum=1), default=1, help="with --prompts: answers to each prompt")
+    parser.add_argument(
+        "--batch-size", type=integer(minimum=1), default=OF_FILES["batch_size"], help="with --prompts: answers made at a time"
+    )
+    parser.add_argument(
+        "--samples", type=integer(minimum=1), default=OF_FILES["samples"], help="with --prompts: answers to each prompt"
+    )
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message: use the model's chat template")
     parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
     parser.add_argument("--max-new-tokens", type=integer(minimum=1), default=64, help="at most so many tokens")

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from hybrid_jax.plan.program import Job
 
 
+# Options that describe a step, with their defaults; with --config the phase describes it.
+STEP = {"pattern": "", "seq_len": 8192, "program": "train", "teacher": None, "rows": 0, "remat": "full", "trainable": ()}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = f"{parser.description}. {OVERRIDES}"
     parser.add_argument("--source", type=directory, help="a directory with config.json (no weights needed), or a public name")
@@ -21,15 +25,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", metavar="FILE", help="in place of --source: an experiment config, of which --phase is planned; it needs no data"
     )
     parser.add_argument("--phase", help="with --config: the phase whose step is planned, as the config has it")
-    parser.add_argument("--pattern", default="", help="one symbol per layer, or e.g. GKA:0.5; default: the source as it is")
+    parser.add_argument(
+        "--pattern", default=STEP["pattern"], help="one symbol per layer, or e.g. GKA:0.5; default: the source as it is"
+    )
     parser.add_argument("--topology", required=True, help="v5p:4x4x4, v5p (the smallest slice that fits), h100:64, …")
     parser.add_argument("--mesh", help="e.g. fsdp=8,seq=8; default: the phase's own, or else chosen")
-    parser.add_argument("--seq-len", type=integer(minimum=1), default=8192, help="tokens per row; when decoding, tokens of context")
-    parser.add_argument("--program", default="train", help="the step to plan: align, train, decode or distill")
+    parser.add_argument(
+        "--seq-len", type=integer(minimum=1), default=STEP["seq_len"], help="tokens per row; when decoding, tokens of context"
+    )
+    parser.add_argument("--program", default=STEP["program"], help="the step to plan: align, train, decode or distill")
     parser.add_argument("--teacher", type=directory, help="of distill: the model that teaches, given as --source is")
-    parser.add_argument("--rows", type=integer(minimum=0), default=0, help="rows per step; default: one per part of the batch")
-    parser.add_argument("--remat", default="full", help="none, attention or full: what layers keep for their gradient")
-    parser.add_argument("--trainable", nargs="+", default=(), help="patterns of the parameters that train")
+    parser.add_argument(
+        "--rows", type=integer(minimum=0), default=STEP["rows"], help="rows per step; default: one per part of the batch"
+    )
+    parser.add_argument("--remat", default=STEP["remat"], help="none, attention or full: what layers keep for their gradient")
+    parser.add_argument("--trainable", nargs="+", default=STEP["trainable"], help="patterns of the parameters that train")
     parser.add_argument("--tokens", type=number(above=0), default=1e9, help="tokens to train on, for the time estimate")
     parser.add_argument(
         "--efficiency",
@@ -38,10 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fraction of the bound's speed that is reached, for the time estimate; default: 1, so that it is a least time",
     )
     parser.add_argument("--json", help="write the plan here too")
-
-
-# Options that describe a step, with their defaults; with --config the phase describes it.
-STEP = {"pattern": "", "seq_len": 8192, "program": "train", "teacher": None, "rows": 0, "remat": "full", "trainable": ()}
 
 
 def _config_of(where: str, source: str) -> ModelConfig:

@@ -69,9 +69,9 @@ def read_contexts(
         chunks.append((count, _Tokens(model, contexts[:, : count * size].reshape(B * count, size), P)))
         if rest:
             chunks.append((1, _Tokens(model, contexts[:, count * size :], P + size - rest)))
-    whole = None
+    all_tokens = None
     if any(c.keys == "full" for c in compositions):
-        whole = _Tokens(model, jnp.concatenate([prefix, contexts], axis=1), 0)
+        all_tokens = _Tokens(model, jnp.concatenate([prefix, contexts], axis=1), 0)
     found: list[list[Any]] = [[] for _ in compositions]
     for layer in model.layers:
         mixer = layer.mixer(layer.spec.kind)
@@ -80,7 +80,7 @@ def read_contexts(
         if P and chunks:
             inputs, before = begin.through(layer, before)
         groups = tuple(Group(n, *tokens.through(layer, repeated(before, n))) for n, tokens in chunks)
-        ordinary = None if whole is None else whole.through(layer, empty)[1]
+        ordinary = None if all_tokens is None else all_tokens.through(layer, empty)[1]
         read = Read(empty, groups, before, inputs, ordinary)
         for states, composition in zip(found, compositions, strict=True):
             states.append(_composed(mixer, read, composition))
