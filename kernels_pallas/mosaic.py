@@ -346,8 +346,16 @@ def row_sum(x: jax.Array) -> jax.Array:
     return jnp.sum(x, axis=1, keepdims=True)
 
 
+def column_sum(x: jax.Array) -> jax.Array:
+    """Returns the sums of the columns of [C, D], [1, D]."""
+    return jnp.sum(x, axis=0, keepdims=True)
+
+
 class Decay(NamedTuple):
-    """One head's decays in a chunk (see `chunks.py`): mask [C,C], reach [C,1], keep [C,1], total [1,1]."""
+    """One head's decays in a chunk (see `chunks.py`): mask [C,C], reach [C,1], keep [C,1], total [1,1].
+
+    With the tokens that read in lanes, mask is transposed (what token t has of token i is at [i,t]) and reach is a row [1,C].
+    """
 
     mask: jax.Array
     reach: jax.Array
@@ -355,31 +363,36 @@ class Decay(NamedTuple):
     total: jax.Array
 
 
-def decays(rows: jax.Array, cols: jax.Array, heads: int, segments: int | None) -> list[Decay]:
+def decays(rows: jax.Array, cols: jax.Array, heads: int, segments: int | None, lanes: bool = False) -> list[Decay]:
     """Returns every head's decays, from `chunk_rows`.
 
     Args:
       rows, cols: [R, C] and its transpose.
       segments: index of the row with each token's segment (the next row has the segment carried in), or None.
+      lanes: whether the tokens that read are in lanes (see `Decay`).
     """
     C = rows.shape[1]
     end = slice(C - 1, C)
-    where = iota((C, C), 0) >= iota((C, C), 1)
+    where = iota((C, C), 1) >= iota((C, C), 0) if lanes else iota((C, C), 0) >= iota((C, C), 1)
     sees_start = survives = through = None
     if segments is not None:
         seg_row, seg_col = rows[segments : segments + 1], cols[:, segments : segments + 1]
         carried = rows[segments + 1 : segments + 2, :1]
         where &= seg_col == seg_row
-        sees_start, survives, through = seg_col == carried, seg_col == seg_row[:, end], seg_row[:, end] == carried
+        sees_start = (seg_row if lanes else seg_col) == carried
+        survives, through = seg_col == seg_row[:, end], seg_row[:, end] == carried
 
     def masked_exp(x, where):  # masked before exp: no overflow
         return jnp.exp(x) if where is None else jnp.where(where, jnp.exp(jnp.where(where, x, 0.0)), 0.0)
 
     def decay(head):
         c, f = slice(2 * head, 2 * head + 1), slice(2 * head + 1, 2 * head + 2)
+        (coarse, fine), (coarse_of, fine_of) = (cols[:, c], cols[:, f]), (rows[c], rows[f])
+        if lanes:
+            (coarse, fine), (coarse_of, fine_of) = (coarse_of, fine_of), (coarse, fine)
         return Decay(
-            mask=masked_exp((cols[:, c] - rows[c]) + (cols[:, f] - rows[f]), where),
-            reach=masked_exp(cols[:, c] + cols[:, f], sees_start),
+            mask=masked_exp((coarse - coarse_of) + (fine - fine_of), where),
+            reach=masked_exp(coarse + fine, sees_start),
             keep=masked_exp((rows[c, end] - cols[:, c]) + (rows[f, end] - cols[:, f]), survives),
             total=masked_exp(rows[c, end] + rows[f, end], through),
         )
@@ -387,9 +400,15 @@ def decays(rows: jax.Array, cols: jax.Array, heads: int, segments: int | None) -
     return [decay(h) for h in range(heads)]
 
 
-def chunk_scalars(rows_ref: jax.Ref, heads: int, packed: bool, further: int = 0) -> tuple[list[Decay], list[jax.Array]]:
-    """Reads a block of `chunk_rows`: every head's decays, and `further` more scalars, each of all heads, as columns [C,1]."""
+def chunk_scalars(
+    rows_ref: jax.Ref, heads: int, packed: bool, further: int = 0, lanes: bool = False
+) -> tuple[list[Decay], list[jax.Array]]:
+    """Reads a block of `chunk_rows`: every head's decays, and `further` more scalars, each of all heads, as columns [C,1].
+
+    Args:
+      lanes: whether the tokens that read are in lanes (see `Decay`).
+    """
     rows = rows_ref[0, 0, 0]
     cols = rows.T
     first, end = 2 * heads, (2 + further) * heads
-    return decays(rows, cols, heads, end if packed else None), [cols[:, n : n + 1] for n in range(first, end)]
+    return decays(rows, cols, heads, end if packed else None, lanes), [cols[:, n : n + 1] for n in range(first, end)]

@@ -26,28 +26,13 @@ from kernels_pallas.arguments import differentiable
 from kernels_pallas.contract import States
 from kernels_pallas.gated_kalmanet.chebyshev import coefficients
 from kernels_pallas.gated_kalmanet.solvers import schedule_for
-from kernels_pallas.gated_kalmanet.tpu_norms import in_lanes, inverse_norms, norms_backward
+from kernels_pallas.gated_kalmanet.tpu_backward import backward_kernel, gated_slices
+from kernels_pallas.gated_kalmanet.tpu_norms import in_lanes, inverse_norms
 from kernels_pallas.gated_kalmanet.tpu_solve import Plan, Scratch, scratch_of, solve
-from kernels_pallas.linear_attention.tpu import read_write_backward
-from kernels_pallas.mosaic import NT, TN, dot_parts, each, head_slices, row_sum, store_heads
+from kernels_pallas.mosaic import NT, TN, dot_parts, each, head_slices, store_heads
 from kernels_pallas.operands import operand_dtype, parts
 
 HEADS = 8  # at most this many heads per grid step
-
-
-def _gated_slices(ref, beta, heads, group) -> list[jax.Array]:
-    """Reads a block of k or v as every head's K or V [C,D]: times beta, columns [C,1] of every head, or none, and rounded."""
-    slices = head_slices(ref, heads, group)
-    return each(lambda x, b: (b * x.astype(jnp.float32)).astype(x.dtype), slices, beta) if beta else slices
-
-
-def _store_gated(ref, x, gradients, beta, scale, group) -> list[jax.Array]:
-    """Writes the gradient of a block x of k or v, given those of every head's K or V; returns dbeta as columns, if any."""
-    if not beta:
-        store_heads(ref, gradients, scale, group)
-        return []
-    store_heads(ref, each(jnp.multiply, beta, gradients), scale, group)
-    return each(lambda d, x: row_sum(d * x), gradients, head_slices(x, len(beta), group))
 
 
 def _blend(Q, X, alpha) -> list[jax.Array]:
@@ -101,81 +86,25 @@ def _forward_kernel(
     decay, scalars = mosaic.chunk_scalars(rows, heads, packed, further=1 + gated)
     alpha, beta = scalars[:heads], scalars[heads:]
     Q = head_slices(q, heads)
-    K, V = (_gated_slices(x, beta, heads, n) for x, n in zip((k, v), groups, strict=True))
+    K, V = (gated_slices(x, beta, heads, n) for x, n in zip((k, v), groups, strict=True))
     H0, S0 = [kk[h] for h in range(heads)], [kv[h] for h in range(heads)]
     query = rhs = each(lambda x: x.astype(jnp.float32), Q)
     if plan.num_iter:
         lanes = in_lanes(K, decay)
         of_norms = inverse_norms(K, lanes, H0, wide)
-        X = solve(rhs, K, lanes, H0, of_norms[0], omegas, Scratch(*buffers), low, plan)
-        query = _blend(rhs, X, alpha)
+        X = solve(each(jnp.transpose, rhs), K, lanes, H0, of_norms[0], omegas, Scratch(*buffers), low, plan)
+        query = _blend(rhs, each(jnp.transpose, X), alpha)
     if saved:
         kk_before, kv_before, solution, norms = saved
         for h in range(heads):
             kk_before[0, 0, h], kv_before[0, 0, h] = H0[h], S0[h]
-        store_heads(solution, X if plan.num_iter else rhs)
+            if plan.num_iter:
+                solution[0, 0, h] = X[h]
         if plan.num_iter:
             norms[0, 0, 0] = mosaic.stack_rows(sum(of_norms, []), norms.shape[3])
     store_heads(o, _read(query, K, V, S0, decay, wide), scale)
     for h, (H1, S1) in enumerate(zip(_write(K, K, H0, decay, wide), _write(K, V, S0, decay, wide), strict=True)):
         kk[h], kv[h] = H1, S1
-
-
-def _backward_kernel(*refs, heads, groups, gated, scale, packed, plan, bp_lambda):
-    omegas, q, k, v, rows, kk_before, kv_before, solution, norms, do, dfinal_kk, dfinal_kv = refs[:12]
-    dq, dk, dv, dscalars, dinitial_kk, dinitial_kv, dkk, dkv, *buffers = refs[12:]
-    first, last = pl.program_id(2) == 0, pl.program_id(2) == pl.num_programs(2) - 1
-
-    @pl.when(first)
-    def _():
-        dkk[...], dkv[...] = dfinal_kk[0] / scale, dfinal_kv[0] / scale
-
-    low = k.dtype
-    decay, scalars = mosaic.chunk_scalars(rows, heads, packed, further=1 + gated)
-    alpha, beta = scalars[:heads], scalars[heads:]
-    Q, X, dO = (head_slices(x, heads) for x in (q, solution, do))
-    K, V = (_gated_slices(x, beta, heads, n) for x, n in zip((k, v), groups, strict=True))
-    H0, S0 = [kk_before[0, 0, h] for h in range(heads)], [kv_before[0, 0, h] for h in range(heads)]
-    dH, dS = [dkk[h] for h in range(heads)], [dkv[h] for h in range(heads)]
-    query = _blend(Q, X, alpha) if plan.num_iter else Q
-    dquery, dK, dV, dS0, column, row = read_write_backward(query, K, V, S0, dO, dS, decay, low, n=2)
-    of_values = _store_gated(dv, v, dV, beta, scale, groups[1])
-    for h in range(heads):
-        dkv[h] = dS0[h]
-    dalpha = each(lambda g, x, q: row_sum(g * (x - q)), dquery, X, Q)
-    dQ = each(lambda g, a: (1 - a) * g if plan.num_iter else g, dquery, alpha)
-
-    if plan.num_iter:
-        inverse, size, squares = ([norms[0, 0, 0, n + h : n + h + 1, :] for h in range(heads)] for n in (0, heads, 2 * heads))
-        dX = each(jnp.multiply, alpha, dquery)
-        W = solve(dX, K, in_lanes(K, decay), H0, inverse, omegas, Scratch(*buffers), low, plan)
-        dQ = each(jnp.add, dQ, W)
-        minus_w = each(jnp.negative, W)
-    else:
-        minus_w = each(jnp.zeros_like, X)
-    store_heads(dq, dQ, scale)
-    of_solve = read_write_backward(X, K, K, H0, minus_w, dH, decay, low, n=2)
-    dK_left, dK_right, column_h, row_h = (of_solve[n] for n in (1, 2, 4, 5))
-    dK = each(lambda a, b, c: a + b + c, dK, dK_left, dK_right)
-    column, row = each(jnp.add, column, column_h), each(jnp.add, row, row_h)
-    dH0 = each(lambda h, d: d.total * h, dH, decay)
-    if plan.num_iter:
-        outer = each(lambda x, w, d: dot_parts(parts(d.reach * x, low), parts(w, low), TN), X, minus_w, decay)
-        dH0 = each(lambda h, a: h + 0.5 * (a + a.T), dH0, outer)
-        if bp_lambda:  # lambda = ridge_strength |H|
-            dF = each(lambda w, x: -plan.ridge_strength * row_sum(w * x), W, X)
-            of_norms = (mosaic.as_columns(inverse), mosaic.as_columns(size), squares)
-            dK_n, dH_n, column_n, row_n = norms_backward(dF, *of_norms, K, H0, decay, low)
-            dK, dH0 = each(jnp.add, dK, dK_n), each(jnp.add, dH0, dH_n)
-            column, row = each(jnp.add, column, column_n), each(jnp.add, row, row_n)
-    dbeta = each(jnp.add, of_values, _store_gated(dk, k, dK, beta, scale, groups[0]))
-    mosaic.store_rows(dscalars, [*column, *dalpha, *dbeta], row, scale)
-    for h in range(heads):
-        dkk[h] = dH0[h]
-
-    @pl.when(last)
-    def _():
-        dinitial_kk[0], dinitial_kv[0] = scale * dkk[...], scale * dkv[...]
 
 
 class Options(NamedTuple):
@@ -255,7 +184,7 @@ def _run_forward(q, k, v, alpha, log_decay, beta, state, segments, options, save
         outputs += [
             (grid.states_shape(grid.K, grid.K, jnp.float32), grid.states(grid.K, grid.K)),
             (grid.states_shape(grid.K, grid.V, jnp.float32), grid.states(grid.K, grid.V)),
-            (grid.tokens_shape(grid.K, jnp.float32), keys),
+            (grid.states_shape(grid.K, grid.C, jnp.float32), grid.states(grid.K, grid.C)),
             (grid.rows_shape(R), grid.rows(R)),
         ]
     o, h_kk, h_kv, *saved = mosaic.run(
@@ -282,14 +211,14 @@ def _vjp_backward(options, residuals, cotangents):
     keys, values = grid.tokens(grid.K), grid.tokens(grid.V)
     kk, kv = grid.state(grid.K, grid.K), grid.state(grid.K, grid.V)
     dq, dk, dv, dscalars, dinitial_kk, dinitial_kv = mosaic.run(
-        functools.partial(_backward_kernel, **static, bp_lambda=options.bp_lambda),
+        functools.partial(backward_kernel, **static, bp_lambda=options.bp_lambda),
         grid,
         "gated_kalmanet_backward",
         [
             *inputs,
             (kk_before, grid.states(grid.K, grid.K)),
             (kv_before, grid.states(grid.K, grid.V)),
-            (solution, keys),
+            (solution, grid.states(grid.K, grid.C)),
             (norms, grid.rows(norms.shape[3])),
             (mosaic.flat_tokens(do, grid.C), values),
             (mosaic.pad_state(dfinal_kk), kk),
@@ -309,9 +238,9 @@ def _vjp_backward(options, residuals, cotangents):
     of_scalar = functools.partial(mosaic.from_rows, dscalars, grid.heads, T)
     return (
         *mosaic.token_gradients(dq, dk, dv, q, v),
-        of_scalar(kind=1).astype(alpha.dtype),
+        of_scalar(kind=1 if beta is None else 2).astype(alpha.dtype),
         mosaic.decay_gradient(dscalars, grid.heads, T).astype(log_decay.dtype),
-        None if beta is None else of_scalar(kind=2).astype(beta.dtype),
+        None if beta is None else of_scalar(kind=1).astype(beta.dtype),
         (dinitial_kk[:, :, :K, :K], dinitial_kv[:, :, :K, :V]),
         None,
     )

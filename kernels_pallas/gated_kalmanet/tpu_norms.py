@@ -18,16 +18,15 @@ from jax.typing import DTypeLike
 
 from kernels_pallas import mosaic
 from kernels_pallas.gated_kalmanet.chebyshev import empty_norm, inverse
-from kernels_pallas.mosaic import NT, TN, Decay, dot, dot_parts, each, iota, row_sum
+from kernels_pallas.mosaic import NT, Decay, column_sum, dot, dot_parts, each, iota, row_sum
 from kernels_pallas.operands import parts
 
 EMPTY = empty_norm(jnp.float32)
 
 
 class Weights(NamedTuple):
-    """One head's: the inverse root of size and rho as columns [C,1], beta [C,C], 1 / |H0|_max and |H0|^2 / |H0|_max [1,1]."""
+    """One head's: rho as a row [1,C], beta [C,C] ([i,t]), 1 / |H0|_max and |H0|^2 / |H0|_max [1,1]."""
 
-    root: jax.Array
     rho: jax.Array
     beta: jax.Array
     weak: jax.Array
@@ -52,11 +51,6 @@ def in_lanes(K: Sequence[jax.Array], decay: Sequence[Decay]) -> list[Lanes]:
     reach = mosaic.as_rows([d.reach for d in decay])
     keys = each(lambda k: k.astype(jnp.float32).T.astype(k.dtype), K)  # not all compilers transpose bf16
     return [Lanes(k, d.mask.T, reach[n : n + 1]) for n, (k, d) in enumerate(zip(keys, decay, strict=True))]
-
-
-def column_sum(x: jax.Array) -> jax.Array:
-    """Returns the sums of the columns of [D, C], [1, C]."""
-    return jnp.sum(x, axis=0, keepdims=True)
 
 
 def inverse_norms(
@@ -91,57 +85,52 @@ def inverse_norms(
     return [p[0] for p in pairs], [p[1] for p in pairs], squares
 
 
-def weights(size: Sequence[jax.Array], H0: Sequence[jax.Array], decay: Sequence[Decay]) -> list[Weights]:
-    """Returns every head's weights, given its size as a column."""
-
-    def one(size, h, d):
-        largest = _largest(h)
-        weak = inverse(largest)
-        root = jax.lax.rsqrt(jnp.maximum(size, EMPTY))
-        small = root * root
-        square = jnp.sum(jnp.sum(h * (h * weak), axis=0, keepdims=True), axis=1, keepdims=True)
-        return Weights(root, d.reach * largest * small, d.mask * small, weak, square)
-
-    return each(one, size, H0, decay)
-
-
 def norms_backward(
     dF: Sequence[jax.Array],
     inverse_norm: Sequence[jax.Array],
     size: Sequence[jax.Array],
     squares: Sequence[jax.Array],
     K: Sequence[jax.Array],
+    lanes: Sequence[Lanes],
     H0: Sequence[jax.Array],
-    decay: Sequence[Decay],
     low: DTypeLike,
 ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array], list[jax.Array]]:
-    """Returns the gradients of the norms under cotangents dF, columns [C,1]: dK, dH0, and da as a column and a row.
+    """Returns the gradients of the norms under cotangents dF, rows [1,C]: dK, dH0, and da as `ByRows`-style [C,C] and a row.
 
     Args:
-      inverse_norm, size: from `inverse_norms`, as columns [C,1].
-      squares: from `inverse_norms`, rows [1,C].
+      inverse_norm, size, squares: from `inverse_norms`.
       low: the dtype of the products' operands.
+
+    Returns:
+      dK [C,K], dH0 [K,K], E [C,C] whose rows' sums are to be subtracted from da, and a row [1,C] to be added to it.
     """
     C = K[0].shape[0]
-    strict = iota((C, C), 0) > iota((C, C), 1)
-    W = weights(size, H0, decay)
-    W = each(lambda w, s: w._replace(beta=jnp.where(s > 0, w.beta, 0.0)), W, squares)
+    strict = iota((C, C), 0) < iota((C, C), 1)
+
+    def weights(size, square, h, x):
+        largest = _largest(h)
+        weak = inverse(largest)
+        root = jax.lax.rsqrt(jnp.maximum(size, EMPTY))
+        small = root * root
+        start = jnp.sum(column_sum(h * (h * weak)), axis=1, keepdims=True)
+        beta = jnp.where(square > 0, x.mask * small, 0.0)
+        return Weights(x.reach * largest * small, beta, weak, start)
+
+    W = each(weights, size, mosaic.as_columns(squares), H0, lanes)
     start = each(lambda h, w: h * w.weak, H0, W)
     KH = each(lambda k, h: dot(k, h.astype(low)), K, start)
-    u = mosaic.as_rows(each(lambda k, x: row_sum(k * x), K, KH))
-    u = [u[n : n + 1] for n in range(len(K))]
-    gram = each(lambda k: dot(k, k, NT), K)
-    inside = each(lambda g, w: dot(w.beta.astype(low), (g * g).astype(low)), gram, W)
+    u = each(lambda k, x: row_sum(k * x), K, KH)
+    gram = each(lambda k, x: dot(k, x.k), K, lanes)
+    inside = each(lambda g, w: dot((g * g).astype(low), w.beta.astype(low)), gram, W)
     eta = each(lambda d, f, s: d * (s * f) * s, dF, inverse_norm, size)  # no square of a small size
     B = each(lambda n, w: n * w.beta, eta, W)
     R = each(lambda b, w: w.rho * b, B, W)
     cross = each(jnp.multiply, R, u)
     E = each(lambda m, b, c: jnp.where(strict, c + b * m, 0.0), inside, B, cross)
-    column = each(lambda e, c, n, w: row_sum(e + c) + n * w.rho * (w.rho * (w.square * w.weak)), E, cross, eta, W)
-    row = each(lambda e: -jnp.sum(e, axis=0, keepdims=True), E)
-    du = mosaic.as_columns(each(lambda r: jnp.sum(r, axis=0, keepdims=True), R))
-    dgram = each(lambda b, w: dot(b.astype(low), w.beta.astype(low), TN), B, W)
+    row = each(lambda e, c, n, w: column_sum(e + c) + n * w.rho * (w.rho * (w.square * w.weak)), E, cross, eta, W)
+    du = each(row_sum, R)
+    dgram = each(lambda b, w: dot(b.astype(low), w.beta.astype(low), NT), B, W)
     dK = each(lambda g, dg, k, u, x: 2 * (dot((g * dg).astype(low), k) + u * x), gram, dgram, K, du, KH)
-    total = each(lambda n, w: jnp.sum(n * w.rho * w.rho, axis=0, keepdims=True), eta, W)
-    dH0 = each(lambda h, t, k, u, w: w.weak * (t * h + dot((u * k).astype(low), k, TN)), start, total, K, du, W)
-    return dK, dH0, column, row
+    total = each(lambda n, w: jnp.sum(n * w.rho * w.rho, axis=1, keepdims=True), eta, W)
+    dH0 = each(lambda h, t, k, x, u, w: w.weak * (t * h + dot(x.k, (u * k).astype(low))), start, total, K, lanes, du, W)
+    return dK, dH0, E, row

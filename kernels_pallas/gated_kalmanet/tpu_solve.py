@@ -35,8 +35,8 @@ from jax.typing import DTypeLike
 from kernels_pallas.arguments import backend
 from kernels_pallas.gated_kalmanet.conjugate_gradients import LEAST
 from kernels_pallas.gated_kalmanet.solvers import SMALLEST, unit_of
-from kernels_pallas.gated_kalmanet.tpu_norms import Lanes, column_sum
-from kernels_pallas.mosaic import Grid, dot, dot_parts, each
+from kernels_pallas.gated_kalmanet.tpu_norms import Lanes
+from kernels_pallas.mosaic import Grid, column_sum, dot, dot_parts, each
 from kernels_pallas.operands import parts
 
 GROUPS = 4
@@ -100,10 +100,10 @@ def solve(
     low: DTypeLike,
     plan: Plan,
 ) -> list[jax.Array]:
-    """Returns x ~ (H + lambda I)^-1 rhs [C,K] in float32 for every head.
+    """Returns x ~ (H + lambda I)^-1 rhs [K,C] in float32 for every head.
 
     Args:
-      rhs: float32 [C,K].
+      rhs: float32 [K,C].
       K: the keys [C,K], in `low`.
       H0: float32 [K,K], symmetric.
       lanes: of `in_lanes`.
@@ -154,7 +154,7 @@ def solve(
         keep(h, scratch.x[h] + length * d, r, rounded(r + new / jnp.maximum(old, LEAST) * d))
 
     for h in heads:
-        r = rhs[h].T
+        r = rhs[h]
         largest = jnp.max(jnp.abs(r), axis=0, keepdims=True)
         scale[h] = scale[h] * largest
         r = r * (1.0 / jnp.maximum(largest, SMALLEST))
@@ -205,4 +205,4 @@ def solve(
         if rest := last - first - trips * unroll:
             some(last - rest, rest)
         first = last
-    return [(scale[h] * scratch.x[h]).T for h in heads]
+    return [scale[h] * scratch.x[h] for h in heads]
