@@ -7,7 +7,8 @@ from kernels_pallas.gated_kalmanet.conjugate_gradients import conjugate_gradient
 
 SOLVERS = {"chebyshev": chebyshev, "cg": conjugate_gradients}
 ENOUGH = {"chebyshev": 24, "cg": 16}  # iterations that damp the roundings of the fast schedule below 1e-3
-WIDE = {"chebyshev": {"fast": 8, "accurate": 22}, "cg": {"fast": 6, "accurate": 22}}
+WIDE = {"chebyshev": {"fast": 8, "accurate": 22}, "cg": {"fast": 6, "accurate": 18}}
+STEP_PARTS = {"chebyshev": 2, "cg": 1}  # of "accurate": the lengths of conjugate gradients' steps fit the rounded directions
 SMALLEST = 2.0**-126  # of float32's normal numbers
 LEAST_RIDGE = 1e-4  # for "cg": with less, roundings of float32 make its steps diverge
 
@@ -32,11 +33,11 @@ def unit_of(solver: str, ridge_strength: float) -> float:
 def schedule_for(solver: str, precision: str, num_iter: int) -> tuple[int, tuple[tuple[int, int], ...]]:
     """Returns how many bf16 parts the kernels use (see `tpu_solve.py`).
 
-    A rounding is damped by the iterations after it, so with fewer than `ENOUGH` of them "fast" is computed like "accurate".
+    A rounding is damped by the iterations after it, so with fewer than `ENOUGH` of them everything is in two parts.
 
     Returns:
       The number of parts of the step d, and (iterations, parts of the matrix) pairs in order; later iterations use one part.
     """
     if num_iter < ENOUGH[solver]:
-        precision = "accurate"
-    return 2 if precision == "accurate" else 1, ((WIDE[solver][precision], 2),)
+        return 2, ((num_iter, 2),)
+    return STEP_PARTS[solver] if precision == "accurate" else 1, ((WIDE[solver][precision], 2),)

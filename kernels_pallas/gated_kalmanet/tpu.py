@@ -40,17 +40,17 @@ def _blend(Q, X, alpha) -> list[jax.Array]:
     return each(lambda q, x, a: q + a * (x - q), Q, X, alpha)
 
 
-def _read(query, K, V, S0, decay, low) -> list[jax.Array]:
-    """Returns linear attention's read with a float32 query: x is large where H is small, and S'x cancels."""
-    query = each(lambda q: parts(q, low), query)
-    scores = each(lambda q, k, d: parts(dot_parts(q, (k,), NT) * d.mask, low), query, K, decay)
-    across = each(lambda q, s, d: d.reach * dot_parts(q, parts(s, low)), query, S0, decay)
+def _read(query, K, V, S0, decay, low, n) -> list[jax.Array]:
+    """Returns linear attention's read with a float32 query in n parts: x is large where H is small, and S'x cancels."""
+    query = each(lambda q: parts(q, low, n), query)
+    scores = each(lambda q, k, d: parts(dot_parts(q, (k,), NT) * d.mask, low, n), query, K, decay)
+    across = each(lambda q, s, d: d.reach * dot_parts(q, parts(s, low, n)), query, S0, decay)
     return each(lambda a, s, v: a + dot_parts(s, (v,)), across, scores, V)
 
 
-def _write(K, V, H0, decay, low) -> list[jax.Array]:
-    """Returns linear attention's write, with keep V in two parts: an error of H is an error of every later x."""
-    update = each(lambda k, v, d: dot_parts((k,), parts(d.keep * v, low), TN), K, V, decay)
+def _write(K, V, H0, decay, low, n) -> list[jax.Array]:
+    """Returns linear attention's write, with keep V in n parts: an error of H is an error of every later x."""
+    update = each(lambda k, v, d: dot_parts((k,), parts(d.keep * v, low, n), TN), K, V, decay)
     return each(lambda h, u, d: d.total * h + u, H0, update, decay)
 
 
@@ -82,7 +82,7 @@ def _forward_kernel(
         kk[...], kv[...] = initial_kk[0], initial_kv[0]
 
     low = k.dtype
-    wide = jnp.dtype(jnp.float32) if precise else low
+    n = 3 if precise else 2  # as many bf16 parts as a float32 has, or two
     decay, scalars = mosaic.chunk_scalars(rows, heads, packed, further=1 + gated)
     alpha, beta = scalars[:heads], scalars[heads:]
     Q = head_slices(q, heads)
@@ -91,7 +91,7 @@ def _forward_kernel(
     query = rhs = each(lambda x: x.astype(jnp.float32), Q)
     if plan.num_iter:
         lanes = in_lanes(K, decay)
-        of_norms = inverse_norms(K, lanes, H0, wide)
+        of_norms = inverse_norms(K, lanes, H0, low, n)
         X = solve(each(jnp.transpose, rhs), K, lanes, H0, of_norms[0], omegas, Scratch(*buffers), low, plan)
         query = _blend(rhs, each(jnp.transpose, X), alpha)
     if saved:
@@ -102,8 +102,8 @@ def _forward_kernel(
                 solution[0, 0, h] = X[h]
         if plan.num_iter:
             norms[0, 0, 0] = mosaic.stack_rows(sum(of_norms, []), norms.shape[3])
-    store_heads(o, _read(query, K, V, S0, decay, wide), scale)
-    for h, (H1, S1) in enumerate(zip(_write(K, K, H0, decay, wide), _write(K, V, S0, decay, wide), strict=True)):
+    store_heads(o, _read(query, K, V, S0, decay, low, n), scale)
+    for h, (H1, S1) in enumerate(zip(_write(K, K, H0, decay, low, n), _write(K, V, S0, decay, low, n), strict=True)):
         kk[h], kv[h] = H1, S1
 
 

@@ -54,22 +54,22 @@ def in_lanes(K: Sequence[jax.Array], decay: Sequence[Decay]) -> list[Lanes]:
 
 
 def inverse_norms(
-    K: Sequence[jax.Array], lanes: Sequence[Lanes], H0: Sequence[jax.Array], low: DTypeLike
+    K: Sequence[jax.Array], lanes: Sequence[Lanes], H0: Sequence[jax.Array], low: DTypeLike, n: int
 ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
     """Returns 1 / |H_t|_F, 0 for an empty state, size_t, 0 likewise, and |k_t|^2, as rows [1,C] of every head:
 
     |H_t|^2 / size = (beta (M G))_tt + 2 reach (beta u)_t + rho reach |H0|^2,     G = (K K')^2,     u_i = k_i' H0 k_i
 
     Args:
-      low: the dtype of the products' operands, two parts of each if it is bf16.
+      low: the dtype of the products' operands, n parts of each if it is bf16.
     """
     C = K[0].shape[0]
     of_keys = each(lambda x: x.k.astype(jnp.float32), lanes)
     squares = each(lambda k: column_sum(k * k), of_keys)
-    u = each(lambda h, x, k: column_sum(dot_parts(parts(h, low), (x.k,)) * k), H0, lanes, of_keys)
+    u = each(lambda h, x, k: column_sum(dot_parts(parts(h, low, n), (x.k,)) * k), H0, lanes, of_keys)
     gram = each(lambda k, x: dot(k, x.k) ** 2, K, lanes)
-    left = each(lambda g, u, s: parts(jnp.concatenate([g, mosaic.stack_rows([u, s], 16)], axis=0), low), gram, u, squares)
-    inside = each(lambda m, x: dot_parts(m, parts(x.mask, low)), left, lanes)
+    left = each(lambda g, u, s: parts(jnp.concatenate([g, mosaic.stack_rows([u, s], 16)], axis=0), low, n), gram, u, squares)
+    inside = each(lambda m, x: dot_parts(m, parts(x.mask, low, n)), left, lanes)
 
     def one(product, h, x):
         largest = _largest(h)
