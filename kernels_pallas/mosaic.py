@@ -324,7 +324,7 @@ def store_rows(ref: jax.Ref, columns: Sequence[jax.Array], rows: Sequence[jax.Ar
 
 def dot(a: jax.Array, b: jax.Array, dims: Contraction = NN) -> jax.Array:
     """Returns a product accumulated in float32: of bf16 operands in one pass, of others at full float32 precision."""
-    if a.dtype == b.dtype == jnp.bfloat16:
+    if a.dtype == b.dtype == jnp.bfloat16 and backend() == "tpu":
         precision = jax.lax.Precision.DEFAULT
     else:
         precision, a, b = jax.lax.Precision.HIGHEST, a.astype(jnp.float32), b.astype(jnp.float32)
@@ -393,7 +393,7 @@ def decays(rows: jax.Array, cols: jax.Array, heads: int, segments: int | None, l
         return Decay(
             mask=masked_exp((coarse - coarse_of) + (fine - fine_of), where),
             reach=masked_exp(coarse + fine, sees_start),
-            keep=masked_exp((rows[c, end] - cols[:, c]) + (rows[f, end] - cols[:, f]), survives),
+            keep=masked_exp((rows[c, end] - rows[c]) + (rows[f, end] - rows[f]), None if survives is None else seg_row == seg_row[:, end]) if lanes == 2 else masked_exp((rows[c, end] - cols[:, c]) + (rows[f, end] - cols[:, f]), survives),
             total=masked_exp(rows[c, end] + rows[f, end], through),
         )
 

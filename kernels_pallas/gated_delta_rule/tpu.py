@@ -26,18 +26,17 @@ from jax.typing import DTypeLike
 
 from kernels_pallas import mosaic
 from kernels_pallas.arguments import differentiable
-from kernels_pallas.linear_attention.tpu import read, read_write_backward, write
-from kernels_pallas.mosaic import NT, TN, dot, dot_parts, each, head_slices, iota, row_sum, store_heads
+from kernels_pallas.mosaic import NT, column_sum, dot, dot_parts, each, head_slices, iota, row_sum, store_heads
 from kernels_pallas.operands import operand_dtype, parts
 
 HEADS = 8  # at most this many heads per grid step
-BLOCK = 16  # rows of the diagonal blocks that are inverted by substitution
+BLOCK = 8  # rows of the diagonal blocks that are inverted by substitution
 
 
 def _diagonal_inverse(L: list[jax.Array]) -> list[jax.Array]:
-    """Returns (I + D)^-1, D the 16 x 16 diagonal blocks of each L [C,C], by forward substitution in float32.
+    """Returns (I + D)^-1, D the 8 x 8 diagonal blocks of each strictly upper triangular L [C,C], by substitution in float32.
 
-    The blocks of a head are stored side by side in [16, C], so that one step applies to all of them: with E_j the
+    The blocks of a head are stored side by side in [8, C], so that one step applies to all of them: with E_j the
     j-th column of every block spread over its block, X <- X - E_j (row j of X).
     """
     C = L[0].shape[0]
@@ -51,38 +50,38 @@ def _diagonal_inverse(L: list[jax.Array]) -> list[jax.Array]:
     row, lane = iota((BLOCK, C), 0), iota((BLOCK, C), 1)
     in_block = lane & (BLOCK - 1)
     X = [jnp.where(row == in_block, 1.0, 0.0)] * len(L)
-    for j in range(BLOCK - 1):
+    for j in reversed(range(1, BLOCK)):
         column = each(lambda l, at=lane - in_block + j: jnp.take_along_axis(l, at, axis=1), packed)
         X = each(lambda x, e, j=j: x - e * x[j : j + 1], X, column)
     return each(lambda x: jnp.where(same, jnp.concatenate([x] * (C // BLOCK), axis=0), 0.0), X)
 
 
-def unit_lower_inverse(L: list[jax.Array], low: DTypeLike) -> list[jax.Array]:
-    """Returns (I + L)^-1 of every strictly lower triangular L [C,C], float32.
+def unit_upper_inverse(L: list[jax.Array], low: DTypeLike) -> list[jax.Array]:
+    """Returns (I + L)^-1 of every strictly upper triangular L [C,C], float32.
 
-    Diagonal blocks by substitution; then doubling, [[A, 0], [B, D]]^-1 = [[A^-1, 0], [-D^-1 B A^-1, D^-1]], of
-    whose products only the rows of the second block are computed. In bf16 a Newton step with the residual of
+    Diagonal blocks by substitution; then doubling, [[A, B], [0, D]]^-1 = [[A^-1, -A^-1 B D^-1], [0, D^-1]], of
+    whose products only the rows of the first block are computed. In bf16 a Newton step with the residual of
     L's two bf16 parts, X + X (I - (I + L) X), takes back what the single passes lost.
     """
     C = L[0].shape[0]
     X = _diagonal_inverse(L)
-    lower = each(lambda l: l.astype(low), L)
+    upper = each(lambda l: l.astype(low), L)
     size = BLOCK
     while size < C:
-        starts = range(size, C, 2 * size)
+        starts = range(0, C, 2 * size)
         shift = size.bit_length() - 1
         block = iota((C // 2, C), 0) >> shift
-        left = (iota((C // 2, C), 1) >> shift) == 2 * block  # the columns of A in the row of D
+        right = (iota((C // 2, C), 1) >> shift) == 2 * block + 1  # the columns of D in the rows of A
 
-        def corner(x, l, starts=starts, size=size, left=left):
-            second = jnp.concatenate([x[b : b + size] for b in starts], axis=0).astype(low)
-            return jnp.where(left, dot(second, l), 0.0).astype(low)
+        def corner(x, l, starts=starts, size=size, right=right):
+            first = jnp.concatenate([x[b : b + size] for b in starts], axis=0).astype(low)
+            return jnp.where(right, dot(first, l), 0.0).astype(low)
 
-        product = each(corner, X, lower)
+        product = each(corner, X, upper)
         product = each(lambda p, x: dot(p, x.astype(low)), product, X)
 
         def put(x, p, starts=starts, size=size):
-            blocks = [(x[b - size : b], x[b : b + size] - p[n * size : (n + 1) * size]) for n, b in enumerate(starts)]
+            blocks = [(x[b : b + size] - p[n * size : (n + 1) * size], x[b + size : b + 2 * size]) for n, b in enumerate(starts)]
             return jnp.concatenate([b for pair in blocks for b in pair], axis=0)
 
         X = each(put, X, product)
@@ -99,38 +98,68 @@ def unit_lower_inverse(L: list[jax.Array], low: DTypeLike) -> list[jax.Array]:
     return each(lambda x, r: x.astype(jnp.float32) + dot(x, r), X, correction)
 
 
+TRANSPOSE = dict(V="f32", O="b16", U="f32", q="f32", k="f32", do="f32", v="f32", S="f32", dS="f32", dq="f32", dk="f32", dv="f32")
+
+
+def transpose(x, name=""):
+    how = TRANSPOSE[name]
+    if how == "mxu" and x.dtype == jnp.bfloat16:
+        n = x.shape[1]
+        eye = jnp.where(iota((n, n), 0) == iota((n, n), 1), 1.0, 0.0).astype(x.dtype)
+        return dot(eye, x, NT).astype(x.dtype)
+    if how == "b16":
+        return x.T
+    return x.astype(jnp.float32).T.astype(x.dtype)
+
+
 def _forward_kernel(q, k, v, rows, initial, o, final, *rest, heads, groups, scale, packed):
     *saved, state = rest
     first, last = pl.program_id(2) == 0, pl.program_id(2) == pl.num_programs(2) - 1
 
     @pl.when(first)
     def _():
-        state[...] = initial[0]
+        for h in range(heads):
+            state[h] = initial[0, h].T
 
     low = k.dtype
     Q, K, V = (head_slices(x, heads, n) for x, n in zip((q, k, v), (1, *groups), strict=True))
-    decay, beta = mosaic.chunk_scalars(rows, heads, packed, further=1)
+    decay, beta = mosaic.chunk_scalars(rows, heads, packed, further=1, lanes=2)
+    beta = [rows[0, 0, 0, 2 * heads + h : 2 * heads + h + 1, :] for h in range(heads)]
     H0 = [state[h] for h in range(heads)]
     H0_low = each(lambda h: h.astype(low), H0)
     C = K[0].shape[0]
-    strict = iota((C, C), 0) > iota((C, C), 1)
-    L = each(lambda k, d, b: jnp.where(strict, b * dot(k, k, NT) * d.mask, 0.0), K, decay, beta)
-    R = each(lambda k, v, h, d, b: (b * (v - d.reach * dot(k, h))).astype(low), K, V, H0_low, decay, beta)
-    A = each(lambda a: a.astype(low), unit_lower_inverse(L, low))
-    U = each(lambda a, r: dot(a, r).astype(low), A, R)
+    strict = iota((C, C), 0) < iota((C, C), 1)
+    L = each(lambda k, d, b: jnp.where(strict, dot(k, k, NT) * d.mask * b, 0.0), K, decay, beta)
+    R = each(lambda k, v, h, d, b: (b * (transpose(v, "V").astype(jnp.float32) - d.reach * dot(h, k, NT))).astype(low), K, V, H0_low, decay, beta)
+    A = each(lambda a: a.astype(low), unit_upper_inverse(L, low))
+    U = each(lambda r, a: dot(r, a), R, A)
+    U_low = each(lambda u: u.astype(low), U)
     if saved:
         before, inverse, update = saved
         for h in range(heads):
-            before[0, 0, h] = H0_low[h]
+            before[0, 0, h] = transpose(H0_low[h], "S")
         store_heads(inverse, A)
-        store_heads(update, U)
-    store_heads(o, read(Q, K, U, H0_low, decay), scale)
-    for h, H1 in enumerate(write(K, U, H0, decay)):
-        state[h] = H1
+        store_heads(update, each(lambda u: transpose(u, "U"), U_low))
+    scores = each(lambda q, k, d: (dot(k, q, NT) * d.mask).astype(low), Q, K, decay)
+    O = each(lambda q, h, d, u, s: d.reach * dot(h, q, NT) + dot(u, s), Q, H0_low, decay, U_low, scores)
+    for h in range(heads):
+        D = O[h].shape[0]
+        o[0, :, h * D : (h + 1) * D] = transpose((scale * O[h]).astype(o.dtype), "O")
+    update = each(lambda u, k, d: dot((d.keep * u).astype(low), k), U, K, decay)
+    for h in range(heads):
+        state[h] = decay[h].total * H0[h] + update[h]
 
     @pl.when(last)
     def _():
-        final[0] = state[...]
+        for h in range(heads):
+            final[0, h] = state[h].T
+
+
+def _store_lanes(ref, values, scale, group, name):
+    D = values[0].shape[0]
+    for h in range(len(values) // group):
+        value = functools.reduce(jnp.add, values[h * group : (h + 1) * group])
+        ref[0, :, h * D : (h + 1) * D] = transpose((scale * value).astype(ref.dtype), name)
 
 
 def _backward_kernel(
@@ -145,31 +174,48 @@ def _backward_kernel(
     low = k.dtype
     Q, K, V = (head_slices(x, heads, n) for x, n in zip((q, k, v), (1, *groups), strict=True))
     A, U, dO = (head_slices(x, heads) for x in (inverse, update, do))
-    decay, beta = mosaic.chunk_scalars(rows, heads, packed, further=1)
-    H0, dH = [before[0, 0, h] for h in range(heads)], [state[h] for h in range(heads)]
-    dQ, dK, dU, dH0, column, row = read_write_backward(Q, K, U, H0, dO, dH, decay, low)
-    store_heads(dq, dQ, scale)
-
-    dR = each(lambda a, u: dot(a, u.astype(low), TN), A, dU)
-    store_heads(dv, each(lambda b, r: b * r, beta, dR), scale, groups[1])
-    dR_low = each(lambda r: r.astype(low), dR)
+    decay, _ = mosaic.chunk_scalars(rows, heads, packed, further=1, lanes=2)
+    beta = [rows[0, 0, 0, 2 * heads + h : 2 * heads + h + 1, :] for h in range(heads)]
+    H0, dS = [before[0, 0, h] for h in range(heads)], [state[h] for h in range(heads)]
+    Qt, Kt, Vt, dOt = ([transpose(x, n) for x in xs] for n, xs in (("q", Q), ("k", K), ("v", V), ("do", dO)))
     C = K[0].shape[0]
-    strict = iota((C, C), 0) > iota((C, C), 1)
-    dL = each(lambda r, u: jnp.where(strict, -dot(r, u, NT), 0.0), dR_low, U)
+    strict = iota((C, C), 0) < iota((C, C), 1)
+    dS_low = each(lambda s: s.astype(low), dS)
+    dS_t = each(lambda s: transpose(s, "dS"), dS_low)
+    scores = each(lambda k, q, d: dot(k, q, NT) * d.mask, K, Q, decay)
+    dscores = each(lambda u, o: dot(u, o, NT), U, dO)
+    E = each(lambda s, ds: s * ds, scores, dscores)
+    dscores = each(lambda ds, d: (ds * d.mask).astype(low), dscores, decay)
+    scores = each(lambda s: s.astype(low), scores)
+    dU = each(lambda o, s, h, k, d: (dot(o, s, NT) + d.keep * dot(h, k, NT)).astype(low), dOt, scores, dS_t, K, decay)
+    dR = each(lambda u, a: dot(u, a, NT), dU, A)
+    _store_lanes(dv, each(jnp.multiply, beta, dR), scale, groups[1], "dv")
+    dR_low = each(lambda r: r.astype(low), dR)
+    kept = each(lambda h, u, d: d.keep * dot(h, u, NT), dS_low, U, decay)
+    across = each(lambda h, o, d: d.reach * dot(h, o, NT), H0, dO, decay)
+    _store_lanes(dq, each(lambda a, k, ds: a + dot(k, ds), across, Kt, dscores), scale, 1, "dq")
+    dL = each(lambda u, r: -dot(u, r), U, dR_low)
+    X = each(lambda h, r, d: d.reach * dot(h, r), H0, dR_low, decay)
     G = each(lambda k, d: dot(k, k, NT) * d.mask, K, decay)
-    across = each(lambda r, h, d: d.reach * dot(r, h, NT), dR_low, H0, decay)
-    E = each(jnp.multiply, dL, G)
-    dG = each(lambda l, b, d: (b * l * d.mask).astype(low), dL, beta, decay)
-    dK = each(lambda a, g, k, x, b: a + dot(g, k) + dot(g, k, TN) - b * x, dK, dG, K, across, beta)
-    store_heads(dk, dK, scale, groups[0])
-    across = each(lambda x, k: row_sum(x * k), across, K)
-    erow = each(row_sum, E)
-    dbeta = each(lambda r, v, x, e: row_sum(r * v) - x + e, dR, V, across, erow)
-    column = each(lambda c, e, x, b: c + b * (e - x), column, erow, across, beta)
-    row = each(lambda r, e, b: r - jnp.sum(b * e, axis=0, keepdims=True), row, E, beta)
-    mosaic.store_rows(dscalars, [*column, *dbeta], row, scale)
+    F = each(lambda l, g: jnp.where(strict, l * g, 0.0), dL, G)
+    dG = each(lambda l, b, d: jnp.where(strict, b * l * d.mask, 0.0).astype(low), dL, beta, decay)
+    dK = each(lambda a, q, ds, k, g, x, b: a + dot(q, ds, NT) + dot(k, g, NT) + dot(k, g) - b * x, kept, Qt, dscores, Kt, dG, X, beta)
+    _store_lanes(dk, dK, scale, groups[0], "dk")
+    E = each(lambda e, f, b: jnp.where(strict, e, 0.0) + b * f, E, F, beta)
+    x = each(lambda x, k: column_sum(x * k), X, Kt)
+    kept = each(lambda x, k: column_sum(x * k), kept, Kt)
+    dbeta = each(lambda r, v, x, f: column_sum(r * v) - x + column_sum(f), dR, Vt, x, F)
+    end = iota((1, C), 1) == C - 1
+
+    def row(e, a, q, x, b, kept, h, h0, d):
+        at_end = row_sum(kept) + d.total * row_sum(column_sum(h * h0))
+        return column_sum(e) + column_sum(a * q) - b * x - kept + jnp.where(end, at_end, 0.0)
+
+    row = each(row, E, across, Qt, x, beta, kept, dS, H0, decay)
+    mosaic.store_rows(dscalars, each(lambda e: -row_sum(e), E), [*row, *dbeta], scale)
     for h in range(heads):
-        state[h] = dH0[h] - dot((beta[h] * decay[h].reach * K[h]).astype(low), dR_low[h], TN)
+        of_q, of_k = (decay[h].reach * Qt[h]).astype(low), (beta[h] * decay[h].reach * Kt[h]).astype(low)
+        state[h] = decay[h].total * dS[h] + dot(of_q, dO[h]) - dot(of_k, dR_low[h], NT)
 
     @pl.when(last)
     def _():
@@ -222,7 +268,7 @@ def _run_forward(q, k, v, log_decay, beta, state, segments, scale, save):
             (mosaic.pad_state(state), carried),
         ],
         outputs,
-        [pltpu.VMEM((grid.heads, grid.K, grid.V), jnp.float32)],
+        [pltpu.VMEM((grid.heads, grid.V, grid.K), jnp.float32)],
     )
     return (mosaic.head_tokens(o, T, H, V), final[:, :, :K, :V]), saved
 
