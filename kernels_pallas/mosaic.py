@@ -1,9 +1,7 @@
-"""What the TPU kernels share: the layout of a grid step, products, the decays of a chunk.
+"""How the TPU kernels are called: the grid, the blocks of tokens, states and scalars, and the arrays around a kernel.
 
 A grid step takes one chunk of C tokens of several heads. Arrays come as [B, T, H*D], so that a head is a
-slice of complete lanes; the scalars of a chunk come as rows [R, C], and one transpose makes them columns.
-Each stage of a kernel is done for all heads before the next stage begins (`each`): the matmuls of one head
-wait for one another, those of several heads fill the matrix units.
+slice of complete lanes; the scalars of a chunk come as rows [R, C]. `mosaic_chunk.py` has what kernels do with them.
 """
 
 from __future__ import annotations
@@ -26,10 +24,6 @@ from kernels_pallas.heads import repeat_heads
 from kernels_pallas.operands import pad_axis
 
 LANES = 128
-Contraction = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]  # as `dot_general`'s
-NN: Contraction = (((1,), (0,)), ((), ()))  # a b
-NT: Contraction = (((1,), (1,)), ((), ()))  # a b'
-TN: Contraction = (((0,), (0,)), ((), ()))  # a' b
 VMEM_LIMIT = 48 << 20
 
 
@@ -272,143 +266,3 @@ def from_rows(rows: jax.Array, heads: int, T: int, kind: int = 0) -> jax.Array:
 def decay_gradient(da: jax.Array, heads: int, T: int) -> jax.Array:
     """Returns the gradient of the log decays [B,T,H], given that of their cumulative sums inside chunks (rows 0 to heads - 1)."""
     return from_rows(jnp.flip(jnp.cumsum(jnp.flip(da, -1), axis=-1), -1), heads, T)
-
-
-def each(f: Callable[..., Any], *heads: Sequence) -> list:
-    """Returns [f(*arguments of head 0), f(*arguments of head 1), ...]: one stage of a kernel, for every head."""
-    return [f(*args) for args in zip(*heads, strict=True)]
-
-
-def head_slices(ref: jax.Ref, heads: int, group: int = 1) -> list[jax.Array]:
-    """Reads a block [1, C, heads/group*D] as `heads` arrays [C, D], of which `group` neighbours are the same."""
-    D = ref.shape[2] * group // heads
-    slices = [ref[0, :, h * D : (h + 1) * D] for h in range(heads // group)]
-    return [slices[h // group] for h in range(heads)]
-
-
-def store_heads(ref: jax.Ref, values: Sequence[jax.Array], scale: float = 1.0, group: int = 1) -> None:
-    """Writes scale times the sums of `group` neighbours of one array [C, D] per head into a block [1, C, heads/group*D]."""
-    D = ref.shape[2] * group // len(values)
-    for h in range(len(values) // group):
-        value = functools.reduce(jnp.add, values[h * group : (h + 1) * group])
-        ref[0, :, h * D : (h + 1) * D] = (value if scale == 1.0 else scale * value).astype(ref.dtype)
-
-
-def as_rows(columns: Sequence[jax.Array]) -> jax.Array:
-    """Returns [128, C] whose first rows are the columns [C, 1]; the others are 0."""
-    C = columns[0].shape[0]
-    lane = iota((C, LANES), 1)
-    table = functools.reduce(lambda t, c: jnp.where(lane == c[0], c[1], t), enumerate(columns), jnp.zeros((C, LANES), jnp.float32))
-    return table.T
-
-
-def stack_rows(rows: Sequence[jax.Array], n: int) -> jax.Array:
-    """Returns [n, C] whose first rows are `rows`, each [1, C]; the others are 0."""
-    rest = [jnp.zeros((n - len(rows), rows[0].shape[1]), jnp.float32)] if n > len(rows) else []
-    return jnp.concatenate([*rows, *rest], axis=0)
-
-
-def as_columns(rows: Sequence[jax.Array]) -> list[jax.Array]:
-    """Returns rows [1, C] as columns [C, 1]."""
-    cols = stack_rows(rows, row_count(len(rows))).T
-    return [cols[:, i : i + 1] for i in range(len(rows))]
-
-
-def store_rows(ref: jax.Ref, columns: Sequence[jax.Array], rows: Sequence[jax.Array] = (), scale: float = 1.0) -> None:
-    """Writes scale times columns [C, 1] as rows of a block [1, 1, 1, R, C]; `rows`, each [1, C], are added to the first of them."""
-    table = as_rows(columns)[: ref.shape[3]]
-    if rows:
-        table += stack_rows(rows, ref.shape[3])
-    ref[0, 0, 0] = scale * table
-
-
-def dot(a: jax.Array, b: jax.Array, dims: Contraction = NN) -> jax.Array:
-    """Returns a product accumulated in float32: of bf16 operands in one pass, of others at full float32 precision."""
-    if a.dtype == b.dtype == jnp.bfloat16 and backend() == "tpu":
-        precision = jax.lax.Precision.DEFAULT
-    else:
-        precision, a, b = jax.lax.Precision.HIGHEST, a.astype(jnp.float32), b.astype(jnp.float32)
-    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
-
-
-def dot_parts(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...], dims: Contraction = NN) -> jax.Array:
-    """Returns `operands.dot_parts` of two sums of parts, with `dot`."""
-    return operands.dot_parts(a, b, functools.partial(dot, dims=dims))
-
-
-def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
-    """Returns int32 of a shape that count along an axis."""
-    return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-
-
-def row_sum(x: jax.Array) -> jax.Array:
-    """Returns the sums of the rows of [C, D], [C, 1]."""
-    return jnp.sum(x, axis=1, keepdims=True)
-
-
-def column_sum(x: jax.Array) -> jax.Array:
-    """Returns the sums of the columns of [C, D], [1, D]."""
-    return jnp.sum(x, axis=0, keepdims=True)
-
-
-class Decay(NamedTuple):
-    """One head's decays in a chunk (see `chunks.py`): mask [C,C], reach [C,1], keep [C,1], total [1,1].
-
-    With the tokens that read in lanes, mask is transposed (what token t has of token i is at [i,t]) and reach is a row [1,C].
-    """
-
-    mask: jax.Array
-    reach: jax.Array
-    keep: jax.Array
-    total: jax.Array
-
-
-def decays(rows: jax.Array, cols: jax.Array, heads: int, segments: int | None, lanes: bool = False) -> list[Decay]:
-    """Returns every head's decays, from `chunk_rows`.
-
-    Args:
-      rows, cols: [R, C] and its transpose.
-      segments: index of the row with each token's segment (the next row has the segment carried in), or None.
-      lanes: whether the tokens that read are in lanes (see `Decay`).
-    """
-    C = rows.shape[1]
-    end = slice(C - 1, C)
-    where = iota((C, C), 1) >= iota((C, C), 0) if lanes else iota((C, C), 0) >= iota((C, C), 1)
-    sees_start = survives = through = None
-    if segments is not None:
-        seg_row, seg_col = rows[segments : segments + 1], cols[:, segments : segments + 1]
-        carried = rows[segments + 1 : segments + 2, :1]
-        where &= seg_col == seg_row
-        sees_start = (seg_row if lanes else seg_col) == carried
-        survives, through = seg_col == seg_row[:, end], seg_row[:, end] == carried
-
-    def masked_exp(x, where):  # masked before exp: no overflow
-        return jnp.exp(x) if where is None else jnp.where(where, jnp.exp(jnp.where(where, x, 0.0)), 0.0)
-
-    def decay(head):
-        c, f = slice(2 * head, 2 * head + 1), slice(2 * head + 1, 2 * head + 2)
-        (coarse, fine), (coarse_of, fine_of) = (cols[:, c], cols[:, f]), (rows[c], rows[f])
-        if lanes:
-            (coarse, fine), (coarse_of, fine_of) = (coarse_of, fine_of), (coarse, fine)
-        return Decay(
-            mask=masked_exp((coarse - coarse_of) + (fine - fine_of), where),
-            reach=masked_exp(coarse + fine, sees_start),
-            keep=masked_exp((rows[c, end] - rows[c]) + (rows[f, end] - rows[f]), None if survives is None else seg_row == seg_row[:, end]) if lanes == 2 else masked_exp((rows[c, end] - cols[:, c]) + (rows[f, end] - cols[:, f]), survives),
-            total=masked_exp(rows[c, end] + rows[f, end], through),
-        )
-
-    return [decay(h) for h in range(heads)]
-
-
-def chunk_scalars(
-    rows_ref: jax.Ref, heads: int, packed: bool, further: int = 0, lanes: bool = False
-) -> tuple[list[Decay], list[jax.Array]]:
-    """Reads a block of `chunk_rows`: every head's decays, and `further` more scalars, each of all heads, as columns [C,1].
-
-    Args:
-      lanes: whether the tokens that read are in lanes (see `Decay`).
-    """
-    rows = rows_ref[0, 0, 0]
-    cols = rows.T
-    first, end = 2 * heads, (2 + further) * heads
-    return decays(rows, cols, heads, end if packed else None, lanes), [cols[:, n : n + 1] for n in range(first, end)]

@@ -17,7 +17,8 @@ from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 
 from kernels_pallas.contract import HeadNorm
-from kernels_pallas.mosaic import LANES, Grid, Input, Output, iota, row_sum
+from kernels_pallas.mosaic import LANES, Grid, Input, Output
+from kernels_pallas.mosaic_chunk import iota, row_sum
 from kernels_pallas.operands import pad_axis
 
 HEAD_DIMS = (64, 128, 256)  # that the kernels norm head by head

@@ -24,9 +24,23 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
-from kernels_pallas import mosaic
+from kernels_pallas import mosaic, mosaic_chunk
 from kernels_pallas.arguments import differentiable
-from kernels_pallas.mosaic import NT, column_sum, dot, dot_parts, each, head_slices, iota, row_sum, store_heads
+from kernels_pallas.linear_attention.tpu import Tokens, read, read_write_backward, write
+from kernels_pallas.mosaic_chunk import (
+    NT,
+    before,
+    column_sum,
+    dot,
+    dot_parts,
+    each,
+    head_columns,
+    head_slices,
+    iota,
+    store_tokens,
+    sums_of_rows,
+    transposed,
+)
 from kernels_pallas.operands import operand_dtype, parts
 
 HEADS = 8  # at most this many heads per grid step
@@ -98,20 +112,6 @@ def unit_upper_inverse(L: list[jax.Array], low: DTypeLike) -> list[jax.Array]:
     return each(lambda x, r: x.astype(jnp.float32) + dot(x, r), X, correction)
 
 
-TRANSPOSE = dict(V="f32", O="b16", U="f32", q="f32", k="f32", do="f32", v="f32", S="f32", dS="f32", dq="f32", dk="f32", dv="f32")
-
-
-def transpose(x, name=""):
-    how = TRANSPOSE[name]
-    if how == "mxu" and x.dtype == jnp.bfloat16:
-        n = x.shape[1]
-        eye = jnp.where(iota((n, n), 0) == iota((n, n), 1), 1.0, 0.0).astype(x.dtype)
-        return dot(eye, x, NT).astype(x.dtype)
-    if how == "b16":
-        return x.T
-    return x.astype(jnp.float32).T.astype(x.dtype)
-
-
 def _forward_kernel(q, k, v, rows, initial, o, final, *rest, heads, groups, scale, packed):
     *saved, state = rest
     first, last = pl.program_id(2) == 0, pl.program_id(2) == pl.num_programs(2) - 1
@@ -119,51 +119,37 @@ def _forward_kernel(q, k, v, rows, initial, o, final, *rest, heads, groups, scal
     @pl.when(first)
     def _():
         for h in range(heads):
-            state[h] = initial[0, h].T
+            state[h] = transposed(initial[0, h])
 
     low = k.dtype
-    Q, K, V = (head_slices(x, heads, n) for x, n in zip((q, k, v), (1, *groups), strict=True))
-    decay, beta = mosaic.chunk_scalars(rows, heads, packed, further=1, lanes=2)
-    beta = [rows[0, 0, 0, 2 * heads + h : 2 * heads + h + 1, :] for h in range(heads)]
-    H0 = [state[h] for h in range(heads)]
-    H0_low = each(lambda h: h.astype(low), H0)
-    C = K[0].shape[0]
-    strict = iota((C, C), 0) < iota((C, C), 1)
-    L = each(lambda k, d, b: jnp.where(strict, dot(k, k, NT) * d.mask * b, 0.0), K, decay, beta)
-    R = each(lambda k, v, h, d, b: (b * (transpose(v, "V").astype(jnp.float32) - d.reach * dot(h, k, NT))).astype(low), K, V, H0_low, decay, beta)
+    Q, K, V = head_slices(q, heads), head_slices(k, heads, groups[0]), head_columns(v, heads, groups[1])
+    decay, beta = mosaic_chunk.chunk_scalars(rows, heads, packed, further=1)
+    S = [state[h] for h in range(heads)]
+    S_low = each(lambda s: s.astype(low), S)
+    L = each(lambda k, d, b: before(dot(k, k, NT) * d.mask * b), K, decay, beta)
+    R = each(lambda k, v, s, d, b: (b * (v - d.reach * dot(s, k, NT))).astype(low), K, V, S_low, decay, beta)
     A = each(lambda a: a.astype(low), unit_upper_inverse(L, low))
-    U = each(lambda r, a: dot(r, a), R, A)
+    U = each(dot, R, A)
     U_low = each(lambda u: u.astype(low), U)
     if saved:
-        before, inverse, update = saved
+        states, inverse, update = saved
         for h in range(heads):
-            before[0, 0, h] = transpose(H0_low[h], "S")
-        store_heads(inverse, A)
-        store_heads(update, each(lambda u: transpose(u, "U"), U_low))
-    scores = each(lambda q, k, d: (dot(k, q, NT) * d.mask).astype(low), Q, K, decay)
-    O = each(lambda q, h, d, u, s: d.reach * dot(h, q, NT) + dot(u, s), Q, H0_low, decay, U_low, scores)
-    for h in range(heads):
-        D = O[h].shape[0]
-        o[0, :, h * D : (h + 1) * D] = transpose((scale * O[h]).astype(o.dtype), "O")
-    update = each(lambda u, k, d: dot((d.keep * u).astype(low), k), U, K, decay)
-    for h in range(heads):
-        state[h] = decay[h].total * H0[h] + update[h]
+            states[0, 0, h] = transposed(S_low[h])
+        for h, a in enumerate(A):
+            inverse[0, 0, h] = a
+        store_tokens(update, U_low)
+    store_tokens(o, read(Q, K, U_low, S_low, decay), scale)
+    for h, new in enumerate(write(K, U, S, decay)):
+        state[h] = new
 
     @pl.when(last)
     def _():
         for h in range(heads):
-            final[0, h] = state[h].T
-
-
-def _store_lanes(ref, values, scale, group, name):
-    D = values[0].shape[0]
-    for h in range(len(values) // group):
-        value = functools.reduce(jnp.add, values[h * group : (h + 1) * group])
-        ref[0, :, h * D : (h + 1) * D] = transpose((scale * value).astype(ref.dtype), name)
+            final[0, h] = transposed(state[h])
 
 
 def _backward_kernel(
-    q, k, v, rows, before, inverse, update, do, dfinal, dq, dk, dv, dscalars, dinitial, state, *, heads, groups, scale, packed
+    q, k, v, rows, states, inverse, update, do, dfinal, dq, dk, dv, dscalars, dinitial, state, *, heads, groups, scale, packed
 ):
     first, last = pl.program_id(2) == 0, pl.program_id(2) == pl.num_programs(2) - 1
 
@@ -172,50 +158,32 @@ def _backward_kernel(
         state[...] = dfinal[0] / scale
 
     low = k.dtype
-    Q, K, V = (head_slices(x, heads, n) for x, n in zip((q, k, v), (1, *groups), strict=True))
-    A, U, dO = (head_slices(x, heads) for x in (inverse, update, do))
-    decay, _ = mosaic.chunk_scalars(rows, heads, packed, further=1, lanes=2)
-    beta = [rows[0, 0, 0, 2 * heads + h : 2 * heads + h + 1, :] for h in range(heads)]
-    H0, dS = [before[0, 0, h] for h in range(heads)], [state[h] for h in range(heads)]
-    Qt, Kt, Vt, dOt = ([transpose(x, n) for x in xs] for n, xs in (("q", Q), ("k", K), ("v", V), ("do", dO)))
-    C = K[0].shape[0]
-    strict = iota((C, C), 0) < iota((C, C), 1)
-    dS_low = each(lambda s: s.astype(low), dS)
-    dS_t = each(lambda s: transpose(s, "dS"), dS_low)
-    scores = each(lambda k, q, d: dot(k, q, NT) * d.mask, K, Q, decay)
-    dscores = each(lambda u, o: dot(u, o, NT), U, dO)
-    E = each(lambda s, ds: s * ds, scores, dscores)
-    dscores = each(lambda ds, d: (ds * d.mask).astype(low), dscores, decay)
-    scores = each(lambda s: s.astype(low), scores)
-    dU = each(lambda o, s, h, k, d: (dot(o, s, NT) + d.keep * dot(h, k, NT)).astype(low), dOt, scores, dS_t, K, decay)
-    dR = each(lambda u, a: dot(u, a, NT), dU, A)
-    _store_lanes(dv, each(jnp.multiply, beta, dR), scale, groups[1], "dv")
+    K, U, dO = head_slices(k, heads, groups[0]), head_slices(update, heads), head_slices(do, heads)
+    V = head_columns(v, heads, groups[1])
+    A, S, dS = ([ref[h] for h in range(heads)] for ref in (inverse.at[0, 0], states.at[0, 0], state))
+    decay, beta = mosaic_chunk.chunk_scalars(rows, heads, packed, further=1)
+    tokens = Tokens(head_columns(q, heads), K, head_columns(k, heads, groups[0]), U, dO, head_columns(do, heads))
+    found = read_write_backward(tokens, S, dS, decay, low)
+    store_tokens(dq, [g.dQ for g in found], scale)
+
+    dR = each(lambda g, a: dot(g.dV.astype(low), a, NT), found, A)
+    store_tokens(dv, each(jnp.multiply, beta, dR), scale, groups[1])
     dR_low = each(lambda r: r.astype(low), dR)
-    kept = each(lambda h, u, d: d.keep * dot(h, u, NT), dS_low, U, decay)
-    across = each(lambda h, o, d: d.reach * dot(h, o, NT), H0, dO, decay)
-    _store_lanes(dq, each(lambda a, k, ds: a + dot(k, ds), across, Kt, dscores), scale, 1, "dq")
-    dL = each(lambda u, r: -dot(u, r), U, dR_low)
-    X = each(lambda h, r, d: d.reach * dot(h, r), H0, dR_low, decay)
+    dL = each(lambda u, r: -before(dot(u, r)), U, dR_low)
     G = each(lambda k, d: dot(k, k, NT) * d.mask, K, decay)
-    F = each(lambda l, g: jnp.where(strict, l * g, 0.0), dL, G)
-    dG = each(lambda l, b, d: jnp.where(strict, b * l * d.mask, 0.0).astype(low), dL, beta, decay)
-    dK = each(lambda a, q, ds, k, g, x, b: a + dot(q, ds, NT) + dot(k, g, NT) + dot(k, g) - b * x, kept, Qt, dscores, Kt, dG, X, beta)
-    _store_lanes(dk, dK, scale, groups[0], "dk")
-    E = each(lambda e, f, b: jnp.where(strict, e, 0.0) + b * f, E, F, beta)
-    x = each(lambda x, k: column_sum(x * k), X, Kt)
-    kept = each(lambda x, k: column_sum(x * k), kept, Kt)
-    dbeta = each(lambda r, v, x, f: column_sum(r * v) - x + column_sum(f), dR, Vt, x, F)
-    end = iota((1, C), 1) == C - 1
-
-    def row(e, a, q, x, b, kept, h, h0, d):
-        at_end = row_sum(kept) + d.total * row_sum(column_sum(h * h0))
-        return column_sum(e) + column_sum(a * q) - b * x - kept + jnp.where(end, at_end, 0.0)
-
-    row = each(row, E, across, Qt, x, beta, kept, dS, H0, decay)
-    mosaic.store_rows(dscalars, each(lambda e: -row_sum(e), E), [*row, *dbeta], scale)
+    across = each(lambda s, r, d: d.reach * dot(s, r), S, dR_low, decay)
+    dG = each(lambda l, b, d: (b * l * d.mask).astype(low), dL, beta, decay)
+    dK = each(lambda f, g, k, x, b: f.dK + dot(k, g) + dot(k, g, NT) - b * x, found, dG, tokens.Kt, across, beta)
+    store_tokens(dk, dK, scale, groups[0])
+    across = each(lambda x, k: column_sum(x * k), across, tokens.Kt)
+    pairs = each(jnp.multiply, dL, G)
+    dbeta = each(lambda r, v, x, p: column_sum(r * v) - x + column_sum(p), dR, V, across, pairs)
+    pairs = each(lambda f, p, b: f.pairs + b * p, found, pairs, beta)
+    da = each(lambda f, p, x, b, lost: f.da + column_sum(p) - b * x - lost, found, pairs, across, beta, sums_of_rows(pairs))
+    mosaic_chunk.store_rows(dscalars, [*da, *dbeta], scale)
     for h in range(heads):
-        of_q, of_k = (decay[h].reach * Qt[h]).astype(low), (beta[h] * decay[h].reach * Kt[h]).astype(low)
-        state[h] = decay[h].total * dS[h] + dot(of_q, dO[h]) - dot(of_k, dR_low[h], NT)
+        through = (beta[h] * decay[h].reach * tokens.Kt[h]).astype(low)
+        state[h] = found[h].dS - dot(through, dR_low[h], NT)
 
     @pl.when(last)
     def _():
@@ -256,7 +224,7 @@ def _run_forward(q, k, v, log_decay, beta, state, segments, scale, save):
     if save:
         outputs += [
             (grid.states_shape(grid.K, grid.V, k.dtype), grid.states(grid.K, grid.V)),
-            (grid.tokens_shape(grid.C, k.dtype), grid.tokens(grid.C)),
+            (grid.states_shape(grid.C, grid.C, k.dtype), grid.states(grid.C, grid.C)),
             (grid.tokens_shape(grid.V, k.dtype), values),
         ]
     o, final, *saved = mosaic.run(
@@ -293,7 +261,7 @@ def _vjp_backward(scale, residuals, cotangents):
         [
             *mosaic.token_inputs(grid, q, k, v, rows),
             (before, grid.states(grid.K, grid.V)),
-            (inverse, grid.tokens(grid.C)),
+            (inverse, grid.states(grid.C, grid.C)),
             (update, values),
             (mosaic.flat_tokens(do, grid.C), values),
             (mosaic.pad_state(dfinal), carried),

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.gated_delta_rule.reference import gated_delta_rule_update
-from kernels_pallas.mosaic import each
+from kernels_pallas.mosaic_chunk import each
 from kernels_pallas.mosaic_step import columns, head_rows, reduce_rows, run_step, with_gradient_of
 
 

@@ -21,37 +21,32 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import mosaic
+from kernels_pallas import mosaic, mosaic_chunk
 from kernels_pallas.arguments import differentiable
 from kernels_pallas.contract import States
 from kernels_pallas.gated_kalmanet.chebyshev import coefficients
 from kernels_pallas.gated_kalmanet.solvers import schedule_for
-from kernels_pallas.gated_kalmanet.tpu_backward import backward_kernel, gated_slices
-from kernels_pallas.gated_kalmanet.tpu_norms import in_lanes, inverse_norms
+from kernels_pallas.gated_kalmanet.tpu_backward import backward_kernel, blend, gated_columns
+from kernels_pallas.gated_kalmanet.tpu_norms import inverse_norms
 from kernels_pallas.gated_kalmanet.tpu_solve import Plan, Scratch, scratch_of, solve
-from kernels_pallas.mosaic import NT, TN, dot_parts, each, head_slices, store_heads
+from kernels_pallas.mosaic_chunk import dot_parts, each, head_columns, head_slices, store_tokens, transposed
 from kernels_pallas.operands import operand_dtype, parts
 
 HEADS = 8  # at most this many heads per grid step
 
 
-def _blend(Q, X, alpha) -> list[jax.Array]:
-    """Returns q + alpha (x - q), float32."""
-    return each(lambda q, x, a: q + a * (x - q), Q, X, alpha)
-
-
-def _read(query, K, V, S0, decay, low, n) -> list[jax.Array]:
+def _read(query, K, V, S, decay, low, n) -> list[jax.Array]:
     """Returns linear attention's read with a float32 query in n parts: x is large where H is small, and S'x cancels."""
     query = each(lambda q: parts(q, low, n), query)
-    scores = each(lambda q, k, d: parts(dot_parts(q, (k,), NT) * d.mask, low, n), query, K, decay)
-    across = each(lambda q, s, d: d.reach * dot_parts(q, parts(s, low, n)), query, S0, decay)
-    return each(lambda a, s, v: a + dot_parts(s, (v,)), across, scores, V)
+    scores = each(lambda q, k, d: parts(dot_parts((k,), q) * d.mask, low, n), query, K, decay)
+    across = each(lambda q, s, d: d.reach * dot_parts(parts(s, low, n), q), query, S, decay)
+    return each(lambda a, s, v: a + dot_parts((v,), s), across, scores, V)
 
 
-def _write(K, V, H0, decay, low, n) -> list[jax.Array]:
+def _write(K, V, S, decay, low, n) -> list[jax.Array]:
     """Returns linear attention's write, with keep V in n parts: an error of H is an error of every later x."""
-    update = each(lambda k, v, d: dot_parts((k,), parts(d.keep * v, low, n), TN), K, V, decay)
-    return each(lambda h, u, d: d.total * h + u, H0, update, decay)
+    update = each(lambda k, v, d: dot_parts(parts(d.keep * v, low, n), (k,)), K, V, decay)
+    return each(lambda s, u, d: d.total * s + u, S, update, decay)
 
 
 def _forward_kernel(
@@ -74,37 +69,44 @@ def _forward_kernel(
     plan,
     precise,
 ):
-    saved, buffers = rest[: -len(Scratch._fields)], rest[-len(Scratch._fields) :]
-    kk, kv = final_kk.at[0], final_kv.at[0]  # in VMEM until the last chunk is done
+    saved, kv, buffers = rest[: -len(Scratch._fields) - 1], rest[-len(Scratch._fields) - 1], rest[-len(Scratch._fields) :]
+    kk = final_kk.at[0]  # in VMEM until the last chunk is done
+    first, last = pl.program_id(2) == 0, pl.program_id(2) == pl.num_programs(2) - 1
 
-    @pl.when(pl.program_id(2) == 0)
+    @pl.when(first)
     def _():
-        kk[...], kv[...] = initial_kk[0], initial_kv[0]
+        kk[...] = initial_kk[0]
+        for h in range(heads):
+            kv[h] = transposed(initial_kv[0, h])
 
     low = k.dtype
     n = 3 if precise else 2  # as many bf16 parts as a float32 has, or two
-    decay, scalars = mosaic.chunk_scalars(rows, heads, packed, further=1 + gated)
+    decay, scalars = mosaic_chunk.chunk_scalars(rows, heads, packed, further=1 + gated)
     alpha, beta = scalars[:heads], scalars[heads:]
-    Q = head_slices(q, heads)
-    K, V = (gated_slices(x, beta, heads, n) for x, n in zip((k, v), groups, strict=True))
+    query = rhs = each(lambda x: x.astype(jnp.float32), head_columns(q, heads))
+    Kt, Vt = (gated_columns(x, beta, heads, group) for x, group in zip((k, v), groups, strict=True))
+    K = each(transposed, Kt) if gated else head_slices(k, heads, groups[0])
     H0, S0 = [kk[h] for h in range(heads)], [kv[h] for h in range(heads)]
-    query = rhs = each(lambda x: x.astype(jnp.float32), Q)
     if plan.num_iter:
-        lanes = in_lanes(K, decay)
-        of_norms = inverse_norms(K, lanes, H0, low, n)
-        X = solve(each(jnp.transpose, rhs), K, lanes, H0, of_norms[0], omegas, Scratch(*buffers), low, plan)
-        query = _blend(rhs, each(jnp.transpose, X), alpha)
+        of_norms = inverse_norms(K, Kt, H0, decay, low, n)
+        X = solve(rhs, K, Kt, H0, decay, of_norms[0], omegas, Scratch(*buffers), low, plan)
+        query = blend(rhs, X, alpha)
     if saved:
         kk_before, kv_before, solution, norms = saved
         for h in range(heads):
-            kk_before[0, 0, h], kv_before[0, 0, h] = H0[h], S0[h]
+            kk_before[0, 0, h], kv_before[0, 0, h] = H0[h], transposed(S0[h])
             if plan.num_iter:
                 solution[0, 0, h] = X[h]
         if plan.num_iter:
-            norms[0, 0, 0] = mosaic.stack_rows(sum(of_norms, []), norms.shape[3])
-    store_heads(o, _read(query, K, V, S0, decay, low, n), scale)
-    for h, (H1, S1) in enumerate(zip(_write(K, K, H0, decay, low, n), _write(K, V, S0, decay, low, n), strict=True)):
+            norms[0, 0, 0] = mosaic_chunk.stack_rows(sum(of_norms, []), norms.shape[3])
+    store_tokens(o, _read(query, K, Vt, S0, decay, low, n), scale)
+    for h, (H1, S1) in enumerate(zip(_write(K, Kt, H0, decay, low, n), _write(K, Vt, S0, decay, low, n), strict=True)):
         kk[h], kv[h] = H1, S1
+
+    @pl.when(last)
+    def _():
+        for h in range(heads):
+            final_kv[0, h] = transposed(kv[h])
 
 
 class Options(NamedTuple):
@@ -193,7 +195,7 @@ def _run_forward(q, k, v, alpha, log_decay, beta, state, segments, options, save
         "gated_kalmanet_forward",
         [*inputs, (mosaic.pad_state(state[0]), kk), (mosaic.pad_state(state[1]), kv)],
         outputs,
-        scratch_of(grid, k.dtype, options.plan),
+        [pltpu.VMEM((grid.heads, grid.V, grid.K), jnp.float32), *scratch_of(grid, k.dtype, options.plan)],
     )
     return (mosaic.head_tokens(o, T, H, V), (h_kk[:, :, :K, :K], h_kv[:, :, :K, :V])), saved
 
@@ -238,9 +240,9 @@ def _vjp_backward(options, residuals, cotangents):
     of_scalar = functools.partial(mosaic.from_rows, dscalars, grid.heads, T)
     return (
         *mosaic.token_gradients(dq, dk, dv, q, v),
-        of_scalar(kind=1 if beta is None else 2).astype(alpha.dtype),
+        of_scalar(kind=1).astype(alpha.dtype),
         mosaic.decay_gradient(dscalars, grid.heads, T).astype(log_decay.dtype),
-        None if beta is None else of_scalar(kind=1).astype(beta.dtype),
+        None if beta is None else of_scalar(kind=2).astype(beta.dtype),
         (dinitial_kk[:, :, :K, :K], dinitial_kv[:, :, :K, :V]),
         None,
     )

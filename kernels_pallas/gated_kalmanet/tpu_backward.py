@@ -1,4 +1,4 @@
-"""The gradient of Gated KalmaNet's kernel, with the tokens that read in lanes, as in `tpu_solve.py`."""
+"""The backward kernel of Gated KalmaNet for TPU; `tpu.py` has the formulas."""
 
 from __future__ import annotations
 
@@ -9,83 +9,79 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 
-from kernels_pallas import mosaic
-from kernels_pallas.gated_kalmanet.tpu_norms import Lanes, norms_backward
+from kernels_pallas import mosaic_chunk
+from kernels_pallas.gated_kalmanet.tpu_norms import norms_backward
 from kernels_pallas.gated_kalmanet.tpu_solve import Scratch, solve
-from kernels_pallas.mosaic import NT, Decay, column_sum, dot_parts, each, head_slices, iota, row_sum, store_heads
+from kernels_pallas.linear_attention.tpu import Tokens, decay_gradient, read_write_backward
+from kernels_pallas.mosaic_chunk import (
+    NT,
+    Decay,
+    before,
+    column_sum,
+    dot_parts,
+    each,
+    head_columns,
+    head_slices,
+    store_tokens,
+    sums_of_rows,
+    transposed,
+)
 from kernels_pallas.operands import parts
 
 
-def gated_slices(ref, beta, heads, group) -> list[jax.Array]:
-    """Reads a block of k or v as every head's K or V [C,D]: times beta, columns [C,1] of every head, or none, and rounded."""
-    slices = head_slices(ref, heads, group)
-    return each(lambda x, b: (b * x.astype(jnp.float32)).astype(x.dtype), slices, beta) if beta else slices
+def gated_columns(ref: jax.Ref, beta: Sequence[jax.Array], heads: int, group: int) -> list[jax.Array]:
+    """Reads a block of k or v as every head's K' or V' [D,C]: times beta, rows [1,C] of every head, or none, and rounded."""
+    columns = head_columns(ref, heads, group)
+    return each(lambda x, b: (b * x.astype(jnp.float32)).astype(x.dtype), columns, beta) if beta else columns
 
 
-def store_gated(ref, x, gradients, beta, scale, group) -> list[jax.Array]:
-    """Writes the gradient of a block x of k or v, given those of every head's K or V; returns dbeta as columns, if any."""
-    if not beta:
-        store_heads(ref, gradients, scale, group)
-        return []
-    store_heads(ref, each(jnp.multiply, beta, gradients), scale, group)
-    return each(lambda d, x: row_sum(d * x), gradients, head_slices(x, len(beta), group))
+def blend(Q: Sequence[jax.Array], X: Sequence[jax.Array], alpha: Sequence[jax.Array]) -> list[jax.Array]:
+    """Returns q + alpha (x - q), float32."""
+    return each(lambda q, x, a: q + a * (x - q), Q, X, alpha)
 
 
-def _pairs(scores, dscores, C):
-    """what each pair of tokens i < t contributes to the decays"""
-    strict = iota((C, C), 0) < iota((C, C), 1)
-    return each(lambda s, ds: jnp.where(strict, s * ds, 0.0), scores, dscores)
+def _states_backward(
+    X: Sequence[jax.Array],
+    G: Sequence[jax.Array],
+    K: Sequence[jax.Array],
+    Kt: Sequence[jax.Array],
+    H0: Sequence[jax.Array],
+    dH: Sequence[jax.Array],
+    decay: Sequence[Decay],
+    low: DTypeLike,
+) -> list[tuple[jax.Array, ...]]:
+    """Returns every head's gradients of reading H x under cotangents g of it, and of writing H.
 
+    This is `read_write_backward` with q = x and k = v, but for H, which is symmetric: of it K needs dH + dH' only.
 
-def _of_read(Q, K, V, lanes, S0, dO, dS, decay, low):
-    C = K[0].shape[0]
-    Q2, S2, O2, dS2 = (each(lambda x: parts(x, low), xs) for xs in (Q, S0, dO, dS))
-    scores = each(lambda k, q, d: dot_parts((k,), q) * d.mask, K, Q2, decay)
-    dscores = each(lambda v, o: dot_parts((v,), o, NT), V, O2)
-    E = _pairs(scores, dscores, C)
-    dscores = each(lambda ds, d: parts(ds * d.mask, low), dscores, decay)
-    scores = each(lambda s: parts(s, low), scores)
-    across = each(lambda s, o, d: d.reach * dot_parts(s, o, NT), S2, O2, decay)
-    kept = each(lambda v, s, d: d.keep * dot_parts((v,), s, NT), V, dS2, decay)
-    dV = each(lambda s, o, k, h, d: dot_parts(s, o) + d.keep * dot_parts((k,), h), scores, O2, K, dS2, decay)
-    dQ = each(lambda a, x, ds: a + dot_parts((x.k,), ds), across, lanes, dscores)
-    dK = each(lambda a, ds, q: a + dot_parts(ds, q, NT), kept, dscores, Q2)
-    reached = each(lambda q, d: parts(d.reach * q, low), Q, decay)
-    dS0 = each(lambda h, q, o, d: d.total * h + dot_parts(q, o), dS, reached, O2, decay)
-    kept = each(jnp.multiply, kept, K)
-    row = each(lambda e, a, q: column_sum(e + a * q), E, across, Q)
-    row = each(_with_end, row, kept, dS, S0, decay)
-    return dQ, dK, dV, dS0, each(jnp.add, E, kept), row
+    Args:
+      X, G: x and g [K,C], float32.
+      K, Kt: the keys [C,K] and [K,C], in `low`.
+      H0, dH: the states before the chunk and the gradients of those after it [K,K], float32.
 
-
-def _with_end(row, kept, dH, H0, d):
-    end = iota(row.shape, 1) == row.shape[1] - 1
-    at_end = jnp.sum(column_sum(kept), axis=1, keepdims=True) + d.total * jnp.sum(column_sum(dH * H0), axis=1, keepdims=True)
-    return row + jnp.where(end, at_end, 0.0)
-
-
-def _of_states(X, G, K, H0, dH, decay, low):
-    C = K[0].shape[0]
-    X2, G2, H2 = (each(lambda x: parts(x, low), xs) for xs in (X, G, H0))
-    both = each(lambda h: parts(h + h.T, low), dH)
+    Returns:
+      dK [K,C], dH0 [K,K], and of the decays `pairs` [C,C] and `da` [1,C], as in `linear_attention.tpu.Gradients`.
+    """
+    X2, G2, H2 = (each(lambda a: parts(a, low), arrays) for arrays in (X, G, H0))
     scores = each(lambda k, x, d: dot_parts((k,), x) * d.mask, K, X2, decay)
     dscores = each(lambda k, g: dot_parts((k,), g), K, G2)
-    E = _pairs(scores, dscores, C)
-    dscores = each(lambda ds, d: parts(ds * d.mask, low), dscores, decay)
+    pairs = each(lambda s, ds: before(s * ds), scores, dscores)
     scores = each(lambda s: parts(s, low), scores)
+    dscores = each(lambda ds, d: parts(ds * d.mask, low), dscores, decay)
     across = each(lambda h, g, d: d.reach * dot_parts(h, g), H2, G2, decay)
-    kept = each(lambda k, h, d: d.keep * dot_parts((k,), h), K, both, decay)
-    dK = each(lambda a, ds, x: a + dot_parts(ds, x, NT), kept, dscores, X2)
-    dK = each(lambda a, s, g: a + dot_parts(s, g, NT), dK, scores, G2)
+    kept = each(lambda h, k: dot_parts(parts(h + h.T, low), (k,)), dH, Kt)
+    dK = each(
+        lambda a, s, ds, x, g, d: d.keep * a + dot_parts(x, ds, NT) + dot_parts(g, s, NT), kept, scores, dscores, X2, G2, decay
+    )
     outer = each(lambda x, g, d: dot_parts(parts(d.reach * x, low), g, NT), X, G2, decay)
     dH0 = each(lambda h, a, d: d.total * h + 0.5 * (a + a.T), dH, outer, decay)
-    kept = each(lambda a, k: 0.5 * a * k, kept, K)
-    row = each(lambda e, a, x: column_sum(e + a * x), E, across, X)
-    row = each(_with_end, row, kept, dH, H0, decay)
-    return dK, dH0, each(jnp.add, E, kept), row
+    kept = each(lambda a, k: 0.5 * column_sum(a * k), kept, Kt)
+    da = each(lambda a, x: column_sum(a * x), across, X)
+    return list(zip(dK, dH0, pairs, each(decay_gradient, da, kept, dH, H0, decay), strict=True))
 
 
 def backward_kernel(*refs, heads, groups, gated, scale, packed, plan, bp_lambda):
+    """The gradients of a chunk, from the last one to the first. The references are those of `tpu._vjp_backward`."""
     omegas, q, k, v, rows, kk_before, kv_before, solution, norms, do, dfinal_kk, dfinal_kv = refs[:12]
     dq, dk, dv, dscalars, dinitial_kk, dinitial_kv, dkk, dkv, *buffers = refs[12:]
     first, last = pl.program_id(2) == 0, pl.program_id(2) == pl.num_programs(2) - 1
@@ -95,43 +91,52 @@ def backward_kernel(*refs, heads, groups, gated, scale, packed, plan, bp_lambda)
         dkk[...], dkv[...] = dfinal_kk[0] / scale, dfinal_kv[0] / scale
 
     low = k.dtype
-    decay, scalars = mosaic.chunk_scalars(rows, heads, packed, further=1 + gated, lanes=True)
-    alpha = [rows[0, 0, 0, 2 * heads + h : 2 * heads + h + 1, :] for h in range(heads)]
-    beta = scalars[heads:]
-    K, V = (gated_slices(x, beta, heads, n) for x, n in zip((k, v), groups, strict=True))
-    dO = head_slices(do, heads)
+    decay, scalars = mosaic_chunk.chunk_scalars(rows, heads, packed, further=1 + gated)
+    alpha, beta = scalars[:heads], scalars[heads:]
+    Q = each(lambda x: x.astype(jnp.float32), head_columns(q, heads))
+    Kt = gated_columns(k, beta, heads, groups[0])
+    K, V = head_slices(k, heads, groups[0]), head_slices(v, heads, groups[1])
+    if gated:
+        K, V = each(transposed, Kt), each(transposed, gated_columns(v, beta, heads, groups[1]))
     H0, S0 = [kk_before[0, 0, h] for h in range(heads)], [kv_before[0, 0, h] for h in range(heads)]
     dH, dS = [dkk[h] for h in range(heads)], [dkv[h] for h in range(heads)]
-    lanes = each(lambda k, d: Lanes(k.astype(jnp.float32).T.astype(k.dtype), d.mask, d.reach), K, decay)
-    Q = each(lambda q: q.astype(jnp.float32).T, head_slices(q, heads))
     X = [solution[0, 0, h] for h in range(heads)] if plan.num_iter else Q
-    query = each(lambda q, x, a: q + a * (x - q), Q, X, alpha) if plan.num_iter else Q
-    dquery, dK, dV, dS0, E, row = _of_read(query, K, V, lanes, S0, dO, dS, decay, low)
-    of_values = store_gated(dv, v, dV, beta, scale, groups[1])
+    query = blend(Q, X, alpha)
+    tokens = Tokens(query, K, Kt, V, head_slices(do, heads), head_columns(do, heads))
+    of_read = read_write_backward(tokens, S0, dS, decay, low, n=2)
     for h in range(heads):
-        dkv[h] = dS0[h]
+        dkv[h] = of_read[h].dS
+    dV, dquery = [g.dV for g in of_read], [g.dQ for g in of_read]
     dalpha = each(lambda g, x, q: column_sum(g * (x - q)), dquery, X, Q)
+
+    W = each(jnp.zeros_like, X)
     if plan.num_iter:
         inverse, size, squares = ([norms[0, 0, 0, n + h : n + h + 1, :] for h in range(heads)] for n in (0, heads, 2 * heads))
         dX = each(jnp.multiply, alpha, dquery)
-        W = solve(dX, K, lanes, H0, inverse, omegas, Scratch(*buffers), low, plan)
-        dQ = each(lambda g, a, w: (g - a * g + w).T, dquery, alpha, W)
-        minus_w = each(jnp.negative, W)
-    else:
-        dQ = each(jnp.transpose, dquery)
-        minus_w = each(jnp.zeros_like, X)
-    store_heads(dq, dQ, scale)
-    dK_h, dH0, E_h, row_h = _of_states(X, minus_w, K, H0, dH, decay, low)
-    dK, E, row = (each(jnp.add, *pair) for pair in ((dK, dK_h), (E, E_h), (row, row_h)))
+        W = solve(dX, K, Kt, H0, decay, inverse, omegas, Scratch(*buffers), low, plan)
+        dquery = each(lambda g, x, w: (g - x) + w, dquery, dX, W)
+    store_tokens(dq, dquery, scale)
+    of_states = [_states_backward(X, each(jnp.negative, W), K, Kt, H0, dH, decay, low)]
     if plan.num_iter and bp_lambda:  # lambda = ridge_strength |H|
         dF = each(lambda w, x: -plan.ridge_strength * column_sum(w * x), W, X)
-        dK_n, dH_n, E_n, row_n = norms_backward(dF, inverse, size, squares, K, lanes, H0, low)
-        dK, dH0, E, row = (each(jnp.add, *p) for p in ((dK, dK_n), (dH0, dH_n), (E, E_n), (row, row_n)))
-    dbeta = each(jnp.add, of_values, store_gated(dk, k, dK, beta, scale, groups[0]))
-    column = each(lambda e: -row_sum(e), E)
-    mosaic.store_rows(dscalars, [*column, *dbeta], [*row, *each(jnp.zeros_like, row * gated), *dalpha], scale)
+        of_states.append(norms_backward(dF, inverse, size, squares, K, Kt, H0, decay, low))
+    sums = each(lambda *heads: [sum(x) for x in zip(*heads, strict=True)], *of_states)
+    dK = each(lambda g, s: g.dK + s[0], of_read, sums)
+    pairs = each(lambda g, s: g.pairs + s[2], of_read, sums)
+    da = each(lambda g, s, p, lost: g.da + s[3] + column_sum(p) - lost, of_read, sums, pairs, sums_of_rows(pairs))
+    dbeta = []
+    if gated:
+        raw = zip((k, v), groups, strict=True)
+        of_both = [
+            each(lambda d, x: column_sum(d * x), d, head_columns(x, heads, n)) for d, (x, n) in zip((dK, dV), raw, strict=True)
+        ]
+        dbeta = each(jnp.add, *of_both)
+        dK, dV = each(jnp.multiply, beta, dK), each(jnp.multiply, beta, dV)
+    store_tokens(dk, dK, scale, groups[0])
+    store_tokens(dv, dV, scale, groups[1])
+    mosaic_chunk.store_rows(dscalars, [*da, *dalpha, *dbeta], scale)
     for h in range(heads):
-        dkk[h] = dH0[h]
+        dkk[h] = sums[h][1]
 
     @pl.when(last)
     def _():

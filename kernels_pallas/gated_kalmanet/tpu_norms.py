@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from kernels_pallas import mosaic
+from kernels_pallas import mosaic_chunk
 from kernels_pallas.gated_kalmanet.chebyshev import empty_norm, inverse
-from kernels_pallas.mosaic import NT, Decay, column_sum, dot, dot_parts, each, iota, row_sum
+from kernels_pallas.mosaic_chunk import NT, Decay, before, column_sum, dot, dot_parts, each, row_sum
 from kernels_pallas.operands import parts
 
 EMPTY = empty_norm(jnp.float32)
@@ -38,23 +38,8 @@ def _largest(h: jax.Array) -> jax.Array:
     return jnp.max(jnp.max(jnp.abs(h), axis=0, keepdims=True), axis=1, keepdims=True)
 
 
-class Lanes(NamedTuple):
-    """One head's keys and decays, the tokens in lanes: k [K,C], mask [C,C] ([i,t]: what token t has of token i), reach [1,C]."""
-
-    k: jax.Array
-    mask: jax.Array
-    reach: jax.Array
-
-
-def in_lanes(K: Sequence[jax.Array], decay: Sequence[Decay]) -> list[Lanes]:
-    """Returns every head's keys [C,K] and decays with the tokens in lanes."""
-    reach = mosaic.as_rows([d.reach for d in decay])
-    keys = each(lambda k: k.astype(jnp.float32).T.astype(k.dtype), K)  # not all compilers transpose bf16
-    return [Lanes(k, d.mask.T, reach[n : n + 1]) for n, (k, d) in enumerate(zip(keys, decay, strict=True))]
-
-
 def inverse_norms(
-    K: Sequence[jax.Array], lanes: Sequence[Lanes], H0: Sequence[jax.Array], low: DTypeLike, n: int
+    K: Sequence[jax.Array], Kt: Sequence[jax.Array], H0: Sequence[jax.Array], decay: Sequence[Decay], low: DTypeLike, n: int
 ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
     """Returns 1 / |H_t|_F, 0 for an empty state, size_t, 0 likewise, and |k_t|^2, as rows [1,C] of every head:
 
@@ -64,24 +49,24 @@ def inverse_norms(
       low: the dtype of the products' operands, n parts of each if it is bf16.
     """
     C = K[0].shape[0]
-    of_keys = each(lambda x: x.k.astype(jnp.float32), lanes)
+    of_keys = each(lambda k: k.astype(jnp.float32), Kt)
     squares = each(lambda k: column_sum(k * k), of_keys)
-    u = each(lambda h, x, k: column_sum(dot_parts(parts(h, low, n), (x.k,)) * k), H0, lanes, of_keys)
-    gram = each(lambda k, x: dot(k, x.k) ** 2, K, lanes)
-    left = each(lambda g, u, s: parts(jnp.concatenate([g, mosaic.stack_rows([u, s], 16)], axis=0), low, n), gram, u, squares)
-    inside = each(lambda m, x: dot_parts(m, parts(x.mask, low, n)), left, lanes)
+    u = each(lambda h, x, k: column_sum(dot_parts(parts(h, low, n), (x,)) * k), H0, Kt, of_keys)
+    gram = each(lambda k, x: dot(k, x) ** 2, K, Kt)
+    left = each(lambda g, u, s: parts(jnp.concatenate([g, mosaic_chunk.stack_rows([u, s], 16)], axis=0), low, n), gram, u, squares)
+    inside = each(lambda m, d: dot_parts(m, parts(d.mask, low, n)), left, decay)
 
-    def one(product, h, x):
+    def one(product, h, d):
         largest = _largest(h)
-        size = product[C + 1 : C + 2] + x.reach * largest
+        size = product[C + 1 : C + 2] + d.reach * largest
         root = jax.lax.rsqrt(jnp.maximum(size, EMPTY))
         small = root * root
         start = jnp.sum(column_sum(h * (h * inverse(largest))), axis=1, keepdims=True)  # |H0|^2 / |H0|_max
-        far = x.reach * small
-        square = column_sum((x.mask * small) * product[:C]) + 2 * far * product[C : C + 1] + (far * largest) * (x.reach * start)
+        far = d.reach * small
+        square = column_sum((d.mask * small) * product[:C]) + 2 * far * product[C : C + 1] + (far * largest) * (d.reach * start)
         return jnp.where(size > EMPTY, jax.lax.rsqrt(jnp.maximum(square, EMPTY)) * root, 0.0), size
 
-    pairs = each(one, inside, H0, lanes)
+    pairs = each(one, inside, H0, decay)
     return [p[0] for p in pairs], [p[1] for p in pairs], squares
 
 
@@ -91,46 +76,44 @@ def norms_backward(
     size: Sequence[jax.Array],
     squares: Sequence[jax.Array],
     K: Sequence[jax.Array],
-    lanes: Sequence[Lanes],
+    Kt: Sequence[jax.Array],
     H0: Sequence[jax.Array],
+    decay: Sequence[Decay],
     low: DTypeLike,
-) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array], list[jax.Array]]:
-    """Returns the gradients of the norms under cotangents dF, rows [1,C]: dK, dH0, and da as `ByRows`-style [C,C] and a row.
+) -> list[tuple[jax.Array, ...]]:
+    """Returns every head's gradients of the norms under cotangents dF, rows [1,C].
 
     Args:
       inverse_norm, size, squares: from `inverse_norms`.
       low: the dtype of the products' operands.
 
     Returns:
-      dK [C,K], dH0 [K,K], E [C,C] whose rows' sums are to be subtracted from da, and a row [1,C] to be added to it.
+      dK [K,C], dH0 [K,K], and of the decays `pairs` [C,C] and `da` [1,C], as in `linear_attention.tpu.Gradients`.
     """
-    C = K[0].shape[0]
-    strict = iota((C, C), 0) < iota((C, C), 1)
 
-    def weights(size, square, h, x):
+    def weights(size, square, h, d):
         largest = _largest(h)
         weak = inverse(largest)
         root = jax.lax.rsqrt(jnp.maximum(size, EMPTY))
         small = root * root
         start = jnp.sum(column_sum(h * (h * weak)), axis=1, keepdims=True)
-        beta = jnp.where(square > 0, x.mask * small, 0.0)
-        return Weights(x.reach * largest * small, beta, weak, start)
+        return Weights(d.reach * largest * small, jnp.where(square > 0, d.mask * small, 0.0), weak, start)
 
-    W = each(weights, size, mosaic.as_columns(squares), H0, lanes)
+    W = each(weights, size, mosaic_chunk.as_columns(squares), H0, decay)
     start = each(lambda h, w: h * w.weak, H0, W)
-    KH = each(lambda k, h: dot(k, h.astype(low)), K, start)
-    u = each(lambda k, x: row_sum(k * x), K, KH)
-    gram = each(lambda k, x: dot(k, x.k), K, lanes)
+    KH = each(lambda h, k: dot(h.astype(low), k), start, Kt)
+    u = mosaic_chunk.as_columns(each(lambda k, x: column_sum(k * x), Kt, KH))
+    gram = each(dot, K, Kt)
     inside = each(lambda g, w: dot((g * g).astype(low), w.beta.astype(low)), gram, W)
     eta = each(lambda d, f, s: d * (s * f) * s, dF, inverse_norm, size)  # no square of a small size
     B = each(lambda n, w: n * w.beta, eta, W)
     R = each(lambda b, w: w.rho * b, B, W)
     cross = each(jnp.multiply, R, u)
-    E = each(lambda m, b, c: jnp.where(strict, c + b * m, 0.0), inside, B, cross)
-    row = each(lambda e, c, n, w: column_sum(e + c) + n * w.rho * (w.rho * (w.square * w.weak)), E, cross, eta, W)
-    du = each(row_sum, R)
+    pairs = each(lambda m, b, c: before(c + b * m), inside, B, cross)
+    da = each(lambda c, n, w: column_sum(c) + n * w.rho * (w.rho * (w.square * w.weak)), cross, eta, W)
+    du = mosaic_chunk.as_rows(each(row_sum, R))
     dgram = each(lambda b, w: dot(b.astype(low), w.beta.astype(low), NT), B, W)
-    dK = each(lambda g, dg, k, u, x: 2 * (dot((g * dg).astype(low), k) + u * x), gram, dgram, K, du, KH)
-    total = each(lambda n, w: jnp.sum(n * w.rho * w.rho, axis=1, keepdims=True), eta, W)
-    dH0 = each(lambda h, t, k, x, u, w: w.weak * (t * h + dot(x.k, (u * k).astype(low))), start, total, K, lanes, du, W)
-    return dK, dH0, E, row
+    dK = each(lambda g, dg, k, u, x: 2 * (dot(k, (g * dg).astype(low), NT) + u * x), gram, dgram, Kt, du, KH)
+    total = each(lambda n, w: row_sum(n * w.rho * w.rho), eta, W)
+    dH0 = each(lambda h, t, k, x, u, w: w.weak * (t * h + dot((u * x).astype(low), k)), start, total, K, Kt, du, W)
+    return list(zip(dK, dH0, pairs, da, strict=True))

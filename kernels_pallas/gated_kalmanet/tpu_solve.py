@@ -35,8 +35,8 @@ from jax.typing import DTypeLike
 from kernels_pallas.arguments import backend
 from kernels_pallas.gated_kalmanet.conjugate_gradients import LEAST
 from kernels_pallas.gated_kalmanet.solvers import SMALLEST, unit_of
-from kernels_pallas.gated_kalmanet.tpu_norms import Lanes
-from kernels_pallas.mosaic import Grid, column_sum, dot, dot_parts, each
+from kernels_pallas.mosaic import Grid
+from kernels_pallas.mosaic_chunk import Decay, column_sum, dot, dot_parts, each
 from kernels_pallas.operands import parts
 
 GROUPS = 4
@@ -92,8 +92,9 @@ def scratch_of(grid: Grid, low: DTypeLike, plan: Plan) -> list:
 def solve(
     rhs: Sequence[jax.Array],
     K: Sequence[jax.Array],
-    lanes: Sequence[Lanes],
+    Kt: Sequence[jax.Array],
     H0: Sequence[jax.Array],
+    decay: Sequence[Decay],
     inverse_norm: Sequence[jax.Array],
     omegas: jax.Ref,
     scratch: Scratch,
@@ -104,9 +105,8 @@ def solve(
 
     Args:
       rhs: float32 [K,C].
-      K: the keys [C,K], in `low`.
+      K, Kt: the keys in rows [C,K] and with the tokens in lanes [K,C], in `low`.
       H0: float32 [K,K], symmetric.
-      lanes: of `in_lanes`.
       inverse_norm: 1 / |H|_F as rows [1,C], 0 where the state is empty, and so is x there.
       omegas: SMEM reference of `chebyshev.coefficients`.
       low: the dtype of the products' operands.
@@ -116,8 +116,8 @@ def solve(
     unit = unit_of(plan.solver, plan.ridge_strength)
     ridge = plan.ridge_strength / unit
     scale = each(lambda n: n * (1 / unit), inverse_norm)
-    reach = each(lambda x, s: x.reach * s, lanes, scale)
-    mask = each(lambda x, s: x.mask * s, lanes, scale)
+    reach = each(lambda d, s: d.reach * s, decay, scale)
+    mask = each(lambda d, s: d.mask * s, decay, scale)
     most = max(count for _, count in (*passes, (0, 1)))
     matrix = each(lambda k, h: jnp.concatenate([k, *parts(h, low, most)], axis=0), K, H0)
     most = (matrix[0].shape[0] - C) // D
@@ -134,7 +134,7 @@ def solve(
 
     def finish(h, between, count):
         scores, across = between
-        return across + dot_parts((lanes[h].k,), parts(scores, low, count))
+        return across + dot_parts((Kt[h],), parts(scores, low, count))
 
     def keep(h, x, r, d):
         scratch.x[h], scratch.r[h], scratch.d[h] = x, r, d.astype(scratch.d.dtype)

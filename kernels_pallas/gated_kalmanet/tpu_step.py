@@ -18,7 +18,7 @@ from kernels_pallas.gated_kalmanet.chebyshev import coefficients
 from kernels_pallas.gated_kalmanet.conjugate_gradients import LEAST
 from kernels_pallas.gated_kalmanet.reference import gated_kalmanet_update
 from kernels_pallas.gated_kalmanet.solvers import SMALLEST, unit_of
-from kernels_pallas.mosaic import dot, each, iota, row_sum
+from kernels_pallas.mosaic_chunk import dot, each, iota, row_sum
 from kernels_pallas.mosaic_step import columns, head_rows, reduce_rows, run_step, with_gradient_of
 from kernels_pallas.operands import parts
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +32,24 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
-from kernels_pallas import mosaic
+from kernels_pallas import mosaic, mosaic_chunk
 from kernels_pallas.arguments import differentiable
-from kernels_pallas.mosaic import NT, TN, Decay, dot, dot_parts, each, head_slices, iota, row_sum, store_heads
+from kernels_pallas.mosaic_chunk import (
+    NT,
+    Decay,
+    before,
+    column_sum,
+    dot,
+    dot_parts,
+    each,
+    head_columns,
+    head_slices,
+    iota,
+    row_sum,
+    store_tokens,
+    sums_of_rows,
+    transposed,
+)
 from kernels_pallas.operands import operand_dtype, parts
 
 HEADS = 8  # at most this many heads per grid step
@@ -45,31 +61,34 @@ def _forward_kernel(q, k, v, rows, initial, *rest, heads, groups, scale, packed,
 
     @pl.when(first)
     def _():
-        state[...] = initial[0]
+        for h in range(heads):
+            state[h] = transposed(initial[0, h])
 
-    Q, K, V = (head_slices(x, heads, n) for x, n in zip((q, k, v), (1, *groups), strict=True))
+    low = k.dtype
+    Q, K, V = head_slices(q, heads), head_slices(k, heads, groups[0]), head_columns(v, heads, groups[1])
     decay = _decays(rows, heads, packed, scaled)[0]
-    H0 = [state[h] for h in range(heads)]
-    low = each(lambda h: h.astype(k.dtype), H0)
+    S = [state[h] for h in range(heads)]
+    S_low = each(lambda s: s.astype(low), S)
     if saved:
         for h in range(heads):
-            saved[0][0, 0, h] = low[h]
-    store_heads(o, _add_skip(read(Q, K, V, low, decay), skip, V), scale)
-    for h, H1 in enumerate(write(K, V, H0, decay)):
-        state[h] = H1
+            saved[0][0, 0, h] = transposed(S_low[h])
+    store_tokens(o, _add_skip(read(Q, K, V, S_low, decay), skip, V), scale)
+    for h, new in enumerate(write(K, V, S, decay)):
+        state[h] = new
 
     @pl.when(last)
     def _():
-        final[0] = state[...]
+        for h in range(heads):
+            final[0, h] = transposed(state[h])
 
 
 def _decays(rows, heads, packed, scaled) -> tuple[list[Decay], list[Decay]]:
     """Returns every head's decays with `value_scale` in `mask` and `keep`, if there is one, and without it."""
-    decay, scales = mosaic.chunk_scalars(rows, heads, packed, further=int(scaled))
+    decay, scales = mosaic_chunk.chunk_scalars(rows, heads, packed, further=int(scaled))
     if not scaled:
         return decay, decay
-    as_row = [rows[0, 0, 0, 2 * heads + h : 2 * heads + h + 1, :] for h in range(heads)]
-    return each(lambda d, r, w: d._replace(mask=d.mask * r, keep=d.keep * w), decay, as_row, scales), decay
+    columns = mosaic_chunk.as_columns(scales)
+    return each(lambda d, c, w: d._replace(mask=d.mask * c, keep=d.keep * w), decay, columns, scales), decay
 
 
 def _add_skip(x: Sequence[jax.Array], skip: jax.Ref | None, v: Sequence[jax.Array]) -> Sequence[jax.Array]:
@@ -81,93 +100,99 @@ def _add_skip(x: Sequence[jax.Array], skip: jax.Ref | None, v: Sequence[jax.Arra
 
 
 def read(
-    Q: Sequence[jax.Array], K: Sequence[jax.Array], V: Sequence[jax.Array], H0: Sequence[jax.Array], decay: Sequence[Decay]
+    Q: Sequence[jax.Array], K: Sequence[jax.Array], V: Sequence[jax.Array], S: Sequence[jax.Array], decay: Sequence[Decay]
 ) -> list[jax.Array]:
-    """Returns reach (Q H0) + ((Q K') M) V for every head, float32."""
-    scores = each(lambda q, k, d: (dot(q, k, NT) * d.mask).astype(k.dtype), Q, K, decay)
-    across = each(lambda q, h, d: d.reach * dot(q, h), Q, H0, decay)
-    return each(lambda a, s, v: a + dot(s, v), across, scores, V)
+    """Returns every head's O' [V,C], float32, from rows Q, K [C,K], and V' [V,C] and the state S' [V,K] transposed."""
+    scores = each(lambda q, k, d: (dot(k, q, NT) * d.mask).astype(k.dtype), Q, K, decay)
+    return each(lambda q, v, s, x, d: d.reach * dot(s, q, NT) + dot(v, x), Q, V, S, scores, decay)
 
 
-def write(K: Sequence[jax.Array], V: Sequence[jax.Array], H0: Sequence[jax.Array], decay: Sequence[Decay]) -> list[jax.Array]:
-    """Returns total H0 + (keep K)' V for every head, float32."""
-    update = each(lambda k, v, d: dot((k * d.keep).astype(k.dtype), v, TN), K, V, decay)
-    return each(lambda h, u, d: d.total * h + u, H0, update, decay)
+def write(K: Sequence[jax.Array], V: Sequence[jax.Array], S: Sequence[jax.Array], decay: Sequence[Decay]) -> list[jax.Array]:
+    """Returns every head's new state S' [V,K], float32; the arguments are as in `read`."""
+    update = each(lambda k, v, d: dot((d.keep * v).astype(k.dtype), k), K, V, decay)
+    return each(lambda s, u, d: d.total * s + u, S, update, decay)
+
+
+class Gradients(NamedTuple):
+    """One head's gradients of `read` and `write`, and what those of the decays and the other scalars are made of, float32.
+
+    Attributes:
+      dQ, dK: [K,C].
+      dV: [V,C].
+      dS: [K,V].
+      pairs: [C,C], at [i,t] what e^{a_t - a_i} multiplies, i < t: da gains its columns' sums and loses its rows'.
+      da: [1,C], all else that da gains.
+      scores, dscores: [C,C], K Q' and V dO', at [i,t].
+      kept: [1,C], dS of k v'.
+    """
+
+    dQ: jax.Array
+    dK: jax.Array
+    dV: jax.Array
+    dS: jax.Array
+    pairs: jax.Array
+    da: jax.Array
+    scores: jax.Array
+    dscores: jax.Array
+    kept: jax.Array
+
+
+class Tokens(NamedTuple):
+    """The tokens of every head, lists as `each` takes them: K, V, dO in rows; Qt, Kt, dOt with the tokens in lanes."""
+
+    Qt: Sequence[jax.Array]
+    K: Sequence[jax.Array]
+    Kt: Sequence[jax.Array]
+    V: Sequence[jax.Array]
+    dO: Sequence[jax.Array]
+    dOt: Sequence[jax.Array]
 
 
 def read_write_backward(
-    Q: Sequence[jax.Array],
-    K: Sequence[jax.Array],
-    V: Sequence[jax.Array],
-    H0: Sequence[jax.Array],
-    dO: Sequence[jax.Array],
-    dH: Sequence[jax.Array],
-    decay: Sequence[Decay],
-    low: DTypeLike,
-    n: int = 1,
-) -> tuple[list[jax.Array], ...]:
+    x: Tokens, S: Sequence[jax.Array], dS: Sequence[jax.Array], decay: Sequence[Decay], low: DTypeLike, n: int = 1
+) -> list[Gradients]:
     """Returns the gradients of `read` and `write` for every head.
 
     Args:
-      Q, K, V, H0: in `low`, or in float32, which is then used in two parts.
-      dO: cotangents of `read`, likewise.
-      dH: those of `write`'s states, float32.
+      x: in `low`; Qt and dO also in float32, which is then used in two parts.
+      S: the states before the chunk [K,V], likewise.
+      dS: the gradients of those after it [K,V], float32.
       n: the number of parts in which intermediate results are multiplied again.
-
-    Returns:
-      dQ, dK, dV, dH0 in float32, and da as a column [C,1] and a row [1,C] to be added.
     """
-    return scaled_backward(Q, K, V, H0, dO, dH, decay, decay, low, n)[:6]
+    Q2, S2, O2, Ot2 = (each(lambda a: parts(a, low), arrays) for arrays in (x.Qt, S, x.dO, x.dOt))
+    scores = each(lambda k, q: dot_parts((k,), q), x.K, Q2)
+    dscores = each(lambda v, o: dot_parts((v,), o, NT), x.V, O2)
+    masked = each(lambda s, d: s * d.mask, scores, decay)
+    pairs = each(lambda s, ds: before(s * ds), masked, dscores)
+    masked = each(lambda s: parts(s, low, n), masked)
+    dmasked = each(lambda ds, d: parts(ds * d.mask, low, n), dscores, decay)
+    dS2 = each(lambda s: parts(s, low, n), dS)
+    dV = each(lambda o, s: dot_parts(o, s, NT), Ot2, masked)
+    dV = each(lambda a, s, k, d: a + d.keep * dot_parts(tuple(map(transposed, s)), (k,), NT), dV, dS2, x.K, decay)
+    across = each(lambda s, o, d: d.reach * dot_parts(s, o, NT), S2, O2, decay)
+    dQ = each(lambda a, k, ds: a + dot_parts((k,), ds), across, x.Kt, dmasked)
+    kept = each(lambda s, v: dot_parts(s, (v,), NT), dS2, x.V)
+    dK = each(lambda a, q, ds, d: d.keep * a + dot_parts(q, ds, NT), kept, Q2, dmasked, decay)
+    reached = each(lambda q, d: parts(d.reach * q, low, n), x.Qt, decay)
+    dS0 = each(lambda s, q, o, d: d.total * s + dot_parts(q, o), dS, reached, O2, decay)
+    kept = each(lambda a, k: column_sum(a * k), kept, x.Kt)
+    da = each(lambda a, q: column_sum(a * q), across, x.Qt)
+    da = each(decay_gradient, da, kept, dS, S, decay)
+    return each(Gradients, dQ, dK, dV, dS0, pairs, da, scores, dscores, kept)
 
 
-def scaled_backward(
-    Q: Sequence[jax.Array],
-    K: Sequence[jax.Array],
-    V: Sequence[jax.Array],
-    H0: Sequence[jax.Array],
-    dO: Sequence[jax.Array],
-    dH: Sequence[jax.Array],
-    decay: Sequence[Decay],
-    unscaled: Sequence[Decay],
-    low: DTypeLike,
-    n: int = 1,
-) -> tuple[list[jax.Array], ...]:
-    """Returns what `read_write_backward` does, the gradient of the values' scales as a column and a row, and dO V' on its diagonal.
+def decay_gradient(across: jax.Array, kept: jax.Array, dS: jax.Array, S: jax.Array, decay: Decay) -> jax.Array:
+    """Returns what da [1,C] gains but for pairs of tokens.
 
     Args:
-      decay: with the scales in `mask` and `keep`.
-      unscaled: without them.
+      across: [1,C], of reading the state before the chunk.
+      kept: [1,C], of writing the one after it, without `keep`.
+      dS, S: the gradient of the state after the chunk and the state before it.
     """
-    C = Q[0].shape[0]
-    Q2, K2, V2, H2, O2 = (each(lambda x: parts(x, low), xs) for xs in (Q, K, V, H0, dO))
-    scores = each(lambda q, k, d: dot_parts(q, k, NT) * d.mask, Q2, K2, decay)
-    dscores = each(lambda o, v: dot_parts(o, v, NT), O2, V2)
-    strict, diagonal = iota((C, C), 0) > iota((C, C), 1), iota((C, C), 0) == iota((C, C), 1)
-    E = each(lambda s, ds: jnp.where(strict, s * ds, 0.0), scores, dscores)
-    of_scale = each(
-        lambda q, k, d, ds: jnp.sum(dot_parts(q, k, NT) * d.mask * ds, axis=0, keepdims=True), Q2, K2, unscaled, dscores
-    )
-    own = each(lambda ds: jnp.sum(jnp.where(diagonal, ds, 0.0), axis=0, keepdims=True), dscores)
-    dscores = each(lambda ds, d: parts(ds * d.mask, low, n), dscores, decay)
-    scores = each(lambda s: parts(s, low, n), scores)
-    dH2 = each(lambda h: parts(h, low, n), dH)
-    across = each(lambda o, h, d: d.reach * dot_parts(o, h, NT), O2, H2, decay)
-    kept = each(lambda v, h, d: d.keep * dot_parts(v, h, NT), V2, dH2, decay)
-    dV = each(lambda s, o, k, h, d: dot_parts(s, o, TN) + d.keep * dot_parts(k, h), scores, O2, K2, dH2, decay)
-    dQ = each(lambda a, ds, k: a + dot_parts(ds, k), across, dscores, K2)
-    dK = each(lambda a, ds, q: a + dot_parts(ds, q, TN), kept, dscores, Q2)
-    reached = each(lambda q, d: parts(d.reach * q, low, n), Q, decay)
-    dH0 = each(lambda h, q, o, d: d.total * h + dot_parts(q, o, TN), dH, reached, O2, decay)
-    kept = each(lambda a, k: row_sum(a * k), kept, K)
-    column = each(lambda e, a, q, b: row_sum(e) + row_sum(a * q) - b, E, across, Q, kept)
-    end = iota((1, C), 1) == C - 1
-
-    def row(e, b, h, h0, d):
-        at_end = jnp.sum(b, axis=0, keepdims=True) + d.total * jnp.sum(row_sum(h * h0), axis=0, keepdims=True)
-        return jnp.where(end, at_end, 0.0) - jnp.sum(e, axis=0, keepdims=True)
-
-    of_keep = each(lambda v, h, k, d: d.keep * row_sum(dot_parts(v, h, NT) * k), V2, dH2, K, unscaled)
-    return dQ, dK, dV, dH0, column, each(row, E, kept, dH, H0, decay), of_keep, of_scale, own
+    kept = decay.keep * kept
+    at_end = row_sum(kept) + decay.total * row_sum(column_sum(dS * S))
+    end = iota(kept.shape, 1) == kept.shape[1] - 1
+    return across - kept + jnp.where(end, at_end, 0.0)
 
 
 def _backward_kernel(q, k, v, rows, before, do, dfinal, *rest, heads, groups, scale, packed, scaled, skips):
@@ -178,15 +203,28 @@ def _backward_kernel(q, k, v, rows, before, do, dfinal, *rest, heads, groups, sc
     def _():
         state[...] = dfinal[0] / scale
 
-    Q, K, V, dO = (head_slices(x, heads, n) for x, n in zip((q, k, v, do), (1, *groups, 1), strict=True))
-    H0, dH = [before[0, 0, h] for h in range(heads)], [state[h] for h in range(heads)]
-    of_all = scaled_backward(Q, K, V, H0, dO, dH, *_decays(rows, heads, packed, scaled), k.dtype)
-    dQ, dK, dV, dH0, column, row, of_keep, of_scale, own = of_all
-    for ref, values, n in ((dq, dQ, 1), (dk, dK, groups[0]), (dv, _add_skip(dV, skip, dO), groups[1])):
-        store_heads(ref, values, scale, n)
-    mosaic.store_rows(dscalars, column + of_keep * scaled, row + of_scale * scaled + own * skips, scale)
+    K, V, dO = (head_slices(x, heads, n) for x, n in zip((k, v, do), (*groups, 1), strict=True))
+    S, dS = [before[0, 0, h] for h in range(heads)], [state[h] for h in range(heads)]
+    decay, unscaled = _decays(rows, heads, packed, scaled)
+    tokens = Tokens(head_columns(q, heads), K, head_columns(k, heads, groups[0]), V, dO, head_columns(do, heads))
+    found = read_write_backward(tokens, S, dS, decay, k.dtype)
+    for ref, values, n in (
+        (dq, [g.dQ for g in found], 1),
+        (dk, [g.dK for g in found], groups[0]),
+        (dv, _add_skip([g.dV for g in found], skip, tokens.dOt), groups[1]),
+    ):
+        store_tokens(ref, values, scale, n)
+    da = each(lambda g, lost: g.da + column_sum(g.pairs) - lost, found, sums_of_rows([g.pairs for g in found]))
+    scalars = []
+    if scaled:
+        of_scores = sums_of_rows(each(lambda g, d: g.scores * d.mask * g.dscores, found, unscaled))
+        scalars += each(lambda s, g, d: s + d.keep * g.kept, of_scores, found, unscaled)
+    if skips:
+        diagonal = iota(found[0].dscores.shape, 0) == iota(found[0].dscores.shape, 1)
+        scalars += each(lambda g: column_sum(jnp.where(diagonal, g.dscores, 0.0)), found)
+    mosaic_chunk.store_rows(dscalars, [*da, *scalars], scale)
     for h in range(heads):
-        state[h] = dH0[h]
+        state[h] = found[h].dS
 
     @pl.when(last)
     def _():
@@ -246,7 +284,7 @@ def _run_forward(q, k, v, log_decay, value_scale, skip, state, segments, scale, 
         "linear_attention_forward",
         [*inputs, (mosaic.pad_state(state), grid.state(grid.K, grid.V)), *skips],
         outputs,
-        [pltpu.VMEM((grid.heads, grid.K, grid.V), jnp.float32)],
+        [pltpu.VMEM((grid.heads, grid.V, grid.K), jnp.float32)],
     )
     return (mosaic.head_tokens(o, T, H, V), final[:, :, :K, :V]), saved
 

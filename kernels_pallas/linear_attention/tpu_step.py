@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.linear_attention.reference import linear_attention_update
-from kernels_pallas.mosaic import each
+from kernels_pallas.mosaic_chunk import each
 from kernels_pallas.mosaic_step import columns, head_rows, reduce_rows, run_step, with_gradient_of
 
 
