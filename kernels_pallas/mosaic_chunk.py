@@ -51,6 +51,13 @@ def transposed(x: jax.Array) -> jax.Array:
     return x.T
 
 
+def store_heads(ref: jax.Ref, values: Sequence[jax.Array], scale: float) -> None:
+    """Writes scale times one array [C, D] per head into a block [1, C, heads*D]."""
+    D = values[0].shape[1]
+    for h, value in enumerate(values):
+        ref[0, :, h * D : (h + 1) * D] = (scale * value).astype(ref.dtype)
+
+
 def store_tokens(ref: jax.Ref, values: Sequence[jax.Array], scale: float = 1.0, group: int = 1) -> None:
     """Writes scale times the sums of `group` neighbours of one array [D, C] per head into a block [1, C, heads/group*D]."""
     D = values[0].shape[0]

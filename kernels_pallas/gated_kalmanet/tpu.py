@@ -26,26 +26,30 @@ from kernels_pallas.arguments import differentiable
 from kernels_pallas.contract import States
 from kernels_pallas.gated_kalmanet.chebyshev import coefficients
 from kernels_pallas.gated_kalmanet.solvers import schedule_for
-from kernels_pallas.gated_kalmanet.tpu_backward import backward_kernel, blend, gated_columns
+from kernels_pallas.gated_kalmanet.tpu_backward import backward_kernel, blend, gated_tokens
 from kernels_pallas.gated_kalmanet.tpu_norms import inverse_norms
 from kernels_pallas.gated_kalmanet.tpu_solve import Plan, Scratch, scratch_of, solve
-from kernels_pallas.mosaic_chunk import dot_parts, each, head_columns, head_slices, store_tokens, transposed
+from kernels_pallas.mosaic_chunk import dot_parts, each, head_columns, store_heads, transposed
 from kernels_pallas.operands import operand_dtype, parts
 
 HEADS = 8  # at most this many heads per grid step
 
 
 def _read(query, K, V, S, decay, low, n) -> list[jax.Array]:
-    """Returns linear attention's read with a float32 query in n parts: x is large where H is small, and S'x cancels."""
-    query = each(lambda q: parts(q, low, n), query)
-    scores = each(lambda q, k, d: parts(dot_parts((k,), q) * d.mask, low, n), query, K, decay)
-    across = each(lambda q, s, d: d.reach * dot_parts(parts(s, low, n), q), query, S, decay)
-    return each(lambda a, s, v: a + dot_parts((v,), s), across, scores, V)
+    """Returns linear attention's read [C,V] with a float32 query in n parts: x is large where H is small, and S'x cancels."""
+    scores = each(lambda q, k, d: parts(dot_parts((k,), parts(q, low, n)) * d.mask, low, n), query, K, decay)
+    reached = each(lambda q, d: parts(d.reach * q, low, n), query, decay)
+
+    def rows(x):
+        return tuple(map(transposed, x))
+
+    across = each(lambda q, s: dot_parts(rows(q), parts(s, low, n)), reached, S)
+    return each(lambda a, s, v: a + dot_parts(rows(s), (v,)), across, scores, V)
 
 
 def _write(K, V, S, decay, low, n) -> list[jax.Array]:
-    """Returns linear attention's write, with keep V in n parts: an error of H is an error of every later x."""
-    update = each(lambda k, v, d: dot_parts(parts(d.keep * v, low, n), (k,)), K, V, decay)
+    """Returns linear attention's write, with keep K' in n parts: an error of H is an error of every later x."""
+    update = each(lambda k, v, d: dot_parts(parts(d.keep * k, low, n), (v,)), K, V, decay)
     return each(lambda s, u, d: d.total * s + u, S, update, decay)
 
 
@@ -69,23 +73,19 @@ def _forward_kernel(
     plan,
     precise,
 ):
-    saved, kv, buffers = rest[: -len(Scratch._fields) - 1], rest[-len(Scratch._fields) - 1], rest[-len(Scratch._fields) :]
-    kk = final_kk.at[0]  # in VMEM until the last chunk is done
-    first, last = pl.program_id(2) == 0, pl.program_id(2) == pl.num_programs(2) - 1
+    saved, buffers = rest[: -len(Scratch._fields)], rest[-len(Scratch._fields) :]
+    kk, kv = final_kk.at[0], final_kv.at[0]  # in VMEM until the last chunk is done
 
-    @pl.when(first)
+    @pl.when(pl.program_id(2) == 0)
     def _():
-        kk[...] = initial_kk[0]
-        for h in range(heads):
-            kv[h] = transposed(initial_kv[0, h])
+        kk[...], kv[...] = initial_kk[0], initial_kv[0]
 
     low = k.dtype
     n = 3 if precise else 2  # as many bf16 parts as a float32 has, or two
     decay, scalars = mosaic_chunk.chunk_scalars(rows, heads, packed, further=1 + gated)
     alpha, beta = scalars[:heads], scalars[heads:]
     query = rhs = each(lambda x: x.astype(jnp.float32), head_columns(q, heads))
-    Kt, Vt = (gated_columns(x, beta, heads, group) for x, group in zip((k, v), groups, strict=True))
-    K = each(transposed, Kt) if gated else head_slices(k, heads, groups[0])
+    Kt, K, V = gated_tokens(k, v, beta, heads, groups)
     H0, S0 = [kk[h] for h in range(heads)], [kv[h] for h in range(heads)]
     if plan.num_iter:
         of_norms = inverse_norms(K, Kt, H0, decay, low, n)
@@ -94,19 +94,14 @@ def _forward_kernel(
     if saved:
         kk_before, kv_before, solution, norms = saved
         for h in range(heads):
-            kk_before[0, 0, h], kv_before[0, 0, h] = H0[h], transposed(S0[h])
+            kk_before[0, 0, h], kv_before[0, 0, h] = H0[h], S0[h]
             if plan.num_iter:
                 solution[0, 0, h] = X[h]
         if plan.num_iter:
             norms[0, 0, 0] = mosaic_chunk.stack_rows(sum(of_norms, []), norms.shape[3])
-    store_tokens(o, _read(query, K, Vt, S0, decay, low, n), scale)
-    for h, (H1, S1) in enumerate(zip(_write(K, Kt, H0, decay, low, n), _write(K, Vt, S0, decay, low, n), strict=True)):
+    store_heads(o, _read(query, K, V, S0, decay, low, n), scale)
+    for h, (H1, S1) in enumerate(zip(_write(Kt, K, H0, decay, low, n), _write(Kt, V, S0, decay, low, n), strict=True)):
         kk[h], kv[h] = H1, S1
-
-    @pl.when(last)
-    def _():
-        for h in range(heads):
-            final_kv[0, h] = transposed(kv[h])
 
 
 class Options(NamedTuple):
@@ -195,7 +190,7 @@ def _run_forward(q, k, v, alpha, log_decay, beta, state, segments, options, save
         "gated_kalmanet_forward",
         [*inputs, (mosaic.pad_state(state[0]), kk), (mosaic.pad_state(state[1]), kv)],
         outputs,
-        [pltpu.VMEM((grid.heads, grid.V, grid.K), jnp.float32), *scratch_of(grid, k.dtype, options.plan)],
+        scratch_of(grid, k.dtype, options.plan),
     )
     return (mosaic.head_tokens(o, T, H, V), (h_kk[:, :, :K, :K], h_kv[:, :, :K, :V])), saved
 

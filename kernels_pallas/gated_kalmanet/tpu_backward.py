@@ -13,6 +13,7 @@ from kernels_pallas import mosaic_chunk
 from kernels_pallas.gated_kalmanet.tpu_norms import norms_backward
 from kernels_pallas.gated_kalmanet.tpu_solve import Scratch, solve
 from kernels_pallas.linear_attention.tpu import Tokens, decay_gradient, read_write_backward
+from kernels_pallas.mosaic import Groups
 from kernels_pallas.mosaic_chunk import (
     NT,
     Decay,
@@ -29,10 +30,22 @@ from kernels_pallas.mosaic_chunk import (
 from kernels_pallas.operands import parts
 
 
-def gated_columns(ref: jax.Ref, beta: Sequence[jax.Array], heads: int, group: int) -> list[jax.Array]:
-    """Reads a block of k or v as every head's K' or V' [D,C]: times beta, rows [1,C] of every head, or none, and rounded."""
-    columns = head_columns(ref, heads, group)
-    return each(lambda x, b: (b * x.astype(jnp.float32)).astype(x.dtype), columns, beta) if beta else columns
+def gated_tokens(
+    k: jax.Ref, v: jax.Ref, beta: Sequence[jax.Array], heads: int, groups: Groups
+) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
+    """Reads blocks of k and v as every head's K' [K,C], K [C,K] and V [C,V]: times beta, if any, and rounded.
+
+    Args:
+      beta: rows [1,C] of every head, or none.
+    """
+    if not beta:
+        return head_columns(k, heads, groups[0]), head_slices(k, heads, groups[0]), head_slices(v, heads, groups[1])
+
+    def gated(ref, group):
+        return each(lambda x, b: (b * x.astype(jnp.float32)).astype(x.dtype), head_columns(ref, heads, group), beta)
+
+    Kt = gated(k, groups[0])
+    return Kt, each(transposed, Kt), each(transposed, gated(v, groups[1]))
 
 
 def blend(Q: Sequence[jax.Array], X: Sequence[jax.Array], alpha: Sequence[jax.Array]) -> list[jax.Array]:
@@ -94,10 +107,7 @@ def backward_kernel(*refs, heads, groups, gated, scale, packed, plan, bp_lambda)
     decay, scalars = mosaic_chunk.chunk_scalars(rows, heads, packed, further=1 + gated)
     alpha, beta = scalars[:heads], scalars[heads:]
     Q = each(lambda x: x.astype(jnp.float32), head_columns(q, heads))
-    Kt = gated_columns(k, beta, heads, groups[0])
-    K, V = head_slices(k, heads, groups[0]), head_slices(v, heads, groups[1])
-    if gated:
-        K, V = each(transposed, Kt), each(transposed, gated_columns(v, beta, heads, groups[1]))
+    Kt, K, V = gated_tokens(k, v, beta, heads, groups)
     H0, S0 = [kk_before[0, 0, h] for h in range(heads)], [kv_before[0, 0, h] for h in range(heads)]
     dH, dS = [dkk[h] for h in range(heads)], [dkv[h] for h in range(heads)]
     X = [solution[0, 0, h] for h in range(heads)] if plan.num_iter else Q
