@@ -6,7 +6,6 @@ slice of complete lanes; the scalars of a chunk come as rows [R, C]. `mosaic_chu
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

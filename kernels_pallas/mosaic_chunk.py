@@ -3,11 +3,10 @@
 Each stage of a kernel is done for all heads before the next stage begins (`each`): the matmuls of one head
 wait for one another, those of several heads fill the matrix units.
 
-The tokens are in lanes: the vectors of a head are the columns of an array [D,C]. Then a number per token is a row [1,C],
-which multiplies all vectors without a shuffle, and a sum over a vector adds registers; with the tokens in rows both need
-the unit that moves data between lanes, which is slow. That unit is left with the transposes of what comes and goes in
-rows, and with the products of two arrays of tokens nothing needs it: a' b and a b' are products of the matrix unit where
-either of the two is already transposed.
+The tokens are in lanes: the vectors of a head are the columns of an array [D,C]. A number per token is then a row [1,C],
+which multiplies all vectors as it is, and the sum over a vector adds registers. With the tokens in rows, both would use the
+unit that moves data between lanes, and wait for it: it is slow. Here it has the transposes of what comes and goes in rows,
+and the sums over the tokens that read.
 """
 
 from __future__ import annotations
@@ -42,13 +41,8 @@ def head_slices(ref: jax.Ref, heads: int, group: int = 1) -> list[jax.Array]:
 
 def head_columns(ref: jax.Ref, heads: int, group: int = 1) -> list[jax.Array]:
     """Returns what `head_slices` does with the tokens in lanes, [D, C]."""
-    columns = each(transposed, head_slices(ref, heads // group))
+    columns = each(jnp.transpose, head_slices(ref, heads // group))
     return [columns[h // group] for h in range(heads)]
-
-
-def transposed(x: jax.Array) -> jax.Array:
-    """Returns x [C, D] with the tokens in lanes, [D, C], or the reverse."""
-    return x.T
 
 
 def store_heads(ref: jax.Ref, values: Sequence[jax.Array], scale: float) -> None:
@@ -64,7 +58,7 @@ def store_tokens(ref: jax.Ref, values: Sequence[jax.Array], scale: float = 1.0, 
     for h in range(len(values) // group):
         value = functools.reduce(jnp.add, values[h * group : (h + 1) * group])
         value = (value if scale == 1.0 else scale * value).astype(ref.dtype)
-        ref[0, :, h * D : (h + 1) * D] = transposed(value)
+        ref[0, :, h * D : (h + 1) * D] = value.T
 
 
 def stack_rows(rows: Sequence[jax.Array], n: int) -> jax.Array:
@@ -125,7 +119,7 @@ def column_sum(x: jax.Array) -> jax.Array:
     return jnp.sum(x, axis=0, keepdims=True)
 
 
-def before(pairs: jax.Array) -> jax.Array:
+def earlier(pairs: jax.Array) -> jax.Array:
     """Returns [C,C] where i < t, at [i,t]; 0 elsewhere: what a token has of itself does not decay, and would cancel."""
     return jnp.where(iota(pairs.shape, 0) < iota(pairs.shape, 1), pairs, 0.0)
 

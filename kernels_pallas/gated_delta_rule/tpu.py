@@ -12,6 +12,8 @@ the backward sweep, which is linear attention's for Q, K, U, and from its dU:
     dbeta = rows of dR (V - reach K H0) + dL K K' M              dH -= (beta reach K)' dR
 
 k, v of fewer heads are read once per group, their gradients added up in float32 before they are rounded.
+
+The kernels compute the transposes of these arrays, with the tokens in lanes (`mosaic_chunk.py`): L' and A' are upper triangular.
 """
 
 from __future__ import annotations
@@ -29,17 +31,16 @@ from kernels_pallas.arguments import differentiable
 from kernels_pallas.linear_attention.tpu import Tokens, read, read_write_backward, write
 from kernels_pallas.mosaic_chunk import (
     NT,
-    before,
     column_sum,
     dot,
     dot_parts,
     each,
+    earlier,
     head_columns,
     head_slices,
     iota,
     store_tokens,
     sums_of_rows,
-    transposed,
 )
 from kernels_pallas.operands import operand_dtype, parts
 
@@ -119,14 +120,14 @@ def _forward_kernel(q, k, v, rows, initial, o, final, *rest, heads, groups, scal
     @pl.when(first)
     def _():
         for h in range(heads):
-            state[h] = transposed(initial[0, h])
+            state[h] = initial[0, h].T
 
     low = k.dtype
     Q, K, V = head_slices(q, heads), head_slices(k, heads, groups[0]), head_columns(v, heads, groups[1])
     decay, beta = mosaic_chunk.chunk_scalars(rows, heads, packed, further=1)
     S = [state[h] for h in range(heads)]
     S_low = each(lambda s: s.astype(low), S)
-    L = each(lambda k, d, b: before(dot(k, k, NT) * d.mask * b), K, decay, beta)
+    L = each(lambda k, d, b: earlier(dot(k, k, NT) * d.mask * b), K, decay, beta)
     R = each(lambda k, v, s, d, b: (b * (v - d.reach * dot(s, k, NT))).astype(low), K, V, S_low, decay, beta)
     A = each(lambda a: a.astype(low), unit_upper_inverse(L, low))
     U = each(dot, R, A)
@@ -134,7 +135,7 @@ def _forward_kernel(q, k, v, rows, initial, o, final, *rest, heads, groups, scal
     if saved:
         states, inverse, update = saved
         for h in range(heads):
-            states[0, 0, h] = transposed(S_low[h])
+            states[0, 0, h] = S_low[h].T
         for h, a in enumerate(A):
             inverse[0, 0, h] = a
         store_tokens(update, U_low)
@@ -145,7 +146,7 @@ def _forward_kernel(q, k, v, rows, initial, o, final, *rest, heads, groups, scal
     @pl.when(last)
     def _():
         for h in range(heads):
-            final[0, h] = transposed(state[h])
+            final[0, h] = state[h].T
 
 
 def _backward_kernel(
@@ -169,7 +170,7 @@ def _backward_kernel(
     dR = each(lambda g, a: dot(g.dV.astype(low), a, NT), found, A)
     store_tokens(dv, each(jnp.multiply, beta, dR), scale, groups[1])
     dR_low = each(lambda r: r.astype(low), dR)
-    dL = each(lambda u, r: -before(dot(u, r)), U, dR_low)
+    dL = each(lambda u, r: -earlier(dot(u, r)), U, dR_low)
     G = each(lambda k, d: dot(k, k, NT) * d.mask, K, decay)
     across = each(lambda s, r, d: d.reach * dot(s, r), S, dR_low, decay)
     dG = each(lambda l, b, d: (b * l * d.mask).astype(low), dL, beta, decay)

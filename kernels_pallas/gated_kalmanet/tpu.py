@@ -1,6 +1,6 @@
 """Pallas kernels for TPU: decays, norms, the solve and the readout of a chunk in one grid step.
 
-`tpu_solve.py` has the solve, `tpu_norms.py` the norms.
+`tpu_solve.py` has the solve, `tpu_norms.py` the norms, `tpu_backward.py` the gradient's kernel.
 
 The gradient is the implicit one (`chunked.py`): w = (H + lambda I)^-1 dx by the same solve; then H x, as linear
 attention with q = x, k = v = K, pulls -w back, and lambda's share goes through |H|_F.
@@ -29,7 +29,7 @@ from kernels_pallas.gated_kalmanet.solvers import schedule_for
 from kernels_pallas.gated_kalmanet.tpu_backward import backward_kernel, blend, gated_tokens
 from kernels_pallas.gated_kalmanet.tpu_norms import inverse_norms
 from kernels_pallas.gated_kalmanet.tpu_solve import Plan, Scratch, scratch_of, solve
-from kernels_pallas.mosaic_chunk import dot_parts, each, head_columns, store_heads, transposed
+from kernels_pallas.mosaic_chunk import dot_parts, each, head_columns, store_heads
 from kernels_pallas.operands import operand_dtype, parts
 
 HEADS = 8  # at most this many heads per grid step
@@ -41,7 +41,7 @@ def _read(query, K, V, S, decay, low, n) -> list[jax.Array]:
     reached = each(lambda q, d: parts(d.reach * q, low, n), query, decay)
 
     def rows(x):
-        return tuple(map(transposed, x))
+        return tuple(map(jnp.transpose, x))
 
     across = each(lambda q, s: dot_parts(rows(q), parts(s, low, n)), reached, S)
     return each(lambda a, s, v: a + dot_parts(rows(s), (v,)), across, scores, V)
@@ -169,7 +169,7 @@ def _prepare(q, k, v, alpha, log_decay, beta, segments, options, reverse=False):
 def _run_forward(q, k, v, alpha, log_decay, beta, state, segments, options, save):
     (_, T, H, K), V = q.shape, v.shape[-1]
     grid, inputs, static = _prepare(q, k, v, alpha, log_decay, beta, segments, options)
-    keys, values = grid.tokens(grid.K), grid.tokens(grid.V)
+    values = grid.tokens(grid.V)
     kk, kv = grid.state(grid.K, grid.K), grid.state(grid.K, grid.V)
     outputs = [
         (grid.tokens_shape(grid.V, options.out_dtype), values),
@@ -205,7 +205,7 @@ def _vjp_backward(options, residuals, cotangents):
     do, (dfinal_kk, dfinal_kv) = cotangents
     T, K, V = q.shape[1], q.shape[3], v.shape[3]
     grid, inputs, static = _prepare(q, k, v, alpha, log_decay, beta, segments, options, reverse=True)
-    keys, values = grid.tokens(grid.K), grid.tokens(grid.V)
+    values = grid.tokens(grid.V)
     kk, kv = grid.state(grid.K, grid.K), grid.state(grid.K, grid.V)
     dq, dk, dv, dscalars, dinitial_kk, dinitial_kv = mosaic.run(
         functools.partial(backward_kernel, **static, bp_lambda=options.bp_lambda),

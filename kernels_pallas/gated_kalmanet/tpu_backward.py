@@ -17,15 +17,14 @@ from kernels_pallas.mosaic import Groups
 from kernels_pallas.mosaic_chunk import (
     NT,
     Decay,
-    before,
     column_sum,
     dot_parts,
     each,
+    earlier,
     head_columns,
     head_slices,
     store_tokens,
     sums_of_rows,
-    transposed,
 )
 from kernels_pallas.operands import parts
 
@@ -45,7 +44,7 @@ def gated_tokens(
         return each(lambda x, b: (b * x.astype(jnp.float32)).astype(x.dtype), head_columns(ref, heads, group), beta)
 
     Kt = gated(k, groups[0])
-    return Kt, each(transposed, Kt), each(transposed, gated(v, groups[1]))
+    return Kt, each(jnp.transpose, Kt), each(jnp.transpose, gated(v, groups[1]))
 
 
 def blend(Q: Sequence[jax.Array], X: Sequence[jax.Array], alpha: Sequence[jax.Array]) -> list[jax.Array]:
@@ -78,7 +77,7 @@ def _states_backward(
     X2, G2, H2 = (each(lambda a: parts(a, low), arrays) for arrays in (X, G, H0))
     scores = each(lambda k, x, d: dot_parts((k,), x) * d.mask, K, X2, decay)
     dscores = each(lambda k, g: dot_parts((k,), g), K, G2)
-    pairs = each(lambda s, ds: before(s * ds), scores, dscores)
+    pairs = each(lambda s, ds: earlier(s * ds), scores, dscores)
     scores = each(lambda s: parts(s, low), scores)
     dscores = each(lambda ds, d: parts(ds * d.mask, low), dscores, decay)
     across = each(lambda h, g, d: d.reach * dot_parts(h, g), H2, G2, decay)
@@ -91,6 +90,15 @@ def _states_backward(
     kept = each(lambda a, k: 0.5 * column_sum(a * k), kept, Kt)
     da = each(lambda a, x: column_sum(a * x), across, X)
     return list(zip(dK, dH0, pairs, each(decay_gradient, da, kept, dH, H0, decay), strict=True))
+
+
+def _store(ref, x, gradients, beta, scale, group) -> list[jax.Array]:
+    """Writes the gradient of a block x of k or v, given those of every head's K' or V'; returns dbeta as rows [1,C], if any."""
+    if not beta:
+        store_tokens(ref, gradients, scale, group)
+        return []
+    store_tokens(ref, each(jnp.multiply, beta, gradients), scale, group)
+    return each(lambda d, x: column_sum(d * x), gradients, head_columns(x, len(gradients), group))
 
 
 def backward_kernel(*refs, heads, groups, gated, scale, packed, plan, bp_lambda):
@@ -117,6 +125,7 @@ def backward_kernel(*refs, heads, groups, gated, scale, packed, plan, bp_lambda)
     for h in range(heads):
         dkv[h] = of_read[h].dS
     dV, dquery = [g.dV for g in of_read], [g.dQ for g in of_read]
+    of_values = _store(dv, v, dV, beta, scale, groups[1])
     dalpha = each(lambda g, x, q: column_sum(g * (x - q)), dquery, X, Q)
 
     W = each(jnp.zeros_like, X)
@@ -126,24 +135,17 @@ def backward_kernel(*refs, heads, groups, gated, scale, packed, plan, bp_lambda)
         W = solve(dX, K, Kt, H0, decay, inverse, omegas, Scratch(*buffers), low, plan)
         dquery = each(lambda g, x, w: (g - x) + w, dquery, dX, W)
     store_tokens(dq, dquery, scale)
-    of_states = [_states_backward(X, each(jnp.negative, W), K, Kt, H0, dH, decay, low)]
+    of_states = []
     if plan.num_iter and bp_lambda:  # lambda = ridge_strength |H|
         dF = each(lambda w, x: -plan.ridge_strength * column_sum(w * x), W, X)
         of_states.append(norms_backward(dF, inverse, size, squares, K, Kt, H0, decay, low))
+    of_states.append(_states_backward(X, each(jnp.negative, W), K, Kt, H0, dH, decay, low))
     sums = each(lambda *heads: [sum(x) for x in zip(*heads, strict=True)], *of_states)
     dK = each(lambda g, s: g.dK + s[0], of_read, sums)
     pairs = each(lambda g, s: g.pairs + s[2], of_read, sums)
     da = each(lambda g, s, p, lost: g.da + s[3] + column_sum(p) - lost, of_read, sums, pairs, sums_of_rows(pairs))
-    dbeta = []
-    if gated:
-        raw = zip((k, v), groups, strict=True)
-        of_both = [
-            each(lambda d, x: column_sum(d * x), d, head_columns(x, heads, n)) for d, (x, n) in zip((dK, dV), raw, strict=True)
-        ]
-        dbeta = each(jnp.add, *of_both)
-        dK, dV = each(jnp.multiply, beta, dK), each(jnp.multiply, beta, dV)
-    store_tokens(dk, dK, scale, groups[0])
-    store_tokens(dv, dV, scale, groups[1])
+    of_keys = _store(dk, k, dK, beta, scale, groups[0])
+    dbeta = each(jnp.add, of_keys, of_values) if gated else []
     mosaic_chunk.store_rows(dscalars, [*da, *dalpha, *dbeta], scale)
     for h in range(heads):
         dkk[h] = sums[h][1]

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from kernels_pallas import mosaic_chunk
 from kernels_pallas.gated_kalmanet.chebyshev import empty_norm, inverse
-from kernels_pallas.mosaic_chunk import NT, Decay, before, column_sum, dot, dot_parts, each, row_sum
+from kernels_pallas.mosaic_chunk import NT, Decay, column_sum, dot, dot_parts, each, earlier, row_sum
 from kernels_pallas.operands import parts
 
 EMPTY = empty_norm(jnp.float32)
@@ -61,7 +61,7 @@ def inverse_norms(
         size = product[C + 1 : C + 2] + d.reach * largest
         root = jax.lax.rsqrt(jnp.maximum(size, EMPTY))
         small = root * root
-        start = jnp.sum(column_sum(h * (h * inverse(largest))), axis=1, keepdims=True)  # |H0|^2 / |H0|_max
+        start = row_sum(column_sum(h * (h * inverse(largest))))  # |H0|^2 / |H0|_max
         far = d.reach * small
         square = column_sum((d.mask * small) * product[:C]) + 2 * far * product[C : C + 1] + (far * largest) * (d.reach * start)
         return jnp.where(size > EMPTY, jax.lax.rsqrt(jnp.maximum(square, EMPTY)) * root, 0.0), size
@@ -96,7 +96,7 @@ def norms_backward(
         weak = inverse(largest)
         root = jax.lax.rsqrt(jnp.maximum(size, EMPTY))
         small = root * root
-        start = jnp.sum(column_sum(h * (h * weak)), axis=1, keepdims=True)
+        start = row_sum(column_sum(h * (h * weak)))
         return Weights(d.reach * largest * small, jnp.where(square > 0, d.mask * small, 0.0), weak, start)
 
     W = each(weights, size, mosaic_chunk.as_columns(squares), H0, decay)
@@ -109,7 +109,7 @@ def norms_backward(
     B = each(lambda n, w: n * w.beta, eta, W)
     R = each(lambda b, w: w.rho * b, B, W)
     cross = each(jnp.multiply, R, u)
-    pairs = each(lambda m, b, c: before(c + b * m), inside, B, cross)
+    pairs = each(lambda m, b, c: earlier(c + b * m), inside, B, cross)
     da = each(lambda c, n, w: column_sum(c) + n * w.rho * (w.rho * (w.square * w.weak)), cross, eta, W)
     du = mosaic_chunk.as_rows(each(row_sum, R))
     dgram = each(lambda b, w: dot(b.astype(low), w.beta.astype(low), NT), B, W)

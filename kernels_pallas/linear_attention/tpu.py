@@ -18,6 +18,9 @@ dO is not multiplied by the scale, which would round it: all gradients are, and 
     dw = columns of (Q K') (dO V') M + rows of keep (V dH') K          dd = sum of the diagonal of dO V'
 
 k, v of fewer heads are read once per group, their gradients added up in float32 before they are rounded.
+
+The kernels compute the transposes of these arrays, with the tokens in lanes (`mosaic_chunk.py`): M' is `Decay.mask`, and the
+forward kernel keeps the state as S' [V,K], S the H above.
 """
 
 from __future__ import annotations
@@ -37,18 +40,17 @@ from kernels_pallas.arguments import differentiable
 from kernels_pallas.mosaic_chunk import (
     NT,
     Decay,
-    before,
     column_sum,
     dot,
     dot_parts,
     each,
+    earlier,
     head_columns,
     head_slices,
     iota,
     row_sum,
     store_tokens,
     sums_of_rows,
-    transposed,
 )
 from kernels_pallas.operands import operand_dtype, parts
 
@@ -62,7 +64,7 @@ def _forward_kernel(q, k, v, rows, initial, *rest, heads, groups, scale, packed,
     @pl.when(first)
     def _():
         for h in range(heads):
-            state[h] = transposed(initial[0, h])
+            state[h] = initial[0, h].T
 
     low = k.dtype
     Q, K, V = head_slices(q, heads), head_slices(k, heads, groups[0]), head_columns(v, heads, groups[1])
@@ -71,7 +73,7 @@ def _forward_kernel(q, k, v, rows, initial, *rest, heads, groups, scale, packed,
     S_low = each(lambda s: s.astype(low), S)
     if saved:
         for h in range(heads):
-            saved[0][0, 0, h] = transposed(S_low[h])
+            saved[0][0, 0, h] = S_low[h].T
     store_tokens(o, _add_skip(read(Q, K, V, S_low, decay), skip, V), scale)
     for h, new in enumerate(write(K, V, S, decay)):
         state[h] = new
@@ -79,7 +81,7 @@ def _forward_kernel(q, k, v, rows, initial, *rest, heads, groups, scale, packed,
     @pl.when(last)
     def _():
         for h in range(heads):
-            final[0, h] = transposed(state[h])
+            final[0, h] = state[h].T
 
 
 def _decays(rows, heads, packed, scaled) -> tuple[list[Decay], list[Decay]]:
@@ -163,12 +165,12 @@ def read_write_backward(
     scores = each(lambda k, q: dot_parts((k,), q), x.K, Q2)
     dscores = each(lambda v, o: dot_parts((v,), o, NT), x.V, O2)
     masked = each(lambda s, d: s * d.mask, scores, decay)
-    pairs = each(lambda s, ds: before(s * ds), masked, dscores)
+    pairs = each(lambda s, ds: earlier(s * ds), masked, dscores)
     masked = each(lambda s: parts(s, low, n), masked)
     dmasked = each(lambda ds, d: parts(ds * d.mask, low, n), dscores, decay)
     dS2 = each(lambda s: parts(s, low, n), dS)
     dV = each(lambda o, s: dot_parts(o, s, NT), Ot2, masked)
-    dV = each(lambda a, s, k, d: a + d.keep * dot_parts(tuple(map(transposed, s)), (k,), NT), dV, dS2, x.K, decay)
+    dV = each(lambda a, s, k, d: a + d.keep * dot_parts(tuple(map(jnp.transpose, s)), (k,), NT), dV, dS2, x.K, decay)
     across = each(lambda s, o, d: d.reach * dot_parts(s, o, NT), S2, O2, decay)
     dQ = each(lambda a, k, ds: a + dot_parts((k,), ds), across, x.Kt, dmasked)
     kept = each(lambda s, v: dot_parts(s, (v,), NT), dS2, x.V)
