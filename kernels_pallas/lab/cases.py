@@ -166,6 +166,7 @@ def _with_state(step):
 CG = dict(solver="cg", num_iter=18)
 accurate = functools.partial(ops.gated_kalmanet, precision="accurate")
 conjugate = functools.partial(ops.gated_kalmanet, **CG)
+accurate_conjugate = functools.partial(accurate, solver="cg", num_iter=30)
 CASES = {
     "linear_attention": Case(ops.linear_attention, _tokens(1)),
     "linear_attention.backward": Case(ops.linear_attention, _tokens(1), backward=True),
@@ -181,6 +182,8 @@ CASES = {
     "gated_kalmanet.backward": Case(ops.gated_kalmanet, _tokens(2), backward=True),
     "gated_kalmanet_accurate": Case(accurate, _tokens(2), kernel="gated_kalmanet"),
     "gated_kalmanet_accurate.backward": Case(accurate, _tokens(2), backward=True, kernel="gated_kalmanet"),
+    "gated_kalmanet_accurate_cg": Case(accurate_conjugate, _tokens(2), kernel="gated_kalmanet"),
+    "gated_kalmanet_accurate_cg.backward": Case(accurate_conjugate, _tokens(2), backward=True, kernel="gated_kalmanet"),
     "gated_kalmanet_cg": Case(conjugate, _tokens(2), kernel="gated_kalmanet"),
     "gated_kalmanet_cg.backward": Case(conjugate, _tokens(2), backward=True, kernel="gated_kalmanet"),
     "gated_kalmanet_grouped": Case(_kalmanet_with_beta, _grouped(3), kernel="gated_kalmanet"),
