@@ -20,6 +20,7 @@ from kernels_pallas.gated_rms_norm import gated_rms_norm
 from kernels_pallas.linear_attention import linear_attention, linear_attention_step, linear_attention_summary
 from kernels_pallas.mamba3 import mamba3, mamba3_step
 from kernels_pallas.qk_norm_rope import qk_norm_rope
+from kernels_pallas.qk_norm_turn import qk_norm_turn
 from kernels_pallas.rms_norm import rms_norm
 from kernels_pallas.short_conv import HeadNorm, short_conv, short_conv_step
 from kernels_pallas.ssd import ssd, ssd_inputs, ssd_step
@@ -40,6 +41,7 @@ __all__ = [
     "mamba3",
     "mamba3_step",
     "qk_norm_rope",
+    "qk_norm_turn",
     "rms_norm",
     "short_conv",
     "short_conv_step",

