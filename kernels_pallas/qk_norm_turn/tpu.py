@@ -3,34 +3,37 @@
 With n the normed head, h = n weight + bias, h' its pairs exchanged, and c, s every channel's cosine and signed sine (1 and 0 for
 channels that are not rotated):
 
-    y = h c + h' s      dh = dy c + (dy s)'      dx of dn = dh weight (see `mosaic_norms`)
+    y = h c + h' s      dh = dy c - dy' s      dx of dn = dh weight (see `mosaic_norms`)
     dweight = sum of dh n      dbias = sum of dh over the tokens      dangle = sum over a pair of sign dh h', of q and of k
 
 A register has the angles of several heads. Their cosines and sines become those of channels by a product with a matrix of zeros
-and ones, and the gradients of channels become those of angles by its transpose; both are exact.
+and ones, and the gradients of channels become those of angles by its transpose. Pairs are exchanged by such a product too, on the
+matrix units, which are idle otherwise: it is exact, but bfloat16 operands round h.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from kernels_pallas import mosaic
 from kernels_pallas.arguments import differentiable
 from kernels_pallas.contract import HeadNorm
 from kernels_pallas.heads import repeat_heads
+from kernels_pallas.mamba3.rotation import HIGH, LOW, TURN
 from kernels_pallas.mosaic import LANES, NT, Grid, dot, dot_parts, iota
 from kernels_pallas.mosaic_norms import SUBLANES, add_rows, norm_heads
 from kernels_pallas.operands import operand_dtype, pad_axis, parts
 from kernels_pallas.qk_norm_turn.reference import norm_turn_reference
 
-CHUNK = 128  # tokens in a block, at most
+CHUNK = 256  # tokens in a block, at most
 HEADS = 8  # in a block, at most
 HEAD_DIMS = (128, 256)  # of complete registers
 
@@ -53,13 +56,28 @@ class _Form(NamedTuple):
     halves: bool
 
 
-def _exchanged(h: jax.Array, halves: bool) -> jax.Array:
-    """Returns h [C, K] with the channels of each pair exchanged."""
-    K = h.shape[1]
-    if halves:
-        return pltpu.roll(h, K // 2, 1)
-    even = iota(h.shape, 1) % 2 == 0
-    return jnp.where(even, pltpu.roll(h, K - 1, 1), pltpu.roll(h, 1, 1))
+def _exchange(form: _Form, low: DTypeLike) -> jax.Array:
+    """Returns the matrix [K, K] that exchanges the channels of each pair."""
+    shape = (form.norm.dim, form.norm.dim)
+    other = iota(shape, 1) ^ (form.norm.dim // 2 if form.halves else 1)
+    return (iota(shape, 0) == other).astype(jnp.float32).astype(low)
+
+
+def cos_sin(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the cosine and the sine of float32 angles in radians, to 3e-7 for up to a few hundred turns.
+
+    A turn is taken off until the half of the angle is within a quarter of a turn of 0; there the Taylor series are short.
+    """
+    turns = jnp.floor(x * (1 / TURN) + 0.5)
+    half = 0.5 * ((x - turns * HIGH) - turns * LOW)
+    square = half * half
+
+    def series(first: int, terms: int) -> jax.Array:
+        factors = [(-1) ** n / math.factorial(first + 2 * n) for n in range(terms)]
+        return functools.reduce(lambda total, factor: total * square + factor, reversed(factors[:-1]), factors[-1])
+
+    sine, cosine = half * series(1, 6), series(0, 7)
+    return (cosine - sine) * (cosine + sine), 2 * sine * cosine
 
 
 def _spread(form: _Form) -> np.ndarray:
@@ -80,7 +98,8 @@ def _channels(angle: jax.Ref, spread: jax.Ref, form: _Form) -> tuple[list[jax.Ar
     cosines, sines = [], []
     for i in range(0, angle.shape[2], LANES):
         x = angle[0, :, i : i + LANES]
-        c, s = dot(jnp.cos(x).astype(low), plain), dot(jnp.sin(x).astype(low), signed)
+        c, s = cos_sin(x)
+        c, s = dot(c.astype(low), plain), dot(s.astype(low), signed)
         cosines += [c[:, j : j + K] + stays for j in range(0, c.shape[1], K)]
         sines += [s[:, j : j + K] for j in range(0, s.shape[1], K)]
     return cosines, sines
@@ -91,20 +110,21 @@ def _of_head(x: jax.Array, head: int, K: int) -> jax.Array:
 
 
 def _forward_kernel(q, k, q_weight, k_weight, q_bias, k_bias, angle, spread, yq, yk, *, form):
-    K, (cosines, sines) = form.norm.dim, _channels(angle, spread, form)
+    K, low, (cosines, sines) = form.norm.dim, spread.dtype, _channels(angle, spread, form)
+    exchange = _exchange(form, low)
     for x, weight, bias, y in ((q, q_weight, q_bias, yq), (k, k_weight, k_bias, yk)):
         n, _ = norm_heads(x[0].astype(jnp.float32), form.norm)
         group = y.shape[2] // x.shape[2]
         for head, (c, s) in enumerate(zip(cosines, sines, strict=True)):
             h = _of_head(n, head // group, K) * weight[:1] + _of_head(bias, head, K)[:1]
-            y[0, :, head * K : (head + 1) * K] = (h * c + _exchanged(h, form.halves) * s).astype(y.dtype)
+            y[0, :, head * K : (head + 1) * K] = (h * c + dot(h.astype(low), exchange) * s).astype(y.dtype)
 
 
 def _backward_kernel(
     q, k, q_weight, k_weight, q_bias, k_bias, angle, spread, dyq, dyk, dq, dk, dwq, dwk, dbq, dbk, dangle, *, form
 ):
     K, heads, low = form.norm.dim, form.heads, spread.dtype
-    cosines, sines = _channels(angle, spread, form)
+    exchange, (cosines, sines) = _exchange(form, low), _channels(angle, spread, form)
     turned = [jnp.zeros_like(c) for c in cosines]
     for x, weight, bias, dy, dx, dw, db in (
         (q, q_weight, q_bias, dyq, dq, dwq, dbq), (k, k_weight, k_bias, dyk, dk, dwk, dbk),
@@ -112,10 +132,10 @@ def _backward_kernel(
         n, pull = norm_heads(x[0].astype(jnp.float32), form.norm)
         group, sums = heads * K // x.shape[2], []
         for head, (c, s) in enumerate(zip(cosines, sines, strict=True)):
-            d = _of_head(dy[0], head, K).astype(jnp.float32)
-            dh = d * c + _exchanged(d * s, form.halves)
+            d = _of_head(dy[0], head, K)
+            dh = d.astype(jnp.float32) * c - dot(d.astype(low), exchange) * s
             h = _of_head(n, head // group, K) * weight[:1] + _of_head(bias, head, K)[:1]
-            turned[head] += dh * _exchanged(h, form.halves)
+            turned[head] += dh * dot(h.astype(low), exchange)
             sums.append(dh)
         add_rows(db, jnp.concatenate(sums, axis=1))
         sums = [functools.reduce(jnp.add, sums[i : i + group]) for i in range(0, heads, group)]
