@@ -9,6 +9,7 @@ Every operation takes `implementation=None | "reference" | "xla" | "pallas_tpu" 
 the recurrence token by token, `xla` its chunked form; None is `pallas_tpu` on TPU, `xla` elsewhere (README.md).
 """
 
+from kernels_pallas.angle_sums import angle_sums
 from kernels_pallas.gated_delta_rule import gated_delta_rule, gated_delta_rule_step, gated_delta_rule_summary
 from kernels_pallas.gated_kalmanet import (
     gated_kalmanet,
@@ -27,6 +28,7 @@ from kernels_pallas.ssd import ssd, ssd_inputs, ssd_step
 
 __all__ = [
     "HeadNorm",
+    "angle_sums",
     "gated_delta_rule",
     "gated_delta_rule_step",
     "gated_delta_rule_summary",

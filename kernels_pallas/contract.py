@@ -349,3 +349,18 @@ class NormTurn(Protocol):
     ) -> tuple[jax.Array, jax.Array]:
         """Returns (q, k) [B, T, R, H, K], in their dtypes."""
         ...
+
+
+class AngleSums(Protocol):
+    """An implementation of `angle_sums`. Its inputs and its output are float32, and float64 where an input of the operation is."""
+
+    def __call__(
+        self,
+        rate: jax.Array,  # [B, T, A]
+        dt: jax.Array,  # [B, T, H]
+        state: jax.Array,  # [B, H, A]
+        segments: jax.Array | None,  # [B, T]
+        /,
+    ) -> jax.Array:
+        """Returns the angles [B, T, H, A], about [0, 2 pi)."""
+        ...

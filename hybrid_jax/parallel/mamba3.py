@@ -11,10 +11,10 @@ from hybrid_jax.parallel.norms import normed_and_turned
 from hybrid_jax.parallel.recurrence import HEADS, STATE, incoming_states, linear_recurrence, recurrence
 from hybrid_jax.parallel.sequence import as_chunks, as_rows, from_pair, shift, to_pair
 from hybrid_jax.parallel.sharding import TOKENS, axis_size, shard_map_by_axes
-from kernels_pallas import mamba3_step
+from kernels_pallas import angle_sums, mamba3_step
 from kernels_pallas.arguments import accumulator, segment_index
 from kernels_pallas.heads import repeat_heads
-from kernels_pallas.mamba3 import Mamba3State, cumulative_angles, mamba3_inputs
+from kernels_pallas.mamba3 import Mamba3State, mamba3_inputs
 from kernels_pallas.mamba3.rotation import within_turn
 from kernels_pallas.qk_norm_turn import norm_bias
 
@@ -105,16 +105,11 @@ def mamba3_recurrence(
     return o, Mamba3State(angle[:, -1], S, *last)
 
 
-def _turn(rate: jax.Array, dt: jax.Array) -> jax.Array:
-    """Returns the rotation that each token adds, [..., H, A], of rate [..., A] and dt [..., H]."""
-    return rate[..., None, :] * dt[..., None]
-
-
 def _all_tokens(
     segment_ids: jax.Array, rate: jax.Array, dt: jax.Array, before: jax.Array, start: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """Returns each token's angle [B, T, H, A], and `before` of the token after it [B, T, H]; the row's last token has 0."""
-    angle = cumulative_angles(_turn(rate, dt), start, segment_index(segment_ids))
+    angle, _ = angle_sums(rate, dt, initial_state=start, segment_ids=segment_ids)
     return angle, jnp.pad(before[:, 1:], ((0, 0), (0, 1), (0, 0)))
 
 
@@ -122,8 +117,7 @@ def _over_chunks(segment_ids: jax.Array, rate: jax.Array, dt: jax.Array, before:
     """Returns what `_all_tokens` does, of the chunks that a device has."""
     ids, weights = to_pair(segment_ids), to_pair(before)
     segments = as_chunks(segment_index(as_rows(ids)))  # 0: the segment with which the chunk begins
-    turn = _turn(*(as_rows(to_pair(x)) for x in (rate, dt)))
-    angle = as_chunks(cumulative_angles(turn, None, as_rows(segments)))
+    angle = as_chunks(angle_sums(*(as_rows(to_pair(x)) for x in (rate, dt)), segment_ids=as_rows(segments))[0])
     one = segments[:, :, -1] == 0
     keeps = jnp.broadcast_to(one[..., None], weights.shape[:2] + weights.shape[3:]).astype(angle.dtype)
     start = incoming_states((keeps, angle[:, :, -1, :, :, None]), ids)[..., 0]
@@ -138,7 +132,7 @@ def _one_token(q, k, v, scalars, norms: Norms, skip, halves, state, segment_ids)
     log_decay, dt, mix, rate = scalars
     q, k = norm_bias(q, norms.q_weight, norms.q_bias, norms.eps), norm_bias(k, norms.k_weight, norms.k_bias, norms.eps)
     v = repeat_heads(v, dt.shape[2])
-    arrays = (*(jnp.swapaxes(x, 2, 3) for x in (q, k, v)), log_decay, dt, mix, _turn(rate, dt))
+    arrays = (*(jnp.swapaxes(x, 2, 3) for x in (q, k, v)), log_decay, dt, mix, rate[:, :, None] * dt[..., None])
 
     def step(q, k, v, *rest, state):
         q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))

@@ -151,6 +151,10 @@ def _queries_keys_angles(s: Shape):
     return [*heads, *[((K,), s.dtype)] * 2, *[((H, 1, K), s.dtype)] * 2, ((B, T, H, K // 4), "float32")]
 
 
+def _rates(s: Shape):
+    return [((s.batch, s.seq_len, s.key_dim // 4), "float32"), ((s.batch, s.seq_len, s.heads), "float32")]
+
+
 def _rotated(rank: int):
     """Returns the arrays of `mamba3` with so many inputs and outputs per token, half of the channels rotated, as `Case.arrays`."""
 
@@ -211,6 +215,8 @@ CASES = {
     "qk_norm_rope.backward": Case(_without_segments(ops.qk_norm_rope), _queries_keys, backward=True),
     "qk_norm_turn": Case(_without_segments(ops.qk_norm_turn), _queries_keys_angles),
     "qk_norm_turn.backward": Case(_without_segments(ops.qk_norm_turn), _queries_keys_angles, backward=True),
+    "angle_sums": Case(ops.angle_sums, _rates),
+    "angle_sums.backward": Case(ops.angle_sums, _rates, backward=True),
     "linear_attention_step": Case(_with_state(ops.linear_attention_step), _token(1, "KV"), decode=True),
     "gated_delta_rule_step": Case(_with_state(ops.gated_delta_rule_step), _token(2, "KV"), decode=True),
     "gated_kalmanet_step": Case(_kalmanet_step, _token(2, "KK", "KV"), decode=True),
