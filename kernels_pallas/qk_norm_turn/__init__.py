@@ -31,8 +31,8 @@ def qk_norm_turn(
 ) -> tuple[jax.Array, jax.Array]:
     """Norms queries and keys, adds their biases and rotates them: on TPU one pass forward and one backward.
 
-    "reference" and "xla" round behind the norm, the bias and the rotation, and round the cosines and sines to the dtype of q and
-    of k; the kernel rounds the latter, the rest once.
+    "reference" and "xla" round behind the norm, the bias and each product of the rotation. With bfloat16 the kernel rounds what the
+    sines multiply and the result. Both round the cosines and sines to the dtype of q and k.
 
     Args:
       q: [B, T, R, Hq, K], Hq a divisor of H: head h of the result is of head h // (H / Hq), as if each head were repeated in place.
@@ -42,8 +42,8 @@ def qk_norm_turn(
       angle: [B, T, H, A], A <= K / 2, in radians: the first A pairs of channels are rotated, the others stay.
       eps: added to the mean of the squares, above 0.
       halves: whether channel j is rotated with j + K / 2, or 2j with 2j + 1.
-      implementation: "reference", "xla", "pallas_tpu" or None (the best the backend has); the kernel takes heads of 128 channels
-        and angles that fill registers, other sizes are computed by the XLA form.
+      implementation: "reference", "xla", "pallas_tpu" or None (the best the backend has); the kernel takes heads of 128 and
+        256 channels and at least one angle, other sizes are computed by the XLA form.
 
     Returns:
       q and k [B, T, R, H, K], in their dtypes.
