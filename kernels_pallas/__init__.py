@@ -9,6 +9,7 @@ Every operation takes `implementation=None | "reference" | "xla" | "pallas_tpu" 
 the recurrence token by token, `xla` its chunked form; None is `pallas_tpu` on TPU, `xla` elsewhere (README.md).
 """
 
+from kernels_pallas.angle_sums import angle_sums
 from kernels_pallas.gated_delta_rule import gated_delta_rule, gated_delta_rule_step, gated_delta_rule_summary
 from kernels_pallas.gated_kalmanet import (
     gated_kalmanet,
@@ -20,12 +21,14 @@ from kernels_pallas.gated_rms_norm import gated_rms_norm
 from kernels_pallas.linear_attention import linear_attention, linear_attention_step, linear_attention_summary
 from kernels_pallas.mamba3 import mamba3, mamba3_step
 from kernels_pallas.qk_norm_rope import qk_norm_rope
+from kernels_pallas.qk_norm_turn import qk_norm_turn
 from kernels_pallas.rms_norm import rms_norm
 from kernels_pallas.short_conv import HeadNorm, short_conv, short_conv_step
 from kernels_pallas.ssd import ssd, ssd_inputs, ssd_step
 
 __all__ = [
     "HeadNorm",
+    "angle_sums",
     "gated_delta_rule",
     "gated_delta_rule_step",
     "gated_delta_rule_summary",
@@ -40,6 +43,7 @@ __all__ = [
     "mamba3",
     "mamba3_step",
     "qk_norm_rope",
+    "qk_norm_turn",
     "rms_norm",
     "short_conv",
     "short_conv_step",

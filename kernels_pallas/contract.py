@@ -62,11 +62,13 @@ class LinearAttention(Protocol):
         v: jax.Array,  # [B, T, Hv, V]
         log_decay: jax.Array,  # [B, T, H], at most 0
         value_scale: jax.Array | None,  # [B, T, H]; None: 1
+        own_scale: jax.Array | None,  # [B, T, H]; None: value_scale
         skip: jax.Array | None,  # [H]; None: 0
         state: State,
         segments: jax.Array | None,  # [B, T]
         scale: float,
         chunk_size: int | None,  # None: the implementation's own
+        together: int,  # 1 without own_scale; a divisor of T
         /,
     ) -> tuple[jax.Array, State]:
         """Returns (o [B, T, H, V], the final state)."""
@@ -74,7 +76,7 @@ class LinearAttention(Protocol):
 
 
 class PlainLinearAttention(Protocol):
-    """A `LinearAttention` for Hk = Hv = H, without `value_scale` and `skip`."""
+    """A `LinearAttention` for Hk = Hv = H, without `value_scale`, `own_scale` and `skip`."""
 
     def __call__(
         self,
@@ -326,4 +328,39 @@ class NormRope(Protocol):
         /,
     ) -> jax.Array:
         """Returns y [B, H, T, D] in x's dtype."""
+        ...
+
+
+class NormTurn(Protocol):
+    """An implementation of `qk_norm_turn`, which documents the arrays."""
+
+    def __call__(
+        self,
+        q: jax.Array,  # [B, T, R, Hq, K]
+        k: jax.Array,  # [B, T, R, Hk, K]
+        q_weight: jax.Array,  # [K]
+        k_weight: jax.Array,  # [K]
+        q_bias: jax.Array,  # [H, R, K]
+        k_bias: jax.Array,  # [H, R, K]
+        angle: jax.Array,  # [B, T, H, A]
+        eps: float,
+        halves: bool,
+        /,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns (q, k) [B, T, R, H, K], in their dtypes."""
+        ...
+
+
+class AngleSums(Protocol):
+    """An implementation of `angle_sums`. Its inputs and its output are float32, and float64 where an input of the operation is."""
+
+    def __call__(
+        self,
+        rate: jax.Array,  # [B, T, A]
+        dt: jax.Array,  # [B, T, H]
+        state: jax.Array,  # [B, H, A]
+        segments: jax.Array | None,  # [B, T]
+        /,
+    ) -> jax.Array:
+        """Returns the angles [B, T, H, A], about [0, 2 pi)."""
         ...

@@ -47,16 +47,17 @@ class Grid(NamedTuple):
         """The number of chunks."""
         return self.T // self.C
 
-    def _chunk(self, n: Any) -> Any:
+    def chunk(self, n: Any) -> Any:
+        """Returns the chunk that the n-th grid step along the tokens has."""
         return self.N - 1 - n if self.reverse else n
 
     def tokens(self, D: int, group: int = 1) -> pl.BlockSpec:
         """Returns the blocks [1, C, heads/group*D] of [B, T, H/group*D], where `group` heads share one."""
-        return pl.BlockSpec((1, self.C, self.heads // group * D), lambda b, h, n: (b, self._chunk(n), h))
+        return pl.BlockSpec((1, self.C, self.heads // group * D), lambda b, h, n: (b, self.chunk(n), h))
 
     def rows(self, R: int) -> pl.BlockSpec:
         """Returns the blocks [1, 1, 1, R, C] of [B, H/heads, N, R, C]."""
-        return pl.BlockSpec((1, 1, 1, R, self.C), lambda b, h, n: (b, h, self._chunk(n), 0, 0))
+        return pl.BlockSpec((1, 1, 1, R, self.C), lambda b, h, n: (b, h, self.chunk(n), 0, 0))
 
     def state(self, K: int, V: int) -> pl.BlockSpec:
         """Returns the blocks [1, heads, K, V] of [B, H, K, V], the same for every chunk."""
@@ -64,7 +65,7 @@ class Grid(NamedTuple):
 
     def states(self, K: int, V: int) -> pl.BlockSpec:
         """Returns the blocks [1, 1, heads, K, V] of [B, N, H, K, V]: one state per chunk."""
-        return pl.BlockSpec((1, 1, self.heads, K, V), lambda b, h, n: (b, self._chunk(n), h, 0, 0))
+        return pl.BlockSpec((1, 1, self.heads, K, V), lambda b, h, n: (b, self.chunk(n), h, 0, 0))
 
     def tokens_shape(self, D: int, dtype: DTypeLike, group: int = 1) -> jax.ShapeDtypeStruct:
         """Returns the array of the blocks `tokens`."""

@@ -25,6 +25,7 @@ from kernels_pallas.mosaic import row_count
 Contraction = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]  # as `dot_general`'s
 NN: Contraction = (((1,), (0,)), ((), ()))  # a b
 NT: Contraction = (((1,), (1,)), ((), ()))  # a b'
+TN: Contraction = (((0,), (0,)), ((), ()))  # a' b
 
 
 def each(f: Callable[..., Any], *heads: Sequence) -> list:
@@ -119,9 +120,15 @@ def column_sum(x: jax.Array) -> jax.Array:
     return jnp.sum(x, axis=0, keepdims=True)
 
 
-def earlier(pairs: jax.Array) -> jax.Array:
-    """Returns [C,C] where i < t, at [i,t]; 0 elsewhere: what a token has of itself does not decay, and would cancel."""
-    return jnp.where(iota(pairs.shape, 0) < iota(pairs.shape, 1), pairs, 0.0)
+def earlier(pairs: jax.Array, together: int = 1) -> jax.Array:
+    """Returns [C,C] at [i,t] where token i is of an earlier step than t, steps of `together` tokens; 0 elsewhere.
+
+    What a step has of itself does not decay, and would cancel.
+    """
+    source, reader = iota(pairs.shape, 0), iota(pairs.shape, 1)
+    if together > 1:
+        source, reader = source // together, reader // together
+    return jnp.where(source < reader, pairs, 0.0)
 
 
 def sums_of_rows(pairs: Sequence[jax.Array]) -> list[jax.Array]:

@@ -15,11 +15,11 @@ from hybrid_jax.layers.mixer import Arrays
 from hybrid_jax.layers.mixing import Mixing, of_operation
 from hybrid_jax.layers.parameter import parameter
 from hybrid_jax.layers.recurrent import STATE_AXES, gate_of_attention, init_dt_bias, query_key_maps
-from hybrid_jax.parallel.mamba3 import mamba3_recurrence
+from hybrid_jax.parallel.mamba3 import Norms, mamba3_recurrence
+from hybrid_jax.parallel.norms import gated_norm
 from kernels_pallas.heads import repeat_heads
 from kernels_pallas.mamba3 import Mamba3State, rotate
 from kernels_pallas.mamba3.rotation import within_turn
-from kernels_pallas.numerics import rms_normalize
 
 
 class Mamba3(nnx.Module):
@@ -62,15 +62,19 @@ class Mamba3(nnx.Module):
         """Returns (y [B, T, hidden], the state after x) of x [B, T, hidden]; the state's k and v are [B, H, R, ...]."""
         del positions
         z, q, k, v, rest = self._inputs(x)
+        (batch, T, _), (H, D) = x.shape, z.shape[3:]
         if self.mimo_x is not None and self.mimo_z is not None:
-            v, z = v * self.mimo_x[...].astype(v.dtype), z * self.mimo_z[...].astype(z.dtype)
-        y, state = mamba3_recurrence(q, k, v, *rest, halves=self.options.rotate_halves, state=state, segment_ids=segment_ids)
-        y = y + (self.D[...][:, None, None] * v).astype(y.dtype)
-        if self.norm is not None:
-            y = rms_normalize(y, self.norm.weight[...].reshape(-1, 1, y.shape[-1]), self.norm.eps)
-        y = y * jax.nn.silu(z)
-        y = y[:, :, :, 0] if self.mimo_o is None else jnp.sum(y * self.mimo_o[...].astype(y.dtype), axis=3)
-        return self.out_proj(y.reshape(*x.shape[:2], -1)), state
+            v, z = repeat_heads(v, H) * _by_rank(self.mimo_x, v), z * _by_rank(self.mimo_z, z)
+        y, state = mamba3_recurrence(q, k, v, *rest, **self._options(), skip=self.D[...], state=state, segment_ids=segment_ids)
+        y, z = y.reshape(batch, -1, H, D), z.reshape(batch, -1, H, D)
+        if self.norm is None:
+            y = y * jax.nn.silu(z)
+        else:
+            weight = self.norm.weight[...]
+            y = gated_norm(y, z, weight.reshape(H, D) if self.options.norm_per_head else weight, self.norm.eps)
+        if self.mimo_o is not None:
+            y = jnp.sum(y.reshape(batch, T, -1, H, D) * _by_rank(self.mimo_o, y), axis=2)
+        return self.out_proj(y.reshape(batch, T, H * D)), state
 
     def mixing(self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array) -> Mixing:
         """Returns the mixing matrices on x [B, T, hidden]; the steps and the skip D are part of them.
@@ -82,18 +86,19 @@ class Mamba3(nnx.Module):
         del positions
         _, q, k, v, rest = self._inputs(x)
         q, k, f32 = q.astype(jnp.float32), k.astype(jnp.float32), jnp.float32
-        R = self.options.rank
-        factors = jnp.ones((q.shape[2], 1, 1), f32)  # [H, outputs, inputs]
+        R, H = self.options.rank, self.config.num_heads
+        factors = jnp.ones((H, 1, 1), f32)  # [H, outputs, inputs]
         if self.mimo_x is not None and self.mimo_o is not None:
             factors = jnp.einsum("hod,hid->hoi", self.mimo_o[...].astype(f32), self.mimo_x[...].astype(f32)) / v.shape[-1]
 
         def operation(v):
-            inputs = jnp.einsum("oi,bthc->bthoic", jnp.eye(R), v).reshape(*v.shape[:3], R, -1)  # each input has channels of its own
-            options = dict(halves=self.options.rotate_halves, state=None, segment_ids=segment_ids, implementation="xla")
-            y, _ = mamba3_recurrence(q, k, inputs, *rest, **options)
-            return jnp.einsum("bthoic,hoi->bthc", y.reshape(*v.shape[:3], R, R, -1), factors)
+            inputs = jnp.einsum("oi,bthc->btohic", jnp.eye(R), v)  # each input has channels of its own
+            inputs = inputs.reshape(*v.shape[:2], R, H, -1)
+            options = dict(skip=None, state=None, segment_ids=segment_ids, implementation="xla")
+            y, _ = mamba3_recurrence(q, k, inputs, *rest, **self._options(), **options)
+            return jnp.einsum("btohic,hoi->bthc", y.reshape(*v.shape[:2], R, H, R, -1), factors)
 
-        return of_operation(operation, v[:, :, :, 0], skip=self.D[...].astype(f32) * jnp.trace(factors, axis1=1, axis2=2))
+        return of_operation(operation, repeat_heads(v[:, :, 0], H), skip=self.D[...].astype(f32) * jnp.trace(factors, axis1=1, axis2=2))
 
     def composed(self, before: Mamba3State, x: jax.Array, own: Mamba3State) -> Mamba3State:
         """Returns the state after x [B, T, hidden], of the state before it and the one that x alone leaves from nothing.
@@ -111,22 +116,22 @@ class Mamba3(nnx.Module):
         return Mamba3State(within_turn(before.angle + own.angle), carried + turned, k, own.v)
 
     def _inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, tuple[jax.Array, ...]]:
-        """Returns z [B, T, H, 1, D], q and k [B, T, H, R, N], v [B, T, H, 1, D] of x [B, T, hidden], and the other arguments of
+        """Returns z [B, T, 1, H, D], q and k [B, T, R, heads, N], v [B, T, 1, heads, D] of x [B, T, hidden], and the other arrays of
         `mamba3_recurrence`."""
         (batch, T, _), o, f32 = x.shape, self.options, jnp.float32
-        H, D = self.config.num_heads, self.config.head_dim
+        D = self.config.head_dim
         z, v, B, C, dt, A, trap, angle = self.in_proj.parts(x, self._sizes())
-        k, q = self._normed(B, self.B_norm, self.B_bias[...]), self._normed(C, self.C_norm, self.C_bias[...])
-        v, z = repeat_heads(v.reshape(batch, T, -1, D), H)[:, :, :, None], z.reshape(batch, T, H, 1, D)
+        k, q = (part.reshape(batch, T, o.rank, -1, self.state_size) for part in (B, C))
+        v, z = (part.reshape(batch, T, 1, -1, D) for part in (v, z))
         dt = jax.nn.softplus(dt.astype(f32) + self.dt_bias[...].astype(f32))
         decay = -jnp.maximum(_positive(A.astype(f32)), o.decay_floor) * dt
-        turn = jnp.pi * jnp.tanh(angle.astype(f32))[:, :, None] * dt[..., None]
-        return z, q, k, v, (decay, dt, jax.nn.sigmoid(trap.astype(f32)), turn)
+        return z, q, k, v, (decay, dt, jax.nn.sigmoid(trap.astype(f32)), jnp.pi * jnp.tanh(angle.astype(f32)))
 
-    def _normed(self, x: jax.Array, norm: RMSNorm, bias: jax.Array) -> jax.Array:
-        """Returns B or C [B, T, H, R, N], normed, for every head and with its bias, of x [B, T, R * heads * N]."""
-        x = norm(x.reshape(*x.shape[:2], self.options.rank, -1, self.state_size))
-        return jnp.swapaxes(repeat_heads(x, self.config.num_heads), 2, 3) + bias.astype(x.dtype)
+    def _options(self) -> dict[str, Any]:
+        """Returns the options of `mamba3_recurrence`."""
+        biases = self.C_bias[...], self.B_bias[...]
+        norms = Norms(self.C_norm.scale(), self.B_norm.scale(), *biases, self.options.norm_eps)
+        return dict(norms=norms, halves=self.options.rotate_halves)
 
     @staticmethod
     def from_attention(source: Arrays, fresh: Arrays, config: ModelConfig, layer: int) -> dict[str, jax.Array]:
@@ -165,3 +170,8 @@ class Mamba3(nnx.Module):
 def _positive(x: jax.Array) -> jax.Array:
     """Returns 1 + x for x >= 0 and 1 / (1 - x) below: positive, and 1 at 0."""
     return jnp.where(x >= 0, 1 + x, 1 / (1 - jnp.minimum(x, 0)))
+
+
+def _by_rank(weight: nnx.Param, like: jax.Array) -> jax.Array:
+    """Returns a weight [H, R, D] as [R, H, D] in the dtype of an array."""
+    return jnp.swapaxes(weight[...], 0, 1).astype(like.dtype)

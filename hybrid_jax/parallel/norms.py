@@ -7,7 +7,8 @@ import functools
 import jax
 
 from hybrid_jax.parallel.sharding import TOKENS, divides_heads, shard_map_by_axes
-from kernels_pallas import gated_rms_norm, qk_norm_rope, rms_norm
+from kernels_pallas import gated_rms_norm, qk_norm_rope, qk_norm_turn, rms_norm
+from kernels_pallas.heads import repeat_heads
 
 _HEADS = (*TOKENS, "heads")
 
@@ -56,3 +57,27 @@ def normed_and_rotated(
 
     heads = tuple((*TOKENS, axis if divides_heads(x.shape[2], axis) else None) for x, axis in zip((q, k), axes, strict=True))
     return shard_map_by_axes(local, (q, k, q_weight, k_weight, cos, sin), (*heads, (None,), (None,), TOKENS, TOKENS), heads)
+
+
+def normed_and_turned(
+    q: jax.Array,
+    k: jax.Array,
+    q_weight: jax.Array,
+    k_weight: jax.Array,
+    q_bias: jax.Array,
+    k_bias: jax.Array,
+    angle: jax.Array,
+    eps: float,
+    *,
+    halves: bool,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns `qk_norm_turn` of q and k [B, T, R, heads, K] and angle [B, T, H, A], however they are sharded.
+
+    Heads that the mesh does not divide are repeated before, as in `parallel.recurrence`.
+    """
+    local = functools.partial(qk_norm_turn, eps=eps, halves=halves, implementation=implementation or _implementation(q))
+    q, k = (x if divides_heads(x.shape[3]) else repeat_heads(x, angle.shape[2]) for x in (q, k))
+    heads = (*TOKENS, None, "heads")
+    axes = (heads, heads, (None,), (None,), ("heads",), ("heads",), _HEADS)
+    return shard_map_by_axes(local, (q, k, q_weight, k_weight, q_bias, k_bias, angle), axes, (heads, heads))

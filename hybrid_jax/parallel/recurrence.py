@@ -138,6 +138,8 @@ def linear_recurrence(
     arrays: Sequence[jax.Array],
     *,
     value_scale: jax.Array | None = None,
+    own_scale: jax.Array | None = None,
+    together: int = 1,
     skip: jax.Array | None = None,
     state: Any,
     segment_ids: jax.Array,
@@ -147,18 +149,19 @@ def linear_recurrence(
 
     Args:
       arrays: q, k, v [B, T, heads, ...] and log decays g [B, T, H].
-      value_scale, skip: [B, T, H] and [H], or None, as in `linear_attention`.
+      value_scale, own_scale, together, skip: as in `linear_attention`; one token that continues a state has no own_scale.
       state: S [B, H, K, V], or None, as in `recurrence`.
       implementation: of `linear_attention`.
     """
 
-    def summary(q, k, v, g, *, skip=None, **options):  # the skip changes no state
-        del q, skip
+    def summary(q, k, v, g, *, own_scale=None, skip=None, **options):  # these two change no state
+        del q, own_scale, skip
         return linear_attention_summary(k, v, g, **options)
 
-    op = functools.partial(linear_attention, scale=1.0, implementation=implementation)
+    op = functools.partial(linear_attention, scale=1.0, together=together, implementation=implementation)
     step = functools.partial(linear_attention_step, scale=1.0)
-    return recurrence(op, step, summary, arrays, state=state, segment_ids=segment_ids, value_scale=value_scale, skip=skip)
+    optional = dict(value_scale=value_scale, own_scale=own_scale, skip=skip)
+    return recurrence(op, step, summary, arrays, state=state, segment_ids=segment_ids, **optional)
 
 
 def _conv_over_chunks(segment_ids, x, weight, bias, norm_weight, *, activation, norm):

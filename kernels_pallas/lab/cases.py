@@ -143,6 +143,18 @@ def _queries_keys(s: Shape):
     return [(x, s.dtype)] * 2 + [(w, s.dtype)] * 2 + [(table, "float32")] * 2
 
 
+def _queries_keys_angles(s: Shape):
+    """Returns the arrays of `qk_norm_turn` of Mamba-3: four heads (or the most that divide the heads) share one of the keys, and half
+    of the channels are rotated."""
+    B, T, H, K = s.batch, s.seq_len, s.heads, s.key_dim
+    heads = [((B, T, 1, n, K), s.dtype) for n in (H, H // math.gcd(H, 4))]
+    return [*heads, *[((K,), s.dtype)] * 2, *[((H, 1, K), s.dtype)] * 2, ((B, T, H, K // 4), "float32")]
+
+
+def _rates(s: Shape):
+    return [((s.batch, s.seq_len, s.key_dim // 4), "float32"), ((s.batch, s.seq_len, s.heads), "float32")]
+
+
 def _rotated(rank: int):
     """Returns the arrays of `mamba3` with so many inputs and outputs per token, half of the channels rotated, as `Case.arrays`."""
 
@@ -204,6 +216,10 @@ CASES = {
     "rms_norm.backward": Case(_without_segments(_rms_norm), _hidden, backward=True),
     "qk_norm_rope": Case(_without_segments(ops.qk_norm_rope), _queries_keys),
     "qk_norm_rope.backward": Case(_without_segments(ops.qk_norm_rope), _queries_keys, backward=True),
+    "qk_norm_turn": Case(_without_segments(ops.qk_norm_turn), _queries_keys_angles),
+    "qk_norm_turn.backward": Case(_without_segments(ops.qk_norm_turn), _queries_keys_angles, backward=True),
+    "angle_sums": Case(ops.angle_sums, _rates),
+    "angle_sums.backward": Case(ops.angle_sums, _rates, backward=True),
     "linear_attention_step": Case(_with_state(ops.linear_attention_step), _token(1, "KV"), decode=True),
     "gated_delta_rule_step": Case(_with_state(ops.gated_delta_rule_step), _token(2, "KV"), decode=True),
     "gated_kalmanet_step": Case(_kalmanet_step, _token(2, "KK", "KV"), decode=True),

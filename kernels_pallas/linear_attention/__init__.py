@@ -1,6 +1,8 @@
 """Linear attention with a scalar decay per head.
 
 S_t = e^{g_t} S_{t-1} + w_t k_t v_t',     o_t = scale * q_t' S_t + d v_t,     w = value_scale or 1, d = skip or 0
+
+With `own_scale` u the output reads the token's own product with the weight u_t in place of w_t.
 """
 
 from __future__ import annotations
@@ -45,6 +47,8 @@ def linear_attention(
     log_decay: jax.Array,
     *,
     value_scale: jax.Array | None = None,
+    own_scale: jax.Array | None = None,
+    together: int = 1,
     skip: jax.Array | None = None,
     scale: float | None = None,
     initial_state: jax.Array | None = None,
@@ -60,7 +64,10 @@ def linear_attention(
       v: [B, T, Hv, V], Hv a divisor of H, likewise.
       log_decay: [B, T, H], <= 0.
       value_scale: [B, T, H], multiplies v where the state takes it (Mamba-2's dt), or None.
-      skip: [H], times v it is added to o (Mamba-2's D), or None; neither `scale` nor `value_scale` multiplies it.
+      own_scale: [B, T, H], multiplies v where the token's own output reads it (Mamba-3), or None: value_scale does.
+      together: how many successive tokens are one step with `own_scale`, a divisor of T: each output of a step reads all inputs of
+        its step, also later ones, with own_scale. Only the first token of a step may decay and begin a segment.
+      skip: [H], times v it is added to o (Mamba-2's D), or None; neither `scale` nor the scales of values multiply it.
       scale: multiplies q; default K^-0.5.
       initial_state: [B, H, K, V], or None for zeros.
       segment_ids: [B, T] int, or None.
@@ -82,18 +89,21 @@ def linear_attention(
         v=(v, "B T Hv V"),
         log_decay=(log_decay, "B T H"),
         value_scale=(value_scale, "B T H"),
+        own_scale=(own_scale, "B T H"),
         skip=(skip, "H"),
         initial_state=(initial_state, "B H K V"),
         segment_ids=(segment_ids, "B T"),
     )
-    dtype = accumulator(q, k, v, log_decay, value_scale, skip)
+    if together < 1 or d["T"] % together or (together > 1 and own_scale is None):
+        want = "1 without own_scale, with it a divisor of the tokens"
+        raise ValueError(f"{op}: together must be {want}, got {together} for {d['T']} tokens")
+    dtype = accumulator(q, k, v, log_decay, value_scale, own_scale, skip)
     state = jnp.zeros((d["B"], d["H"], d["K"], d["V"]), dtype) if initial_state is None else initial_state.astype(dtype)
     scale = scale_or_default(scale, d["K"])
     check_options(op, scale=scale, chunk_size=chunk_size)
     run = pick_implementation(op, implementation, IMPLEMENTATIONS, q, k, v)
-    arrays = alike(op, q, k, v, log_decay, value_scale, skip, state, segment_index(segment_ids))
-    q, k, v, log_decay, value_scale, skip, state, segments = arrays
-    return run(q, k, v, log_decay, value_scale, skip, state, segments, scale, chunk_size)
+    arrays = alike(op, q, k, v, log_decay, value_scale, own_scale, skip, state, segment_index(segment_ids))
+    return run(*arrays, scale, chunk_size, together)
 
 
 def linear_attention_summary(

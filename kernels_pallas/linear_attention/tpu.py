@@ -17,6 +17,10 @@ dO is not multiplied by the scale, which would round it: all gradients are, and 
 
     dw = columns of (Q K') (dO V') M + rows of keep (V dH') K          dd = sum of the diagonal of dO V'
 
+`own_scale` u replaces M where a token reads its own step, which no decay reaches; then dw does not have these entries of M, and
+
+    du = columns of (Q K') (dO V') where a token reads its own step
+
 k, v of fewer heads are read once per group, their gradients added up in float32 before they are rounded.
 
 The kernels compute the transposes of these arrays, with the tokens in lanes (`mosaic_chunk.py`): M' is `Decay.mask`, and the
@@ -37,6 +41,7 @@ from jax.typing import DTypeLike
 
 from kernels_pallas import mosaic, mosaic_chunk
 from kernels_pallas.arguments import differentiable
+from kernels_pallas.linear_attention.composed import composed
 from kernels_pallas.mosaic_chunk import (
     NT,
     Decay,
@@ -57,7 +62,7 @@ from kernels_pallas.operands import operand_dtype, parts
 HEADS = 8  # at most this many heads per grid step
 
 
-def _forward_kernel(q, k, v, rows, initial, *rest, heads, groups, scale, packed, scaled, skips):
+def _forward_kernel(q, k, v, rows, initial, *rest, heads, groups, scale, packed, scaled, owned, together, skips):
     skip, o, final, *saved, state = rest if skips else (None, *rest)
     first, last = pl.program_id(2) == 0, pl.program_id(2) == pl.num_programs(2) - 1
 
@@ -68,7 +73,7 @@ def _forward_kernel(q, k, v, rows, initial, *rest, heads, groups, scale, packed,
 
     low = k.dtype
     Q, K, V = head_slices(q, heads), head_slices(k, heads, groups[0]), head_columns(v, heads, groups[1])
-    decay = _decays(rows, heads, packed, scaled)[0]
+    decay = _decays(rows, heads, packed, scaled, owned, together)[0]
     S = [state[h] for h in range(heads)]
     S_low = each(lambda s: s.astype(low), S)
     if saved:
@@ -84,13 +89,22 @@ def _forward_kernel(q, k, v, rows, initial, *rest, heads, groups, scale, packed,
             final[0, h] = state[h].T
 
 
-def _decays(rows, heads, packed, scaled) -> tuple[list[Decay], list[Decay]]:
-    """Returns every head's decays with `value_scale` in `mask` and `keep`, if there is one, and without it."""
-    decay, scales = mosaic_chunk.chunk_scalars(rows, heads, packed, further=int(scaled))
-    if not scaled:
-        return decay, decay
-    columns = mosaic_chunk.as_columns(scales)
-    return each(lambda d, c, w: d._replace(mask=d.mask * c, keep=d.keep * w), decay, columns, scales), decay
+def _decays(rows, heads, packed, scaled, owned, together) -> tuple[list[Decay], list[Decay]]:
+    """Returns every head's decays with the scales in `mask` and `keep`, if there are any, and those that multiply `value_scale`."""
+    decay, scales = mosaic_chunk.chunk_scalars(rows, heads, packed, further=scaled + owned)
+    unscaled, columns = decay, mosaic_chunk.as_columns(scales) if scales else []
+    if scaled:
+        decay = each(lambda d, c, w: d._replace(mask=d.mask * c, keep=d.keep * w), decay, columns[:heads], scales[:heads])
+    if owned:
+        own = _one_step(decay[0].mask.shape, together)
+        decay = each(lambda d, c: d._replace(mask=jnp.where(own, c, d.mask)), decay, columns[-heads:])
+        unscaled = each(lambda d: d._replace(mask=jnp.where(own, 0.0, d.mask)), unscaled)
+    return decay, unscaled
+
+
+def _one_step(shape: tuple[int, ...], together: int) -> jax.Array:
+    """Returns where two tokens are of one step, which has `together` tokens: [C,C] as a mask's."""
+    return iota(shape, 0) // together == iota(shape, 1) // together
 
 
 def _add_skip(x: Sequence[jax.Array], skip: jax.Ref | None, v: Sequence[jax.Array]) -> Sequence[jax.Array]:
@@ -151,7 +165,13 @@ class Tokens(NamedTuple):
 
 
 def read_write_backward(
-    x: Tokens, S: Sequence[jax.Array], dS: Sequence[jax.Array], decay: Sequence[Decay], low: DTypeLike, n: int = 1
+    x: Tokens,
+    S: Sequence[jax.Array],
+    dS: Sequence[jax.Array],
+    decay: Sequence[Decay],
+    low: DTypeLike,
+    n: int = 1,
+    together: int = 1,
 ) -> list[Gradients]:
     """Returns the gradients of `read` and `write` for every head.
 
@@ -160,12 +180,13 @@ def read_write_backward(
       S: the states before the chunk [K,V], likewise.
       dS: the gradients of those after it [K,V], float32.
       n: the number of parts in which intermediate results are multiplied again.
+      together: of `linear_attention`; no decay reaches what tokens of one step have of each other.
     """
     Q2, S2, O2, Ot2 = (each(lambda a: parts(a, low), arrays) for arrays in (x.Qt, S, x.dO, x.dOt))
     scores = each(lambda k, q: dot_parts((k,), q), x.K, Q2)
     dscores = each(lambda v, o: dot_parts((v,), o, NT), x.V, O2)
     masked = each(lambda s, d: s * d.mask, scores, decay)
-    pairs = each(lambda s, ds: earlier(s * ds), masked, dscores)
+    pairs = each(lambda s, ds: earlier(s * ds, together), masked, dscores)
     masked = each(lambda s: parts(s, low, n), masked)
     dmasked = each(lambda ds, d: parts(ds * d.mask, low, n), dscores, decay)
     dS2 = each(lambda s: parts(s, low, n), dS)
@@ -197,7 +218,7 @@ def decay_gradient(across: jax.Array, kept: jax.Array, dS: jax.Array, S: jax.Arr
     return across - kept + jnp.where(end, at_end, 0.0)
 
 
-def _backward_kernel(q, k, v, rows, before, do, dfinal, *rest, heads, groups, scale, packed, scaled, skips):
+def _backward_kernel(q, k, v, rows, before, do, dfinal, *rest, heads, groups, scale, packed, scaled, owned, together, skips):
     skip, dq, dk, dv, dscalars, dinitial, state = rest if skips else (None, *rest)
     first, last = pl.program_id(2) == 0, pl.program_id(2) == pl.num_programs(2) - 1
 
@@ -207,9 +228,9 @@ def _backward_kernel(q, k, v, rows, before, do, dfinal, *rest, heads, groups, sc
 
     K, V, dO = (head_slices(x, heads, n) for x, n in zip((k, v, do), (*groups, 1), strict=True))
     S, dS = [before[0, 0, h] for h in range(heads)], [state[h] for h in range(heads)]
-    decay, unscaled = _decays(rows, heads, packed, scaled)
+    decay, unscaled = _decays(rows, heads, packed, scaled, owned, together)
     tokens = Tokens(head_columns(q, heads), K, head_columns(k, heads, groups[0]), V, dO, head_columns(do, heads))
-    found = read_write_backward(tokens, S, dS, decay, k.dtype)
+    found = read_write_backward(tokens, S, dS, decay, k.dtype, together=together)
     for ref, values, n in (
         (dq, [g.dQ for g in found], 1),
         (dk, [g.dK for g in found], groups[0]),
@@ -221,6 +242,9 @@ def _backward_kernel(q, k, v, rows, before, do, dfinal, *rest, heads, groups, sc
     if scaled:
         of_scores = sums_of_rows(each(lambda g, d: g.scores * d.mask * g.dscores, found, unscaled))
         scalars += each(lambda s, g, d: s + d.keep * g.kept, of_scores, found, unscaled)
+    if owned:
+        own = _one_step(decay[0].mask.shape, together)
+        scalars += sums_of_rows(each(lambda g: jnp.where(own, g.scores * g.dscores, 0.0), found))
     if skips:
         diagonal = iota(found[0].dscores.shape, 0) == iota(found[0].dscores.shape, 1)
         scalars += each(lambda g: column_sum(jnp.where(diagonal, g.dscores, 0.0)), found)
@@ -239,41 +263,49 @@ def linear_attention_tpu(
     v: jax.Array,
     log_decay: jax.Array,
     value_scale: jax.Array | None,
+    own_scale: jax.Array | None,
     skip: jax.Array | None,
     state: jax.Array,
     segments: jax.Array | None,
     scale: float,
     chunk_size: int | None,
+    together: int,
 ) -> tuple[jax.Array, jax.Array]:
     """The `pallas_tpu` implementation of `linear_attention`; see `kernels_pallas.contract`."""
-    del chunk_size
+    if mosaic.LANES % together:  # a step would be in two chunks
+        plain = composed(lambda q, k, v, g, *rest: linear_attention_tpu(q, k, v, g, None, None, None, *rest, 1))
+        return plain(q, k, v, log_decay, value_scale, own_scale, skip, state, segments, scale, chunk_size, together)
     low = operand_dtype(q, k, v)
     arrays = (x.astype(low) for x in (q, *mosaic.complete_groups(q, k, v, HEADS)))
-    o, final = _linear_attention(*arrays, log_decay, value_scale, skip, state, segments, scale)
+    o, final = _linear_attention(*arrays, log_decay, value_scale, own_scale, skip, state, segments, scale, together)
     return o.astype(v.dtype), final
 
 
-@differentiable(8)
-def _linear_attention(q, k, v, log_decay, value_scale, skip, state, segments, scale) -> tuple[jax.Array, jax.Array]:
-    return _run_forward(q, k, v, log_decay, value_scale, skip, state, segments, scale, save=False)[0]
+@differentiable(9, 10)
+def _linear_attention(
+    q, k, v, log_decay, value_scale, own_scale, skip, state, segments, scale, together
+) -> tuple[jax.Array, jax.Array]:
+    scalars = log_decay, value_scale, own_scale, skip
+    return _run_forward(q, k, v, *scalars, state, segments, scale, together, save=False)[0]
 
 
-def _prepare(q, k, v, log_decay, value_scale, skip, segments, scale, reverse=False):
+def _prepare(q, k, v, log_decay, value_scale, own_scale, skip, segments, scale, together, reverse=False):
     """Returns the grid, the first inputs of both kernels, their last one if there is a skip, and their static arguments."""
     groups = mosaic.groups_of(q, k, v)
     grid = mosaic.grid_of(q, v, HEADS, reverse, groups)
-    given = () if value_scale is None else (value_scale,)
+    given = [x for x in (value_scale, own_scale) if x is not None]
     inputs = mosaic.token_inputs(grid, q, k, v, mosaic.chunk_rows(log_decay, segments, grid.C, grid.heads, *given))
     skips = []
     if skip is not None:  # divided, because the scale multiplies the sum
         skips.append((skip.astype(jnp.float32) / scale, pl.BlockSpec(memory_space=pltpu.SMEM)))
-    static = dict(heads=grid.heads, groups=groups, scale=scale, packed=segments is not None)
-    return grid, inputs, skips, static | dict(scaled=bool(given), skips=bool(skips))
+    static = dict(heads=grid.heads, groups=groups, scale=scale, packed=segments is not None, together=together)
+    given = dict(scaled=value_scale is not None, owned=own_scale is not None, skips=bool(skips))
+    return grid, inputs, skips, static | given
 
 
-def _run_forward(q, k, v, log_decay, value_scale, skip, state, segments, scale, save):
+def _run_forward(q, k, v, log_decay, value_scale, own_scale, skip, state, segments, scale, together, save):
     (_, T, H, _), (K, V) = q.shape, state.shape[2:]
-    grid, inputs, skips, static = _prepare(q, k, v, log_decay, value_scale, skip, segments, scale)
+    grid, inputs, skips, static = _prepare(q, k, v, log_decay, value_scale, own_scale, skip, segments, scale, together)
     outputs = [
         (grid.tokens_shape(grid.V, v.dtype), grid.tokens(grid.V)),
         (grid.state_shape(grid.K, grid.V), grid.state(grid.K, grid.V)),
@@ -291,18 +323,20 @@ def _run_forward(q, k, v, log_decay, value_scale, skip, state, segments, scale, 
     return (mosaic.head_tokens(o, T, H, V), final[:, :, :K, :V]), saved
 
 
-def _vjp_forward(q, k, v, log_decay, value_scale, skip, state, segments, scale):
-    out, (before,) = _run_forward(q, k, v, log_decay, value_scale, skip, state, segments, scale, save=True)
-    return out, (q, k, v, log_decay, value_scale, skip, segments, before)
+def _vjp_forward(q, k, v, log_decay, value_scale, own_scale, skip, state, segments, scale, together):
+    arrays = q, k, v, log_decay, value_scale, own_scale, skip
+    out, (before,) = _run_forward(*arrays, state, segments, scale, together, save=True)
+    return out, (*arrays, segments, before)
 
 
-def _vjp_backward(scale, saved, cotangents):
-    q, k, v, log_decay, value_scale, skip, segments, before = saved
+def _vjp_backward(scale, together, saved, cotangents):
+    q, k, v, log_decay, value_scale, own_scale, skip, segments, before = saved
     do, dfinal = cotangents
     T, K, V = q.shape[1], q.shape[3], v.shape[3]
-    grid, inputs, skips, static = _prepare(q, k, v, log_decay, value_scale, skip, segments, scale, reverse=True)
+    given = log_decay, value_scale, own_scale, skip
+    grid, inputs, skips, static = _prepare(q, k, v, *given, segments, scale, together, reverse=True)
     values, state = grid.tokens(grid.V), grid.state(grid.K, grid.V)
-    scalars = 1 + (value_scale is not None) + (skip is not None)
+    scalars = sum(x is not None for x in given)
     dq, dk, dv, dscalars, dinitial = mosaic.run(
         functools.partial(_backward_kernel, **static),
         grid,
@@ -326,6 +360,7 @@ def _vjp_backward(scale, saved, cotangents):
         *mosaic.token_gradients(dq, dk, dv, q, v),
         mosaic.decay_gradient(dscalars, grid.heads, T).astype(log_decay.dtype),
         None if value_scale is None else of_scalar(kind=1).astype(value_scale.dtype),
+        None if own_scale is None else of_scalar(kind=1 + (value_scale is not None)).astype(own_scale.dtype),
         dskip,
         dinitial[:, :, :K, :V],
         None,

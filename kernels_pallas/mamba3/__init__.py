@@ -6,9 +6,9 @@
 
 R = 1 is SISO. A token's product enters twice, at its own step and at the next one; both then decay alike. So the output is that
 of linear attention whose values have the sum of the two weights, but for each token's own product, which has only the first
-weight when the token reads it; the difference is added to the output. R products of a token are R steps of linear attention, of
-which the first one decays. So every implementation of linear attention is one of Mamba-3, and a state passes between devices
-as that of linear attention does.
+weight when the token reads it (`own_scale`). R products of a token are R steps of linear attention, of which the first one
+decays. So every implementation of linear attention is one of Mamba-3, and a state passes between devices as that of linear
+attention does.
 """
 
 from __future__ import annotations
@@ -24,24 +24,26 @@ from kernels_pallas.linear_attention import IMPLEMENTATIONS as LINEAR_ATTENTION
 from kernels_pallas.mamba3.reference import mamba3_reference, mamba3_update
 from kernels_pallas.mamba3.rotation import cumulative_angles, rotate
 
-__all__ = ["Mamba3State", "cumulative_angles", "mamba3", "mamba3_inputs", "mamba3_output", "mamba3_step", "rotate"]
+__all__ = ["Mamba3State", "cumulative_angles", "mamba3", "mamba3_inputs", "mamba3_step", "rotate"]
 
 
 class Mamba3Inputs(NamedTuple):
-    """The linear attention (scale 1) that Mamba-3 equals but for `own`.
+    """The linear attention (scale 1, R tokens together) that Mamba-3 equals.
 
     Attributes:
       q, k: [B, T R, H, K], rotated.
-      v: [B, T R, H, V], times the weight with which later tokens read them.
+      v: [B, T R, Hv, V].
       log_decay: [B, T R, H].
-      own: [B, T, R, R, H] what must be added to the weight with which output r reads input s of its own token.
+      value_scale: [B, T R, H], the weights with which later tokens read v.
+      own_scale: [B, T R, H], the weights with which a token reads its own.
     """
 
     q: jax.Array
     k: jax.Array
     v: jax.Array
     log_decay: jax.Array
-    own: jax.Array
+    value_scale: jax.Array
+    own_scale: jax.Array
 
 
 def mamba3_inputs(
@@ -56,33 +58,17 @@ def mamba3_inputs(
 
     Args:
       q, k: [B, T, R, H, K], rotated.
-      v: [B, T, R, H, V].
+      v: [B, T, R, Hv, V], Hv a divisor of H.
       log_decay: [B, T, H].
       now: [B, T, H], mix_t dt_t.
       later: [B, T, H], (1 - mix_{t+1}) dt_{t+1}; 0 for the last token, whose state must not have it yet. Where the next token
         is of another segment any value will do: the state is reset, and the token's own output does not depend on it.
     """
     B, T, R, H, _ = q.shape
-    both = now + later
-    causal = jnp.tril(jnp.ones((R, R), both.dtype))[:, :, None]
-    own = now[:, :, None, None] - causal * both[:, :, None, None]
     first = jnp.zeros((R, 1), log_decay.dtype).at[0].set(1)
     decay = (log_decay[:, :, None] * first).reshape(B, T * R, H)
-    weighted = (v * both[:, :, None, :, None]).astype(v.dtype)
-    q, k, weighted = (x.reshape(B, T * R, *x.shape[3:]) for x in (q, k, weighted))
-    return Mamba3Inputs(q, k, weighted, decay, own)
-
-
-def mamba3_output(o: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, own: jax.Array) -> jax.Array:
-    """Returns Mamba-3's output [B, T, R, H, V] from that of the linear attention.
-
-    Args:
-      o: [B, T R, H, V].
-      q, k, v: [B, T, R, H, ...]; q and k rotated.
-      own: of `mamba3_inputs`.
-    """
-    scores = own * jnp.einsum("btrhk,btshk->btrsh", q, k, preferred_element_type=own.dtype)
-    return (o.reshape(v.shape) + jnp.einsum("btrsh,btshv->btrhv", scores, v.astype(own.dtype))).astype(v.dtype)
+    weights = (jnp.repeat(x, R, axis=1) for x in (now + later, now))
+    return Mamba3Inputs(*(x.reshape(B, T * R, *x.shape[3:]) for x in (q, k, v)), decay, *weights)
 
 
 def _by_linear_attention(name: str) -> Mamba3:
@@ -111,9 +97,8 @@ def _by_linear_attention(name: str) -> Mamba3:
         last = jnp.einsum("brhk,brhv->bhkv", state.k, state.v, precision="highest")
         S = state.S + before[:, 0, :, None, None] * last
         rows = None if segments is None else jnp.repeat(segments, R, axis=1)
-        o, S = LINEAR_ATTENTION[name](x.q, x.k, x.v, x.log_decay, None, None, S, rows, 1.0, chunk_size)
-        o = mamba3_output(o, q, k, v, x.own)
-        return o, Mamba3State(angle[:, -1], S, k[:, -1].astype(dtype), v[:, -1].astype(dtype))
+        o, S = LINEAR_ATTENTION[name](*x, None, S, rows, 1.0, chunk_size, R)
+        return o.reshape(v.shape), Mamba3State(angle[:, -1], S, k[:, -1].astype(dtype), v[:, -1].astype(dtype))
 
     return run
 

@@ -106,6 +106,53 @@ def test_outputs_states_and_gradients_are_those_of_repeated_heads_in_float64(op,
         assert a.shape == b.shape and relative_error(a, b) < 2e-5, path
 
 
+def weights_of_all_tokens(q, k, v, log_decay, own_scale, skip, value_scale=None, *, state, ids, together):
+    """Linear attention of scale 0.5 with all weights of a row at once: value_scale for the inputs of earlier steps, own_scale for
+    those of an output's own step."""
+    q, k, v, S = q[0], *(jnp.repeat(x[0], q.shape[2] // x.shape[2], axis=1) for x in (k, v)), state[0]
+    a, u = jnp.cumsum(log_decay[0], axis=0), own_scale[0]
+    w = jnp.ones_like(u) if value_scale is None else value_scale[0]
+    segment, step = jnp.cumsum(jnp.pad(ids[0, 1:] != ids[0, :-1], (1, 0))), jnp.arange(len(q)) // together
+    earlier = ((step[:, None] > step) & (segment[:, None] == segment))[..., None]
+    own = (step[:, None] == step)[..., None]
+    M = jnp.where(earlier, jnp.exp(jnp.where(earlier, a[:, None] - a, 0)) * w, jnp.where(own, u, 0))
+    o = jnp.einsum("thk,ihk,tih,ihv->thv", q, k, M, v) + jnp.einsum("thk,th,hkv->thv", q, jnp.exp(a) * (segment == 0)[:, None], S)
+    kept, total = jnp.exp(a[-1] - a) * w * (segment == segment[-1])[:, None], jnp.exp(a[-1]) * (segment[-1] == 0)
+    S = total[:, None, None] * S + jnp.einsum("ih,ihk,ihv->hkv", kept, k, v)
+    return (0.5 * o + skip[:, None] * v)[None], S[None]
+
+
+OWN = [(form, together, True) for form in IMPLEMENTATIONS for together in (1, 2)]
+OWN += [("pallas_tpu", 1, False), ("pallas_tpu", 4, False), ("pallas_tpu", 3, True), ("xla", 3, False)]
+
+
+@pytest.mark.parametrize("implementation, together, scaled", OWN)
+def test_a_token_s_own_step_has_weights_of_its_own(implementation, together, scaled):
+    """Packed segments, an initial state, grouped heads; steps of three tokens do not fill a chunk of the kernels of a TPU."""
+    T = 132 if implementation == "pallas_tpu" else 12
+    inputs, state, _ = draw("linear_attention", T, (4, 2, 1, 16, 12))
+    inputs["own_scale"] = np.random.default_rng(7).uniform(-1, 1, (1, T, 4))
+    inputs["log_decay"][:, np.arange(T) % together != 0] = 0
+    first = (np.arange(T) % together == 0)[:, None]
+    ids = jnp.asarray(np.repeat([3, 5, 4], [together, 2 * together, T - 3 * together])[None])
+    if not scaled:
+        del inputs["value_scale"]
+
+    def results(function, dtype):
+        run = lambda x, s: function(**(x | dict(log_decay=x["log_decay"] * first)), state=s)  # noqa: E731
+        out, pull = jax.vjp(run, cast(inputs, dtype), jnp.asarray(state, dtype))
+        return jax.tree.map(np.asarray, (out, pull(cotangents(out, "linear_attention"))))
+
+    def operation(state, **x):
+        options = dict(scale=0.5, initial_state=state, segment_ids=ids, implementation=implementation, together=together)
+        return kp.linear_attention(**x, **options)
+
+    with jax.enable_x64(True):
+        want = results(functools.partial(weights_of_all_tokens, ids=ids, together=together), "float64")
+    for (path, a), b in zip(jax.tree.leaves_with_path(results(operation, "float32")), jax.tree.leaves(want), strict=True):
+        assert a.shape == b.shape and relative_error(a, b) < 2e-5, path
+
+
 @pytest.mark.parametrize(
     "op, implementation",
     [(op, form) for op in OPS[:2] for form in IMPLEMENTATIONS] + [("gated_kalmanet", form) for form in ("reference", "pallas_tpu")],
@@ -226,10 +273,14 @@ def test_scalars_of_the_wrong_shape_are_refused():
     inputs = cast(inputs, "float32")
     for name, wrong, want in (
         ("value_scale", jnp.ones((1, 5, 1)), r"\[B, T, H\] = \(1, 5, 4\)"),
+        ("own_scale", jnp.ones((1, 5, 2)), r"\[B, T, H\] = \(1, 5, 4\)"),
         ("skip", jnp.ones(1), r"\[H\] = \(4,\)"),
+        ("together", 5, "1 without own_scale, with it a divisor of the tokens, got 5 for 5 tokens"),
     ):
         with pytest.raises(ValueError, match=f"linear_attention: {name} must be {want}"):
             kp.linear_attention(**(inputs | {name: wrong}))
+    with pytest.raises(ValueError, match="together must be .* a divisor of the tokens, got 2 for 5 tokens"):
+        kp.linear_attention(**inputs, own_scale=inputs["value_scale"], together=2)
     kalmanet, _, _ = draw("gated_kalmanet", 5, (4, 2, 2, 4, 4))
     with pytest.raises(ValueError, match=r"gated_kalmanet: beta must be \[B, T, H\] = \(1, 5, 4\), got \(1, 5, 2\)"):
         kp.gated_kalmanet(**(cast(kalmanet, "float32") | {"beta": jnp.ones((1, 5, 2))}))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import mamba3, mamba3_step
+from kernels_pallas import angle_sums, mamba3, mamba3_step
 from kernels_pallas.contract import Mamba3State
 from kernels_pallas.mamba3 import IMPLEMENTATIONS, cumulative_angles, rotate
 from tests.conftest import GOLDEN, relative_error
@@ -107,6 +107,43 @@ def test_angles_of_long_rows_lose_no_digits():
     assert np.minimum(error, 2 * np.pi - error).max() < 3e-4
     plain = np.abs(np.asarray(jnp.cumsum(turn)).ravel() % (2 * np.pi) - want)
     assert np.minimum(plain, 2 * np.pi - plain).max() > 1e-3  # of a plain sum
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_tpu"])
+@pytest.mark.parametrize("H, A, T", [(4, 32, 290), (3, 5, 40), (1, 128, 129)])
+def test_angle_sums_and_their_gradients_follow_float64_in_packed_rows(implementation, H, A, T):
+    """Segments that begin inside a chunk and with one, and one that is longer than a chunk; a state before the first token."""
+    rng = np.random.default_rng(0)
+    rate, dt, state = rng.standard_normal((2, T, A)), rng.uniform(0, 1, (2, T, H)), rng.uniform(0, 6, (2, H, A))
+    ids = np.stack([np.arange(T) // 128, np.searchsorted([7, 8, 150], np.arange(T), side="right")])
+    cotangents = rng.standard_normal((2, T, H, A)), rng.standard_normal((2, H, A))
+
+    def run(implementation, dtype):
+        given = [jnp.asarray(x, dtype) for x in (rate, dt, state)]
+        call = lambda r, d, s: angle_sums(r, d, initial_state=s, segment_ids=ids, implementation=implementation)  # noqa: E731
+        (angle, last), pull = jax.vjp(call, *given)
+        assert angle.dtype == dtype and np.array_equal(last, angle[:, -1])
+        return np.asarray(angle), pull(tuple(jnp.asarray(x, dtype) for x in cotangents))
+
+    with jax.enable_x64(True):
+        want, want_grads = run("reference", "float64")
+    got, grads = run(implementation, "float32")
+    error = np.abs(got - want)
+    assert np.minimum(error, 2 * np.pi - error).max() < 5e-5
+    assert all(relative_error(a, b) < 2e-6 for a, b in zip(grads, want_grads, strict=True))
+
+
+def test_angle_sums_of_odd_requests_are_computed_by_the_formulas_or_refused():
+    rate, dt = jnp.ones((1, 3, 130)), jnp.ones((1, 3, 2))
+    options = dict(implementation="pallas_tpu")
+    assert np.array_equal(angle_sums(rate, dt, **options)[0], angle_sums(rate, dt)[0])
+    assert angle_sums(rate[..., :0], dt, **options)[0].shape == (1, 3, 2, 0)
+    with pytest.raises(
+        ValueError, match=r"angle_sums: rate must be \[B, T, A\], and dt \[B, T, H\] and not empty, got \(1, 3, 130\)"
+    ):
+        angle_sums(rate, dt[:, :0])
+    with pytest.raises(ValueError, match=r"initial_state must be \[B, H, A\] = \(1, 2, 130\), got \(1, 2, 3\)"):
+        angle_sums(rate, dt, initial_state=jnp.ones((1, 2, 3)))
 
 
 def test_both_pairings_are_rotations_and_the_last_channels_stay():

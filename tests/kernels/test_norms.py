@@ -12,8 +12,10 @@ import kernels_pallas as kp
 from hybrid_jax.layers.rope import cos_sin, rotate
 from kernels_pallas import mosaic
 from kernels_pallas.gated_rms_norm import tpu as gated_tpu
+from kernels_pallas.mamba3 import rotate as rotate_pairs
 from kernels_pallas.numerics import l2_normalize, rms_normalize
 from kernels_pallas.qk_norm_rope import tpu as rope_tpu
+from kernels_pallas.qk_norm_turn import tpu as turn_tpu
 from kernels_pallas.rms_norm import tpu as hidden_tpu
 from kernels_pallas.short_conv import tpu as conv_tpu
 from tests.conftest import relative_error
@@ -33,6 +35,7 @@ def small_blocks(monkeypatch):
     """Several blocks and a rest in few tokens."""
     monkeypatch.setattr(conv_tpu, "CHUNK", 32)
     monkeypatch.setattr(rope_tpu, "CHUNK", 32)
+    monkeypatch.setattr(turn_tpu, "CHUNK", 32)
     monkeypatch.setattr(gated_tpu, "ROWS", 16)
     monkeypatch.setattr(hidden_tpu, "ROWS", 16)
 
@@ -233,6 +236,42 @@ def test_the_norm_and_the_rotation_are_bit_for_bit_those_of_attention_where_the_
         assert all(jnp.array_equal(a, b.swapaxes(1, 2)) for a, b in zip(got, want, strict=True))
 
 
+def turn_arrays(sizes, dtype="float32", T=T):
+    """q, k, the weights, the biases and the angles of `qk_norm_turn`; sizes are of K, H, the heads of q and of k, R and A."""
+    K, H, Hq, Hk, R, A = sizes
+    shapes = [(B, T, R, Hq, K), (B, T, R, Hk, K), (K,), (K,), (H, R, K), (H, R, K)]
+    return [*(normal(n, *shape, dtype=dtype) for n, shape in enumerate(shapes)), 3 * normal(9, B, T, H, A)]
+
+
+@pytest.mark.parametrize(
+    "sizes, halves, dtype",
+    [
+        ((128, 4, 4, 2, 1, 32), False, "float32"),  # four heads share a register of angles
+        ((128, 8, 4, 2, 2, 20), True, "bfloat16"),  # two inputs per token, angles that do not fill their lanes
+        ((128, 6, 6, 3, 1, 64), False, "bfloat16"),  # every pair is rotated
+        ((256, 2, 1, 2, 1, 100), True, "float32"),
+        ((128, 10, 10, 1, 1, 5), False, "float32"),  # a group larger than a block
+    ],
+)
+def test_queries_and_keys_normed_biased_and_turned_in_one_kernel_equal_float64(sizes, halves, dtype):
+    q, *rest = turn_arrays(sizes, dtype)
+    assert_exact(functools.partial(kp.qk_norm_turn, eps=0.1, halves=halves), [q.at[:, 3].set(0), *rest])
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_the_norm_the_bias_and_the_rotation_are_mamba3_s_where_the_formulas_compute_them(halves):
+    """Heads of sizes that the kernel does not take, and no angles at all."""
+    for sizes in ((8, 4, 2, 1, 2, 3), (128, 2, 2, 1, 1, 0)):
+        q, k, q_weight, k_weight, q_bias, k_bias, angle = arrays = turn_arrays(sizes, "bfloat16")
+        got = kp.qk_norm_turn(*arrays, 1e-6, halves=halves, implementation="pallas_tpu")
+        for y, x, weight, bias in zip(got, (q, k), (q_weight, k_weight), (q_bias, k_bias), strict=True):
+            h = jnp.repeat(rms_normalize(x, weight, 1e-6), sizes[1] // x.shape[3], axis=3) + bias.swapaxes(0, 1)
+            assert jnp.array_equal(y, rotate_pairs(h, angle[:, :, None], halves))
+
+
+TURNED = ("q", "k", "weight_q", "weight_k", "weight_q_bias", "weight_k_bias", "angle")
+
+
 def operations(implementation):
     """Every operation as a function of arrays whose gradient is a sum over the batch; those named `weight...` have no batch."""
     conv_norm = NORMS["rms"]._replace(dim=64)
@@ -250,6 +289,10 @@ def operations(implementation):
             | dict(zip(("cos", "sin"), angles(64, T=9), strict=True)),
             lambda **kw: sum(kp.qk_norm_rope(implementation=implementation, **kw)),
         ),
+        "qk_norm_turn": (
+            dict(zip(TURNED, turn_arrays((128, 1, 1, 1, 1, 7), T=9), strict=True)),
+            lambda **kw: sum(kp.qk_norm_turn(*(kw[n] for n in TURNED), implementation=implementation)),
+        ),
         "rms_norm": (
             dict(x=normal(0, B, 9, 128), residual=normal(1, B, 9, 128), weight=normal(2, 128)),
             lambda **kw: sum(kp.rms_norm(eps=1e-6, implementation=implementation, **kw)),
@@ -262,7 +305,7 @@ def on(mesh, function, inputs):
     return jax.shard_map(lambda x: function(**x), mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec("data"))
 
 
-@pytest.mark.parametrize("op", ["short_conv", "gated_rms_norm", "qk_norm_rope", "rms_norm"])
+@pytest.mark.parametrize("op", ["short_conv", "gated_rms_norm", "qk_norm_rope", "qk_norm_turn", "rms_norm"])
 def test_values_and_gradients_in_a_shard_map_are_those_without(op):
     inputs, function = operations("xla")[op]
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
@@ -272,7 +315,7 @@ def test_values_and_gradients_in_a_shard_map_are_those_without(op):
         assert relative_error(a, b) < 1e-5
 
 
-@pytest.mark.parametrize("op", ["short_conv", "gated_rms_norm", "qk_norm_rope", "rms_norm"])
+@pytest.mark.parametrize("op", ["short_conv", "gated_rms_norm", "qk_norm_rope", "qk_norm_turn", "rms_norm"])
 def test_the_kernels_trace_in_a_shard_map_and_explicit_axes_are_refused(op, monkeypatch):
     monkeypatch.setattr(mosaic, "backend", lambda: "tpu")
     inputs, function = operations("pallas_tpu")[op]

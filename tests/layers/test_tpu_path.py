@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from hybrid_jax.config import Mamba3Config
 from hybrid_jax.layers import linear, make_mixer
 from kernels_pallas import arguments, mosaic
 from tests.conftest import relative_error, tiny_config
@@ -32,21 +33,24 @@ KERNELS = {
     "GDN": {"short_conv", "gated_delta_rule", "gated_rms_norm"},
     "GKA": {"short_conv", "gated_kalmanet", "gated_rms_norm"},
     "M2": {"short_conv", "linear_attention", "gated_rms_norm"},
-    "M3": {"linear_attention"},
+    "M3": {"angle_sums", "qk_norm_turn", "linear_attention", "gated_rms_norm"},
+    "M3 of two inputs, in halves": {"angle_sums", "qk_norm_turn", "linear_attention", "gated_rms_norm"},
     "DM2": {"short_conv", "linear_attention"},
 }
+OPTIONS = {"M3 of two inputs, in halves": dict(mamba3=Mamba3Config(rank=2, rotate_halves=True))}
 
 
-@pytest.mark.parametrize("symbol", KERNELS)
-def test_a_mixer_s_tpu_path_equals_its_portable_form(symbol, monkeypatch):
-    sizes = dict(hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=128 if symbol == "*" else 64)
-    config, names, run = tiny_config(symbol, qk_norm=True, **sizes), set(), mosaic.run
+@pytest.mark.parametrize("case", KERNELS)
+def test_a_mixer_s_tpu_path_equals_its_portable_form(case, monkeypatch):
+    symbol, sizes = case.split()[0], dict(hidden_size=32, num_heads=4, num_kv_heads=2)
+    sizes["head_dim"] = 128 if symbol in ("*", "M3") else 64
+    config, names, run = tiny_config(symbol, qk_norm=True, **sizes, **OPTIONS.get(case, {})), set(), mosaic.run
     want = outputs(config)
     monkeypatch.setattr(mosaic, "run", lambda kernel, grid, name, *rest: (names.add(name), run(kernel, grid, name, *rest))[1])
     monkeypatch.setattr(arguments, "backend", lambda: "tpu")
     monkeypatch.setattr(linear, "backend", lambda: "tpu")
     got = outputs(config)
-    assert names == {f"{kernel}_{way}" for kernel in KERNELS[symbol] for way in ("forward", "backward")}
+    assert names == {f"{kernel}_{way}" for kernel in KERNELS[case] for way in ("forward", "backward")}
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert relative_error(a, b) < 2e-4
 

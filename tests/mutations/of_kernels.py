@@ -121,11 +121,39 @@ MUTATIONS = [
         (PROPERTIES,),
     ),
     Mutation(
-        "kernels_pallas/mamba3/__init__.py",
-        "causal * both[:, :, None, None]",
-        "both[:, :, None, None]",
+        "kernels_pallas/linear_attention/composed.py",
+        "causal * later[:, :, None]",
+        "later[:, :, None]",
         "an output of Mamba-3 loses what later inputs of its own token add",
         ("tests/kernels/test_mamba3.py",),
+    ),
+    Mutation(
+        "kernels_pallas/linear_attention/tpu.py",
+        "mask=jnp.where(own, 0.0, d.mask)",
+        "mask=jnp.where(own, 1.0, d.mask)",
+        "the gradient of value_scale has what own_scale weighs",
+        (f"{GROUPS}::test_a_token_s_own_step_has_weights_of_its_own",),
+    ),
+    Mutation(
+        "kernels_pallas/linear_attention/tpu.py",
+        "strict, diagonal = _steps(C, together, jnp.greater)",
+        "strict, diagonal = _steps(C, 1, jnp.greater)",
+        "decays have gradients of products that own_scale weighs",
+        (f"{GROUPS}::test_a_token_s_own_step_has_weights_of_its_own",),
+    ),
+    Mutation(
+        "kernels_pallas/qk_norm_turn/tpu.py",
+        "* c - dot(d.astype(low), exchange) * s",
+        "* c + dot(d.astype(low), exchange) * s",
+        "gradients are turned on instead of back",
+        (f"{OF_NORMS}::test_queries_and_keys_normed_biased_and_turned_in_one_kernel_equal_float64",),
+    ),
+    Mutation(
+        "kernels_pallas/angle_sums/tpu.py",
+        "+ chunk.passes * later",
+        "+ later",
+        "the gradient of a segment's angles reaches the segment before it",
+        ("tests/kernels/test_mamba3.py::test_angle_sums_and_their_gradients_follow_float64_in_packed_rows",),
     ),
     Mutation(
         "kernels_pallas/mamba3/rotation.py",
@@ -313,8 +341,8 @@ MUTATIONS = [
     ),
     Mutation(
         "kernels_pallas/mosaic_chunk.py",
-        "iota(pairs.shape, 0) < iota(pairs.shape, 1)",
-        "iota(pairs.shape, 0) <= iota(pairs.shape, 1)",
+        "jnp.where(source < reader, pairs, 0.0)",
+        "jnp.where(source <= reader, pairs, 0.0)",
         "a token decays what it reads of itself",
         (
             "tests/kernels/test_pallas.py::test_outputs_states_and_gradients_equal_the_float64_recurrence[gated_delta_rule-pallas_tpu-float32-0.3]",

@@ -362,6 +362,13 @@ MUTATIONS = [
         (f"{PRIMING}::test_mamba3_takes_q_k_v_o_and_the_norms_and_neither_turns_nor_adds_a_bias_at_first",),
     ),
     Mutation(
+        "hybrid_jax/parallel/mamba3.py",
+        "before[:, 0, :, None, None] * jnp",
+        "0 * jnp",
+        "a row that continues a state leaves out the product of the token before",
+        ("tests/layers/test_invariance.py::test_prefill_in_parts_and_decoding_equal_the_whole",),
+    ),
+    Mutation(
         "hybrid_jax/layers/mamba3.py",
         "jnp.maximum(_positive(A.astype(f32)), o.decay_floor)",
         "_positive(A.astype(f32))",
@@ -379,8 +386,8 @@ MUTATIONS = [
     ),
     Mutation(
         "hybrid_jax/layers/mamba3.py",
-        'jnp.einsum("bthoic,hoi->bthc"',
-        'jnp.einsum("bthoic,hio->bthc"',
+        'jnp.einsum("btohic,hoi->bthc"',
+        'jnp.einsum("btohic,hio->bthc"',
         "the factors of inputs and outputs are exchanged",
         (f"{MATRICES}::test_a_mixer_s_output_is_its_matrices_times_its_values",),
     ),
