@@ -139,7 +139,7 @@ def _one_token(q, k, v, scalars, norms: Norms, skip, halves, state, segment_ids)
         o, state = mamba3_step(q, k, v, *rest, state=_swapped(state), halves=halves)
         return jnp.swapaxes(o, 1, 2), _swapped(state)
 
-    o, state = recurrence(step, step, None, arrays, state=state, segment_ids=segment_ids)
+    o, state = recurrence(step, step, None, arrays, state=state, segment_ids=segment_ids)  # of one token: only the step runs
     o = jnp.swapaxes(o, 2, 3)
     return o if skip is None else o + (skip[:, None] * v).astype(o.dtype), state
 

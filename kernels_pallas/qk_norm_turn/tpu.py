@@ -175,8 +175,8 @@ def norm_turn_tpu(
     angles = pad_axis(pad_axis(angle.astype(jnp.float32), 3, width), 1, C).reshape(B, -1, H * width)
     biases = (bias.astype(jnp.float32).swapaxes(0, 1).reshape(-1) for bias in (q_bias, k_bias))
     weights = (weight.astype(jnp.float32) for weight in (q_weight, k_weight))
-    y = _turn(*rows, *weights, *biases, angles, jnp.asarray(_spread(form), low), form)
-    return tuple(x[:, :T].reshape(B, T, R, H, K) for x in y)
+    yq, yk = _turn(*rows, *weights, *biases, angles, jnp.asarray(_spread(form), low), form)
+    return yq[:, :T].reshape(B, T, R, H, K), yk[:, :T].reshape(B, T, R, H, K)
 
 
 def _grid(q, q_bias, form: _Form) -> Grid:
