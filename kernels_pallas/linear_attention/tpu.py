@@ -89,17 +89,21 @@ def _forward_kernel(q, k, v, rows, initial, *rest, heads, groups, scale, packed,
             final[0, h] = state[h].T
 
 
-def _decays(rows, heads, packed, scaled, owned, together) -> tuple[list[Decay], list[Decay]]:
-    """Returns every head's decays with the scales in `mask` and `keep`, if there are any, and those that multiply `value_scale`."""
+def _decays(rows, heads, packed, scaled, owned, together) -> tuple[list[Decay], list[Decay], list[jax.Array]]:
+    """Returns every head's decays with the scales in `mask` and `keep`, if there are any; what multiplies `value_scale` there; and
+    `value_scale` as rows [1,C], if there is one."""
     decay, scales = mosaic_chunk.chunk_scalars(rows, heads, packed, further=scaled + owned)
-    unscaled, columns = decay, mosaic_chunk.as_columns(scales) if scales else []
+    unscaled = decay
     if scaled:
-        decay = each(lambda d, c, w: d._replace(mask=d.mask * c, keep=d.keep * w), decay, columns[:heads], scales[:heads])
+        columns = mosaic_chunk.as_columns(scales[:heads])
+        decay = each(lambda d, c, w: d._replace(mask=d.mask * c, keep=d.keep * w), decay, columns, scales[:heads])
     if owned:
-        own = _one_step(decay[0].mask.shape, together)
-        decay = each(lambda d, c: d._replace(mask=jnp.where(own, c, d.mask)), decay, columns[-heads:])
+        own, values = _one_step(decay[0].mask.shape, together), scales[-heads:]
+        if together > 1:  # else a token's row is its column
+            values = mosaic_chunk.as_columns(values)
+        decay = each(lambda d, u: d._replace(mask=jnp.where(own, u, d.mask)), decay, values)
         unscaled = each(lambda d: d._replace(mask=jnp.where(own, 0.0, d.mask)), unscaled)
-    return decay, unscaled
+    return decay, unscaled, scales[:heads]
 
 
 def _one_step(shape: tuple[int, ...], together: int) -> jax.Array:
@@ -228,7 +232,7 @@ def _backward_kernel(q, k, v, rows, before, do, dfinal, *rest, heads, groups, sc
 
     K, V, dO = (head_slices(x, heads, n) for x, n in zip((k, v, do), (*groups, 1), strict=True))
     S, dS = [before[0, 0, h] for h in range(heads)], [state[h] for h in range(heads)]
-    decay, unscaled = _decays(rows, heads, packed, scaled, owned, together)
+    decay, unscaled, scales = _decays(rows, heads, packed, scaled, owned, together)
     tokens = Tokens(head_columns(q, heads), K, head_columns(k, heads, groups[0]), V, dO, head_columns(do, heads))
     found = read_write_backward(tokens, S, dS, decay, k.dtype, together=together)
     for ref, values, n in (
@@ -237,16 +241,20 @@ def _backward_kernel(q, k, v, rows, before, do, dfinal, *rest, heads, groups, sc
         (dv, _add_skip([g.dV for g in found], skip, tokens.dOt), groups[1]),
     ):
         store_tokens(ref, values, scale, n)
-    da = each(lambda g, lost: g.da + column_sum(g.pairs) - lost, found, sums_of_rows([g.pairs for g in found]))
-    scalars = []
-    if scaled:
-        of_scores = sums_of_rows(each(lambda g, d: g.scores * d.mask * g.dscores, found, unscaled))
-        scalars += each(lambda s, g, d: s + d.keep * g.kept, of_scores, found, unscaled)
+    da, scalars = each(lambda g: g.da + column_sum(g.pairs), found), []
+    own = _one_step(decay[0].mask.shape, together)
+    of_own = each(lambda g: jnp.where(own, g.scores * g.dscores, 0.0), found)
+    of_own = each(column_sum, of_own) if together == 1 else sums_of_rows(of_own)
+    if scaled:  # the pairs are value_scale times what it multiplies, and so are the sums over those who read
+        read_by_others = sums_of_rows(each(lambda g, d: earlier(g.scores * d.mask * g.dscores, together), found, unscaled))
+        da = each(lambda a, w, r: a - w * r, da, scales, read_by_others)
+        scalars += each(lambda r, g, d, o: r + d.keep * g.kept + (0.0 if owned else o), read_by_others, found, unscaled, of_own)
+    else:
+        da = each(jnp.subtract, da, sums_of_rows([g.pairs for g in found]))
     if owned:
-        own = _one_step(decay[0].mask.shape, together)
-        scalars += sums_of_rows(each(lambda g: jnp.where(own, g.scores * g.dscores, 0.0), found))
+        scalars += of_own
     if skips:
-        diagonal = iota(found[0].dscores.shape, 0) == iota(found[0].dscores.shape, 1)
+        diagonal = _one_step(decay[0].mask.shape, 1)
         scalars += each(lambda g: column_sum(jnp.where(diagonal, g.dscores, 0.0)), found)
     mosaic_chunk.store_rows(dscalars, [*da, *scalars], scale)
     for h in range(heads):
