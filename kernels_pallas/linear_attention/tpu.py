@@ -170,9 +170,7 @@ def scaled_backward(
         lambda q, k, d, ds: jnp.sum(dot_parts(q, k, NT) * d.mask * ds, axis=0, keepdims=True), Q2, K2, unscaled, dscores
     )
     step = _steps(C, together, jnp.equal)
-    of_own = each(
-        lambda q, k, ds: jnp.sum(jnp.where(step, dot_parts(q, k, NT) * ds, 0.0), axis=0, keepdims=True), Q2, K2, dscores
-    )
+    of_own = each(lambda q, k, ds: jnp.sum(jnp.where(step, dot_parts(q, k, NT) * ds, 0.0), axis=0, keepdims=True), Q2, K2, dscores)
     own = each(lambda ds: jnp.sum(jnp.where(diagonal, ds, 0.0), axis=0, keepdims=True), dscores)
     dscores = each(lambda ds, d: parts(ds * d.mask, low, n), dscores, decay)
     scores = each(lambda s: parts(s, low, n), scores)
@@ -196,9 +194,7 @@ def scaled_backward(
     return dQ, dK, dV, dH0, column, each(row, E, kept, dH, H0, decay), of_keep, of_scale, of_own, own
 
 
-def _backward_kernel(
-    q, k, v, rows, before, do, dfinal, *rest, heads, groups, scale, packed, scaled, owned, together, skips
-):
+def _backward_kernel(q, k, v, rows, before, do, dfinal, *rest, heads, groups, scale, packed, scaled, owned, together, skips):
     skip, dq, dk, dv, dscalars, dinitial, state = rest if skips else (None, *rest)
     first, last = pl.program_id(2) == 0, pl.program_id(2) == pl.num_programs(2) - 1
 
@@ -238,7 +234,11 @@ def linear_attention_tpu(
 ) -> tuple[jax.Array, jax.Array]:
     """The `pallas_tpu` implementation of `linear_attention`; see `kernels_pallas.contract`."""
     if mosaic.LANES % together:  # a step would be in two chunks
-        plain = composed(lambda q, k, v, g, *rest: linear_attention_tpu(q, k, v, g, None, None, None, *rest, 1))
+
+        def run(q, k, v, g, state, segments, scale, chunk_size):
+            return linear_attention_tpu(q, k, v, g, None, None, None, state, segments, scale, chunk_size, 1)
+
+        plain = composed(run)
         return plain(q, k, v, log_decay, value_scale, own_scale, skip, state, segments, scale, chunk_size, together)
     low = operand_dtype(q, k, v)
     arrays = (x.astype(low) for x in (q, *mosaic.complete_groups(q, k, v, HEADS)))
