@@ -98,7 +98,8 @@ class Mamba3(nnx.Module):
             y, _ = mamba3_recurrence(q, k, inputs, *rest, **self._options(), **options)
             return jnp.einsum("btohic,hoi->bthc", y.reshape(*v.shape[:2], R, H, R, -1), factors)
 
-        return of_operation(operation, repeat_heads(v[:, :, 0], H), skip=self.D[...].astype(f32) * jnp.trace(factors, axis1=1, axis2=2))
+        skip = self.D[...].astype(f32) * jnp.trace(factors, axis1=1, axis2=2)
+        return of_operation(operation, repeat_heads(v[:, :, 0], H), skip=skip)
 
     def composed(self, before: Mamba3State, x: jax.Array, own: Mamba3State) -> Mamba3State:
         """Returns the state after x [B, T, hidden], of the state before it and the one that x alone leaves from nothing.
@@ -116,8 +117,8 @@ class Mamba3(nnx.Module):
         return Mamba3State(within_turn(before.angle + own.angle), carried + turned, k, own.v)
 
     def _inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, tuple[jax.Array, ...]]:
-        """Returns z [B, T, 1, H, D], q and k [B, T, R, heads, N], v [B, T, 1, heads, D] of x [B, T, hidden], and the other arrays of
-        `mamba3_recurrence`."""
+        """Returns z [B, T, 1, H, D], q and k [B, T, R, heads, N], v [B, T, 1, heads, D] of x [B, T, hidden], and the other
+        arrays of `mamba3_recurrence`."""
         (batch, T, _), o, f32 = x.shape, self.options, jnp.float32
         D = self.config.head_dim
         z, v, B, C, dt, A, trap, angle = self.in_proj.parts(x, self._sizes())

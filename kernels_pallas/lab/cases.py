@@ -144,8 +144,8 @@ def _queries_keys(s: Shape):
 
 
 def _queries_keys_angles(s: Shape):
-    """Returns the arrays of `qk_norm_turn` of Mamba-3: four heads (or the most that divide the heads) share one of the keys, and half
-    of the channels are rotated."""
+    """Returns the arrays of `qk_norm_turn`: four heads (or the most that divide the heads) share one of the keys, and half of the
+    channels are rotated."""
     B, T, H, K = s.batch, s.seq_len, s.heads, s.key_dim
     heads = [((B, T, 1, n, K), s.dtype) for n in (H, H // math.gcd(H, 4))]
     return [*heads, *[((K,), s.dtype)] * 2, *[((H, 1, K), s.dtype)] * 2, ((B, T, H, K // 4), "float32")]

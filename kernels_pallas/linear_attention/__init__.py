@@ -103,7 +103,8 @@ def linear_attention(
     check_options(op, scale=scale, chunk_size=chunk_size)
     run = pick_implementation(op, implementation, IMPLEMENTATIONS, q, k, v)
     arrays = alike(op, q, k, v, log_decay, value_scale, own_scale, skip, state, segment_index(segment_ids))
-    return run(*arrays, scale, chunk_size, together)
+    q, k, v, log_decay, value_scale, own_scale, skip, state, segments = arrays
+    return run(q, k, v, log_decay, value_scale, own_scale, skip, state, segments, scale, chunk_size, together)
 
 
 def linear_attention_summary(

@@ -39,7 +39,7 @@ def with_own(
     """
     if own_scale is None:
         return o
-    (B, T, H, _), R, dtype = o.shape, together, wide.dtype
+    (B, T), R, dtype = o.shape[:2], together, wide.dtype
     q, k, v, own = (x.reshape(B, T // R, R, *x.shape[2:]) for x in (q, k, wide, own_scale))
     later = jnp.ones_like(own) if value_scale is None else value_scale.reshape(own.shape)
     causal = jnp.tril(jnp.ones((R, R), dtype))[:, :, None]

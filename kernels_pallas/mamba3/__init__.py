@@ -67,8 +67,9 @@ def mamba3_inputs(
     B, T, R, H, _ = q.shape
     first = jnp.zeros((R, 1), log_decay.dtype).at[0].set(1)
     decay = (log_decay[:, :, None] * first).reshape(B, T * R, H)
-    weights = (jnp.repeat(x, R, axis=1) for x in (now + later, now))
-    return Mamba3Inputs(*(x.reshape(B, T * R, *x.shape[3:]) for x in (q, k, v)), decay, *weights)
+    both, now = (jnp.repeat(x, R, axis=1) for x in (now + later, now))
+    q, k, v = (x.reshape(B, T * R, *x.shape[3:]) for x in (q, k, v))
+    return Mamba3Inputs(q, k, v, decay, both, now)
 
 
 def _by_linear_attention(name: str) -> Mamba3:

@@ -66,7 +66,8 @@ def qk_norm_turn(
     check_options(op, eps=eps)
     check_floating(op, q=q, k=k)
     run = pick_implementation(op, implementation, IMPLEMENTATIONS, q, k, angle)
-    return run(*alike(op, q, k, q_weight, k_weight, q_bias, k_bias, angle), eps, halves)
+    q, k, q_weight, k_weight, q_bias, k_bias, angle = alike(op, q, k, q_weight, k_weight, q_bias, k_bias, angle)
+    return run(q, k, q_weight, k_weight, q_bias, k_bias, angle, eps, halves)
 
 
 IMPLEMENTATIONS: dict[str, NormTurn] = {"reference": norm_turn_reference, "xla": norm_turn_reference, "pallas_tpu": norm_turn_tpu}

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -82,7 +83,7 @@ def cos_sin(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _spread(form: _Form) -> np.ndarray:
-    """Returns [128, n K] for the n heads of a register: column c of a head has -1 or 1 in the row of its angle, if it is rotated."""
+    """Returns [128, n K] for the n heads of a register: a rotated channel's column has -1 or 1 in the row of its angle."""
     K, A = form.norm.dim, form.angles
     channel = np.arange(K)
     pair, second = (channel % (K // 2), channel >= K // 2) if form.halves else (channel // 2, channel % 2 == 1)
@@ -185,7 +186,9 @@ def _grid(q, q_bias, form: _Form) -> Grid:
     return Grid(B, T, q_bias.shape[0] // K, K, K, min(CHUNK, T), form.heads)
 
 
-def _inputs(grid: Grid, q, k, q_weight, k_weight, q_bias, k_bias, angle, spread, form) -> list[mosaic.Input]:
+def _inputs(grid: Grid, given: Sequence[jax.Array], form: _Form) -> list[mosaic.Input]:
+    """Returns the arguments of `_turn` as inputs of `mosaic.run`."""
+    q, k, q_weight, k_weight, q_bias, k_bias, angle, spread = given
     K, steps = grid.K, angle.shape[2] // (form.heads * form.width)
     of_weight = pl.BlockSpec((8, K), lambda b, h, n: (0, 0))
     of_bias = pl.BlockSpec((8, form.heads * K), lambda b, h, n: (0, h))
@@ -203,7 +206,7 @@ def _turn(q, k, q_weight, k_weight, q_bias, k_bias, angle, spread, form) -> tupl
         functools.partial(_forward_kernel, form=form),
         grid,
         "qk_norm_turn_forward",
-        _inputs(grid, q, k, q_weight, k_weight, q_bias, k_bias, angle, spread, form),
+        _inputs(grid, (q, k, q_weight, k_weight, q_bias, k_bias, angle, spread), form),
         [(grid.tokens_shape(grid.K, x.dtype), grid.tokens(grid.K)) for x in (q, k)],
         [],
     )
@@ -211,8 +214,8 @@ def _turn(q, k, q_weight, k_weight, q_bias, k_bias, angle, spread, form) -> tupl
 
 
 def _vjp_forward(q, k, q_weight, k_weight, q_bias, k_bias, angle, spread, form):
-    given = q, k, q_weight, k_weight, q_bias, k_bias, angle, spread
-    return _turn(*given, form), given
+    y = _turn(q, k, q_weight, k_weight, q_bias, k_bias, angle, spread, form)
+    return y, (q, k, q_weight, k_weight, q_bias, k_bias, angle, spread)
 
 
 def _vjp_backward(form, given, cotangents):
@@ -228,7 +231,7 @@ def _vjp_backward(form, given, cotangents):
         functools.partial(_backward_kernel, form=form),
         grid,
         "qk_norm_turn_backward",
-        [*_inputs(grid, *given, form), *((d, grid.tokens(K)) for d in cotangents)],
+        [*_inputs(grid, given, form), *((d, grid.tokens(K)) for d in cotangents)],
         [
             *((jax.ShapeDtypeStruct(x.shape, x.dtype), grid.tokens(K, grid.H * K // x.shape[2])) for x in (q, k)),
             sums(K),
