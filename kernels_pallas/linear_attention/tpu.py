@@ -186,7 +186,6 @@ def read_write_backward(
       n: the number of parts in which intermediate results are multiplied again.
       together: of `linear_attention`; no decay reaches what tokens of one step have of each other.
     """
-<<<<<<< HEAD
     Q2, S2, O2, Ot2 = (each(lambda a: parts(a, low), arrays) for arrays in (x.Qt, S, x.dO, x.dOt))
     scores = each(lambda k, q: dot_parts((k,), q), x.K, Q2)
     dscores = each(lambda v, o: dot_parts((v,), o, NT), x.V, O2)
@@ -223,42 +222,6 @@ def decay_gradient(across: jax.Array, kept: jax.Array, dS: jax.Array, S: jax.Arr
     return across - kept + jnp.where(end, at_end, 0.0)
 
 
-=======
-    C = Q[0].shape[0]
-    Q2, K2, V2, H2, O2 = (each(lambda x: parts(x, low), xs) for xs in (Q, K, V, H0, dO))
-    scores = each(lambda q, k, d: dot_parts(q, k, NT) * d.mask, Q2, K2, decay)
-    dscores = each(lambda o, v: dot_parts(o, v, NT), O2, V2)
-    strict, diagonal = _steps(C, together, jnp.greater), iota((C, C), 0) == iota((C, C), 1)
-    E = each(lambda s, ds: jnp.where(strict, s * ds, 0.0), scores, dscores)
-    of_scale = each(
-        lambda q, k, d, ds: jnp.sum(dot_parts(q, k, NT) * d.mask * ds, axis=0, keepdims=True), Q2, K2, unscaled, dscores
-    )
-    step = _steps(C, together, jnp.equal)
-    of_own = each(lambda q, k, ds: jnp.sum(jnp.where(step, dot_parts(q, k, NT) * ds, 0.0), axis=0, keepdims=True), Q2, K2, dscores)
-    own = each(lambda ds: jnp.sum(jnp.where(diagonal, ds, 0.0), axis=0, keepdims=True), dscores)
-    dscores = each(lambda ds, d: parts(ds * d.mask, low, n), dscores, decay)
-    scores = each(lambda s: parts(s, low, n), scores)
-    dH2 = each(lambda h: parts(h, low, n), dH)
-    across = each(lambda o, h, d: d.reach * dot_parts(o, h, NT), O2, H2, decay)
-    kept = each(lambda v, h, d: d.keep * dot_parts(v, h, NT), V2, dH2, decay)
-    dV = each(lambda s, o, k, h, d: dot_parts(s, o, TN) + d.keep * dot_parts(k, h), scores, O2, K2, dH2, decay)
-    dQ = each(lambda a, ds, k: a + dot_parts(ds, k), across, dscores, K2)
-    dK = each(lambda a, ds, q: a + dot_parts(ds, q, TN), kept, dscores, Q2)
-    reached = each(lambda q, d: parts(d.reach * q, low, n), Q, decay)
-    dH0 = each(lambda h, q, o, d: d.total * h + dot_parts(q, o, TN), dH, reached, O2, decay)
-    kept = each(lambda a, k: row_sum(a * k), kept, K)
-    column = each(lambda e, a, q, b: row_sum(e) + row_sum(a * q) - b, E, across, Q, kept)
-    end = iota((1, C), 1) == C - 1
-
-    def row(e, b, h, h0, d):
-        at_end = jnp.sum(b, axis=0, keepdims=True) + d.total * jnp.sum(row_sum(h * h0), axis=0, keepdims=True)
-        return jnp.where(end, at_end, 0.0) - jnp.sum(e, axis=0, keepdims=True)
-
-    of_keep = each(lambda v, h, k, d: d.keep * row_sum(dot_parts(v, h, NT) * k), V2, dH2, K, unscaled)
-    return dQ, dK, dV, dH0, column, each(row, E, kept, dH, H0, decay), of_keep, of_scale, of_own, own
-
-
->>>>>>> m3glue
 def _backward_kernel(q, k, v, rows, before, do, dfinal, *rest, heads, groups, scale, packed, scaled, owned, together, skips):
     skip, dq, dk, dv, dscalars, dinitial, state = rest if skips else (None, *rest)
     first, last = pl.program_id(2) == 0, pl.program_id(2) == pl.num_programs(2) - 1

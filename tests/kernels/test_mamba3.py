@@ -138,13 +138,7 @@ def test_angle_sums_of_odd_requests_are_computed_by_the_formulas_or_refused():
     options = dict(implementation="pallas_tpu")
     assert np.array_equal(angle_sums(rate, dt, **options)[0], angle_sums(rate, dt)[0])
     assert angle_sums(rate[..., :0], dt, **options)[0].shape == (1, 3, 2, 0)
-<<<<<<< HEAD
-    with pytest.raises(
-        ValueError, match=r"angle_sums: rate must be \[B, T, A\], and dt \[B, T, H\] and not empty, got \(1, 3, 130\)"
-    ):
-=======
     with pytest.raises(ValueError, match=r"rate must be \[B, T, A\], and dt \[B, T, H\] and not empty, got \(1, 3, 130\) and"):
->>>>>>> m3glue
         angle_sums(rate, dt[:, :0])
     with pytest.raises(ValueError, match=r"initial_state must be \[B, H, A\] = \(1, 2, 130\), got \(1, 2, 3\)"):
         angle_sums(rate, dt, initial_state=jnp.ones((1, 2, 3)))
