@@ -15,7 +15,7 @@ from hybrid_jax.data.corpus import read_sources, source_stamp
 from hybrid_jax.evaluate.instruments import Instrument, name_of
 from hybrid_jax.evaluate.measured import measurement_from
 from hybrid_jax.evaluate.measurement import Measurement
-from hybrid_jax.files import file_hash, write_text
+from hybrid_jax.files import file_hash, model_files, write_text
 from hybrid_jax.parallel.distributed import is_first, say
 
 FORMAT = 2  # raised when an instrument measures something else than before
@@ -40,8 +40,8 @@ def fingerprint(
 ) -> dict[str, Any]:
     """Returns everything that a result depends on, by name, in JSON's types.
 
-    That is a hash of every file of weights and of every JSON and Jinja file of the model (config, tokenizer, chat template), the
-    data, and the instrument with its options and what else it depends on. Names, paths and meshes are not in it.
+    That is a hash of every file of weights and of every JSON and Jinja file of the model (config, tokenizer, chat template; not of
+    results that are written beside them), the data, and the instrument with its options and what else it depends on. Names, paths and meshes are not in it.
 
     Args:
       model: a model directory.
@@ -49,7 +49,7 @@ def fingerprint(
       iterations: the model's `ModelConfig.gka_iterations`, which no file holds.
     """
     found: dict[str, Any] = {"format": FORMAT, **data}
-    for path in sorted([*model.glob("*.json"), *model.glob("*.jinja"), *model.glob("*.safetensors")]):
+    for path in (path for path in model_files(model) if path.suffix in (".json", ".jinja", ".safetensors")):
         found[path.name] = _hash_of(path, path.stat().st_size, path.stat().st_mtime_ns)
     found["instrument"] = name_of(instrument)
     found["the instrument's files or machine"] = instrument.stamp()
