@@ -107,7 +107,7 @@ def _of_a_model(path: pathlib.Path) -> bool:
 
 
 def model_files(directory: str | pathlib.Path) -> list[pathlib.Path]:
-    """Returns the files in a directory that belong to its model, by name; answers or reports that are written beside them do not."""
+    """Returns the files in a directory that belong to its model, by name; answers or reports written beside them do not."""
     return sorted(p for p in pathlib.Path(directory).iterdir() if p.is_file() and _of_a_model(p))
 
 

@@ -41,7 +41,8 @@ def fingerprint(
     """Returns everything that a result depends on, by name, in JSON's types.
 
     That is a hash of every file of weights and of every JSON and Jinja file of the model (config, tokenizer, chat template; not of
-    results that are written beside them), the data, and the instrument with its options and what else it depends on. Names, paths and meshes are not in it.
+    results that are written beside them), the data, and the instrument with its options and what else it depends on.
+    Names, paths and meshes are not in it.
 
     Args:
       model: a model directory.
