@@ -54,8 +54,8 @@ class Phase:
         teacher is the source), `unfused` (students only) or `as_is`. Objectives with two streams need `fused`.
       trainable: regular expressions on parameter names, e.g. `.gka.`; parameters that none of them finds are frozen, and cost
         neither gradients nor optimizer state. `all` is everything. Parameters that only the teacher reads never train.
-      steps, tokens, epochs: the length, by exactly one of: optimizer steps; tokens, rounded up to steps; passes over the rows of
-        the phase's one source.
+      steps, tokens, epochs: the length, by exactly one of: optimizer steps; tokens, or passes over the rows of the phase's one
+        source, both rounded to steps, one at least.
       batch_size: rows per step, of all devices together.
       seq_len: tokens per row.
       accumulate: microbatches per step, computed one after the other. The gradient is that of the complete batch; raise it when
