@@ -27,6 +27,13 @@ def _hash_of(path: pathlib.Path, size: int, changed: int) -> str:
     return file_hash(path)
 
 
+def model_hashes(model: pathlib.Path) -> dict[str, str]:
+    """Returns a hash of every file of weights and of every JSON and Jinja file of a model (config, tokenizer, chat template; not of
+    results that are written beside them), by name."""
+    paths = (path for path in model_files(model) if path.suffix in (".json", ".jinja", ".safetensors"))
+    return {path.name: _hash_of(path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
+
+
 def data_stamp(data: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what an evaluation's `data` is, by name: the tasks; the order of the texts, because tasks stand in the first one; and
     of each text how it fills rows and a stamp of its files."""
@@ -40,18 +47,15 @@ def fingerprint(
 ) -> dict[str, Any]:
     """Returns everything that a result depends on, by name, in JSON's types.
 
-    That is a hash of every file of weights and of every JSON and Jinja file of the model (config, tokenizer, chat template; not of
-    results that are written beside them), the data, and the instrument with its options and what else it depends on.
-    Names, paths and meshes are not in it.
+    That is `model_hashes`, the data, and the instrument with its options and what else it depends on. Names, paths and meshes are
+    not in it.
 
     Args:
       model: a model directory.
       data: see `data_stamp`.
       iterations: the model's `ModelConfig.gka_iterations`, which no file holds.
     """
-    found: dict[str, Any] = {"format": FORMAT, **data}
-    for path in (path for path in model_files(model) if path.suffix in (".json", ".jinja", ".safetensors")):
-        found[path.name] = _hash_of(path, path.stat().st_size, path.stat().st_mtime_ns)
+    found: dict[str, Any] = {"format": FORMAT, **data, **model_hashes(model)}
     found["instrument"] = name_of(instrument)
     found["the instrument's files or machine"] = instrument.stamp()
     found |= {"iterations of Gated KalmaNet": iterations} if iterations else {}

@@ -17,6 +17,7 @@ import pytest
 from flax import nnx
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM, CachingLM
 from lm_eval.tasks import TaskManager
 from ml_collections import ConfigDict
 from tokenizers import AddedToken, processors
@@ -392,6 +393,32 @@ def test_finished_requests_are_stored_while_the_others_run(ours, tmp_path, manag
     }
     monkeypatch.setattr(HybridLM, "_scored", None)
     assert simple_evaluate(ours, **options)["results"] == first["results"]
+
+
+class Answers(LM):
+    """A model that says nothing of itself."""
+
+    def loglikelihood(self, requests):
+        return [(0.0, True) for _ in requests]
+
+    loglikelihood_rolling = generate_until = loglikelihood
+
+
+def test_stored_answers_of_another_dial_or_model_are_refused(tmp_path, tokenizer):
+    save_model(tiny_model("GKA", vocab_size=tokenizer.get_vocab_size()), tmp_path / "model")
+    save_tokenizer(tokenizer, tmp_path / "model", POSITIONS)
+    asked, models = requests("loglikelihood", ("The cat", " sat")), [HybridLM(str(tmp_path / "model"), batch_size=1)]
+    models += [HybridLM(str(tmp_path / "model"), batch_size=2, gka_iterations=n) for n in (30, 0)]
+    first, again = (CachingLM(model, str(tmp_path / "answers.db")).loglikelihood(asked) for model in models[:2])  # 30 are its own
+    assert first == again
+    with pytest.raises(ValueError, match="answers.db holds answers of a model with another gka_iterations"):
+        CachingLM(models[2], str(tmp_path / "answers.db"))
+    (tmp_path / "model" / "generation_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="with another generation_config.json"):
+        CachingLM(models[0], str(tmp_path / "answers.db"))
+    CachingLM(Answers(), str(tmp_path / "other.db")).loglikelihood(asked)
+    with pytest.raises(ValueError, match="other.db holds answers, and nothing says of which model"):
+        CachingLM(models[0], str(tmp_path / "other.db"))
 
 
 TEMPLATE = (
