@@ -471,6 +471,16 @@ def test_the_command_prints_the_table_and_writes_results_and_samples(source, tmp
     assert sorted(p.name for p in out.iterdir()) == ["results.json", "samples_tiny_answer.jsonl", "samples_tiny_choice.jsonl"]
 
 
+@pytest.mark.usefixtures("quick")
+def test_samples_of_an_earlier_evaluation_beside_other_results_are_named(source, tmp_path, capsys):
+    for name in ("tiny_choice", "tiny_answer"):
+        (tmp_path / f"samples_{name}.jsonl").write_text("{}\n")
+    options = ["--include-path", str(TASKS), "--limit", "1", "--out", str(tmp_path), "--log-samples"]
+    assert main(["lm-eval", str(source), "--tasks", "tiny_choice", *options]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "earlier evaluation" in line]
+    assert len(said) == 1 and "samples_tiny_answer.jsonl is of an earlier evaluation, not of this one's results.json" in said[0]
+
+
 def test_the_readme_s_commands_export_a_primed_hybrid_and_run_the_harness_on_it(source, tmp_path, monkeypatch, capsys):
     """Word for word, but the tasks of these names read this folder's questions. Nothing forks a process in which JAX runs."""
     monkeypatch.setattr(os, "fork", lambda: pytest.fail("forked"))
