@@ -200,7 +200,7 @@ MUTATIONS = [
     ),
     Mutation(
         "hybrid_jax/files.py",
-        "if not any(fnmatch.fnmatchcase(name, pattern) for pattern in known)",
+        "if not _of_a_model(p)",
         "if False",
         "--overwrite removes files that belong to no model",
         ("tests/test_output_directories.py::test_overwrite_keeps_the_source_and_everything_that_belongs_to_no_model",),
