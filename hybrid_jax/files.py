@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import functools
 import glob
 import hashlib
 import json
@@ -216,6 +217,19 @@ def file_hash(path: str | pathlib.Path) -> str:
     """Returns the SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@functools.cache
+def _hash_of(path: pathlib.Path, size: int, changed: int) -> str:
+    """Returns the hash of a file; the size and the time of its last change are in the key of the cache."""
+    return file_hash(path)
+
+
+def model_hashes(model: pathlib.Path) -> dict[str, str]:
+    """Returns a hash of every file of weights and of every JSON and Jinja file of a model (config, tokenizer, chat template; not of
+    results that are written beside them), by name."""
+    paths = (path for path in model_files(model) if path.suffix in (".json", ".jinja", ".safetensors"))
+    return {path.name: _hash_of(path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
 
 
 LARGEST_JSON = 1 << 28  # bytes; tokenizers of large vocabularies have tens of millions

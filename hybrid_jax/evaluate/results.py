@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import pathlib
@@ -15,23 +14,10 @@ from hybrid_jax.data.corpus import read_sources, source_stamp
 from hybrid_jax.evaluate.instruments import Instrument, name_of
 from hybrid_jax.evaluate.measured import measurement_from
 from hybrid_jax.evaluate.measurement import Measurement
-from hybrid_jax.files import file_hash, model_files, write_text
+from hybrid_jax.files import model_hashes, write_text
 from hybrid_jax.parallel.distributed import is_first, say
 
 FORMAT = 2  # raised when an instrument measures something else than before
-
-
-@functools.cache
-def _hash_of(path: pathlib.Path, size: int, changed: int) -> str:
-    """Returns the hash of a file; the size and the time of its last change are in the key of the cache."""
-    return file_hash(path)
-
-
-def model_hashes(model: pathlib.Path) -> dict[str, str]:
-    """Returns a hash of every file of weights and of every JSON and Jinja file of a model (config, tokenizer, chat template; not of
-    results that are written beside them), by name."""
-    paths = (path for path in model_files(model) if path.suffix in (".json", ".jinja", ".safetensors"))
-    return {path.name: _hash_of(path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
 
 
 def data_stamp(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -150,7 +150,7 @@ MUTATIONS = [
         (f"{INSTRUMENTS}::test_a_share_of_rows_that_happen_to_be_alike_is_no_more_certain_than_its_number_of_answers",),
     ),
     Mutation(
-        "hybrid_jax/evaluate/results.py",
+        "hybrid_jax/files.py",
         '(".json", ".jinja", ".safetensors")',
         '(".json", ".safetensors")',
         "a result of another chat template is used again",
@@ -171,7 +171,7 @@ MUTATIONS = [
         (f"{COMMANDS}::test_a_stored_result_is_of_its_options",),
     ),
     Mutation(
-        "hybrid_jax/evaluate/results.py",
+        "hybrid_jax/files.py",
         "{path.name: _hash_of(path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths}",
         '{path.name: "" for path in paths}',
         "a result of other weights is used again",

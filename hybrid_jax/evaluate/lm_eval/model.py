@@ -23,8 +23,7 @@ from hybrid_jax.data.chat import ChatTemplate, read_template, template_fingerpri
 from hybrid_jax.data.tokenizer import end_of_text_id
 from hybrid_jax.evaluate.lm_eval.options import GenerationOptions
 from hybrid_jax.evaluate.lm_eval.scoring import Score, Scorer
-from hybrid_jax.evaluate.results import model_hashes
-from hybrid_jax.files import find_shipped
+from hybrid_jax.files import find_shipped, model_hashes
 from hybrid_jax.generation import bucket, generate, generation_defaults
 from hybrid_jax.iterations import Iterations, read_iterations
 from hybrid_jax.parallel.distributed import notice
