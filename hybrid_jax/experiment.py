@@ -27,7 +27,10 @@ from hybrid_jax.selection.select import choose_pattern
 from hybrid_jax.train import MetricWriter, NoMetrics, Phase, train_phase
 
 # Keys of a source's config.json that only its own training used.
-NOT_APPLIED = ("attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout", "router_jitter_noise")
+NOT_APPLIED = (
+    "attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout", "router_jitter_noise",
+    "output_router_logits",  # true: transformers adds `router_aux_loss_coef` times a loss that balances the experts
+)  # fmt: skip
 
 
 def _make_source(experiment: Experiment, directory: pathlib.Path) -> None:

@@ -286,7 +286,7 @@ class Experiment:
             if earlier == name:
                 break
             found |= trained_names(models[earlier], phase.trainable)
-        return frozenset(found)
+        return frozenset(found & abstract_parameters(models[name].unfused()).keys())
 
     def _check_phases(self, source: ModelConfig) -> None:
         if self.select is not None:

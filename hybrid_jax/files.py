@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import functools
 import glob
 import hashlib
 import json
@@ -19,7 +20,7 @@ from typing import Any
 _PACKAGE = pathlib.Path(__file__).parent
 SHIPPED = _PACKAGE / "shipped"  # in an installed package; in a checkout the same folders are beside the package
 SHIPPED_FOLDERS = ("configs", "launch/tiny_qwen3")
-# What a model directory that is replaced may hold: files and folders whose names are such.
+# What belongs to a model in its directory: files and folders whose names are such.
 MODEL_FILES = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json",
     "special_tokens_map.json", "added_tokens.json", "chat_template.json", "*.jinja", "*.model", "vocab.json", "vocab.txt",
@@ -93,13 +94,22 @@ def _check_replaceable(path: pathlib.Path, source: str | pathlib.Path) -> None:
         )
     if source and path.resolve().is_relative_to(pathlib.Path(source).resolve()):
         raise FileExistsError(f"{path} is not replaced: it is, or is in, the source {source}; choose another output directory")
-    names = {p.name: MODEL_FOLDERS if p.is_dir() else MODEL_FILES for p in path.iterdir()}
-    other = [name for name, known in names.items() if not any(fnmatch.fnmatchcase(name, pattern) for pattern in known)]
+    other = [p.name for p in path.iterdir() if not _of_a_model(p)]
     if other:
         raise FileExistsError(
             f"{path} is not replaced: it also holds {min(other)}, which belongs to no model and would be lost; move it elsewhere, "
             "or choose another output directory"
         )
+
+
+def _of_a_model(path: pathlib.Path) -> bool:
+    """Returns whether something in a model's directory belongs to the model, by its name."""
+    return any(fnmatch.fnmatchcase(path.name, pattern) for pattern in (MODEL_FOLDERS if path.is_dir() else MODEL_FILES))
+
+
+def model_files(directory: str | pathlib.Path) -> list[pathlib.Path]:
+    """Returns the files in a directory that belong to its model, by name; answers or reports written beside them do not."""
+    return sorted(p for p in pathlib.Path(directory).iterdir() if p.is_file() and _of_a_model(p))
 
 
 def check_writable(directory: pathlib.Path, path: pathlib.Path | None = None) -> None:
@@ -207,6 +217,19 @@ def file_hash(path: str | pathlib.Path) -> str:
     """Returns the SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@functools.cache
+def _hash_of(path: pathlib.Path, size: int, changed: int) -> str:
+    """Returns the hash of a file; the size and the time of its last change are in the key of the cache."""
+    return file_hash(path)
+
+
+def model_hashes(model: pathlib.Path) -> dict[str, str]:
+    """Returns a hash of every file of weights and of every JSON and Jinja file of a model (config, tokenizer, chat template; not of
+    results that are written beside them), by name."""
+    paths = (path for path in model_files(model) if path.suffix in (".json", ".jinja", ".safetensors"))
+    return {path.name: _hash_of(path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
 
 
 LARGEST_JSON = 1 << 28  # bytes; tokenizers of large vocabularies have tens of millions

@@ -388,6 +388,13 @@ def test_a_copy_of_a_model_uses_the_stored_result_wherever_it_is(two_tokenizers,
     assert evaluated(root, out, "renamed", capsys=capsys)[0]["renamed"] == 1.25
 
 
+def test_results_in_the_model_s_own_directory_are_used_again(two_tokenizers, tmp_path, capsys):
+    out = shutil.copytree(two_tokenizers, tmp_path / "root") / "small"
+    evaluated(tmp_path / "root", out, "small", capsys=capsys)
+    replaced(out, 1.25)
+    assert evaluated(tmp_path / "root", out, "small", capsys=capsys)[0]["small"] == 1.25
+
+
 def test_evaluate_writes_a_report_with_continuations(two_tokenizers, tmp_path, capsys):
     more = ("--prompt", "line 7", "--rows=2")
     printed = evaluated(two_tokenizers, tmp_path / "out", "small", capsys=capsys, more=more)[1]

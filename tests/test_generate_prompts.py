@@ -117,6 +117,18 @@ def test_a_stopped_run_goes_on_to_the_same_file(taught, tmp_path, monkeypatch, c
     assert "out.jsonl exists already" in capsys.readouterr().err
 
 
+def test_answers_in_the_model_s_own_directory_go_on_until_a_file_of_the_model_changes(taught, tmp_path, monkeypatch, capsys):
+    file, out = written(tmp_path / "prompts.jsonl", PROMPTS[3:4]), taught / "out.jsonl"
+    monkeypatch.setattr(answers_module, "generate", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    answered(taught, file, out, code=3)
+    (taught / "README.md").write_text("about the model\n")
+    answered(taught, file, out, code=3)
+    assert "going on with 0 answers" in capsys.readouterr().out
+    (taught / "generation_config.json").write_text('{"eos_token_id": null}')
+    answered(taught, file, out, code=1)
+    assert "files of the model: generation_config.json was [2, " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "line, words",
     [

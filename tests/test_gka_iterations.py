@@ -110,10 +110,11 @@ def test_what_a_model_of_a_config_or_of_the_command_line_cannot_have_is_refused(
         targets_of([f"few={hybrid}"], [], None, read_evaluation(str(config)).models)
 
 
-def test_a_sweep_measures_its_points_with_them_and_not_the_models_beside_them(tmp_path, monkeypatch):
+@pytest.mark.parametrize("given", ["3:8", {"3": 8}, {3: 8}])
+def test_a_sweep_measures_its_points_with_them_and_not_the_models_beside_them(tmp_path, monkeypatch, given):
     seen = []
     monkeypatch.setattr(running, "_command", lambda *arguments, env: seen.append(arguments) or ("done", ""))
-    evaluate = {"config": "c.py", MODELS: {"source": "s"}, "gka_iterations": "3:8"}
+    evaluate = {"config": "c.py", MODELS: {"source": "s"}, "gka_iterations": given}
     assert points_of({"configs": ("c.py",), "evaluate": evaluate})
     running.measure_models(tmp_path, evaluate)
     running._evaluate({"it": "m"}, tmp_path, evaluate, {})

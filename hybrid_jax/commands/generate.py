@@ -249,7 +249,7 @@ def _many(args: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer, s
     from hybrid_jax.data.chat import ChatTemplate
     from hybrid_jax.data.prompts import read_prompts
     from hybrid_jax.data.tokenizer import decode_continuation, encode_prompt
-    from hybrid_jax.files import check_new_file, file_hash
+    from hybrid_jax.files import check_new_file, file_hash, model_files
     from hybrid_jax.generation import check_prompts
     from hybrid_jax.generation.answers import answer_prompts
     from hybrid_jax.parallel.distributed import notice, say
@@ -275,7 +275,7 @@ def _many(args: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer, s
     if unread:
         notice(f"{args.prompts}: not copied to the answers: {', '.join(f'{n!r} of {k:,} lines' for n, k in unread.items())}")
     how = dict(max_new_tokens=args.max_new_tokens, samples=args.samples, seed=args.seed)
-    stats = {p.name: p.stat() for p in sorted(pathlib.Path(args.model).iterdir()) if p.is_file()}
+    stats = {p.name: p.stat() for p in model_files(args.model)}
     settings = {
         "prompts": file_hash(args.prompts),
         "model": str(pathlib.Path(args.model).absolute()),

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
 
     from hybrid_jax.evaluate.lm_eval import HybridLM
     from hybrid_jax.files import write_text
-    from hybrid_jax.parallel.distributed import is_first, say
+    from hybrid_jax.parallel.distributed import is_first, notice, say
 
     tasks = [name for name in args.tasks.split(",") if name]
     manager = TaskManager(include_path=args.include_path, metadata={"pretrained": args.model})
@@ -89,8 +89,12 @@ def run(args: argparse.Namespace) -> None:
     if args.out and is_first():
         out = pathlib.Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
+        earlier = set(out.glob("samples_*.jsonl"))
         for name, samples in (results.pop("samples", None) or {}).items():
             lines = [json.dumps(sample, default=handle_non_serializable, ensure_ascii=False) + "\n" for sample in samples]
-            write_text(out / f"samples_{name.replace('/', '_')}.jsonl", "".join(lines))
+            write_text(path := out / f"samples_{name.replace('/', '_')}.jsonl", "".join(lines))
+            earlier.discard(path)
+        for path in sorted(earlier):
+            notice(f"{path} is of an earlier evaluation, not of this one's results.json")
         write_text(out / "results.json", json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n")
         say(f"results: {out / 'results.json'}")

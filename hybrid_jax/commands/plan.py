@@ -10,7 +10,10 @@ from hybrid_jax.commands.options import OVERRIDES, directory, integer, number
 from hybrid_jax.commands.quiet import native_stderr_hidden
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from hybrid_jax.config import ModelConfig
+    from hybrid_jax.experiment_config import Experiment
     from hybrid_jax.plan.program import Job
 
 
@@ -88,6 +91,41 @@ def _job(args: argparse.Namespace) -> Job:
     return Job(hybrid.unfused(), args.program, args.seq_len, args.rows, tuple(args.trainable), args.remat, config, teacher)
 
 
+def _stored_dtype(source: str) -> str:
+    """Returns the dtype that the config.json of a directory says its weights have; where nothing says it, that of most sources."""
+    from hybrid_jax.files import read_json
+
+    path = pathlib.Path(source) / "config.json"
+    values = read_json(path) if path.is_file() else {}
+    return str(values.get("dtype") or values.get("torch_dtype") or "bfloat16")
+
+
+def _rounded_before(experiment: Experiment, name: str, models: Mapping[str, ModelConfig]) -> frozenset[str]:
+    """Returns the names of the parameters that are not the source's when a phase begins, because phases before kept them frozen in
+    a smaller dtype than this one has.
+
+    Args:
+      name: the phase's.
+      models: see `Experiment.models`.
+    """
+    from hybrid_jax.parameters import abstract_marks, abstract_parameters
+    from hybrid_jax.train.phase_layout import trained_names
+
+    exact = {dict(experiment.phases)[name].frozen_dtype, _stored_dtype(experiment.source), "", "float32"}
+    found, before = set(), None
+    for earlier, phase in experiment.phases:
+        model = models[earlier]
+        if phase.pattern or before is None or not before.is_fused:  # what the teacher alone reads is the source's again
+            found &= abstract_parameters(model.unfused()).keys()
+        if earlier == name:
+            break
+        if phase.frozen_dtype not in exact:
+            frozen = {n for n, mark in abstract_marks(model).items() if mark.frozen}
+            found |= frozen - trained_names(model, phase.trainable)
+        before = model
+    return frozenset(found)
+
+
 def _job_of_phase(args: argparse.Namespace) -> tuple[Job, dict[str, int]]:
     """Returns the step of a phase of an experiment, and the mesh that the config has for it, empty if it has none.
 
@@ -115,7 +153,7 @@ def _job_of_phase(args: argparse.Namespace) -> tuple[Job, dict[str, int]]:
     in_step = phase.teacher and OBJECTIVES[phase.objective].two_streams
     teacher = _config_of(f"config.phases.{args.phase}.teacher", phase.teacher) if in_step else None
     models = experiment.models(source)
-    changed = experiment.trained_before(args.phase, models)
+    changed = experiment.trained_before(args.phase, models) | _rounded_before(experiment, args.phase, models)
     return Job.of_phase(models[args.phase], phase, source, teacher, changed), dict(phase.mesh or experiment.mesh)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import pathlib
@@ -15,16 +14,10 @@ from hybrid_jax.data.corpus import read_sources, source_stamp
 from hybrid_jax.evaluate.instruments import Instrument, name_of
 from hybrid_jax.evaluate.measured import measurement_from
 from hybrid_jax.evaluate.measurement import Measurement
-from hybrid_jax.files import file_hash, write_text
+from hybrid_jax.files import model_hashes, write_text
 from hybrid_jax.parallel.distributed import is_first, say
 
 FORMAT = 2  # raised when an instrument measures something else than before
-
-
-@functools.cache
-def _hash_of(path: pathlib.Path, size: int, changed: int) -> str:
-    """Returns the hash of a file; the size and the time of its last change are in the key of the cache."""
-    return file_hash(path)
 
 
 def data_stamp(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,17 +33,15 @@ def fingerprint(
 ) -> dict[str, Any]:
     """Returns everything that a result depends on, by name, in JSON's types.
 
-    That is a hash of every file of weights and of every JSON and Jinja file of the model (config, tokenizer, chat template), the
-    data, and the instrument with its options and what else it depends on. Names, paths and meshes are not in it.
+    That is `model_hashes`, the data, and the instrument with its options and what else it depends on. Names, paths and meshes are
+    not in it.
 
     Args:
       model: a model directory.
       data: see `data_stamp`.
       iterations: the model's `ModelConfig.gka_iterations`, which no file holds.
     """
-    found: dict[str, Any] = {"format": FORMAT, **data}
-    for path in sorted([*model.glob("*.json"), *model.glob("*.jinja"), *model.glob("*.safetensors")]):
-        found[path.name] = _hash_of(path, path.stat().st_size, path.stat().st_mtime_ns)
+    found: dict[str, Any] = {"format": FORMAT, **data, **model_hashes(model)}
     found["instrument"] = name_of(instrument)
     found["the instrument's files or machine"] = instrument.stamp()
     found |= {"iterations of Gated KalmaNet": iterations} if iterations else {}

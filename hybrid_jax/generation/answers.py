@@ -52,6 +52,14 @@ def batches(lengths: Sequence[int], samples: int, batch_size: int) -> Iterator[t
         yield from ((size, items[i : i + batch_size]) for i in range(0, len(items), batch_size))
 
 
+def _difference(name: str, was: Any, now: Any) -> str:
+    """Returns in words how a setting differs; of objects, their first member that does."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        key = next(key for key in {**was, **now} if was.get(key) != now.get(key))
+        return _difference(f"{name}: {key}", was.get(key), now.get(key))
+    return f"{name} was {was!r:.80}, now {now!r:.80}"
+
+
 class Partial:
     """The unfinished file of answers beside `out`; begun, or continued if it has the same settings.
 
@@ -73,7 +81,7 @@ class Partial:
         lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []  # what follows the last break is half a line
         if lines:
             old = json.loads(lines[0])
-            differ = [f"{n} was {old.get(n)!r:.80}, now {head.get(n)!r:.80}" for n in {**old, **head} if old.get(n) != head.get(n)]
+            differ = [_difference(n, old.get(n), head.get(n)) for n in {**old, **head} if old.get(n) != head.get(n)]
             if differ:
                 raise ValueError(
                     f"{self.path} holds answers with other settings: {'; '.join(differ)}. Give the same ones to go on, "

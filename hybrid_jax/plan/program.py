@@ -54,7 +54,7 @@ class Job:
       source: what is converted, whose mixers teach those that begin from them (`copies.COPIES`); None: attention teaches.
       teacher: of `distill`, the model that teaches; its rows of ids that `config` has not are left out.
       given: the phase whose step is planned; None: one that is made from the other fields.
-      changed: names of the parameters that are not the source's any more, because phases before have trained them.
+      changed: names of the parameters that are not the source's any more, because phases before have trained or rounded them.
 
     Raises:
       ValueError: an unknown program, `align` for a model without mixers, `distill` without a teacher or with one that cannot teach
@@ -88,7 +88,7 @@ class Job:
           phase: what trains, on which rows, with which objective; its mesh is not read.
           source: what is converted.
           teacher: the model that the phase names as its teacher and runs in its step; None: there is none.
-          changed: see `Experiment.trained_before`.
+          changed: see `Job`.
         """
         phase = phase.with_rows(EPOCH * phase.batch_size)  # how many steps there are makes no difference to one of them
         program = "align" if model.is_fused else "train" if teacher is None else "distill"
@@ -230,7 +230,7 @@ def training_program(
       phase: what trains, on which rows, with which objective.
       mesh: of all five axes.
       teacher: the model of `phase.teacher`, of which no weights are needed.
-      changed: names of the student's parameters that are not the source's; where the source teaches, it has its own.
+      changed: names of the model's parameters that are not the source's; where the source teaches, it has its own.
 
     Raises:
       ValueError: the mesh does not divide the model or the batch, or the teacher is missing or cannot teach the model.
@@ -248,8 +248,7 @@ def training_program(
         taught, source = abstract_parameters(teacher), abstract_decoder(teacher)
     elif OBJECTIVES[phase.objective].two_streams:
         structure, own = split_model(model)
-        differ = changed & abstract_parameters(config.unfused()).keys()
-        known: Any = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) if n in differ else x for n, x in own.items()}
+        known: Any = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) if n in changed else x for n, x in own.items()}
         source = join_model(structure, known)
     layout = PhaseLayout(model, phase, source)
     trainable, frozen = layout.split(shapes)

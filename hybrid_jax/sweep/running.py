@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hybrid_jax.files import write_text
+from hybrid_jax.iterations import as_text, read_iterations
 from hybrid_jax.run_report import final_loss, phases_of
 from hybrid_jax.sweep.points import ITERATIONS, MODELS, Point
 
@@ -68,7 +69,8 @@ def measure_models(out: pathlib.Path, evaluate: Mapping[str, Any]) -> tuple[str,
 
 def _evaluate(models: Mapping[str, str], out: pathlib.Path, evaluate: Mapping[str, Any], env: Mapping[str, str]) -> tuple[str, str]:
     given = [f"--model={name}={path}" for name, path in models.items()]
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in evaluate.items() if k != MODELS]
+    options = {k: as_text(read_iterations(k, v)) if k == ITERATIONS else v for k, v in evaluate.items() if k != MODELS}
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in options.items()]
     return _command("evaluate", *given, f"--out={out}", *flags, env=env)
 
 

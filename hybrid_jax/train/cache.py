@@ -80,7 +80,10 @@ def cache_teacher(
         raise ValueError(f"k must be in 1 ... {model.config.vocab_size}, the vocabulary, got {k}")
     if mesh is not None:
         check_mesh_fits(model.config, mesh, phase.rows_at_a_time, phase.seq_len)
-    described = phase.described_rows(mix, seed)
+    described, at_a_time = phase.described_rows(mix, seed), phase.rows_at_a_time
+    mine = own_rows(mesh, at_a_time)
+    rows = [begin + row for begin in range(0, phase.batch_size, at_a_time) for row in mine]
+    stream = training_batches(corpus, **described, rows=rows)  # before anything is written: there may be no such rows
     made_of = {**corpus.identity(mix), "teacher": teacher_fingerprint(model), **cached_teacher(phase)}
     if is_first():
         TeacherCache(out, k, made_of=made_of, **described)
@@ -103,15 +106,11 @@ def cache_teacher(
         return top_k_tokens(hidden, model.head, k)
 
     seq_devices = 1 if mesh is None else mesh.shape["seq"]
-    at_a_time = phase.rows_at_a_time
-    mine = own_rows(mesh, at_a_time)
-    rows = [begin + row for begin in range(0, phase.batch_size, at_a_time) for row in mine]
 
     def answers_in_time(part):
         found = answers(parameters, to_mesh(mesh, training_batch(part, seq_devices), at_a_time, mine))
         return tuple(from_zigzag(whole_array(x), seq_devices) for x in found)
 
-    stream = training_batches(corpus, **described, rows=rows)
     step = 0
     with in_mesh(mesh), progress_bar("cache-teacher", phase.steps, phase.steps - len(missing)) as bar:
         for wanted in missing:

@@ -54,8 +54,8 @@ class Phase:
         teacher is the source), `unfused` (students only) or `as_is`. Objectives with two streams need `fused`.
       trainable: regular expressions on parameter names, e.g. `.gka.`; parameters that none of them finds are frozen, and cost
         neither gradients nor optimizer state. `all` is everything. Parameters that only the teacher reads never train.
-      steps, tokens, epochs: the length, by exactly one of: optimizer steps; tokens, rounded up to steps; passes over the rows of
-        the phase's one source.
+      steps, tokens, epochs: the length, by exactly one of: optimizer steps; tokens, or passes over the rows of the phase's one
+        source, both rounded to steps, one at least.
       batch_size: rows per step, of all devices together.
       seq_len: tokens per row.
       accumulate: microbatches per step, computed one after the other. The gradient is that of the complete batch; raise it when
@@ -79,8 +79,8 @@ class Phase:
         `window_rope` of the model, that of layers with a window of their own, keeps its base.
         The teacher keeps its own.
       compute_dtype: of activations and matrix products: `float32` or `bfloat16` (on accelerators).
-      frozen_dtype: of frozen matrices; `bfloat16` halves their memory, and rounds them in the saved model too. Empty keeps the
-        model's.
+      frozen_dtype: of frozen matrices; `bfloat16` halves their memory, and rounds them in the saved model too. The reference's
+        copies of what trains have it only where the model computes with the same numbers. Empty keeps the model's.
       remat: what a layer keeps for its gradient. `none` keeps everything and is fastest; `attention` keeps attention's outputs
         and recomputes the rest; `full` keeps only the layer's input, for long rows. `hybrid-jax plan` says what fits.
       mix: source name -> share of the rows (see `hybrid_jax.data`); empty takes the experiment's `data.mix`.

@@ -5,6 +5,7 @@ The loop makes the state with it and the planner its shapes, so both have the sa
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -142,10 +143,16 @@ class PhaseLayout:
         return {n: teacher[n] for n in sorted(self.copied)}
 
     def make_frozen(self, frozen: Parameters, copies: Parameters) -> Parameters:
-        """What does not train and the teacher's `copies`, matrices in `frozen_dtype`; under jit."""
+        """What does not train and the teacher's `copies`, matrices in `frozen_dtype`; under jit.
 
-        own, copied = stack(self.rounded(frozen), self.names), stack(copies, self.teacher_names)
-        return {**own, **{TEACHER + n: jnp.copy(p) for n, p in self._cast(copied, self.teacher_marks).items()}}
+        A reference's copies are of what trains, which is not rounded: they are only where the model computes with the same numbers.
+        """
+        own, marks = stack(self.rounded(frozen), self.names), self.teacher_marks
+        if OBJECTIVES[self.phase.objective].reference:
+            computed = self.frozen_dtype == self.phase.compute_dtype
+            marks = {n: dataclasses.replace(m, frozen=m.frozen and m.compute and computed) for n, m in marks.items()}
+        copied = self._cast(stack(copies, self.teacher_names), marks)
+        return {**own, **{TEACHER + n: jnp.copy(p) for n, p in copied.items()}}
 
     def rounded(self, frozen: Parameters) -> Parameters:
         """Returns parameters that do not train as the phase has them: those marked `frozen` in `frozen_dtype`."""

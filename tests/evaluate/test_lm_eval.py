@@ -17,6 +17,7 @@ import pytest
 from flax import nnx
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM, CachingLM
 from lm_eval.tasks import TaskManager
 from ml_collections import ConfigDict
 from tokenizers import AddedToken, processors
@@ -394,6 +395,32 @@ def test_finished_requests_are_stored_while_the_others_run(ours, tmp_path, manag
     assert simple_evaluate(ours, **options)["results"] == first["results"]
 
 
+class Answers(LM):
+    """A model that says nothing of itself."""
+
+    def loglikelihood(self, requests):
+        return [(0.0, True) for _ in requests]
+
+    loglikelihood_rolling = generate_until = loglikelihood
+
+
+def test_stored_answers_of_another_dial_or_model_are_refused(tmp_path, tokenizer):
+    save_model(tiny_model("GKA", vocab_size=tokenizer.get_vocab_size()), tmp_path / "model")
+    save_tokenizer(tokenizer, tmp_path / "model", POSITIONS)
+    asked, models = requests("loglikelihood", ("The cat", " sat")), [HybridLM(str(tmp_path / "model"), batch_size=1)]
+    models += [HybridLM(str(tmp_path / "model"), batch_size=2, gka_iterations=n) for n in (30, 0)]
+    first, again = (CachingLM(model, str(tmp_path / "answers.db")).loglikelihood(asked) for model in models[:2])  # 30 are its own
+    assert first == again
+    with pytest.raises(ValueError, match="answers.db holds answers of a model with another gka_iterations"):
+        CachingLM(models[2], str(tmp_path / "answers.db"))
+    (tmp_path / "model" / "generation_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="with another generation_config.json"):
+        CachingLM(models[0], str(tmp_path / "answers.db"))
+    CachingLM(Answers(), str(tmp_path / "other.db")).loglikelihood(asked)
+    with pytest.raises(ValueError, match="other.db holds answers, and nothing says of which model"):
+        CachingLM(models[0], str(tmp_path / "other.db"))
+
+
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' and m.content == 'no' %}{{ raise_exception('no system') }}{% endif %}"
     "<{{ m.role }}>{{ m.content }}<end>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -442,6 +469,16 @@ def test_the_command_prints_the_table_and_writes_results_and_samples(source, tmp
     assert results["n-shot"]["tiny_choice"] == 1 and results["config"]["model_name"] == str(source)
     assert len((out / "samples_tiny_answer.jsonl").read_text().splitlines()) == 3
     assert sorted(p.name for p in out.iterdir()) == ["results.json", "samples_tiny_answer.jsonl", "samples_tiny_choice.jsonl"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_samples_of_an_earlier_evaluation_beside_other_results_are_named(source, tmp_path, capsys):
+    for name in ("tiny_choice", "tiny_answer"):
+        (tmp_path / f"samples_{name}.jsonl").write_text("{}\n")
+    options = ["--include-path", str(TASKS), "--limit", "1", "--out", str(tmp_path), "--log-samples"]
+    assert main(["lm-eval", str(source), "--tasks", "tiny_choice", *options]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "earlier evaluation" in line]
+    assert len(said) == 1 and "samples_tiny_answer.jsonl is of an earlier evaluation, not of this one's results.json" in said[0]
 
 
 def test_the_readme_s_commands_export_a_primed_hybrid_and_run_the_harness_on_it(source, tmp_path, monkeypatch, capsys):

@@ -10,6 +10,27 @@ ITERATIONS = "tests/test_gka_iterations.py"
 
 MUTATIONS = [
     Mutation(
+        "hybrid_jax/files.py",
+        "if p.is_file() and _of_a_model(p)",
+        "if p.is_file()",
+        "results in the model's own directory are measured again",
+        (f"{COMMANDS}::test_results_in_the_model_s_own_directory_are_used_again",),
+    ),
+    Mutation(
+        "hybrid_jax/evaluate/lm_eval/model.py",
+        ', "gka_iterations": list(self.config.gka_iterations)}',
+        "}",
+        "answers that the harness stored of other iterations are taken",
+        ("tests/evaluate/test_lm_eval.py::test_stored_answers_of_another_dial_or_model_are_refused",),
+    ),
+    Mutation(
+        "hybrid_jax/sweep/running.py",
+        "as_text(read_iterations(k, v)) if k == ITERATIONS else v",
+        "v",
+        "iterations by layer that are a mapping fail when a point is measured",
+        (f"{ITERATIONS}::test_a_sweep_measures_its_points_with_them_and_not_the_models_beside_them",),
+    ),
+    Mutation(
         "hybrid_jax/evaluate/results.py",
         '{"iterations of Gated KalmaNet": iterations} if iterations else {}',
         "{}",
@@ -129,9 +150,9 @@ MUTATIONS = [
         (f"{INSTRUMENTS}::test_a_share_of_rows_that_happen_to_be_alike_is_no_more_certain_than_its_number_of_answers",),
     ),
     Mutation(
-        "hybrid_jax/evaluate/results.py",
-        '*model.glob("*.jinja"), ',
-        "",
+        "hybrid_jax/files.py",
+        '(".json", ".jinja", ".safetensors")',
+        '(".json", ".safetensors")',
         "a result of another chat template is used again",
         (f"{COMMANDS}::test_a_stored_result_is_of_the_chat_template_and_of_the_first_text",),
     ),
@@ -150,9 +171,9 @@ MUTATIONS = [
         (f"{COMMANDS}::test_a_stored_result_is_of_its_options",),
     ),
     Mutation(
-        "hybrid_jax/evaluate/results.py",
-        '*model.glob("*.safetensors")',
-        "",
+        "hybrid_jax/files.py",
+        "{path.name: _hash_of(path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths}",
+        '{path.name: "" for path in paths}',
         "a result of other weights is used again",
         (f"{COMMANDS}::test_a_stored_result_is_used_only_while_nothing_it_depends_on_has_changed",),
     ),
@@ -179,7 +200,7 @@ MUTATIONS = [
     ),
     Mutation(
         "hybrid_jax/files.py",
-        "if not any(fnmatch.fnmatchcase(name, pattern) for pattern in known)",
+        "if not _of_a_model(p)",
         "if False",
         "--overwrite removes files that belong to no model",
         ("tests/test_output_directories.py::test_overwrite_keeps_the_source_and_everything_that_belongs_to_no_model",),

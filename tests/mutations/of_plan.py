@@ -18,6 +18,13 @@ FLOOR = (f"{PLAN}::test_a_step_s_floor_and_the_hours_are_those_of_its_slowest_re
 
 MUTATIONS = [
     Mutation(
+        "hybrid_jax/commands/plan.py",
+        " | _rounded_before(experiment, args.phase, models)",
+        "",
+        "a teacher beside what phases before have rounded costs nothing",
+        ("tests/plan/test_phases.py::test_a_plan_counts_the_teacher_s_copies_of_what_phases_before_have_rounded",),
+    ),
+    Mutation(
         FORMULA,
         "(1 + c.has_mlp)",
         "2",

@@ -18,6 +18,20 @@ MUTATIONS = [
         (ALONE,),
     ),
     Mutation(
+        "hybrid_jax/train/phase_layout.py",
+        "m.frozen and m.compute and computed",
+        "m.frozen",
+        "the reference of what trains is rounded",
+        (f"{DPO}::test_a_frozen_dtype_does_not_round_the_reference_of_what_trains",),
+    ),
+    Mutation(
+        "hybrid_jax/commands/generate.py",
+        "model_files(args.model)}",
+        "sorted(pathlib.Path(args.model).iterdir())}",
+        "answers in the model's own directory cannot be continued",
+        (f"{PROMPTS}::test_answers_in_the_model_s_own_directory_go_on_until_a_file_of_the_model_changes",),
+    ),
+    Mutation(
         PACKING,
         "least=-(-length // PAIRS_IN_ROW)",
         "least=0",

@@ -13,7 +13,7 @@ from hybrid_jax.experiment_config import Experiment
 from hybrid_jax.families import config_to_hf
 from hybrid_jax.fields import load_experiment_config
 from hybrid_jax.parallel.mesh import abstract_mesh, make_mesh
-from hybrid_jax.parameters import join_model, split_model
+from hybrid_jax.parameters import abstract_marks, abstract_parameters, join_model, split_model
 from hybrid_jax.plan.formula import flops_by_formula, traffic
 from hybrid_jax.plan.planner import make_plan, meshes
 from hybrid_jax.plan.program import Job, make_program, program_flops, training_program
@@ -112,6 +112,20 @@ def test_a_plan_counts_the_teacher_s_copies_of_what_phases_before_have_trained()
     assert copied == {name for name in parameters if ".mlp." in name}
     assert make_program(job, abstract_mesh({})).teacher == sum(4 * parameters[name].size for name in copied)
     assert experiment.trained_before("first", models) == frozenset()
+
+
+@pytest.mark.parametrize("dtype, again, own", [("float32", "", True), ("bfloat16", "", False), ("float32", "bfloat16", False)])
+def test_a_plan_counts_the_teacher_s_copies_of_what_phases_before_have_rounded(arguments, tmp_path, dtype, again, own):
+    source = tiny_config("*-*", vocab_size=64, hidden_size=32)
+    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(source) | {"dtype": dtype}))
+    options = ("options.inputs=student", "options.error=mse", "options.pre_lm_head=True")
+    align = ("objective=align_none", *options, "trainable=('discrete_mamba2',)", f"frozen_dtype={again}")
+    command = ["plan", *arguments, *(f"--config.phases.layers.{x}" for x in align), "--phase", "layers", "--topology", "h100:1"]
+    assert main([*command, "--json", str(tmp_path / "plan.json")]) == 0
+    model = source.with_pattern("*-DM2").fused()
+    marks, shapes = abstract_marks(model), abstract_parameters(model)
+    frozen = {n: 4 * x.size for n, x in shapes.items() if marks[n].frozen and ".discrete_mamba2." not in n}
+    assert json.loads((tmp_path / "plan.json").read_text())["teacher"] == (sum(frozen.values()) if own else 0)
 
 
 @pytest.mark.parametrize("schedule", [dict(warmup_steps=500), dict(schedule="wsd", decay_steps=200, warmup_fraction=0.1)])

@@ -129,6 +129,14 @@ def test_a_cache_is_not_continued_with_another_teacher(corpus, tmp_path):
         cache_teacher(tiny_model("*", vocab_size=k, seed=1), p, corpus, {"text": 1.0}, seed=0, out=tmp_path / "cache", k=4)
 
 
+def test_rows_that_cannot_be_made_leave_no_cache_for_others(corpus, tmp_path):
+    model, mix = tiny_model("*", vocab_size=corpus.tokenizer.get_vocab_size()), {"induction": 1.0}
+    p = Phase.from_config("p", dict(objective="next_token", steps=1, batch_size=2, seq_len=8))
+    with pytest.raises(ValueError, match="induction"):
+        cache_teacher(model, p, corpus, mix, seed=0, out=tmp_path / "cache", k=4)
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_teacher_is_known_by_every_weight_and_its_configuration():
     def changed(change):
         model = tiny_model("*")

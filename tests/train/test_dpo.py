@@ -15,9 +15,9 @@ from hybrid_jax.parallel.mesh import make_mesh
 from hybrid_jax.parameters import join_model, split_model
 from hybrid_jax.plan.program import compile_program, training_program
 from hybrid_jax.train import MetricWriter, NoMetrics, read_metrics
-from hybrid_jax.train.loop import train_phase
+from hybrid_jax.train.loop import apply_phase_settings, train_phase
 from hybrid_jax.train.objectives import make_objective
-from hybrid_jax.train.phase_layout import TEACHER
+from hybrid_jax.train.phase_layout import TEACHER, PhaseLayout
 from tests.conftest import tiny_config, tiny_model
 from tests.data.test_pairs import directory, written
 from tests.train.conftest import arrays, one_step, phase
@@ -124,6 +124,23 @@ def test_the_reference_shares_what_does_not_train(corpus, capsys, tmp_path):
     one = tiny_model("*-SWA-SWA", vocab_size=corpus.tokenizer.get_vocab_size())
     own = sum(x.size for n, x in split_model(one)[1].items() if ".swa." in n)
     assert f"the reference keeps {own:,} of its own" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+def test_a_frozen_dtype_does_not_round_the_reference_of_what_trains(batch, compute_dtype):
+    model = tiny_model("GDN")  # its convolutions are computed in float32
+    p = phase(objective="dpo", frozen_dtype="bfloat16", compute_dtype=compute_dtype)
+    layout = PhaseLayout(apply_phase_settings(model, p), p)
+    state, frozen, _ = layout.begin(None, split_model(model)[1])
+
+    @jax.jit
+    def margin(trainable, frozen):
+        policy, reference = layout.models(trainable, frozen)
+        return make_objective("dpo", {})(policy, batch, reference).metrics["reward_margin"].value
+
+    assert abs(float(margin(state.trainable, frozen))) < 1e-6
+    halves = {n for n, x in frozen.items() if x.dtype == "bfloat16"}
+    assert bool(halves) == (compute_dtype == "bfloat16") and not any("conv" in n for n in halves)
 
 
 def test_a_phase_is_planned_with_its_reference():

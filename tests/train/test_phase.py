@@ -1,7 +1,9 @@
 """A phase's values: refused by name if nobody can mean them, counted in steps, and obeyed."""
 
 import collections
+import json
 import math
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -154,3 +156,14 @@ def test_a_source_with_fewer_rows_than_the_phase_takes_is_named_with_how_often_i
     assert [line for line in said if "seen" in line] == [note]
     training_batches(corpus, mix, **rows, steps=have // 3)
     assert "seen" not in capsys.readouterr().out, "each row at most once"
+
+
+def test_what_a_source_s_config_says_of_training_and_is_not_done_is_said(made_source, tmp_path, capsys):
+    source = shutil.copytree(made_source[0], tmp_path / "source")
+    given = {"output_router_logits": True, "resid_pdrop": 0.1, "embd_pdrop": 0.0}
+    (source / "config.json").write_text(json.dumps(json.loads((source / "config.json").read_text()) | given))
+    (tmp_path / "text.txt").write_text("")
+    with pytest.raises(ValueError, match="text"):  # it comes later
+        run_experiment(experiment(source, data={"text": str(tmp_path / "text.txt"), "mix": {"text": 1.0}}), tmp_path / "run")
+    said = "not applied in training, though config.json has them: resid_pdrop = 0.1, output_router_logits = True"
+    assert said in capsys.readouterr().out

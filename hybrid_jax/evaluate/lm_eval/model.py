@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
+from lm_eval.api.model import CacheHook, TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -23,13 +23,15 @@ from hybrid_jax.data.chat import ChatTemplate, read_template, template_fingerpri
 from hybrid_jax.data.tokenizer import end_of_text_id
 from hybrid_jax.evaluate.lm_eval.options import GenerationOptions
 from hybrid_jax.evaluate.lm_eval.scoring import Score, Scorer
-from hybrid_jax.files import find_shipped
+from hybrid_jax.files import find_shipped, model_hashes
 from hybrid_jax.generation import bucket, generate, generation_defaults
 from hybrid_jax.iterations import Iterations, read_iterations
 from hybrid_jax.parallel.distributed import notice
 from hybrid_jax.parallel.mesh import check_mesh_fits, make_mesh, parse_mesh
 from hybrid_jax.parameters import with_iterations
 from hybrid_jax.progress import progress_bar
+
+WHOSE = "hybrid_jax: whose answers"  # in a cache of the harness, the key beside those of the requests
 
 
 class HybridLM(TemplateLM):
@@ -106,6 +108,24 @@ class HybridLM(TemplateLM):
         self.scorer = Scorer(self.model, self.batch_size, self.mesh)
         self.truncated: dict[str, Counter[str]] = {}  # by method: how many inputs were truncated, by how many tokens
         self._without_system = False  # whether it was reported that the template refuses system messages
+
+    def set_cache_hook(self, cache_hook: CacheHook) -> None:
+        """Takes the harness's stored answers (`use_cache`), which go by the requests alone, if they are this model's.
+
+        Raises:
+          ValueError: they are of another model or of other options, or nothing says whose they are; names a difference.
+        """
+        stored: Any = cache_hook.dbdict
+        if stored is not None:
+            own: dict[str, Any] = {name: getattr(self, name) for name in ("max_length", "add_bos_token", "prefix_token_id", "seed")}
+            own |= {"dtype": self.model.compute_dtype.name, "gka_iterations": list(self.config.gka_iterations)}
+            own |= model_hashes(self.directory)
+            found = stored.get(WHOSE, {} if len(stored) else own)
+            if differ := [name for name in {**found, **own} if found.get(name) != own.get(name)]:
+                whose = f"answers of a model with another {differ[0]}" if found else "answers, and nothing says of which model"
+                raise ValueError(f"use_cache: {stored.filename} holds {whose}; name another file, or remove it")
+            stored[WHOSE] = own
+        super().set_cache_hook(cache_hook)
 
     @property
     def eot_token_id(self) -> int:
