@@ -136,8 +136,8 @@ MUTATIONS = [
     ),
     Mutation(
         "kernels_pallas/linear_attention/tpu.py",
-        "strict, diagonal = _steps(C, together, jnp.greater)",
-        "strict, diagonal = _steps(C, 1, jnp.greater)",
+        "earlier(s * ds, together), masked, dscores",
+        "earlier(s * ds), masked, dscores",
         "decays have gradients of products that own_scale weighs",
         (f"{GROUPS}::test_a_token_s_own_step_has_weights_of_its_own",),
     ),
