@@ -240,7 +240,7 @@ def _ring_forward(q, k, v, segment_ids, window, soft_cap):
     def add(pair, keys, parts):
         at = pair[0]
         merged = merge(tuple(x[at] for x in parts), _of_pair(_forward_block, pair, mask, queries, keys))
-        return tuple(x.at[at].set(y) for x, y in zip(parts, merged, strict=True))
+        return tuple(jax.lax.dynamic_update_index_in_dim(x, y, at, 0) for x, y in zip(parts, merged, strict=True))
 
     def step(s, state):
         keys, parts = state

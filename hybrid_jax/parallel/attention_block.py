@@ -137,9 +137,9 @@ def _tile_forward(q, q_segments, k, v, k_segments, visible, *, soft_cap):
 def merge(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Two parts (o, lse) of a softmax as one."""
     (o1, lse1), (o2, lse2) = first, second
-    lse = jnp.logaddexp(lse1, lse2)
-    w1, w2 = (jnp.exp(x - lse).swapaxes(1, 2)[..., None] for x in (lse1, lse2))
-    return w1 * o1 + w2 * o2, lse
+    ratio = jnp.exp(-jnp.abs(lse1 - lse2))  # of the smaller total to the larger one
+    w1 = (jnp.where(lse1 >= lse2, 1, ratio) / (1 + ratio)).swapaxes(1, 2)[..., None]
+    return o2 + w1 * (o1 - o2), jnp.maximum(lse1, lse2) + jnp.log(1 + ratio)
 
 
 def _tile_size(mask: Mask) -> int:

@@ -29,11 +29,12 @@ def lookup(table: jax.Array, ids: jax.Array, dtype: Any) -> jax.Array:
         if columns:
             ids = jax.lax.all_gather(ids, columns)
         if not rows:
-            found = table[ids].astype(dtype)
+            found = jnp.take(table, ids, axis=0, mode="clip").astype(dtype)
         else:
             here = ids - jax.lax.axis_index(rows) * len(table)
             inside = (here >= 0) & (here < len(table))
-            found = jnp.where(inside[..., None], table[jnp.where(inside, here, 0)], 0).astype(dtype)
+            found = jnp.take(table, here, axis=0, mode="clip")
+            found = jnp.where(inside[..., None], found, 0).astype(dtype)
             found = jax.lax.psum(found, rows)
         if columns:
             found = jax.lax.all_to_all(found, columns, split_axis=0, concat_axis=found.ndim - 1, tiled=True)[0]

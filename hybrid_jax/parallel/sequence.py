@@ -59,12 +59,12 @@ def from_zigzag(x: Any, devices: int, axis: int = 1) -> Any:
 
 def to_pair(x: jax.Array) -> jax.Array:
     """Reshapes a device's [B, 2c, ...] to its pair of chunks [2, B, c, ...]."""
-    return jnp.stack(jnp.split(x, 2, axis=1))
+    return jnp.swapaxes(x.reshape(len(x), 2, -1, *x.shape[2:]), 0, 1)
 
 
 def from_pair(x: jax.Array) -> jax.Array:
     """Inverts `to_pair`."""
-    return jnp.concatenate([x[0], x[1]], axis=1)
+    return jnp.swapaxes(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
 
 
 def as_rows(x: jax.Array) -> jax.Array:
