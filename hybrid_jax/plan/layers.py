@@ -23,7 +23,7 @@ from kernels_pallas.lab.chips import CHIPS
 from kernels_pallas.lab.compile import DUMPED, worker
 from kernels_pallas.recorded import recorded, without_out
 
-MIXERS = ("*", "GDN", "GKA", "M2", "M3")
+MIXERS = ("*", "GDN", "GKA", "GKA:solver=cg", "M2", "M3")
 LEGEND = """Cycles per token and head of one device. matmul: the matrix units at their peak (estimate: the compiler's); kernels: the
 larger of static bundles and HBM traffic; glue: HBM traffic of all other XLA operations (estimate: the compiler's), which is what
 bounds them; bound: the sum of the three. Waits, and copies that run beside other operations, are not in it."""

@@ -66,15 +66,16 @@ def test_a_mixer_may_have_options_of_its_own():
 
 
 CEILINGS = {  # bound, other operations' HBM traffic and estimate: cycles per token and head on v5e, forward and backward
-    "GDN": (120, 8, 15),
-    "M2": (118, 10, 15),
+    "GDN": (112, 8, 15),
+    "M2": (113, 10, 15),
     "*": (78, 9, 15),
-    "GKA": (187, 10, 15),
-    "M3": (113, 5, 12),
+    "GKA": (180, 10, 15),
+    "GKA:solver=cg": (165, 10, 15),
+    "M3": (111, 5, 12),
 }
 
 
-@pytest.mark.parametrize("symbol", ["GDN", *(pytest.param(x, marks=pytest.mark.long) for x in ("M2", "*", "GKA", "M3"))])
+@pytest.mark.parametrize("symbol", ["GDN", *(pytest.param(x, marks=pytest.mark.long) for x in CEILINGS if x != "GDN")])
 def test_what_surrounds_a_mixer_s_kernels_stays_small(symbol, tmp_path):
     pytest.importorskip("libtpu")
     (cost,) = layer_costs("v5e", [symbol], "Qwen/Qwen3-8B", 8192, True)
