@@ -126,7 +126,9 @@ def draw(costs: Mapping[str, Sequence[LayerCost]], path: pathlib.Path) -> None:
             axis.plot(
                 [x - 0.35, x + 0.35], [estimate] * 2, color="black", label="with the compiler's estimates" if x == 0 else None
             )
-        axis.set_xticks(range(len(found)), ["attention" if c.mixer == "*" else c.mixer for c in found])
+        axis.set_xticks(
+            range(len(found)), ["attention" if c.mixer == "*" else c.mixer.replace(":", "\n") for c in found], fontsize=8
+        )
         axis.set_title(chip)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("cycles per token and head")

@@ -77,12 +77,13 @@ def print_summary(results: Sequence[dict]) -> None:
     cases, chips = (list(dict.fromkeys(key[i] for key in done)) for i in (0, 1))
     if not done:
         return
-    print(f"{'bundles / HBM':33}" + "".join(f"{chip:>16}" for chip in chips) + f"   temporaries MiB, {chips[0]}")
+    width = max(33, *(len(case) + 1 for case in cases))
+    print(f"{'bundles / HBM':{width}}" + "".join(f"{chip:>16}" for chip in chips) + f"   temporaries MiB, {chips[0]}")
     for case in cases:
         found = [done.get((case, chip)) for chip in chips]
         pairs = ["–" if r is None else f"{r['bundles_token_head']:.1f} / {r['hbm_cycles_token_head']:.1f}" for r in found]
         temporaries = "–" if found[0] is None else f"{found[0]['temporaries'] / 2**20:.0f}"
-        print(f"{case:33}" + "".join(f"{pair:>16}" for pair in pairs) + f"{temporaries:>{20 + len(chips[0])}}")
+        print(f"{case:{width}}" + "".join(f"{pair:>16}" for pair in pairs) + f"{temporaries:>{20 + len(chips[0])}}")
 
 
 def write_json(results: Sequence[dict], path: pathlib.Path) -> None:
