@@ -9,7 +9,7 @@ and conjugate gradients are those of `conjugate_gradients.py`, whose p is d. In 
 is much better: d is rounded to bf16 before it is used AND before it is added to x, so r stays the residual of x and what the
 rounding changed is corrected by the iterations that follow. What remains are the roundings of the matrix, H0 and (d K') M,
 whose effect shrinks with d: the first iterations carry those two in two bf16 parts each (5 passes of the matrix unit an
-iteration), the later ones in one (3 passes). The accurate schedule also keeps d in two parts (7 and 5 passes).
+iteration), the later ones in one (3 passes). The accurate schedule of Chebyshev also keeps d in two parts (7 and 5 passes).
 
 Vectors are columns: x, r and d of a head are [K, C], so one product with [K; H0] is the first half of an iteration for all
 tokens, and what a token has one of is a row [1, C]: a sum over a token's vector adds registers and needs no shuffle. The
