@@ -46,7 +46,12 @@ ODD = [
 ]
 
 
-def results(chip, cases=CHECKED):
+def checked(chip):
+    """The cases that are compiled for a chip: the compiler for tpu7x takes up to ten minutes for a form of Gated KalmaNet."""
+    return [name for name in CHECKED if chip != "tpu7x" or not name.startswith("gated_kalmanet")]
+
+
+def results(chip, cases):
     return {r["case"]: r for r in compile_cases(chip, cases, SHAPE, xla=False)}
 
 
@@ -62,7 +67,7 @@ def ceiling(chip, kernel):
 @pytest.mark.parametrize("chip", [pytest.param(chip, marks=[pytest.mark.long] * (chip != "v5e")) for chip in CHIPS])
 def test_every_kernel_compiles_and_its_bundles_stay_under_the_record(chip):
     pytest.importorskip("libtpu")
-    for name, result in results(chip).items():
+    for name, result in results(chip, checked(chip)).items():
         assert "error" not in result, result
         for kernel in result["kernels"]:
             assert kernel["bundles_grid_step"] <= ceiling(chip, f"{name}/{kernel['kernel']}"), (name, kernel)
@@ -179,7 +184,7 @@ if __name__ == "__main__":
     found = records.setdefault(version, {})
     for chip in CHIPS:
         kernels = [
-            (name, kernel) for name, result in results(chip, sys.argv[1:] or CHECKED).items() for kernel in result["kernels"]
+            (name, kernel) for name, result in results(chip, sys.argv[1:] or checked(chip)).items() for kernel in result["kernels"]
         ]
         found[chip] = found.get(chip, {}) | {f"{name}/{kernel['kernel']}": 0 for name, kernel in kernels}
         for name, kernel in kernels:  # of several calls of one kernel the longest
