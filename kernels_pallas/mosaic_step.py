@@ -95,11 +95,6 @@ def head_rows(x: jax.Array) -> list[jax.Array]:
     return [x[h : h + 1] for h in range(x.shape[0])]
 
 
-def reduce_rows(x: jax.Array) -> jax.Array:
-    """Returns the sum of the rows of x [K, V], [1, V]."""
-    return jnp.sum(x, axis=0, keepdims=True)
-
-
 def with_gradient_of(reference: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
     """Returns `kernel` with the gradient of `reference`, for the rare caller who differentiates a step."""
 

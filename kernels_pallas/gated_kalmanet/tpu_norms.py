@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from kernels_pallas import mosaic_chunk
 from kernels_pallas.gated_kalmanet.chebyshev import empty_norm, inverse
-from kernels_pallas.mosaic_chunk import NT, Decay, column_sum, dot, dot_parts, each, earlier, row_sum
+from kernels_pallas.mosaic_chunk import NT, Decay, column_sum, dot, dot_parts, each, earlier, row_sum, sums_of_rows
 from kernels_pallas.operands import parts
 
 EMPTY = empty_norm(jnp.float32)
@@ -111,7 +111,7 @@ def norms_backward(
     cross = each(jnp.multiply, R, u)
     pairs = each(lambda m, b, c: earlier(c + b * m), inside, B, cross)
     da = each(lambda c, n, w: column_sum(c) + n * w.rho * (w.rho * (w.square * w.weak)), cross, eta, W)
-    du = mosaic_chunk.as_rows(each(row_sum, R))
+    du = sums_of_rows(R)
     dgram = each(lambda b, w: dot(b.astype(low), w.beta.astype(low), NT), B, W)
     dK = each(lambda g, dg, k, u, x: 2 * (dot(k, (g * dg).astype(low), NT) + u * x), gram, dgram, Kt, du, KH)
     total = each(lambda n, w: row_sum(n * w.rho * w.rho), eta, W)

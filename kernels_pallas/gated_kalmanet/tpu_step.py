@@ -18,8 +18,8 @@ from kernels_pallas.gated_kalmanet.chebyshev import coefficients
 from kernels_pallas.gated_kalmanet.conjugate_gradients import LEAST
 from kernels_pallas.gated_kalmanet.reference import gated_kalmanet_update
 from kernels_pallas.gated_kalmanet.solvers import SMALLEST, unit_of
-from kernels_pallas.mosaic_chunk import dot, each, iota, row_sum
-from kernels_pallas.mosaic_step import columns, head_rows, reduce_rows, run_step, with_gradient_of
+from kernels_pallas.mosaic_chunk import column_sum, dot, each, iota, row_sum
+from kernels_pallas.mosaic_step import columns, head_rows, run_step, with_gradient_of
 from kernels_pallas.operands import parts
 
 HEADS = {"chebyshev": 16, "cg": 32}  # a grid step: iterations of one head wait for one another, those of many fill the units
@@ -41,7 +41,7 @@ def _solve(q: jax.Array, H: Sequence[jax.Array], solver: str, ridge_strength: fl
     """Returns (H + lambda I)^-1 q of every head, for rows q [n,K] and symmetric H [K,K]."""
     # 2^30 H: the squares of |H| from 2^-93 (a weak state's) to 2^33 fit a float32
     scaled = each(lambda h: h * 2.0**30, H)
-    squared = each(lambda h: jnp.sum(reduce_rows(h * h), axis=1, keepdims=True), scaled)
+    squared = each(lambda h: jnp.sum(column_sum(h * h), axis=1, keepdims=True), scaled)
     inverse = each(lambda n: jnp.where(n > SMALLEST, jax.lax.rsqrt(jnp.maximum(n, SMALLEST)), 0.0), squared)
     unit = unit_of(solver, ridge_strength)
     ridge = ridge_strength / unit
@@ -98,7 +98,7 @@ def gated_kalmanet_step_tpu(
         S = each(lambda s, d, k, v: d * s + k * v, S, decay, keys, head_rows(v))
         if num_iter:
             q = q + scalars[0] * (_solve(q, H, solver, ridge_strength, num_iter) - q)
-        return each(lambda s, q: scale * reduce_rows(q * s), S, columns(q)), H, S
+        return each(lambda s, q: scale * column_sum(q * s), S, columns(q)), H, S
 
     def kernel(q, k, v, alpha, log_decay, state):
         o, *state = run_step(update, "gated_kalmanet_step", (q, k, v), (alpha, log_decay), state, HEADS[solver])

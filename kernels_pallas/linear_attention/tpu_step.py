@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.linear_attention.reference import linear_attention_update
-from kernels_pallas.mosaic_chunk import each
-from kernels_pallas.mosaic_step import columns, head_rows, reduce_rows, run_step, with_gradient_of
+from kernels_pallas.mosaic_chunk import column_sum, each
+from kernels_pallas.mosaic_step import columns, head_rows, run_step, with_gradient_of
 
 
 def linear_attention_step_tpu(
@@ -21,7 +21,7 @@ def linear_attention_step_tpu(
         q, k, v = vectors
         decay = head_rows(jnp.exp(scalars[0]))
         S = each(lambda s, d, k, v: d * s + k * v, S, decay, columns(k), head_rows(v))
-        return each(lambda s, q: scale * reduce_rows(q * s), S, columns(q)), S
+        return each(lambda s, q: scale * column_sum(q * s), S, columns(q)), S
 
     def kernel(q, k, v, log_decay, state):
         return run_step(update, "linear_attention_step", (q, k, v), (log_decay,), (state,))
